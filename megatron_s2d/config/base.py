@@ -1,0 +1,145 @@
+"""Strict configuration models and the one error type that a user's mistake raises. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong, where, and what to do.
+
+    The command line prints it without a traceback (``--debug`` shows one) and exits with a non-zero code.
+    """
+
+
+class Config(pydantic.BaseModel):
+    """Base of every configuration object: frozen, typed, and without unknown keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or a ``UserError`` that names the file (and the line, for a syntax error)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a mapping of configuration keys, found {type(document).__name__}")
+    return document
+
+
+def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of ``document`` with each ``a.b=value`` applied; the value is read as YAML."""
+    result = _copy(document)
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise UserError(f"--set {override}: expected KEY=VALUE, for example --set seed=2")
+        *parents, last = path.split(".")
+        node = result
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {override}: {key} is not a mapping")
+        node[last] = yaml.safe_load(text) if text else None
+    return result
+
+
+def parse(model: type[Config], document: dict[str, Any], source: str) -> Config:
+    """Validate ``document`` against ``model``; the first problem becomes one line with file, key and closest valid key."""
+    try:
+        return model.model_validate(document)
+    except pydantic.ValidationError as error:
+        problems = error.errors(include_url=False)
+        first = problems[0]
+        key = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key{_suggest(model, first['loc'])}"
+        elif first["type"] != "value_error" and first["type"] != "missing":
+            message += f" (got {first['input']!r})"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{more}") from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The fully resolved configuration as plain JSON types, defaults included."""
+    return config.model_dump(mode="json")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _is_union_tag(part: Any, document: Any, location: tuple) -> bool:
+    """Whether ``part`` of an error location is the tag of a union rather than a key in the user's file."""
+    node = document
+    for step in location:
+        if step is part:
+            if isinstance(node, dict):
+                return part not in node and step is not location[-1]
+            return not isinstance(part, int)
+        if isinstance(node, dict) and step in node:
+            node = node[step]
+        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+            node = node[step]
+    return False
+
+
+def _suggest(model: type[Config], location: tuple) -> str:
+    """`` (did you mean 'x'?)`` for the key at ``location``, from the fields that would be valid there."""
+    candidates = _fields_at(model, location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), candidates, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (valid keys: {', '.join(sorted(candidates))})" if candidates else ""
+
+
+def _fields_at(annotation: Any, location: tuple) -> list[str]:
+    """The field names valid below ``annotation`` at ``location``; union members are followed together."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        if not location:
+            return list(annotation.model_fields)
+        field = annotation.model_fields.get(str(location[0]))
+        if field is not None:
+            return _fields_at(field.annotation, location[1:])
+        return _fields_at(annotation, location[1:])
+    arguments = getattr(annotation, "__args__", ())
+    if not arguments:
+        return []
+    origin = getattr(annotation, "__origin__", None)
+    if origin is dict:
+        return _fields_at(arguments[1], location[1:])
+    if origin in (list, tuple):
+        return _fields_at(arguments[0], location[1:])
+    members = arguments
+    if location:
+        tagged = [m for m in members if _tag_of(m) == location[0]]
+        if tagged:
+            return _fields_at(tagged[0], location[1:])
+    names: list[str] = []
+    for member in members:
+        names += [name for name in _fields_at(member, location) if name not in names]
+    return names
+
+
+def _tag_of(member: Any) -> str | None:
+    field = getattr(member, "model_fields", {}).get("type")
+    return field.default if field is not None else None
