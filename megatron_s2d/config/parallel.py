@@ -1,0 +1,39 @@
+"""How a model is spread over ranks. No torch here."""
+
+from __future__ import annotations
+
+import pydantic
+
+from megatron_s2d.config.base import Config
+
+
+class ParallelConfig(Config):
+    """Megatron-Core parallel sizes of one model; data parallelism takes what the world size leaves."""
+
+    tensor_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share each layer")
+    pipeline_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the depth")
+    context_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share a sequence (needs Transformer Engine)")
+    expert_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the experts of a layer")
+    data_parallel_size: int = pydantic.Field(1, ge=1, description="replicas, each with its own micro-batches")
+    sequence_parallel: bool = pydantic.Field(False, description="shard norms and activations over the tensor ranks")
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
+        if (self.data_parallel_size * self.context_parallel_size) % self.expert_model_parallel_size:
+            raise ValueError(
+                f"expert_model_parallel_size {self.expert_model_parallel_size} must divide data_parallel_size x "
+                f"context_parallel_size = {self.data_parallel_size * self.context_parallel_size}"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that this layout occupies."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )

@@ -1,0 +1,148 @@
+"""The one place that knows whether there is a GPU.
+
+``prepare()`` runs once per process, before anything of Megatron-Core is used. With CUDA it does nothing. Without, it
+makes Megatron-Core run on the CPU over gloo: Megatron asks ``torch.cuda`` for a device, streams and random state, and
+names ``"cuda"`` as a constant in its own functions. The former are answered by the CPU; the latter are exchanged in
+the compiled constants of the few Megatron modules that have them, so no PyTorch call is intercepted and nothing is
+slower for it. Code outside this module never asks which case it is, except through ``device()`` and ``capabilities()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import types
+
+import torch
+
+# Modules of Megatron-Core whose functions name "cuda" or compare with 'torch.cuda.FloatTensor'.
+_MODULES_WITH_CUDA_CONSTANTS = (
+    "megatron.core.utils",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.utils",
+    "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.transformer.moe.moe_layer",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What this process can use; ``s2d doctor`` prints it."""
+
+    cuda: bool
+    device_name: str
+    transformer_engine: bool
+    apex: bool
+
+
+@functools.cache
+def capabilities() -> Capabilities:
+    """Probe once. An optional part that is installed but does not import counts as absent and is named by doctor."""
+    cuda = torch.cuda.is_available()
+    return Capabilities(
+        cuda=cuda,
+        device_name=torch.cuda.get_device_name() if cuda else "CPU",
+        transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
+        apex=cuda and importlib.util.find_spec("amp_C") is not None,
+    )
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if capabilities().cuda else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend for ``device()``."""
+    return "nccl" if capabilities().cuda else "gloo"
+
+
+@functools.cache
+def prepare() -> None:
+    """Make Megatron-Core usable in this process; idempotent."""
+    if capabilities().cuda:
+        return
+    _answer_torch_cuda_with_cpu()
+    for name in _MODULES_WITH_CUDA_CONSTANTS:
+        _exchange_cuda_constants(importlib.import_module(name))
+    _use_cpu_random_state()
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: work on a CPU is finished when the call returns."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, *args):
+        pass
+
+    wait_event = record_event = record = wait = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+
+def _answer_torch_cuda_with_cpu() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: _NoStream()
+    torch.cuda.stream = lambda *args: contextlib.nullcontext()
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+
+
+def _use_cpu_random_state() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._lazy_call = lambda function, **kwargs: function()
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _exchange_cuda_constants(module: types.ModuleType) -> None:
+    """Replace "cuda" by "cpu" in the constants and default arguments of every function defined in ``module``."""
+    owners = [module] + [
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    for owner in owners:
+        for value in list(vars(owner).values()):
+            function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+            function = getattr(function, "__wrapped__", function)
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                function.__code__ = _cpu_code(function.__code__)
+                if function.__defaults__:
+                    function.__defaults__ = tuple(_cpu_constant(item) for item in function.__defaults__)
+
+
+def _cpu_code(code: types.CodeType) -> types.CodeType:
+    constants = tuple(
+        _cpu_code(item) if isinstance(item, types.CodeType) else _cpu_constant(item) for item in code.co_consts
+    )
+    return code if constants == code.co_consts else code.replace(co_consts=constants)
+
+
+def _cpu_constant(item: object) -> object:
+    if isinstance(item, tuple):
+        return tuple(_cpu_constant(part) for part in item)
+    if isinstance(item, str):
+        if item == "cuda":
+            return "cpu"
+        if item.startswith("torch.cuda.") and item.endswith("Tensor"):
+            return item.replace("torch.cuda.", "torch.")
+    return item

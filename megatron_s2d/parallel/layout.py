@@ -1,0 +1,155 @@
+"""Process groups of one model layout, built once and handed on as a frozen value.
+
+Megatron-Core keeps its groups in module globals and lets most calls fall back to them. A run may hold models of
+several layouts on the same ranks (a teacher at TP 4, a student at TP 2), so a ``Layout`` remembers the globals that
+belong to it and installs them for the length of ``with layout.active():``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.parallel import device
+
+device.prepare()
+
+from megatron.core import parallel_state  # noqa: E402  (Megatron-Core only after prepare())
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Sizes, this rank's place and the groups of one layout. ``groups`` is Megatron's own collection type."""
+
+    config: ParallelConfig
+    groups: ProcessGroupCollection
+    _globals: dict[str, object] = dataclasses.field(repr=False)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.config.tensor_model_parallel_size
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.config.pipeline_model_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.config.data_parallel_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer and therefore sees outputs and losses."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank, within this rank's pipeline, of the last stage."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Megatron's global groups are this layout's inside the block."""
+        before = _snapshot()
+        _install(self._globals)
+        try:
+            yield
+        finally:
+            _install(before)
+
+
+def initialize_distributed(timeout_minutes: float = 30.0) -> None:
+    """Join the default process group from the launcher's variables (torchrun, srun), or a world of one."""
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if device.capabilities().cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(device.backend(), timeout=timeout)
+    else:
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group; the barrier keeps a fast rank from tearing down a gloo pair that a slow one still uses."""
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def build_layout(config: ParallelConfig) -> Layout:
+    """Create the groups of ``config`` over all ranks of the job; collective. Errors name the sizes that do not fit."""
+    world_size = dist.get_world_size()
+    if config.world_size != world_size:
+        raise UserError(
+            f"layout tensor {config.tensor_model_parallel_size} x pipeline {config.pipeline_model_parallel_size} x "
+            f"context {config.context_parallel_size} x data {config.data_parallel_size} needs {config.world_size} "
+            f"ranks, but the job has {world_size}: change the parallel sizes or the number of processes"
+        )
+    before = _snapshot()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        create_gloo_process_groups=True,
+    )
+    layout = Layout(config, ProcessGroupCollection.use_mpu_process_groups(), _snapshot())
+    with layout.active():
+        # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
+        # weights are initialised by name (models/weights.py) and no family uses dropout.
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    if before.get("_TENSOR_MODEL_PARALLEL_GROUP") is not None:
+        _install(before)
+    return layout
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that libraries fall back to; the project's own sampling never uses them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _snapshot() -> dict[str, object]:
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and name[1:2].isupper()
+    }
+
+
+def _install(state: dict[str, object]) -> None:
+    vars(parallel_state).update(state)
