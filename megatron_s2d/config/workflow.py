@@ -1,0 +1,208 @@
+"""A whole run: models, data, stages, arms, evaluation, contrasts, and the checks that span them. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.algorithm import (
+    ForwardKlConfig,
+    GrpoConfig,
+    OpdConfig,
+    Stage,
+    SupervisedConfig,
+    TeacherCacheConfig,
+    TrainingStageConfig,
+)
+from megatron_s2d.config.base import Config, UserError, apply_overrides, load_yaml, parse
+from megatron_s2d.config.data import DataSource
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import SamplingConfig
+
+HALVES = ("1H", "2H")
+
+
+class LengthConfig(Config):
+    """Limits of a sequence, for every stage."""
+
+    max_prompt_tokens: int = Field(3072, ge=1, description="longer prompts are dropped and counted")
+
+
+class EvaluationConfig(Config):
+    """How the endpoint of every arm is measured (methods M6)."""
+
+    prompts: str = Field(description="entry of `data`")
+    samples_per_prompt: int = Field(16, ge=1, description="k of avg@k")
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = Field(0, ge=0, description="added to the run's seed")
+
+
+class ContrastConfig(Config):
+    """A comparison of two arms that differ in one factor."""
+
+    a: str
+    b: str
+    factor: str = Field(description="the factor, in words; printed beside the difference")
+    expect: Literal["a>b", "a<b", "a~b", "unknown"] = Field("a>b", description="what the paper found")
+    differs: list[str] = Field(
+        default_factory=list,
+        description="patterns of dotted keys that may differ; any other difference makes the contrast refused",
+    )
+
+
+class PassRateWindow(Config):
+    """A check of a stage's endpoint on training prompts, so that a run is judged before its arms are paid for."""
+
+    stage: str
+    prompts: str = Field(description="labelled prompts of the training distribution, never the evaluation's")
+    low: float = Field(0.0, ge=0, le=1)
+    high: float = Field(1.0, ge=0, le=1)
+    samples_per_prompt: int = Field(4, ge=1)
+    num_prompts: int = Field(256, ge=1)
+
+
+class WorkflowConfig(Config):
+    """The file that ``s2d run`` takes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    seed: int = Field(1, ge=0)
+    tokenizer: str = Field(description="`task:modular_arithmetic`, a local directory, or a hub name")
+    models: dict[str, ModelConfig]
+    data: dict[str, DataSource]
+    parallel: ParallelConfig = ParallelConfig()
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    lengths: LengthConfig = LengthConfig()
+    stages: dict[str, Stage]
+    arms: dict[str, str] = Field(description="arm -> stage that is its endpoint")
+    evaluation: EvaluationConfig
+    also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
+    contrasts: list[ContrastConfig] = Field(default_factory=list)
+    gates: list[PassRateWindow] = Field(default_factory=list)
+    num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
+    threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
+
+    @pydantic.model_validator(mode="after")
+    def _references(self) -> WorkflowConfig:
+        for name, stage in self.stages.items():
+            self._check_stage(name, stage)
+        self._order()
+        for arm, stage_name in self.arms.items():
+            self._need_stage(f"arms.{arm}", stage_name, TrainingStageConfig)
+        for stage_name in self.also_evaluate:
+            self._need_stage("also_evaluate", stage_name, TrainingStageConfig)
+        self._need_prompts("evaluation.prompts", self.evaluation.prompts)
+        for index, contrast in enumerate(self.contrasts):
+            for side in (contrast.a, contrast.b):
+                if side not in self.arms:
+                    raise ValueError(f"contrasts.{index} names the arm '{side}', which is not among `arms`")
+        for index, gate in enumerate(self.gates):
+            self._need_stage(f"gates.{index}.stage", gate.stage, TrainingStageConfig)
+            self._need_prompts(f"gates.{index}.prompts", gate.prompts)
+        return self
+
+    def _check_stage(self, name: str, stage: Stage) -> None:
+        where = f"stages.{name}"
+        if isinstance(stage, TrainingStageConfig) and stage.model is not None and stage.model not in self.models:
+            raise ValueError(f"{where}.model: '{stage.model}' is not among `models` ({', '.join(self.models)})")
+        for relation, other in stage.inputs().items():
+            wanted = TeacherCacheConfig if relation == "cache" else TrainingStageConfig
+            self._need_stage(f"{where}.{relation}", other, wanted)
+        if isinstance(stage, SupervisedConfig) and stage.data is not None:
+            self._need_prompts(f"{where}.data", stage.data)
+        if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
+            self._need_prompts(f"{where}.prompts", stage.prompts)
+        if isinstance(stage, GrpoConfig) and stage.prompts.partition("/")[0] == self.evaluation.prompts:
+            raise ValueError(f"{where}.prompts: '{stage.prompts}' is the evaluation set; training on it is refused")
+
+    def _need_stage(self, where: str, name: str, wanted: type) -> None:
+        if name not in self.stages:
+            raise ValueError(f"{where}: there is no stage '{name}' (stages: {', '.join(self.stages)})")
+        if not isinstance(self.stages[name], wanted):
+            kind = "a teacher_cache stage" if wanted is TeacherCacheConfig else "a stage that trains a model"
+            raise ValueError(f"{where}: stage '{name}' is of type {self.stages[name].type}; {kind} is needed")
+
+    def _need_prompts(self, where: str, name: str) -> None:
+        entry, _, half = name.partition("/")
+        if entry not in self.data:
+            raise ValueError(f"{where}: '{entry}' is not among `data` ({', '.join(self.data)})")
+        if half and half not in HALVES:
+            raise ValueError(f"{where}: '{half}' is not a half; write {entry}/1H or {entry}/2H")
+
+    def _order(self) -> list[str]:
+        """Stage names, inputs first; an error names a circle."""
+        done: list[str] = []
+        visiting: list[str] = []
+
+        def visit(name: str) -> None:
+            if name in done:
+                return
+            if name in visiting:
+                raise ValueError(f"stages depend on each other in a circle: {' -> '.join([*visiting, name])}")
+            visiting.append(name)
+            for other in self.stages[name].inputs().values():
+                visit(other)
+            visiting.pop()
+            done.append(name)
+
+        for name in self.stages:
+            visit(name)
+        return done
+
+    def stage_order(self) -> list[str]:
+        """Stage names, each after its inputs."""
+        return self._order()
+
+    def model_of(self, stage_name: str) -> str:
+        """The entry of ``models`` that a stage trains (or samples from, for a cache)."""
+        stage = self.stages[stage_name]
+        if isinstance(stage, TeacherCacheConfig):
+            return self.model_of(stage.teacher)
+        return stage.model if stage.model is not None else self.model_of(stage.init)
+
+    def chain(self, stage_name: str) -> list[str]:
+        """Every stage that leads to ``stage_name``, itself last, inputs first."""
+        wanted = {stage_name}
+        for name in reversed(self._order()):
+            if name in wanted:
+                wanted.update(self.stages[name].inputs().values())
+        return [name for name in self._order() if name in wanted]
+
+
+def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
+    """Read, override, expand ``like`` and validate a workflow file; every problem is a one-line ``UserError``."""
+    document = apply_overrides(load_yaml(path), overrides or [])
+    stages = document.get("stages")
+    if isinstance(stages, dict):
+        document["stages"] = {name: _expand(name, stages, str(path), ()) for name in stages}
+    return parse(WorkflowConfig, document, str(path))
+
+
+def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:
+    """The stage with what it inherits through ``like: other`` filled in; mappings merge key by key, null removes."""
+    stage = stages[name]
+    if not isinstance(stage, dict) or "like" not in stage:
+        return {"role": name, **stage} if isinstance(stage, dict) else stage
+    other = stage["like"]
+    if other not in stages:
+        raise UserError(f"{source}: stages.{name}.like: there is no stage '{other}' (stages: {', '.join(stages)})")
+    if other in seen or other == name:
+        raise UserError(f"{source}: stages.{name}.like: '{other}' inherits from '{name}'")
+    inherited = _expand(other, stages, source, (*seen, name))
+    return _merge(inherited, {key: value for key, value in stage.items() if key != "like"})
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
