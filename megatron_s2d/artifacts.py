@@ -138,7 +138,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line (no newline, not JSON) is left out, other damage is an error."""
+    """The objects of a JSON-lines file; a torn last line (no newline, not JSON) is left out, other damage refused."""
     lines = _read_text(path).split("\n")
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1) if line.strip()]
     if lines[-1].strip():
@@ -182,7 +182,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def tree_digest(directory: str | Path) -> str:
-    """SHA-256 over the sorted relative names and contents of all files below ``directory``; modes and times are ignored.
+    """SHA-256 over the sorted relative names and contents of all files below ``directory``; modes and times are not in.
 
     Symbolic links to files count by their content; lock files are left out. Nothing is cached: every byte is read.
     """
@@ -240,6 +240,16 @@ def _acquire(descriptor: int, path: Path, wait_seconds: float, announce: Callabl
 def timestamp() -> str:
     """Now, in UTC, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def format_seconds(seconds: float) -> str:
+    """``42s``, ``3m05s`` or ``2h07m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def code_version() -> dict[str, str]:
@@ -353,7 +363,7 @@ class StageDirectory:
             shutil.rmtree(path)
 
     def supersede(self, reason: str) -> Path | None:
-        """Move the directory to ``superseded/<name>-<n>`` beside it, with ``reason.txt``; nothing where it is absent."""
+        """Move the directory to ``superseded/<name>-<n>`` beside it, with ``reason.txt``; None where it is absent."""
         if not self.path.exists():
             return None
         shelf = self.path.parent / "superseded"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from megatron_s2d.artifacts import StageDirectory, append_line, truncate_jsonl_after
+from megatron_s2d.artifacts import StageDirectory, append_line, format_seconds, truncate_jsonl_after
 
 _TAIL_BYTES = 1 << 16
 
@@ -195,13 +195,3 @@ def _remaining(task: _Task, now: float) -> list[str]:
     if done <= 0 or task.completed >= task.total:
         return []
     return [f"{format_seconds((now - task.started) / done * (task.total - task.completed))} left"]
-
-
-def format_seconds(seconds: float) -> str:
-    """``42s``, ``3m05s`` or ``2h07m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -170,7 +170,8 @@ def test_check_matched_refuses_what_was_not_declared():
     arms = {"full": arm(), "other": arm(teacher="teacher_base", steps=50)}
     declared = check_matched(contrast(["opd.teacher", "opd.st*"]), arms)
     assert [item.key for item in declared] == ["opd.teacher", "opd.steps"]
-    with pytest.raises(UserError, match=r"the arms also differ in opd\.steps: 60 against 50\. Make them equal") as caught:
+    undeclared = r"the arms also differ in opd\.steps: 60 against 50\. Make them equal"
+    with pytest.raises(UserError, match=undeclared) as caught:
         check_matched(contrast(["opd.teacher"]), arms)
     assert "opd.teacher:" not in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"opd\.teacher: .*; opd\.steps: "):
