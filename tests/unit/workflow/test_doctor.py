@@ -1,0 +1,110 @@
+"""The diagnosis fails for what is required and only for that."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from megatron_s2d.workflow import doctor
+from megatron_s2d.workflow.doctor import (
+    OPTIONAL_COMMANDS,
+    OPTIONAL_PACKAGES,
+    Check,
+    Diagnosis,
+    check_commands,
+    check_packages,
+    check_python,
+    diagnose,
+    print_diagnosis,
+    probe_devices,
+    read_pins,
+)
+
+REQUIREMENTS = [
+    "torch==2.11.0",
+    "Pydantic>=2.10",
+    "tokenizers",
+    'colorama; sys_platform == "nowhere"',
+    'sglang==0.5.17; extra == "sglang"',
+    'transformer-engine[pytorch]==2.20.2; extra == "gpu"',
+]
+
+
+def status(installed, pins=None):
+    checks = check_packages(REQUIREMENTS, pins or {}, installed.get)
+    return {check.name: (check.status, check.failed) for check in checks}
+
+
+def test_required_packages():
+    good = {"torch": "2.11.0+cpu", "Pydantic": "2.11.1", "tokenizers": "0.22"}
+    result = status(good)
+    assert set(result) == {"torch", "Pydantic", "tokenizers", *OPTIONAL_PACKAGES}
+    assert [result[name] for name in good] == [("ok", False)] * 3
+    assert status(good | {"torch": "2.10.0"})["torch"] == ("wrong", True)
+    assert status(good | {"Pydantic": "2.9"})["Pydantic"] == ("wrong", True)
+    assert status({"torch": "2.11.0"})["tokenizers"] == ("missing", True)
+
+
+def test_optional_packages_never_fail():
+    result = status({"sglang": "0.4.0", "transformer-engine": "2.20.2"})
+    assert result["sglang"] == ("wrong", False)
+    assert result["transformer-engine"] == ("ok", False) and result["nemo-run"] == ("missing", False)
+    missing = {check.name: check.note for check in check_packages(REQUIREMENTS, {}, {}.get)}
+    assert missing["sglang"].startswith("gives rollouts")
+
+
+def test_versions_beside_the_constraints_are_untested_not_wrong():
+    pins = read_pins("--extra-index\n# a comment\ntorch==2.11.0+cu130\npydantic==2.11.0  # why\nnumpy>=1\n")
+    assert pins == {"torch": "2.11.0+cu130", "pydantic": "2.11.0"}
+    result = status({"torch": "2.11.0", "Pydantic": "2.12.0", "tokenizers": "0.22"}, pins)
+    assert result["torch"] == ("ok", False) and result["Pydantic"] == ("untested", False)
+
+
+@pytest.mark.parametrize("version,failed", [("3.12.1", False), ("3.11.9", True), ("3.14.0", True)])
+def test_python(version, failed):
+    assert check_python(version, ">=3.12,<3.14").failed is failed
+
+
+def test_commands():
+    checks = {check.name: check for check in check_commands({"sbatch": "/usr/bin/sbatch"}.get)}
+    assert set(checks) == set(OPTIONAL_COMMANDS)
+    assert checks["sbatch"].status == "ok" and checks["srun"].status == "missing" and not checks["srun"].failed
+
+
+def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    devices, (check,) = probe_devices()
+    assert devices == [] and check.failed and "torch does not load" in check.note
+
+
+def test_container_limits(monkeypatch, tmp_path):
+    limits = {"cpu.max": "50000 100000", "memory.max": str(3 * 1024**3)}
+    monkeypatch.setattr(doctor, "_cgroup", limits.get)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0, 1})
+    facts = doctor.machine_facts(tmp_path)
+    assert facts["cores"] == "2, limited to 0.5 by the container" and facts["memory"] == "3.0 GiB"
+    monkeypatch.setattr(doctor, "_cgroup", {"cpu.max": "max 100000", "memory.max": "max"}.get)
+    assert doctor.machine_facts(tmp_path)["cores"] == "2"
+
+
+def test_this_installation_and_its_print():
+    diagnosis = diagnose()
+    names = [check.name for check in diagnosis.checks]
+    assert {"python", "torch", "megatron-core", "sglang", "CUDA device", "sbatch"} <= set(names)
+    assert diagnosis.devices[0].startswith("CPU: ") and set(diagnosis.machine) >= {"cores", "memory", "disk"}
+    console = Console(file=io.StringIO(), width=160)
+    print_diagnosis(diagnosis, console)
+    text = console.file.getvalue()
+    assert all(name in text for name in names)
+    assert diagnosis.exit_code == 0, text
+    assert text.rstrip().endswith("Ready.")
+
+
+def test_exit_code_and_closing_sentence():
+    broken = Diagnosis((Check("torch", "wrong", True, "1.0", "==2.11.0"),), (), {})
+    optional = Diagnosis((Check("apex", "missing", False, "", ""),), (), {})
+    assert (broken.exit_code, optional.exit_code) == (1, 0)
+    console = Console(file=io.StringIO(), width=160)
+    print_diagnosis(broken, console)
+    assert "Not usable: torch missing or at a wrong version." in console.file.getvalue()
