@@ -135,7 +135,7 @@ class Progress:
             task.bar = self._bars.add_task(name, total=total, completed=first, note="")
 
     def update(self, name: str, completed: int, values: Mapping[str, float | None]) -> None:
-        """Show that ``name`` has done ``completed``; ``values`` are metrics, of which speed, reward and loss are shown."""
+        """Show that ``name`` has done ``completed``; of the metrics ``values``, speed, reward and loss are shown."""
         task = self._tasks[name]
         task.completed = completed
         task.note = ", ".join([*_facts(values), *_remaining(task, time.monotonic())])

@@ -1,4 +1,4 @@
-"""``s2d doctor``: what is installed and whether the versions fit, which devices there are, what missing parts would give.
+"""``s2d doctor``: what is installed and whether versions fit, which devices there are, what missing parts would give.
 
 Required are the package's own dependencies; everything else is optional and never fails the check. Only torch is
 imported (inside ``diagnose``), to ask it for devices; other packages are known by their metadata. Left out: whether a

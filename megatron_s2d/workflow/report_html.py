@@ -225,8 +225,8 @@ alt="Differences with intervals; the numbers are in the table above"></figure>{%
 {% if results.refused %}
 <h3>Refused contrasts</h3>
 <table><thead><tr><th>a − b</th><th>Factor</th><th>Why it is not shown</th></tr></thead><tbody>
-{% for contrast in results.refused %}<tr><td>{{ contrast.a }}<br>−&nbsp;{{ contrast.b }}</td><td>{{ contrast.factor }}</td>
-<td>{{ contrast.reason }}</td></tr>{% endfor %}</tbody></table>
+{% for contrast in results.refused %}<tr><td>{{ contrast.a }}<br>−&nbsp;{{ contrast.b }}</td>
+<td>{{ contrast.factor }}</td><td>{{ contrast.reason }}</td></tr>{% endfor %}</tbody></table>
 {% endif %}
 </section>
 
