@@ -1,0 +1,156 @@
+"""Decoding with kept keys and values: Megatron's static inference context, with keys stored after their rotation.
+
+Megatron's own static context stores keys unrotated and rotates the whole history again in every step; its self-attention
+has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one. Sequences of a
+batch end at the same column: shorter prompts are padded on the left, and the padding is masked. Positions are counted
+without the padding, so rotations are those of the unpadded sequence.
+
+Left out: pages, refilling of finished rows, context parallelism, partial and interleaved rotations.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.parallel import device
+
+device.prepare()
+
+from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+
+_LEAST_ROOM = 256  # free columns that a buffer gets at least; a longer one doubles
+
+
+class KeyValueCache(StaticInferenceContext):
+    """Keys and values of all layers of this rank, as [batch, groups, columns, head_dim].
+
+    Use: one forward over the prompts, ``advance``, then ``select`` to repeat prompts or drop rows, and one forward per
+    token, each followed by ``advance``.
+    """
+
+    def __init__(self, pad_lengths: torch.Tensor | None, prompt_length: int, max_sequence_length: int):
+        """``pad_lengths``: [batch] int64 columns of left padding, None where no row has any."""
+        rows = 1 if pad_lengths is None else len(pad_lengths)
+        super().__init__(max_batch_size=rows, max_sequence_length=max_sequence_length)
+        self._pad_lengths = pad_lengths
+        self._window = prompt_length  # columns that the next forward brings
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # of every position, [positions, head_dim]
+        self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of the window
+
+    @property
+    def has_padding(self) -> bool:
+        return self._pad_lengths is not None
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """Mask of the next forward, True where a key is hidden: [batch, 1, window, columns] bool; None: no padding.
+
+        Without padding the mask is causal over the prompts and empty afterwards. A padded query sees itself, because a
+        row that sees nothing has no softmax.
+        """
+        if self._pad_lengths is None:
+            return None
+        start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
+        columns = torch.arange(stop, device=self._pad_lengths.device)
+        hidden = (columns < self._pad_lengths[:, None])[:, None, None, :]
+        if self._window == 1:
+            return hidden
+        queries = columns[start:, None]
+        return (hidden & (columns != queries)) | (columns > queries)
+
+    def advance(self) -> None:
+        """The forward is done: the next one brings one token."""
+        self.sequence_len_offset += self._window
+        self._window = 1
+        self._rotation = None
+        self.enable_decode_mode()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep ``rows`` ([new batch] int64; a row may come more than once) in this order."""
+        self.max_batch_size = len(rows)
+        if self._pad_lengths is not None:
+            self._pad_lengths = self._pad_lengths[rows]
+        for number, pair in self._layers.items():
+            self._layers[number] = tuple(self._room(buffer, rows) for buffer in pair)
+
+    def append(
+        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, freqs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate the window's ``query`` and ``key`` and add key and value to the layer.
+
+        All are [window, batch, heads or groups, head_dim]; ``freqs``: Megatron's angles [positions, 1, 1, head_dim].
+        Returns the rotated query and the keys and values of all columns so far, in the same axis order.
+        """
+        cos, sin = self._window_rotation(freqs, query.dtype)
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
+        keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        if start == 0:
+            self._layers[layer_number] = (keys, values)
+            return query, key, value
+        if stop > self._layers[layer_number][0].shape[2]:
+            self._layers[layer_number] = tuple(self._room(buffer, None) for buffer in self._layers[layer_number])
+        all_keys, all_values = self._layers[layer_number]
+        all_keys[:, :, start:stop] = keys
+        all_values[:, :, start:stop] = values
+        return query, all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
+
+    def _room(self, buffer: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """A copy of ``rows`` of ``buffer`` with free columns after those that are filled."""
+        filled = self.sequence_len_offset
+        kept = buffer[:, :, :filled]
+        kept = kept if rows is None else kept.index_select(0, rows)
+        columns = min(self.max_sequence_length, filled + max(filled, _LEAST_ROOM))
+        room = kept.new_empty(kept.shape[0], kept.shape[1], columns, kept.shape[3])
+        room[:, :, :filled] = kept
+        return room
+
+    def _window_rotation(self, freqs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and signed sine of the window's positions, computed once for all layers: [window, batch or 1, 1, d]."""
+        if self._rotation is None:
+            if self._cos_sin is None:
+                angles = freqs[:, 0, 0]
+                sin = torch.sin(angles)
+                sin[:, : sin.shape[1] // 2].neg_()
+                self._cos_sin = (torch.cos(angles).to(dtype), sin.to(dtype))
+            start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
+            if self._pad_lengths is None:
+                positions = slice(start, stop)
+                self._rotation = tuple(table[positions, None, None, :] for table in self._cos_sin)
+            else:
+                columns = torch.arange(start, stop, device=freqs.device)
+                positions = (columns[:, None] - self._pad_lengths).clamp_(min=0)
+                self._rotation = tuple(table[positions].unsqueeze(2) for table in self._cos_sin)
+        return self._rotation
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention that hands keys and values to a ``KeyValueCache``; without one it is unchanged."""
+
+    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        if inference_context is None:
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        if not isinstance(inference_context, KeyValueCache):
+            raise TypeError(f"this model decodes with a KeyValueCache, not with a {type(inference_context).__name__}")
+        freqs = rotary_pos_emb[0]
+        if freqs.shape[-1] != query.shape[-1] or self.config.rotary_interleaved or self._yarn_concentration_factor != 1:
+            raise UserError("generation supports rotations of whole heads, not partial, interleaved or YaRN ones")
+        is_prompt = inference_context.sequence_len_offset == 0
+        padded = inference_context.has_padding
+        query, key, value = inference_context.append(self.layer_number, query, key, value, freqs)
+        if padded:
+            mask_type = AttnMaskType.arbitrary
+        else:
+            mask_type = AttnMaskType.causal if is_prompt else AttnMaskType.no_mask
+        return query, key, value, None, mask_type, None
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate halves: x cos + (-x2, x1) sin, the sign of the first half being in ``signed_sin``."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), signed_sin)

@@ -1,0 +1,94 @@
+"""What every rollout engine promises: requests in, ``Sample`` records out, weights pushed under a version. No torch here.
+
+A served engine and the in-process one (``megatron_engine.py``) implement the same ``RolloutEngine``. Conventions that
+the rest of the project relies on (methods.md, Notation and M1):
+
+- ``rollout_log_probs`` are those of the sampled tokens under ``softmax(logits / temperature)``, before top-k and top-p,
+  which is what served engines report too. Greedy decoding (temperature 0) reports them at temperature 1.
+- A response ends with the stop token (or with the token that completes a stop string), which belongs to the response;
+  its ``finish_reason`` is "stop". A response that reaches ``max_new_tokens`` first has "length".
+- A sample depends on its own prompt, seed and parameters and on the weights, never on the requests beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.records import Prompt, Sample
+
+# Called with (finished requests, all requests of the call) from time to time.
+ProgressCallback = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one response is sampled; a value out of range is a ``UserError`` that names it."""
+
+    max_new_tokens: int  # response tokens at most, at least 1
+    stop_token_ids: tuple[int, ...]  # the response ends with the first of these; empty: only the length ends it
+    temperature: float = 1.0  # 0 is greedy decoding
+    top_p: float = 1.0  # smallest set of likeliest tokens that holds this much probability; 1 keeps every token
+    top_k: int = -1  # number of likeliest tokens kept; -1 keeps every token
+    stop_strings: tuple[str, ...] = ()  # the response ends when its text contains one of these
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"sampling: max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"sampling: temperature is {self.temperature}: it must be 0 (greedy) or positive")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling: top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.top_k != -1 and self.top_k < 1:
+            raise UserError(f"sampling: top_k is {self.top_k}: it must be -1 (every token) or at least 1")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise UserError(f"sampling: stop_token_ids {self.stop_token_ids} contain a negative id")
+        if any(not text for text in self.stop_strings):
+            raise UserError("sampling: stop_strings contain an empty string, which would stop every response at once")
+
+    @property
+    def log_prob_temperature(self) -> float:
+        """Temperature of the reported log-probabilities: the sampling temperature, and 1 for greedy decoding."""
+        return self.temperature if self.temperature > 0 else 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """One response wanted. ``id`` becomes the sample's id, so it is unique in a run."""
+
+    id: str  # "<prompt id>#<group index>@<step>"
+    prompt: Prompt
+    group: int  # copied to the sample; groups share a prompt
+    seed: int  # 0 <= seed < 2**63, from sample_seed
+    params: SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the weights that were last pushed."""
+
+    version: int  # of the weights in use; written to every sample's policy_spans
+
+    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
+        """One sample per request, in the order of ``requests``."""
+        ...
+
+    def push(self, chunks: Sequence[Any], version: int) -> None:
+        """Use the current weights of the live model ``chunks`` from the next ``generate`` on, as ``version``."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used afterwards."""
+        ...
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: str, group: int) -> int:
+    """Seed of one response: a hash of its place in the run, the same on every machine, layout and order.
+
+    63 bits, so that it is a non-negative signed integer everywhere.
+    """
+    text = f"{run_seed}\x1f{step}\x1f{prompt_id}\x1f{group}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
