@@ -89,7 +89,10 @@ class _NoStream:
     def wait_stream(self, *args):
         pass
 
-    wait_event = record_event = record = wait = synchronize = wait_stream
+    wait_event = record = wait = synchronize = wait_stream
+
+    def record_event(self, *args) -> _NoStream:
+        return self
 
     def query(self) -> bool:
         return True

@@ -1,0 +1,113 @@
+"""Which model: what a user writes (``ModelConfig``) and the complete description it resolves to (``ModelSpec``).
+
+A model comes from a preset, from the ``config.json`` of a Hugging Face directory, or from fields written out; single
+fields of a preset can be overridden. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config, UserError
+from megatron_s2d.config.hf_config import spec_from_directory
+from megatron_s2d.config.model_spec import Family, ModelSpec, RopeScaling
+from megatron_s2d.config.presets import PRESETS
+
+class RopeScalingConfig(Config):
+    """Llama 3's rope scaling; see ``RopeScaling``."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_position_embeddings: int = Field(8192, ge=1)
+
+
+class ModelConfig(Config):
+    """A model, as a user names it: ``preset`` or ``path``, or every field; a field given beside a preset replaces it."""
+
+    preset: str | None = Field(None, description="one of " + ", ".join(PRESETS))
+    path: Path | None = Field(
+        None, description="Hugging Face directory: its config.json describes the model, its safetensors are the weights"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations to recompute in the backward pass: none, attention, or whole layers"
+    )
+    moe_aux_loss_coeff: float = Field(0.0, ge=0, description="weight of the router's load-balancing loss in training")
+
+    family: Family | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = Field(None, description="the tokenizer's size where left out")
+    max_position_embeddings: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: RopeScalingConfig | None = None
+    tie_word_embeddings: bool | None = None
+    norm_eps: float | None = None
+    initializer_range: float | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    norm_topk_prob: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        given = sorted(self._overrides())
+        if self.preset is not None and self.preset not in PRESETS:
+            close = difflib.get_close_matches(self.preset, PRESETS, n=1, cutoff=0.4)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(PRESETS)}"
+            raise ValueError(f"unknown preset '{self.preset}' ({hint})")
+        if self.preset is not None and self.path is not None:
+            raise ValueError("give either preset or path, not both")
+        if self.path is not None and given:
+            raise ValueError(f"{given[0]} is fixed by the config.json in path; leave it out")
+        if self.preset is None and self.path is None:
+            required = [field.name for field in dataclasses.fields(ModelSpec) if _is_required(field)]
+            missing = [name for name in required if name not in given and name != "vocab_size"]
+            if missing:
+                raise ValueError(f"give a preset or a path, or also these fields: {', '.join(missing)}")
+        return self
+
+    def _overrides(self) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(ModelSpec)}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = RopeScaling(**self.rope_scaling.model_dump())
+        return values
+
+    def resolve(self, vocab_size: int | None = None) -> ModelSpec:
+        """The complete description. ``vocab_size`` is the tokenizer's: it fills a gap, and may never be the larger.
+
+        Raises ``UserError`` for contradictory fields, an unreadable ``path``, or a model smaller than its tokenizer.
+        """
+        if self.path is not None:
+            spec = spec_from_directory(self.path)
+        else:
+            fields = dict(PRESETS[self.preset]) if self.preset is not None else {}
+            if isinstance(fields.get("rope_scaling"), dict):
+                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+            fields.update(self._overrides())
+            if fields.get("vocab_size") is None:
+                if vocab_size is None:
+                    raise UserError("model: vocab_size is not given and there is no tokenizer to take it from")
+                fields["vocab_size"] = vocab_size
+            spec = ModelSpec(**fields)
+        if vocab_size is not None and vocab_size > spec.vocab_size:
+            raise UserError(
+                f"model: the tokenizer has {vocab_size} tokens, the model only {spec.vocab_size}; "
+                "use the model's own tokenizer"
+            )
+        return spec
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

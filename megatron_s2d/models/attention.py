@@ -1,0 +1,112 @@
+"""Attention over PyTorch's ``scaled_dot_product_attention``: grouped queries, explicit masks, packing, KV cache.
+
+It takes the place of Megatron's local core attention, which repeats keys and values for grouped queries, materialises
+all scores in a global buffer, and refuses packed sequences. Context parallelism is left to Transformer Engine.
+
+Dimensions: S query positions, T key positions, B batch, H query heads, G key/value heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_s2d.parallel import device
+
+device.prepare()
+
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masked: torch.Tensor | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of ``query`` [S, B, H, D] over ``key`` and ``value`` [T, B, G, D]; returns [S, B, H * D].
+
+    ``masked`` is Megatron's convention: boolean, True where a query may NOT look, [B or 1, 1, S, T], and complete, that
+    is, it contains the causal part too. Without it the attention is causal, the S queries being the last of the T
+    positions (so S = 1 sees everything). A query that may look nowhere gets zeros, in value and in gradient.
+    """
+    num_queries, num_keys = query.size(0), key.size(0)
+    allowed = None
+    if masked is not None:
+        allowed = masked.logical_not()
+    elif 1 < num_queries < num_keys:
+        allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        allowed = allowed.tril(num_keys - num_queries)
+    output = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=allowed,
+        is_causal=allowed is None and num_queries > 1,
+        scale=scale,
+        enable_gqa=query.size(2) != key.size(2),
+    )
+    return output.permute(2, 0, 1, 3).reshape(num_queries, query.size(1), -1)
+
+
+class CoreAttention(MegatronModule):
+    """Megatron core attention in the terms of ``attend``; has no parameters."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_groups):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise NotImplementedError("context parallelism needs Transformer Engine")
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type=None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """See ``attend``. ``attn_mask_type`` is implied by the shapes. With ``packed_seq_params`` (``thd``) the tensors
+        are [tokens, heads, D] of several sequences laid end to end, and each sequence attends to itself only."""
+        if attention_bias is not None:
+            raise NotImplementedError("attention_bias is not supported")
+        if packed_seq_params is None:
+            return attend(query, key, value, attention_mask, self.scale)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        if bounds[-1] != query.size(0):
+            raise ValueError(f"packed sequences end at {bounds[-1]}, but there are {query.size(0)} tokens")
+        parts = [
+            attend(query[a:b, None], key[a:b, None], value[a:b, None], None, self.scale)
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        return torch.cat(parts).squeeze(1)
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention, with keys cached after their rotation.
+
+    Megatron caches keys unrotated and turns the whole cache again for every new token.
+    """
+
+    def _adjust_key_value_for_inference(
+        self, inference_context, query, key, value, rotary_pos_emb, *arguments, **named_arguments
+    ):
+        if inference_context is not None and inference_context.is_static_batching() and rotary_pos_emb is not None:
+            start = inference_context.sequence_len_offset
+            stop = start + query.size(0)
+            query, key = (
+                apply_rotary_pos_emb(
+                    tensor, positions[start:stop], config=self.config, cp_group=self.pg_collection.cp
+                )
+                for tensor, positions in zip((query, key), rotary_pos_emb, strict=True)
+            )
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *arguments, **named_arguments
+        )

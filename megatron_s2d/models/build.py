@@ -1,0 +1,196 @@
+"""The one place that constructs models.
+
+Megatron-Core's ``GPTModel`` from a ``ModelSpec`` for this rank's place in a ``Layout``: Transformer Engine layers where
+they are usable, Megatron's own linear layers with our norm and attention elsewhere. (Megatron-Core 0.19 announces that
+``HybridModel`` will replace ``GPTModel``; the switch would happen in this file.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_stage, padded_vocab_size
+from megatron_s2d.models.weights import SeededWeights, import_weights
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.layout import Layout
+
+device.prepare()
+
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+
+from megatron_s2d.models.attention import CachedSelfAttention, CoreAttention  # noqa: E402
+from megatron_s2d.models.norm import RMSNorm  # noqa: E402
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def build_model(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    params_dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+    recompute: Recompute = "none",
+    moe_aux_loss_coeff: float = 0.0,
+) -> list[GPTModel]:
+    """This rank's part of the model, as the list of chunks that Megatron's schedules take (always one); collective-free.
+
+    With ``seed`` the weights are drawn by tensor name (bit-identical at every layout); without, they are left
+    uninitialised for ``import_weights`` or a checkpoint to fill. Outputs are logits [B, S, padded vocabulary / tensor
+    ranks], not gathered; columns from ``spec.vocab_size`` on are padding. Forward arguments are ``GPTModel.forward``'s;
+    an attention mask follows ``models.attention.attend``. Raises ``UserError`` for a layout that does not divide.
+    """
+    check_layout(spec, layout.config)
+    if layout.config.context_parallel_size > 1 and not device.capabilities().transformer_engine:
+        raise UserError(
+            f"context_parallel_size {layout.config.context_parallel_size} needs Transformer Engine; set it to 1"
+        )
+    config = transformer_config(
+        spec, layout, params_dtype=params_dtype, recompute=recompute, moe_aux_loss_coeff=moe_aux_loss_coeff
+    )
+    with layout.active():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_submodules(spec, layout),
+            vocab_size=padded_vocab_size(spec.vocab_size, layout.tensor_size),
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            pg_collection=layout.groups,
+        )
+    # Megatron's own scaling has Llama 3.1's constants built in.
+    model.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(device.device())
+    model.to(device.device())
+    if seed is not None:
+        import_weights([model], spec, layout, SeededWeights(spec, seed))
+    return [model]
+
+
+def transformer_config(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    params_dtype: torch.dtype,
+    recompute: Recompute = "none",
+    moe_aux_loss_coeff: float = 0.0,
+) -> TransformerConfig:
+    """Megatron's configuration object for ``spec`` at ``layout``."""
+    parallel = layout.config
+    with_te = device.capabilities().transformer_engine
+    experts = {}
+    if spec.num_experts:
+        experts = {
+            "num_moe_experts": spec.num_experts,
+            "moe_router_topk": spec.num_experts_per_tok,
+            "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+            # Softmax over the chosen logits equals softmax over all, renormalised over the chosen.
+            "moe_router_pre_softmax": not spec.norm_topk_prob,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
+            "moe_aux_loss_coeff": moe_aux_loss_coeff,
+            "moe_grouped_gemm": with_te,
+        }
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        # Weights are filled by name afterwards.
+        perform_initialization=False,
+        use_cpu_initialization=not device.capabilities().cuda,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        apply_rope_fusion=with_te,
+        bias_activation_fusion=with_te,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        **experts,
+    )
+
+
+def rope_frequencies(spec: ModelSpec) -> torch.Tensor:
+    """Angular frequency of each pair of channels, [head_dim / 2], float32.
+
+    Llama 3 (``rope_scaling``): wavelengths shorter than original / high_freq_factor stay, those longer than
+    original / low_freq_factor are stretched by ``factor``, and in between the two are blended linearly in 1 / wavelength.
+    """
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    frequencies = 1.0 / (spec.rope_theta**exponents)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _block_submodules(spec: ModelSpec, layout: Layout) -> TransformerBlockSubmodules:
+    experts = spec.num_experts or None
+    if device.capabilities().transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        from megatron_s2d.models.te_attention import MaskedTEDotProductAttention
+
+        norm = TENorm
+        layer = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=experts, moe_grouped_gemm=True, qk_layernorm=spec.qk_norm
+        )
+        layer.self_attention.submodules.core_attention = MaskedTEDotProductAttention
+    else:
+        norm = RMSNorm
+        layer = get_gpt_layer_local_submodules(num_experts=experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+        _use_our_modules(layer, spec)
+    layer.self_attention.module = CachedSelfAttention
+    num_layers = len(layers_of_stage(spec, layout.pipeline_rank, layout.pipeline_size))
+    layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _use_our_modules(layer: TransformerLayerSubmodules, spec: ModelSpec) -> None:
+    attention = layer.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CoreAttention
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if spec.num_experts:
+        # Transformer Engine keeps the norm before a mixture of experts apart; with the same key in checkpoints, both
+        # kinds of layers read each other's.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")

@@ -1,0 +1,177 @@
+"""Qwen3, Qwen3-MoE and Llama 3 as data: how their parameters are called and how they are cut for parallelism.
+
+A family is a list of ``Entry``: one Megatron parameter, the Hugging Face tensors it is made of, and the rule that joins
+and cuts them. Two parameters are made of several tensors (fused query/key/value, gate and up projection of an MLP).
+The table names parameters of a whole model; ``models/weights.py`` applies it to the part that a rank holds. The same
+table serves the local and the Transformer Engine layers, which call two norms differently. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model_spec import ModelSpec, RopeScaling
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.presets import PRESETS
+
+__all__ = [
+    "PRESETS",
+    "Entry",
+    "ModelSpec",
+    "RopeScaling",
+    "Rule",
+    "check_layout",
+    "global_entries",
+    "hf_tensor_shapes",
+    "layer_entries",
+    "layers_of_stage",
+    "padded_vocab_size",
+]
+
+Rule = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
+"""How a parameter is cut over tensor ranks.
+
+``replicated`` not at all; ``vocabulary`` by rows, padded with zero rows; ``columns`` along dimension 1 of the weight
+[out, in]; ``qkv`` by rows of the fused matrix, group by group [queries of the group, key, value]; ``gate_up`` by rows of
+each half, so that every rank holds [its part of gate, its part of up].
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter: its name within the model or layer, the tensors it is made of, and how it is cut."""
+
+    parameter: str
+    hf_names: tuple[str, ...]
+    rule: Rule
+    expert: int | None = None
+    """Index among all experts of the layer; expert parameters live on one expert-parallel rank."""
+
+
+def global_entries(spec: ModelSpec, stage: Literal["first", "last"]) -> list[Entry]:
+    """Parameters outside the layers that the first or the last pipeline stage holds.
+
+    The output layer of a tied model is listed, because with pipeline stages the last one holds its own copy.
+    """
+    if stage == "first":
+        return [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")]
+    output = "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
+    return [
+        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
+        Entry("output_layer.weight", (output,), "vocabulary"),
+    ]
+
+
+def layer_entries(spec: ModelSpec, layer: int) -> list[Entry]:
+    """Parameters of one layer, named within it; ``layer`` counts from 0 over the whole model."""
+    hf = f"model.layers.{layer}."
+    attention = hf + "self_attn."
+    entries = [
+        Entry("input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated"),
+        Entry(
+            "self_attention.linear_qkv.weight",
+            tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
+            "qkv",
+        ),
+        Entry("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
+        Entry("pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated"),
+    ]
+    if spec.qk_norm:
+        entries += [
+            Entry("self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "replicated"),
+            Entry("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
+        ]
+    if not spec.num_experts:
+        return entries + _mlp_entries("mlp.", hf + "mlp.", None)
+    entries.append(Entry("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
+    for expert in range(spec.num_experts):
+        prefix = f"mlp.experts.local_experts.{expert}."
+        entries += _mlp_entries(prefix, f"{hf}mlp.experts.{expert}.", expert)
+    return entries
+
+
+def _mlp_entries(prefix: str, hf: str, expert: int | None) -> list[Entry]:
+    return [
+        Entry(prefix + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), "gate_up", expert),
+        Entry(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "columns", expert),
+    ]
+
+
+def hf_tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the model's Hugging Face checkpoint, embedding first, layer by layer."""
+    hidden = spec.hidden_size
+    yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
+    for layer in range(spec.num_layers):
+        for entry in layer_entries(spec, layer):
+            for name in entry.hf_names:
+                yield name, _layer_shape(spec, name, expert=entry.expert is not None)
+    yield "model.norm.weight", (hidden,)
+    if not spec.tie_word_embeddings:
+        yield "lm_head.weight", (spec.vocab_size, hidden)
+
+
+def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]:
+    hidden = spec.hidden_size
+    ffn = spec.moe_ffn_hidden_size if expert else spec.ffn_hidden_size
+    return {
+        "q_proj": (spec.query_size, hidden),
+        "k_proj": (spec.kv_size, hidden),
+        "v_proj": (spec.kv_size, hidden),
+        "o_proj": (hidden, spec.query_size),
+        "q_norm": (spec.head_dim,),
+        "k_norm": (spec.head_dim,),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "gate": (spec.num_experts, hidden),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }[name.split(".")[-2]]
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding and of the output layer.
+
+    A multiple of 128 (of 8 for vocabularies below 4096) and of the tensor-parallel size. Sizes that divide 128 (or 8)
+    therefore all give the same number, so a checkpoint has one shape at all of them.
+    """
+    multiple = math.lcm(128 if vocab_size >= 4096 else 8, tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def layers_of_stage(spec: ModelSpec, pipeline_rank: int, pipeline_size: int) -> range:
+    """The layers, counted over the whole model, that a pipeline stage holds."""
+    share = spec.num_layers // pipeline_size
+    return range(pipeline_rank * share, (pipeline_rank + 1) * share)
+
+
+def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Refuse a layout that the model does not divide by; the ``UserError`` names both sizes."""
+    tensor = parallel.tensor_model_parallel_size
+    pipeline = parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
+    for name in ("num_attention_heads", "ffn_hidden_size", "moe_ffn_hidden_size"):
+        value = getattr(spec, name)
+        if value % tensor:
+            _refuse(name, value, "tensor_model_parallel_size", tensor)
+    if spec.num_query_groups % tensor and tensor % spec.num_query_groups:
+        _refuse("num_query_groups", spec.num_query_groups, "tensor_model_parallel_size", tensor)
+    if spec.num_layers % pipeline:
+        _refuse("num_layers", spec.num_layers, "pipeline_model_parallel_size", pipeline)
+    if expert > 1 and not spec.num_experts:
+        raise UserError(f"expert_model_parallel_size {expert}: the model has no experts; set it to 1")
+    if spec.num_experts % expert:
+        _refuse("num_experts", spec.num_experts, "expert_model_parallel_size", expert)
+    if spec.num_experts and tensor > 1 and not parallel.sequence_parallel:
+        # Megatron-Core trains a mixture of experts under tensor parallelism only with a sharded sequence.
+        raise UserError(
+            f"a mixture of experts at tensor_model_parallel_size {tensor} needs sequence_parallel: set it to true"
+        )
+
+
+def _refuse(name: str, value: int, size_name: str, size: int) -> None:
+    raise UserError(f"the model's {name} {value} cannot be divided by {size_name} {size}; choose another layout")

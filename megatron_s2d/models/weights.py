@@ -1,0 +1,296 @@
+"""The name table applied to a live model: weights in, and a stream of (Hugging Face name, tensor) out.
+
+``import_weights`` reads, for the part of the model that a rank holds, just the slices it needs from a source; random
+initialisation is such a source. ``export_buckets`` is the inverse, gathered over tensor, expert and pipeline ranks a
+bucket at a time, for weight sync and for export. Files are the business of ``hf_checkpoint`` and ``conversion/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.models.families import (
+    Entry,
+    global_entries,
+    hf_tensor_shapes,
+    layer_entries,
+    layers_of_stage,
+    padded_vocab_size,
+)
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.layout import Layout
+
+
+class WeightSource(Protocol):
+    """Where Hugging Face tensors come from."""
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The tensor ``name``, or its slice [start, stop) along ``dim`` (to the end without ``stop``)."""
+        ...
+
+
+class SeededWeights:
+    """Random initial weights, each tensor drawn from (seed, name), so that they do not depend on a layout.
+
+    Norms are one; matrices are normal with ``initializer_range``, those that write into the residual stream divided by
+    sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int):
+        self._spec = spec
+        self._seed = seed
+        self._shapes = dict(hf_tensor_shapes(spec))
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See ``WeightSource.read``."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            tensor = torch.ones(shape)
+        else:
+            digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            std = self._spec.initializer_range
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self._spec.num_layers)
+            tensor = torch.empty(shape).normal_(0.0, std, generator=generator)
+        return tensor.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+
+
+def read_shard(
+    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
+) -> torch.Tensor:
+    """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
+    names = entry.hf_names
+    match entry.rule:
+        case "replicated":
+            return source.read(names[0])
+        case "vocabulary":
+            share = padded_vocab_size(spec.vocab_size, tensor_size) // tensor_size
+            start = min(tensor_rank * share, spec.vocab_size)
+            rows = source.read(names[0], 0, start, min((tensor_rank + 1) * share, spec.vocab_size))
+            return torch.cat([rows, rows.new_zeros(share - rows.size(0), rows.size(1))])
+        case "columns":
+            width = spec.query_size if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
+            share = width // tensor_size
+            return source.read(names[0], 1, tensor_rank * share, (tensor_rank + 1) * share)
+        case "gate_up":
+            share = _ffn_size(entry, spec) // tensor_size
+            return torch.cat([source.read(name, 0, tensor_rank * share, (tensor_rank + 1) * share) for name in names])
+        case "qkv":
+            return _read_qkv(entry, spec, source, tensor_rank, tensor_size)
+
+
+def _ffn_size(entry: Entry, spec: ModelSpec) -> int:
+    return spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
+
+
+def _heads_of_group(spec: ModelSpec) -> list[int]:
+    """Rows of one group in the fused matrix: its queries, its key, its value."""
+    return [spec.query_size // spec.num_query_groups, spec.head_dim, spec.head_dim]
+
+
+def _read_qkv(
+    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
+) -> torch.Tensor:
+    """Rows [rank, rank + 1) x share of the fused matrix; with more ranks than groups, a rank holds part of a group."""
+    sizes = _heads_of_group(spec)
+    group_rows = sum(sizes)
+    share = group_rows * spec.num_query_groups // tensor_size
+    first_row, last_row = tensor_rank * share, (tensor_rank + 1) * share
+    first, last = first_row // group_rows, -(-last_row // group_rows)
+    parts = []
+    for name, size in zip(entry.hf_names, sizes, strict=True):
+        rows = source.read(name, 0, first * size, last * size)
+        parts.append(rows.reshape(last - first, size, spec.hidden_size))
+    fused = torch.cat(parts, dim=1).reshape(-1, spec.hidden_size)
+    return fused[first_row - first * group_rows : last_row - first * group_rows]
+
+
+def join_shards(entry: Entry, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The Hugging Face tensors of a Megatron parameter from its parts on all tensor ranks; inverse of ``read_shard``."""
+    names = entry.hf_names
+    match entry.rule:
+        case "replicated":
+            return [(names[0], shards[0])]
+        case "vocabulary":
+            return [(names[0], torch.cat(shards)[: spec.vocab_size])]
+        case "columns":
+            return [(names[0], torch.cat(shards, dim=1))]
+        case "gate_up":
+            halves = [shard.chunk(2) for shard in shards]
+            return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
+        case "qkv":
+            sizes = _heads_of_group(spec)
+            fused = torch.cat(shards).reshape(spec.num_query_groups, sum(sizes), spec.hidden_size)
+            parts = fused.split(sizes, dim=1)
+            return [(name, part.reshape(-1, spec.hidden_size)) for name, part in zip(names, parts, strict=True)]
+
+
+def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
+    """Fill this rank's part of the model (without gradient buffers around it) from ``source``, cast to its dtype.
+
+    Every parameter is filled, padded vocabulary rows with zeros. Raises ``ValueError`` for a tensor of another shape.
+    """
+    (model,) = chunks
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, entry in _held_entries(spec, layout):
+            parameter = parameters.pop(_parameter_name(name, parameters))
+            group = layout.groups.tp if entry.expert is None else layout.groups.expt_tp
+            shard = read_shard(entry, spec, source, group.rank(), group.size())
+            if shard.shape != parameter.shape:
+                raise ValueError(
+                    f"{' + '.join(entry.hf_names)}: shape {tuple(shard.shape)}, but the model has "
+                    f"{tuple(parameter.shape)} for {name}"
+                )
+            parameter.copy_(shard)
+    assert not parameters, f"parameters outside the name table: {sorted(parameters)}"
+
+
+def _held_entries(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, Entry]]:
+    """The parameters that this rank holds: name within its chunk, and entry."""
+    if layout.is_first_stage:
+        yield from ((entry.parameter, entry) for entry in global_entries(spec, "first"))
+    for local, layer in enumerate(layers_of_stage(spec, layout.pipeline_rank, layout.pipeline_size)):
+        for item in _layer_items(spec, layout, layer, local):
+            yield item.parameter, item.entries[layout.groups.ep.rank() if len(item.entries) > 1 else 0]
+    if layout.is_last_stage:
+        for entry in global_entries(spec, "last"):
+            if entry.rule != "vocabulary" or not spec.tie_word_embeddings or layout.pipeline_size > 1:
+                yield entry.parameter, entry
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A parameter as one stage holds it: its name there, and its entry on each expert-parallel rank (or the one)."""
+
+    parameter: str
+    entries: tuple[Entry, ...]
+
+
+def _layer_items(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_Item]:
+    prefix = f"decoder.layers.{local_layer}."
+    entries = layer_entries(spec, layer)
+    for entry in entries:
+        if entry.expert is None:
+            yield _Item(prefix + entry.parameter, (entry,))
+    by_expert: dict[int, list[Entry]] = {}
+    for entry in entries:
+        if entry.expert is not None:
+            by_expert.setdefault(entry.expert, []).append(entry)
+    ranks = layout.config.expert_model_parallel_size
+    share = spec.num_experts // ranks
+    for local in range(share):
+        # Expert r x share + local lives on expert-parallel rank r, under its local number.
+        for same in zip(*(by_expert[rank * share + local] for rank in range(ranks)), strict=True):
+            yield _Item(prefix + same[0].parameter, tuple(same))
+
+
+def _parameter_name(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
+    """``name`` as this model's layers call it; Transformer Engine fuses norms into linears and groups experts."""
+    if name in parameters:
+        return name
+    fused = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    fused = fused.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if ".local_experts." in fused:
+        before, _, after = fused.partition("local_experts.")
+        number, _, rest = after.partition(".")
+        fused = f"{before}{rest}{number}"
+    assert fused in parameters, f"the model has no parameter {name}"
+    return fused
+
+
+def export_weights(
+    chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``export_buckets`` tensor by tensor."""
+    for bucket in export_buckets(chunks, spec, layout, bucket_bytes=bucket_bytes):
+        yield from bucket
+
+
+def export_buckets(
+    chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """The whole model as (Hugging Face name, full tensor), the same on every rank; collective: all ranks must exhaust it.
+
+    Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item) and come in a fixed order: embedding,
+    layers, final norm, output layer. Tensors are detached copies in the model's dtype, without padding rows.
+    """
+    (model,) = chunks
+    parameters = dict(model.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    shapes = dict(hf_tensor_shapes(spec))
+    for stage in range(layout.pipeline_size):
+        bucket: list[_Item] = []
+        size = 0
+        for item in _stage_items(spec, layout, stage):
+            cost = sum(math.prod(shapes[name]) for entry in item.entries for name in entry.hf_names) * dtype.itemsize
+            if bucket and (size + cost > bucket_bytes or len(item.entries) != len(bucket[0].entries)):
+                yield _gather(bucket, parameters, spec, layout, stage, shapes, dtype)
+                bucket, size = [], 0
+            bucket.append(item)
+            size += cost
+        yield _gather(bucket, parameters, spec, layout, stage, shapes, dtype)
+
+
+def _stage_items(spec: ModelSpec, layout: Layout, stage: int) -> Iterator[_Item]:
+    if stage == 0:
+        yield from (_Item(entry.parameter, (entry,)) for entry in global_entries(spec, "first"))
+    for local, layer in enumerate(layers_of_stage(spec, stage, layout.pipeline_size)):
+        yield from _layer_items(spec, layout, layer, local)
+    if stage == layout.pipeline_size - 1:
+        for entry in global_entries(spec, "last"):
+            if entry.rule != "vocabulary" or not spec.tie_word_embeddings:
+                yield _Item(entry.parameter, (entry,))
+
+
+def _gather(
+    bucket: list[_Item],
+    parameters: dict[str, torch.nn.Parameter],
+    spec: ModelSpec,
+    layout: Layout,
+    stage: int,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> list[tuple[str, torch.Tensor]]:
+    """Full tensors of a bucket of ``stage``: one gather over tensor ranks, one over expert ranks, one broadcast."""
+    names = [name for item in bucket for entry in item.entries for name in entry.hf_names]
+    sizes = [math.prod(shapes[name]) for name in names]
+    if layout.pipeline_rank == stage:
+        held = [parameters[_parameter_name(item.parameter, parameters)].detach() for item in bucket]
+        is_expert = bucket[0].entries[0].expert is not None
+        tensor_group = layout.groups.expt_tp if is_expert else layout.groups.tp
+        flat = _all_gather(torch.cat([tensor.reshape(-1) for tensor in held])[None], tensor_group)
+        if is_expert:
+            flat = _all_gather(flat[None], layout.groups.ep)
+        else:
+            flat = flat[None]
+        # flat: [expert ranks or 1, tensor ranks, elements held]
+        full: list[torch.Tensor] = []
+        for item, tensor, columns in zip(bucket, held, flat.split([t.numel() for t in held], dim=2), strict=True):
+            for rank, entry in enumerate(item.entries):
+                shards = [part.view(tensor.shape) for part in columns[rank]]
+                full += [joined.reshape(-1) for _, joined in join_shards(entry, spec, shards)]
+        whole = torch.cat(full)
+    else:
+        whole = torch.empty(sum(sizes), dtype=dtype, device=device.device())
+    if layout.pipeline_size > 1:
+        dist.broadcast(whole, dist.get_process_group_ranks(layout.groups.pp)[stage], group=layout.groups.pp)
+    return [(name, part.view(shapes[name])) for name, part in zip(names, whole.split(sizes), strict=True)]
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``tensor`` [1, ...] of every rank of ``group``, stacked along dimension 0."""
+    if group.size() == 1:
+        return tensor
+    output = tensor.new_empty(group.size(), *tensor.shape[1:])
+    dist.all_gather_into_tensor(output, tensor.contiguous(), group=group)
+    return output
