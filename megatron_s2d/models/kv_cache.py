@@ -3,7 +3,7 @@
 Megatron's own static context stores keys unrotated and rotates the whole history again in every step; its self-attention
 has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one. Sequences of a
 batch end at the same column: shorter prompts are padded on the left, and the padding is masked. Positions are counted
-without the padding, so rotations are those of the unpadded sequence.
+without the padding, so rotations are those of the unpadded sequence; they are computed once a step, not once a layer.
 
 Left out: pages, refilling of finished rows, context parallelism, partial and interleaved rotations.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.parallel import device
 
 device.prepare()
@@ -42,8 +41,11 @@ class KeyValueCache(StaticInferenceContext):
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of the window
 
     @property
-    def has_padding(self) -> bool:
-        return self._pad_lengths is not None
+    def mask_type(self) -> AttnMaskType:
+        """What the next forward's attention may look at; ``arbitrary`` where ``attention_mask`` says it."""
+        if self._pad_lengths is not None:
+            return AttnMaskType.arbitrary
+        return AttnMaskType.causal if self.sequence_len_offset == 0 else AttnMaskType.no_mask
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -77,27 +79,30 @@ class KeyValueCache(StaticInferenceContext):
         for number, pair in self._layers.items():
             self._layers[number] = tuple(self._room(buffer, rows) for buffer in pair)
 
-    def append(
-        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, freqs: torch.Tensor
+    def extend(
+        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotate the window's ``query`` and ``key`` and add key and value to the layer.
 
-        All are [window, batch, heads or groups, head_dim]; ``freqs``: Megatron's angles [positions, 1, 1, head_dim].
-        Returns the rotated query and the keys and values of all columns so far, in the same axis order.
+        All are [window, batch, heads or groups, head_dim]; ``angles``: Megatron's table [positions, 1, 1, head_dim].
+        Returns the rotated query and the keys and values of all columns so far, with the same axes.
         """
-        cos, sin = self._window_rotation(freqs, query.dtype)
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        cos, sin = self._window_rotation(angles, query.dtype)
+        keys, values = self._append(layer_number, _rotate(key, cos, sin), value)
+        return _rotate(query, cos, sin), keys, values
+
+    def _append(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         if start == 0:
-            self._layers[layer_number] = (keys, values)
-            return query, key, value
-        if stop > self._layers[layer_number][0].shape[2]:
-            self._layers[layer_number] = tuple(self._room(buffer, None) for buffer in self._layers[layer_number])
-        all_keys, all_values = self._layers[layer_number]
+            self._layers[number] = (keys, values)
+            return key, value
+        if stop > self._layers[number][0].shape[2]:
+            self._layers[number] = tuple(self._room(buffer, None) for buffer in self._layers[number])
+        all_keys, all_values = self._layers[number]
         all_keys[:, :, start:stop] = keys
         all_values[:, :, start:stop] = values
-        return query, all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
+        return all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
 
     def _room(self, buffer: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """A copy of ``rows`` of ``buffer`` with free columns after those that are filled."""
@@ -109,20 +114,19 @@ class KeyValueCache(StaticInferenceContext):
         room[:, :, :filled] = kept
         return room
 
-    def _window_rotation(self, freqs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _window_rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and signed sine of the window's positions, computed once for all layers: [window, batch or 1, 1, d]."""
         if self._rotation is None:
             if self._cos_sin is None:
-                angles = freqs[:, 0, 0]
-                sin = torch.sin(angles)
+                sin = torch.sin(angles[:, 0, 0])
                 sin[:, : sin.shape[1] // 2].neg_()
-                self._cos_sin = (torch.cos(angles).to(dtype), sin.to(dtype))
+                self._cos_sin = (torch.cos(angles[:, 0, 0]).to(dtype), sin.to(dtype))
             start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
             if self._pad_lengths is None:
                 positions = slice(start, stop)
                 self._rotation = tuple(table[positions, None, None, :] for table in self._cos_sin)
             else:
-                columns = torch.arange(start, stop, device=freqs.device)
+                columns = torch.arange(start, stop, device=angles.device)
                 positions = (columns[:, None] - self._pad_lengths).clamp_(min=0)
                 self._rotation = tuple(table[positions].unsqueeze(2) for table in self._cos_sin)
         return self._rotation
@@ -133,21 +137,13 @@ class CachedSelfAttention(SelfAttention):
 
     def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:
-            return super()._adjust_key_value_for_inference(
-                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-            )
+            return super()._adjust_key_value_for_inference(None, query, key, value, rotary_pos_emb, *args, **kwargs)
         if not isinstance(inference_context, KeyValueCache):
             raise TypeError(f"this model decodes with a KeyValueCache, not with a {type(inference_context).__name__}")
-        freqs = rotary_pos_emb[0]
-        if freqs.shape[-1] != query.shape[-1] or self.config.rotary_interleaved or self._yarn_concentration_factor != 1:
-            raise UserError("generation supports rotations of whole heads, not partial, interleaved or YaRN ones")
-        is_prompt = inference_context.sequence_len_offset == 0
-        padded = inference_context.has_padding
-        query, key, value = inference_context.append(self.layer_number, query, key, value, freqs)
-        if padded:
-            mask_type = AttnMaskType.arbitrary
-        else:
-            mask_type = AttnMaskType.causal if is_prompt else AttnMaskType.no_mask
+        mask_type = inference_context.mask_type
+        angles = rotary_pos_emb[0]
+        assert angles.shape[-1] == query.shape[-1], "build.py rotates whole heads"
+        query, key, value = inference_context.extend(self.layer_number, query, key, value, angles)
         return query, key, value, None, mask_type, None
 
 
