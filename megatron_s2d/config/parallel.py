@@ -12,8 +12,12 @@ class ParallelConfig(Config):
 
     tensor_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share each layer")
     pipeline_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the depth")
-    context_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share a sequence (needs Transformer Engine)")
-    expert_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the experts of a layer")
+    context_parallel_size: int = pydantic.Field(
+        1, ge=1, description="ranks that share a sequence (needs Transformer Engine)"
+    )
+    expert_model_parallel_size: int = pydantic.Field(
+        1, ge=1, description="ranks that share the experts of a layer; taken from tensor x context x data ranks"
+    )
     data_parallel_size: int = pydantic.Field(1, ge=1, description="replicas, each with its own micro-batches")
     sequence_parallel: bool = pydantic.Field(False, description="shard norms and activations over the tensor ranks")
 
@@ -21,10 +25,11 @@ class ParallelConfig(Config):
     def _consistent(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
-        if (self.data_parallel_size * self.context_parallel_size) % self.expert_model_parallel_size:
+        ranks = self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size
+        if ranks % self.expert_model_parallel_size:
             raise ValueError(
-                f"expert_model_parallel_size {self.expert_model_parallel_size} must divide data_parallel_size x "
-                f"context_parallel_size = {self.data_parallel_size * self.context_parallel_size}"
+                f"expert_model_parallel_size {self.expert_model_parallel_size} must divide "
+                f"tensor_model_parallel_size x context_parallel_size x data_parallel_size = {ranks}"
             )
         return self
 

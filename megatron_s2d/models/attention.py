@@ -1,7 +1,8 @@
-"""Attention over PyTorch's ``scaled_dot_product_attention``: grouped queries, explicit masks, packing, KV cache.
+"""Attention over PyTorch's ``scaled_dot_product_attention``: grouped queries, explicit masks, packing.
 
 It takes the place of Megatron's local core attention, which repeats keys and values for grouped queries, materialises
-all scores in a global buffer, and refuses packed sequences. Context parallelism is left to Transformer Engine.
+all scores in a global buffer, and refuses packed sequences. Context parallelism is left to Transformer Engine, keeping
+keys and values to ``kv_cache``.
 
 Dimensions: S query positions, T key positions, B batch, H query heads, G key/value heads, D channels of a head.
 """
@@ -15,9 +16,7 @@ from megatron_s2d.parallel import device
 
 device.prepare()
 
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 
@@ -86,27 +85,3 @@ class CoreAttention(MegatronModule):
             for a, b in zip(bounds[:-1], bounds[1:], strict=True)
         ]
         return torch.cat(parts).squeeze(1)
-
-
-class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention, with keys cached after their rotation.
-
-    Megatron caches keys unrotated and turns the whole cache again for every new token.
-    """
-
-    def _adjust_key_value_for_inference(
-        self, inference_context, query, key, value, rotary_pos_emb, *arguments, **named_arguments
-    ):
-        if inference_context is not None and inference_context.is_static_batching() and rotary_pos_emb is not None:
-            start = inference_context.sequence_len_offset
-            stop = start + query.size(0)
-            query, key = (
-                apply_rotary_pos_emb(
-                    tensor, positions[start:stop], config=self.config, cp_group=self.pg_collection.cp
-                )
-                for tensor, positions in zip((query, key), rotary_pos_emb, strict=True)
-            )
-            rotary_pos_emb = None
-        return super()._adjust_key_value_for_inference(
-            inference_context, query, key, value, rotary_pos_emb, *arguments, **named_arguments
-        )

@@ -31,7 +31,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
-from megatron_s2d.models.attention import CachedSelfAttention, CoreAttention  # noqa: E402
+from megatron_s2d.models.attention import CoreAttention  # noqa: E402
+from megatron_s2d.models.kv_cache import CachedSelfAttention  # noqa: E402
 from megatron_s2d.models.norm import RMSNorm  # noqa: E402
 
 Recompute = Literal["none", "selective", "full"]
@@ -46,7 +47,7 @@ def build_model(
     recompute: Recompute = "none",
     moe_aux_loss_coeff: float = 0.0,
 ) -> list[GPTModel]:
-    """This rank's part of the model, as the list of chunks that Megatron's schedules take (always one); collective-free.
+    """This rank's part of the model, as the list of chunks that Megatron's schedules take (always one); collective.
 
     With ``seed`` the weights are drawn by tensor name (bit-identical at every layout); without, they are left
     uninitialised for ``import_weights`` or a checkpoint to fill. Outputs are logits [B, S, padded vocabulary / tensor
@@ -132,6 +133,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.groups.expt_tp.size(),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",

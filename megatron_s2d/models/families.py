@@ -154,10 +154,10 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size
-    for name in ("num_attention_heads", "ffn_hidden_size", "moe_ffn_hidden_size"):
-        value = getattr(spec, name)
-        if value % tensor:
-            _refuse(name, value, "tensor_model_parallel_size", tensor)
+    if spec.num_attention_heads % tensor:
+        _refuse("num_attention_heads", spec.num_attention_heads, "tensor_model_parallel_size", tensor)
+    if not spec.num_experts and spec.ffn_hidden_size % tensor:
+        _refuse("ffn_hidden_size", spec.ffn_hidden_size, "tensor_model_parallel_size", tensor)
     if spec.num_query_groups % tensor and tensor % spec.num_query_groups:
         _refuse("num_query_groups", spec.num_query_groups, "tensor_model_parallel_size", tensor)
     if spec.num_layers % pipeline:

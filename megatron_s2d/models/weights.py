@@ -115,7 +115,7 @@ def _read_qkv(
 
 
 def join_shards(entry: Entry, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a Megatron parameter from its parts on all tensor ranks; inverse of ``read_shard``."""
+    """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``."""
     names = entry.hf_names
     match entry.rule:
         case "replicated":
@@ -175,6 +175,10 @@ class _Item:
     parameter: str
     entries: tuple[Entry, ...]
 
+    @property
+    def is_expert(self) -> bool:
+        return self.entries[0].expert is not None
+
 
 def _layer_items(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_Item]:
     prefix = f"decoder.layers.{local_layer}."
@@ -219,9 +223,9 @@ def export_weights(
 def export_buckets(
     chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """The whole model as (Hugging Face name, full tensor), the same on every rank; collective: all ranks must exhaust it.
+    """The whole model as (Hugging Face name, full tensor), the same on every rank.
 
-    Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item) and come in a fixed order: embedding,
+    Collective: all ranks must exhaust it. Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item) and come in a fixed order: embedding,
     layers, final norm, output layer. Tensors are detached copies in the model's dtype, without padding rows.
     """
     (model,) = chunks
@@ -233,7 +237,7 @@ def export_buckets(
         size = 0
         for item in _stage_items(spec, layout, stage):
             cost = sum(math.prod(shapes[name]) for entry in item.entries for name in entry.hf_names) * dtype.itemsize
-            if bucket and (size + cost > bucket_bytes or len(item.entries) != len(bucket[0].entries)):
+            if bucket and (size + cost > bucket_bytes or item.is_expert != bucket[0].is_expert):
                 yield _gather(bucket, parameters, spec, layout, stage, shapes, dtype)
                 bucket, size = [], 0
             bucket.append(item)
@@ -266,7 +270,7 @@ def _gather(
     sizes = [math.prod(shapes[name]) for name in names]
     if layout.pipeline_rank == stage:
         held = [parameters[_parameter_name(item.parameter, parameters)].detach() for item in bucket]
-        is_expert = bucket[0].entries[0].expert is not None
+        is_expert = bucket[0].is_expert
         tensor_group = layout.groups.expt_tp if is_expert else layout.groups.tp
         flat = _all_gather(torch.cat([tensor.reshape(-1) for tensor in held])[None], tensor_group)
         if is_expert:

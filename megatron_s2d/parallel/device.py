@@ -78,6 +78,7 @@ def prepare() -> None:
     for name in _MODULES_WITH_CUDA_CONSTANTS:
         _exchange_cuda_constants(importlib.import_module(name))
     _use_cpu_random_state()
+    _hand_split_sizes_as_numpy()
 
 
 class _NoStream:
@@ -116,6 +117,15 @@ def _use_cpu_random_state() -> None:
     random._lazy_call = lambda function, **kwargs: function()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _hand_split_sizes_as_numpy() -> None:
+    """The MoE dispatcher moves split sizes from the GPU into NumPy arrays, which the all-to-all takes; from a CPU
+    tensor it would hand the tensor itself, which it does not take."""
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 def _exchange_cuda_constants(module: types.ModuleType) -> None:

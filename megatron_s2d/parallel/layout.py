@@ -124,6 +124,8 @@ def build_layout(config: ParallelConfig) -> Layout:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        # An expert is narrow (768 in Qwen3-30B-A3B): it is kept whole, and tensor ranks share the experts instead.
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
     layout = Layout(config, ProcessGroupCollection.use_mpu_process_groups(), _snapshot())

@@ -1,0 +1,67 @@
+"""A model is the same model at every layout: weights bit for bit, logits, losses, gradient norms, trained weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.dist
+
+PRESETS = {
+    "tiny-teacher": ("tp2", "pp2", "tp2pp2", "tp2sp", "tp2pp2sp"),
+    "tiny-llama": ("tp2", "pp2", "tp2pp2", "tp2sp", "tp2pp2sp", "tp4"),
+    "tiny-moe": ("pp2", "tp2sp", "ep2", "ep2pp2", "ep2tp2sp", "ep4tp2sp"),
+}
+CASES = [(preset, layout) for preset, names in PRESETS.items() for layout in names]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("models") / "results.json"
+    worker = Path(__file__).with_name("models_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    finished = subprocess.run(
+        [*command, str(worker), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_initial_weights_are_bit_identical(results, preset, layout):
+    assert results[f"{preset}/{layout}"]["before"] == results[f"{preset}/dp4"]["before"]
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_logits_agree(results, preset, layout):
+    found = torch.tensor(results[f"{preset}/{layout}"]["logits"])
+    expected = torch.tensor(results[f"{preset}/dp4"]["logits"])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_training_agrees(results, preset, layout):
+    found, expected = results[f"{preset}/{layout}"], results[f"{preset}/dp4"]
+    assert expected["losses"][2] < expected["losses"][0] - 0.1
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    assert found["after"].keys() == expected["after"].keys()
+    for name, norm in expected["after"].items():
+        assert found["after"][name] == pytest.approx(norm, rel=1e-3), name
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_padded_rows_stay_zero(results, preset, layout):
+    assert results[f"{preset}/{layout}"]["padding"] == 0
