@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_s2d.config.base import UserError
 from megatron_s2d.records import PolicySpan, Sample
 from megatron_s2d.rollout.engine import Request
 from megatron_s2d.rollout.sampling import BatchParams, uniforms
@@ -133,23 +134,29 @@ class Responses:
         self.num_steps += 1
 
     def samples(self, version: int) -> list[Sample]:
-        """One record per request of the batch."""
+        """One record per request of the batch; ``UserError`` where the model's outputs were not finite."""
         tokens = self.tokens[: self.num_steps].T.contiguous().cpu().numpy()
         log_probs = self.log_probs[: self.num_steps].T.contiguous().cpu().numpy()
         stopped = self.stopped[: self.num_steps].T.cpu().numpy()
         limits = np.array([request.params.max_new_tokens for request in self._requests])
         first_stop = np.where(stopped.any(axis=1), stopped.argmax(axis=1) + 1, self.num_steps + 1)
-        lengths = np.minimum(first_stop, limits).tolist()
+        lengths = np.minimum(first_stop, limits)
+        broken = ~np.isfinite(log_probs) & (np.arange(self.num_steps) < lengths[:, None])
+        if broken.any():
+            first = self._requests[int(broken.any(axis=1).argmax())]
+            raise UserError(f"the model's outputs are not finite (sample {first.id}): its weights are broken")
         reasons = np.where(first_stop <= limits, "stop", "length").tolist()
         return [
             _sample(request, tokens[row, :length], log_probs[row, :length], reason, version)
-            for row, (request, length, reason) in enumerate(zip(self._requests, lengths, reasons, strict=True))
+            for row, (request, length, reason) in enumerate(zip(self._requests, lengths.tolist(), reasons, strict=True))
         ]
 
 
 def _sample(request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, version: int) -> Sample:
     prompt = request.prompt.token_ids
-    start, length = len(prompt), len(prompt) + len(response)
+    start = len(prompt)
+    token_ids = np.concatenate([prompt, response])
+    length = len(token_ids)
     mask = np.zeros(length, dtype=np.bool_)
     mask[start:] = True
     rollout_log_probs = np.zeros(length, dtype=np.float32)
@@ -160,7 +167,7 @@ def _sample(request: Request, response: np.ndarray, log_probs: np.ndarray, reaso
         group=request.group,
         domain=request.prompt.domain,
         seed=request.seed,
-        token_ids=np.concatenate([prompt, response]),
+        token_ids=token_ids,
         response_mask=mask,
         temperature=request.params.temperature,
         finish_reason=reason,

@@ -21,7 +21,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -58,7 +57,7 @@ class MegatronEngine:
         layout: Layout,
         *,
         tokenizer: Decoder | None = None,
-        max_batch_size: int = 512,
+        max_batch_size: int = 1024,
         max_batch_tokens: int = 262_144,
     ):
         """``chunks``: the bare model of this rank; ``vocab_size``: tokens that exist, without padding.
@@ -140,11 +139,7 @@ class MegatronEngine:
             log_probs = responses.log_probs[: responses.num_steps].contiguous()
             dist.broadcast(log_probs, group=self._layout.groups.mp, group_src=self._root)
             responses.log_probs[: responses.num_steps] = log_probs
-        samples = responses.samples(self.version)
-        for sample in samples:
-            if not np.isfinite(sample.rollout_log_probs).all():
-                raise UserError(f"the model's outputs are not finite (sample {sample.id}): its weights are broken")
-        return samples
+        return responses.samples(self.version)
 
     def _choose(
         self, logits: torch.Tensor | None, active: ActiveRows, responses: Responses, stop_strings: _StopStrings | None
@@ -232,23 +227,27 @@ class MegatronEngine:
             chunk.train(was_training)
 
     def _check(self, requests: list[Request]) -> None:
+        known: set[int] = set()  # prompts that were looked at; the requests of a group share one
         for request in requests:
             prompt, params = request.prompt, request.params
             length = len(prompt.token_ids)
-            if length == 0:
-                raise UserError(f"prompt {prompt.id} is empty: there is nothing to continue")
             if length + params.max_new_tokens > self._chunk.max_sequence_length:
                 raise UserError(
                     f"prompt {prompt.id} has {length} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
                     f"the model's {self._chunk.max_sequence_length} positions: shorten the prompt or the response"
                 )
+            if params.stop_strings and self._tokenizer is None:
+                raise UserError("stop_strings need a tokenizer, and this engine has none: use stop_token_ids")
+            if id(prompt) in known:
+                continue
+            known.add(id(prompt))
+            if length == 0:
+                raise UserError(f"prompt {prompt.id} is empty: there is nothing to continue")
             if prompt.token_ids.min() < 0 or prompt.token_ids.max() >= self._vocab_size:
                 raise UserError(
                     f"prompt {prompt.id} has token ids outside the model's vocabulary of {self._vocab_size}: "
                     "was it made with another tokenizer?"
                 )
-            if params.stop_strings and self._tokenizer is None:
-                raise UserError("stop_strings need a tokenizer, and this engine has none: use stop_token_ids")
         if not self._is_alone:
             self._check_same_requests(requests)
 
