@@ -1,0 +1,122 @@
+"""One chunk of tokens on one shard: logits to per-token outputs, and cotangents of the outputs back to logits.
+
+This is the whole protocol between the shards: one all-gather of a few numbers per token (two for a mixture, whose
+terms need the normalisers first), none on the way back. Autograd never crosses a collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl import statistics as torch_backend
+from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
+from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.statistics import MIXTURES, Merged, Plan, merge
+from megatron_s2d.kl.support import SupportChunk, support_gradient, support_merge, support_statistics
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(TokenOutputs))
+MASSES = ("captured_mass", "student_captured_mass")
+
+
+def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | None, has_target: bool) -> Plan:
+    """The plan for ``outputs``, or a ``UserError`` for a combination that has no meaning.
+
+    teacher: None, "dense" (a distribution over the vocabulary) or "support" (known on a few tokens).
+    """
+    unknown = [name for name in outputs if name not in _FIELDS]
+    if unknown:
+        raise UserError(f"unknown per-token output {unknown[0]!r}: choose from {', '.join(_FIELDS)}")
+    divergences = [name for name in outputs if name in DIVERGENCES]
+    mixtures = [name for name in outputs if name in MIXTURES]
+    if divergences and teacher is None:
+        raise UserError(f"{divergences[0]} needs a teacher: pass HiddenStates, Logits, TopK or a GeometricTarget")
+    if "log_probs" in outputs and not has_target:
+        raise UserError("log_probs needs target_ids: pass the id of the token that each position predicts")
+    if teacher == "support" and mixtures:
+        raise UserError(f"{mixtures[0]} is not defined on a top-k support here: use a full teacher, or forward_kl")
+    if teacher != "support" and any(name in MASSES for name in outputs):
+        raise UserError("captured_mass belongs to a TopK teacher: leave it out for a full distribution")
+    if len(mixtures) > 1:
+        raise UserError(f"one pass computes one mixture, asked for {' and '.join(mixtures)}: make two passes")
+    if mixtures and (beta is None or not 0 < beta < 1):
+        raise UserError(f"{mixtures[0]} needs beta strictly between 0 and 1, got {beta}: the ends are plain KLs")
+    if beta is not None and not mixtures:
+        raise UserError("beta belongs to jsd and the skew divergences: leave it out")
+    return Plan(tuple(outputs), teacher is not None, beta)
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """Outputs [C] by name, identical on all ranks of the shard's group, and what ``gradient`` needs besides logits."""
+
+    outputs: dict[str, torch.Tensor]
+    merged: Merged
+    masked: bool
+
+
+def evaluate(
+    z: torch.Tensor,
+    teacher: torch.Tensor | SupportChunk | None,
+    target: tuple[torch.Tensor, torch.Tensor] | None,
+    plan: Plan,
+    shard: VocabShard,
+    backend: ModuleType = torch_backend,
+) -> Evaluated:
+    """Per-token outputs of a chunk. z [C, columns]: student logits after temperature; teacher: logits like z, or a
+    support; target: local column and ownership of the target ids (``VocabShard.local``)."""
+    ids, owned = target if target is not None else (None, None)
+    if isinstance(teacher, SupportChunk):
+        local = support_statistics(z, teacher, ids, owned, plan)
+        merged: Merged = support_merge(shard.gather(local), teacher, plan)
+        return Evaluated({name: merged.outputs[name] for name in plan.outputs}, merged, True)
+    local, masked = backend.statistics(z, teacher, ids, owned, plan)
+    merged = merge(shard.gather(local), plan)
+    if plan.mixture is not None:
+        sums = shard.gather(backend.divergence_sums(z, teacher, merged, plan, masked)).sum(0)
+        merged.outputs[plan.mixture], merged.expected_slope = sums.unbind(1)
+    return Evaluated({name: merged.outputs[name] for name in plan.outputs}, merged, masked)
+
+
+def gradient(
+    z: torch.Tensor,
+    teacher: torch.Tensor | SupportChunk | None,
+    target: tuple[torch.Tensor, torch.Tensor] | None,
+    evaluated: Evaluated,
+    cotangents: dict[str, torch.Tensor],
+    plan: Plan,
+    backend: ModuleType = torch_backend,
+) -> torch.Tensor:
+    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns; may overwrite ``z``."""
+    ids, owned = target if target is not None else (None, None)
+    cotangents = {name: value for name, value in cotangents.items() if name not in MASSES}
+    if isinstance(teacher, SupportChunk):
+        return support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents)
+    return backend.logits_gradient(z, teacher, ids, owned, evaluated.merged, cotangents, plan, evaluated.masked)
+
+
+def choose_backend(name: str, device: torch.device) -> ModuleType:
+    """The module with the shard-local functions: Triton's for CUDA tensors by default, PyTorch's otherwise."""
+    if name not in ("auto", "torch", "triton"):
+        raise UserError(f"backend {name!r}: choose auto, torch or triton")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return torch_backend
+    from megatron_s2d.kl import kernels
+
+    kernels.require(device)
+    return kernels
+
+
+def refuse_infinite(outputs: dict[str, torch.Tensor]) -> None:
+    """Raise where a divergence is infinite; all ranks hold the same values and raise together."""
+    for name in DIVERGENCES:
+        if name in outputs and bool(torch.isinf(outputs[name]).any()):
+            count = int(torch.isinf(outputs[name]).sum())
+            which = "student" if name == "forward_kl" else "teacher"
+            raise UserError(
+                f"{name} is infinite at {count} of {outputs[name].numel()} tokens: the {which} gives probability zero "
+                "to tokens that the other side allows; use jsd or a skew divergence, or a tail: bucket for top-k"
+            )

@@ -1,0 +1,227 @@
+"""The same quantities for vocab-parallel logits that exist already, differentiable per token; and top-k across shards.
+
+``logits`` are [..., local columns] before temperature, of any float dtype; arithmetic is float32 (float64 for float64),
+chunk by chunk. The gradient comes back in the dtype of the logits, exact for this shard's columns without a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl.chunk import Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
+from megatron_s2d.kl.outputs import TokenOutputs
+from megatron_s2d.kl.shards import VocabShard, check_ids
+from megatron_s2d.kl.statistics import Plan
+from megatron_s2d.kl.teachers import (
+    PreparedTeacher,
+    TeacherSource,
+    Temperature,
+    kind_of,
+    over_temperature,
+    warn_on_narrow_support,
+)
+
+_CHUNK_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
+
+
+def vocab_parallel_log_probs(
+    logits: torch.Tensor, target_ids: torch.Tensor, shard: VocabShard, temperature: Temperature = 1.0
+) -> torch.Tensor:
+    """log p(target) [...] of ``target_ids`` [...] (global ids), with gradient."""
+    return _all(logits, shard, ("log_probs",), temperature=temperature, target_ids=target_ids).log_probs
+
+
+def vocab_parallel_entropy(logits: torch.Tensor, shard: VocabShard, temperature: Temperature = 1.0) -> torch.Tensor:
+    """Entropy [...] in nats, with gradient."""
+    return _all(logits, shard, ("entropy",), temperature=temperature).entropy
+
+
+def vocab_parallel_divergence(
+    logits: torch.Tensor,
+    teacher: TeacherSource,
+    shard: VocabShard,
+    outputs: tuple[str, ...],
+    *,
+    beta: float | None = None,
+    temperature: Temperature = 1.0,
+    target_ids: torch.Tensor | None = None,
+) -> TokenOutputs:
+    """The ``outputs`` (names of ``TokenOutputs`` fields) [...], with gradient in ``logits``.
+
+    A teacher's rows follow the flattened leading dimensions of ``logits``. Other arguments as ``linear_divergence``.
+    """
+    warn_on_narrow_support(teacher, outputs)
+    return _all(logits, shard, outputs, teacher=teacher, beta=beta, temperature=temperature, target_ids=target_ids)
+
+
+def _all(logits, shard, outputs, *, teacher=None, beta=None, temperature=1.0, target_ids=None) -> TokenOutputs:
+    plan = make_plan(outputs, teacher=kind_of(teacher), beta=beta, has_target=target_ids is not None)
+    if logits.shape[-1] < shard.columns:
+        raise UserError(f"logits have {logits.shape[-1]} columns for a shard of {shard.columns}")
+    leading = logits.shape[:-1]
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.reshape(-1)
+    if target_ids is not None:
+        if target_ids.shape != leading:
+            raise UserError(f"target_ids has shape {tuple(target_ids.shape)}, logits {tuple(leading)} positions")
+        check_ids(target_ids, shard.vocab_size, "target_ids")
+        target_ids = shard.local(target_ids.reshape(-1))
+    work = _LogitsWork(plan, shard, teacher, temperature, target_ids)
+    values = _VocabParallel.apply(logits.reshape(-1, logits.shape[-1]), work)
+    return TokenOutputs(**{name: value.view(leading) for name, value in zip(plan.outputs, values, strict=True)})
+
+
+class _LogitsWork:
+    """One evaluation of whole logits; keeps what its backward pass needs beside them."""
+
+    def __init__(self, plan: Plan, shard: VocabShard, teacher, temperature: Temperature, target):
+        self.plan, self.shard, self.source, self.temperature, self.target = plan, shard, teacher, temperature, target
+        self.teacher: PreparedTeacher | None = None
+        self.evaluated: list[Evaluated] = []
+
+    def prepare(self, logits: torch.Tensor) -> None:
+        """Bind the teacher and the backend to the logits' rows, dtype and device."""
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.backend = choose_backend("auto", logits.device)
+        if self.source is not None:
+            self.teacher = PreparedTeacher(
+                self.source, num_rows=logits.shape[0], rows=None, shard=self.shard, dtype=self.dtype
+            )
+
+    def chunks(self, logits: torch.Tensor) -> Iterator[tuple]:
+        """(rows, float32 logits over temperature, teacher's distribution, target) of every chunk."""
+        for block, z in scaled_chunks(logits, self.shard, self.temperature, self.dtype):
+            teacher = None if self.teacher is None else self.teacher.chunk(block, torch.empty_like(z))
+            target = None if self.target is None else (self.target[0][block], self.target[1][block])
+            yield block, z, teacher, target
+
+
+def scaled_chunks(
+    logits: torch.Tensor, shard: VocabShard, temperature: Temperature, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, copy of the valid columns in ``dtype`` over temperature); the cut is the same on all ranks."""
+    columns = -(-shard.vocab_size // shard.size)
+    size = max(1, _CHUNK_BYTES[logits.device.type] // (dtype.itemsize * columns))
+    for start in range(0, logits.shape[0], size):
+        block = slice(start, min(start + size, logits.shape[0]))
+        z = logits[block, : shard.columns].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        yield block, over_temperature(z, temperature, block)
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, work):
+        work.prepare(logits)
+        found = {name: logits.new_zeros(logits.shape[0], dtype=work.dtype) for name in work.plan.outputs}
+        for block, z, teacher, target in work.chunks(logits):
+            evaluated = evaluate(z, teacher, target, work.plan, work.shard, work.backend)
+            for name, value in evaluated.outputs.items():
+                found[name][block] = value
+            work.evaluated.append(evaluated)
+        refuse_infinite(found)
+        ctx.save_for_backward(logits)
+        ctx.work = work
+        return tuple(found.values())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        (logits,), work = ctx.saved_tensors, ctx.work
+        result = torch.zeros_like(logits)
+        for (block, z, teacher, target), kept in zip(work.chunks(logits), work.evaluated, strict=True):
+            slopes = zip(work.plan.outputs, upstream, strict=True)
+            cotangents = {
+                name: over_temperature(slope[block].clone(), work.temperature, block)
+                for name, slope in slopes
+                if slope is not None
+            }
+            result[block, : work.shard.columns] = gradient(
+                z, teacher, target, kept, cotangents, work.plan, work.backend
+            )
+        return result, None
+
+
+@torch.no_grad()
+def vocab_parallel_topk(
+    logits: torch.Tensor, k: int, shard: VocabShard, temperature: Temperature = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k most likely tokens across all shards: ids [N, k] int64, log-probabilities [N, k], log tail mass [N].
+
+    logits: [N, local columns]. Most likely first; no gradient. One all-gather of k values and ids per token and shard:
+    the tail is the sum outside the shards' own candidates plus the candidates that were not chosen, never 1 - sum.
+    """
+    if not 1 <= k <= shard.vocab_size:
+        raise UserError(f"top-k with k = {k}: choose between 1 and the vocabulary size {shard.vocab_size}")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    parts = [_chunk_topk(z, k, shard) for _, z in scaled_chunks(logits, shard, temperature, dtype)]
+    if not parts:
+        empty = logits.new_zeros(0, k, dtype=dtype)
+        return empty.long(), empty, empty[:, 0]
+    ids, log_probs, tail = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(log_probs), torch.cat(tail)
+
+
+def _chunk_topk(z: torch.Tensor, k: int, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lowest = torch.finfo(z.dtype).min  # stands for a real column's -inf; a shard narrower than k fills up with -inf
+    integer = torch.int64 if z.dtype == torch.float64 else torch.int32
+    values = z.new_full((z.shape[0], k), -torch.inf)
+    ids = torch.zeros(z.shape[0], k, dtype=integer, device=z.device)
+    rest = z.new_zeros(z.shape[0], 1)
+    width = min(k, z.shape[1])
+    if width:
+        top, columns = z.clamp(min=lowest).topk(width, dim=1)
+        values[:, :width], ids[:, :width] = top, columns.to(integer) + shard.start
+        rest = (z - top[:, :1]).exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
+    gathered = shard.gather(torch.cat([values, ids.view(z.dtype), rest], dim=1))
+    values = gathered[:, :, :k].transpose(0, 1).flatten(1)  # [C, T k] in rank order
+    ids = gathered[:, :, k : 2 * k].contiguous().view(integer).transpose(0, 1).flatten(1)
+    best, places = values.topk(k, dim=1)
+    maximum = best[:, :1]
+    candidates = (values - maximum).exp().scatter_(1, places, 0.0).sum(1)
+    outside = (gathered[:, :, 0] - maximum.t()).exp() * gathered[:, :, 2 * k]
+    tail = outside.sum(0) + candidates
+    chosen = (best - maximum).exp()
+    log_sum = torch.log1p(chosen[:, 1:].sum(1) + tail)  # the maximum's own term is the 1
+    log_probs = ((best - maximum) - log_sum.unsqueeze(1)).masked_fill_(best == lowest, -torch.inf)
+    return ids.gather(1, places).long(), log_probs, tail.log() - log_sum
+
+
+@torch.no_grad()
+def vocab_parallel_support(
+    logits: torch.Tensor, ids: torch.Tensor, shard: VocabShard, temperature: Temperature = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [N, k] of given distinct ``ids`` [N, k] (global) and the log mass [N] of all other tokens.
+
+    For a support that another model chose, such as the student's top-k under the teacher. No gradient; one all-gather.
+    """
+    check_ids(ids, shard.vocab_size, "ids")
+    local, owned = shard.local(ids.long())
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    on, off = [], []
+    for block, z in scaled_chunks(logits, shard, temperature, dtype):
+        gathered = shard.gather(_support_part(z, local[block], owned[block]))
+        maxima = gathered[:, :, 0]
+        maximum = maxima.max(0).values
+        outside = ((maxima - maximum).exp() * gathered[:, :, 1]).sum(0)
+        picked = gathered[:, :, 2:].max(0).values - maximum.unsqueeze(1)  # foreign entries are -inf
+        log_sum = (picked.exp().sum(1) + outside).log()
+        on.append(picked - log_sum.unsqueeze(1))
+        off.append(outside.log() - log_sum)
+    return torch.cat(on), torch.cat(off)
+
+
+def _support_part(z: torch.Tensor, local: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    """[C, 2 + k]: maximum, sum of exponentials off the support, logits on it (-inf where foreign)."""
+    if z.shape[1] == 0:
+        part = z.new_full((z.shape[0], 2 + local.shape[1]), -torch.inf)
+        part[:, 1] = 0.0
+        return part
+    picked = z.gather(1, local).masked_fill_(~owned, -torch.inf)
+    maximum = z.amax(1, keepdim=True)
+    rest = (z - maximum.clamp(min=torch.finfo(z.dtype).min)).exp_()
+    rows, places = owned.nonzero(as_tuple=True)
+    rest[rows, local[rows, places]] = 0.0
+    return torch.cat([maximum, rest.sum(1, keepdim=True), picked], dim=1)

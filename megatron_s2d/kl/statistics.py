@@ -1,0 +1,324 @@
+"""Shard-local arithmetic of a chunk of logits in PyTorch, and the merge of the shards' statistics.
+
+Three functions are all that a backend has to supply, with the signatures used here: ``statistics`` (a few numbers per
+token and shard), ``divergence_sums`` (mixtures only, after the normalisers are known) and ``logits_gradient``. They
+see valid columns only. p: student with logits z, q: teacher with logits y, both after temperature.
+
+Per token and shard, with m = max z at column k, n = max y at column j:
+    ta = sum over v != k of exp(z - m),  tb = sum over v != j of exp(y - n)
+    e = sum exp(z - m) (z - m),  w = sum exp(y - n) ((y - n) - (z - m)),  u = sum exp(z - m) ((z - m) - (y - n))
+A maximum's own term is left out of ta and tb, because log(1 + ta) keeps the digits of ta that log of the whole sum
+loses: a confident student has ta near 1e-5, and its divergence lives there. Merging needs no second pass over columns.
+
+A quantity is "masked" when minus infinities may occur; then 0 * inf is defined as 0, as the entropy convention says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+_BLOCK_ELEMENTS = 1 << 18  # elements of a row block: its handful of float32 buffers stays in a core's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one pass computes. ``outputs`` are names of ``TokenOutputs`` fields; ``beta`` belongs to mixtures."""
+
+    outputs: tuple[str, ...]
+    has_teacher: bool
+    beta: float | None = None
+
+    @property
+    def mixture(self) -> str | None:
+        """The one divergence that needs a second collective, if any was asked for."""
+        return next((name for name in self.outputs if name in MIXTURES), None)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the statistics that are exchanged."""
+        wanted = {
+            "m": True, "ta": True, "e": "entropy" in self.outputs, "n": self.has_teacher, "tb": self.has_teacher,
+            "w": "forward_kl" in self.outputs, "u": "reverse_kl" in self.outputs,
+            "y_at_k": self.mixture is not None, "target": "log_probs" in self.outputs,
+        }  # fmt: skip
+        return tuple(name for name, needed in wanted.items() if needed)
+
+
+@dataclasses.dataclass
+class Merged:
+    """Per-token values [C], identical on all ranks, from which every column's gradient follows.
+
+    log p = (z - max_z) - log_sum_z and log q = (y - max_y) - log_sum_y; the sums are close to 1 for confident tokens.
+    """
+
+    max_z: torch.Tensor
+    log_sum_z: torch.Tensor
+    max_y: torch.Tensor | None = None
+    log_sum_y: torch.Tensor | None = None
+    log_q_at_k: torch.Tensor | None = None  # log q at the student's most likely token
+    expected_slope: torch.Tensor | None = None  # of the mixture: sum of p (c - c at k)
+    outputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def statistics(
+    z: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor | None, owned: torch.Tensor | None, plan: Plan
+) -> tuple[torch.Tensor, bool]:
+    """[C, len(plan.columns)] statistics of a shard, and whether minus infinities were met.
+
+    z, y: [C, columns] float32 or float64, not changed; target [C]: local column of the target id, valid where owned.
+    """
+    if z.shape[1] == 0:
+        return _empty_statistics(z, plan), False
+    found = _in_blocks(z, y, target, owned, plan, masked=False)
+    if bool(torch.isfinite(found).all()):
+        return found, False
+    return _in_blocks(z, y, target, owned, plan, masked=True), True
+
+
+def _empty_statistics(z: torch.Tensor, plan: Plan) -> torch.Tensor:
+    found = z.new_zeros(z.shape[0], len(plan.columns))
+    for index, name in enumerate(plan.columns):
+        if name in ("m", "n"):
+            found[:, index] = -torch.inf
+    return found
+
+
+def _in_blocks(z, y, target, owned, plan, *, masked):
+    rows = block_rows(z)
+    if z.shape[0] <= rows:
+        return _block_statistics(z, y, target, owned, plan, masked)
+    found = z.new_empty(z.shape[0], len(plan.columns))
+    for start in range(0, z.shape[0], rows):
+        block = slice(start, start + rows)
+        part = [None if tensor is None else tensor[block] for tensor in (z, y, target, owned)]
+        found[block] = _block_statistics(*part, plan, masked)
+    return found
+
+
+def block_rows(z: torch.Tensor) -> int:
+    """Rows that are worked on together: all of them on an accelerator, a cache-sized block on a CPU."""
+    return z.shape[0] if z.is_cuda else max(1, _BLOCK_ELEMENTS // z.shape[1])
+
+
+def _block_statistics(z, y, target, owned, plan, masked):
+    columns = plan.columns
+    found: dict[str, torch.Tensor] = {}
+    found["m"], k = _max(z)
+    a = z - _finite(found["m"], masked).unsqueeze(1)
+    exp_a = a.exp()
+    if "e" in columns:
+        found["e"] = _dot(exp_a, a, masked)
+    if plan.has_teacher:
+        found["n"], j = _max(y)
+        b = y - _finite(found["n"], masked).unsqueeze(1)
+        exp_b = b.exp()
+        difference = b.sub_(a)
+        if "w" in columns:
+            found["w"] = _dot(exp_b, difference, masked)
+        if "u" in columns:
+            found["u"] = -_dot(exp_a, difference, masked)
+        if "y_at_k" in columns:
+            found["y_at_k"] = y.gather(1, k.unsqueeze(1)).squeeze(1)
+        found["tb"] = exp_b.scatter_(1, j.unsqueeze(1), 0.0).sum(1)
+    found["ta"] = exp_a.scatter_(1, k.unsqueeze(1), 0.0).sum(1)
+    if "target" in columns:
+        found["target"] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
+    return torch.stack([found[name] for name in columns], dim=1)
+
+
+def _max(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row maximum and its column; on long rows by way of vectorised maxima of pieces."""
+    piece = 512
+    pieces = z.shape[1] // piece
+    if z.is_cuda or pieces < 4 or not z.is_contiguous():
+        return z.max(dim=1)
+    body = z[:, : pieces * piece].unflatten(1, (pieces, piece))
+    best, where = body.amax(2).max(dim=1)
+    column = body.gather(1, where.view(-1, 1, 1).expand(-1, 1, piece)).squeeze(1).argmax(1) + where * piece
+    if z.shape[1] > pieces * piece:
+        tail, place = z[:, pieces * piece :].max(dim=1)
+        column = torch.where(tail > best, place + pieces * piece, column)
+        best = torch.maximum(best, tail)
+    return best, column
+
+
+def _finite(maximum: torch.Tensor, masked: bool) -> torch.Tensor:
+    return maximum.masked_fill(maximum == -torch.inf, 0.0) if masked else maximum
+
+
+def _dot(weight: torch.Tensor, value: torch.Tensor, masked: bool) -> torch.Tensor:
+    product = weight * value
+    if masked:
+        product.masked_fill_(weight == 0, 0.0)
+    return product.sum(1)
+
+
+def merge(gathered: torch.Tensor, plan: Plan) -> Merged:
+    """Statistics of all shards [T, C, columns], added in rank order so that every rank gets the same bits."""
+    part = dict(zip(plan.columns, gathered.unbind(2), strict=True))
+    max_z, winner, shift, scale, count, rest = _combine(part["m"], part["ta"])
+    log_a = torch.log1p(rest)
+    merged = Merged(max_z, log_a)
+    out = merged.outputs
+    if "e" in part:
+        out["entropy"] = log_a - _weighted(scale, part["e"] + count * shift) / (1 + rest)
+    if "target" in part:
+        out["log_probs"] = (part["target"].sum(0) - max_z) - log_a
+    if plan.has_teacher:
+        max_y, _, shift_y, scale_y, count_y, rest_y = _combine(part["n"], part["tb"])
+        log_b = torch.log1p(rest_y)
+        merged.max_y, merged.log_sum_y = max_y, log_b
+        if "w" in part:
+            cross = _weighted(scale_y, part["w"] + count_y * (shift_y - shift)) / (1 + rest_y)
+            out["forward_kl"] = cross - log_b + log_a
+        if "u" in part:
+            cross = _weighted(scale, part["u"] + count * (shift - shift_y)) / (1 + rest)
+            out["reverse_kl"] = cross - log_a + log_b
+        if "y_at_k" in part:
+            merged.log_q_at_k = (part["y_at_k"].gather(0, winner).squeeze(0) - max_y) - log_b
+    return merged
+
+
+def _combine(maxima: torch.Tensor, rests: torch.Tensor):
+    """Global maximum M, the rank that has it, m - M, exp(m - M), 1 + rest, and the global sum without M's own term."""
+    if maxima.shape[0] == 1:
+        zero = torch.zeros_like(maxima)
+        return maxima[0], zero.long(), zero, zero + 1, 1 + rests, rests[0]
+    maximum, winner = maxima.max(dim=0, keepdim=True)
+    scale = (maxima - maximum).exp()
+    # An empty shard has maximum -inf: its scale is 0, and its distance must not turn 0 * inf into NaN.
+    shift = (maxima - maximum).masked_fill(maxima == -torch.inf, 0.0)
+    count = 1 + rests
+    rest = (scale * count).scatter_(0, winner, rests.gather(0, winner)).sum(0)
+    return maximum.squeeze(0), winner, shift, scale, count, rest
+
+
+def _weighted(scale: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return (scale * value).masked_fill_(scale == 0, 0.0).sum(0)
+
+
+def mixture_terms(
+    log_p: torch.Tensor, log_q: torch.Tensor, name: str, beta: float, masked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
+
+    Every expression starts from expm1(-|log p - log q|), and F carries the first-order terms that sum to zero
+    (such as M - q), so neither loses its digits where p and q nearly agree.
+    """
+    if name == "skew_reverse_kl":
+        log_p, log_q = log_q, log_p  # KL(p || beta p + (1 - beta) q) is the skew forward form with the roles exchanged
+    difference = log_q - log_p
+    if masked:
+        difference = difference.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
+    decay = torch.expm1(-difference.abs())
+    first = difference > 0  # q is the larger of the two
+    mixed = first.to(decay.dtype).mul_(1 - 2 * beta).add_(beta).mul_(decay)
+    log_mixed = torch.log1p(mixed)  # log M - max(log p, log q), M = beta q + (1 - beta) p
+    zero = torch.zeros((), dtype=decay.dtype, device=decay.device)
+    log_q_over_m = torch.where(first, zero, difference) - log_mixed
+    log_p_over_m = torch.where(first, -difference, zero) - log_mixed
+    p, q = log_p.exp(), log_q.exp()
+    if name == "jsd":
+        terms = beta * _product(q, log_q_over_m, masked) + (1 - beta) * _product(p, log_p_over_m, masked)
+        return terms, (1 - beta) * log_p_over_m
+    excess = torch.where(first, -(1 - beta) * decay, (1 - beta) * decay) / (1 + mixed)  # (q - M) / M
+    larger = torch.maximum(log_p, log_q).exp()
+    lack = torch.where(first, (1 - beta) * decay, -(1 - beta) * decay) * larger  # M - q
+    terms = _product(q, log_q_over_m, masked) + lack
+    if name == "skew_forward_kl":
+        return terms, -(1 - beta) * excess
+    return terms, log_q_over_m - beta * excess
+
+
+def _product(weight: torch.Tensor, value: torch.Tensor, masked: bool) -> torch.Tensor:
+    product = weight * value
+    return product.masked_fill_(weight == 0, 0.0) if masked else product
+
+
+def divergence_sums(z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan, masked: bool) -> torch.Tensor:
+    """[C, 2] of a shard: the mixture divergence's terms, and sum of p (c - c at the student's most likely token)."""
+    sums = z.new_zeros(z.shape[0], 2)
+    if z.shape[1] == 0:
+        return sums
+    slope_at_k = mixture_slope_at_k(merged, plan)
+    rows = block_rows(z)
+    for start in range(0, z.shape[0], rows):
+        block = slice(start, start + rows)
+        log_p, log_q = _log_probs(z, y, merged, block)
+        terms, slope = mixture_terms(log_p, log_q, plan.mixture, plan.beta, masked)
+        sums[block, 0] = terms.sum(1)
+        slope -= slope_at_k[block].unsqueeze(1)
+        sums[block, 1] = _dot(log_p.exp(), slope, masked)
+    return sums
+
+
+def mixture_slope_at_k(merged: Merged, plan: Plan) -> torch.Tensor:
+    """c at the student's most likely token [C]; subtracting it everywhere keeps confident tokens exact in float32."""
+    return mixture_terms(-merged.log_sum_z, merged.log_q_at_k, plan.mixture, plan.beta, True)[1]
+
+
+def _log_probs(z, y, merged, block):
+    log_p = (z[block] - merged.max_z[block].unsqueeze(1)).sub_(merged.log_sum_z[block].unsqueeze(1))
+    if y is None:
+        return log_p, None
+    return log_p, (y[block] - merged.max_y[block].unsqueeze(1)).sub_(merged.log_sum_y[block].unsqueeze(1))
+
+
+def logits_gradient(
+    z: torch.Tensor,
+    y: torch.Tensor | None,
+    target: torch.Tensor | None,
+    owned: torch.Tensor | None,
+    merged: Merged,
+    cotangents: dict[str, torch.Tensor],
+    plan: Plan,
+    masked: bool,
+) -> torch.Tensor:
+    """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``. Cotangents are [C] by output name."""
+    if z.shape[1] == 0:
+        return z
+    rows = block_rows(z)
+    slope_at_k = mixture_slope_at_k(merged, plan) if plan.mixture in cotangents else None
+    for start in range(0, z.shape[0], rows):
+        block = slice(start, start + rows)
+        log_p, log_q = _log_probs(z, y, merged, block)
+        weight = {name: value[block].unsqueeze(1) for name, value in cotangents.items()}
+        value = {name: merged.outputs[name][block].unsqueeze(1) for name in cotangents}
+        delta = None
+        if "forward_kl" in weight:
+            delta = _p_minus_q(log_p, log_q, masked).mul_(weight["forward_kl"])
+        factor = None  # of p
+        if "reverse_kl" in weight:
+            factor = (log_p - log_q).sub_(value["reverse_kl"]).mul_(weight["reverse_kl"])
+        if "entropy" in weight:
+            term = (log_p + value["entropy"]).mul_(-weight["entropy"])
+            factor = term if factor is None else factor.add_(term)
+        if plan.mixture in weight:
+            slope = mixture_terms(log_p, log_q, plan.mixture, plan.beta, masked)[1]
+            slope = slope.sub_((slope_at_k + merged.expected_slope)[block].unsqueeze(1)).mul_(weight[plan.mixture])
+            factor = slope if factor is None else factor.add_(slope)
+        p = log_p.exp_()
+        if factor is not None:
+            factor = _product(p, factor, masked)
+            delta = factor if delta is None else delta.add_(factor)
+        if "log_probs" in weight:
+            pull = p.mul_(-weight["log_probs"])
+            hit = cotangents["log_probs"][block].masked_fill(~owned[block], 0.0).unsqueeze(1)
+            pull.scatter_add_(1, target[block].unsqueeze(1), hit)
+            delta = pull if delta is None else delta.add_(pull)
+        z[block] = 0.0 if delta is None else delta
+    return z
+
+
+def _p_minus_q(log_p: torch.Tensor, log_q: torch.Tensor, masked: bool) -> torch.Tensor:
+    """p - q through expm1 of the difference of logarithms: exact to rounding where p and q nearly agree."""
+    difference = log_p - log_q
+    if not difference.is_cuda and not masked and bool(difference.amax() < 30.0):
+        return torch.expm1(difference).mul_(log_q.exp())
+    if masked:
+        difference.masked_fill_((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
+    size = torch.expm1(-difference.abs()).mul_(torch.maximum(log_p, log_q).exp_())
+    return torch.copysign(size, difference)

@@ -1,0 +1,214 @@
+"""Where a teacher's distribution comes from: hidden states and an output layer, logits, or a cached top-k.
+
+All sources are frozen: nothing here carries a gradient. Rows line up with the student's rows (same tokens, same order),
+columns with the student's shard, whatever the teacher's own layout, hidden size and vocabulary padding were; an output
+layer is brought to that shard by ``kl/reshard.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl.shards import VocabShard, check_ids
+from megatron_s2d.kl.support import TAILS, SupportChunk
+
+Temperature = float | torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """The teacher's final hidden states and the rows of its output layer that belong to the student's shard."""
+
+    hidden: torch.Tensor  # [N, d_T]; under sequence_parallel this rank's slice [N / T, d_T]
+    weight_shard: torch.Tensor  # [>= shard.columns, d_T]: row i is global id shard.start + i
+    temperature: Temperature = 1.0  # float, or [N]
+    sequence_parallel: bool = False  # hidden is sharded over the student's tensor-parallel group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Logits:
+    """Teacher logits of the student's shard, before temperature."""
+
+    shard_logits: torch.Tensor  # [N, >= shard.columns]
+    temperature: Temperature = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopK:
+    """The teacher's log-probabilities (after its temperature) of k distinct tokens per position, the same on all ranks."""
+
+    ids: torch.Tensor  # [N, k] int32 or int64 global ids
+    log_probs: torch.Tensor  # [N, k] of the full distribution, not renormalised
+    log_tail_mass: torch.Tensor  # [N] log of the remaining mass; -inf for none
+    tail: str = "bucket"  # or "renormalise", "truncate": see kl/support.py
+    support: str = "teacher"  # whose tokens these are: "teacher", "student" or "union"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GeometricTarget:
+    """q proportional to teacher^reward_scale * reference^(1 - reward_scale) (G-OPD eq. 12, methods.md M4)."""
+
+    teacher: HiddenStates | Logits
+    reference: HiddenStates | Logits | None  # not used, and not read, at reward_scale 1
+    reward_scale: float
+
+
+TeacherSource = HiddenStates | Logits | TopK | GeometricTarget
+
+
+def kind_of(teacher: TeacherSource | None) -> str | None:
+    """None, "dense" or "support", as ``chunk.make_plan`` wants it."""
+    if teacher is None:
+        return None
+    return "support" if isinstance(teacher, TopK) else "dense"
+
+
+class Projection:
+    """Logits of blocks of rows: hidden states [N, d] times an output-layer shard [columns, d], over temperature."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: Temperature, dtype: torch.dtype):
+        """dtype: of the logits. Half-precision operands are multiplied as they are, with float32 results."""
+        if hidden.shape[1] != weight.shape[1]:
+            raise UserError(
+                f"hidden size {hidden.shape[1]} does not fit an output layer of width {weight.shape[1]}: "
+                "hidden states and output layer must come from the same model"
+            )
+        # A CPU has no product of bfloat16 operands with a float32 result: both sides are widened, which is exact.
+        same = hidden.dtype == weight.dtype
+        if not same or (hidden.dtype != dtype and not (hidden.is_cuda and dtype == torch.float32)):
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        self.hidden, self.weight, self.temperature = hidden, weight, temperature
+        self.mixed = hidden.dtype != dtype
+
+    def logits(self, block: slice, out: torch.Tensor) -> torch.Tensor:
+        """Rows ``block`` into ``out`` [rows, columns]."""
+        if out.shape[1] == 0:
+            return out
+        if self.mixed:
+            torch.mm(self.hidden[block], self.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(self.hidden[block], self.weight.t(), out=out)
+        return over_temperature(out, self.temperature, block)
+
+
+def over_temperature(values: torch.Tensor, temperature: Temperature, block: slice) -> torch.Tensor:
+    """``values`` [rows, ...] divided in place by a number or by its rows of a per-token temperature."""
+    if isinstance(temperature, torch.Tensor):
+        return values.div_(temperature[block].view(-1, *[1] * (values.dim() - 1)))
+    return values if temperature == 1.0 else values.div_(temperature)
+
+
+class _Stored:
+    def __init__(self, logits: torch.Tensor, temperature: Temperature):
+        self.values, self.temperature = logits, temperature
+
+    def logits(self, block: slice, out: torch.Tensor) -> torch.Tensor:
+        return over_temperature(out.copy_(self.values[block, : out.shape[1]]), self.temperature, block)
+
+
+class _Geometric:
+    def __init__(self, teacher, reference, reward_scale: float):
+        self.teacher, self.reference, self.scale = teacher, reference, reward_scale
+
+    def logits(self, block: slice, out: torch.Tensor) -> torch.Tensor:
+        out = self.teacher.logits(block, out)
+        reference = self.reference.logits(block, torch.empty_like(out))
+        impossible = out == -torch.inf  # by index: scale * (-inf) + (1 - scale) * (-inf) would be NaN
+        return out.mul_(self.scale).add_(reference, alpha=1 - self.scale).masked_fill_(impossible, -torch.inf)
+
+
+class _Support:
+    def __init__(self, source: TopK, rows: torch.Tensor | None, shard: VocabShard, dtype: torch.dtype):
+        ids, log_probs, log_tail = (
+            tensor if rows is None else tensor[rows] for tensor in (source.ids, source.log_probs, source.log_tail_mass)
+        )
+        self.local, self.owned = shard.local(ids.long())
+        self.log_q, self.log_tail, self.tail = log_probs.to(dtype), log_tail.to(dtype), source.tail
+
+    def chunk(self, block: slice) -> SupportChunk:
+        return SupportChunk(self.local[block], self.owned[block], self.log_q[block], self.log_tail[block], self.tail)
+
+
+class PreparedTeacher:
+    """A source bound to a shard and to the rows that count; gives the chunks of one pass."""
+
+    def __init__(
+        self, source: TeacherSource, *, num_rows: int, rows: torch.Tensor | None, shard: VocabShard, dtype: torch.dtype
+    ):
+        """num_rows: student rows before compaction; rows: indices that are kept (None: all)."""
+        if isinstance(source, TopK):
+            _check_top_k(source, num_rows, shard)
+            self._source = _Support(source, rows, shard, dtype)
+        else:
+            self._source = _dense(source, num_rows, rows, shard, dtype)
+
+    def chunk(self, block: slice, buffer: torch.Tensor) -> torch.Tensor | SupportChunk:
+        """The distribution of rows ``block``; ``buffer`` [rows, columns] is used by dense sources."""
+        if isinstance(self._source, _Support):
+            return self._source.chunk(block)
+        return self._source.logits(block, buffer)
+
+
+def _dense(source, num_rows: int, rows: torch.Tensor | None, shard: VocabShard, dtype: torch.dtype):
+    if isinstance(source, GeometricTarget):
+        teacher = _dense(source.teacher, num_rows, rows, shard, dtype)
+        if source.reward_scale == 1.0:
+            return teacher
+        if source.reference is None:
+            raise UserError("reward_scale other than 1 needs a reference distribution: see methods, G-OPD")
+        return _Geometric(teacher, _dense(source.reference, num_rows, rows, shard, dtype), source.reward_scale)
+    if isinstance(source, Logits):
+        _check_rows(source.shard_logits.shape[0], num_rows)
+        _check_columns(source.shard_logits.shape[1], shard)
+        logits, temperature = source.shard_logits.detach(), source.temperature
+        return _Stored(logits if rows is None else logits[rows], _rows_of(temperature, rows))
+    if not isinstance(source, HiddenStates):
+        raise UserError(f"a {type(source).__name__} cannot be part of a full teacher distribution: use HiddenStates")
+    hidden = source.hidden.detach()
+    if source.sequence_parallel:
+        hidden = shard.gather(hidden).flatten(0, 1)
+    _check_rows(hidden.shape[0], num_rows)
+    _check_columns(source.weight_shard.shape[0], shard)
+    hidden = hidden if rows is None else hidden[rows]
+    return Projection(hidden, source.weight_shard.detach()[: shard.columns], _rows_of(source.temperature, rows), dtype)
+
+
+def _rows_of(temperature: Temperature, rows: torch.Tensor | None) -> Temperature:
+    return temperature if rows is None or not isinstance(temperature, torch.Tensor) else temperature[rows]
+
+
+def _check_rows(found: int, expected: int) -> None:
+    if found != expected:
+        raise UserError(f"teacher has {found} rows, student {expected}: both must come from the same tokens in one order")
+
+
+def _check_columns(found: int, shard: VocabShard) -> None:
+    if found < shard.columns:
+        raise UserError(
+            f"teacher shard has {found} columns, the student's shard {shard.columns}: "
+            "vocabularies must be equal and cut alike (kl.reshard.reshard_output_layer)"
+        )
+
+
+def _check_top_k(source: TopK, num_rows: int, shard: VocabShard) -> None:
+    _check_rows(source.ids.shape[0], num_rows)
+    if source.tail not in TAILS:
+        raise UserError(f"tail {source.tail!r} of a top-k teacher: choose {', '.join(TAILS)}")
+    check_ids(source.ids, shard.vocab_size, "TopK.ids")
+    ordered = source.ids.sort(dim=1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise UserError("TopK.ids names a token twice in one position: its mass would count twice")
+
+
+def warn_on_narrow_support(teacher: TeacherSource | None, outputs: tuple[str, ...]) -> None:
+    """Warn of reverse KL over teacher-chosen tokens: what the student does elsewhere is seen as one lump, or not at all."""
+    if isinstance(teacher, TopK) and teacher.support == "teacher" and "reverse_kl" in outputs:
+        warnings.warn(
+            f"reverse KL over the teacher's top-k only (tail: {teacher.tail}): mass that the student puts elsewhere is "
+            "hardly pushed back; prefer a support chosen by the student, or the full distribution",
+            stacklevel=3,
+        )
