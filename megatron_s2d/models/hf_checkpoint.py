@@ -1,0 +1,205 @@
+"""Hugging Face safetensors directories: checked before use, then read slice by slice.
+
+Opening a checkpoint reads only the headers, and refuses a directory whose files are truncated, whose index and shards
+disagree, or whose tensors are not exactly those of the model. File contents are checked against SHA-256 digests where
+the directory carries some (``verify_digests``). Pickled checkpoints (``.bin``) are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hf_config import spec_from_directory
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.models.families import hf_tensor_shapes
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Weight dtypes of safetensors that are read and written."""
+
+_LARGEST_HEADER = 100 * 2**20  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: absolute byte range [start, stop) of ``path``."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class HfCheckpoint:
+    """The weights of a Hugging Face directory; a ``WeightSource``. Files are memory-mapped, so reading keeps nothing."""
+
+    def __init__(self, directory: str | Path):
+        """Raises ``UserError`` for a missing, truncated or inconsistent file, and for missing, extra or wrongly shaped
+        tensors, naming the first."""
+        self.directory = Path(directory)
+        self.spec: ModelSpec = spec_from_directory(self.directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.shards, index = _list_shards(self.directory)
+        for shard in self.shards:
+            for name, info in read_header(shard).items():
+                if name in self.tensors:
+                    raise UserError(f"{self.directory}: {name} is in {self.tensors[name].path.name} and {shard.name}")
+                self.tensors[name] = info
+        self._digests: dict[str, str] = index.get("metadata", {}).get("sha256", {})
+        self._check_index(index.get("weight_map"))
+        self._check_names_and_shapes()
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(info.stop - info.start for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes that occur."""
+        return {info.dtype for info in self.tensors.values()}
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """See ``WeightSource.read``; the result is a copy with memory of its own, in the file's dtype."""
+        info = self.tensors[name]
+        whole = torch.frombuffer(
+            self._map(info.path), dtype=info.dtype, count=math.prod(info.shape), offset=info.start
+        ).view(info.shape)
+        return whole.narrow(dim, start, (info.shape[dim] if stop is None else stop) - start).clone()
+
+    def release(self) -> None:
+        """Close the files."""
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+
+    def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> int:
+        """Hash every file that the directory records a SHA-256 of (our exports, and the hub's download cache do).
+
+        Returns how many files were checked; raises ``UserError`` for one that differs. ``progress`` gets byte counts.
+        """
+        checked = 0
+        for shard in self.shards:
+            expected = self._digests.get(shard.name) or _hub_digest(self.directory, shard.name)
+            if expected is None:
+                continue
+            found = hashlib.sha256()
+            with open(shard, "rb") as file:
+                while block := file.read(2**22):
+                    found.update(block)
+                    progress(len(block))
+            if found.hexdigest() != expected:
+                raise UserError(f"{shard}: corrupted (its SHA-256 is not the recorded one); fetch the file again")
+            checked += 1
+        return checked
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with open(path, "rb") as file:
+                # Copy-on-write, because torch.frombuffer asks for a writable buffer; nothing writes to it.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+    def _check_index(self, weight_map: dict[str, str] | None) -> None:
+        if weight_map is None:
+            return
+        for name, shard in weight_map.items():
+            if name not in self.tensors or self.tensors[name].path.name != shard:
+                raise UserError(f"{self.directory}: {INDEX_NAME} places {name} in {shard}, but it is not there")
+        for name, info in self.tensors.items():
+            if name not in weight_map:
+                raise UserError(f"{self.directory}: {name} in {info.path.name} is not listed in {INDEX_NAME}")
+
+    def _check_names_and_shapes(self) -> None:
+        expected = dict(hf_tensor_shapes(self.spec))
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise UserError(f"{self.directory}: tensor {name} is missing")
+            if self.tensors[name].shape != shape:
+                raise UserError(f"{self.directory}: {name} is {self.tensors[name].shape}, the model needs {shape}")
+        for name in self.tensors:
+            if name not in expected:
+                raise UserError(f"{self.directory}: tensor {name} does not belong to a {self.spec.family} model")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. A file that is cut short, padded or damaged in its header is refused."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise UserError(f"{path}: truncated or not a safetensors file")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged header; fetch the file again") from None
+    try:
+        return _check_header(path, header, data_start=8 + length, size=size)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: damaged header; fetch the file again") from None
+
+
+def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(int(length) for length in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path}: {name} has {end - begin} bytes, which is not its shape {shape}")
+        tensors[name] = TensorInfo(path, dtype, shape, data_start + begin, data_start + end)
+    position = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if info.start != position:
+            raise UserError(f"{path}: damaged header ({name} does not follow its neighbour); fetch the file again")
+        position = info.stop
+    if position != size:
+        raise UserError(f"{path}: has {size} bytes instead of {position}: truncated or damaged; fetch the file again")
+    return tensors
+
+
+def _list_shards(directory: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The safetensors files of a directory, and its index (empty where there is none)."""
+    index_path = directory / INDEX_NAME
+    if index_path.exists():
+        try:
+            index = json.loads(index_path.read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index_path}: damaged ({type(error).__name__}: {error})") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index_path}: names a file outside the directory ({name!r})")
+            if not (directory / name).exists():
+                raise UserError(f"{directory}: {name} is listed in {INDEX_NAME}, but missing; fetch it again")
+        return [directory / name for name in names], index
+    if (directory / SINGLE_NAME).exists():
+        return [directory / SINGLE_NAME], {}
+    raise UserError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors checkpoints are read")
+
+
+def _hub_digest(directory: Path, name: str) -> str | None:
+    """The SHA-256 that ``hf download`` noted beside a file (second line: the etag, which is the digest for weights)."""
+    note = directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None

@@ -1,0 +1,148 @@
+"""Logits of the Megatron model against transformers on the same random weights, float32 within 1e-4.
+
+The layouts are compared with each other in tests/dist; here one rank meets every family and every corner of a
+configuration: head_dim unequal to hidden_size / heads, tied and untied, odd vocabularies, rope scaling, padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.models.build import build_model, rope_frequencies  # noqa: E402
+from megatron_s2d.models.families import PRESETS, hf_tensor_shapes  # noqa: E402
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
+from megatron_s2d.models.weights import export_weights, import_weights  # noqa: E402
+from megatron_s2d.parallel import layout as layouts  # noqa: E402
+
+SMALL = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
+VARIANTS = {
+    "qwen3_untied": ("tiny-teacher", {**SMALL, "head_dim": 24, "vocab_size": 131}),
+    "qwen3_tied": ("tiny-teacher", {**SMALL, "head_dim": 8, "vocab_size": 97, "tie_word_embeddings": True}),
+    "llama_tied": ("tiny-llama", {**SMALL, "vocab_size": 131}),
+    "llama_untied_no_gqa": ("tiny-llama", {"num_query_groups": 4, "tie_word_embeddings": False, "vocab_size": 40}),
+    "llama_head_dim": ("tiny-llama", {"head_dim": 40, "vocab_size": 33}),
+    "moe": ("tiny-moe", {"vocab_size": 77, "num_experts": 6, "num_experts_per_tok": 3}),
+    "moe_raw_probs": ("tiny-moe", {"vocab_size": 77, "norm_topk_prob": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def layout():
+    torch.set_num_threads(1)
+    layouts.initialize_distributed()
+    return layouts.build_layout(ParallelConfig())
+
+
+def make_pair(name: str, directory, layout, dtype=torch.float32):
+    """transformers' model with random weights saved to ``directory``, and the Megatron model that read them."""
+    preset, fields = VARIANTS[name]
+    spec = ModelConfig(preset=preset, **fields).resolve()
+    (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "float32")))
+    config = transformers.AutoConfig.from_pretrained(directory)
+    torch.manual_seed(5)
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            # Norms that are all ones and weights of one scale would hide a mix-up.
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+    reference.save_pretrained(directory)
+    checkpoint = HfCheckpoint(directory)
+    assert checkpoint.spec == spec
+    chunks = build_model(spec, layout, params_dtype=dtype)
+    import_weights(chunks, spec, layout, checkpoint)
+    chunks[0].eval()
+    return spec, reference, chunks
+
+
+def megatron_logits(chunks, spec, layout, tokens, masked=None):
+    with layout.active(), torch.no_grad():
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        return chunks[0](tokens, positions, masked)[..., : spec.vocab_size]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(name, tmp_path, layout):
+    spec, reference, chunks = make_pair(name, tmp_path, layout)
+    tokens = torch.randint(0, spec.vocab_size, (2, 150))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(megatron_logits(chunks, spec, layout, tokens), expected, rtol=0, atol=1e-4)
+    exported = dict(export_weights(chunks, spec, layout, bucket_bytes=100_000))
+    source = HfCheckpoint(tmp_path)
+    assert list(exported) and exported.keys() == source.tensors.keys()
+    for key, tensor in exported.items():
+        assert torch.equal(tensor, source.read(key)), key
+
+
+@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied", "moe"])
+def test_left_padding_is_invisible(name, tmp_path, layout):
+    spec, reference, chunks = make_pair(name, tmp_path, layout)
+    tokens = torch.randint(0, spec.vocab_size, (2, 20))
+    pads = torch.tensor([0, 7])
+    visible = torch.arange(20) >= pads[:, None]
+    with torch.no_grad():
+        expected = reference(tokens[1:, 7:]).logits[0]
+        padded = reference(tokens, attention_mask=visible.long()).logits
+    masked = ~(visible[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool).tril())
+    found = megatron_logits(chunks, spec, layout, tokens, masked)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[1, 7:], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[visible], padded[visible], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied"])
+def test_long_positions(name, tmp_path, layout):
+    spec, reference, chunks = make_pair(name, tmp_path, layout)
+    tokens = torch.randint(0, spec.vocab_size, (1, 3000))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    torch.testing.assert_close(megatron_logits(chunks, spec, layout, tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "llama_untied_no_gqa", "moe"])
+def test_bfloat16_within_its_own_rounding(name, tmp_path, layout):
+    """In bfloat16 both models are off the float32 truth; ours by at most 1.5 times as much as transformers'."""
+    spec, reference, chunks = make_pair(name, tmp_path, layout, torch.bfloat16)
+    tokens = torch.randint(0, spec.vocab_size, (4, 40))
+    found = megatron_logits(chunks, spec, layout, tokens).float()
+    with torch.no_grad():
+        expected = reference(tokens).logits.float()
+        truth = reference.float()(tokens).logits
+    ours, theirs = (found - truth).abs(), (expected - truth).abs()
+    assert ours.mean() < 1.5 * theirs.mean()
+    assert (found - expected).abs().mean() < 0.02 * truth.std()
+
+
+@pytest.mark.parametrize("preset", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-8b"])
+def test_rope_frequencies_equal_transformers(preset):
+    spec = ModelConfig(preset=preset).resolve()
+    document = hf_config_from_spec(spec, "bfloat16")
+    config = transformers.AutoConfig.for_model(**document)
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    expected = LlamaRotaryEmbedding(config=config).inv_freq
+    torch.testing.assert_close(rope_frequencies(spec), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_tensors_of_transformers(preset):
+    spec = ModelConfig(preset=preset).resolve(None if "vocab_size" in PRESETS[preset] else 27)
+    few_layers = dataclasses.replace(spec, num_layers=2, num_experts=min(spec.num_experts, 8))
+    config = transformers.AutoConfig.for_model(**hf_config_from_spec(few_layers, "bfloat16"))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == few_layers.num_parameters
+    assert sum(torch.Size(shape).numel() for _, shape in hf_tensor_shapes(few_layers)) == count
+    assert spec_from_hf_config(config.to_dict(), "config.json") == few_layers
