@@ -46,7 +46,7 @@ def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | No
         raise UserError(f"{mixtures[0]} needs beta strictly between 0 and 1, got {beta}: the ends are plain KLs")
     if beta is not None and not mixtures:
         raise UserError("beta belongs to jsd and the skew divergences: leave it out")
-    return Plan(tuple(outputs), teacher is not None, beta)
+    return Plan(tuple(outputs), bool(divergences), beta)
 
 
 @dataclasses.dataclass
@@ -92,7 +92,6 @@ def gradient(
 ) -> torch.Tensor:
     """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns; may overwrite ``z``."""
     ids, owned = target if target is not None else (None, None)
-    cotangents = {name: value for name, value in cotangents.items() if name not in MASSES}
     if isinstance(teacher, SupportChunk):
         return support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents)
     return backend.logits_gradient(z, teacher, ids, owned, evaluated.merged, cotangents, plan, evaluated.masked)

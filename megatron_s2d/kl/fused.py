@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.kl.chunk import Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
+from megatron_s2d.kl.chunk import MASSES, Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
 from megatron_s2d.kl.statistics import Plan
@@ -78,6 +78,8 @@ def linear_divergence(
         raise UserError(f"mode {mode!r}: choose fused or recompute")
     warn_on_narrow_support(teacher, outputs)
     plan = make_plan(outputs, teacher=kind_of(teacher), beta=beta, has_target=target_ids is not None)
+    if not plan.has_teacher and kind_of(teacher) == "dense":
+        teacher = None  # nothing that was asked for depends on it, so its logits are not made
     task = _Task(plan, shard, teacher, temperature, target_ids, token_loss, weights, response_mask, sequence_parallel)
     task.chunk_bytes, task.backend = chunk_bytes, choose_backend(backend, hidden.device)
     differentiates = token_loss is not None and torch.is_grad_enabled()
@@ -221,7 +223,7 @@ class _Work:
         rows = self.rows[block] if self.rows is not None else torch.arange(
             block.start, block.stop, device=self.student.hidden.device
         )
-        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        leaves = {name: value.detach().requires_grad_(name not in MASSES) for name, value in values.items()}
         with torch.enable_grad():
             losses = self.task.token_loss(TokenOutputs(**leaves), rows)
             if losses.shape != rows.shape:
@@ -229,8 +231,10 @@ class _Work:
             value = losses.sum() if self.weights is None else (losses * self.weights[block]).sum()
         if not value.requires_grad:
             return value, {}
-        slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return value.detach(), {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+        open_leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        slopes = torch.autograd.grad(value, list(open_leaves.values()), allow_unused=True)
+        slopes = zip(open_leaves, slopes, strict=True)
+        return value.detach(), {name: slope for name, slope in slopes if slope is not None}
 
     def logits_gradient(self, block, z, teacher, target, evaluated: Evaluated, cotangents: dict) -> torch.Tensor:
         """Gradient by the raw logits (the student's temperature divides once more)."""

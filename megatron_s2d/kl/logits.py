@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.kl.chunk import Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
+from megatron_s2d.kl.chunk import MASSES, Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
 from megatron_s2d.kl.statistics import Plan
@@ -59,6 +59,8 @@ def vocab_parallel_divergence(
 
 def _all(logits, shard, outputs, *, teacher=None, beta=None, temperature=1.0, target_ids=None) -> TokenOutputs:
     plan = make_plan(outputs, teacher=kind_of(teacher), beta=beta, has_target=target_ids is not None)
+    if not plan.has_teacher and kind_of(teacher) == "dense":
+        teacher = None
     if logits.shape[-1] < shard.columns:
         raise UserError(f"logits have {logits.shape[-1]} columns for a shard of {shard.columns}")
     leading = logits.shape[:-1]
@@ -124,6 +126,7 @@ class _VocabParallel(torch.autograd.Function):
         refuse_infinite(found)
         ctx.save_for_backward(logits)
         ctx.work = work
+        ctx.mark_non_differentiable(*(value for name, value in found.items() if name in MASSES))
         return tuple(found.values())
 
     @staticmethod
@@ -136,7 +139,7 @@ class _VocabParallel(torch.autograd.Function):
             cotangents = {
                 name: over_temperature(slope[block].clone(), work.temperature, block)
                 for name, slope in slopes
-                if slope is not None
+                if slope is not None and name not in MASSES
             }
             result[block, : work.shard.columns] = gradient(
                 z, teacher, target, kept, cotangents, work.plan, work.backend

@@ -24,5 +24,6 @@ class TokenOutputs:
     jsd: torch.Tensor | None = None  # [N] beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p
     skew_forward_kl: torch.Tensor | None = None  # [N] KL(q || beta q + (1 - beta) p)
     skew_reverse_kl: torch.Tensor | None = None  # [N] KL(p || beta p + (1 - beta) q)
+    # Numbers for metrics; never differentiated:
     captured_mass: torch.Tensor | None = None  # [N] teacher probability on a top-k support; None for a full teacher
     student_captured_mass: torch.Tensor | None = None  # [N] student probability on that support
