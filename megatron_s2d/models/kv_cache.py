@@ -1,9 +1,10 @@
 """Decoding with kept keys and values: Megatron's static inference context, with keys stored after their rotation.
 
-Megatron's own static context stores keys unrotated and rotates the whole history again in every step; its self-attention
-has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one. Sequences of a
-batch end at the same column: shorter prompts are padded on the left, and the padding is masked. Positions are counted
-without the padding, so rotations are those of the unpadded sequence; they are computed once a step, not once a layer.
+Megatron's own static context stores keys unrotated and rotates the whole history again in every step; its
+self-attention has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one.
+Sequences of a batch end at the same column: shorter prompts are padded on the left, and the padding is masked.
+Positions are counted without the padding, so rotations are those of the unpadded sequence; they are computed once a
+step, not once a layer.
 
 Left out: pages, refilling of finished rows, context parallelism, partial and interleaved rotations.
 """
@@ -115,7 +116,7 @@ class KeyValueCache(StaticInferenceContext):
         return room
 
     def _window_rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and signed sine of the window's positions, computed once for all layers: [window, batch or 1, 1, d]."""
+        """Cosine and signed sine of the window's positions, once for all layers: [window, batch or 1, 1, head_dim]."""
         if self._rotation is None:
             if self._cos_sin is None:
                 sin = torch.sin(angles[:, 0, 0])

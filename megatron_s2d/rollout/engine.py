@@ -1,4 +1,4 @@
-"""What every rollout engine promises: requests in, ``Sample`` records out, weights pushed under a version. No torch here.
+"""What every rollout engine promises: requests in, ``Sample`` records out, weights pushed by version. No torch here.
 
 A served engine and the in-process one (``megatron_engine.py``) implement the same ``RolloutEngine``. Conventions that
 the rest of the project relies on (methods.md, Notation and M1):

@@ -7,11 +7,11 @@ every data-parallel replica brings its own. Who waits for whom, once per generat
     last stage        tensor ranks gather their vocabulary shards at tensor rank 0, the root; padded columns are cut off
     root              samples, decides which responses stop, and broadcasts (token, stopped) to the whole replica
 
-so no rank ever draws a token of its own, and log-probabilities travel once, when a batch is finished. With experts spread
-over data-parallel ranks, ranks that have finished keep joining the others' forward passes until all are done.
+so no rank ever draws a token of its own, and log-probabilities travel once, when a batch is finished. With experts
+spread over data-parallel ranks, ranks that have finished keep joining the others' forward passes until all are done.
 
-Left out: refilling the places of finished responses (they are dropped and the batch shrinks), pipelining several batches
-through the stages, context parallelism.
+Left out: refilling the places of finished responses (they are dropped and the batch shrinks), pipelining several
+batches through the stages, virtual pipeline stages, context parallelism.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron_s2d.rollout.batching import ActiveRows, PromptTable, Responses, pl
 from megatron_s2d.rollout.engine import ProgressCallback, Request
 from megatron_s2d.rollout.sampling import sample_tokens
 
-# A batch is shrunk when this share of its rows, or less, is still alive: copying the kept keys and values costs about as
-# much memory traffic as one step's attention, while every dead row costs a whole row of every layer.
+# A batch is shrunk when this share of its rows, or less, is still alive: copying the kept keys and values costs about
+# as much memory traffic as one step's attention, while every dead row costs a whole row of every layer.
 _SHRINK_BELOW = 0.75
 
 # Megatron's switches of sequence parallelism on modules; a single decoded token cannot be cut over tensor ranks.
@@ -66,7 +66,7 @@ class MegatronEngine:
         ``max_batch_tokens`` its rows x (prompt + response), which bounds the memory of keys and values.
         """
         if len(chunks) != 1:
-            raise UserError(f"generation does not support virtual pipeline stages (this model has {len(chunks)} a rank)")
+            raise UserError(f"generation does not support virtual pipeline stages (found {len(chunks)} on a rank)")
         if layout.config.context_parallel_size > 1:
             raise UserError("generation does not support context_parallel_size > 1: generate with another layout")
         if max_batch_size < 1 or max_batch_tokens < 1:
@@ -257,10 +257,10 @@ class MegatronEngine:
         for request in requests:
             digest.update(f"{request.id}\x1f{request.seed}\x1f{request.params}".encode())
             digest.update(request.prompt.token_ids.tobytes())
-        mine = torch.tensor([int.from_bytes(digest.digest(), "big") >> 1], device=self._device)
-        theirs = mine.clone()
-        dist.broadcast(theirs, group=self._layout.groups.mp, group_src=self._root)
-        if not torch.equal(mine, theirs):
+        number = int.from_bytes(digest.digest(), "big") >> 1
+        extremes = torch.tensor([number, -number], device=self._device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._layout.groups.mp)
+        if extremes.tolist() != [number, -number]:
             raise RuntimeError("the ranks of one model replica were given different requests")
 
 

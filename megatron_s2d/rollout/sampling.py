@@ -24,8 +24,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def uniforms(seeds: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Random numbers of the response positions ``[start, stop)``: [stop - start, B] float64 in [0, 1).
 
-    ``seeds``: [B] uint64. SplitMix64 (Steele, Lea, Flood 2014) as a counter-based generator: the stream of a seed begins
-    at its own mixed state and position t is its t-th output, of which the upper 52 bits are used.
+    ``seeds``: [B] uint64. SplitMix64 (Steele, Lea, Flood 2014) as a counter-based generator: the stream of a seed
+    begins at its own mixed state and position t is its t-th output, of which the upper 52 bits are used.
     """
     positions = np.arange(start + 1, stop + 1, dtype=np.uint64)[:, None]
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the algorithm

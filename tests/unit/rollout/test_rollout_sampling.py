@@ -57,14 +57,17 @@ def test_samples_follow_the_distribution(temperature):
     draws, vocab = 60_000, 30
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 1.5
     columns = BatchParams.of([params(temperature=temperature)] * draws, vocab, CPU)
-    tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, torch.from_numpy(uniforms(seeds(draws), 3, 4)[0]))
+    uniform = torch.from_numpy(uniforms(seeds(draws), 3, 4)[0])
+    tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, uniform)
     probs = torch.softmax(logits.double() / temperature, dim=-1)
     assert abs(chi_square(np.bincount(tokens.numpy(), minlength=vocab), probs.numpy() * draws)) < 4
     # float32 logits against float64: a few units in the last place of logits of size about 10.
     torch.testing.assert_close(log_probs.double(), probs.log()[tokens], rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 0.9), (-1, 0.3), (5, 1.0), (1, 1.0), (8, 0.7), (-1, 1.0), (999, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(-1, 0.9), (-1, 0.3), (5, 1.0), (1, 1.0), (8, 0.7), (-1, 1.0), (999, 1.0)]
+)
 def test_filters_keep_what_the_library_keeps(top_k, top_p):
     vocab, rows = 50, 200
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
@@ -85,7 +88,8 @@ def test_filtered_samples_follow_the_renormalised_distribution():
     draws, vocab = 40_000, 12
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
     columns = BatchParams.of([params(top_k=6, top_p=0.95, temperature=0.8)] * draws, vocab, CPU)
-    tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, torch.from_numpy(uniforms(seeds(draws), 0, 1)[0]))
+    uniform = torch.from_numpy(uniforms(seeds(draws), 0, 1)[0])
+    tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, uniform)
     scaled = logits.double() / 0.8
     kept = TopPLogitsWarper(0.95)(None, TopKLogitsWarper(6)(None, scaled[None]))[0].isfinite().numpy()
     probs = torch.softmax(scaled, dim=-1)
@@ -123,7 +127,8 @@ def test_rows_of_different_parameters_do_not_meet():
     together = BatchParams.of(rows_params, vocab, CPU)
     tokens, log_probs = sample_tokens(logits, together, uniform)
     for row in range(rows):
-        alone = sample_tokens(logits[row : row + 1], BatchParams.of([rows_params[row]], vocab, CPU), uniform[row : row + 1])
+        own = BatchParams.of([rows_params[row]], vocab, CPU)
+        alone = sample_tokens(logits[row : row + 1], own, uniform[row : row + 1])
         assert (tokens[row], log_probs[row]) == (alone[0][0], alone[1][0])
     assert torch.equal(tokens[1 :: len(kinds)], logits[1 :: len(kinds)].argmax(-1))
     picked = torch.arange(0, rows, 7)

@@ -1,0 +1,69 @@
+"""Generation gives the same samples at every layout, on every rank of a replica, and agrees with the full forward."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = {
+    "tiny-llama": ("one", "tp2", "pp2", "tp2pp2", "tp4", "tp2pp2sp"),
+    "tiny-moe": ("one", "pp2", "tp2sp", "ep4", "ep2pp2", "ep4tp2sp"),
+}
+CASES = [(preset, layout) for preset, names in LAYOUTS.items() for layout in names]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("rollout") / "results.json"
+    worker = Path(__file__).with_name("rollout_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    finished = subprocess.run(
+        [*command, str(worker), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def test_the_reference_is_worth_comparing_with(results):
+    for preset in LAYOUTS:
+        samples = results[f"{preset}/one"]["samples"].values()
+        assert len(samples) == 24
+        assert {sample["reason"] for sample in samples} == {"stop", "length"}
+        assert len({tuple(sample["tokens"]) for sample in samples}) > 16
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_all_ranks_of_a_replica_return_the_same(results, preset, layout):
+    assert results[f"{preset}/{layout}"]["same"]
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_samples_are_those_of_one_rank(results, preset, layout):
+    found, expected = results[f"{preset}/{layout}"]["samples"], results[f"{preset}/one"]["samples"]
+    assert found.keys() == expected.keys()
+    for name, sample in expected.items():
+        assert found[name]["tokens"] == sample["tokens"], name
+        assert found[name]["reason"] == sample["reason"], name
+        assert found[name]["log_probs"] == pytest.approx(sample["log_probs"], rel=0, abs=1e-4), name
+
+
+@pytest.mark.parametrize(("preset", "layout"), [case for case in CASES if case[1] not in ("ep4", "ep2pp2", "ep4tp2sp")])
+def test_log_probs_are_those_of_a_full_forward(results, preset, layout):
+    assert results[f"{preset}/{layout}"]["worst"] < 1e-4
+
+
+def test_ranks_of_a_replica_notice_different_requests(results):
+    assert "different requests" in results["different_requests"]
