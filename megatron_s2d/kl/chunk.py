@@ -76,7 +76,8 @@ def evaluate(
     local, masked = backend.statistics(z, teacher, ids, owned, plan)
     merged = merge(shard.gather(local), plan)
     if plan.mixture is not None:
-        sums = shard.gather(backend.divergence_sums(z, teacher, merged, plan, masked)).sum(0)
+        local, masked = backend.divergence_sums(z, teacher, merged, plan, masked)
+        sums = shard.gather(local).sum(0)
         merged.outputs[plan.mixture], merged.expected_slope = sums.unbind(1)
     return Evaluated({name: merged.outputs[name] for name in plan.outputs}, merged, masked)
 

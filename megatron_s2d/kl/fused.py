@@ -37,7 +37,7 @@ TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
 
 _CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 # Chunks whose logit gradients are kept for one weight-gradient product: the float32 accumulator is read and written
-# once per product, which at few rows per chunk costs more than the product. On a CPU the gradient overwrites the logits.
+# once per product, which at few rows per chunk costs more than the product. On a CPU the gradient overwrites logits.
 _CHUNKS_PER_WEIGHT_PRODUCT = {"cuda": 4, "cpu": 1}
 
 
@@ -63,13 +63,15 @@ def linear_divergence(
 
     hidden: [N, d] the same on every tensor-parallel rank, or under ``sequence_parallel`` this rank's slice [N / T, d];
     its gradient is summed over the shards here (all-reduce, or reduce-scatter). weight: [local columns, d], row i is
-    global id ``shard.start + i``; rows beyond ``shard.columns`` are padding with gradient 0. float32, float64, bfloat16.
+    global id ``shard.start + i``; rows beyond ``shard.columns`` are padding with gradient 0. float32, float64 or
+    bfloat16.
     outputs: names of ``TokenOutputs`` fields. temperature: of the student, a number or [N]. target_ids: [N] int64.
     token_loss(outputs of a chunk [C] with gradients, rows: int64 [C] indices into N) -> [C]; in mode "recompute" it is
     called once with all rows. Without it nothing is differentiated and the loss is 0. It must be a pure function whose
-    normalisers are already global: it runs once per chunk. weights: [N], default 1.
+    normalisers are already global: it runs once per chunk. The captured masses carry no gradient. weights: [N],
+    default 1.
     response_mask: bool [N]; other rows are left out before any arithmetic, their outputs read 0.
-    chunk_bytes: memory of the logits buffers (1 GiB on CUDA, 64 MiB on CPU); results do not depend on it beyond rounding.
+    chunk_bytes: memory of the logits buffers (1 GiB on CUDA, 64 MiB on CPU); it changes results by rounding only.
 
     Collectives over ``shard.group``: one per chunk (two with a mixture), and the hidden gradient's in backward.
     Raises ``UserError`` for an infinite divergence, and RuntimeError on double backward.
@@ -185,7 +187,7 @@ class _Work:
             yield block, z, teacher, target
 
     def run(self, *, whole: bool = False, hidden: bool = False, weight: bool = False) -> _Gradients:
-        """Evaluate all chunks; with ``hidden`` or ``weight`` also form those gradients. whole: one ``token_loss`` call."""
+        """Evaluate all chunks; ``hidden`` and ``weight``: form those gradients too. whole: one ``token_loss`` call."""
         task, plan = self.task, self.task.plan
         compact = {name: self._new(self.count) for name in plan.outputs}
         total = self._new(())

@@ -1,4 +1,4 @@
-"""A vocabulary shard as a value: which global token ids a rank's columns stand for, and the one collective that is needed.
+"""A vocabulary shard as a value: which global token ids a rank's columns stand for, and the one collective needed.
 
 Columns beyond ``vocab_size`` are padding (output layers are padded to a multiple of the tensor-parallel size) and are
 cut off before any arithmetic, so nothing here ever masks by adding minus infinity. Left out: how a model lays out its

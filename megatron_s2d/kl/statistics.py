@@ -58,7 +58,9 @@ class Merged:
     log_sum_z: torch.Tensor
     max_y: torch.Tensor | None = None
     log_sum_y: torch.Tensor | None = None
+    offset: torch.Tensor | None = None  # log p - log q = (z - y) - offset
     log_q_at_k: torch.Tensor | None = None  # log q at the student's most likely token
+    difference_at_k: torch.Tensor | None = None  # log q - log p there
     expected_slope: torch.Tensor | None = None  # of the mixture: sum of p (c - c at k)
     outputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -113,9 +115,10 @@ def _block_statistics(z, y, target, owned, plan, masked):
         found["e"] = _dot(exp_a, a, masked)
     if plan.has_teacher:
         found["n"], j = _max(y)
-        b = y - _finite(found["n"], masked).unsqueeze(1)
-        exp_b = b.exp()
-        difference = b.sub_(a)
+        n = _finite(found["n"], masked)
+        exp_b = (y - n.unsqueeze(1)).exp_()
+        # y - z first: it is exact where the models nearly agree, which the distances from the maxima are not.
+        difference = (y - z).sub_((n - _finite(found["m"], masked)).unsqueeze(1))
         if "w" in columns:
             found["w"] = _dot(exp_b, difference, masked)
         if "u" in columns:
@@ -171,14 +174,19 @@ def merge(gathered: torch.Tensor, plan: Plan) -> Merged:
         max_y, _, shift_y, scale_y, count_y, rest_y = _combine(part["n"], part["tb"])
         log_b = torch.log1p(rest_y)
         merged.max_y, merged.log_sum_y = max_y, log_b
+        # log_a - log_b, without rounding either logarithm first
+        ratio = torch.log1p((rest - rest_y) / (1 + rest_y))
+        merged.offset = (max_z - max_y) + ratio
+        if "w" in part or "u" in part:
+            between = (part["n"] - part["m"]) - (max_y - max_z)  # of a shard's maxima, against the global ones
+            between.masked_fill_((part["n"] == -torch.inf) | (part["m"] == -torch.inf), 0.0)
         if "w" in part:
-            cross = _weighted(scale_y, part["w"] + count_y * (shift_y - shift)) / (1 + rest_y)
-            out["forward_kl"] = cross - log_b + log_a
+            out["forward_kl"] = _weighted(scale_y, part["w"] + count_y * between) / (1 + rest_y) + ratio
         if "u" in part:
-            cross = _weighted(scale, part["u"] + count * (shift - shift_y)) / (1 + rest)
-            out["reverse_kl"] = cross - log_a + log_b
+            out["reverse_kl"] = _weighted(scale, part["u"] - count * between) / (1 + rest) - ratio
         if "y_at_k" in part:
             merged.log_q_at_k = (part["y_at_k"].gather(0, winner).squeeze(0) - max_y) - log_b
+            merged.difference_at_k = merged.offset - (max_z - part["y_at_k"].gather(0, winner).squeeze(0))
     return merged
 
 
@@ -201,16 +209,16 @@ def _weighted(scale: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def mixture_terms(
-    log_p: torch.Tensor, log_q: torch.Tensor, name: str, beta: float, masked: bool
+    log_p: torch.Tensor, log_q: torch.Tensor, difference: torch.Tensor, name: str, beta: float, masked: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
 
-    Every expression starts from expm1(-|log p - log q|), and F carries the first-order terms that sum to zero
+    difference: log q - log p. Every expression starts from expm1(-|difference|), and F carries the first-order terms that sum to zero
     (such as M - q), so neither loses its digits where p and q nearly agree.
     """
     if name == "skew_reverse_kl":
-        log_p, log_q = log_q, log_p  # KL(p || beta p + (1 - beta) q) is the skew forward form with the roles exchanged
-    difference = log_q - log_p
+        # KL(p || beta p + (1 - beta) q) is the skew forward form with the roles exchanged
+        log_p, log_q, difference = log_q, log_p, -difference
     if masked:
         difference = difference.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
     decay = torch.expm1(-difference.abs())
@@ -238,17 +246,30 @@ def _product(weight: torch.Tensor, value: torch.Tensor, masked: bool) -> torch.T
     return product.masked_fill_(weight == 0, 0.0) if masked else product
 
 
-def divergence_sums(z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan, masked: bool) -> torch.Tensor:
-    """[C, 2] of a shard: the mixture divergence's terms, and sum of p (c - c at the student's most likely token)."""
-    sums = z.new_zeros(z.shape[0], 2)
+def divergence_sums(
+    z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan, masked: bool
+) -> tuple[torch.Tensor, bool]:
+    """[C, 2] of a shard: the mixture divergence's terms, and sum of p (c - c at the student's most likely token).
+
+    Also whether minus infinities have been met, here or (``masked``) in ``statistics``.
+    """
     if z.shape[1] == 0:
-        return sums
+        return z.new_zeros(z.shape[0], 2), masked
+    sums = _mixture_sums(z, y, merged, plan, masked)
+    if masked or bool(torch.isfinite(sums).all()):
+        return sums, masked
+    return _mixture_sums(z, y, merged, plan, True), True
+
+
+def _mixture_sums(z, y, merged: Merged, plan: Plan, masked: bool) -> torch.Tensor:
+    sums = z.new_empty(z.shape[0], 2)
     slope_at_k = mixture_slope_at_k(merged, plan)
     rows = block_rows(z)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
         log_p, log_q = _log_probs(z, y, merged, block)
-        terms, slope = mixture_terms(log_p, log_q, plan.mixture, plan.beta, masked)
+        difference = _log_ratio(z, y, merged, block).neg_()
+        terms, slope = mixture_terms(log_p, log_q, difference, plan.mixture, plan.beta, masked)
         sums[block, 0] = terms.sum(1)
         slope -= slope_at_k[block].unsqueeze(1)
         sums[block, 1] = _dot(log_p.exp(), slope, masked)
@@ -257,14 +278,18 @@ def divergence_sums(z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan
 
 def mixture_slope_at_k(merged: Merged, plan: Plan) -> torch.Tensor:
     """c at the student's most likely token [C]; subtracting it everywhere keeps confident tokens exact in float32."""
-    return mixture_terms(-merged.log_sum_z, merged.log_q_at_k, plan.mixture, plan.beta, True)[1]
+    at_k = (-merged.log_sum_z, merged.log_q_at_k, merged.difference_at_k)
+    return mixture_terms(*at_k, plan.mixture, plan.beta, True)[1]
 
 
 def _log_probs(z, y, merged, block):
     log_p = (z[block] - merged.max_z[block].unsqueeze(1)).sub_(merged.log_sum_z[block].unsqueeze(1))
-    if y is None:
-        return log_p, None
     return log_p, (y[block] - merged.max_y[block].unsqueeze(1)).sub_(merged.log_sum_y[block].unsqueeze(1))
+
+
+def _log_ratio(z, y, merged, block):
+    """log p - log q; z - y first, which is exact where the models nearly agree."""
+    return (z[block] - y[block]).sub_(merged.offset[block].unsqueeze(1))
 
 
 def logits_gradient(
@@ -277,48 +302,95 @@ def logits_gradient(
     plan: Plan,
     masked: bool,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``. Cotangents are [C] by output name."""
+    """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``. cotangents: [C] by name."""
     if z.shape[1] == 0:
         return z
     rows = block_rows(z)
-    slope_at_k = mixture_slope_at_k(merged, plan) if plan.mixture in cotangents else None
+    constants = _GradientConstants(merged, cotangents, plan)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
-        log_p, log_q = _log_probs(z, y, merged, block)
-        weight = {name: value[block].unsqueeze(1) for name, value in cotangents.items()}
-        value = {name: merged.outputs[name][block].unsqueeze(1) for name in cotangents}
-        delta = None
-        if "forward_kl" in weight:
-            delta = _p_minus_q(log_p, log_q, masked).mul_(weight["forward_kl"])
-        factor = None  # of p
-        if "reverse_kl" in weight:
-            factor = (log_p - log_q).sub_(value["reverse_kl"]).mul_(weight["reverse_kl"])
-        if "entropy" in weight:
-            term = (log_p + value["entropy"]).mul_(-weight["entropy"])
-            factor = term if factor is None else factor.add_(term)
-        if plan.mixture in weight:
-            slope = mixture_terms(log_p, log_q, plan.mixture, plan.beta, masked)[1]
-            slope = slope.sub_((slope_at_k + merged.expected_slope)[block].unsqueeze(1)).mul_(weight[plan.mixture])
-            factor = slope if factor is None else factor.add_(slope)
-        p = log_p.exp_()
-        if factor is not None:
-            factor = _product(p, factor, masked)
-            delta = factor if delta is None else delta.add_(factor)
-        if "log_probs" in weight:
-            pull = p.mul_(-weight["log_probs"])
+        delta = _block_gradient(z[block], None if y is None else y[block], constants.rows(block), masked)
+        if "log_probs" in cotangents:
             hit = cotangents["log_probs"][block].masked_fill(~owned[block], 0.0).unsqueeze(1)
-            pull.scatter_add_(1, target[block].unsqueeze(1), hit)
-            delta = pull if delta is None else delta.add_(pull)
-        z[block] = 0.0 if delta is None else delta
+            delta.scatter_add_(1, target[block].unsqueeze(1), hit)
+        z[block] = delta
     return z
 
 
-def _p_minus_q(log_p: torch.Tensor, log_q: torch.Tensor, masked: bool) -> torch.Tensor:
-    """p - q through expm1 of the difference of logarithms: exact to rounding where p and q nearly agree."""
-    difference = log_p - log_q
-    if not difference.is_cuda and not masked and bool(difference.amax() < 30.0):
-        return torch.expm1(difference).mul_(log_q.exp())
+class _GradientConstants:
+    """Per-token numbers of the gradient as columns [C, 1]; each is ``None`` where its term does not occur.
+
+    With s = z - max z and t = y - max y, the gradient is
+        forward exp(t) expm1(x) + exp(s) (reverse x + entropy s + mixture c + level),    x = log p - log q,
+    where the normalisers exp(-log_sum) are folded into the row factors.
+    """
+
+    def __init__(self, merged: Merged, cotangents: dict[str, torch.Tensor], plan: Plan):
+        self.plan, out = plan, merged.outputs
+        scale_p = torch.exp(-merged.log_sum_z)
+        self.max_z, self.max_y, self.offset = merged.max_z, merged.max_y, merged.offset
+        self.log_sum_z, self.log_sum_y = merged.log_sum_z, merged.log_sum_y
+        self.forward = self.reverse = self.entropy = self.mixture = None
+        level = torch.zeros_like(merged.max_z)
+        if "forward_kl" in cotangents:
+            self.forward = cotangents["forward_kl"] * torch.exp(-merged.log_sum_y)
+            self.forward_p = cotangents["forward_kl"] * scale_p
+        if "reverse_kl" in cotangents:
+            self.reverse = cotangents["reverse_kl"] * scale_p
+            level = level - self.reverse * out["reverse_kl"]
+        if "entropy" in cotangents:
+            self.entropy = -cotangents["entropy"] * scale_p
+            level = level + self.entropy * (out["entropy"] - merged.log_sum_z)
+        if plan.mixture in cotangents:
+            self.mixture = cotangents[plan.mixture] * scale_p
+            level = level - self.mixture * (mixture_slope_at_k(merged, plan) + merged.expected_slope)
+        if "log_probs" in cotangents:
+            level = level - cotangents["log_probs"] * scale_p
+        self.level = level if set(cotangents) != {"forward_kl"} else None
+
+    def rows(self, block: slice) -> _GradientConstants:
+        """The constants of a block of tokens, as columns."""
+        part = object.__new__(_GradientConstants)
+        for name, value in vars(self).items():
+            setattr(part, name, value[block].unsqueeze(1) if isinstance(value, torch.Tensor) else value)
+        return part
+
+
+def _block_gradient(z: torch.Tensor, y: torch.Tensor | None, row: _GradientConstants, masked: bool) -> torch.Tensor:
+    delta = None
+    ratio = None
+    if row.forward is not None or row.reverse is not None or row.mixture is not None:
+        ratio = (z - y).sub_(row.offset)
+    if row.forward is not None:
+        delta = _p_minus_q(z, y, ratio, row, masked)
+    if row.level is None:
+        return delta
+    factor = None  # of exp(s)
+    if row.entropy is not None:
+        factor = (z - row.max_z).mul_(row.entropy)
+    if row.mixture is not None:
+        log_p, log_q = (z - row.max_z).sub_(row.log_sum_z), (y - row.max_y).sub_(row.log_sum_y)
+        slope = mixture_terms(log_p, log_q, -ratio, row.plan.mixture, row.plan.beta, masked)[1].mul_(row.mixture)
+        factor = slope if factor is None else factor.add_(slope)
+    if row.reverse is not None:
+        pull = ratio.mul_(row.reverse)
+        factor = pull if factor is None else factor.add_(pull)
+    factor = row.level if factor is None else factor.add_(row.level)
+    p = (z - row.max_z).exp_()
+    impossible = p == 0 if masked else None
+    p.mul_(factor)
     if masked:
-        difference.masked_fill_((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
-    size = torch.expm1(-difference.abs()).mul_(torch.maximum(log_p, log_q).exp_())
-    return torch.copysign(size, difference)
+        p.masked_fill_(impossible, 0.0)
+    return p if delta is None else delta.add_(p)
+
+
+def _p_minus_q(z, y, ratio: torch.Tensor, row: _GradientConstants, masked: bool) -> torch.Tensor:
+    """cotangent * (p - q) through expm1 of log p - log q: exact to rounding where p and q nearly agree."""
+    if not ratio.is_cuda and not masked and bool(ratio.amax() < 30.0):
+        return torch.expm1(ratio).mul_((y - row.max_y).exp_()).mul_(row.forward)
+    # max(p, q) expm1(-|log p - log q|): the larger side leads, so that nothing overflows
+    if masked:
+        ratio = torch.nan_to_num(ratio, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    p, q = (z - row.max_z).exp_().mul_(row.forward_p), (y - row.max_y).exp_().mul_(row.forward)
+    larger = torch.where(ratio > 0, p, q)
+    return torch.expm1(-ratio.abs()).mul_(larger).mul_(-torch.sign(ratio))

@@ -39,7 +39,7 @@ class Logits:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopK:
-    """The teacher's log-probabilities (after its temperature) of k distinct tokens per position, the same on all ranks."""
+    """Teacher log-probabilities (after its temperature) of k distinct tokens per position, the same on all ranks."""
 
     ids: torch.Tensor  # [N, k] int32 or int64 global ids
     log_probs: torch.Tensor  # [N, k] of the full distribution, not renormalised
@@ -183,7 +183,7 @@ def _rows_of(temperature: Temperature, rows: torch.Tensor | None) -> Temperature
 
 def _check_rows(found: int, expected: int) -> None:
     if found != expected:
-        raise UserError(f"teacher has {found} rows, student {expected}: both must come from the same tokens in one order")
+        raise UserError(f"teacher has {found} rows, student {expected}: both must come from the same tokens in order")
 
 
 def _check_columns(found: int, shard: VocabShard) -> None:
@@ -205,7 +205,7 @@ def _check_top_k(source: TopK, num_rows: int, shard: VocabShard) -> None:
 
 
 def warn_on_narrow_support(teacher: TeacherSource | None, outputs: tuple[str, ...]) -> None:
-    """Warn of reverse KL over teacher-chosen tokens: what the student does elsewhere is seen as one lump, or not at all."""
+    """Warn of reverse KL over teacher-chosen tokens: what the student does elsewhere is one lump, or unseen."""
     if isinstance(teacher, TopK) and teacher.support == "teacher" and "reverse_kl" in outputs:
         warnings.warn(
             f"reverse KL over the teacher's top-k only (tail: {teacher.tail}): mass that the student puts elsewhere is "

@@ -65,7 +65,8 @@ def test_float64_equals_autograd(names, beta, mode):
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])
 def test_float32_stays_within_rounding_of_float64(names, beta):
     problem = make_problem(rows=40, vocab=503, width=16, teacher_width=24).rounded()
-    assert_same(computed(problem, names, beta, torch.float32), reference(problem, names, beta), problem.mask, 1e-6, 1e-5)
+    found = computed(problem, names, beta, torch.float32)
+    assert_same(found, reference(problem, names, beta), problem.mask, 1e-6, 1e-5)
 
 
 @settings(max_examples=40, deadline=None)
