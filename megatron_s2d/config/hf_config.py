@@ -44,7 +44,7 @@ def spec_from_directory(directory: str | Path) -> ModelSpec:
 
 
 def spec_from_hf_config(document: dict[str, Any], where: str) -> ModelSpec:
-    """The spec for the content of a ``config.json``; a ``UserError`` names the field of ``where`` that is unsupported."""
+    """The spec for the content of a ``config.json``; a ``UserError`` names the unsupported field of ``where``."""
     family = document.get("model_type")
     if family not in _ARCHITECTURES:
         raise UserError(f"{where}: model_type {family!r} is not supported (supported: {', '.join(_ARCHITECTURES)})")

@@ -29,7 +29,7 @@ class RopeScalingConfig(Config):
 
 
 class ModelConfig(Config):
-    """A model, as a user names it: ``preset`` or ``path``, or every field; a field given beside a preset replaces it."""
+    """A model as a user names it: by ``preset``, by ``path``, or field by field; fields beside a preset override it."""
 
     preset: str | None = Field(None, description="one of " + ", ".join(PRESETS))
     path: Path | None = Field(

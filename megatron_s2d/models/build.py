@@ -151,7 +151,7 @@ def rope_frequencies(spec: ModelSpec) -> torch.Tensor:
     """Angular frequency of each pair of channels, [head_dim / 2], float32.
 
     Llama 3 (``rope_scaling``): wavelengths shorter than original / high_freq_factor stay, those longer than
-    original / low_freq_factor are stretched by ``factor``, and in between the two are blended linearly in 1 / wavelength.
+    original / low_freq_factor are stretched by ``factor``, and between them the two blend linearly in 1 / wavelength.
     """
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)

@@ -36,8 +36,8 @@ Rule = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
 """How a parameter is cut over tensor ranks.
 
 ``replicated`` not at all; ``vocabulary`` by rows, padded with zero rows; ``columns`` along dimension 1 of the weight
-[out, in]; ``qkv`` by rows of the fused matrix, group by group [queries of the group, key, value]; ``gate_up`` by rows of
-each half, so that every rank holds [its part of gate, its part of up].
+[out, in]; ``qkv`` by rows of the fused matrix, group by group [queries of the group, key, value]; ``gate_up`` by rows
+of each half, so that every rank holds [its part of gate, its part of up].
 """
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import mmap
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +26,7 @@ from megatron_s2d.models.families import hf_tensor_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DIGESTS_NAME = "weights.sha256"
 
 DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Weight dtypes of safetensors that are read and written."""
@@ -45,7 +46,7 @@ class TensorInfo:
 
 
 class HfCheckpoint:
-    """The weights of a Hugging Face directory; a ``WeightSource``. Files are memory-mapped, so reading keeps nothing."""
+    """The weights of a Hugging Face directory; a ``WeightSource`` that holds no file open and no tensor."""
 
     def __init__(self, directory: str | Path):
         """Raises ``UserError`` for a missing, truncated or inconsistent file, and for missing, extra or wrongly shaped
@@ -59,10 +60,8 @@ class HfCheckpoint:
                 if name in self.tensors:
                     raise UserError(f"{self.directory}: {name} is in {self.tensors[name].path.name} and {shard.name}")
                 self.tensors[name] = info
-        self._digests: dict[str, str] = index.get("metadata", {}).get("sha256", {})
         self._check_index(index.get("weight_map"))
         self._check_names_and_shapes()
-        self._maps: dict[Path, mmap.mmap] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -75,45 +74,33 @@ class HfCheckpoint:
         return {info.dtype for info in self.tensors.values()}
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """See ``WeightSource.read``; the result is a copy with memory of its own, in the file's dtype."""
+        """See ``WeightSource.read``; in the file's dtype. Slices along dimension 0 read only their own bytes."""
         info = self.tensors[name]
-        whole = torch.frombuffer(
-            self._map(info.path), dtype=info.dtype, count=math.prod(info.shape), offset=info.start
-        ).view(info.shape)
-        return whole.narrow(dim, start, (info.shape[dim] if stop is None else stop) - start).clone()
-
-    def release(self) -> None:
-        """Close the files."""
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
+        stop = info.shape[dim] if stop is None else stop
+        if dim == 0:
+            row = (info.stop - info.start) // info.shape[0]
+            content = read_bytes(info.path, info.start + start * row, (stop - start) * row)
+            return content.view(info.dtype).view(stop - start, *info.shape[1:])
+        whole = read_bytes(info.path, info.start, info.stop - info.start).view(info.dtype).view(info.shape)
+        return whole.narrow(dim, start, stop - start)
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> int:
         """Hash every file that the directory records a SHA-256 of (our exports, and the hub's download cache do).
 
         Returns how many files were checked; raises ``UserError`` for one that differs. ``progress`` gets byte counts.
         """
+        noted = _noted_digests(self.directory)
         checked = 0
         for shard in self.shards:
-            expected = self._digests.get(shard.name) or _hub_digest(self.directory, shard.name)
-            if expected is None:
-                continue
-            found = hashlib.sha256()
-            with open(shard, "rb") as file:
-                while block := file.read(2**22):
-                    found.update(block)
-                    progress(len(block))
-            if found.hexdigest() != expected:
-                raise UserError(f"{shard}: corrupted (its SHA-256 is not the recorded one); fetch the file again")
-            checked += 1
+            expected = noted.get(shard.name) or _hub_digest(self.directory, shard.name)
+            if expected is not None:
+                verify_digest(shard, expected, progress)
+                checked += 1
         return checked
 
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with open(path, "rb") as file:
-                # Copy-on-write, because torch.frombuffer asks for a writable buffer; nothing writes to it.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
+    def file_digests(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, str]:
+        """SHA-256 of every weight file by name; reads them all."""
+        return {shard.name: _sha256(shard, progress) for shard in self.shards}
 
     def _check_index(self, weight_map: dict[str, str] | None) -> None:
         if weight_map is None:
@@ -135,6 +122,41 @@ class HfCheckpoint:
         for name in self.tensors:
             if name not in expected:
                 raise UserError(f"{self.directory}: tensor {name} does not belong to a {self.spec.family} model")
+
+
+def read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
+    """``count`` bytes of a file from ``start`` on, as a new uint8 tensor; ``UserError`` for a file that ends before."""
+    content = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(content.numpy())
+    try:
+        with open(path, "rb", buffering=0) as file:
+            done = 0
+            while done < count:
+                got = os.preadv(file.fileno(), [view[done : done + 2**30]], start + done)
+                if got == 0:
+                    raise UserError(f"{path}: truncated; fetch the file again")
+                done += got
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return content
+
+
+def verify_digest(path: Path, expected: str, progress: Callable[[int], None] = lambda count: None) -> None:
+    """Refuse a file whose SHA-256 (hexadecimal) is not ``expected``."""
+    if _sha256(path, progress) != expected:
+        raise UserError(f"{path}: corrupted (its SHA-256 is not the recorded one); fetch or write the file again")
+
+
+def _sha256(path: Path, progress: Callable[[int], None]) -> str:
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                found.update(block)
+                progress(len(block))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return found.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -196,6 +218,17 @@ def _list_shards(directory: Path) -> tuple[list[Path], dict[str, Any]]:
     if (directory / SINGLE_NAME).exists():
         return [directory / SINGLE_NAME], {}
     raise UserError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors checkpoints are read")
+
+
+def _noted_digests(directory: Path) -> dict[str, str]:
+    """Digests by file name from ``weights.sha256`` (the format of ``sha256sum``), which our exports write."""
+    path = directory / DIGESTS_NAME
+    if not path.exists():
+        return {}
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    if any(len(parts) != 2 or not re.fullmatch(r"[0-9a-f]{64}", parts[0]) for parts in lines):
+        raise UserError(f"{path}: damaged; fetch it again")
+    return {name: digest for digest, name in lines}
 
 
 def _hub_digest(directory: Path, name: str) -> str | None:

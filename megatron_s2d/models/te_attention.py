@@ -21,5 +21,5 @@ class MaskedTEDotProductAttention(TEDotProductAttention):
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
         if self.config.context_parallel_size > 1 or packed_seq_params is not None:
-            raise NotImplementedError("an explicit attention mask cannot be combined with packing or context parallelism")
+            raise NotImplementedError("an explicit mask cannot be combined with packing or context parallelism")
         return attend(query, key, value, attention_mask, self.config.softmax_scale)

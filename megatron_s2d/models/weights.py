@@ -1,137 +1,26 @@
 """The name table applied to a live model: weights in, and a stream of (Hugging Face name, tensor) out.
 
-``import_weights`` reads, for the part of the model that a rank holds, just the slices it needs from a source; random
-initialisation is such a source. ``export_buckets`` is the inverse, gathered over tensor, expert and pipeline ranks a
-bucket at a time, for weight sync and for export. Files are the business of ``hf_checkpoint`` and ``conversion/``.
+``import_weights`` reads, for the part of the model that a rank holds, just the slices it needs from a source (a
+``HfCheckpoint``, or ``SeededWeights``). ``export_buckets`` is the inverse, gathered over tensor, expert and pipeline
+ranks a bucket at a time, for weight sync. Checkpoints on disk are converted in ``conversion/``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import (
-    Entry,
-    global_entries,
-    hf_tensor_shapes,
-    layer_entries,
-    layers_of_stage,
-    padded_vocab_size,
-)
+from megatron_s2d.models.families import Entry, global_entries, hf_tensor_shapes, layer_entries, layers_of_stage
+from megatron_s2d.models.shards import SeededWeights, WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 
-
-class WeightSource(Protocol):
-    """Where Hugging Face tensors come from."""
-
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor ``name``, or its slice [start, stop) along ``dim`` (to the end without ``stop``)."""
-        ...
-
-
-class SeededWeights:
-    """Random initial weights, each tensor drawn from (seed, name), so that they do not depend on a layout.
-
-    Norms are one; matrices are normal with ``initializer_range``, those that write into the residual stream divided by
-    sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
-    """
-
-    def __init__(self, spec: ModelSpec, seed: int):
-        self._spec = spec
-        self._seed = seed
-        self._shapes = dict(hf_tensor_shapes(spec))
-
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """See ``WeightSource.read``."""
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            tensor = torch.ones(shape)
-        else:
-            digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            std = self._spec.initializer_range
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * self._spec.num_layers)
-            tensor = torch.empty(shape).normal_(0.0, std, generator=generator)
-        return tensor.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
-
-
-def read_shard(
-    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
-) -> torch.Tensor:
-    """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
-    names = entry.hf_names
-    match entry.rule:
-        case "replicated":
-            return source.read(names[0])
-        case "vocabulary":
-            share = padded_vocab_size(spec.vocab_size, tensor_size) // tensor_size
-            start = min(tensor_rank * share, spec.vocab_size)
-            rows = source.read(names[0], 0, start, min((tensor_rank + 1) * share, spec.vocab_size))
-            return torch.cat([rows, rows.new_zeros(share - rows.size(0), rows.size(1))])
-        case "columns":
-            width = spec.query_size if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
-            share = width // tensor_size
-            return source.read(names[0], 1, tensor_rank * share, (tensor_rank + 1) * share)
-        case "gate_up":
-            share = _ffn_size(entry, spec) // tensor_size
-            return torch.cat([source.read(name, 0, tensor_rank * share, (tensor_rank + 1) * share) for name in names])
-        case "qkv":
-            return _read_qkv(entry, spec, source, tensor_rank, tensor_size)
-
-
-def _ffn_size(entry: Entry, spec: ModelSpec) -> int:
-    return spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
-
-
-def _heads_of_group(spec: ModelSpec) -> list[int]:
-    """Rows of one group in the fused matrix: its queries, its key, its value."""
-    return [spec.query_size // spec.num_query_groups, spec.head_dim, spec.head_dim]
-
-
-def _read_qkv(
-    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
-) -> torch.Tensor:
-    """Rows [rank, rank + 1) x share of the fused matrix; with more ranks than groups, a rank holds part of a group."""
-    sizes = _heads_of_group(spec)
-    group_rows = sum(sizes)
-    share = group_rows * spec.num_query_groups // tensor_size
-    first_row, last_row = tensor_rank * share, (tensor_rank + 1) * share
-    first, last = first_row // group_rows, -(-last_row // group_rows)
-    parts = []
-    for name, size in zip(entry.hf_names, sizes, strict=True):
-        rows = source.read(name, 0, first * size, last * size)
-        parts.append(rows.reshape(last - first, size, spec.hidden_size))
-    fused = torch.cat(parts, dim=1).reshape(-1, spec.hidden_size)
-    return fused[first_row - first * group_rows : last_row - first * group_rows]
-
-
-def join_shards(entry: Entry, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``."""
-    names = entry.hf_names
-    match entry.rule:
-        case "replicated":
-            return [(names[0], shards[0])]
-        case "vocabulary":
-            return [(names[0], torch.cat(shards)[: spec.vocab_size])]
-        case "columns":
-            return [(names[0], torch.cat(shards, dim=1))]
-        case "gate_up":
-            halves = [shard.chunk(2) for shard in shards]
-            return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
-        case "qkv":
-            sizes = _heads_of_group(spec)
-            fused = torch.cat(shards).reshape(spec.num_query_groups, sum(sizes), spec.hidden_size)
-            parts = fused.split(sizes, dim=1)
-            return [(name, part.reshape(-1, spec.hidden_size)) for name, part in zip(names, parts, strict=True)]
+__all__ = ["SeededWeights", "WeightSource", "export_buckets", "export_weights", "import_weights"]
 
 
 def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
@@ -225,8 +114,9 @@ def export_buckets(
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """The whole model as (Hugging Face name, full tensor), the same on every rank.
 
-    Collective: all ranks must exhaust it. Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item) and come in a fixed order: embedding,
-    layers, final norm, output layer. Tensors are detached copies in the model's dtype, without padding rows.
+    Collective: all ranks must exhaust it. Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item)
+    and come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies in the model's
+    dtype, without padding rows.
     """
     (model,) = chunks
     parameters = dict(model.named_parameters())

@@ -1,0 +1,226 @@
+"""Checkpoints from Hugging Face to Megatron and back, streamed; the check that two are equal; what a directory holds.
+
+One parameter of one layer is in memory at a time (the largest, usually the embedding), whatever the model's size.
+Sources are checked before anything is written, and a result appears in one rename. Weights that go straight into a
+running model need no conversion: ``models.weights.import_weights`` with a ``models.hf_checkpoint.HfCheckpoint``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_s2d.artifacts import atomic_directory, json_digest, read_json
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+from megatron_s2d.conversion.megatron_format import SPEC_NAME, MegatronReader, MegatronWriter, Piece, pieces
+from megatron_s2d.conversion.progress import Report, silent
+from megatron_s2d.models.families import check_layout, hf_tensor_shapes
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.shards import join_shards, read_shard
+
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files beside the weights that a Hugging Face directory may hold and that travel with a conversion."""
+
+_ASSETS_DIRECTORY = "hf"
+
+
+def import_checkpoint(
+    hf_directory: str | Path,
+    megatron_directory: str | Path,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    report: Report = silent,
+) -> ModelSpec:
+    """Write a Megatron checkpoint from a Hugging Face directory; returns the model.
+
+    It loads at every layout; the sizes say for which one its chunks are cut, so that a rank reads only its own bytes.
+    Dtypes are kept. Raises ``UserError`` for a damaged or unsupported source, sizes that do not divide the model, an
+    existing target, and a full disk; then no target appears.
+    """
+    source = HfCheckpoint(hf_directory)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        # The two only have to make the layout a valid one; they do not change what is stored.
+        data_parallel_size=expert_model_parallel_size,
+        sequence_parallel=tensor_model_parallel_size > 1,
+    )
+    check_layout(source.spec, parallel)
+    for piece in pieces(source.spec):
+        if len({source.tensors[name].dtype for name in piece.entry.hf_names}) > 1:
+            raise UserError(f"{hf_directory}: {' and '.join(piece.entry.hf_names)} are fused, but differ in dtype")
+    with report("checking", source.num_bytes) as advance:
+        checked = source.verify_digests(advance)
+    with atomic_directory(megatron_directory) as target:
+        writer = MegatronWriter(target, source.spec, parallel)
+        with contextlib.closing(writer), report("importing", source.num_bytes) as advance:
+            for piece in pieces(source.spec):
+                parameter = read_shard(piece.entry, source.spec, source, 0, 1)
+                writer.write(piece, parameter)
+                advance(parameter.nbytes)
+            copied = _copy_assets(source.directory, target / _ASSETS_DIRECTORY)
+            sizes = {key: value for key, value in parallel.model_dump().items() if key.endswith("model_parallel_size")}
+            notes = {"layout": sizes, "assets": copied, "shards_with_verified_digest": checked}
+            writer.finish(notes)
+    return source.spec
+
+
+def export_checkpoint(
+    megatron_directory: str | Path,
+    hf_directory: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    assets: str | Path | None = None,
+    report: Report = silent,
+) -> ModelSpec:
+    """Write a Hugging Face directory from a Megatron checkpoint of any layout; returns the model.
+
+    Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model), else from the
+    import that made the checkpoint; without either, ``config.json`` is generated and there is no tokenizer. Optimizer
+    state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
+    """
+    source = MegatronReader(megatron_directory)
+    asset_directory = Path(assets) if assets is not None else source.directory / _ASSETS_DIRECTORY
+    if assets is not None and not asset_directory.is_dir():
+        raise UserError(f"{assets}: no such directory")
+    config = _config_document(source, asset_directory)
+    with report("checking", source.num_files_bytes) as advance:
+        source.verify_digests(advance)
+    shapes = dict(hf_tensor_shapes(source.spec))
+    plan = [
+        PlannedTensor(name, source.entries[piece.key].properties.dtype, shapes[name])
+        for piece in source.pieces
+        for name in piece.entry.hf_names
+    ]
+    with atomic_directory(hf_directory) as target:
+        writer = HfWriter(target, plan, max_shard_bytes)
+        with contextlib.closing(writer), report("exporting", writer.num_bytes) as advance:
+            for piece in source.pieces:
+                for name, tensor in _hf_tensors(source, piece):
+                    writer.write(name, tensor)
+                    advance(tensor.nbytes)
+            writer.finish()
+        _copy_assets(asset_directory, target)
+        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return source.spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What ``check_conversion`` found equal."""
+
+    num_tensors: int
+    num_bytes: int
+
+
+def check_conversion(
+    hf_directory: str | Path, megatron_directory: str | Path, *, report: Report = silent
+) -> Comparison:
+    """Compare every tensor bit by bit; a ``UserError`` names the first that differs. ``logits`` compares functions."""
+    reference, converted = HfCheckpoint(hf_directory), MegatronReader(megatron_directory)
+    _same_model(reference.spec, converted.spec, hf_directory, megatron_directory)
+    count = 0
+    with report("comparing", reference.num_bytes) as advance:
+        for piece in converted.pieces:
+            for name, tensor in _hf_tensors(converted, piece):
+                expected = reference.read(name)
+                if tensor.dtype != expected.dtype:
+                    raise UserError(
+                        f"{name}: {expected.dtype} in {hf_directory}, {tensor.dtype} in {megatron_directory}"
+                    )
+                # Bytes, because NaN is unequal to itself and -0 is equal to 0.
+                different = tensor.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)
+                if different.any():
+                    raise UserError(f"{name}: differs between {hf_directory} and {megatron_directory}")
+                count += 1
+                advance(tensor.nbytes)
+    return Comparison(count, reference.num_bytes)
+
+
+def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dict[str, Any]:
+    """What a Hugging Face or Megatron directory holds: format, model, dtype, layout, parameter count, bytes, digest."""
+    path = Path(directory)
+    if (path / SPEC_NAME).is_file():
+        source = MegatronReader(path)
+        found = {"format": "megatron", "layout": _layout(source), "optimizer_state": source.has_optimizer_state}
+        num_bytes, digest = source.num_files_bytes, source.digest
+    else:
+        source = HfCheckpoint(path)
+        num_bytes = source.num_bytes
+        found = {"format": "huggingface", "layout": {"shards": len(source.shards)}}
+        with report("hashing", num_bytes) as advance:
+            digest = json_digest(source.file_digests(advance))
+    spec = source.spec
+    return {
+        **found,
+        "model": spec.to_dict(),
+        "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in source.dtypes),
+        "num_parameters": spec.num_parameters,
+        "num_active_parameters": spec.num_active_parameters,
+        "num_bytes": num_bytes,
+        "digest": digest,
+    }
+
+
+def _hf_tensors(source: MegatronReader, piece: Piece) -> list[tuple[str, torch.Tensor]]:
+    return join_shards(piece.entry, source.spec, [source.read(piece)])
+
+
+def _layout(source: MegatronReader) -> dict[str, int]:
+    """The layout that an import was asked for; for a training checkpoint what its chunks tell."""
+    notes = source.directory / "conversion.json"
+    if notes.is_file():
+        return read_json(notes)["layout"]
+    return {"tensor_model_parallel_size": source.tensor_chunks()}
+
+
+def _same_model(left: ModelSpec, right: ModelSpec, left_name: Any, right_name: Any) -> None:
+    for field in dataclasses.fields(ModelSpec):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        if a != b:
+            raise UserError(f"different models: {field.name} is {a} in {left_name} and {b} in {right_name}")
+
+
+def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
+    """``config.json`` of the export: that of the assets, if it describes this model, with the dtype of the weights."""
+    dtype = str(source.entries["model.embedding.word_embeddings.weight"].properties.dtype).removeprefix("torch.")
+    path = assets / "config.json"
+    if not path.is_file():
+        return hf_config_from_spec(source.spec, dtype)
+    document = read_json(path)
+    _same_model(spec_from_hf_config(document, str(path)), source.spec, path, source.directory)
+    document["dtype" if "dtype" in document else "torch_dtype"] = dtype
+    return document
+
+
+def _copy_assets(source: Path, target: Path) -> list[str]:
+    names = [name for name in ASSETS if (source / name).is_file()]
+    target.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
