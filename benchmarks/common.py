@@ -1,0 +1,55 @@
+"""What the CPU benchmarks share: the same weights as a Megatron and as a transformers model, and fair timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models.build import build_model
+from megatron_s2d.models.weights import export_weights
+from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
+
+
+def start() -> Layout:
+    """One process, one thread."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    initialize_distributed()
+    return build_layout(ParallelConfig())
+
+
+def same_model_twice(
+    preset: str, vocab_size: int, layout: Layout
+) -> tuple[ModelSpec, list[torch.nn.Module], transformers.PreTrainedModel]:
+    """The Megatron model (one chunk) and the transformers model of a preset, with the same weights."""
+    spec = ModelConfig(preset=preset).resolve(vocab_size)
+    chunks = build_model(spec, layout, seed=1)
+    config = transformers.AutoConfig.for_model(**hf_config_from_spec(spec, "float32"))
+    reference = transformers.AutoModelForCausalLM.from_config(config)
+    missing, unexpected = reference.load_state_dict(dict(export_weights(chunks, spec, layout)), strict=False)
+    tied = ["lm_head.weight"] if spec.tie_word_embeddings else []
+    assert list(missing) == tied and not unexpected, (missing, unexpected)
+    reference.tie_weights()
+    return spec, chunks, reference
+
+
+def interleaved_minima(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Least process CPU seconds of each case over ``repeats`` rounds, the cases taking turns; the first is warm-up.
+
+    CPU time and minima, because a shared machine only ever adds to a measurement.
+    """
+    best = dict.fromkeys(cases, float("inf"))
+    for round_number in range(repeats + 1):
+        for name, run in cases.items():
+            begin = time.process_time()
+            run()
+            if round_number:
+                best[name] = min(best[name], time.process_time() - begin)
+    return best

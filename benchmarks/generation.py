@@ -1,0 +1,104 @@
+"""Generation on one CPU thread: the Megatron engine beside transformers' ``generate`` on the same weights.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation.py [--repeats 7]
+
+Every response has the same fixed length, so both do the same work. transformers samples without log-probabilities, the
+engine reports them. A greedy run of both is compared first: different tokens end the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import numpy as np
+import torch
+from common import interleaved_minima, same_model_twice, start
+
+from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron_engine import MegatronEngine
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """``prompts`` distinct prompts with ``group`` responses each."""
+
+    preset: str
+    vocab_size: int
+    prompts: int
+    group: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+CASES = (
+    Case("small-teacher", 512, 128, 1, 32, 96),
+    Case("small-teacher", 512, 16, 8, 32, 96),
+    Case("small-teacher", 512, 128, 1, 8, 24),
+    Case("tiny-teacher", 25, 512, 1, 10, 8),
+    Case("tiny-teacher", 25, 64, 8, 10, 8),
+    Case("tiny-student", 25, 64, 8, 10, 8),
+    Case("tiny-student", 25, 384, 16, 10, 8),
+)
+
+
+def requests(case: Case, **params) -> list[Request]:
+    generator = np.random.default_rng(0)
+    params = SamplingParams(max_new_tokens=case.response_tokens, stop_token_ids=(), **params)
+    found = []
+    for number in range(case.prompts):
+        token_ids = generator.integers(0, case.vocab_size, case.prompt_tokens)
+        prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
+        for group in range(case.group):
+            found.append(Request(f"p{number}#{group}@0", prompt, group, sample_seed(1, 0, prompt.id, group), params))
+    return found
+
+
+def measure(case: Case, layout, repeats: int) -> str:
+    """One row of the table."""
+    spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
+    reference.eval()
+    engine = MegatronEngine(chunks, spec.vocab_size, layout)
+    sampled = requests(case)
+    token_ids = torch.from_numpy(np.stack([request.prompt.token_ids for request in sampled]))
+
+    def transformers_generate(do_sample: bool) -> torch.Tensor:
+        return reference.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=case.response_tokens,
+            min_new_tokens=case.response_tokens,
+            do_sample=do_sample,
+            top_k=0 if do_sample else None,
+            pad_token_id=0,
+        )
+
+    greedy = np.stack([sample.token_ids for sample in engine.generate(requests(case, temperature=0.0))])
+    # Tokens whose logits tie to the last bit may differ; a wrong implementation differs nearly everywhere.
+    agreement = float((greedy == transformers_generate(False).numpy()).mean())
+    assert agreement > 0.99, f"greedy tokens agree in {agreement:.1%} of the places only"
+    seconds = interleaved_minima(
+        {"ours": lambda: engine.generate(sampled), "transformers": lambda: transformers_generate(True)}, repeats
+    )
+    tokens = len(sampled) * case.response_tokens
+    return (
+        f"| {case.preset} ({spec.num_layers} x {spec.hidden_size}) | {case.prompts} x {case.group} "
+        f"| {case.prompt_tokens} + {case.response_tokens} | {tokens / seconds['ours']:,.0f} "
+        f"| {tokens / seconds['transformers']:,.0f} | {seconds['ours'] / seconds['transformers']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    layout = start()
+    print("| model | prompts x group | prompt + response | engine tokens/s | transformers tokens/s | time ratio |")
+    print("|---|---|---|---|---|---|")
+    for case in CASES:
+        print(measure(case, layout, repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
