@@ -1,0 +1,131 @@
+"""A training step on one CPU thread: Megatron's schedule, DDP and distributed optimizer beside plain PyTorch.
+
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py [--repeats 7]
+
+Both sides compute the mean cross-entropy of the same micro-batches on the same weights, accumulate gradients, clip them
+and update with AdamW. The plain side is transformers' model with ``torch.optim.AdamW``. The losses of the first three
+steps and the gradient norms are compared first: a difference ends the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import interleaved_minima, same_model_twice, start
+
+from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.step import TrainableModel
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.0, grad_clip=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An update over ``micro_batches`` of ``rows`` sequences each."""
+
+    preset: str
+    vocab_size: int
+    micro_batches: int
+    rows: int
+    length: int
+
+
+CASES = (
+    Case("small-teacher", 512, 1, 64, 128),
+    Case("small-teacher", 512, 4, 16, 128),
+    Case("small-teacher", 512, 1, 128, 32),
+    Case("tiny-teacher", 25, 1, 512, 18),
+    Case("tiny-student", 25, 1, 512, 18),
+    Case("tiny-student", 25, 1, 128, 18),
+)
+
+Step = Callable[[], tuple[float, float]]
+
+
+def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[torch.Tensor], vocab_size: int) -> Step:
+    """A function that makes one update and returns (mean loss, gradient norm)."""
+    trainable = TrainableModel(chunks, layout, OPTIMIZER, total_steps=10**6)
+    count = sum(batch[:, 1:].numel() for batch in batches)
+
+    def forward_step(model, tokens):
+        output = model(tokens, None, None)
+
+        def loss(logits):
+            losses = cross_entropy(logits[..., :vocab_size], tokens)
+            return losses, torch.tensor(tokens[:, 1:].numel()), losses.detach()
+
+        return output, loss
+
+    def step() -> tuple[float, float]:
+        losses = trainable.forward_backward(forward_step, batches)
+        return float(sum(losses)) / count, trainable.update()
+
+    return step
+
+
+def plain_step(model: torch.nn.Module, batches: list[torch.Tensor]) -> Step:
+    """The same in plain PyTorch."""
+    count = sum(batch[:, 1:].numel() for batch in batches)
+    betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.adam_eps, OPTIMIZER.weight_decay
+    )
+    model.train()
+
+    def step() -> tuple[float, float]:
+        optimizer.zero_grad()
+        total = 0.0
+        for tokens in batches:
+            loss = cross_entropy(model(tokens, use_cache=False).logits, tokens)
+            (loss / count).backward()
+            total += float(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.grad_clip)
+        optimizer.step()
+        return total / count, float(norm)
+
+    return step
+
+
+def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def measure(case: Case, layout: Layout, repeats: int) -> str:
+    """One row of the table."""
+    spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.rows, case.length)
+    batches = [torch.randint(0, case.vocab_size, shape, generator=generator) for _ in range(case.micro_batches)]
+    ours, plain = megatron_step(chunks, layout, batches, spec.vocab_size), plain_step(reference, batches)
+    for _ in range(3):
+        found, expected = ours(), plain()
+        agree = all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, expected, strict=True))
+        assert agree, f"(loss, gradient norm) {found} against {expected}"
+    seconds = interleaved_minima({"ours": ours, "plain": plain}, repeats)
+    tokens = case.micro_batches * case.rows * case.length
+    return (
+        f"| {case.preset} ({spec.num_layers} x {spec.hidden_size}) "
+        f"| {case.micro_batches} x {case.rows} x {case.length} | {1e3 * seconds['ours']:.1f} "
+        f"| {1e3 * seconds['plain']:.1f} | {tokens / seconds['ours']:,.0f} | {seconds['ours'] / seconds['plain']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    repeats = parser.parse_args().repeats
+    layout = start()
+    print("| model | micro-batches x rows x tokens | ours, ms | plain, ms | ours, tokens/s | time ratio |")
+    print("|---|---|---|---|---|---|")
+    for case in CASES:
+        print(measure(case, layout, repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
