@@ -72,14 +72,18 @@ def evaluate(
     if isinstance(teacher, SupportChunk):
         local = support_statistics(z, teacher, ids, owned, plan)
         merged: Merged = support_merge(shard.gather(local), teacher, plan)
-        return Evaluated({name: merged.outputs[name] for name in plan.outputs}, merged, True)
+        return Evaluated(_outputs(merged, plan, z.dtype), merged, True)
     local, masked = backend.statistics(z, teacher, ids, owned, plan)
     merged = merge(shard.gather(local), plan)
     if plan.mixture is not None:
         local, masked = backend.divergence_sums(z, teacher, merged, plan, masked)
         sums = shard.gather(local).sum(0)
         merged.outputs[plan.mixture], merged.expected_slope = sums.unbind(1)
-    return Evaluated({name: merged.outputs[name] for name in plan.outputs}, merged, masked)
+    return Evaluated(_outputs(merged, plan, z.dtype), merged, masked)
+
+
+def _outputs(merged: Merged, plan: Plan, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: merged.outputs[name].to(dtype) for name in plan.outputs}
 
 
 def gradient(

@@ -20,6 +20,7 @@ import dataclasses
 import torch
 
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+_PIECE = 512  # elements of a row that are summed, or searched for the maximum, in one go
 _BLOCK_ELEMENTS = 1 << 18  # elements of a row block: its handful of float32 buffers stays in a core's cache
 
 
@@ -64,11 +65,16 @@ class Merged:
     expected_slope: torch.Tensor | None = None  # of the mixture: sum of p (c - c at k)
     outputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
+    def to(self, dtype: torch.dtype) -> Merged:
+        """The per-token constants in the dtype of the columns; outputs are left out."""
+        fields = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return type(self)(**fields)
+
 
 def statistics(
     z: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor | None, owned: torch.Tensor | None, plan: Plan
 ) -> tuple[torch.Tensor, bool]:
-    """[C, len(plan.columns)] statistics of a shard, and whether minus infinities were met.
+    """[C, len(plan.columns)] float64 statistics of a shard, and whether minus infinities were met.
 
     z, y: [C, columns] float32 or float64, not changed; target [C]: local column of the target id, valid where owned.
     """
@@ -81,7 +87,7 @@ def statistics(
 
 
 def _empty_statistics(z: torch.Tensor, plan: Plan) -> torch.Tensor:
-    found = z.new_zeros(z.shape[0], len(plan.columns))
+    found = z.new_zeros(z.shape[0], len(plan.columns), dtype=torch.float64)
     for index, name in enumerate(plan.columns):
         if name in ("m", "n"):
             found[:, index] = -torch.inf
@@ -92,7 +98,7 @@ def _in_blocks(z, y, target, owned, plan, *, masked):
     rows = block_rows(z)
     if z.shape[0] <= rows:
         return _block_statistics(z, y, target, owned, plan, masked)
-    found = z.new_empty(z.shape[0], len(plan.columns))
+    found = z.new_empty(z.shape[0], len(plan.columns), dtype=torch.float64)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
         part = [None if tensor is None else tensor[block] for tensor in (z, y, target, owned)]
@@ -125,25 +131,33 @@ def _block_statistics(z, y, target, owned, plan, masked):
             found["u"] = -_dot(exp_a, difference, masked)
         if "y_at_k" in columns:
             found["y_at_k"] = y.gather(1, k.unsqueeze(1)).squeeze(1)
-        found["tb"] = exp_b.scatter_(1, j.unsqueeze(1), 0.0).sum(1)
-    found["ta"] = exp_a.scatter_(1, k.unsqueeze(1), 0.0).sum(1)
+        found["tb"] = row_sum(exp_b.scatter_(1, j.unsqueeze(1), 0.0))
+    found["ta"] = row_sum(exp_a.scatter_(1, k.unsqueeze(1), 0.0))
     if "target" in columns:
         found["target"] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
-    return torch.stack([found[name] for name in columns], dim=1)
+    return torch.stack([found[name].double() for name in columns], dim=1)
+
+
+def row_sum(values: torch.Tensor) -> torch.Tensor:
+    """float64 sums of rows: pieces in the rows' own dtype, which is fast, and float64 over the pieces."""
+    pieces = values.shape[1] // _PIECE
+    if pieces < 4:
+        return values.sum(1, dtype=torch.float64)
+    body, tail = values[:, : pieces * _PIECE], values[:, pieces * _PIECE :]
+    return body.unflatten(1, (pieces, _PIECE)).sum(2).sum(1, dtype=torch.float64) + tail.sum(1)
 
 
 def _max(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row maximum and its column; on long rows by way of vectorised maxima of pieces."""
-    piece = 512
-    pieces = z.shape[1] // piece
+    pieces = z.shape[1] // _PIECE
     if z.is_cuda or pieces < 4 or not z.is_contiguous():
         return z.max(dim=1)
-    body = z[:, : pieces * piece].unflatten(1, (pieces, piece))
+    body = z[:, : pieces * _PIECE].unflatten(1, (pieces, _PIECE))
     best, where = body.amax(2).max(dim=1)
-    column = body.gather(1, where.view(-1, 1, 1).expand(-1, 1, piece)).squeeze(1).argmax(1) + where * piece
-    if z.shape[1] > pieces * piece:
-        tail, place = z[:, pieces * piece :].max(dim=1)
-        column = torch.where(tail > best, place + pieces * piece, column)
+    column = body.gather(1, where.view(-1, 1, 1).expand(-1, 1, _PIECE)).squeeze(1).argmax(1) + where * _PIECE
+    if z.shape[1] > pieces * _PIECE:
+        tail, place = z[:, pieces * _PIECE :].max(dim=1)
+        column = torch.where(tail > best, place + pieces * _PIECE, column)
         best = torch.maximum(best, tail)
     return best, column
 
@@ -156,11 +170,14 @@ def _dot(weight: torch.Tensor, value: torch.Tensor, masked: bool) -> torch.Tenso
     product = weight * value
     if masked:
         product.masked_fill_(weight == 0, 0.0)
-    return product.sum(1)
+    return row_sum(product)
 
 
 def merge(gathered: torch.Tensor, plan: Plan) -> Merged:
-    """Statistics of all shards [T, C, columns], added in rank order so that every rank gets the same bits."""
+    """Statistics of all shards [T, C, columns], added in rank order so that every rank gets the same bits.
+
+    float64: a few numbers per token, whose differences are the divergence.
+    """
     part = dict(zip(plan.columns, gathered.unbind(2), strict=True))
     max_z, winner, shift, scale, count, rest = _combine(part["m"], part["ta"])
     log_a = torch.log1p(rest)
@@ -254,7 +271,7 @@ def divergence_sums(
     Also whether minus infinities have been met, here or (``masked``) in ``statistics``.
     """
     if z.shape[1] == 0:
-        return z.new_zeros(z.shape[0], 2), masked
+        return z.new_zeros(z.shape[0], 2, dtype=torch.float64), masked
     sums = _mixture_sums(z, y, merged, plan, masked)
     if masked or bool(torch.isfinite(sums).all()):
         return sums, masked
@@ -262,15 +279,15 @@ def divergence_sums(
 
 
 def _mixture_sums(z, y, merged: Merged, plan: Plan, masked: bool) -> torch.Tensor:
-    sums = z.new_empty(z.shape[0], 2)
-    slope_at_k = mixture_slope_at_k(merged, plan)
+    sums = z.new_empty(z.shape[0], 2, dtype=torch.float64)
+    merged, slope_at_k = merged.to(z.dtype), mixture_slope_at_k(merged, plan).to(z.dtype)
     rows = block_rows(z)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
         log_p, log_q = _log_probs(z, y, merged, block)
         difference = _log_ratio(z, y, merged, block).neg_()
         terms, slope = mixture_terms(log_p, log_q, difference, plan.mixture, plan.beta, masked)
-        sums[block, 0] = terms.sum(1)
+        sums[block, 0] = row_sum(terms)
         slope -= slope_at_k[block].unsqueeze(1)
         sums[block, 1] = _dot(log_p.exp(), slope, masked)
     return sums
@@ -306,7 +323,7 @@ def logits_gradient(
     if z.shape[1] == 0:
         return z
     rows = block_rows(z)
-    constants = _GradientConstants(merged, cotangents, plan)
+    constants = _GradientConstants(merged, cotangents, plan, z.dtype)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
         delta = _block_gradient(z[block], None if y is None else y[block], constants.rows(block), masked)
@@ -325,7 +342,7 @@ class _GradientConstants:
     where the normalisers exp(-log_sum) are folded into the row factors.
     """
 
-    def __init__(self, merged: Merged, cotangents: dict[str, torch.Tensor], plan: Plan):
+    def __init__(self, merged: Merged, cotangents: dict[str, torch.Tensor], plan: Plan, dtype):
         self.plan, out = plan, merged.outputs
         scale_p = torch.exp(-merged.log_sum_z)
         self.max_z, self.max_y, self.offset = merged.max_z, merged.max_y, merged.offset
@@ -347,6 +364,9 @@ class _GradientConstants:
         if "log_probs" in cotangents:
             level = level - cotangents["log_probs"] * scale_p
         self.level = level if set(cotangents) != {"forward_kl"} else None
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(dtype))
 
     def rows(self, block: slice) -> _GradientConstants:
         """The constants of a block of tokens, as columns."""

@@ -14,7 +14,7 @@ import dataclasses
 
 import torch
 
-from megatron_s2d.kl.statistics import Merged, Plan, _combine, _finite, _max, _weighted, block_rows
+from megatron_s2d.kl.statistics import Merged, Plan, _combine, _finite, _max, _weighted, block_rows, row_sum
 
 TAILS = ("bucket", "renormalise", "truncate")
 
@@ -43,7 +43,7 @@ def support_statistics(z, support: SupportChunk, target, owned, plan: Plan) -> t
     q_cross = sum_K q d, p_cross = sum_K exp(z - m) d.
     """
     columns = support_columns(plan)
-    found = z.new_zeros(z.shape[0], len(columns))
+    found = z.new_zeros(z.shape[0], len(columns), dtype=torch.float64)
     if z.shape[1] == 0:
         found[:, 0] = -torch.inf
         return found
@@ -57,7 +57,7 @@ def support_statistics(z, support: SupportChunk, target, owned, plan: Plan) -> t
         if "target" in columns:
             picked = z[block].gather(1, target[block].unsqueeze(1)).squeeze(1)
             values["target"] = picked.masked_fill(~owned[block], 0.0)
-        found[block] = torch.stack([values[name] for name in columns], dim=1)
+        found[block] = torch.stack([values[name].double() for name in columns], dim=1)
     return found
 
 
@@ -69,19 +69,19 @@ def _block(z: torch.Tensor, support: SupportChunk, plan: Plan) -> dict[str, torc
     exp_a = a.exp()
     if "entropy" in plan.outputs:
         found["e"] = (exp_a * a).masked_fill_(exp_a == 0, 0.0).sum(1)
-    found["ta"] = exp_a.scatter_(1, k.unsqueeze(1), 0.0).sum(1)
+    found["ta"] = row_sum(exp_a.scatter_(1, k.unsqueeze(1), 0.0))
     owned = support.owned
     rows, places = owned.nonzero(as_tuple=True)
     exp_a[rows, support.local[rows, places]] = 0.0
     maximum_is_off = ~((support.local == k.unsqueeze(1)) & owned).any(1) & (found["m"] > -torch.inf)
-    found["off"] = exp_a.sum(1) + maximum_is_off
+    found["off"] = row_sum(exp_a) + maximum_is_off
     on = z.gather(1, support.local) - m
     exp_on = on.exp().masked_fill_(~owned, 0.0)
     q = support.log_q.exp().masked_fill_(~owned, 0.0)
     difference = on - support.log_q
-    found["on"], found["q"] = exp_on.sum(1), q.sum(1)
-    found["q_cross"] = (q * difference).masked_fill_(q == 0, 0.0).sum(1)
-    found["p_cross"] = (exp_on * difference).masked_fill_(exp_on == 0, 0.0).sum(1)
+    found["on"], found["q"] = exp_on.double().sum(1), q.double().sum(1)
+    found["q_cross"] = (q * difference).masked_fill_(q == 0, 0.0).double().sum(1)
+    found["p_cross"] = (exp_on * difference).masked_fill_(exp_on == 0, 0.0).double().sum(1)
     return found
 
 
@@ -135,6 +135,8 @@ def support_gradient(z, support: SupportChunk, target, owned, merged: SupportMer
     """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``."""
     if z.shape[1] == 0:
         return z
+    outputs = {name: value.to(z.dtype) for name, value in merged.outputs.items()}
+    merged = dataclasses.replace(merged.to(z.dtype), outputs=outputs)
     on_log_p = (z.gather(1, support.local) - merged.max_z.unsqueeze(1)) - merged.log_sum_z.unsqueeze(1)
     off_factor = torch.zeros_like(merged.max_z)
     on_value = torch.zeros_like(on_log_p)
