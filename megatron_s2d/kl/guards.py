@@ -1,0 +1,61 @@
+"""Mistakes that give plausible numbers and wrong gradients: refused, or made visible as metrics."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
+
+
+def sampled_reverse_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """k1 = log p(y) - log q(y) [N] of sampled tokens: a metric, and its negative an advantage; never a loss.
+
+    Its derivative is that of log p(y) alone: the teacher drops out, and the expectation of what remains is zero
+    (methods.md M3). A ``log_probs`` that carries a gradient is therefore refused.
+    """
+    if log_probs.requires_grad:
+        raise UserError(
+            "the sampled reverse KL log p - log q must not be back-propagated (its gradient does not depend on the "
+            "teacher): use -(log p - log q), detached, as the advantage of a policy loss, or granularity: full"
+        )
+    return log_probs - teacher_log_probs.detach()
+
+
+def support_metrics(
+    outputs: TokenOutputs, response_mask: torch.Tensor, tail: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a top-k support sees, as (sum, count) pairs over the rows that count; the caller adds them over ranks.
+
+    captured_mass: teacher mass on the support. student_captured_mass: the student's. zeroed_gradient: student mass whose
+    logits get no gradient of their own ("renormalise"), 0 under the other tail rules.
+    """
+    if outputs.captured_mass is None or outputs.student_captured_mass is None:
+        raise UserError("support metrics need the outputs captured_mass and student_captured_mass")
+    count = response_mask.sum()
+    student = (outputs.student_captured_mass * response_mask).sum()
+    zeroed = (count - student) if tail == "renormalise" else torch.zeros_like(student)
+    return {
+        "captured_mass": ((outputs.captured_mass * response_mask).sum(), count),
+        "student_captured_mass": (student, count),
+        "zeroed_gradient": (zeroed, count),
+    }
+
+
+def divergence_by_position(
+    outputs: TokenOutputs, positions: torch.Tensor, response_mask: torch.Tensor, edges: tuple[int, ...]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(sums, counts) of every divergence in bins of response position: [len(edges) + 1] each.
+
+    positions: int64 [N], place of the token in its response. Bin i holds edges[i - 1] <= position < edges[i].
+    """
+    bins = torch.bucketize(positions, torch.tensor(edges, device=positions.device), right=True)
+    counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=positions.device)
+    counts.index_add_(0, bins, response_mask.long())
+    found = {}
+    for name in DIVERGENCES:
+        value = getattr(outputs, name)
+        if value is not None:
+            sums = value.new_zeros(len(edges) + 1).index_add_(0, bins, value * response_mask)
+            found[name] = (sums, counts)
+    return found
