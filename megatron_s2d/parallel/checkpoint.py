@@ -75,12 +75,12 @@ def load_checkpoint(
     Raises ``UserError`` for a missing, damaged or foreign checkpoint, naming the first field of the model that differs.
     """
     check_checkpoint(directory, model_spec)
-    state = _sharded_state(chunks, trainable, loading=True)
     try:
         with layout.active():
-            loaded = dist_checkpointing.load(
-                state, str(directory), strict=StrictHandling.RAISE_ALL, verify_integrity=True
-            )
+            state = _sharded_state(chunks, trainable, loading=True)
+            # Weights alone may be taken from a checkpoint that has optimizer state as well.
+            strict = StrictHandling.RAISE_ALL if trainable is not None else StrictHandling.RAISE_UNEXPECTED
+            loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
     except (CheckpointingException, OSError, RuntimeError) as error:
         raise UserError(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
     with layout.active():
