@@ -1,0 +1,228 @@
+"""The teacher cache gives back what was stored, in any order, and refuses what is damaged, foreign or unfinished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.data.cache import CachedDistribution, CacheHeader, CacheWriter, TeacherCache, cache_info, verify_cache
+from megatron_s2d.records import Sample
+
+VOCAB, K, WIDTH = 50, 4, 6
+
+
+def header(kind: str, **changes) -> CacheHeader:
+    fields = {
+        "kind": kind, "teacher_digest": "t" * 8, "tokenizer_fingerprint": "k" * 8, "template_fingerprint": "c" * 8,
+        "temperature": 1.0, "vocab_size": VOCAB, "k": K if kind == "topk" else None,
+        "hidden_size": WIDTH if kind == "hidden" else None,
+    }  # fmt: skip
+    return CacheHeader(**(fields | changes))
+
+
+def sample(number: int, response: int, prompt: int = 3) -> Sample:
+    rng = np.random.default_rng(number)
+    mask = np.zeros(prompt + response, dtype=bool)
+    mask[prompt:] = True
+    return Sample(
+        id=f"p{number}#0@0", prompt_id=f"p{number}", group=number, domain="math", seed=number, temperature=1.0,
+        token_ids=rng.integers(0, VOCAB, prompt + response), response_mask=mask, finish_reason="stop",
+        rollout_log_probs=rng.standard_normal(prompt + response).astype(np.float32),
+    )  # fmt: skip
+
+
+def distribution(kind: str, rows: int, seed: int) -> CachedDistribution:
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = torch.log_softmax(torch.randn(rows, VOCAB, generator=generator), -1)
+    if kind == "sampled":
+        return CachedDistribution(log_probs=log_probs[:, 0].clone())
+    if kind == "full":
+        return CachedDistribution(log_probs=log_probs)
+    if kind == "hidden":
+        return CachedDistribution(hidden=torch.randn(rows, WIDTH, generator=generator).bfloat16())
+    top, ids = log_probs.topk(K)
+    return CachedDistribution(log_probs=top, ids=ids.int(), log_tail_mass=torch.log1p(-top.exp().sum(-1)))
+
+
+LENGTHS = [5, 1, 9, 0, 3, 7]
+
+
+def write(directory, kind="topk", shard_bytes=200, **changes):
+    with CacheWriter(directory, header(kind, **changes), shard_bytes=shard_bytes) as writer:
+        for number, length in enumerate(LENGTHS):
+            writer.add(sample(number, length), distribution(kind, length, number))
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk", "hidden", "full"])
+def test_round_trip_in_any_order(tmp_path, kind):
+    write(tmp_path / "cache", kind)
+    cache = TeacherCache.open(tmp_path / "cache", expect=header(kind))
+    assert [s.id for s in cache.samples] == [f"p{n}#0@0" for n in range(len(LENGTHS))]
+    order = list(range(len(LENGTHS))) * 2
+    random.Random(0).shuffle(order)
+    for number in order:
+        stored, original = cache.samples[number], sample(number, LENGTHS[number])
+        assert np.array_equal(stored.token_ids, original.token_ids) and stored.cache_row == number
+        assert np.array_equal(stored.rollout_log_probs, original.rollout_log_probs)
+        found = cache.distribution(stored.id).tensors()
+        expected = distribution(kind, LENGTHS[number], number).tensors()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+    info = verify_cache(tmp_path / "cache")
+    assert info["samples"] == 6 and info["tokens"] == sum(LENGTHS) and info == cache_info(tmp_path / "cache")
+    if kind != "sampled":
+        assert info["shards"] > 1
+
+
+def test_captured_mass_is_the_mean_over_tokens(tmp_path):
+    write(tmp_path / "cache")
+    parts = [distribution("topk", rows, n).log_probs.double().exp().sum(-1) for n, rows in enumerate(LENGTHS)]
+    assert cache_info(tmp_path / "cache")["captured_mass"] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_digest": "other"}, "teacher_digest is 'tttttttt', this run expects 'other'"),
+        ({"tokenizer_fingerprint": "other"}, "tokenizer_fingerprint"),
+        ({"template_fingerprint": "other"}, "template_fingerprint"),
+        ({"temperature": 0.7}, "temperature is 1.0, this run expects 0.7"),
+        ({"vocab_size": VOCAB + 1}, "vocab_size"),
+        ({"k": K + 1}, "k is 4, this run expects 5"),
+    ],
+)
+def test_foreign_caches_are_refused(tmp_path, changes, message):
+    write(tmp_path / "cache")
+    with pytest.raises(UserError, match=message):
+        TeacherCache.open(tmp_path / "cache", expect=header("topk", **changes))
+
+
+def test_a_sample_with_other_tokens_is_refused(tmp_path):
+    write(tmp_path / "cache")
+    cache = TeacherCache.open(tmp_path / "cache")
+    changed = cache.samples[0].token_ids.copy()
+    changed[-1] += 1
+    with pytest.raises(UserError, match="other tokens than the cached one"):
+        cache.distribution(dataclasses.replace(cache.samples[0], token_ids=changed))
+    with pytest.raises(UserError, match="no sample 'nobody'"):
+        cache.distribution("nobody")
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["header.json", "samples.jsonl", "index.jsonl"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_one_flipped_bit_in_a_text_file_is_seen_on_opening(tmp_path, name, share):
+    write(tmp_path / "cache")
+    path = tmp_path / "cache" / name
+    flip(path, int(share * path.stat().st_size))
+    with pytest.raises(UserError, match=name):
+        TeacherCache.open(tmp_path / "cache")
+
+
+def test_one_flipped_bit_in_a_shard_is_seen_when_its_sample_is_read(tmp_path):
+    write(tmp_path / "cache", shard_bytes=1 << 20)
+    path = tmp_path / "cache" / "shard-00000.safetensors"
+    flip(path, path.stat().st_size - 2)
+    cache = TeacherCache.open(tmp_path / "cache")
+    damaged = 0
+    for record in cache.samples:
+        try:
+            cache.distribution(record)
+        except UserError as error:
+            assert "shard-00000.safetensors" in str(error) and "damaged" in str(error)
+            damaged += 1
+    assert damaged == 1
+    with pytest.raises(UserError, match="shard-00000.safetensors: content differs"):
+        verify_cache(tmp_path / "cache")
+
+
+def test_a_damaged_shard_header_and_a_cut_or_missing_shard_are_refused(tmp_path):
+    write(tmp_path / "cache")
+    path = tmp_path / "cache" / "shard-00000.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 8 + content[8:])
+    with pytest.raises(UserError, match="cannot be read"):
+        TeacherCache.open(tmp_path / "cache").distribution("p0#0@0")
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match="cut short"):
+        TeacherCache.open(tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(UserError, match="missing"):
+        cache_info(tmp_path / "cache") and TeacherCache.open(tmp_path / "cache")
+
+
+def test_other_versions_and_other_directories_are_refused(tmp_path):
+    write(tmp_path / "cache")
+    path = tmp_path / "cache" / "header.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"version": 2}))
+    with pytest.raises(UserError, match="cache version 2, this program reads 1"):
+        TeacherCache.open(tmp_path / "cache")
+    path.write_text(json.dumps({"format": "something"}))
+    with pytest.raises(UserError, match="not the header of a teacher cache"):
+        TeacherCache.open(tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a teacher cache"):
+        cache_info(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such teacher cache"):
+        cache_info(tmp_path / "absent")
+
+
+def test_nothing_appears_before_the_end_nor_after_a_failure(tmp_path):
+    target = tmp_path / "cache"
+    writer = CacheWriter(target, header("sampled"))
+    writer.add(sample(0, 5), distribution("sampled", 5, 0))
+    assert not target.exists()
+    del writer  # as if the process had been killed: the next writer starts afresh
+    with pytest.raises(RuntimeError, match="teacher went away"), CacheWriter(target, header("sampled")) as writer:
+        writer.add(sample(0, 5), distribution("sampled", 5, 0))
+        raise RuntimeError("teacher went away")
+    assert list(tmp_path.iterdir()) == []
+    write(target, "sampled")
+    with pytest.raises(UserError, match="already exists"):
+        CacheWriter(target, header("sampled"))
+    assert verify_cache(target)["samples"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: dataclasses.replace(d, ids=None), "a topk cache needs"),
+        (lambda d: dataclasses.replace(d, ids=d.ids[:4], log_probs=d.log_probs[:4]), "a topk cache needs"),
+        (lambda d: dataclasses.replace(d, ids=d.ids.long()), "ids must not be stored as torch.int64"),
+        (lambda d: dataclasses.replace(d, ids=torch.zeros_like(d.ids)), "name a token twice"),
+        (lambda d: dataclasses.replace(d, ids=d.ids + VOCAB), "outside the vocabulary"),
+        (lambda d: dataclasses.replace(d, log_tail_mass=d.log_tail_mass * torch.nan), "hold NaN"),
+    ],
+)
+def test_wrong_rows_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message), CacheWriter(tmp_path / "cache", header("topk")) as writer:
+        writer.add(sample(0, 5), change(distribution("topk", 5, 0)))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_id_is_written_once(tmp_path):
+    repeated = pytest.raises(UserError, match="is in the cache already")
+    with repeated, CacheWriter(tmp_path / "c", header("full")) as writer:
+        writer.add(sample(0, 5), distribution("full", 5, 0))
+        writer.add(sample(0, 5), distribution("full", 5, 0))
+
+
+def test_headers_without_meaning_are_refused():
+    for fields in ({"kind": "topk", "k": None}, {"kind": "sampled", "k": 3}, {"kind": "hidden", "hidden_size": None}):
+        with pytest.raises(ValueError, match="belongs to kind"):
+            header(**fields)
+    with pytest.raises(ValueError, match="exceeds the vocabulary"):
+        header("topk", k=VOCAB + 1)
