@@ -1,8 +1,8 @@
 """Megatron distributed checkpoints (``torch_dist``), written and read tensor by tensor, without building a model.
 
-Megatron saves global tensors: parameters of equal layers are stacked along a first dimension, experts along a second,
-and each stored chunk says which box of the global tensor it is. A global tensor does not depend on the layout that
-wrote it, only the chunks do; so a checkpoint written here loads at any layout, and one written at any layout is read.
+Megatron saves global tensors (``global_tensors``) in chunks, each of which says which box of its global tensor it is.
+A global tensor does not depend on the layout that wrote it, only the chunks do; so a checkpoint written here loads at
+any layout, and one written at any layout is read.
 
 Files: ``__<n>_0.distcp`` (chunks, each a ``torch.save`` record), ``.metadata`` (where each chunk lies; a pickle, read
 with an unpickler that knows only the few classes in it), ``metadata.json``, ``integrity.json`` (SHA-256 of each file),
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,85 +36,13 @@ from megatron_s2d.artifacts import read_json
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.models.families import Entry, global_entries, layer_entries, padded_vocab_size
-from megatron_s2d.models.hf_checkpoint import read_bytes, verify_digest
+from megatron_s2d.conversion.files import FileSlice, HashedFile
+from megatron_s2d.conversion.global_tensors import Piece, boxes, pieces
+from megatron_s2d.models.hf_checkpoint import verify_digest
 
 _COMMON_KEY = "common_state/shard_0_1"
 _INTEGRITY_NAME = "integrity.json"
 SPEC_NAME = "model_spec.json"
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offset and size within a global tensor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One parameter of one layer (or outside the layers) as a slice of a global tensor."""
-
-    entry: Entry
-    key: str
-    leading: tuple[int, ...]
-    """Index of the layer, and of the expert, in the first dimensions of the global tensor."""
-    leading_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Of the parameter itself, undivided."""
-
-    @property
-    def global_shape(self) -> tuple[int, ...]:
-        return (*self.leading_shape, *self.shape)
-
-
-def pieces(spec: ModelSpec) -> Iterator[Piece]:
-    """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored."""
-    (embedding,) = global_entries(spec, "first")
-    vocabulary = (padded_vocab_size(spec.vocab_size, 1), spec.hidden_size)
-    yield Piece(embedding, "model." + embedding.parameter, (), (), vocabulary)
-    for layer in range(spec.num_layers):
-        for entry in layer_entries(spec, layer):
-            leading, leading_shape = (layer,), (spec.num_layers,)
-            if entry.expert is not None:
-                leading, leading_shape = (layer, entry.expert), (spec.num_layers, spec.num_experts)
-            yield Piece(entry, _layer_key(spec, entry), leading, leading_shape, _layer_shape(spec, entry))
-    norm, output = global_entries(spec, "last")
-    yield Piece(norm, "model." + norm.parameter, (), (), (spec.hidden_size,))
-    if not spec.tie_word_embeddings:
-        yield Piece(output, "model." + output.parameter, (), (), vocabulary)
-
-
-def _layer_key(spec: ModelSpec, entry: Entry) -> str:
-    name = entry.parameter.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-    if not spec.num_experts:
-        name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-    if entry.expert is not None:
-        name = name.replace(f"local_experts.{entry.expert}.", "experts.")
-    return "model.decoder.layers." + name
-
-
-def _layer_shape(spec: ModelSpec, entry: Entry) -> tuple[int, ...]:
-    ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
-    match entry.rule:
-        case "qkv":
-            return (spec.query_size + 2 * spec.kv_size, spec.hidden_size)
-        case "gate_up":
-            return (2 * ffn, spec.hidden_size)
-        case "columns":
-            return (spec.hidden_size, spec.query_size if "linear_proj" in entry.parameter else ffn)
-    if entry.parameter == "mlp.router.weight":
-        return (spec.num_experts, spec.hidden_size)
-    return (spec.head_dim if entry.parameter.startswith("self_attention.") else spec.hidden_size,)
-
-
-def boxes(piece: Piece, tensor_size: int) -> list[Box]:
-    """How ``tensor_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
-    rule, parts = piece.entry.rule, tensor_size if piece.entry.expert is None else 1
-    if rule == "replicated":
-        return [((0,) * len(piece.shape), piece.shape)]
-    dim = 1 if rule == "columns" else 0
-    # Gate and up projection are two halves, each cut by itself.
-    parts *= 2 if rule == "gate_up" else 1
-    share = piece.shape[dim] // parts
-    size = tuple(share if axis == dim else length for axis, length in enumerate(piece.shape))
-    return [(tuple(part * share if axis == dim else 0 for axis in range(2)), size) for part in range(parts)]
 
 
 class MegatronWriter:
@@ -125,7 +52,7 @@ class MegatronWriter:
         self._directory = directory
         self._spec = spec
         self._parallel = parallel
-        self._files: dict[str, tuple[io.BufferedWriter, Any]] = {}
+        self._files: dict[str, HashedFile] = {}
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._digests: dict[str, str] = {}
@@ -146,14 +73,14 @@ class MegatronWriter:
             )
         for number, (offset, size) in enumerate(boxes(piece, self._parallel.tensor_model_parallel_size)):
             chunk = parameter[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
-            # clone(): a view would be saved with all of its storage.
-            chunk = chunk.contiguous().clone() if chunk.numel() < parameter.numel() else chunk.contiguous()
+            if chunk.numel() * chunk.itemsize < chunk.untyped_storage().nbytes():
+                # torch.save stores a view with all of its storage.
+                chunk = chunk.clone(memory_format=torch.contiguous_format)
             ones = (1,) * len(piece.leading)
             where = ChunkStorageMetadata(torch.Size((*piece.leading, *offset)), torch.Size((*ones, *size)))
             entry.chunks.append(where)
-            record = io.BytesIO()
-            torch.save(chunk.view(*where.sizes), record)
-            self._append(self._file_name(piece, number), MetadataIndex(piece.key, where.offsets), record)
+            index = MetadataIndex(piece.key, where.offsets)
+            self._append(self._file_name(piece, number), index, chunk.contiguous().view(*where.sizes))
 
     def _file_name(self, piece: Piece, number: int) -> str:
         """One file a pipeline stage and tensor rank, as if each rank had written its own."""
@@ -168,24 +95,21 @@ class MegatronWriter:
             number = piece.entry.expert * parallel.expert_model_parallel_size // spec.num_experts
         return f"__{stage * writers + number % writers}_0.distcp"
 
-    def _append(self, name: str, index: MetadataIndex, record: io.BytesIO) -> None:
+    def _append(self, name: str, index: MetadataIndex, record: Any) -> None:
         if name not in self._files:
-            self._files[name] = (open(self._directory / name, "wb"), hashlib.sha256())
-        file, digest = self._files[name]
-        content = record.getbuffer()
-        self._storage[index] = _StorageInfo(name, file.tell(), len(content))
-        file.write(content)
-        digest.update(content)
+            self._files[name] = HashedFile(self._directory / name)
+        file = self._files[name]
+        start = file.length
+        torch.save(record, file)
+        self._storage[index] = _StorageInfo(name, start, file.length - start)
 
     def finish(self, notes: dict[str, Any]) -> None:
         """Write what makes the chunks a checkpoint; ``notes`` go into ``conversion.json``."""
-        record = io.BytesIO()
-        torch.save([{"content_metadata": {}}], record)
         self._entries[_COMMON_KEY] = BytesStorageMetadata()
-        self._append("__0_0.distcp", MetadataIndex(_COMMON_KEY), record)
-        for name, (file, digest) in self._files.items():
+        self._append("__0_0.distcp", MetadataIndex(_COMMON_KEY), [{"content_metadata": {}}])
+        for name, file in self._files.items():
             file.close()
-            self._digests[name] = digest.hexdigest()
+            self._digests[name] = file.digest.hexdigest()
         small = {
             ".metadata": pickle.dumps(Metadata(self._entries, storage_data=self._storage)),
             "metadata.json": json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode(),
@@ -204,7 +128,7 @@ class MegatronWriter:
 
     def close(self) -> None:
         """Close the files of a checkpoint that will not be finished."""
-        for file, _ in self._files.values():
+        for file in self._files.values():
             file.close()
 
 
@@ -258,19 +182,28 @@ class MegatronReader:
 
     def read(self, piece: Piece) -> torch.Tensor:
         """One undivided parameter, put together from its chunks."""
-        dtype = self.entries[piece.key].properties.dtype
-        parameter = torch.empty(piece.global_shape[len(piece.leading) :], dtype=dtype)
+        chunks = self._chunks[piece.key, piece.leading]
+        if len(chunks) == 1:
+            return self._read_chunk(piece, chunks[0])
+        parameter = torch.empty(piece.shape, dtype=self.entries[piece.key].properties.dtype)
         count = len(piece.leading)
-        for chunk in self._chunks[piece.key, piece.leading]:
-            info = self._storage[piece.key, tuple(chunk.offsets)]
-            path = self.directory / info.relative_path
-            record = io.BytesIO(read_bytes(path, info.offset, info.length).numpy().data)
-            tensor = torch.load(record, weights_only=True)
-            if tuple(tensor.shape) != tuple(chunk.sizes) or tensor.dtype != dtype:
-                raise UserError(f"{path}: a chunk of {piece.key} is {tuple(tensor.shape)}, not {tuple(chunk.sizes)}")
+        for chunk in chunks:
             box = zip(chunk.offsets[count:], chunk.sizes[count:], strict=True)
-            parameter[tuple(slice(start, start + size) for start, size in box)] = tensor.view(chunk.sizes[count:])
+            parameter[tuple(slice(start, start + size) for start, size in box)] = self._read_chunk(piece, chunk)
         return parameter
+
+    def _read_chunk(self, piece: Piece, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        info = self._storage[piece.key, tuple(chunk.offsets)]
+        path = self.directory / info.relative_path
+        try:
+            with FileSlice(path, info.offset, info.length) as record:
+                tensor = torch.load(record, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: {piece.key} cannot be read ({str(error).splitlines()[0]})") from None
+        dtype = self.entries[piece.key].properties.dtype
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.shape != torch.Size(chunk.sizes):
+            raise UserError(f"{path}: a chunk of {piece.key} is not what its metadata says")
+        return tensor.view(chunk.sizes[len(piece.leading) :])
 
     def _read_digests(self) -> dict[str, str]:
         document = read_json(self.directory / _INTEGRITY_NAME)

@@ -63,7 +63,8 @@ def read_shard(
             share = padded_vocab_size(spec.vocab_size, tensor_size) // tensor_size
             start = min(tensor_rank * share, spec.vocab_size)
             rows = source.read(names[0], 0, start, min((tensor_rank + 1) * share, spec.vocab_size))
-            return torch.cat([rows, rows.new_zeros(share - rows.size(0), rows.size(1))])
+            padding = share - rows.size(0)
+            return torch.cat([rows, rows.new_zeros(padding, rows.size(1))]) if padding else rows
         case "columns":
             width = spec.query_size if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
             share = width // tensor_size

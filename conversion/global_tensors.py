@@ -1,0 +1,87 @@
+"""Which global tensor of a Megatron checkpoint each parameter of a model is a slice of, and how a layout cuts it.
+
+The names and shapes are those of ``sharded_state_dict`` in Megatron-Core 0.19 (a test compares them): layers of equal
+shape are stacked along a first dimension, experts along a second, and a norm is filed under the linear layer that
+Transformer Engine fuses it with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.models.families import Entry, global_entries, layer_entries, padded_vocab_size
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and size within a global tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One parameter of one layer (or outside the layers) as a slice of a global tensor."""
+
+    entry: Entry
+    key: str
+    leading: tuple[int, ...]
+    """Index of the layer, and of the expert, in the first dimensions of the global tensor."""
+    leading_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the parameter itself, undivided."""
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        return (*self.leading_shape, *self.shape)
+
+
+def pieces(spec: ModelSpec) -> Iterator[Piece]:
+    """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored."""
+    (embedding,) = global_entries(spec, "first")
+    vocabulary = (padded_vocab_size(spec.vocab_size, 1), spec.hidden_size)
+    yield Piece(embedding, "model." + embedding.parameter, (), (), vocabulary)
+    for layer in range(spec.num_layers):
+        for entry in layer_entries(spec, layer):
+            leading, leading_shape = (layer,), (spec.num_layers,)
+            if entry.expert is not None:
+                leading, leading_shape = (layer, entry.expert), (spec.num_layers, spec.num_experts)
+            yield Piece(entry, _layer_key(spec, entry), leading, leading_shape, _layer_shape(spec, entry))
+    norm, output = global_entries(spec, "last")
+    yield Piece(norm, "model." + norm.parameter, (), (), (spec.hidden_size,))
+    if not spec.tie_word_embeddings:
+        yield Piece(output, "model." + output.parameter, (), (), vocabulary)
+
+
+def _layer_key(spec: ModelSpec, entry: Entry) -> str:
+    name = entry.parameter.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    if not spec.num_experts:
+        name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    if entry.expert is not None:
+        name = name.replace(f"local_experts.{entry.expert}.", "experts.")
+    return "model.decoder.layers." + name
+
+
+def _layer_shape(spec: ModelSpec, entry: Entry) -> tuple[int, ...]:
+    ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
+    match entry.rule:
+        case "qkv":
+            return (spec.query_size + 2 * spec.kv_size, spec.hidden_size)
+        case "gate_up":
+            return (2 * ffn, spec.hidden_size)
+        case "columns":
+            return (spec.hidden_size, spec.query_size if "linear_proj" in entry.parameter else ffn)
+    if entry.parameter == "mlp.router.weight":
+        return (spec.num_experts, spec.hidden_size)
+    return (spec.head_dim if entry.parameter.startswith("self_attention.") else spec.hidden_size,)
+
+
+def boxes(piece: Piece, tensor_size: int) -> list[Box]:
+    """How ``tensor_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
+    rule, parts = piece.entry.rule, tensor_size if piece.entry.expert is None else 1
+    if rule == "replicated":
+        return [((0,) * len(piece.shape), piece.shape)]
+    dim = 1 if rule == "columns" else 0
+    # Gate and up projection are two halves, each cut by itself.
+    parts *= 2 if rule == "gate_up" else 1
+    share = piece.shape[dim] // parts
+    size = tuple(share if axis == dim else length for axis, length in enumerate(piece.shape))
+    return [(tuple(part * share if axis == dim else 0 for axis in range(2)), size) for part in range(parts)]
