@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from megatron_s2d.config.base import UserError
 from megatron_s2d.records import Prompt, Sample
 
+_LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their meaning
+
 # Called with (finished requests, all requests of the call) from time to time.
 ProgressCallback = Callable[[int, int], None]
 
@@ -39,8 +41,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"sampling: max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"sampling: temperature is {self.temperature}: it must be 0 (greedy) or positive")
+        if self.temperature != 0 and not (math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE):
+            raise UserError(
+                f"sampling: temperature is {self.temperature}: it must be 0 (greedy) or at least {_LEAST_TEMPERATURE}"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling: top_p is {self.top_p}: it must be above 0 and at most 1")
         if self.top_k != -1 and self.top_k < 1:

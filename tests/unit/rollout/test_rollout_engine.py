@@ -17,6 +17,7 @@ from megatron_s2d.rollout.engine import SamplingParams, sample_seed
     [
         ("max_new_tokens", 0),
         ("temperature", -0.1),
+        ("temperature", 1e-9),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_p", 0.0),
