@@ -94,23 +94,39 @@ def gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     backend: ModuleType = torch_backend,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns; may overwrite ``z``."""
+    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns, in ``dtype`` (default: that of
+    ``z``); may overwrite ``z``."""
+    dtype = dtype or z.dtype
     ids, owned = target if target is not None else (None, None)
     if isinstance(teacher, SupportChunk):
-        return support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents)
-    return backend.logits_gradient(z, teacher, ids, owned, evaluated.merged, cotangents, plan, evaluated.masked)
+        return support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents).to(dtype)
+    merged, masked = evaluated.merged, evaluated.masked
+    return backend.logits_gradient(z, teacher, ids, owned, merged, cotangents, plan, masked, dtype)
 
 
-def choose_backend(name: str, device: torch.device) -> ModuleType:
-    """The module with the shard-local functions: Triton's for CUDA tensors by default, PyTorch's otherwise."""
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64 operands, float32 for float32 and bfloat16; other types are refused."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+        raise UserError(f"divergences take float32, bfloat16 or float64 operands, not {tensor.dtype}")
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with the shard-local functions for logits of ``dtype`` (float32 or float64) on ``device``.
+
+    auto: Triton's for float32 on CUDA, PyTorch's otherwise.
+    """
     if name not in ("auto", "torch", "triton"):
         raise UserError(f"backend {name!r}: choose auto, torch or triton")
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
+    if name == "torch" or (name == "auto" and (device.type != "cuda" or dtype != torch.float32)):
         return torch_backend
-    from megatron_s2d.kl import kernels
-
-    kernels.require(device)
+    try:
+        from megatron_s2d.kl import kernels
+    except ModuleNotFoundError as error:
+        raise UserError(f"backend triton: {error}; install triton or choose backend torch") from None
+    kernels.require(device, dtype)
     return kernels
 
 

@@ -19,7 +19,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.kl.chunk import MASSES, Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
+from megatron_s2d.kl.chunk import (
+    MASSES,
+    Evaluated,
+    choose_backend,
+    compute_dtype,
+    evaluate,
+    gradient,
+    make_plan,
+    refuse_infinite,
+)
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
 from megatron_s2d.kl.statistics import Plan
@@ -83,7 +92,8 @@ def linear_divergence(
     if not plan.has_teacher and kind_of(teacher) == "dense":
         teacher = None  # nothing that was asked for depends on it, so its logits are not made
     task = _Task(plan, shard, teacher, temperature, target_ids, token_loss, weights, response_mask, sequence_parallel)
-    task.chunk_bytes, task.backend = chunk_bytes, choose_backend(backend, hidden.device)
+    task.chunk_bytes = chunk_bytes
+    task.backend = choose_backend(backend, hidden.device, compute_dtype(hidden))
     differentiates = token_loss is not None and torch.is_grad_enabled()
     if differentiates and (hidden.requires_grad or weight.requires_grad):
         function = _Fused if mode == "fused" else _Recompute
@@ -135,7 +145,7 @@ class _Work:
             hidden = shard.gather(hidden).flatten(0, 1)
         self.task, self.num_rows, self.weight_shape = task, hidden.shape[0], weight.shape
         _check_shapes(task, self.num_rows)
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.dtype = compute_dtype(hidden)
         self.rows = _kept_rows(task.response_mask)
         self.hidden_dtype = hidden.dtype
         hidden = self._select(hidden)
@@ -242,7 +252,8 @@ class _Work:
         """Gradient by the raw logits (the student's temperature divides once more)."""
         if isinstance(self.temperature, torch.Tensor) or self.temperature != 1.0:
             cotangents = {k: over_temperature(v.clone(), self.temperature, block) for k, v in cotangents.items()}
-        return gradient(z, teacher, target, evaluated, cotangents, self.task.plan, self.task.backend)
+        dtype = self.student.weight.dtype
+        return gradient(z, teacher, target, evaluated, cotangents, self.task.plan, self.task.backend, dtype)
 
     def _new(self, shape) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.student.hidden.device)
@@ -270,7 +281,6 @@ class _Accumulator:
         student = self.work.student
         if self.columns == 0:
             return
-        delta = delta.to(student.weight.dtype)
         if self.hidden is not None:
             self.hidden[block] = torch.mm(delta, student.weight)
         if self.weight is not None:

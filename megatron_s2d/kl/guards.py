@@ -27,8 +27,8 @@ def support_metrics(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What a top-k support sees, as (sum, count) pairs over the rows that count; the caller adds them over ranks.
 
-    captured_mass: teacher mass on the support. student_captured_mass: the student's. zeroed_gradient: student mass whose
-    logits get no gradient of their own ("renormalise"), 0 under the other tail rules.
+    captured_mass: teacher mass on the support. student_captured_mass: the student's. zeroed_gradient: student mass
+    whose logits get no gradient ("renormalise"), 0 under the other tail rules.
     """
     if outputs.captured_mass is None or outputs.student_captured_mass is None:
         raise UserError("support metrics need the outputs captured_mass and student_captured_mass")

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 import torch
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.kl.chunk import MASSES, Evaluated, choose_backend, evaluate, gradient, make_plan, refuse_infinite
+from megatron_s2d.kl.chunk import (
+    MASSES,
+    Evaluated,
+    choose_backend,
+    compute_dtype,
+    evaluate,
+    gradient,
+    make_plan,
+    refuse_infinite,
+)
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
 from megatron_s2d.kl.statistics import Plan
@@ -86,8 +95,8 @@ class _LogitsWork:
 
     def prepare(self, logits: torch.Tensor) -> None:
         """Bind the teacher and the backend to the logits' rows, dtype and device."""
-        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.backend = choose_backend("auto", logits.device)
+        self.dtype = compute_dtype(logits)
+        self.backend = choose_backend("auto", logits.device, self.dtype)
         if self.source is not None:
             self.teacher = PreparedTeacher(
                 self.source, num_rows=logits.shape[0], rows=None, shard=self.shard, dtype=self.dtype
@@ -158,7 +167,7 @@ def vocab_parallel_topk(
     """
     if not 1 <= k <= shard.vocab_size:
         raise UserError(f"top-k with k = {k}: choose between 1 and the vocabulary size {shard.vocab_size}")
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits)
     parts = [_chunk_topk(z, k, shard) for _, z in scaled_chunks(logits, shard, temperature, dtype)]
     if not parts:
         empty = logits.new_zeros(0, k, dtype=dtype)
@@ -202,7 +211,7 @@ def vocab_parallel_support(
     """
     check_ids(ids, shard.vocab_size, "ids")
     local, owned = shard.local(ids.long())
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits)
     on, off = [], []
     for block, z in scaled_chunks(logits, shard, temperature, dtype):
         gathered = shard.gather(_support_part(z, local[block], owned[block]))

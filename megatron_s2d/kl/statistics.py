@@ -59,7 +59,9 @@ class Merged:
     log_sum_z: torch.Tensor
     max_y: torch.Tensor | None = None
     log_sum_y: torch.Tensor | None = None
-    offset: torch.Tensor | None = None  # log p - log q = (z - y) - offset
+    # log p - log q = ((z - y) - gap) - log_sum_ratio, in this order: exact at a common most likely token
+    gap: torch.Tensor | None = None  # max_z - max_y
+    log_sum_ratio: torch.Tensor | None = None  # log_sum_z - log_sum_y
     log_q_at_k: torch.Tensor | None = None  # log q at the student's most likely token
     difference_at_k: torch.Tensor | None = None  # log q - log p there
     expected_slope: torch.Tensor | None = None  # of the mixture: sum of p (c - c at k)
@@ -193,7 +195,7 @@ def merge(gathered: torch.Tensor, plan: Plan) -> Merged:
         merged.max_y, merged.log_sum_y = max_y, log_b
         # log_a - log_b, without rounding either logarithm first
         ratio = torch.log1p((rest - rest_y) / (1 + rest_y))
-        merged.offset = (max_z - max_y) + ratio
+        merged.gap, merged.log_sum_ratio = max_z - max_y, ratio
         if "w" in part or "u" in part:
             between = (part["n"] - part["m"]) - (max_y - max_z)  # of a shard's maxima, against the global ones
             between.masked_fill_((part["n"] == -torch.inf) | (part["m"] == -torch.inf), 0.0)
@@ -202,8 +204,9 @@ def merge(gathered: torch.Tensor, plan: Plan) -> Merged:
         if "u" in part:
             out["reverse_kl"] = _weighted(scale, part["u"] - count * between) / (1 + rest) - ratio
         if "y_at_k" in part:
-            merged.log_q_at_k = (part["y_at_k"].gather(0, winner).squeeze(0) - max_y) - log_b
-            merged.difference_at_k = merged.offset - (max_z - part["y_at_k"].gather(0, winner).squeeze(0))
+            y_at_k = part["y_at_k"].gather(0, winner).squeeze(0)
+            merged.log_q_at_k = (y_at_k - max_y) - log_b
+            merged.difference_at_k = (y_at_k - max_y) + ratio
     return merged
 
 
@@ -230,8 +233,8 @@ def mixture_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
 
-    difference: log q - log p. Every expression starts from expm1(-|difference|), and F carries the first-order terms that sum to zero
-    (such as M - q), so neither loses its digits where p and q nearly agree.
+    difference: log q - log p. Every expression starts from expm1(-|difference|), and F carries the first-order terms
+    that sum to zero (such as M - q), so neither loses its digits where p and q nearly agree.
     """
     if name == "skew_reverse_kl":
         # KL(p || beta p + (1 - beta) q) is the skew forward form with the roles exchanged
@@ -285,7 +288,7 @@ def _mixture_sums(z, y, merged: Merged, plan: Plan, masked: bool) -> torch.Tenso
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
         log_p, log_q = _log_probs(z, y, merged, block)
-        difference = _log_ratio(z, y, merged, block).neg_()
+        difference = _log_ratio(z[block], y[block], *_columns(merged, block)).neg_()
         terms, slope = mixture_terms(log_p, log_q, difference, plan.mixture, plan.beta, masked)
         sums[block, 0] = row_sum(terms)
         slope -= slope_at_k[block].unsqueeze(1)
@@ -304,9 +307,13 @@ def _log_probs(z, y, merged, block):
     return log_p, (y[block] - merged.max_y[block].unsqueeze(1)).sub_(merged.log_sum_y[block].unsqueeze(1))
 
 
-def _log_ratio(z, y, merged, block):
+def _columns(merged: Merged, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    return merged.gap[block].unsqueeze(1), merged.log_sum_ratio[block].unsqueeze(1)
+
+
+def _log_ratio(z, y, gap, log_sum_ratio):
     """log p - log q; z - y first, which is exact where the models nearly agree."""
-    return (z[block] - y[block]).sub_(merged.offset[block].unsqueeze(1))
+    return (z - y).sub_(gap).sub_(log_sum_ratio)
 
 
 def logits_gradient(
@@ -318,10 +325,14 @@ def logits_gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     masked: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``. cotangents: [C] by name."""
+    """d(sum of cotangent * output)/dz of a shard, [C, columns] in ``dtype``; overwrites ``z``.
+
+    cotangents: [C] by output name.
+    """
     if z.shape[1] == 0:
-        return z
+        return z.to(dtype)
     rows = block_rows(z)
     constants = _GradientConstants(merged, cotangents, plan, z.dtype)
     for start in range(0, z.shape[0], rows):
@@ -331,7 +342,7 @@ def logits_gradient(
             hit = cotangents["log_probs"][block].masked_fill(~owned[block], 0.0).unsqueeze(1)
             delta.scatter_add_(1, target[block].unsqueeze(1), hit)
         z[block] = delta
-    return z
+    return z.to(dtype)
 
 
 class _GradientConstants:
@@ -345,7 +356,8 @@ class _GradientConstants:
     def __init__(self, merged: Merged, cotangents: dict[str, torch.Tensor], plan: Plan, dtype):
         self.plan, out = plan, merged.outputs
         scale_p = torch.exp(-merged.log_sum_z)
-        self.max_z, self.max_y, self.offset = merged.max_z, merged.max_y, merged.offset
+        self.max_z, self.max_y = merged.max_z, merged.max_y
+        self.gap, self.log_sum_ratio = merged.gap, merged.log_sum_ratio
         self.log_sum_z, self.log_sum_y = merged.log_sum_z, merged.log_sum_y
         self.forward = self.reverse = self.entropy = self.mixture = None
         level = torch.zeros_like(merged.max_z)
@@ -380,7 +392,7 @@ def _block_gradient(z: torch.Tensor, y: torch.Tensor | None, row: _GradientConst
     delta = None
     ratio = None
     if row.forward is not None or row.reverse is not None or row.mixture is not None:
-        ratio = (z - y).sub_(row.offset)
+        ratio = _log_ratio(z, y, row.gap, row.log_sum_ratio)
     if row.forward is not None:
         delta = _p_minus_q(z, y, ratio, row, masked)
     if row.level is None:

@@ -1,0 +1,98 @@
+"""Started by test_kl_triton.py with Triton's interpreter on: errors of the kernels, as JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from kl_problems import combined, make_problem, reference, relative
+
+from megatron_s2d.kl import kernels
+from megatron_s2d.kl import statistics as plain
+from megatron_s2d.kl.chunk import make_plan
+from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.statistics import merge
+
+ALL = ("log_probs", "entropy", "forward_kl", "reverse_kl")
+MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+
+
+def logits(rows: int, columns: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(columns)
+    z = torch.randn(rows, columns, generator=generator)
+    y = z + 0.2 * torch.randn(rows, columns, generator=generator)
+    if kind == "confident":
+        z[:, columns // 2] += 12
+        y[:, columns // 2] += 12.37
+    if kind == "forbidden":
+        y[:, ::3] = z[:, ::3] = -torch.inf
+    if kind == "rising":  # every block of columns has a new maximum
+        z, y = z + torch.linspace(0, 60, columns), y + torch.linspace(0, 60, columns)
+    return z, y
+
+
+def compare(rows: int, columns: int, kind: str, mixture: str) -> dict[str, float]:
+    z, y = logits(rows, columns, kind)
+    target = torch.arange(rows) % columns
+    owned = torch.arange(rows) % 3 != 0
+    names = (mixture, *ALL)
+    plan = make_plan(names, teacher="dense", beta=0.3, has_target=True)
+    exact, masked = plain.statistics(z.double(), y.double(), target, owned, plan)
+    found, _ = kernels.statistics(z, y, target, owned, plan)
+    errors = {"statistics": relative(found, exact)}
+    merged, merged_found = merge(exact.unsqueeze(0), plan), merge(found.unsqueeze(0), plan)
+    sums, _ = plain.divergence_sums(z.double(), y.double(), merged, plan, masked)
+    sums_found, _ = kernels.divergence_sums(z, y, merged_found, plan, True)
+    errors["sums"] = relative(sums_found, sums)
+    for side, values in ((merged, sums), (merged_found, sums_found)):
+        side.outputs[mixture], side.expected_slope = values.unbind(1)
+    for name in names:
+        errors[name] = relative(merged_found.outputs[name], merged.outputs[name])
+    generator = torch.Generator().manual_seed(0)
+    for chosen in (names, ("forward_kl",), ("reverse_kl",), (mixture,), ("entropy",), ("log_probs",)):
+        cotangents = {name: torch.rand(rows, generator=generator) for name in chosen}
+        wide = {name: value.double() for name, value in cotangents.items()}
+        delta = plain.logits_gradient(
+            z.double(), y.double(), target, owned, merged, wide, plan, masked, torch.float64
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            got = kernels.logits_gradient(
+                z.clone(), y, target, owned, merged_found, cotangents, plan, True, dtype
+            )
+            assert got.dtype == dtype
+            key = f"gradient {'of all' if len(chosen) > 1 else chosen[0]} {dtype}"
+            errors[key] = relative(got, delta)
+    return errors
+
+
+def whole_call() -> dict[str, float]:
+    problem = make_problem(rows=9, vocab=301, width=16, teacher_width=12).rounded()
+    names = ("jsd", *ALL)
+    hidden = problem.hidden.float().requires_grad_()
+    weight = problem.weight.float().requires_grad_()
+    loss, _ = linear_divergence(
+        hidden, weight, shard=VocabShard.whole(301), outputs=names, teacher=problem.teacher(torch.float32), beta=0.3,
+        temperature=problem.temperature, target_ids=problem.target, token_loss=combined,
+        weights=problem.weights.float(), response_mask=problem.mask, chunk_bytes=301 * 8 * 4, backend="triton",
+    )  # fmt: skip
+    loss.backward()
+    expected = reference(problem, names, 0.3)
+    found = (loss.detach(), hidden.grad, weight.grad)
+    errors = [relative(a, b) for a, b in zip(found, (expected[0], *expected[2:]), strict=True)]
+    return dict(zip(("loss", "hidden", "weight"), errors, strict=True))
+
+
+def main() -> None:
+    results = {"call": whole_call()}
+    for columns in (1, 5, 300, 5003):
+        for kind in ("flat", "confident", "forbidden", "rising"):
+            if kind == "forbidden" and columns < 5:
+                continue
+            mixture = MIXTURES[(columns + len(kind)) % 3]
+            results[f"{columns} {kind} {mixture}"] = compare(4, columns, kind, mixture)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

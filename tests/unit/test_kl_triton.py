@@ -1,0 +1,69 @@
+"""The Triton kernels against float64 through Triton's interpreter; it needs no GPU, and a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl import statistics
+from megatron_s2d.kl.chunk import choose_backend
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    finished = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kl_triton_worker.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_statistics_and_values(results):
+    for case, errors in results.items():
+        if case == "call" or case.startswith("1 "):
+            continue
+        assert errors["statistics"] <= 1e-6, case
+        for name in ("forward_kl", "reverse_kl", "entropy", "log_probs", case.split()[2]):
+            # Five columns, one of them 15 above the next: the whole divergence is a few roundings of float32 sums.
+            assert errors[name] <= (3e-5 if case.startswith("5 ") else 5e-6), (case, name)
+
+
+def test_gradients_in_float32_and_bfloat16(results):
+    for case, errors in results.items():
+        for key, error in errors.items():
+            if key.startswith("gradient") and not case.startswith("1 "):
+                assert error <= (3e-6 if key.endswith("float32") else 2**-7), (case, key)  # bfloat16: one unit
+
+
+def test_a_vocabulary_of_one(results):
+    for case, errors in results.items():
+        if case.startswith("1 "):
+            for name, error in errors.items():
+                assert error <= (2**-7 if name.endswith("bfloat16") else 0), (case, name)
+
+
+def test_a_whole_call(results):
+    assert results["call"]["loss"] <= 1e-6
+    assert results["call"]["hidden"] <= 1e-5 and results["call"]["weight"] <= 1e-5
+
+
+def test_which_backend():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.float32) is statistics
+    assert choose_backend("auto", cuda, torch.float64) is statistics
+    assert choose_backend("auto", cuda, torch.float32).__name__.endswith("kernels")
+    with pytest.raises(UserError, match="needs CUDA tensors"):
+        choose_backend("triton", cpu, torch.float32)
+    with pytest.raises(UserError, match="computes in float32"):
+        choose_backend("triton", cuda, torch.float64)
