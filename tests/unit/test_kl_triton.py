@@ -58,6 +58,16 @@ def test_a_whole_call(results):
     assert results["call"]["hidden"] <= 1e-5 and results["call"]["weight"] <= 1e-5
 
 
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kl_triton_compile.py"))],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert int(finished.stdout.splitlines()[-1]) == 14
+
+
 def test_which_backend():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float32) is statistics
