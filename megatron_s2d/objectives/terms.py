@@ -1,0 +1,305 @@
+"""What an objective is made of: columns of data, terms, metrics with their reduction, and the weights of tokens.
+
+The loss of a batch is sum over terms and tokens of ``coefficient * weight * value``. The weight column of a term has the
+GLOBAL normaliser folded in (``token_weights``), so that nothing here divides by a count, and how tokens are dealt to
+micro-batches, data-parallel ranks or chunks cannot change the loss or its gradient beyond rounding (methods.md M1).
+A weight of zero takes a token out of a term and out of that term's metrics.
+
+Left out: where the columns come from (data/packing.py), and the reduction over ranks (the trainer all-reduces what
+``pack_metrics`` returns).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl.outputs import TokenOutputs
+
+Reduction = Literal["mean", "sum", "max", "min"]
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
+
+# Column -> the step that writes it.
+_WRITERS = {
+    "old_log_probs": "the scoring by the trainer under the weights before the update",
+    "rollout_log_probs": "an engine that returns the log-probabilities of what it samples",
+    "advantages": "the computation of advantages",
+    "teacher_log_probs": "the scoring by the teacher",
+    "reference_log_probs": "the scoring by the reference",
+    "policy_weight": "packing with policy weights",
+    "supervised_weight": "packing with supervised weights",
+    "divergence_weight": "packing with divergence weights",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenColumns:
+    """Data per token, aligned with the rows of ``TokenOutputs``: float32 [N] each, None where it was not computed.
+
+    Log-probabilities are natural, of the sampled token, at the temperature of the sampling. Columns are data: one that
+    carries a gradient is refused.
+    """
+
+    old_log_probs: torch.Tensor | None = None  # of the trained model under the weights before the update
+    rollout_log_probs: torch.Tensor | None = None  # as the engine reported them
+    advantages: torch.Tensor | None = None
+    teacher_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+    policy_weight: torch.Tensor | None = None  # zero outside the responses of the policy
+    supervised_weight: torch.Tensor | None = None
+    divergence_weight: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        present = self._present()
+        shapes = {name: tuple(column.shape) for name, column in present.items()}
+        if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
+            raise ValueError(f"token columns must be [N] with one N: {shapes}")
+        for name, column in present.items():
+            refuse_sampled_k1(column, name)
+
+    def select(self, rows: torch.Tensor) -> TokenColumns:
+        """The columns at ``rows`` (int64 [C])."""
+        return TokenColumns(**{name: column[rows] for name, column in self._present().items()})
+
+    def require(self, names: Iterable[str]) -> None:
+        """A ``UserError`` that names the step to run, unless all of ``names`` are there."""
+        for name in sorted(names):
+            if getattr(self, name) is None:
+                raise UserError(f"the loss needs {name}: run {_WRITERS[name]} before the update")
+
+    def neutral_outside(self, active: torch.Tensor, log_probs: torch.Tensor | None) -> TokenColumns:
+        """The columns with harmless values where ``active`` (bool [N]) is False.
+
+        Tokens of another term may hold anything there; a weight of zero would not remove a NaN or an infinity. The
+        model's own log-probability makes every ratio 1.
+        """
+        fill = 0.0 if log_probs is None else log_probs.detach()
+        kept = {
+            name: torch.where(active, column, fill if name.endswith("log_probs") else 0.0)
+            for name, column in self._present().items()
+            if not name.endswith("weight")
+        }
+        return dataclasses.replace(self, **kept)
+
+    def _present(self) -> dict[str, torch.Tensor]:
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: column for name, column in columns.items() if column is not None}
+
+
+def refuse_sampled_k1(values: torch.Tensor, name: str) -> None:
+    """Refuse data with a graph through the student, above all log pi_S - log pi_T of sampled tokens (methods.md M3)."""
+    if values.requires_grad:
+        raise UserError(
+            f"{name} carries a gradient: back-propagating through the sampled log pi_S - log pi_T is wrong, because its "
+            "gradient does not depend on the teacher and its expectation is zero; detach it and use it as an advantage, "
+            "or use a divergence over the vocabulary"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Metric:
+    """A number that can be combined over chunks, micro-batches and ranks: float64 scalars on the values' device."""
+
+    numerator: torch.Tensor  # sum of the values; their maximum or minimum (-inf or inf for none)
+    denominator: torch.Tensor  # number of values
+    reduction: Reduction
+
+    @classmethod
+    def over(cls, values: torch.Tensor, active: torch.Tensor, reduction: Reduction = "mean") -> Metric:
+        """The metric of ``values`` [N] (numbers or booleans) where ``active`` (bool [N]) is True."""
+        values = values.detach().to(torch.float64)
+        empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}[reduction]
+        kept = torch.cat([torch.where(active, values, empty), values.new_full((1,), empty)])
+        numerator = {"mean": torch.sum, "sum": torch.sum, "max": torch.max, "min": torch.min}[reduction](kept)
+        return cls(numerator, active.sum(dtype=torch.float64), reduction)
+
+    def combine(self, other: Metric) -> Metric:
+        """The metric of both sets of values."""
+        if self.reduction != other.reduction:
+            raise ValueError(f"metrics of reduction {self.reduction} and {other.reduction} cannot be combined")
+        merge = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[self.reduction]
+        return Metric(
+            merge(self.numerator, other.numerator), self.denominator + other.denominator, self.reduction
+        )
+
+    def value(self) -> float:
+        """The number; NaN for the mean of nothing."""
+        if self.reduction != "mean":
+            return float(self.numerator)
+        count = float(self.denominator)
+        return float(self.numerator) / count if count else math.nan
+
+
+def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of all ``parts`` (micro-batches of one rank) together; a name may be missing from some."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name].combine(metric) if name in merged else metric
+    return merged
+
+
+def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(to be summed over ranks, to be maximised over ranks), float64, in the order of the sorted names."""
+    ordered = [metrics[name] for name in sorted(metrics)]
+    sums, maxima = [], []
+    for metric in ordered:
+        sums.append(metric.denominator)
+        if metric.reduction in ("mean", "sum"):
+            sums.append(metric.numerator)
+        else:
+            maxima.append(metric.numerator if metric.reduction == "max" else -metric.numerator)
+    return tuple(torch.stack(part) if part else torch.zeros(0, dtype=torch.float64) for part in (sums, maxima))
+
+
+def unpack_metrics(metrics: dict[str, Metric], sums: torch.Tensor, maxima: torch.Tensor) -> dict[str, Metric]:
+    """The inverse of ``pack_metrics``: ``metrics`` gives names and reductions, the tensors the reduced numbers."""
+    sums_left, maxima_left = iter(sums.unbind()), iter(maxima.unbind())
+    found = {}
+    for name in sorted(metrics):
+        reduction, denominator = metrics[name].reduction, next(sums_left)
+        if reduction in ("mean", "sum"):
+            numerator = next(sums_left)
+        else:
+            numerator = next(maxima_left) if reduction == "max" else -next(maxima_left)
+        found[name] = Metric(numerator, denominator, reduction)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of an objective."""
+
+    name: str
+    weight: str  # the column that weighs it
+    needs: frozenset[str]  # fields of TokenOutputs
+    columns: frozenset[str]  # columns, without the weight
+    values: Callable[[TokenOutputs, TokenColumns], torch.Tensor]  # -> loss per token [C], differentiable
+    metrics: Callable[[TokenOutputs, TokenColumns, torch.Tensor], dict[str, Metric]]  # last: bool [C], what counts
+    coefficient: float = 1.0
+
+    def inputs(self, outputs: TokenOutputs, columns: TokenColumns) -> tuple[torch.Tensor, TokenColumns]:
+        """(bool [C]: which tokens the term counts, columns that are harmless elsewhere)."""
+        columns.require(self.columns | {self.weight})
+        active = getattr(columns, self.weight) != 0
+        return active, columns.neutral_outside(active, outputs.log_probs)
+
+    def weighted(self, outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
+        """[C] coefficient * weight * value."""
+        _, safe = self.inputs(outputs, columns)
+        return self.coefficient * getattr(columns, self.weight) * self.values(outputs, safe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Terms added up. The same object gives the loss inside the output layer and, afterwards, the metrics."""
+
+    terms: tuple[Term, ...]
+    kl_metric: str | None = None  # the metric that is also shown as `kl`, in nats per token
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"an objective needs at least one term and each term once, found {names}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of ``TokenOutputs`` to ask for; the entropy is always reported."""
+        return frozenset({"entropy"}).union(*(term.needs for term in self.terms))
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that must be there, weights included."""
+        return frozenset().union(*(term.columns | {term.weight} for term in self.terms))
+
+    def token_loss(self, outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
+        """[C] weighted losses whose plain sum over the whole batch is the loss; both arguments have C rows.
+
+        A pure function, row by row: chunks of a batch give the rows of the whole. Raises ``UserError`` for a column
+        that is missing.
+        """
+        first, *others = (term.weighted(outputs, columns) for term in self.terms)
+        return sum(others, start=first)
+
+    @torch.no_grad()
+    def metrics(self, outputs: TokenOutputs, columns: TokenColumns) -> dict[str, Metric]:
+        """Metrics of these rows. ``loss`` is exact for the batch when it is summed over all its rows."""
+        found: dict[str, Metric] = {}
+        counted, losses = [], []
+        for term in self.terms:
+            active, safe = term.inputs(outputs, columns)
+            loss = Metric.over(term.weighted(outputs, columns), active, "sum")
+            parts = {f"loss/{term.name}": loss} if len(self.terms) > 1 else {}
+            parts |= term.metrics(outputs, safe, active)
+            if repeated := parts.keys() & found.keys():
+                raise ValueError(f"two terms report {sorted(repeated)}")
+            found |= parts
+            counted.append(active)
+            losses.append(loss)
+        found["loss"] = functools.reduce(Metric.combine, losses)
+        if outputs.entropy is not None:
+            found["entropy"] = Metric.over(outputs.entropy, torch.stack(counted).any(dim=0))
+        if self.kl_metric is not None:
+            found["kl"] = found[self.kl_metric]
+        return found
+
+
+def mix_objectives(parts: Sequence[tuple[float, Objective]]) -> Objective:
+    """sum of coefficient * objective; the first objective that has a KL to show gives ``kl``."""
+    terms: list[Term] = []
+    for coefficient, objective in parts:
+        if not (math.isfinite(coefficient) and coefficient > 0):
+            raise UserError(f"coefficient {coefficient} of an objective: give a positive number, or leave it out")
+        terms += [dataclasses.replace(term, coefficient=coefficient * term.coefficient) for term in objective.terms]
+    shown = [objective.kl_metric for _, objective in parts if objective.kl_metric is not None]
+    return Objective(tuple(terms), shown[0] if shown else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseCounts:
+    """How many responses, and tokens in them, one term averages over; those without a token are not counted."""
+
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int] | np.ndarray) -> ResponseCounts:
+        """Counts of responses with ``lengths`` tokens."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        return cls(int(lengths.sum()), int((lengths > 0).sum()))
+
+    def __add__(self, other: ResponseCounts) -> ResponseCounts:
+        return ResponseCounts(self.tokens + other.tokens, self.sequences + other.sequences)
+
+
+def token_weights(
+    lengths: Sequence[int] | np.ndarray, aggregation: str, counts: ResponseCounts, max_response_tokens: int | None = None
+) -> np.ndarray:
+    """The weight of every token of each response: float64 [number of responses] (methods.md M1).
+
+    lengths: response tokens of each response here. counts: of the GLOBAL batch of one update, over all data-parallel
+    ranks and micro-batches; the weights of a response then do not depend on which others are packed with it.
+    token_mean: 1 / tokens. seq_mean_token_mean: 1 / (sequences * length). seq_mean_token_sum_norm:
+    1 / (sequences * max_response_tokens), the constant length of Dr. GRPO. A response of length 0 gets 0.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if (lengths < 0).any() or lengths.sum() > counts.tokens or (lengths > 0).sum() > counts.sequences:
+        raise ValueError(f"{ResponseCounts.of(lengths)} here cannot be part of {counts} globally")
+    if aggregation == "token_mean":
+        weights = np.full(lengths.shape, 1.0 / max(counts.tokens, 1))
+    elif aggregation == "seq_mean_token_mean":
+        weights = 1.0 / (max(counts.sequences, 1) * np.maximum(lengths, 1).astype(np.float64))
+    elif aggregation == "seq_mean_token_sum_norm":
+        if max_response_tokens is None or max_response_tokens < 1:
+            raise UserError("aggregation seq_mean_token_sum_norm divides by max_response_tokens: give that limit")
+        weights = np.full(lengths.shape, 1.0 / (max(counts.sequences, 1) * max_response_tokens))
+    else:
+        raise UserError(f"aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
+    return np.where(lengths > 0, weights, 0.0)
