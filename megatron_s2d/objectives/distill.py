@@ -4,7 +4,7 @@ methods.md M2, M3, M4, M5. The divergences themselves are made in ``kl``; here t
 OPD, G-OPD and SG-OPD of sampled tokens lies in the advantages (``advantages.py``): they share one objective. The
 full-vocabulary form of G-OPD is ``reverse_kl`` to a geometric target, which ``kl`` is given as the teacher.
 
-Left out: which teacher, and the choice of the top-k support (``kl`` also warns of a reverse KL on teacher-only support).
+Left out: which teacher, and the choice of a top-k support (``kl`` warns of a reverse KL on the teacher's tokens only).
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
-            raise UserError(f"clip_low {self.clip_low}, clip_high {self.clip_high}: give 0 < clip_low < 1, clip_high > 0")
+            raise UserError(
+                f"clip_low {self.clip_low}, clip_high {self.clip_high}: give 0 < clip_low < 1 and clip_high > 0"
+            )
         if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
             raise UserError(f"dual_clip {self.dual_clip}: give a number above 1, or leave it out")
         if self.importance not in ("off", "truncate", "mask"):
@@ -113,11 +115,11 @@ def importance_weight(
 
 def policy_term(settings: Surrogate) -> Term:
     """Clipped surrogate times importance weight, by ``policy_weight``."""
-    columns = {"advantages"}
+    required = {"advantages"}
     if not settings.on_policy:
-        columns.add("old_log_probs")
+        required.add("old_log_probs")
     if settings.importance != "off":
-        columns.add("rollout_log_probs")
+        required.add("rollout_log_probs")
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
         old = settings.old_log_probs(outputs.log_probs, columns)
@@ -136,7 +138,7 @@ def policy_term(settings: Surrogate) -> Term:
             found |= mismatch_metrics(old, columns.rollout_log_probs, active, settings)
         return found
 
-    return Term("policy", "policy_weight", frozenset({"log_probs"}), frozenset(columns), values, metrics)
+    return Term("policy", "policy_weight", frozenset({"log_probs"}), frozenset(required), values, metrics)
 
 
 def surrogate_metrics(

@@ -1,8 +1,9 @@
 """What an objective is made of: columns of data, terms, metrics with their reduction, and the weights of tokens.
 
-The loss of a batch is sum over terms and tokens of ``coefficient * weight * value``. The weight column of a term has the
-GLOBAL normaliser folded in (``token_weights``), so that nothing here divides by a count, and how tokens are dealt to
-micro-batches, data-parallel ranks or chunks cannot change the loss or its gradient beyond rounding (methods.md M1).
+The loss of a batch is the sum over terms and tokens of ``coefficient * weight * value``. The weight column of a term
+has the GLOBAL normaliser folded in (``token_weights``), so that nothing here divides by a count, and how tokens are
+dealt to micro-batches, data-parallel ranks or chunks cannot change the loss or its gradient beyond rounding
+(methods.md M1).
 A weight of zero takes a token out of a term and out of that term's metrics.
 
 Left out: where the columns come from (data/packing.py), and the reduction over ranks (the trainer all-reduces what
@@ -97,9 +98,9 @@ def refuse_sampled_k1(values: torch.Tensor, name: str) -> None:
     """Refuse data with a graph through the student, above all log pi_S - log pi_T of sampled tokens (methods.md M3)."""
     if values.requires_grad:
         raise UserError(
-            f"{name} carries a gradient: back-propagating through the sampled log pi_S - log pi_T is wrong, because its "
-            "gradient does not depend on the teacher and its expectation is zero; detach it and use it as an advantage, "
-            "or use a divergence over the vocabulary"
+            f"{name} carries a gradient: back-propagating through the sampled log pi_S - log pi_T is wrong, because "
+            "its gradient does not depend on the teacher and its expectation is zero; detach it and use it as an "
+            "advantage, or use a divergence over the vocabulary"
         )
 
 
@@ -149,6 +150,7 @@ def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
 def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
     """(to be summed over ranks, to be maximised over ranks), float64, in the order of the sorted names."""
     ordered = [metrics[name] for name in sorted(metrics)]
+    device = ordered[0].denominator.device if ordered else None
     sums, maxima = [], []
     for metric in ordered:
         sums.append(metric.denominator)
@@ -156,7 +158,8 @@ def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor
             sums.append(metric.numerator)
         else:
             maxima.append(metric.numerator if metric.reduction == "max" else -metric.numerator)
-    return tuple(torch.stack(part) if part else torch.zeros(0, dtype=torch.float64) for part in (sums, maxima))
+    empty = torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack(sums) if sums else empty, torch.stack(maxima) if maxima else empty
 
 
 def unpack_metrics(metrics: dict[str, Metric], sums: torch.Tensor, maxima: torch.Tensor) -> dict[str, Metric]:
@@ -280,7 +283,10 @@ class ResponseCounts:
 
 
 def token_weights(
-    lengths: Sequence[int] | np.ndarray, aggregation: str, counts: ResponseCounts, max_response_tokens: int | None = None
+    lengths: Sequence[int] | np.ndarray,
+    aggregation: str,
+    counts: ResponseCounts,
+    max_response_tokens: int | None = None,
 ) -> np.ndarray:
     """The weight of every token of each response: float64 [number of responses] (methods.md M1).
 

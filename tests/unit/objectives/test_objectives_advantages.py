@@ -1,0 +1,270 @@
+"""Advantages, gate, stability weight, penalties and schedule against hand-computed numbers and each other."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.objectives.advantages import (
+    AnchorSchedule,
+    GateCounts,
+    SignGate,
+    distillation_advantage,
+    g_opd_advantage,
+    group_relative,
+    overlong_penalty,
+    sg_opd_gate,
+    stability_weight,
+    zero_variance_groups,
+)
+
+
+class Untouchable:
+    """A reference that must not be looked at."""
+
+    def __array__(self, *args, **kwargs):
+        raise AssertionError("the reference was read")
+
+
+def log_prob_arrays(tokens=200, dtype=np.float32, seed=0):
+    random = np.random.default_rng(seed)
+    return [-random.exponential(size=tokens).astype(dtype) for _ in range(3)]
+
+
+def signals(tokens=200, seed=0, dtype=np.float32):
+    """Verifier advantages with a third of zeros; teacher (equal to the student at times), student, reference."""
+    teacher, student, reference = log_prob_arrays(tokens, dtype, seed)
+    teacher[::10] = student[::10]
+    verifier = np.random.default_rng(seed + 1).choice([-0.7, 0.0, 1.3], size=tokens)
+    return verifier, teacher, student, reference
+
+
+def test_group_relative_by_hand():
+    # Group 7: rewards 1 0 0 1, mean 1/2, sample deviation sqrt(1/3); group 2: 1 1, nothing to learn.
+    found = group_relative(np.array([1.0, 1, 0, 0, 1, 1]), np.array([7, 2, 7, 7, 2, 7]))
+    size = 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    assert found.advantages == pytest.approx([size, 0, -size, -size, 0, size], rel=1e-14)
+    assert (found.num_groups, found.num_zero_variance) == (2, 1)
+    # One right out of four: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4.
+    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), eps=0.0)
+    assert found.advantages == pytest.approx([-0.5, -0.5, 1.5, -0.5], rel=1e-14)
+
+
+def test_dr_grpo_leaves_the_deviation_out():
+    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), normalize_by_std=False)
+    assert found.advantages.tolist() == [-0.25, -0.25, 0.75, -0.25]
+
+
+def test_equal_rewards_give_exactly_zero():
+    # 0.1 three times has a mean that rounds away from 0.1: without care, rounding over eps would be an advantage.
+    found = group_relative(np.array([0.1, 0.1, 0.1, 5.0]), np.array([0, 0, 0, 1]), eps=0.0)
+    assert found.advantages.tolist() == [0.0] * 4 and found.num_zero_variance == 2
+
+
+@given(
+    rewards=st.lists(st.floats(-3, 3), min_size=1, max_size=24),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_group_relative_properties(rewards, data):
+    rewards = np.round(np.array(rewards), 2)
+    groups = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(rewards), max_size=len(rewards))))
+    found = group_relative(rewards, groups)
+    order = np.random.default_rng(0).permutation(len(rewards))
+    shuffled = group_relative(rewards[order], groups[order])
+    assert shuffled.advantages == pytest.approx(found.advantages[order], rel=1e-9, abs=1e-9)
+    dropped = zero_variance_groups(rewards, groups)
+    assert len(dropped) == found.num_zero_variance
+    for group in np.unique(groups):
+        mine = found.advantages[groups == group]
+        assert mine.sum() == pytest.approx(0.0, abs=1e-9)
+        assert (group in dropped) == (not mine.any())
+
+
+def test_zero_variance_groups_by_hand():
+    assert zero_variance_groups([1, 0, 1, 1, 0, 0, 3], [4, 4, 9, 9, 1, 1, 0]).tolist() == [0, 1, 9]
+
+
+def test_group_relative_refuses_nonsense():
+    with pytest.raises(UserError, match="1 rewards are not finite"):
+        group_relative(np.array([1.0, np.nan]), np.zeros(2, int))
+    with pytest.raises(ValueError, match="one each per response"):
+        group_relative(np.zeros(3), np.zeros(2, int))
+
+
+def test_overlong_penalty_by_hand():
+    # Limit 100, buffer 20: free to 80, a twentieth a token, all of it at 100 and beyond.
+    lengths = np.array([0, 80, 81, 90, 100, 130])
+    found = overlong_penalty(lengths, max_response_tokens=100, buffer_tokens=20, penalty=2.0)
+    assert found == pytest.approx([0, 0, -0.1, -1.0, -2.0, -2.0])
+    with pytest.raises(UserError, match="buffer_tokens 200"):
+        overlong_penalty(lengths, max_response_tokens=100, buffer_tokens=200)
+
+
+def test_distillation_advantage_by_hand():
+    found = distillation_advantage(np.float32([-1.0, -0.5]), np.float32([-3.0, -0.25]))
+    assert found.tolist() == [2.0, -0.25] and found.dtype == np.float32
+    assert distillation_advantage(np.zeros(1), np.zeros(1)).dtype == np.float64
+    with pytest.raises(UserError, match="1 of 2 sampled tokens have no finite teacher"):
+        distillation_advantage(np.float32([-np.inf, -1]), np.float32([-1, -1]))
+    with pytest.raises(ValueError, match="one each per token"):
+        distillation_advantage(np.zeros(2), np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_lambda_one_is_opd_bit_for_bit_and_ignores_the_reference(dtype):
+    teacher, student, _ = log_prob_arrays(dtype=dtype)
+    expected = distillation_advantage(teacher, student)
+    assert expected.tobytes() == (teacher - student).tobytes()
+    for reference in (None, Untouchable()):
+        found = g_opd_advantage(teacher, student, reference, reward_scale=1.0)
+        assert found.dtype == dtype and found.tobytes() == expected.tobytes()
+
+
+def test_g_opd_is_the_geometric_target_up_to_a_constant():
+    """(log pi_T - log pi_S) + (lambda - 1)(log pi_T - log pi_ref) = lambda T + (1 - lambda) ref - S (eq. 12)."""
+    teacher, student, reference = log_prob_arrays(dtype=np.float64)
+    for scale in (0.0, 0.25, 1.25, 1.8):
+        found = g_opd_advantage(teacher, student, reference, reward_scale=scale)
+        assert found == pytest.approx(scale * teacher + (1 - scale) * reference - student, rel=1e-12, abs=1e-12)
+    # By hand: T -1, S -2, ref -3, lambda 1.25: 1 + 0.25 * 2; the sign is that of a reward.
+    assert g_opd_advantage([-1.0], [-2.0], [-3.0], reward_scale=1.25).tolist() == [1.5]
+
+
+def test_g_opd_refuses():
+    teacher, student, reference = log_prob_arrays()
+    with pytest.raises(UserError, match="reward_scale 1.25 needs the log-probabilities of a reference"):
+        g_opd_advantage(teacher, student, None, reward_scale=1.25)
+    for scale in (-0.5, math.nan, math.inf):
+        with pytest.raises(UserError, match="at least 0"):
+            g_opd_advantage(teacher, student, reference, reward_scale=scale)
+    with pytest.raises(ValueError, match="one each per token"):
+        g_opd_advantage(teacher, student, reference[:1], reward_scale=1.25)
+
+
+def test_gate_by_hand():
+    # A^D = +1, -1, +1, -1, +1, 0; the reference is 2 below the teacher, so A^G(1.5) = A^D + 1.
+    verifier = np.array([0.5, -0.5, -0.5, 0.5, 0.0, 0.5])
+    student = np.array([-2.0, -1, -2, -1, -2, -1])
+    teacher = np.array([-1.0, -2, -1, -2, -1, -1])
+    expected = {
+        "interp": [2.0, 0.0, 0.25, -0.25, 1.2, 0.2],
+        "preserve": [2.0, 0.0, 1.2, -0.8, 1.2, 0.2],
+        "grpo": [2.0, 0.0, -0.5, 0.5, 1.2, 0.2],
+        "mask": [2.0, 0.0, 0.0, 0.0, 1.2, 0.2],
+    }
+    for fallback, advantages in expected.items():
+        beta = 0.25 if fallback == "interp" else None
+        gate = SignGate(lambda_high=1.5, lambda_base=1.1, fallback=fallback, interp_beta=beta)
+        found = sg_opd_gate(verifier, teacher, student, teacher - 2, gate)
+        assert found.advantages == pytest.approx(advantages, abs=1e-12), fallback
+        assert found.agreement.tolist() == [1, 1, -1, -1, 0, 0]
+        assert found.counts == GateCounts(consensus=2, conflict=2, neutral=2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.25, 1.8])
+def test_equal_lambdas_with_preserve_are_g_opd(scale):
+    verifier, *models = signals()
+    found = sg_opd_gate(verifier, *models, SignGate(scale, scale, "preserve"))
+    assert found.advantages.tobytes() == g_opd_advantage(*models, reward_scale=scale).tobytes()
+    assert min(found.counts.consensus, found.counts.conflict, found.counts.neutral) > 0
+
+
+def test_interp_beta_one_is_opd_and_zero_masks():
+    verifier, *models = signals()
+    conflict = sg_opd_gate(verifier, *models, SignGate(fallback="mask")).agreement < 0
+    for beta, expected in ((1.0, distillation_advantage(*models[:2])), (0.0, np.zeros(200, np.float32))):
+        found = sg_opd_gate(verifier, *models, SignGate(fallback="interp", interp_beta=beta))
+        assert np.array_equal(found.advantages[conflict], expected[conflict])
+    masked = sg_opd_gate(verifier, *models, SignGate(fallback="mask"))
+    assert np.array_equal(found.advantages, masked.advantages)
+
+
+def test_gate_without_extrapolation_needs_no_reference():
+    verifier, teacher, student, _ = signals()
+    found = sg_opd_gate(verifier, teacher, student, None, SignGate(1.0, 1.0, "interp", 1.0))
+    assert found.advantages.tobytes() == distillation_advantage(teacher, student).tobytes()
+    with pytest.raises(UserError, match="needs the log-probabilities of a reference"):
+        sg_opd_gate(verifier, teacher, student, None, SignGate(1.8, 1.0, "mask"))
+
+
+def test_no_verifier_signal_is_neutral_everywhere():
+    _, *models = signals()
+    found = sg_opd_gate(np.zeros(200), *models, SignGate(1.8, 1.25, "mask"))
+    assert found.counts == GateCounts(0, 0, 200)
+    assert found.advantages.tobytes() == g_opd_advantage(*models, reward_scale=1.25).tobytes()
+
+
+def test_gate_is_decided_by_signs_even_of_tiny_numbers():
+    tiny = 1e-200
+    found = sg_opd_gate(np.array([tiny, -tiny]), np.array([tiny, tiny]), np.zeros(2), None,
+                        SignGate(1.0, 1.0, "grpo"))  # fmt: skip
+    assert found.agreement.tolist() == [1, -1]
+
+
+def test_gate_fractions_over_both_denominators():
+    fractions = (GateCounts(1, 2, 3) + GateCounts(2, 1, 1)).fractions()
+    assert fractions == {
+        "consensus_fraction": 0.3,
+        "conflict_fraction": 0.3,
+        "neutral_fraction": 0.4,
+        "consensus_fraction_of_signed": 0.5,
+        "conflict_fraction_of_signed": 0.5,
+    }
+    assert all(math.isnan(value) for value in GateCounts(0, 0, 0).fractions().values())
+
+
+def test_gate_settings_refuse():
+    with pytest.raises(UserError, match="interp, preserve, grpo, mask"):
+        SignGate(fallback="drop")
+    with pytest.raises(UserError, match="interp_beta goes with fallback interp"):
+        SignGate(fallback="interp")
+    with pytest.raises(UserError, match="interp_beta goes with fallback interp"):
+        SignGate(fallback="mask", interp_beta=0.5)
+    with pytest.raises(UserError, match="0 \\(mask\\) to 1 \\(OPD\\)"):
+        SignGate(interp_beta=1.5)
+
+
+def test_stability_weight_by_hand():
+    # c = 1: raw weights 1, 1, 1/2, 1/4; their mean is 11/16.
+    found = stability_weight(np.array([0.0, -1.0, 2.0, -4.0]), clip=1.0)
+    assert found.weights == pytest.approx(np.array([1, 1, 0.5, 0.25]) * 16 / 11, rel=1e-14)
+    assert (found.num_clipped, found.num_tokens) == (2, 4)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), st.floats(0.01, 10))
+@settings(max_examples=60, deadline=None)
+def test_stability_weight_has_mean_one_and_keeps_signs(advantages, clip):
+    advantages = np.array(advantages, dtype=np.float32)
+    found = stability_weight(advantages, clip=clip)
+    assert found.weights.dtype == np.float32 and (found.weights > 0).all()
+    assert found.weights.astype(np.float64).mean() == pytest.approx(1.0, abs=1e-5)
+    assert np.array_equal(np.sign(found.weights.astype(np.float64) * advantages), np.sign(advantages))
+
+
+def test_stability_weight_refuses():
+    with pytest.raises(UserError, match="positive number of nats"):
+        stability_weight(np.ones(2), clip=0.0)
+    with pytest.raises(UserError, match="finite advantages"):
+        stability_weight(np.array([1.0, np.inf]), clip=1.0)
+    assert stability_weight(np.zeros(0), clip=1.0).weights.shape == (0,)
+
+
+def test_anchor_schedule():
+    schedule = AnchorSchedule(alpha_high=0.4, alpha_end=0.1, phase_1_end=0.3, phase_2_end=0.7)
+    assert [schedule.alpha(u) for u in (0.0, 0.29, 0.7, 1.0)] == [0.4, 0.4, 0.0, 0.0]
+    assert schedule.alpha(0.3) == pytest.approx(0.4) and schedule.alpha(0.5) == pytest.approx(0.25)
+    assert schedule.alpha(0.4) == pytest.approx(0.1 + 0.3 * (1 + math.cos(math.pi / 4)) / 2)
+    assert schedule.alpha(0.7 - 1e-9) == pytest.approx(0.1)
+    values = [schedule.alpha(u) for u in np.linspace(0, 1, 101)]
+    assert values == sorted(values, reverse=True)
+    assert schedule.samples_teacher(0.69) and not schedule.samples_teacher(0.7)
+    step = AnchorSchedule(1.0, 0.0, 0.5, 0.5)
+    assert (step.alpha(0.499), step.alpha(0.5)) == (1.0, 0.0)
+    with pytest.raises(UserError, match="phase_1_end <= phase_2_end"):
+        AnchorSchedule(1.0, 0.0, 0.6, 0.5)
+    with pytest.raises(UserError, match="alpha_end <= alpha_high"):
+        AnchorSchedule(0.1, 0.2, 0.3, 0.5)

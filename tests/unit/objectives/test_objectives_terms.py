@@ -1,0 +1,267 @@
+"""Weights, metrics and the sum of terms: independent of how tokens are dealt out."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.kl.outputs import TokenOutputs
+from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, supervised_objective
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.objectives.terms import (
+    Metric,
+    Objective,
+    ResponseCounts,
+    TokenColumns,
+    merge_metrics,
+    mix_objectives,
+    pack_metrics,
+    token_weights,
+    unpack_metrics,
+)
+
+
+def random_batch(tokens=40, seed=0):
+    """Outputs and columns in float64; a third of the tokens belongs to each of policy, anchor and nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale=1.0):
+        return scale * torch.randn(tokens, generator=generator, dtype=torch.float64)
+
+    log_probs = -normal().abs()
+    third = torch.arange(tokens) % 3
+    outputs = TokenOutputs(log_probs=log_probs, entropy=normal().abs(), reverse_kl=normal().abs())
+    columns = TokenColumns(
+        old_log_probs=log_probs + normal(0.3),
+        rollout_log_probs=log_probs + normal(0.3),
+        advantages=normal(),
+        teacher_log_probs=log_probs + normal(),
+        reference_log_probs=log_probs + normal(0.3),
+        policy_weight=normal().abs() * (third == 0),
+        supervised_weight=normal().abs() * (third == 1),
+        divergence_weight=normal().abs() * (third == 0),
+    )
+    return outputs, columns
+
+
+def rows_of(outputs, rows):
+    values = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    return TokenOutputs(**{name: None if value is None else value[rows] for name, value in values.items()})
+
+
+def everything():
+    policy = policy_distillation_objective(Surrogate(dual_clip=3.0, importance="truncate", importance_cap=1.2))
+    return mix_objectives([(1.0, policy), (0.5, supervised_objective()), (0.25, divergence_objective("reverse_kl"))])
+
+
+def definition(aggregation, lengths, values, limit):
+    """The mean over responses or tokens as it is written down."""
+    kept = [found for found in values if len(found)]
+    if aggregation == "token_mean":
+        return np.concatenate(kept).mean()
+    if aggregation == "seq_mean_token_mean":
+        return np.mean([found.mean() for found in kept])
+    return np.mean([found.sum() / limit for found in kept])
+
+
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@given(lengths=LENGTHS, seed=st.integers(0, 2**16), parts=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_any_partition_gives_the_defined_mean(aggregation, lengths, seed, parts):
+    random = np.random.default_rng(seed)
+    lengths = np.array(lengths)
+    values = [random.normal(size=length) for length in lengths]
+    owner = random.integers(0, parts, size=len(lengths))
+    # Each rank counts what it has; the counts are added up first, then every rank weighs its own tokens.
+    counts = ResponseCounts(0, 0)
+    for part in range(parts):
+        counts = counts + ResponseCounts.of(lengths[owner == part])
+    total = 0.0
+    for part in range(parts):
+        mine = np.flatnonzero(owner == part)
+        weights = token_weights(lengths[mine], aggregation, counts, 9)
+        total += sum(weight * values[i].sum() for weight, i in zip(weights, mine, strict=True))
+    assert total == pytest.approx(definition(aggregation, lengths, values, 9), rel=1e-12, abs=1e-12)
+
+
+def test_weights_by_hand():
+    counts = ResponseCounts.of([2, 0, 4])
+    assert counts == ResponseCounts(tokens=6, sequences=2)
+    assert token_weights([2, 0, 4], "token_mean", counts).tolist() == [1 / 6, 0.0, 1 / 6]
+    assert token_weights([2, 0, 4], "seq_mean_token_mean", counts).tolist() == [1 / 4, 0.0, 1 / 8]
+    assert token_weights([2, 0, 4], "seq_mean_token_sum_norm", counts, 10).tolist() == [1 / 20, 0.0, 1 / 20]
+
+
+def test_weights_refuse_nonsense():
+    counts = ResponseCounts.of([3])
+    with pytest.raises(UserError, match="token_mean, seq_mean_token_mean"):
+        token_weights([3], "mean", counts)
+    with pytest.raises(UserError, match="max_response_tokens"):
+        token_weights([3], "seq_mean_token_sum_norm", counts)
+    with pytest.raises(ValueError, match="cannot be part of"):
+        token_weights([3, 1], "token_mean", counts)
+
+
+def test_mean_of_micro_batch_means_is_another_number():
+    """What the global normaliser is there to avoid."""
+    values = [np.array([1.0]), np.array([0.0, 0.0, 0.0])]
+    counts = ResponseCounts.of([1, 3])
+    weights = token_weights([1, 3], "token_mean", counts)
+    exact = sum(weight * found.sum() for weight, found in zip(weights, values, strict=True))
+    assert exact == 0.25 and np.mean([found.mean() for found in values]) == 0.5
+
+
+@given(seed=st.integers(0, 2**16), parts=st.integers(1, 6))
+@settings(max_examples=25, deadline=None)
+def test_loss_gradient_and_metrics_do_not_depend_on_the_partition(seed, parts):
+    objective = everything()
+    outputs, columns = random_batch(seed=seed % 7)
+    owner = torch.from_numpy(np.random.default_rng(seed).integers(0, parts, size=40))
+
+    whole = outputs.log_probs.clone().requires_grad_()
+    loss = objective.token_loss(dataclasses.replace(outputs, log_probs=whole), columns).sum()
+    loss.backward()
+    expected = objective.metrics(outputs, columns)
+
+    leaf = outputs.log_probs.clone().requires_grad_()
+    found_loss, found_metrics = 0.0, []
+    for part in range(parts):
+        rows = torch.nonzero(owner == part).squeeze(-1)  # may be empty
+        mine = rows_of(dataclasses.replace(outputs, log_probs=leaf), rows)
+        found_loss = found_loss + objective.token_loss(mine, columns.select(rows)).sum()
+        found_metrics.append(objective.metrics(rows_of(outputs, rows), columns.select(rows)))
+    found_loss.backward()
+    torch.testing.assert_close(found_loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, whole.grad, rtol=1e-12, atol=0)
+    merged = merge_metrics(found_metrics)
+    assert merged.keys() == expected.keys()
+    for name, metric in expected.items():
+        assert merged[name].reduction == metric.reduction
+        assert merged[name].value() == pytest.approx(metric.value(), rel=1e-12, abs=1e-12), name
+    assert expected["loss"].value() == pytest.approx(loss.item(), rel=1e-12)
+    assert sum(expected[f"loss/{term.name}"].value() for term in objective.terms) == pytest.approx(loss.item())
+
+
+def test_metrics_survive_packing_for_two_all_reduces():
+    outputs, columns = random_batch()
+    ranks = [torch.arange(0, 11), torch.arange(11, 40), torch.arange(0)]
+    parts = [everything().metrics(rows_of(outputs, rows), columns.select(rows)) for rows in ranks]
+    packed = [pack_metrics(part) for part in parts]
+    sums = torch.stack([sums for sums, _ in packed]).sum(0)
+    maxima = torch.stack([maxima for _, maxima in packed]).amax(0)
+    expected = merge_metrics(parts)
+    for part in parts:
+        reduced = unpack_metrics(part, sums, maxima)
+        assert {name: found.value() for name, found in reduced.items()} == pytest.approx(
+            {name: found.value() for name, found in expected.items()}
+        )
+    assert [part.shape for part in pack_metrics({})] == [(0,), (0,)]
+
+
+def test_metric_reductions_by_hand():
+    values, active = torch.tensor([1.0, -4.0, 7.0]), torch.tensor([True, True, False])
+    assert Metric.over(values, active).value() == -1.5
+    assert Metric.over(values, active, "sum").value() == -3.0
+    assert Metric.over(values, active, "max").value() == 1.0
+    assert Metric.over(values, active, "min").value() == -4.0
+    assert Metric.over(values > 0, active).value() == 0.5
+    nothing = torch.zeros(3, dtype=torch.bool)
+    assert math.isnan(Metric.over(values, nothing).value())
+    assert Metric.over(values, nothing, "max").value() == -math.inf
+    with pytest.raises(ValueError, match="cannot be combined"):
+        Metric.over(values, active).combine(Metric.over(values, active, "max"))
+
+
+def test_tokens_outside_a_term_may_hold_anything():
+    """Anchor tokens have no old log-probabilities; NaN there must reach neither the loss, its gradient nor a metric."""
+    objective = mix_objectives([(1.0, grpo_objective(Surrogate(importance="mask"), kl_coefficient=0.1)),
+                                (1.0, supervised_objective())])  # fmt: skip
+    outputs, columns = random_batch()
+    inactive = columns.policy_weight == 0
+    spoiled = {
+        name: torch.where(inactive, bad, getattr(columns, name))
+        for name, bad in {
+            "old_log_probs": math.nan, "rollout_log_probs": -math.inf, "advantages": math.nan,
+            "reference_log_probs": math.inf,
+        }.items()
+    }  # fmt: skip
+    results = []
+    for given_columns in (columns, dataclasses.replace(columns, **spoiled)):
+        leaf = outputs.log_probs.clone().requires_grad_()
+        loss = objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), given_columns)
+        loss.sum().backward()
+        metrics = {name: found.value() for name, found in objective.metrics(outputs, given_columns).items()}
+        results.append((loss.detach(), leaf.grad, metrics))
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=0, atol=0)
+    assert results[1][2] == results[0][2] and all(math.isfinite(value) for value in results[0][2].values())
+    assert (results[0][0] != 0).sum() == (columns.policy_weight != 0).sum() + (columns.supervised_weight != 0).sum()
+
+
+def test_advantage_zero_stays_counted_and_weight_zero_does_not():
+    outputs, columns = random_batch()
+    objective = grpo_objective(kl_coefficient=0)
+    counted = int((columns.policy_weight != 0).sum())
+    muted = dataclasses.replace(columns, advantages=torch.zeros(40, dtype=torch.float64))
+    metrics = objective.metrics(outputs, muted)
+    assert metrics["ratio_mean"].denominator == counted and metrics["loss"].value() == 0.0
+    assert objective.metrics(outputs, columns)["entropy"].denominator == counted
+
+
+def test_missing_column_names_the_step():
+    outputs, columns = random_batch()
+    with pytest.raises(UserError, match="needs reference_log_probs: run the scoring by the reference"):
+        grpo_objective().token_loss(outputs, dataclasses.replace(columns, reference_log_probs=None))
+    with pytest.raises(UserError, match="supervised_weight"):
+        supervised_objective().metrics(outputs, dataclasses.replace(columns, supervised_weight=None))
+
+
+def test_objectives_say_what_they_need():
+    assert grpo_objective().needs == {"log_probs", "entropy"}
+    assert grpo_objective().columns == {"old_log_probs", "advantages", "reference_log_probs", "policy_weight"}
+    assert grpo_objective(Surrogate(on_policy=True), kl_coefficient=0).columns == {"advantages", "policy_weight"}
+    assert "rollout_log_probs" in grpo_objective(Surrogate(importance="truncate")).columns
+    assert divergence_objective("jsd").needs == {"jsd", "entropy"}
+    assert divergence_objective("jsd").columns == {"divergence_weight"}
+    assert everything().columns == {
+        "old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs",
+        "policy_weight", "supervised_weight", "divergence_weight",
+    }  # fmt: skip
+
+
+def test_mixture_scales_and_refuses():
+    outputs, columns = random_batch()
+    single = supervised_objective().token_loss(outputs, columns)
+    assert torch.equal(mix_objectives([(0.5, supervised_objective())]).token_loss(outputs, columns), 0.5 * single)
+    twice = mix_objectives([(0.5, mix_objectives([(0.5, grpo_objective(kl_coefficient=0.4))]))])
+    assert [term.coefficient for term in twice.terms] == [0.25, pytest.approx(0.1)]
+    with pytest.raises(UserError, match="each term once"):
+        mix_objectives([(1.0, supervised_objective()), (1.0, supervised_objective())])
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="positive number"):
+            mix_objectives([(bad, supervised_objective())])
+    with pytest.raises(UserError, match="at least one term"):
+        Objective(())
+
+
+def test_columns_must_fit_together():
+    with pytest.raises(ValueError, match="one N"):
+        TokenColumns(advantages=torch.zeros(3), policy_weight=torch.zeros(4))
+    picked = TokenColumns(advantages=torch.arange(5.0)).select(torch.tensor([4, 1]))
+    assert picked.advantages.tolist() == [4.0, 1.0] and picked.policy_weight is None
+
+
+def test_kl_is_shown_once():
+    outputs, columns = random_batch()
+    assert "kl" not in supervised_objective().metrics(outputs, columns)
+    metrics = everything().metrics(outputs, columns)
+    active = columns.policy_weight != 0
+    expected = (outputs.log_probs - columns.teacher_log_probs)[active].mean()
+    assert metrics["kl"].value() == metrics["teacher_kl"].value() == pytest.approx(float(expected))
