@@ -133,9 +133,9 @@ def test_importance_weight_by_hand():
 
 
 def example(on_policy=False):
-    """Three tokens that count and one that does not: ratios 1, 2, 1/2; engine ratios 1, 1, 10."""
+    """Three tokens that count and one that does not: ratios 1, 2, 1/4; engine ratios 1, 1, 10."""
     log_probs = double(0.5, 0.5, 0.25, 0.9).log()
-    old = log_probs - double(1, 2, 0.5, 1).log()
+    old = log_probs - double(1, 2, 0.25, 1).log()
     columns = TokenColumns(
         old_log_probs=None if on_policy else old,
         rollout_log_probs=(log_probs if on_policy else old) - double(1, 1, 10, 1).log(),
@@ -157,10 +157,10 @@ def test_grpo_objective_by_hand():
     assert metrics["loss"] == pytest.approx(sum(expected))
     assert metrics["loss/reference"] == pytest.approx(0.25 * penalty)
     assert metrics["kl"] == metrics["reference_kl"] == pytest.approx((1 - math.log(2)) / 3)
-    assert metrics["ratio_mean"] == pytest.approx(3.5 / 3)
-    assert (metrics["ratio_max"], metrics["ratio_min"]) == pytest.approx((2.0, 0.5))
+    assert metrics["ratio_mean"] == pytest.approx(3.25 / 3)
+    assert (metrics["ratio_max"], metrics["ratio_min"]) == pytest.approx((2.0, 0.25))
     assert metrics["clip_fraction_high"] == metrics["clip_fraction_low"] == pytest.approx(1 / 3)
-    assert metrics["approx_kl"] == pytest.approx((0 + 1 - math.log(2) + math.log(2) - 0.5) / 3)
+    assert metrics["approx_kl"] == pytest.approx((0 + 1 - math.log(2) + math.log(4) - 0.75) / 3)
     assert metrics["importance_ratio_mean"] == pytest.approx(4.0)
     assert metrics["importance_ratio_max"] == pytest.approx(10.0)
     assert metrics["importance_weight_mean"] == pytest.approx(2.0)

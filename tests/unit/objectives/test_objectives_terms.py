@@ -258,10 +258,11 @@ def test_columns_must_fit_together():
     assert picked.advantages.tolist() == [4.0, 1.0] and picked.policy_weight is None
 
 
-def test_kl_is_shown_once():
+def test_kl_is_shown_beside_the_other_metrics():
     outputs, columns = random_batch()
     assert "kl" not in supervised_objective().metrics(outputs, columns)
     metrics = everything().metrics(outputs, columns)
+    assert {"ratio_mean", "clip_fraction_dual", "rollout_kl", "cross_entropy", "reverse_kl"} <= metrics.keys()
     active = columns.policy_weight != 0
     expected = (outputs.log_probs - columns.teacher_log_probs)[active].mean()
     assert metrics["kl"].value() == metrics["teacher_kl"].value() == pytest.approx(float(expected))
