@@ -3,17 +3,16 @@
     python benchmarks/kl.py --device cpu --json OUT
     python benchmarks/kl.py --device cuda --json OUT     (the GPU paths have not been run yet: no figure exists)
 
-One row per variant: name, vocab, tokens, hidden sizes, chunk rows, peak_bytes beyond operands and gradients, seconds and
-the relative error of the hidden gradient against float64. All variants start from the same hidden states and weights and
-end with the gradients of both. Times are minima over interleaved rounds; on a CPU process CPU time with one thread, on a
-GPU CUDA events. Peak memory on a CPU is that of a process of its own.
+One row per variant: name, vocab, tokens, hidden sizes, chunk rows, peak_bytes beyond operands and gradients, seconds
+and the relative error of the hidden gradient against float64. All variants start from the same hidden states and
+weights and end with the gradients of both. Times are minima over interleaved rounds; on a CPU process CPU time with one thread,
+on a GPU CUDA events. Peak memory on a CPU is that of a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -162,13 +161,19 @@ def interleaved_minima(runs: dict[str, Callable[[], object]], device: str, repea
     return best
 
 
+def peak_resident_bytes() -> int:
+    """High-water mark of this process's memory (``ru_maxrss`` would begin with the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def extra_bytes(variant: str, operands: Operands, chunk: int, device: str) -> int:
     """Peak memory of one run beyond the operands and the two gradients."""
     gradients = operands.hidden.nbytes + operands.weight.nbytes
     if device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = peak_resident_bytes()
         VARIANTS[variant](operands, chunk)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - gradients
+        return peak_resident_bytes() - before - gradients
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     VARIANTS[variant](operands, chunk)
@@ -178,7 +183,8 @@ def extra_bytes(variant: str, operands: Operands, chunk: int, device: str) -> in
 def extra_bytes_in_own_process(arguments: argparse.Namespace, variant: str, tokens: int) -> int:
     """``extra_bytes`` on a CPU, where a process only ever grows."""
     command = [sys.executable, __file__, "--device", "cpu", "--peak-of", variant, "--tokens", str(tokens)]
-    command += ["--vocab", str(arguments.vocab), "--hidden", *map(str, arguments.hidden), "--chunk", str(arguments.chunk)]
+    sizes = {"--vocab": [arguments.vocab], "--hidden": arguments.hidden, "--chunk": [arguments.chunk]}
+    command += [str(word) for option, values in sizes.items() for word in (option, *values)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 

@@ -13,9 +13,10 @@ import torch
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.kl import statistics as torch_backend
+from megatron_s2d.kl.mixtures import MIXTURES
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.statistics import MIXTURES, Merged, Plan, merge
+from megatron_s2d.kl.statistics import Merged, Plan, merge
 from megatron_s2d.kl.support import SupportChunk, support_gradient, support_merge, support_statistics
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TokenOutputs))

@@ -140,7 +140,7 @@ def _times(weight, value):
 
 @triton.jit
 def _mixture(log_p, log_q, difference, beta, KIND: tl.constexpr):
-    """Terms and slope of ``statistics.mixture_terms``; difference = log q - log p."""
+    """Terms and slope of ``mixtures.mixture_terms``; difference = log q - log p."""
     if KIND == 3:
         log_p, log_q = log_q, log_p
         difference = -difference
@@ -174,7 +174,8 @@ def _statistics_kernel(
 ):  # fmt: skip
     """One row, online: when a maximum grows, all sums move to the new reference, the cross terms linearly.
 
-    The lanes' sums leave out the running maxima; a maximum that is replaced joins the scalars ``*_x``.
+    The lanes' sums leave out the running maxima; a maximum that is replaced joins the scalars ``*_x``. In one piece,
+    because its sixteen running values would all have to be handed to and from a part.
     """
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")

@@ -19,7 +19,8 @@ import dataclasses
 
 import torch
 
-MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+from megatron_s2d.kl.mixtures import MIXTURES, mixture_terms
+
 _PIECE = 512  # elements of a row that are summed, or searched for the maximum, in one go
 _BLOCK_ELEMENTS = 1 << 18  # elements of a row block: its handful of float32 buffers stays in a core's cache
 
@@ -226,44 +227,6 @@ def _combine(maxima: torch.Tensor, rests: torch.Tensor):
 
 def _weighted(scale: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (scale * value).masked_fill_(scale == 0, 0.0).sum(0)
-
-
-def mixture_terms(
-    log_p: torch.Tensor, log_q: torch.Tensor, difference: torch.Tensor, name: str, beta: float, masked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
-
-    difference: log q - log p. Every expression starts from expm1(-|difference|), and F carries the first-order terms
-    that sum to zero (such as M - q), so neither loses its digits where p and q nearly agree.
-    """
-    if name == "skew_reverse_kl":
-        # KL(p || beta p + (1 - beta) q) is the skew forward form with the roles exchanged
-        log_p, log_q, difference = log_q, log_p, -difference
-    if masked:
-        difference = difference.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
-    decay = torch.expm1(-difference.abs())
-    first = difference > 0  # q is the larger of the two
-    mixed = first.to(decay.dtype).mul_(1 - 2 * beta).add_(beta).mul_(decay)
-    log_mixed = torch.log1p(mixed)  # log M - max(log p, log q), M = beta q + (1 - beta) p
-    zero = torch.zeros((), dtype=decay.dtype, device=decay.device)
-    log_q_over_m = torch.where(first, zero, difference) - log_mixed
-    log_p_over_m = torch.where(first, -difference, zero) - log_mixed
-    p, q = log_p.exp(), log_q.exp()
-    if name == "jsd":
-        terms = beta * _product(q, log_q_over_m, masked) + (1 - beta) * _product(p, log_p_over_m, masked)
-        return terms, (1 - beta) * log_p_over_m
-    excess = torch.where(first, -(1 - beta) * decay, (1 - beta) * decay) / (1 + mixed)  # (q - M) / M
-    larger = torch.maximum(log_p, log_q).exp()
-    lack = torch.where(first, (1 - beta) * decay, -(1 - beta) * decay) * larger  # M - q
-    terms = _product(q, log_q_over_m, masked) + lack
-    if name == "skew_forward_kl":
-        return terms, -(1 - beta) * excess
-    return terms, log_q_over_m - beta * excess
-
-
-def _product(weight: torch.Tensor, value: torch.Tensor, masked: bool) -> torch.Tensor:
-    product = weight * value
-    return product.masked_fill_(weight == 0, 0.0) if masked else product
 
 
 def divergence_sums(

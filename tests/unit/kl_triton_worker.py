@@ -90,7 +90,7 @@ def main() -> None:
             if kind == "forbidden" and columns < 5:
                 continue
             mixture = MIXTURES[(columns + len(kind)) % 3]
-            results[f"{columns} {kind} {mixture}"] = compare(4, columns, kind, mixture)
+            results[f"{columns} {kind} {mixture}"] = compare(2, columns, kind, mixture)
     print(json.dumps(results))
 
 
