@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.conversion.global_tensors import Piece, pieces
+from megatron_s2d.conversion.files import read_ahead
+from megatron_s2d.conversion.global_tensors import pieces
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
-from megatron_s2d.conversion.megatron_format import SPEC_NAME, MegatronReader, MegatronWriter
+from megatron_s2d.conversion.megatron_format import SPEC_NAME, Chunk, MegatronReader, MegatronWriter, read_chunks
 from megatron_s2d.conversion.progress import Report, silent
 from megatron_s2d.models.families import check_layout, hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-from megatron_s2d.models.shards import join_shards, read_shard
+from megatron_s2d.models.shards import join_shards
 
 ASSETS = (
     "config.json",
@@ -80,10 +82,10 @@ def import_checkpoint(
     with atomic_directory(megatron_directory) as target:
         writer = MegatronWriter(target, source.spec, parallel)
         with contextlib.closing(writer), report("importing", source.num_bytes) as advance:
-            for piece in pieces(source.spec):
-                parameter = read_shard(piece.entry, source.spec, source, 0, 1)
-                writer.write(piece, parameter)
-                advance(parameter.nbytes)
+            with contextlib.closing(read_ahead(_chunks(source, parallel))) as chunks:
+                for chunk in chunks:
+                    writer.write(chunk)
+                    advance(chunk.tensor.nbytes)
             copied = _copy_assets(source.directory, target / _ASSETS_DIRECTORY)
             sizes = {key: value for key, value in parallel.model_dump().items() if key.endswith("model_parallel_size")}
             notes = {"layout": sizes, "assets": copied, "shards_with_verified_digest": checked}
@@ -121,8 +123,8 @@ def export_checkpoint(
     with atomic_directory(hf_directory) as target:
         writer = HfWriter(target, plan, max_shard_bytes)
         with contextlib.closing(writer), report("exporting", writer.num_bytes) as advance:
-            for piece in source.pieces:
-                for name, tensor in _hf_tensors(source, piece):
+            with contextlib.closing(read_ahead(_hf_tensors(source))) as tensors:
+                for name, tensor in tensors:
                     writer.write(name, tensor)
                     advance(tensor.nbytes)
             writer.finish()
@@ -147,16 +149,15 @@ def check_conversion(
     _same_model(reference.spec, converted.spec, hf_directory, megatron_directory)
     count = 0
     with report("comparing", reference.num_bytes) as advance:
-        for piece in converted.pieces:
-            for name, tensor in _hf_tensors(converted, piece):
+        with contextlib.closing(read_ahead(_hf_tensors(converted))) as tensors:
+            for name, tensor in tensors:
                 expected = reference.read(name)
                 if tensor.dtype != expected.dtype:
                     raise UserError(
                         f"{name}: {expected.dtype} in {hf_directory}, {tensor.dtype} in {megatron_directory}"
                     )
                 # Bytes, because NaN is unequal to itself and -0 is equal to 0.
-                different = tensor.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)
-                if different.any():
+                if not torch.equal(tensor.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
                     raise UserError(f"{name}: differs between {hf_directory} and {megatron_directory}")
                 count += 1
                 advance(tensor.nbytes)
@@ -188,8 +189,14 @@ def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dic
     }
 
 
-def _hf_tensors(source: MegatronReader, piece: Piece) -> list[tuple[str, torch.Tensor]]:
-    return join_shards(piece.entry, source.spec, [source.read(piece)])
+def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
+    for piece in pieces(source.spec):
+        yield from read_chunks(piece, source.spec, source, parallel.tensor_model_parallel_size)
+
+
+def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, torch.Tensor]]:
+    for piece in source.pieces:
+        yield from join_shards(piece.entry, source.spec, [source.read(piece)])
 
 
 def _layout(source: MegatronReader) -> dict[str, int]:

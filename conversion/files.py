@@ -1,28 +1,88 @@
-"""Two file objects for ``torch.save`` and ``torch.load``: one that hashes what is written, one that is part of a file."""
+"""File objects for ``torch.save`` and ``torch.load`` (one hashes what is written, one is part of a file); reading ahead."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from megatron_s2d.models.hf_checkpoint import BLOCK
+
+T = TypeVar("T")
+
+
+def read_ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
+    """``items``, made by a second thread while the last one is being used; ``depth`` of them may wait.
+
+    An exception of the iterator is raised here, and when this is closed early the thread ends at its next item.
+    """
+    waiting: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def hand_over(entry: tuple[bool, T | BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not hand_over((True, item)):
+                    return
+                del item
+            hand_over((False, None))
+        except BaseException as error:
+            hand_over((False, error))
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = waiting.get()
+            if not more:
+                if item is not None:
+                    raise item
+                return
+            yield item
+            del item
+    finally:
+        stopped.set()
+        thread.join()
 
 
 class HashedFile:
-    """A file that is written once, from start to end, with its length and SHA-256 kept along the way."""
+    """A file that is written once, from start to end, with its length and SHA-256 kept along the way.
+
+    Large contents are hashed by a second thread while they are written.
+    """
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=0)
+        self._hasher = ThreadPoolExecutor(max_workers=1)
         self.digest = hashlib.sha256()
         self.length = 0
 
     def write(self, content: Any) -> int:
+        """Write all of ``content`` (bytes or a buffer); returns its length."""
         view = memoryview(content).cast("B")
+        hashed = self._hasher.submit(self.digest.update, view)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-        self.digest.update(view)
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        finally:
+            # The buffer is the caller's again when this returns.
+            hashed.result()
         self.length += len(view)
         return len(view)
 
@@ -30,6 +90,8 @@ class HashedFile:
         """Nothing is buffered; ``torch.save`` asks."""
 
     def close(self) -> None:
+        """No more will be written."""
+        self._hasher.shutdown()
         self._file.close()
 
 
@@ -39,6 +101,7 @@ class FileSlice(io.RawIOBase):
     def __init__(self, path: Path, start: int, length: int):
         self._file = open(path, "rb", buffering=0)
         self._start, self._length, self._position = start, length, 0
+        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_SEQUENTIAL)
 
     def readable(self) -> bool:
         return True
@@ -58,7 +121,7 @@ class FileSlice(io.RawIOBase):
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
         done = 0
         while done < len(view):
-            got = os.preadv(self._file.fileno(), [view[done : done + 2**30]], self._start + self._position + done)
+            got = os.preadv(self._file.fileno(), [view[done : done + BLOCK]], self._start + self._position + done)
             if got == 0:
                 break
             done += got

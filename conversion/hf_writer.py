@@ -7,8 +7,6 @@ Written beside the shards: the index (with more than one shard) and ``weights.sh
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -17,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_s2d.config.base import UserError
+from megatron_s2d.conversion.files import HashedFile
 from megatron_s2d.models.hf_checkpoint import DIGESTS_NAME, DTYPES, INDEX_NAME, SINGLE_NAME
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,8 +52,7 @@ class HfWriter:
             room -= tensor.num_bytes
         self._pending = [(number, tensor) for number, shard in enumerate(self._shards) for tensor in shard]
         self._pending.reverse()
-        self._file: io.BufferedWriter | None = None
-        self._digest = hashlib.sha256()
+        self._file: HashedFile | None = None
         self._digests: dict[str, str] = {}
         self._current = -1
 
@@ -71,7 +69,7 @@ class HfWriter:
         if number != self._current:
             self._end_shard()
             self._begin_shard(number)
-        self._put(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1)))
+        self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1)))
 
     def finish(self) -> None:
         """Close the last shard and write index and digests."""
@@ -105,17 +103,12 @@ class HfWriter:
             position += tensor.num_bytes
         content = json.dumps(header, separators=(",", ":")).encode()
         content += b" " * (-len(content) % 8)
-        self._file = open(self._directory / self._name(number), "wb")
-        self._digest = hashlib.sha256()
+        self._file = HashedFile(self._directory / self._name(number))
         self._current = number
-        self._put(len(content).to_bytes(8, "little") + content)
-
-    def _put(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
-        self._digest.update(content)
+        self._file.write(len(content).to_bytes(8, "little") + content)
 
     def _end_shard(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._digests[self._name(self._current)] = self._digest.hexdigest()
+            self._digests[self._name(self._current)] = self._file.digest.hexdigest()
             self._file = None

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,43 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.conversion.files import FileSlice, HashedFile
-from megatron_s2d.conversion.global_tensors import Piece, boxes, pieces
+from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from megatron_s2d.models.hf_checkpoint import verify_digest
+from megatron_s2d.models.shards import WeightSource, read_shard
 
 _COMMON_KEY = "common_state/shard_0_1"
 _INTEGRITY_NAME = "integrity.json"
 SPEC_NAME = "model_spec.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Part of a parameter: its place in ``boxes``, the box, and a contiguous tensor with storage of its own."""
+
+    piece: Piece
+    number: int
+    box: Box
+    tensor: torch.Tensor
+
+
+def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tensor_size: int) -> Iterator[Chunk]:
+    """The chunks of a parameter, from its Hugging Face tensors."""
+    cut = boxes(piece, tensor_size)
+    if piece.entry.rule == "gate_up":
+        # The largest parameters of most models: each box is read by itself, so that nothing is joined to be cut.
+        half = piece.shape[0] // 2
+        for number, ((row, column), (rows, columns)) in enumerate(cut):
+            name = piece.entry.hf_names[row // half]
+            tensor = source.read(name, 0, row % half, row % half + rows)
+            yield Chunk(piece, number, ((row, column), (rows, columns)), tensor)
+        return
+    parameter = read_shard(piece.entry, spec, source, 0, 1)
+    for number, (offset, size) in enumerate(cut):
+        tensor = parameter[tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))]
+        if tensor.nbytes < tensor.untyped_storage().nbytes():
+            # torch.save stores a view with all of its storage.
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        yield Chunk(piece, number, (offset, size), tensor.contiguous())
 
 
 class MegatronWriter:
@@ -57,30 +88,26 @@ class MegatronWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._digests: dict[str, str] = {}
 
-    def write(self, piece: Piece, parameter: torch.Tensor) -> None:
-        """Store one undivided parameter in the chunks of the layout."""
-        assert parameter.shape == piece.shape, (piece, parameter.shape)
+    def write(self, chunk: Chunk) -> None:
+        """Store a chunk; those of one parameter come in the order of ``boxes``."""
+        piece, tensor = chunk.piece, chunk.tensor
+        offset, size = chunk.box
+        assert tuple(tensor.shape) == size, (piece, tensor.shape)
         entry = self._entries.setdefault(
             piece.key,
-            TensorStorageMetadata(
-                TensorProperties(dtype=parameter.dtype), torch.Size(piece.global_shape), chunks=[]
-            ),
+            TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(piece.global_shape), chunks=[]),
         )
-        if entry.properties.dtype != parameter.dtype:
+        if entry.properties.dtype != tensor.dtype:
             raise UserError(
-                f"{', '.join(piece.entry.hf_names)}: dtype {parameter.dtype}, but other layers have "
+                f"{', '.join(piece.entry.hf_names)}: dtype {tensor.dtype}, but other layers have "
                 f"{entry.properties.dtype}; convert the checkpoint to one dtype first"
             )
-        for number, (offset, size) in enumerate(boxes(piece, self._parallel.tensor_model_parallel_size)):
-            chunk = parameter[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
-            if chunk.numel() * chunk.itemsize < chunk.untyped_storage().nbytes():
-                # torch.save stores a view with all of its storage.
-                chunk = chunk.clone(memory_format=torch.contiguous_format)
-            ones = (1,) * len(piece.leading)
-            where = ChunkStorageMetadata(torch.Size((*piece.leading, *offset)), torch.Size((*ones, *size)))
-            entry.chunks.append(where)
-            index = MetadataIndex(piece.key, where.offsets)
-            self._append(self._file_name(piece, number), index, chunk.contiguous().view(*where.sizes))
+        ones = (1,) * len(piece.leading)
+        where = ChunkStorageMetadata(torch.Size((*piece.leading, *offset)), torch.Size((*ones, *size)))
+        entry.chunks.append(where)
+        self._append(
+            self._file_name(piece, chunk.number), MetadataIndex(piece.key, where.offsets), tensor.view(where.sizes)
+        )
 
     def _file_name(self, piece: Piece, number: int) -> str:
         """One file a pipeline stage and tensor rank, as if each rank had written its own."""

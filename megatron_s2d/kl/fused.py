@@ -44,7 +44,7 @@ from megatron_s2d.kl.teachers import (
 
 TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
 
-_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
+_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 # Chunks whose logit gradients are kept for one weight-gradient product: the float32 accumulator is read and written
 # once per product, which at few rows per chunk costs more than the product. On a CPU the gradient overwrites logits.
 _CHUNKS_PER_WEIGHT_PRODUCT = {"cuda": 4, "cpu": 1}
@@ -80,7 +80,7 @@ def linear_divergence(
     normalisers are already global: it runs once per chunk. The captured masses carry no gradient. weights: [N],
     default 1.
     response_mask: bool [N]; other rows are left out before any arithmetic, their outputs read 0.
-    chunk_bytes: memory of the logits buffers (1 GiB on CUDA, 64 MiB on CPU); it changes results by rounding only.
+    chunk_bytes: memory of the logits buffers (1 GiB on CUDA, 128 MiB on CPU); it changes results by rounding only.
 
     Collectives over ``shard.group``: one per chunk (two with a mixture), and the hidden gradient's in backward.
     Raises ``UserError`` for an infinite divergence, and RuntimeError on double backward.

@@ -102,18 +102,28 @@ def _read_qkv(
     return fused[first_row - first * group_rows : last_row - first * group_rows]
 
 
+def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenated; a single part as it is, because these tensors can be gigabytes."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def join_shards(entry: Entry, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``."""
+    """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``.
+
+    With one rank they may be views of its part.
+    """
     names = entry.hf_names
     match entry.rule:
         case "replicated":
             return [(names[0], shards[0])]
         case "vocabulary":
-            return [(names[0], torch.cat(shards)[: spec.vocab_size])]
+            return [(names[0], _cat(shards, 0)[: spec.vocab_size])]
         case "columns":
-            return [(names[0], torch.cat(shards, dim=1))]
+            return [(names[0], _cat(shards, 1))]
         case "gate_up":
             halves = [shard.chunk(2) for shard in shards]
+            if len(shards) == 1:
+                return list(zip(names, halves[0], strict=True))
             return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
         case "qkv":
             sizes = _heads_of_group(spec)

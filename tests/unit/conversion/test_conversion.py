@@ -18,6 +18,7 @@ from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directo
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.conversion import cli, convert  # noqa: E402
+from megatron_s2d.conversion.files import HashedFile  # noqa: E402
 from megatron_s2d.conversion.global_tensors import boxes, pieces  # noqa: E402
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
 from megatron_s2d.conversion.megatron_format import MegatronReader  # noqa: E402
@@ -260,16 +261,18 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
         convert.import_checkpoint(source, tmp_path / "megatron")
     seen = []
 
-    def fill_up(*_):
+    write = HashedFile.write
+
+    def fill_up(file, content):
         seen.append(1)
         if len(seen) > 20:
             raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, content)
 
+    monkeypatch.setattr(HashedFile, "write", fill_up)
     if direction == "import":
-        monkeypatch.setattr(convert.MegatronWriter, "_append", fill_up)
         refused(tmp_path, "no space left", lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
     else:
-        monkeypatch.setattr(convert.HfWriter, "_put", fill_up)
         refused(tmp_path, "no space left", lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
     assert seen
 

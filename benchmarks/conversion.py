@@ -1,0 +1,107 @@
+"""Speed and peak memory of checkpoint conversion, beside a plain copy of the same bytes on the same disk.
+
+    python benchmarks/conversion.py --preset llama-3.3-70b --num-layers 4 --directory DIR
+
+Writes a random checkpoint of the preset's shapes with fewer layers, then runs each step in a process of its own, with
+nothing in the page cache before and a sync of the disk after, and prints seconds, bytes a second and the largest
+resident set. Needs four times the checkpoint's size on the disk, and deletes everything at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS = {
+    "copy of the Hugging Face directory": "import shutil; shutil.copytree('{root}/hf', '{root}/copy')",
+    "import": (
+        "from megatron_s2d.conversion.convert import import_checkpoint; "
+        "import_checkpoint('{root}/hf', '{root}/megatron', tensor_model_parallel_size={tensor})"
+    ),
+    "copy of the Megatron directory": "import shutil; shutil.copytree('{root}/megatron', '{root}/copy')",
+    "export": (
+        "from megatron_s2d.conversion.convert import export_checkpoint; "
+        "export_checkpoint('{root}/megatron', '{root}/back')"
+    ),
+    "check": (
+        "from megatron_s2d.conversion.convert import check_conversion; "
+        "check_conversion('{root}/back', '{root}/megatron')"
+    ),
+}
+PEAK = "; import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+
+
+def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, int]:
+    """A random bfloat16 checkpoint; returns its bytes and those of its largest layer or tensor outside the layers."""
+    import torch
+
+    from megatron_s2d.config.hf_config import hf_config_from_spec
+    from megatron_s2d.config.model import ModelConfig
+    from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+    from megatron_s2d.models.families import hf_tensor_shapes
+
+    spec = ModelConfig(preset=preset, num_layers=num_layers).resolve()
+    directory.mkdir(parents=True)
+    plan = [PlannedTensor(name, torch.bfloat16, shape) for name, shape in hf_tensor_shapes(spec)]
+    writer = HfWriter(directory, plan, 5 * 10**9)
+    noise = torch.randn(2**26).bfloat16()
+    for tensor in plan:
+        count = tensor.num_bytes // 2
+        writer.write(tensor.name, noise.repeat(-(-count // noise.numel()))[:count].view(tensor.shape))
+    writer.finish()
+    # Without recorded digests, as most published checkpoints come.
+    (directory / "weights.sha256").unlink()
+    (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "bfloat16")))
+    layer = sum(tensor.num_bytes for tensor in plan if ".layers.0." in tensor.name)
+    outside = max(tensor.num_bytes for tensor in plan if ".layers." not in tensor.name)
+    return writer.num_bytes, max(layer, outside)
+
+
+def forget(root: Path) -> None:
+    """Put all files on the disk and out of the page cache, so that every step reads from the disk."""
+    os.sync()
+    for path in root.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="llama-3.3-70b")
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=2)
+    parser.add_argument("--directory", type=Path, required=True, help="a new directory on the disk to measure")
+    arguments = parser.parse_args()
+    root = arguments.directory
+    root.mkdir(parents=True)
+    try:
+        # In a process of its own, because a child's peak starts from its parent's.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            total, bound = pool.apply(write_source, (root / "hf", arguments.preset, arguments.num_layers))
+        print(f"{arguments.preset}, {arguments.num_layers} layers: {total / 2**30:.1f} GiB; largest layer or tensor")
+        print(f"outside the layers: {bound / 2**30:.2f} GiB\n")
+        print("| step | seconds | MB/s | peak RSS GiB |\n|---|---|---|---|")
+        for name, code in STEPS.items():
+            forget(root)
+            code = code.format(root=root, tensor=arguments.tensor_model_parallel_size)
+            start = time.perf_counter()
+            finished = subprocess.run([sys.executable, "-c", code + PEAK], capture_output=True, text=True, check=True)
+            os.sync()
+            seconds = time.perf_counter() - start
+            peak = int(finished.stdout.split()[-1])
+            print(f"| {name} | {seconds:.1f} | {total / seconds / 1e6:.0f} | {peak / 2**30:.2f} |", flush=True)
+            shutil.rmtree(root / "copy", ignore_errors=True)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()
