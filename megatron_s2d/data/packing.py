@@ -1,0 +1,190 @@
+"""Samples to micro-batches: dealt to data-parallel ranks by a token budget, padded, and shifted to labels (only here).
+
+Every rank holds the samples of the whole update and computes the same plan, so denominators are global by construction
+and nothing here communicates. A micro-batch is padded at the end of each row: attention is causal, so no token sees the
+padding. Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the
+position that PREDICTS token ``s + 1`` of row ``b``.
+
+Left out: sequences laid end to end and context parallelism, which need Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.objectives.terms import TokenColumns
+from megatron_s2d.records import Sample
+
+_SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
+WEIGHT_COLUMNS = ("policy_weight", "supervised_weight", "divergence_weight")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UpdateBatch:
+    """What one optimizer update trains on, over all data-parallel ranks."""
+
+    samples: Sequence[Sample]  # n
+    weights: Mapping[str, np.ndarray]  # weight column -> [n] float64, the weight of every response token of a sample
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens, padding left out."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One forward pass of one data-parallel rank; N = S * B."""
+
+    indices: tuple[int, ...]  # rows' positions in the samples that were packed; a batch without any has one padding row
+    token_ids: torch.Tensor  # [B, S] int64
+    padding_mask: torch.Tensor  # [B, S] bool, True at padding
+    labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
+    response_mask: torch.Tensor  # [N] bool, True where the predicted token is part of a response
+    temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
+    columns: TokenColumns  # [N] each
+    num_tokens: int  # without padding
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sequence, batch)."""
+        return self.token_ids.shape[1], self.token_ids.shape[0]
+
+    def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """``values`` [N, ...] of positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
+
+        The inverse of the shift to labels.
+        """
+        values = values.view(*self.shape, *values.shape[1:])
+        lengths = (~self.padding_mask).sum(dim=1).tolist()
+        found = []
+        for row, length in enumerate(lengths[: len(self.indices)]):
+            sample = values.new_zeros(length, *values.shape[2:])
+            sample[1:] = values[: length - 1, row]
+            found.append(sample)
+        return found
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    weights: Mapping[str, np.ndarray],
+    max_tokens: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> list[MicroBatch]:
+    """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
+
+    max_tokens: rows times padded length of one micro-batch (a longer sample gets its own). multiple: what the padded
+    length is a multiple of, for sequence parallelism. weights: as in ``UpdateBatch``.
+    """
+    lengths = [len(sample.token_ids) for sample in samples]
+    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+    present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
+    for name in present:
+        _refuse_gaps(name, samples, weights)
+    return [_build(samples, weights, present, rows, multiple, device) for rows in plan[data_rank]]
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Indices of samples by data rank and micro-batch. Samples of like length share a micro-batch; ranks get like work.
+
+    Deterministic. Where there are fewer samples than ranks, some micro-batches are empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        # The first sample of a micro-batch is its longest.
+        if batches and (len(batches[-1]) + 1) * _padded(lengths[batches[-1][0]], multiple) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    rounds = max(1, -(-len(batches) // data_size))
+    while len(batches) < rounds * data_size:
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
+        if largest is None or len(batches[largest]) < 2:
+            batches.append([])
+            continue
+        half = len(batches[largest]) // 2
+        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+    cost = [len(batch) * _padded(lengths[batch[0]], multiple) if batch else 0 for batch in batches]
+    by_cost = sorted(range(len(batches)), key=lambda i: (-cost[i], i))
+    dealt: list[list[list[int]]] = [[] for _ in range(data_size)]
+    for place, index in enumerate(by_cost):
+        turn, rank = divmod(place, data_size)
+        dealt[rank if turn % 2 == 0 else data_size - 1 - rank].append(batches[index])
+    return dealt
+
+
+def _refuse_gaps(name: str, samples: Sequence[Sample], weights: Mapping[str, np.ndarray]) -> None:
+    """Some samples have ``name``: those without it may take part in the supervised term only."""
+    counted = sum((weights[column] for column in weights if column != "supervised_weight"), start=np.zeros(len(samples)))
+    for sample, weight in zip(samples, counted, strict=True):
+        if weight != 0 and getattr(sample, name) is None:
+            raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
+
+
+def _padded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _build(
+    samples: Sequence[Sample],
+    weights: Mapping[str, np.ndarray],
+    present: list[str],
+    indices: list[int],
+    multiple: int,
+    device: torch.device | str,
+) -> MicroBatch:
+    rows = [samples[index] for index in indices]
+    num_rows = max(1, len(rows))
+    longest = _padded(max((len(row.token_ids) for row in rows), default=1), multiple)
+    token_ids = np.zeros((num_rows, longest), dtype=np.int64)
+    padding = np.ones((num_rows, longest), dtype=bool)
+    mask = np.zeros((num_rows, longest), dtype=bool)
+    for place, row in enumerate(rows):
+        length = len(row.token_ids)
+        token_ids[place, :length] = row.token_ids
+        padding[place, :length] = False
+        mask[place, :length] = row.response_mask
+    mask[:, 0] = False  # nothing predicts the first token
+    columns = {}
+    for name in present:
+        values = np.zeros((num_rows, longest), dtype=np.float32)
+        for place, row in enumerate(rows):
+            if getattr(row, name) is not None:
+                values[place, : len(row.token_ids)] = getattr(row, name)
+        columns[name] = values
+    for name, values in weights.items():
+        row_weights = np.asarray(values)[indices] if indices else np.zeros(1)
+        columns[name] = np.where(mask, row_weights[:, None], 0.0).astype(np.float32)
+    temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
+    temperature: float | torch.Tensor = temperatures[0]
+    if any(value != temperatures[0] for value in temperatures):
+        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device).repeat(longest)
+    return MicroBatch(
+        indices=tuple(indices),
+        token_ids=torch.from_numpy(token_ids).to(device),
+        padding_mask=torch.from_numpy(padding).to(device),
+        labels=_to_positions(token_ids, device),
+        response_mask=_to_positions(mask, device),
+        temperature=temperature,
+        columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
+        num_tokens=int((~padding).sum()),
+    )
+
+
+def _to_positions(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """[B, S] by token -> [S * B] by the position that predicts it."""
+    shifted = np.zeros_like(values.T)
+    shifted[:-1] = values.T[1:]
+    return torch.from_numpy(shifted.reshape(-1)).to(device)

@@ -1,0 +1,298 @@
+"""A model at a layout, trained or frozen: forward_backward, optim_step, score, hidden states, save and load.
+
+The output layer never makes whole logits: Megatron's output hook hands the final hidden states to
+``kl.linear_divergence`` together with the micro-batch's columns, the objective's token loss and, for distillation, the
+teacher's distribution. Left out: which samples and which objective (stages), generation (rollout).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.data.packing import MicroBatch, pack
+from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.outputs import TokenOutputs
+from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.teachers import HiddenStates, TeacherSource
+from megatron_s2d.models.build import build_model
+from megatron_s2d.models.families import ModelSpec
+from megatron_s2d.objectives.terms import (
+    Metric,
+    Objective,
+    TokenColumns,
+    merge_metrics,
+    pack_metrics,
+    unpack_metrics,
+)
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.checkpoint import load_checkpoint, save_checkpoint
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.step import TrainableModel, forward_only
+from megatron_s2d.records import Sample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(eq=False)
+class _Pass:
+    """One micro-batch on its way through the model: what the output hook needs, and what it leaves behind."""
+
+    batch: MicroBatch
+    objective: Objective | None = None
+    outputs: tuple[str, ...] = ()
+    teacher: TeacherSource | None = None
+    result: TokenOutputs | torch.Tensor | None = None
+
+
+class Policy:
+    """``chunks``: the bare model of this rank. ``trainable`` is None for a frozen model."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        *,
+        precision: str,
+        max_tokens: int,
+        seed: int | None = None,
+        options: ModelConfig | None = None,
+        beta: float | None = None,
+    ):
+        """Build the model; its weights are drawn with ``seed``, or left for ``load`` to fill (None).
+
+        max_tokens: budget of a micro-batch. options: recomputation and router loss. beta: of a mixed divergence.
+        """
+        self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
+        extra = {} if options is None else {
+            "recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff
+        }
+        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, **extra)
+        self.trainable: TrainableModel | None = None
+
+    def prepare_training(self, optimizer: OptimizerConfig, total_updates: int) -> None:
+        """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them."""
+        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates)
+
+    def freeze(self) -> None:
+        """Take the parameters out of differentiation."""
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+
+    # ------------------------------------------------------------------ the verbs
+
+    def pack(self, samples: Sequence[Sample], weights: dict[str, np.ndarray]) -> list[MicroBatch]:
+        """This data rank's micro-batches of ``samples`` (the same list on every rank)."""
+        return pack(
+            samples,
+            weights=weights,
+            max_tokens=self.max_tokens,
+            data_rank=self.layout.data_rank,
+            data_size=self.layout.data_size,
+            multiple=self.layout.tensor_size if self.layout.config.sequence_parallel else 1,
+            device=device.device(),
+        )
+
+    def forward_backward(
+        self,
+        batches: Sequence[MicroBatch],
+        objective: Objective,
+        teachers: Sequence[TeacherSource] | None = None,
+        *,
+        num_tokens: int,
+    ) -> dict[str, float]:
+        """Accumulate the gradients of ``batches``; metrics over all ranks, the same on all of them.
+
+        num_tokens: of the whole update, over all data ranks. ``teachers``: one distribution a micro-batch, on ranks of
+        the last stage. Raises ``UserError`` for a loss that is not finite; weights are untouched then.
+        """
+        passes = self._passes(batches, objective.needs, teachers)
+        for item in passes:
+            item.objective = objective
+
+        def forward_step(model: torch.nn.Module, item: _Pass):
+            output = self._forward(model, item)
+            tokens = torch.tensor(item.batch.num_tokens, dtype=torch.int, device=output.device)
+            return output, lambda loss: (loss * num_tokens, tokens, {})
+
+        self.trainable.forward_backward(forward_step, passes)
+        metrics = self._reduce_metrics(passes, objective)
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(f"the loss is {metrics['loss']}: lower the learning rate, or check rewards and teacher")
+        return metrics
+
+    def optim_step(self) -> float:
+        """One optimizer update; returns the gradient norm before clipping, refusing one that is not finite."""
+        norm = self.trainable.update()
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient norm is {norm}: lower the learning rate, or check rewards and teacher")
+        return norm
+
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """log pi of every sample's response tokens, [length] float32 each (0 elsewhere), on all ranks."""
+        batches = self.pack(samples, {})
+        passes = self._passes(batches, ("log_probs",), None)
+        self._forward_only(passes)
+        found = {}
+        if self.is_leader:
+            for item in passes:
+                values = item.batch.per_sample(item.result.log_probs)
+                found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
+        merged = gather_dicts(found)
+        return [merged[index] for index in range(len(samples))]
+
+    def hidden_states(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor | None]:
+        """Final hidden states of each micro-batch, [S * B, hidden size] (S / T under sequence parallelism).
+
+        On ranks of the last stage; None on others.
+        """
+        passes = [_Pass(batch) for batch in batches]
+        self._forward_only(passes)
+        return [item.result for item in passes]
+
+    def teacher_states(self, batches: Sequence[MicroBatch]) -> list[HiddenStates | None]:
+        """This frozen model's exact distribution at every position of ``batches``, for a student of the same layout."""
+        if not self.layout.is_last_stage:
+            return [None] * len(batches)
+        states = self.hidden_states(batches)
+        return [
+            HiddenStates(
+                hidden,
+                self.output_weight[: self.shard.columns],
+                temperature=batch.temperature,
+                sequence_parallel=self.layout.config.sequence_parallel,
+            )
+            for hidden, batch in zip(states, batches, strict=True)
+        ]
+
+    def save(self, directory: Path, position: dict[str, Any], *, with_optimizer: bool) -> None:
+        """Write a checkpoint that appears whole or not at all; collective."""
+        save_checkpoint(
+            directory,
+            self.chunks,
+            self.layout,
+            model_spec=self.spec.to_dict(),
+            position=position,
+            trainable=self.trainable if with_optimizer else None,
+        )
+
+    def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:
+        """Load a checkpoint of this model, written at any layout; returns its position; collective."""
+        return load_checkpoint(
+            directory,
+            self.chunks,
+            self.layout,
+            model_spec=self.spec.to_dict(),
+            trainable=self.trainable if with_optimizer else None,
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its data rank: it sees outputs, and no other of the same replica reports."""
+        return self.layout.is_last_stage and self.layout.tensor_rank == 0
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The output layer's rows on this rank [padded vocabulary / tensor ranks, hidden size]; last stage only."""
+        model = self.chunks[0]
+        if self.spec.tie_word_embeddings:
+            return model.shared_embedding_or_output_weight()
+        return model.output_layer.weight
+
+    @property
+    def shard(self) -> VocabShard:
+        """The vocabulary columns of this rank, padding left out; last stage only."""
+        group = self.layout.groups.tp if self.layout.tensor_size > 1 else None
+        return VocabShard.of_padded(self.output_weight.shape[0], self.spec.vocab_size, group)
+
+    def _passes(
+        self, batches: Sequence[MicroBatch], outputs: Sequence[str], teachers: Sequence[TeacherSource] | None
+    ) -> list[_Pass]:
+        teachers = [None] * len(batches) if teachers is None else teachers
+        return [
+            _Pass(batch, outputs=tuple(sorted(outputs)), teacher=teacher)
+            for batch, teacher in zip(batches, teachers, strict=True)
+        ]
+
+    def _forward_only(self, passes: Sequence[_Pass]) -> None:
+        def forward_step(model: torch.nn.Module, item: _Pass):
+            return self._forward(model, item), lambda output, non_loss_data=False: None
+
+        forward_only(self.chunks, self.layout, forward_step, passes)
+
+    def _forward(self, model: torch.nn.Module, item: _Pass) -> torch.Tensor:
+        padding = item.batch.padding_mask if self.spec.num_experts else None
+        return model(
+            item.batch.token_ids,
+            None,
+            None,
+            padding_mask=padding,
+            output_processor=self._output,
+            output_processor_context=item,
+        )
+
+    def _output(self, *, hidden_states: torch.Tensor, context: _Pass, **_: Any) -> torch.Tensor:
+        """Megatron's output hook, on the last stage: hidden states [S, B, d] (S / T under sequence parallelism)."""
+        item, batch = context, context.batch
+        hidden = hidden_states.flatten(0, 1)
+        if not item.outputs:
+            item.result = hidden.detach()
+            return hidden
+        objective, columns = item.objective, batch.columns
+        token_loss = None
+        if objective is not None:
+            def token_loss(outputs: TokenOutputs, rows: torch.Tensor) -> torch.Tensor:
+                return objective.token_loss(outputs, columns.select(rows))
+
+        loss, item.result = linear_divergence(
+            hidden,
+            self.output_weight,
+            shard=self.shard,
+            outputs=item.outputs,
+            teacher=item.teacher,
+            beta=self._beta,
+            temperature=batch.temperature,
+            target_ids=batch.labels,
+            token_loss=token_loss,
+            response_mask=batch.response_mask,
+            sequence_parallel=self.layout.config.sequence_parallel,
+        )
+        return loss
+
+    def _reduce_metrics(self, passes: Sequence[_Pass], objective: Objective) -> dict[str, float]:
+        """Metrics of all micro-batches of all data ranks; two all-reduces."""
+        none = torch.zeros(0, dtype=torch.int64, device=device.device())
+        empty = TokenOutputs(**{name: torch.zeros(0, device=none.device) for name in objective.needs})
+        parts = [objective.metrics(empty, passes[0].batch.columns.select(none))]
+        if self.is_leader:
+            for item in passes:
+                rows = item.batch.response_mask.nonzero().squeeze(1)
+                outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})
+                parts.append(objective.metrics(outputs, item.batch.columns.select(rows)))
+        merged = merge_metrics(parts)
+        sums, maxima = pack_metrics(merged)
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        reduced: dict[str, Metric] = unpack_metrics(merged, sums, maxima)
+        return {name: metric.value() for name, metric in reduced.items()}
+
+
+def gather_dicts(found: dict[Any, Any]) -> dict[Any, Any]:
+    """The union of every rank's dictionary, on all ranks. Keys of different ranks must differ."""
+    if dist.get_world_size() == 1:
+        return found
+    parts: list[dict[Any, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
