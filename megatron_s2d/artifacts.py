@@ -288,6 +288,8 @@ class StageDirectory:
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
         self.finished_path = self.path / "finished.json"
+        self.model_path = self.path / "model"  # final weights, without optimizer state
+        self.cache_path = self.path / "cache"  # of a teacher_cache stage
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str], seeds: Mapping[str, int]) -> None:
         """Record what is about to run, or that it goes on: ``inputs`` maps a name to a digest.

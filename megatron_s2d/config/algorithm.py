@@ -86,6 +86,9 @@ class GrpoConfig(TrainingStageConfig):
 
     type: Literal["grpo"] = "grpo"
     prompts: str = Field(description="labelled prompts: an entry of `data`, or `entry/half`")
+    label_reuse: Literal["refuse", "allow"] = Field(
+        "refuse", description="refuse: an error where an earlier stage of the arm has used the label of one of `prompts`"
+    )
     prompts_per_step: int = Field(64, ge=1)
     responses_per_prompt: int = Field(8, ge=2)
     updates_per_step: int = Field(1, ge=1, description="mini-batches that each sampling round is cut into")

@@ -10,6 +10,9 @@ from pydantic import Field
 from megatron_s2d.config.base import Config
 
 
+LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their meaning
+
+
 class OptimizerConfig(Config):
     """AdamW with Megatron's distributed optimizer."""
 
@@ -38,6 +41,14 @@ class SamplingConfig(Config):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, description="-1 keeps every token")
     max_response_tokens: int = Field(16384, ge=1)
+    stop_strings: list[str] = Field(default_factory=list, description="texts that end a response, beside its end token")
+
+    @pydantic.field_validator("temperature")
+    @classmethod
+    def _temperature(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
+        return value
 
     @pydantic.field_validator("top_k")
     @classmethod
@@ -51,3 +62,13 @@ class MicroBatchConfig(Config):
     """How samples are cut into micro-batches; never changes a gradient beyond rounding."""
 
     max_tokens: int = Field(16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)")
+
+
+class RolloutConfig(Config):
+    """The engine that samples responses."""
+
+    engine: Literal["megatron"] = Field("megatron", description="megatron: the trained model itself, in this process")
+    max_batch_size: int = Field(1024, ge=1, description="responses that are generated together")
+    max_batch_tokens: int = Field(
+        262_144, ge=1, description="bound of responses x (prompt + response) tokens in a batch: keys and values held"
+    )

@@ -21,7 +21,7 @@ from megatron_s2d.config.base import Config, UserError, apply_overrides, load_ya
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 
 HALVES = ("1H", "2H")
 
@@ -39,6 +39,7 @@ class EvaluationConfig(Config):
     samples_per_prompt: int = Field(16, ge=1, description="k of avg@k")
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="added to the run's seed")
+    problems_per_round: int = Field(256, ge=1, description="problems between two progress reports")
 
 
 class ContrastConfig(Config):
@@ -70,19 +71,22 @@ class WorkflowConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     description: str = ""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, description="of weights, orders and samples; every stage adds its own offset")
+    split_seed: int = Field(0, ge=0, description="of the halves 1H and 2H of an entry of `data`")
     tokenizer: str = Field(description="`task:modular_arithmetic`, a local directory, or a hub name")
     models: dict[str, ModelConfig]
     data: dict[str, DataSource]
     parallel: ParallelConfig = ParallelConfig()
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     lengths: LengthConfig = LengthConfig()
+    rollout: RolloutConfig = RolloutConfig()
     stages: dict[str, Stage]
     arms: dict[str, str] = Field(description="arm -> stage that is its endpoint")
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
     gates: list[PassRateWindow] = Field(default_factory=list)
+    tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
     num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
 

@@ -13,6 +13,7 @@ import datetime
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,17 +88,31 @@ class Layout:
             _install(before)
 
 
-def initialize_distributed(timeout_minutes: float = 30.0) -> None:
-    """Join the default process group from the launcher's variables (torchrun, srun), or a world of one."""
+def initialize_distributed(
+    *, rank: int | None = None, world_size: int = 1, rendezvous: Path | None = None, timeout_minutes: float = 30.0
+) -> None:
+    """Join the default process group.
+
+    With ``rank``: as one of ``world_size`` processes of this machine that meet through the file ``rendezvous``.
+    Without: from the launcher's variables (torchrun, srun), or alone.
+    """
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.capabilities().cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if rank is None else rank)
+    if rank is None and is_launched():
         dist.init_process_group(device.backend(), timeout=timeout)
     else:
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore() if world_size == 1 else dist.FileStore(str(rendezvous), world_size)
+        dist.init_process_group(
+            device.backend(), store=store, rank=rank or 0, world_size=world_size, timeout=timeout
+        )
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun) started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def shutdown_distributed() -> None:

@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_s2d.config.base import UserError
+from megatron_s2d.config.training import LEAST_TEMPERATURE
 from megatron_s2d.records import Prompt, Sample
-
-_LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their meaning
 
 # Called with (finished requests, all requests of the call) from time to time.
 ProgressCallback = Callable[[int, int], None]
@@ -41,9 +40,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"sampling: max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if self.temperature != 0 and not (math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE):
+        if self.temperature != 0 and not (math.isfinite(self.temperature) and self.temperature >= LEAST_TEMPERATURE):
             raise UserError(
-                f"sampling: temperature is {self.temperature}: it must be 0 (greedy) or at least {_LEAST_TEMPERATURE}"
+                f"sampling: temperature is {self.temperature}: it must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling: top_p is {self.top_p}: it must be above 0 and at most 1")

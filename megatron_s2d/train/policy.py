@@ -160,11 +160,15 @@ class Policy:
         self._forward_only(passes)
         return [item.result for item in passes]
 
+    def whole_sequences(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [S * B, d] from this rank's part of the sequence under sequence parallelism."""
+        return self.shard.gather(hidden).flatten(0, 1) if self.layout.config.sequence_parallel else hidden
+
     def teacher_states(self, batches: Sequence[MicroBatch]) -> list[HiddenStates | None]:
         """This frozen model's exact distribution at every position of ``batches``, for a student of the same layout."""
+        states = self.hidden_states(batches)
         if not self.layout.is_last_stage:
             return [None] * len(batches)
-        states = self.hidden_states(batches)
         return [
             HiddenStates(
                 hidden,

@@ -1,0 +1,288 @@
+"""The ``s2d`` command: parses arguments, calls, and prints errors as one line. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_s2d.config.base import UserError
+
+_EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 (the user's mistake), 3 (ours), 130 (stopped, can go on)."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return _EXIT_ERROR
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        return _fail(f"error: {error}", options.debug, _EXIT_ERROR)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on from here", False, _EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        return _EXIT_ERROR
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":
+            return _fail(str(error), False, _EXIT_INTERRUPTED)
+        text = f"internal error: {type(error).__name__}: {error} (--debug shows where; please report it)"
+        return _fail(text, options.debug, _EXIT_CRASH, getattr(error, "trace", ""))
+
+
+def _fail(text: str, debug: bool, code: int, trace: str = "") -> int:
+    if debug:
+        sys.stderr.write(trace or traceback.format_exc())
+    print(" ".join(text.split("\n")), file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; building it imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="s2d",
+        description="Sparse-to-dense post-training on Megatron-Core: GRPO teachers, forward-KL warm-up, on-policy "
+        "distillation, and their control arms, as one resumable run.",
+        epilog="examples:\n  s2d run configs/quickstart.yaml\n  s2d run configs/quickstart.yaml --dry-run --set seed=2\n"
+        "  s2d eval runs/quickstart --arm rl_teacher_bridge\n  s2d doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_run(commands)
+    _add_plan(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    _add_report(commands)
+    _add_doctor(commands)
+    _add_cache(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _command(commands, name: str, run, text: str, example: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="workflow file (YAML)")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key, for example --set stages.opd.optimizer.lr=5e-4; may be repeated",
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME-of-the-config)")
+
+
+# ---------------------------------------------------------------------------------------------------- run and plan
+
+
+def _add_run(commands) -> None:
+    command = _command(
+        commands,
+        "run",
+        _run,
+        "Run a workflow, or go on with one that was interrupted, and write its report.",
+        "s2d run configs/quickstart.yaml --set seed=2 --out runs/second",
+    )
+    _add_config(command)
+    command.add_argument("--dry-run", action="store_true", help="check everything and print the plan; run nothing")
+
+
+def _add_plan(commands) -> None:
+    command = _command(
+        commands,
+        "plan",
+        _plan,
+        "Check a workflow and print what would run: stages, sizes, layout, estimated memory (same as run --dry-run).",
+        "s2d plan configs/quickstart.yaml",
+    )
+    _add_config(command)
+
+
+def _load(options: argparse.Namespace):
+    from megatron_s2d.config.workflow import load_workflow
+
+    config = load_workflow(options.config, options.overrides)
+    return config, (options.out or Path("runs") / config.name)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        return _plan(options)
+    from megatron_s2d.workflow.run import run_workflow
+
+    config, run_dir = _load(options)
+    run_workflow(config, run_dir, Console(soft_wrap=False))
+    return None
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from megatron_s2d.workflow.plan import make_plan
+    from megatron_s2d.workflow.plan_table import print_plan
+    from megatron_s2d.workflow.preflight import check_workflow
+
+    config, run_dir = _load(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        checked = check_workflow(config, Path(scratch))
+    print_plan(checked, make_plan(config, run_dir), run_dir, Console())
+
+
+# ---------------------------------------------------------------------------------------------------- eval
+
+
+def _add_eval(commands) -> None:
+    command = _command(
+        commands,
+        "eval",
+        _eval,
+        "Show avg@k and pass@k with standard errors of a run's evaluations, or compare two of them problem by problem.",
+        "s2d eval runs/quickstart --arm rl_teacher_bridge --against runs/quickstart --against-arm direct_student_grpo",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, or an evaluation.jsonl file")
+    command.add_argument("--arm", help="arm or evaluated stage (default: all)")
+    command.add_argument("--against", type=Path, metavar="RUN_DIR", help="second run directory or evaluation.jsonl")
+    command.add_argument("--against-arm", metavar="ARM", help="arm of the second run (default: the same)")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.evaluations import compare, show
+
+    if options.against is None and options.against_arm is None:
+        show(options.run_dir, options.arm, as_json=options.json, console=Console())
+        return
+    other = options.against or options.run_dir
+    compare(
+        (options.run_dir, options.arm), (other, options.against_arm or options.arm),
+        as_json=options.json, console=Console(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- generate
+
+
+def _add_generate(commands) -> None:
+    command = _command(
+        commands,
+        "generate",
+        _generate,
+        "Sample responses from the final weights of a finished stage.",
+        's2d generate runs/quickstart opd_rl_teacher --prompt "7 + 5 * 3 - 2 + 8 =" --num-samples 4',
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("stage", metavar="STAGE", help="a finished stage of the run, or an arm")
+    command.add_argument("--prompt", action="append", default=[], help="prompt text; may be repeated")
+    command.add_argument("--data", metavar="ENTRY", help="take prompts from an entry of the run's `data` instead")
+    command.add_argument("--limit", type=int, default=4, help="prompts taken from --data (default 4)")
+    command.add_argument("--num-samples", type=int, default=1, help="responses of each prompt")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    command.add_argument("--max-response-tokens", type=int, help="default: the run's evaluation setting")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.generate import GenerateRequest, generate
+
+    if not options.prompt and not options.data:
+        raise UserError("give a --prompt or an entry of the data with --data")
+    generate(
+        GenerateRequest(
+            options.run_dir,
+            options.stage,
+            tuple(options.prompt),
+            options.data,
+            options.limit,
+            options.num_samples,
+            options.temperature,
+            options.max_response_tokens,
+            options.seed,
+        ),
+        Console(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the rest
+
+
+def _add_report(commands) -> None:
+    command = _command(
+        commands, "report", _report, "Write the report of a finished run again.", "s2d report runs/quickstart"
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.run import report_again
+
+    report_again(options.run_dir, Console())
+
+
+def _add_doctor(commands) -> None:
+    command = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "Show what is installed, which devices there are, and what each missing optional part would give.",
+        "s2d doctor",
+    )
+    command.add_argument("--constraints", type=Path, default=None, help="pins to compare with (default: the checkout's)")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_s2d.workflow.doctor import diagnose, print_diagnosis
+
+    constraints = options.constraints or Path(__file__).resolve().parents[1] / "constraints.txt"
+    return print_diagnosis(diagnose(constraints), Console())
+
+
+def _add_cache(commands) -> None:
+    command = _command(
+        commands, "cache", _cache, "Describe or verify a teacher cache.",
+        "s2d cache verify runs/quickstart/stages/cache_rl_teacher/cache",
+    )
+    command.add_argument("action", choices=("info", "verify"))
+    command.add_argument("directory", type=Path, metavar="DIR")
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from megatron_s2d.data.cache import cache_info, verify_cache
+
+    info = cache_info(options.directory) if options.action == "info" else verify_cache(options.directory)
+    table = Table(show_header=False)
+    for key, value in info.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+    if options.action == "verify":
+        print("every shard, row and sample matches its digest")
+
+
+def _add_convert(commands) -> None:
+    from megatron_s2d.conversion.cli import add_parser
+
+    add_parser(commands)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What every stage function is given: its configuration, its directory, its inputs, and how to build models from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_s2d.artifacts import StageDirectory, read_json
+from megatron_s2d.config.algorithm import Stage
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.prompts import prompts_of
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.models.families import ModelSpec
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.weights import import_weights
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
+from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.train.loop import LoopSettings
+from megatron_s2d.train.policy import Policy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageContext:
+    """One stage (or evaluation) on this rank."""
+
+    config: WorkflowConfig
+    name: str
+    directory: StageDirectory  # where the stage writes
+    inputs: dict[str, StageDirectory]  # name of a stage -> its finished directory
+    layout: Layout
+    tokenizer_cache: Path
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's own configuration."""
+        return self.config.stages[self.name]
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything the stage draws; stages with equal offsets share their noise."""
+        return self.config.seed * 1_000_003 + self.stage.seed
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The workflow's tokenizer."""
+        return load_tokenizer(self.config.tokenizer, self.tokenizer_cache)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes files."""
+        return dist.get_rank() == 0
+
+    def prompts(self, name: str) -> list[Prompt]:
+        """The prompts of ``entry``, ``entry/1H`` or ``entry/2H``."""
+        return prompts_of(self.config, name, self.tokenizer).prompts
+
+    def settings(self) -> LoopSettings:
+        """How the loop runs this stage."""
+        tensorboard = self.directory.path / "tensorboard" if self.config.tensorboard else None
+        return LoopSettings(self.stage.steps, self.stage.checkpoint, self.stop, tensorboard)
+
+    def spec(self, model_name: str) -> ModelSpec:
+        """The architecture of an entry of ``models``."""
+        return self.config.models[model_name].resolve(len(self.tokenizer))
+
+    def model_directory(self, stage_name: str) -> Path:
+        """The final weights of a finished stage."""
+        return self.inputs[stage_name].model_path
+
+    def start_policy(self, *, beta: float | None = None) -> Policy:
+        """The model that the stage trains, with its starting weights, not yet prepared for training."""
+        stage = self.stage
+        if stage.init is not None:
+            return self.policy_of(stage.init, beta=beta)
+        return self._policy(stage.model, fresh=True, beta=beta)
+
+    def policy_of(self, stage_name: str, *, beta: float | None = None) -> Policy:
+        """The model that a finished stage left."""
+        policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta)
+        policy.load(self.model_directory(stage_name))
+        return policy
+
+    def save_model(self, policy: Policy) -> None:
+        """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective."""
+        if not self.directory.model_path.exists():
+            policy.save(self.directory.model_path, {"step": self.stage.steps}, with_optimizer=False)
+
+    def frozen(self, stage_name: str) -> Policy:
+        """``policy_of`` without gradients: a teacher or a reference."""
+        policy = self.policy_of(stage_name)
+        policy.freeze()
+        return policy
+
+    def engine(self, policy: Policy) -> RolloutEngine:
+        """The engine that generates with the live weights of ``policy``."""
+        rollout = self.config.rollout
+        return MegatronEngine(
+            policy.chunks,
+            policy.spec.vocab_size,
+            policy.layout,
+            tokenizer=self.tokenizer,
+            max_batch_size=rollout.max_batch_size,
+            max_batch_tokens=rollout.max_batch_tokens,
+        )
+
+    def sampling(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
+        """Parameters for the engine, with the stop tokens of tokenizer and model."""
+        return SamplingParams(
+            max_new_tokens=sampling.max_response_tokens,
+            stop_token_ids=stop_token_ids(self.tokenizer, self.config.models[model_name].path),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_strings=tuple(sampling.stop_strings),
+        )
+
+    def _policy(self, model_name: str, *, fresh: bool, beta: float | None) -> Policy:
+        model = self.config.models[model_name]
+        policy = Policy(
+            self.spec(model_name),
+            self.layout,
+            precision=self.config.precision,
+            max_tokens=self.stage.micro_batch.max_tokens,
+            seed=self.seed if fresh and model.path is None else None,
+            options=model,
+            beta=beta,
+        )
+        if fresh and model.path is not None:
+            import_weights(policy.chunks, policy.spec, self.layout, HfCheckpoint(model.path))
+        return policy
+
+
+def stop_token_ids(tokenizer: Any, model_path: Path | None) -> tuple[int, ...]:
+    """The tokenizer's end of sequence, and the ends that the generation_config.json of a published model names."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    if model_path is not None and (model_path / "generation_config.json").exists():
+        named = read_json(model_path / "generation_config.json").get("eos_token_id")
+        ids.update([named] if isinstance(named, int) else named or [])
+    if not ids:
+        raise UserError("the tokenizer has no end-of-sequence token: responses could not end; use another tokenizer")
+    return tuple(sorted(ids))

@@ -1,0 +1,77 @@
+"""k graded samples of every problem, one row a problem (methods.md M6)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_s2d.artifacts import append_line, atomic_write_text, read_jsonl, truncate_jsonl_after
+from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.rollouts import Sampler, examples, response_metrics
+from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
+from megatron_s2d.train.metrics import Timer
+from megatron_s2d.verify import Graders
+
+ROWS_NAME = "evaluation.jsonl"
+_PARTIAL_NAME = "rounds.jsonl"
+
+
+def run_evaluation(
+    context: StageContext,
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    sampling: SamplingConfig,
+    seed: int,
+    problems_per_round: int,
+) -> None:
+    """Evaluate the final weights of the stage ``context.name``; rows go to ``evaluation.jsonl`` in its directory.
+
+    Rounds of problems are kept as they come, so a killed evaluation goes on with the next round.
+    """
+    partial = context.directory.path / _PARTIAL_NAME
+    policy = context.frozen(context.name)
+    params = context.sampling(sampling, context.config.model_of(context.name))
+    rounds = [prompts[i : i + problems_per_round] for i in range(0, len(prompts), problems_per_round)]
+    done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
+    dist.barrier()
+    if context.is_writer:
+        truncate_jsonl_after(partial, last=done)
+    log, timer = open_log(context.directory, done, None), Timer()
+    with Graders() as graders:
+        sampler = Sampler(policy, context.engine(policy), params, seed, context.tokenizer, graders)
+        for number, part in enumerate(rounds[done:], start=done + 1):
+            samples = sampler.sample(part, samples_per_prompt, 0)
+            if context.is_writer:
+                append_line(partial, json.dumps({"step": number, "rows": rows_of(part, samples)}))
+            tokens, times = sum(sample.response_length for sample in samples), timer.lap()
+            log.write(number, response_metrics(samples) | {"tokens_per_second": tokens / times["seconds"]} | times)
+            write_examples(context.directory, examples(number, samples, part, context.tokenizer))
+            if agree(context.stop()) and number < len(rounds):
+                raise Stopped(f"stopped after round {number} of {len(rounds)}")
+    if context.is_writer:
+        rows = [row for step in read_jsonl(partial) for row in step["rows"]]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write_text(context.directory.path / ROWS_NAME, text)
+
+
+def rows_of(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[dict]:
+    """One row a problem from samples that come problem by problem."""
+    k = len(samples) // len(prompts)
+    rows = []
+    for place, prompt in enumerate(prompts):
+        own = samples[place * k : (place + 1) * k]
+        rows.append(
+            {
+                "problem_id": prompt.id,
+                "domain": prompt.domain,
+                "rewards": [sample.reward for sample in own],
+                "response_lengths": [sample.response_length for sample in own],
+                "finish_reasons": [sample.finish_reason for sample in own],
+            }
+        )
+    return rows

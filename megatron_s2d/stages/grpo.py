@@ -1,0 +1,158 @@
+"""GRPO: stage 1 on the teacher, stage 3 on the bridged student, and the direct baseline (methods.md M1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_s2d.config.algorithm import GrpoConfig
+from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.objectives.advantages import group_relative, overlong_penalty, zero_variance_groups
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.objectives.terms import ResponseCounts, token_weights
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.rollouts import PromptStream, Sampler, examples, response_metrics
+from megatron_s2d.train.loop import StepData, train
+from megatron_s2d.train.policy import Policy
+from megatron_s2d.verify import Graders
+
+
+def run_grpo(context: StageContext) -> None:
+    """Sample groups, verify, update."""
+    stage: GrpoConfig = context.stage
+    policy = context.start_policy()
+    reference = _reference(context, stage)
+    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
+    engine = context.engine(policy)
+    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    with Graders() as graders:
+        sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders)
+        stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)
+        source = GradedGroups(stage, stream, sampler, reference)
+        train(policy, source, objective_of(stage), context.directory, context.settings(), engine=engine)
+    context.save_model(policy)
+
+
+def objective_of(stage: GrpoConfig):
+    """The stage's loss. With one update per round the sampled weights are the current ones: ratios start at 1."""
+    surrogate = Surrogate(
+        clip_low=stage.clip_low,
+        clip_high=stage.clip_high,
+        dual_clip=stage.dual_clip,
+        importance=stage.importance.mode,
+        importance_cap=stage.importance.cap,
+        on_policy=stage.updates_per_step == 1,
+    )
+    return grpo_objective(surrogate, kl_coefficient=stage.kl_coefficient)
+
+
+def _reference(context: StageContext, stage: GrpoConfig) -> Policy | None:
+    if stage.kl_coefficient == 0:
+        return None
+    if stage.reference is not None:
+        return context.frozen(stage.reference)
+    reference = context.start_policy()
+    reference.freeze()
+    return reference
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradedGroups:
+    """The live source: groups of graded responses with their advantages."""
+
+    stage: GrpoConfig
+    stream: PromptStream
+    sampler: Sampler
+    reference: Policy | None
+
+    def step(self, step: int) -> StepData:
+        """Sample, drop uninformative groups where asked for, score with the reference, compute advantages."""
+        stage = self.stage
+        samples, prompts, drawn = self._sample(step)
+        metrics = response_metrics(drawn)
+        if self.reference is not None:
+            scores = self.reference.score(samples)
+            samples = [
+                dataclasses.replace(sample, reference_log_probs=score)
+                for sample, score in zip(samples, scores, strict=True)
+            ]
+        samples, zero_variance = with_advantages(samples, stage)
+        metrics |= {"zero_variance_fraction": zero_variance, "samples_drawn": float(len(drawn))}
+        updates = split_updates(samples, stage.updates_per_step)
+        batches = [
+            UpdateBatch(part, {"policy_weight": policy_weights(part, stage.aggregation, stage.sampling)})
+            for part in updates
+        ]
+        return StepData(batches, metrics, examples(step, samples, prompts, self.sampler.tokenizer))
+
+    def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
+        """(samples to train on, their prompts, all samples drawn); whole groups, ``prompts_per_step`` of them."""
+        stage = self.stage
+        prompts = self.stream.of_step(step)
+        drawn = self.sampler.sample(prompts, stage.responses_per_prompt, step)
+        if not stage.dynamic_sampling_rounds:
+            return drawn, prompts, drawn
+        groups, seen = [drawn], {prompt.id for prompt in prompts}
+        all_prompts = list(prompts)
+        kept = _informative(drawn)
+        for round_ in range(1, stage.dynamic_sampling_rounds + 1):
+            missing = stage.prompts_per_step - len(kept) // stage.responses_per_prompt
+            more = self.stream.refill(step, round_, seen, missing) if missing else []
+            if not more:
+                break
+            seen |= {prompt.id for prompt in more}
+            found = self.sampler.sample(more, stage.responses_per_prompt, step)
+            offset = len(all_prompts)
+            found = [dataclasses.replace(sample, group=sample.group + offset) for sample in found]
+            all_prompts += more
+            groups.append(found)
+            kept += _informative(found)
+        drawn = [sample for part in groups for sample in part]
+        chosen = {sample.group for sample in kept}
+        # Where even the refills do not fill the batch, uninformative groups keep its size; their advantages are zero.
+        for sample in drawn:
+            if len(chosen) == stage.prompts_per_step:
+                break
+            chosen.add(sample.group)
+        return [sample for sample in drawn if sample.group in chosen], all_prompts, drawn
+
+
+def _informative(samples: Sequence[Sample]) -> list[Sample]:
+    rewards = np.array([sample.reward for sample in samples])
+    empty = set(zero_variance_groups(rewards, np.array([sample.group for sample in samples])).tolist())
+    return [sample for sample in samples if sample.group not in empty]
+
+
+def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[Sample], float]:
+    """Samples with group-relative advantages, and the fraction of groups whose rewards are all equal."""
+    rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
+    if stage.overlong is not None:
+        rewards = rewards + overlong_penalty(
+            np.array([sample.response_length for sample in samples]),
+            max_response_tokens=stage.sampling.max_response_tokens,
+            buffer_tokens=stage.overlong.buffer_tokens,
+            penalty=stage.overlong.penalty,
+        )
+    groups = np.array([sample.group for sample in samples])
+    found = group_relative(rewards, groups, normalize_by_std=stage.normalize_by_std)
+    advantages = [
+        dataclasses.replace(sample, advantages=np.where(sample.response_mask, value, 0.0).astype(np.float32))
+        for sample, value in zip(samples, found.advantages, strict=True)
+    ]
+    return advantages, found.num_zero_variance / found.num_groups
+
+
+def split_updates(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """``samples`` cut into ``parts`` mini-batches of whole groups, in order."""
+    groups = sorted({sample.group for sample in samples})
+    place = {group: index * parts // len(groups) for index, group in enumerate(groups)}
+    return [[sample for sample in samples if place[sample.group] == part] for part in range(parts)]
+
+
+def policy_weights(samples: Sequence[Sample], aggregation: str, sampling) -> np.ndarray:
+    """Weight of every response token of each sample, with the update's normaliser folded in."""
+    lengths = [sample.response_length for sample in samples]
+    return token_weights(lengths, aggregation, ResponseCounts.of(lengths), sampling.max_response_tokens)

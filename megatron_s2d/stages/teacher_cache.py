@@ -1,0 +1,148 @@
+"""The teacher cache: responses of a teacher with its distribution at every token (methods.md M2).
+
+The work is cut into rounds, each written as a small cache of its own, so a killed stage goes on with the next round; at
+the end they are joined into one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_s2d.artifacts import tree_digest
+from megatron_s2d.config.algorithm import TeacherCacheConfig
+from megatron_s2d.data.cache import CachedDistribution, CacheHeader, CacheWriter, TeacherCache
+from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.kl.logits import vocab_parallel_topk
+from megatron_s2d.records import Sample
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.rollouts import Sampler, examples, response_metrics
+from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
+from megatron_s2d.train.metrics import Timer
+from megatron_s2d.train.policy import Policy, gather_dicts
+
+OUTPUT_LAYER_NAME = "output_layer.safetensors"
+
+
+def run_teacher_cache(context: StageContext) -> None:
+    """Generate, score, write round by round; then join the rounds."""
+    stage: TeacherCacheConfig = context.stage
+    teacher = context.frozen(stage.teacher)
+    engine = context.engine(teacher)
+    params = context.sampling(stage.sampling, context.config.model_of(stage.teacher))
+    sampler = Sampler(teacher, engine, params, context.seed, context.tokenizer)
+    prompts = context.prompts(stage.prompts)
+    header = cache_header(context, stage, teacher)
+    rounds = [prompts[i : i + stage.prompts_per_round] for i in range(0, len(prompts), stage.prompts_per_round)]
+    parts = context.directory.path / "rounds"
+    done = count_rounds(parts)
+    log, timer = open_log(context.directory, done, None), Timer()
+    for number, part in enumerate(rounds[done:], start=done + 1):
+        samples = sampler.sample(part, stage.responses_per_prompt, number)
+        distributions = distributions_of(teacher, samples, header)
+        if context.is_writer:
+            with CacheWriter(round_path(parts, number), header) as writer:
+                for index, sample in enumerate(samples):
+                    writer.add(sample, distributions[index])
+        dist.barrier()
+        times = timer.lap()
+        tokens = sum(sample.response_length for sample in samples)
+        log.write(number, response_metrics(samples) | {"tokens_per_second": tokens / times["seconds"]} | times)
+        write_examples(context.directory, examples(number, samples, part, context.tokenizer))
+        if agree(context.stop()) and number < len(rounds):
+            raise Stopped(f"stopped after round {number} of {len(rounds)}")
+    if header.kind == "hidden":
+        save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
+    if context.is_writer:
+        join_rounds(parts, len(rounds), context.directory.cache_path, header)
+    dist.barrier()
+
+
+def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Policy) -> CacheHeader:
+    """What the cache will say of itself."""
+    sampled_at = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
+    vocab_size = teacher.spec.vocab_size
+    return CacheHeader(
+        kind=stage.kind,
+        teacher_digest=tree_digest(context.model_directory(stage.teacher)),
+        tokenizer_fingerprint=tokenizer_fingerprint(context.tokenizer),
+        template_fingerprint=template_fingerprint(context.tokenizer),
+        temperature=1.0 if stage.kind == "hidden" else sampled_at,
+        vocab_size=vocab_size,
+        k=min(stage.top_k, vocab_size) if stage.kind == "topk" else None,
+        hidden_size=teacher.spec.hidden_size if stage.kind == "hidden" else None,
+    )
+
+
+@torch.no_grad()
+def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader) -> dict[int, CachedDistribution]:
+    """The teacher at the response tokens of every sample, on all ranks; keys are places in ``samples``."""
+    if header.kind == "sampled":
+        scores = teacher.score(samples)
+        return {
+            index: CachedDistribution(log_probs=torch.from_numpy(score[sample.response_mask]))
+            for index, (sample, score) in enumerate(zip(samples, scores, strict=True))
+        }
+    batches = teacher.pack(samples, {})
+    states = teacher.hidden_states(batches)
+    found = {}
+    if teacher.layout.is_last_stage:
+        for batch, hidden in zip(batches, states, strict=True):
+            hidden = teacher.whole_sequences(hidden)
+            rows = [batch.per_sample(hidden)[place] for place in range(len(batch.indices))]
+            for index, row in zip(batch.indices, rows, strict=True):
+                mask = torch.from_numpy(samples[index].response_mask).to(row.device)
+                found[index] = _distribution(teacher, row[mask], header)
+    return gather_dicts(found if teacher.is_leader else {})
+
+
+def _distribution(teacher: Policy, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
+    """hidden [R, d] -> the fields of the cache's kind, on the CPU; collective over the tensor-parallel group."""
+    if header.kind == "hidden":
+        return CachedDistribution(hidden=hidden.cpu())
+    logits = hidden.float() @ teacher.output_weight.float().t()
+    if header.kind == "topk":
+        shard = teacher.shard
+        ids, log_probs, tail = vocab_parallel_topk(logits, header.k, shard, header.temperature)
+        return CachedDistribution(ids=ids.int().cpu(), log_probs=log_probs.float().cpu(), log_tail_mass=tail.float().cpu())
+    whole = torch.cat(list(teacher.shard.gather(logits)), dim=1)[:, : header.vocab_size]
+    return CachedDistribution(log_probs=torch.log_softmax(whole / header.temperature, dim=1).cpu())
+
+
+def save_output_layer(teacher: Policy, path: Path) -> None:
+    """The teacher's whole output layer as a safetensors file; collective."""
+    if teacher.layout.is_last_stage and teacher.layout.data_rank == 0:
+        whole = teacher.shard.gather(teacher.output_weight.detach()).flatten(0, 1)[: teacher.spec.vocab_size]
+        if teacher.is_leader:
+            temporary = path.with_name(path.name + ".partial")
+            save_file({"weight": whole.cpu().contiguous().clone()}, temporary)
+            temporary.rename(path)
+    dist.barrier()
+
+
+def round_path(parts: Path, number: int) -> Path:
+    """Directory of round ``number`` (counted from 1)."""
+    return parts / f"round_{number:05d}"
+
+
+def count_rounds(parts: Path) -> int:
+    """Rounds that are complete; they are written in order."""
+    number = 0
+    while (round_path(parts, number + 1) / "header.json").exists():
+        number += 1
+    return number
+
+
+def join_rounds(parts: Path, count: int, target: Path, header: CacheHeader) -> None:
+    """One cache of all rounds; the rounds go when it stands."""
+    if not target.exists():
+        with CacheWriter(target, header) as writer:
+            for number in range(1, count + 1):
+                part = TeacherCache.open(round_path(parts, number), expect=header)
+                for sample in part.samples:
+                    writer.add(sample, part.distribution(sample))
+    shutil.rmtree(parts, ignore_errors=True)

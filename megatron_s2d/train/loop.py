@@ -1,0 +1,179 @@
+"""THE loop: samples, old log-probabilities, micro-batches, gradients, update, push, metrics, checkpoint.
+
+Every stage that trains calls ``train`` with a source of samples and an objective; the loop knows neither the method nor
+the layout, and all ranks run the same lines. What a step trains on is a function of its number and of the weights
+alone, so a run that was killed goes on from its last checkpoint with the same result as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.artifacts import StageDirectory, append_line, truncate_jsonl_after
+from megatron_s2d.config.training import CheckpointConfig
+from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.kl.teachers import TeacherSource
+from megatron_s2d.objectives.terms import Objective
+from megatron_s2d.parallel import device
+from megatron_s2d.rollout.engine import RolloutEngine
+from megatron_s2d.train.metrics import MetricsLog, Timer
+from megatron_s2d.train.policy import Policy
+
+ROLLOUTS_NAME = "rollouts.jsonl"
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its checkpoint is on disk and the same command goes on from it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepData:
+    """What one step trains on: the same on every rank."""
+
+    updates: Sequence[UpdateBatch]
+    metrics: Mapping[str, float]  # of the samples, such as reward and response_length
+    examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
+
+
+class SampleSource(Protocol):
+    """Where samples come from: data, a cache, or the live policy with verifier and scorers."""
+
+    def step(self, step: int) -> StepData:
+        """The samples of ``step`` (counted from 1); a function of the step and the weights. Collective."""
+        ...
+
+
+class Teacher(Protocol):
+    """A frozen distribution over the vocabulary, asked for per micro-batch."""
+
+    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> Sequence[TeacherSource | None]:
+        """One source for each micro-batch of this rank (None where the rank has no output layer). Collective."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How long, and where to."""
+
+    steps: int
+    checkpoint: CheckpointConfig
+    stop: Callable[[], bool] = lambda: False  # asked after every step on rank 0
+    tensorboard: Path | None = None
+
+
+def train(
+    policy: Policy,
+    source: SampleSource,
+    objective: Objective,
+    stage: StageDirectory,
+    settings: LoopSettings,
+    *,
+    teacher: Teacher | None = None,
+    engine: RolloutEngine | None = None,
+) -> None:
+    """Run a stage from its last checkpoint (or its start) to its last step. Collective.
+
+    ``policy`` is ready to train and holds the stage's starting weights. Raises ``Stopped``, and ``UserError`` for a
+    loss or gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays good.
+    """
+    position = resume(policy, stage)
+    updates = position["updates"]
+    if engine is not None:
+        engine.push(policy.chunks, updates)
+    log = open_log(stage, position["step"], settings.tensorboard)
+    timer = Timer()
+    for step in range(position["step"] + 1, settings.steps + 1):
+        with timer.section("samples"):
+            data = source.step(step)
+        with timer.section("score"):
+            batches_of_step = [with_old_log_probs(policy, objective, update) for update in data.updates]
+        reports = []
+        for update in batches_of_step:
+            with timer.section("teacher"):
+                batches = policy.pack(update.samples, update.weights)
+                distributions = None if teacher is None else teacher.distributions(update, batches)
+            with timer.section("train"):
+                learning_rate = policy.trainable.learning_rate
+                report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
+                report["grad_norm"] = policy.optim_step()
+            reports.append(report | {"learning_rate": learning_rate})
+            updates += 1
+        if engine is not None:
+            with timer.section("push"):
+                engine.push(policy.chunks, updates)
+        tokens = sum(update.num_tokens for update in data.updates)
+        log.write(step, summarise(reports, data.metrics, tokens, timer.lap()))
+        write_examples(stage, data.examples)
+        stopping = agree(settings.stop())
+        if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
+            save(policy, stage, {"step": step, "updates": updates}, settings.checkpoint.keep)
+        if stopping and step < settings.steps:
+            raise Stopped(f"stopped after step {step} of {settings.steps}")
+    log.close()
+
+
+def resume(policy: Policy, stage: StageDirectory) -> dict[str, Any]:
+    """Load the newest checkpoint of the stage into ``policy`` and return its position; at the start, zeros."""
+    found = stage.checkpoints()
+    if not found:
+        return {"step": 0, "updates": 0}
+    return policy.load(found[-1], with_optimizer=True)
+
+
+def save(policy: Policy, stage: StageDirectory, position: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of ``position`` and drop old ones; collective."""
+    target = stage.checkpoint_path(position["step"])
+    if not target.exists():
+        policy.save(target, position, with_optimizer=True)
+    if dist.get_rank() == 0:
+        stage.retain_checkpoints(keep)
+    dist.barrier()
+
+
+def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch) -> UpdateBatch:
+    """``update`` with the log-probabilities under the weights before the first update, where the objective has them."""
+    present = all(sample.old_log_probs is not None for sample in update.samples)
+    if present or "old_log_probs" not in objective.columns:
+        return update
+    scores = policy.score(update.samples)
+    samples = [
+        dataclasses.replace(sample, old_log_probs=values) for sample, values in zip(update.samples, scores, strict=True)
+    ]
+    return dataclasses.replace(update, samples=samples)
+
+
+def summarise(
+    reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
+) -> dict[str, float]:
+    """One row of metrics: the mean over the step's updates, what the source measured, and speed."""
+    row = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+    return row | dict(samples) | {"tokens_per_second": tokens / times["seconds"]} | dict(times)
+
+
+def open_log(stage: StageDirectory, step: int, tensorboard: Path | None) -> MetricsLog:
+    """The metrics of the stage, written by rank 0; rows and examples beyond ``step`` are dropped."""
+    if dist.get_rank() != 0:
+        return MetricsLog(None, step)
+    truncate_jsonl_after(stage.path / ROLLOUTS_NAME, last=step)
+    return MetricsLog(stage, step, tensorboard=tensorboard)
+
+
+def write_examples(stage: StageDirectory, examples: Sequence[str]) -> None:
+    """Append ``examples`` to the stage's rollouts, on rank 0."""
+    if dist.get_rank() == 0:
+        for line in examples:
+            append_line(stage.path / ROLLOUTS_NAME, line)
+
+
+def agree(stop: bool) -> bool:
+    """Whether rank 0 says stop; the same answer on every rank."""
+    flag = torch.tensor([int(stop)], device=device.device())
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())

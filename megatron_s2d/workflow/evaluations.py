@@ -1,0 +1,90 @@
+"""``s2d eval``: the numbers of finished evaluations, and the paired comparison of two, in one run or in two. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_s2d.artifacts import read_json
+from megatron_s2d.config.base import UserError
+from megatron_s2d.workflow.collect import EVALUATION_NAME
+from megatron_s2d.workflow.contrasts import Evaluation, paired_comparison, read_evaluation
+from megatron_s2d.workflow.report_html import percent, points
+from megatron_s2d.workflow.results import ArmResult
+
+
+def find_evaluations(place: Path, arm: str | None) -> dict[str, Evaluation]:
+    """Name -> evaluation: of a file, of one arm (or stage) of a run, or of all arms of a run."""
+    if place.is_file():
+        return {arm or place.stem: read_evaluation(place)}
+    if not (place / "config.json").exists():
+        raise UserError(f"{place}: neither a run directory nor an evaluation.jsonl file")
+    arms: dict[str, str] = read_json(place / "config.json")["arms"]
+    if arm is not None:
+        return {arm: _read(place, arms.get(arm, arm), arm)}
+    stages = {path.parent.name for path in (place / "evaluations").glob(f"*/{EVALUATION_NAME}")}
+    found = {name: _read(place, stage, name) for name, stage in arms.items() if stage in stages}
+    found |= {stage: _read(place, stage, stage) for stage in sorted(stages - set(arms.values()))}
+    if not found:
+        raise UserError(f"{place}: no finished evaluation yet; run the workflow again to complete it")
+    return found
+
+
+def _read(place: Path, stage: str, name: str) -> Evaluation:
+    path = place / "evaluations" / stage / EVALUATION_NAME
+    if not path.exists():
+        known = sorted(item.parent.name for item in (place / "evaluations").glob(f"*/{EVALUATION_NAME}"))
+        raise UserError(f"{place}: no finished evaluation of '{name}' (evaluated stages: {', '.join(known) or 'none'})")
+    return read_evaluation(path)
+
+
+def show(place: Path, arm: str | None, *, as_json: bool, console: Console) -> None:
+    """Print avg@k and pass@k with standard errors."""
+    results = [ArmResult.from_evaluation(name, name, found) for name, found in find_evaluations(place, arm).items()]
+    if as_json:
+        print(json.dumps({result.name: result.as_json() for result in results}, indent=1))
+        return
+    table = Table("arm", "avg@k, %", "k", "problems", "pass@k, %", "tokens", "truncated")
+    for result in results:
+        largest = max(result.pass_at_k)
+        table.add_row(
+            result.name,
+            percent(result.avg),
+            str(result.k),
+            str(result.avg.num_problems),
+            percent(result.pass_at_k[largest]),
+            f"{result.response_length:.1f}",
+            f"{100 * result.truncated_fraction:.1f} %",
+        )
+    console.print(table)
+
+
+def compare(first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console) -> None:
+    """Print first minus second, problem by problem, for every name that both have (or for the two that are named)."""
+    left, right = find_evaluations(*first), find_evaluations(*second)
+    pairs = [(name, name) for name in left if name in right]
+    if first[1] is not None and second[1] is not None:
+        pairs = [(first[1], second[1])]
+    if not pairs:
+        raise UserError(f"{first[0]} and {second[0]} have no evaluation of the same name; give --arm and --against-arm")
+    rows = {f"{a} - {b}" if a != b else a: paired_comparison(left[a], right[b]) for a, b in pairs}
+    if as_json:
+        print(json.dumps({name: vars(row) for name, row in rows.items()}, indent=1))
+        return
+    table = Table("difference", "points", "interval", "p", "problems")
+    for name, row in rows.items():
+        low, high = row.interval
+        error = "" if row.std_err is None else f" ± {100 * row.std_err:.1f}"
+        table.add_row(
+            name, f"{points(row.difference)}{error}", f"{points(low)} to {points(high)}", f"{row.p_value:.3f}",
+            str(row.num_problems),
+        )
+    console.print(table)
+
+
+def run_arms(run_dir: Path) -> dict[str, str]:
+    """Arm -> stage of a run directory."""
+    return read_json(run_dir / "config.json")["arms"]

@@ -1,0 +1,85 @@
+"""``s2d generate``: responses of a finished stage's model, in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from megatron_s2d.artifacts import StageDirectory, read_json
+from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.records import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """What the command line asks for."""
+
+    run_dir: Path
+    stage: str  # or an arm
+    texts: tuple[str, ...]
+    data: str | None
+    limit: int
+    num_samples: int
+    temperature: float
+    max_response_tokens: int | None
+    seed: int
+
+
+def generate(request: GenerateRequest, console: Console) -> None:
+    """Load the stage's weights, sample, grade what has a label, print."""
+    config_path = request.run_dir / "config.json"
+    if not config_path.exists():
+        raise UserError(f"{request.run_dir}: not a run directory (no config.json)")
+    config = parse(WorkflowConfig, read_json(config_path), str(config_path))
+    stage = config.arms.get(request.stage, request.stage)
+    if stage not in config.stages:
+        raise UserError(f"{request.run_dir}: no stage or arm '{request.stage}' (stages: {', '.join(config.stages)})")
+    directory = StageDirectory(request.run_dir / "stages" / stage)
+    directory.finished()
+
+    from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
+    from megatron_s2d.stages.context import StageContext
+    from megatron_s2d.stages.rollouts import Sampler, response_text
+    from megatron_s2d.verify import Graders
+
+    initialize_distributed()
+    layout = build_layout(ParallelConfig())
+    context = StageContext(config, stage, directory, {stage: directory}, layout, request.run_dir / "tokenizer")
+    policy = context.frozen(stage)
+    prompts = _prompts(request, context)
+    update = {"temperature": request.temperature}
+    if request.max_response_tokens is not None:
+        update["max_response_tokens"] = request.max_response_tokens
+    params = context.sampling(config.evaluation.sampling.model_copy(update=update), config.model_of(stage))
+    with Graders() as graders:
+        labelled = all(prompt.verifier is not None for prompt in prompts)
+        sampler = Sampler(
+            policy, context.engine(policy), params, request.seed, context.tokenizer, graders if labelled else None
+        )
+        samples = sampler.sample(prompts, request.num_samples, 0)
+    for place, prompt in enumerate(prompts):
+        console.print(prompt.text, style="bold", markup=False, highlight=False)
+        for sample in samples[place * request.num_samples : (place + 1) * request.num_samples]:
+            verdict = f"   [{sample.verdict}]" if sample.verdict else ""
+            cut = "" if sample.finish_reason == "stop" else " ..."
+            console.print(
+                f"  {response_text(context.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False
+            )
+    shutdown_distributed()
+
+
+def _prompts(request: GenerateRequest, context) -> list[Prompt]:
+    if request.data is not None:
+        if request.data.partition("/")[0] not in context.config.data:
+            raise UserError(f"no entry '{request.data}' in the run's data ({', '.join(context.config.data)})")
+        return context.prompts(request.data)[: request.limit]
+    found = []
+    for number, text in enumerate(request.texts):
+        token_ids = np.asarray(context.tokenizer(text)["input_ids"], dtype=np.int64)
+        found.append(Prompt(f"prompt/{number}", token_ids, text, "prompt", None, None))
+    return found

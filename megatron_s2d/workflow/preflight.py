@@ -1,0 +1,272 @@
+"""Everything a run can get wrong that can be found without a GPU, and what it will need: checks, sizes, memory.
+
+No torch here (reading a published tokenizer may load it). What only a running job can show, such as the true peak of
+activations, is left to it; the memory figures are an estimate, and say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_s2d.config.algorithm import (
+    ForwardKlConfig,
+    GrpoConfig,
+    OpdConfig,
+    SupervisedConfig,
+    TeacherCacheConfig,
+)
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.prompts import is_corpus, prompts_of
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.models.families import check_layout, padded_vocab_size
+from megatron_s2d.records import Prompt
+from megatron_s2d.verify import VERIFIERS
+from megatron_s2d.workflow.ledger import Ledger
+from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank, by what they hold."""
+
+    weights: int  # trained model
+    gradients: int  # float32 buffers
+    optimizer: int  # Adam's moments and, in bfloat16, float32 masters, sharded over data ranks
+    frozen: int  # weights of teachers and references
+    activations: int  # of one micro-batch
+    cache: int  # keys and values while sampling
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What the checks found."""
+
+    config: WorkflowConfig
+    tokenizer: Any
+    stages: Sequence[str]  # that will run, inputs first
+    specs: Mapping[str, ModelSpec]  # entry of `models` -> architecture
+    prompts: Mapping[str, Sequence[Prompt]]  # entry or entry/half -> prompts
+    dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_tokens
+    totals: Mapping[str, int]  # job id -> rounds, of evaluations and caches
+    memory: Mapping[str, MemoryEstimate]  # stage -> estimate
+
+    @property
+    def ledger(self) -> Ledger:
+        """Which labels are used where."""
+        return Ledger(self.config, self.prompts)
+
+    def ledger_json(self) -> str:
+        """The ledger with the ids of all labelled prompts, for a file."""
+        entries = [dataclasses.asdict(entry) for entry in self.ledger.entries(self.stages)]
+        for entry in entries:
+            if entry["labels_used"]:
+                entry["prompt_ids"] = [prompt.id for prompt in self.prompts[entry["prompts"]]]
+        return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+
+
+def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
+    """Load tokenizer and data, check every stage; the first problem is a one-line ``UserError``."""
+    tokenizer = load_tokenizer(config.tokenizer, tokenizer_cache)
+    stages = needed_stages(config)
+    used_models = {config.model_of(name) for name in stages}
+    specs = {name: _resolve(config, name, len(tokenizer)) for name in config.models if name in used_models}
+    prompts, dropped = _load_prompts(config, stages, tokenizer)
+    for name in stages:
+        _check_stage(config, name, specs, prompts)
+    evaluation = config.evaluation
+    _check_graded(prompts[evaluation.prompts], f"evaluation.prompts: '{evaluation.prompts}'")
+    for name in evaluated_stages(config):
+        _check_length(config, f"evaluation of {name}", name, specs, prompts[evaluation.prompts], evaluation.sampling)
+    for index, gate in enumerate(config.gates):
+        _check_graded(prompts[gate.prompts], f"gates.{index}.prompts: '{gate.prompts}'")
+    memory = {name: estimate_memory(config, name, specs, prompts) for name in stages}
+    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, _totals(config, stages, prompts), memory)
+    found.ledger.check(stages)
+    return found
+
+
+def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
+    try:
+        spec = config.models[name].resolve(vocab_size)
+        check_layout(spec, config.parallel)
+    except UserError as error:
+        raise UserError(f"models.{name}: {error}") from None
+    return spec
+
+
+def _load_prompts(
+    config: WorkflowConfig, stages: Sequence[str], tokenizer: Any
+) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+    names = [config.evaluation.prompts, *(gate.prompts for gate in config.gates)]
+    for name in stages:
+        stage = config.stages[name]
+        names += [entry for entry in (getattr(stage, "prompts", None), getattr(stage, "data", None)) if entry]
+    prompts, dropped = {}, {}
+    for name in dict.fromkeys(names):
+        if not is_corpus(config.data[name.partition("/")[0]]):
+            found = prompts_of(config, name, tokenizer)
+            prompts[name], dropped[name] = found.prompts, found.dropped_too_long
+    return prompts, dropped
+
+
+def _check_stage(
+    config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec], prompts: Mapping[str, Sequence[Prompt]]
+) -> None:
+    stage = config.stages[name]
+    where = f"stages.{name}"
+    for relation in ("teacher", "reference", "cache"):
+        other = stage.inputs().get(relation)
+        if other is not None and not isinstance(stage, TeacherCacheConfig):
+            _check_same_vocabulary(config, where, name, relation, other, specs)
+    if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
+        _check_length(config, where, name, specs, prompts[stage.prompts], stage.sampling)
+    if isinstance(stage, GrpoConfig):
+        _check_graded(prompts[stage.prompts], f"{where}.prompts: '{stage.prompts}'")
+        if stage.overlong is not None and stage.overlong.buffer_tokens > stage.sampling.max_response_tokens:
+            raise UserError(f"{where}.overlong.buffer_tokens: larger than sampling.max_response_tokens")
+    if isinstance(stage, SupervisedConfig) and stage.data in prompts:
+        missing = [prompt.id for prompt in prompts[stage.data] if prompt.solution_token_ids is None]
+        if missing:
+            raise UserError(
+                f"{where}.data: {len(missing)} prompts of '{stage.data}' have no reference solution (for example "
+                f"{missing[0]}); name the `solution` column of the data"
+            )
+    if isinstance(stage, ForwardKlConfig):
+        cache = config.stages[stage.cache]
+        if cache.kind == "sampled":
+            raise UserError(f"{where}.cache: '{stage.cache}' is of kind sampled, which has no distributions to match")
+    batch = getattr(stage, "batch_size", None)
+    if batch is None and not isinstance(stage, TeacherCacheConfig):
+        batch = stage.prompts_per_step * stage.responses_per_prompt // stage.updates_per_step
+    if batch is not None and batch < config.parallel.data_parallel_size:
+        raise UserError(f"{where}: an update of {batch} responses is smaller than data_parallel_size "
+                        f"{config.parallel.data_parallel_size}; enlarge it")
+
+
+def _check_same_vocabulary(
+    config: WorkflowConfig, where: str, name: str, relation: str, other: str, specs: Mapping[str, ModelSpec]
+) -> None:
+    own, its = config.model_of(name), config.model_of(other)
+    if specs[own].vocab_size != specs[its].vocab_size:
+        raise UserError(
+            f"{where}.{relation}: model '{its}' has a vocabulary of {specs[its].vocab_size} and '{own}' one of "
+            f"{specs[own].vocab_size}: teacher and student must share one"
+        )
+
+
+def _check_length(
+    config: WorkflowConfig,
+    where: str,
+    stage: str,
+    specs: Mapping[str, ModelSpec],
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+) -> None:
+    model = config.model_of(stage)
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    needed, limit = len(longest.token_ids) + sampling.max_response_tokens, specs[model].max_position_embeddings
+    if needed > limit:
+        raise UserError(
+            f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_tokens "
+            f"{sampling.max_response_tokens} exceed the {limit} positions of model '{model}'; lower "
+            "lengths.max_prompt_tokens or sampling.max_response_tokens"
+        )
+
+
+def _check_graded(prompts: Sequence[Prompt], where: str) -> None:
+    for prompt in prompts:
+        if prompt.verifier is None or prompt.answer is None:
+            raise UserError(f"{where}: prompt {prompt.id} has no verifier or no answer; labels are needed here")
+        if prompt.verifier not in VERIFIERS:
+            raise UserError(f"{where}: unknown verifier '{prompt.verifier}' (known: {', '.join(VERIFIERS)})")
+
+
+def _totals(
+    config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]
+) -> dict[str, int]:
+    evaluation = config.evaluation
+    totals = {}
+    for name in stages:
+        stage = config.stages[name]
+        if isinstance(stage, TeacherCacheConfig):
+            totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.prompts_per_round)
+    for name in evaluated_stages(config):
+        totals[f"evaluations/{name}"] = math.ceil(len(prompts[evaluation.prompts]) / evaluation.problems_per_round)
+    for number, gate in enumerate(config.gates):
+        problems = min(gate.num_prompts, len(prompts[gate.prompts]))
+        totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.problems_per_round)
+    return totals
+
+
+def estimate_memory(
+    config: WorkflowConfig,
+    name: str,
+    specs: Mapping[str, ModelSpec],
+    prompts: Mapping[str, Sequence[Prompt]],
+) -> MemoryEstimate:
+    """Bytes of one rank while stage ``name`` runs."""
+    stage, parallel = config.stages[name], config.parallel
+    spec, size = specs[config.model_of(name)], _BYTES[config.precision]
+    own = parameters_per_rank(spec, config)
+    trained = own if not isinstance(stage, TeacherCacheConfig) else 0
+    frozen = sum(
+        parameters_per_rank(specs[config.model_of(other)], config)
+        for relation, other in stage.inputs().items()
+        if relation in ("teacher", "reference") and not (relation == "reference" and _unused_reference(stage))
+    )
+    if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0 and stage.reference is None:
+        frozen += own
+    per_token = spec.hidden_size * spec.num_layers * size // parallel.pipeline_model_parallel_size
+    factor = {"none": 34, "selective": 24, "full": 4}[config.models[config.model_of(name)].recompute]
+    activations = stage.micro_batch.max_tokens * per_token * factor // (2 * parallel.tensor_model_parallel_size)
+    cache = 0
+    if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
+        longest = max(len(prompt.token_ids) for prompt in prompts[stage.prompts]) + stage.sampling.max_response_tokens
+        tokens = min(config.rollout.max_batch_tokens, config.rollout.max_batch_size * longest)
+        shards = parallel.pipeline_model_parallel_size * min(parallel.tensor_model_parallel_size, spec.num_query_groups)
+        cache = 2 * tokens * spec.kv_size * spec.num_layers * size // shards
+    return MemoryEstimate(
+        weights=trained * size,
+        gradients=trained * 4,
+        optimizer=trained * (8 + (4 if size == 2 else 0)) // parallel.data_parallel_size,
+        frozen=frozen * size,
+        activations=activations if trained else activations // 8,
+        cache=cache,
+    )
+
+
+def _unused_reference(stage: Any) -> bool:
+    return (isinstance(stage, OpdConfig) and stage.reward_scale == 1.0) or (
+        isinstance(stage, GrpoConfig) and stage.kl_coefficient == 0
+    )
+
+
+def parameters_per_rank(spec: ModelSpec, config: WorkflowConfig) -> int:
+    """Parameters on the fullest rank: layers over pipeline and tensor ranks, experts over expert ranks, and one end."""
+    parallel = config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    embedding = padded_vocab_size(spec.vocab_size, tensor) * spec.hidden_size // tensor
+    ends = 1 if spec.tie_word_embeddings or parallel.pipeline_model_parallel_size > 1 else 2
+    attention = spec.hidden_size * (2 * spec.query_size + 2 * spec.kv_size) // tensor
+    norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
+    if spec.num_experts:
+        experts = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * spec.num_experts
+        mlp = spec.hidden_size * spec.num_experts + experts // parallel.expert_model_parallel_size
+    else:
+        mlp = 3 * spec.hidden_size * spec.ffn_hidden_size // tensor
+    layers = spec.num_layers // parallel.pipeline_model_parallel_size
+    return ends * embedding + spec.hidden_size + layers * (attention + norms + mlp)

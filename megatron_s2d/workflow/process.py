@@ -1,0 +1,145 @@
+"""One job on one rank: set up the process, run the stage or evaluation, mark it finished.
+
+``execute`` is what all ways of running share: ranks started here (``run.py``), or by torchrun and srun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from megatron_s2d.artifacts import StageDirectory, directory_lock, file_digest, tree_digest
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.parallel.layout import (
+    Layout,
+    build_layout,
+    initialize_distributed,
+    seed_everything,
+    shutdown_distributed,
+)
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.evaluate import ROWS_NAME, run_evaluation
+from megatron_s2d.stages.table import STAGES
+from megatron_s2d.train.loop import Stopped
+from megatron_s2d.workflow.plan import Job
+from megatron_s2d.workflow.ranks import Outcome, Rank
+
+_LOCK_WAIT_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run_in_own_process(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: Connection) -> None:
+    """Body of a process that runs one rank of one job; its ``Outcome`` goes to ``report``."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks us to stop in order
+    asked = StopOnSignal()
+    report.send(outcome_of(lambda: _run_rank(config, job, run_dir, place, asked)))
+    report.close()
+
+
+def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, asked: Callable[[], bool]) -> None:
+    torch.set_num_threads(config.threads_per_rank)
+    with contextlib.ExitStack() as stack:
+        if place.rank == 0:
+            # A killed runner's processes end with it, but not at once: never two writers in one directory.
+            stack.enter_context(directory_lock(job.directory.path, wait_seconds=_LOCK_WAIT_SECONDS))
+        initialize_distributed(rank=place.rank, world_size=place.world_size, rendezvous=place.rendezvous)
+        execute(config, job, run_dir, build_layout(config.parallel), asked)
+        shutdown_distributed()
+
+
+def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
+    """Run ``job`` on this rank; collective over the layout's ranks. The directory is marked finished at the end."""
+    started = time.perf_counter()
+    directory = job.directory
+    inputs = {id_.removeprefix("stages/"): StageDirectory(run_dir / id_) for id_ in job.inputs}
+    context = StageContext(config, job.stage, directory, inputs, layout, run_dir / "tokenizer", stop)
+    if context.is_writer:
+        directory.begin(job.resolved, job.inputs, {"seed": context.seed})
+    torch.distributed.barrier()
+    seed_everything(context.seed)
+    if job.is_stage:
+        STAGES[context.stage.type](context)
+    else:
+        _evaluate(context, job)
+    torch.distributed.barrier()
+    if context.is_writer:
+        seconds = time.perf_counter() - started
+        directory.finish({"key": job.key, "seconds": seconds, "outputs": _outputs(directory)})
+        shutil.rmtree(directory.checkpoints_path, ignore_errors=True)
+
+
+def _evaluate(context: StageContext, job: Job) -> None:
+    evaluation = context.config.evaluation
+    prompts_name, k, limit = evaluation.prompts, evaluation.samples_per_prompt, None
+    if job.gate is not None:
+        gate = context.config.gates[job.gate]
+        prompts_name, k, limit = gate.prompts, gate.samples_per_prompt, gate.num_prompts
+    run_evaluation(
+        context,
+        context.prompts(prompts_name)[:limit],
+        samples_per_prompt=k,
+        sampling=evaluation.sampling,
+        seed=context.config.seed * 1_000_003 + evaluation.seed,
+        problems_per_round=evaluation.problems_per_round,
+    )
+
+
+def _outputs(directory: StageDirectory) -> dict[str, str]:
+    """Digests of what later stages read."""
+    found = {}
+    for path in (directory.model_path, directory.cache_path):
+        if path.exists():
+            found[path.name] = tree_digest(path)
+    rows = directory.path / ROWS_NAME
+    if rows.exists():
+        found[rows.name] = file_digest(rows)
+    return found
+
+
+def outcome_of(action: Callable[[], None]) -> Outcome:
+    """Run ``action`` and say how it ended."""
+    try:
+        action()
+    except Stopped as stopped:
+        return Outcome("stopped", str(stopped))
+    except UserError as error:
+        return Outcome("error", str(error), traceback.format_exc())
+    except Exception as error:  # the boundary of the process: everything is reported, nothing swallowed
+        return Outcome("crash", f"{type(error).__name__}: {error}", traceback.format_exc())
+    return Outcome("finished")
+
+
+class StopOnSignal:
+    """True once this process was asked to stop (SIGTERM, or SIGUSR1 as schedulers send before a time limit)."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1:  # it ended before the call
+        os._exit(1)

@@ -1,0 +1,212 @@
+"""Executes a workflow: plan, checks, jobs in their order, results, report.
+
+Who waits for whom: the runner holds the run directory and starts ready jobs, at most ``num_workers`` at a time, each as
+``parallel.world_size`` processes forked from one server that has the libraries loaded. A job's ranks talk to each other
+only; each sends one ``Outcome`` to the runner when it ends, and the runner reads progress from the jobs' metrics files.
+Processes die with the server, the server with the runner. Under a launcher every rank runs all jobs one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_s2d.artifacts import (
+    atomic_write_json,
+    atomic_write_text,
+    directory_lock,
+    format_seconds,
+    library_versions,
+    read_json,
+)
+from megatron_s2d.config.base import UserError, dump, parse
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.train.metrics import Progress
+from megatron_s2d.workflow.collect import collect_results
+from megatron_s2d.workflow.plan import Job, make_plan
+from megatron_s2d.workflow.preflight import Preflight, check_workflow
+from megatron_s2d.workflow.ranks import ProcessServer, RankProcess
+from megatron_s2d.workflow.report import print_report, write_report
+
+_POLL_SECONDS = 0.25
+_LOCK_WAIT_SECONDS = 30.0
+
+
+class Interrupted(Exception):
+    """The user (or a scheduler) stopped the run; everything that was finished is kept."""
+
+
+class JobCrashed(Exception):
+    """A job's process ended without an outcome or with an unexpected exception; ``trace`` is its traceback."""
+
+    def __init__(self, text: str, trace: str):
+        super().__init__(text)
+        self.trace = trace
+
+
+def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> Path:
+    """Run what is not done yet, and write the report; returns its path. The same call goes on after any interruption.
+
+    Raises ``UserError`` (with the run's state intact), ``Interrupted``, or ``JobCrashed``.
+    """
+    started = time.perf_counter()
+    with directory_lock(run_dir, wait_seconds=_LOCK_WAIT_SECONDS, announce=console.print):
+        server = ProcessServer()
+        server.warm_up()
+        checked = check_workflow(config, run_dir / "tokenizer")
+        jobs = prepare(config, run_dir, console)
+        if any(job.is_pending for job in jobs):
+            _Runner(config, run_dir, jobs, checked.totals, server, console).run()
+        return finish(config, run_dir, jobs, checked, time.perf_counter() - started, console)
+
+
+def prepare(config: WorkflowConfig, run_dir: Path, console: Console) -> list[Job]:
+    """The plan; directories of jobs that changed are moved aside, with the reason."""
+    jobs = make_plan(config, run_dir)
+    for job in jobs:
+        if job.action == "rerun":
+            console.print(f"{job.id}: runs again, {job.reason}", markup=False, highlight=False, soft_wrap=True)
+            job.directory.supersede(job.reason)
+    reused = sum(not job.is_pending for job in jobs)
+    if reused:
+        console.print(f"{reused} of {len(jobs)} stages and evaluations are finished and reused", highlight=False)
+    atomic_write_json(run_dir / "config.json", dump(config))
+    return jobs
+
+
+def finish(
+    config: WorkflowConfig, run_dir: Path, jobs: list[Job], checked: Preflight, seconds: float, console: Console
+) -> Path:
+    """Results, report and table."""
+    environment = library_versions() | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    results = collect_results(config, run_dir, jobs, checked, seconds, environment)
+    page = write_report(run_dir, results)
+    atomic_write_text(run_dir / "ledger.json", checked.ledger_json())
+    print_report(results, console)
+    console.print(f"report: {page}   ({format_seconds(seconds)})", markup=False, highlight=False, soft_wrap=True)
+    return page
+
+
+@dataclasses.dataclass
+class _Running:
+    """A job with its processes."""
+
+    job: Job
+    ranks: list[RankProcess]
+    started: float
+
+
+class _Runner:
+    """Starts jobs whose inputs are finished, watches them, and stops all when one fails or the user asks."""
+
+    def __init__(
+        self,
+        config: WorkflowConfig,
+        run_dir: Path,
+        jobs: list[Job],
+        totals: Mapping[str, int],
+        server: ProcessServer,
+        console: Console,
+    ):
+        self._config, self._run_dir, self._totals, self._server = config, run_dir, totals, server
+        self._pending = [job for job in jobs if job.is_pending]
+        self._done = {job.id for job in jobs if not job.is_pending}
+        self._running: list[_Running] = []
+        self._progress = Progress(console)
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Until everything is done; raises what went wrong first."""
+        with _signals() as asked, self._progress:
+            while self._running or (self._pending and self._failure is None):
+                if asked() and self._failure is None:
+                    self._fail(Interrupted("stopped; the same command goes on from here"))
+                if self._failure is None:
+                    self._start_ready()
+                wait([rank.sentinel for item in self._running for rank in item.ranks], timeout=_POLL_SECONDS)
+                for item in list(self._running):
+                    self._look_at(item)
+                self._progress.refresh()
+        if self._failure is not None:
+            raise self._failure
+
+    def _start_ready(self) -> None:
+        for job in list(self._pending):
+            if len(self._running) >= self._config.num_workers:
+                return
+            if all(name in self._done for name in job.inputs):
+                self._pending.remove(job)
+                self._progress.add(job.id, self._totals.get(job.id, job.total), job.directory)
+                ranks = self._server.start(self._config, job, self._run_dir)
+                self._running.append(_Running(job, ranks, time.monotonic()))
+
+    def _look_at(self, item: _Running) -> None:
+        """Settle a job whose ranks have all ended, or of which one failed: then the others cannot go on."""
+        outcomes = [rank.outcome() for rank in item.ranks]
+        bad = next((found for found in outcomes if found is not None and found.word in ("error", "crash")), None)
+        if bad is None and None in outcomes:
+            return
+        for rank in item.ranks:
+            if bad is not None:
+                rank.kill()
+            rank.join()
+        self._running.remove(item)
+        self._progress.refresh()
+        if bad is not None:
+            self._progress.finish(item.job.id, "failed")
+            text = f"{item.job.id}: {bad.text}"
+            self._fail(UserError(text) if bad.word == "error" else JobCrashed(text, bad.trace))
+        elif all(found.word == "finished" for found in outcomes):
+            self._done.add(item.job.id)
+            self._progress.finish(item.job.id, f"done in {format_seconds(time.monotonic() - item.started)}")
+        else:
+            self._progress.finish(item.job.id, outcomes[0].text or "stopped")
+
+    def _fail(self, failure: Exception) -> None:
+        """Remember the first failure and ask every job to save a checkpoint and end."""
+        if self._failure is None:
+            self._failure = failure
+            for item in self._running:
+                for rank in item.ranks:
+                    rank.ask_to_stop()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second SIGINT ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def report_again(run_dir: Path, console: Console) -> None:
+    """Write the report of a run whose jobs are all finished."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f"{run_dir}: not a run directory (no config.json)")
+    config = parse(WorkflowConfig, read_json(path), str(path))
+    jobs = make_plan(config, run_dir)
+    missing = [job.id for job in jobs if job.is_pending]
+    if missing:
+        raise UserError(f"{run_dir}: {missing[0]} is not finished ({len(missing)} in all); run the workflow first")
+    results = run_dir / "results.json"
+    seconds = read_json(results)["wall_seconds"] if results.exists() else 0.0
+    finish(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)
