@@ -279,9 +279,12 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def _add_convert(commands) -> None:
-    from megatron_s2d.conversion.cli import add_parser
+    from megatron_s2d.conversion import cli
 
-    add_parser(commands)
+    cli.add_arguments(commands)
+    command = commands.choices["convert"]
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=cli.run)
 
 
 if __name__ == "__main__":

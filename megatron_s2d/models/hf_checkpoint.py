@@ -28,6 +28,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DIGESTS_NAME = "weights.sha256"
 
+EMBEDDING_NAME = "model.embed_tokens.weight"
+OUTPUT_NAME = "lm_head.weight"
+
 DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Weight dtypes of safetensors that are read and written."""
 
@@ -47,13 +50,18 @@ class TensorInfo:
     start: int
     stop: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
 
 class HfCheckpoint:
     """The weights of a Hugging Face directory; a ``WeightSource`` that holds no file open and no tensor."""
 
     def __init__(self, directory: str | Path):
         """Raises ``UserError`` for a missing, truncated or inconsistent file, and for missing, extra or wrongly shaped
-        tensors, naming the first."""
+        tensors, naming the first. An output layer stored beside the embedding that it is tied to must be its equal, and
+        is left out."""
         self.directory = Path(directory)
         self.spec: ModelSpec = spec_from_directory(self.directory)
         self.tensors: dict[str, TensorInfo] = {}
@@ -64,6 +72,7 @@ class HfCheckpoint:
                     raise UserError(f"{self.directory}: {name} is in {self.tensors[name].path.name} and {shard.name}")
                 self.tensors[name] = info
         self._check_index(index.get("weight_map"))
+        self._drop_tied_output()
         self._check_names_and_shapes()
 
     @property
@@ -73,7 +82,7 @@ class HfCheckpoint:
 
     def num_bytes_of(self, name: str) -> int:
         """Bytes of one tensor."""
-        return self.tensors[name].stop - self.tensors[name].start
+        return self.tensors[name].num_bytes
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -85,10 +94,10 @@ class HfCheckpoint:
         info = self.tensors[name]
         stop = info.shape[dim] if stop is None else stop
         if dim == 0:
-            row = (info.stop - info.start) // info.shape[0]
+            row = info.num_bytes // info.shape[0]
             content = read_bytes(info.path, info.start + start * row, (stop - start) * row)
             return content.view(info.dtype).view(stop - start, *info.shape[1:])
-        whole = read_bytes(info.path, info.start, info.stop - info.start).view(info.dtype).view(info.shape)
+        whole = read_bytes(info.path, info.start, info.num_bytes).view(info.dtype).view(info.shape)
         return whole.narrow(dim, start, stop - start)
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> int:
@@ -119,6 +128,18 @@ class HfCheckpoint:
             if name not in weight_map:
                 raise UserError(f"{self.directory}: {name} in {info.path.name} is not listed in {INDEX_NAME}")
 
+    def _drop_tied_output(self) -> None:
+        """Some tied models are published with the embedding stored twice (Qwen3 0.6B and 1.7B, for example)."""
+        output, embedding = self.tensors.get(OUTPUT_NAME), self.tensors.get(EMBEDDING_NAME)
+        if not self.spec.tie_word_embeddings or output is None or embedding is None:
+            return
+        if (output.dtype, output.shape) != (embedding.dtype, embedding.shape) or not _same_bytes(output, embedding):
+            raise UserError(
+                f"{self.directory}: {OUTPUT_NAME} differs from {EMBEDDING_NAME}, but config.json ties them "
+                "(tie_word_embeddings); correct the one or the other"
+            )
+        del self.tensors[OUTPUT_NAME]
+
     def _check_names_and_shapes(self) -> None:
         expected = dict(hf_tensor_shapes(self.spec))
         for name, shape in expected.items():
@@ -148,6 +169,15 @@ def read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return content
+
+
+def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
+    """Whether two tensors of one size are equal, compared block by block."""
+    for at in range(0, left.num_bytes, BLOCK):
+        count = min(BLOCK, left.num_bytes - at)
+        if not torch.equal(*(read_bytes(info.path, info.start + at, count) for info in (left, right))):
+            return False
+    return True
 
 
 def verify_digest(path: Path, expected: str, progress: Callable[[int], None] = lambda count: None) -> None:

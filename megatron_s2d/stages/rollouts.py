@@ -15,7 +15,7 @@ import numpy as np
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, RolloutEngine, SamplingParams, sample_seed
 from megatron_s2d.train.policy import Policy, gather_dicts
-from megatron_s2d.verify import Graders
+from megatron_s2d.verify import Graders, Verdict
 
 _EXAMPLES_PER_STEP = 2
 
@@ -85,11 +85,15 @@ class Sampler:
         return [merged[index] for index in range(len(requests))]
 
     def _grade(self, requests: Sequence[Request], samples: Sequence[Sample]) -> list[Sample]:
-        texts = [response_text(self.tokenizer, sample) for sample in samples]
-        verdicts = self.graders.grade([request.prompt for request in requests], texts)
+        """Samples with reward and verdict; a response that did not end is wrong, whatever it holds."""
+        ended = [place for place, sample in enumerate(samples) if sample.finish_reason == "stop"]
+        texts = [response_text(self.tokenizer, samples[place]) for place in ended]
+        verdicts = self.graders.grade([requests[place].prompt for place in ended], texts)
+        found = dict(zip(ended, verdicts, strict=True))
+        truncated = Verdict(0.0, "truncated")
         return [
             dataclasses.replace(sample, reward=verdict.reward, verdict=verdict.word)
-            for sample, verdict in zip(samples, verdicts, strict=True)
+            for sample, verdict in ((sample, found.get(place, truncated)) for place, sample in enumerate(samples))
         ]
 
 

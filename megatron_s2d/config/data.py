@@ -1,0 +1,73 @@
+"""Where prompts come from: a generated task family, or files. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config
+
+Schema = Literal["columns", "dapo", "deepmath", "gsm8k", "math500", "competition"]
+Template = Literal["math", "code", "plain"]
+
+
+class TaskSource(Config):
+    """Arithmetic modulo a prime, worked step by step (``data/tasks.py``)."""
+
+    type: Literal["task"] = "task"
+    task: Literal["modular_arithmetic"] = "modular_arithmetic"
+    split: Literal["pool", "heldout", "eval", "corpus"] = Field(
+        description="disjoint sets of problems: pool, heldout and eval are labelled prompts, corpus the noisy documents "
+        "of base training"
+    )
+    num_prompts: int = Field(1024, ge=1, description="problems drawn (a corpus has no end and ignores it)")
+    seed: int = Field(0, ge=0, description="of the problems drawn, not of the run")
+    modulus: int = Field(17, ge=3, le=997)
+    num_operations: int = Field(4, ge=1, le=16)
+    world_seed: int = Field(0, ge=0, description="of the corpus's misconceptions")
+    misconception_fraction: float = Field(0.25, ge=0, le=1, description="facts with one fixed wrong result")
+    misconception_rate: float = Field(0.65, ge=0, le=1, description="how often the corpus states that wrong result")
+    error_rate: float = Field(0.12, ge=0, le=1, description="how often another fact is stated with a random result")
+    direct_fraction: float = Field(0.25, ge=0, le=1, description="documents that give the answer without the steps")
+
+
+class Columns(Config):
+    """Names of the columns of a file; None where there is no such column."""
+
+    id: str | None = None
+    question: str = "question"
+    answer: str | None = "answer"
+    solution: str | None = None
+
+
+class FileSource(Config):
+    """JSON-lines or Parquet files, through ``datasets``."""
+
+    type: Literal["file"] = "file"
+    path: Path | list[Path] = Field(description="one or several .jsonl, .json or .parquet files")
+    schema_: Schema = Field(
+        "columns",
+        alias="schema",
+        description="columns (named in `columns`), or a published layout: dapo (DAPO-Math-17K), deepmath "
+        "(DeepMath-103K), gsm8k, math500, competition (AIME, HMMT)",
+    )
+    columns: Columns = Columns()
+    domain: str = Field("math", description="routes to a teacher and is reported separately")
+    verifier: str | None = Field("math", description="how answers are checked; null for prompts without labels")
+    template: Template = Field("math", description="what is put around the question (methods.md M7)")
+    system_prompt: str | None = None
+    limit: int | None = Field(None, ge=1, description="first rows only")
+    on_long_prompt: Literal["drop", "error"] = Field("drop", description="prompts beyond lengths.max_prompt_tokens")
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files, in order."""
+        return list(self.path) if isinstance(self.path, list) else [self.path]
+
+
+DataSource = Annotated[TaskSource | FileSource, Field(discriminator="type")]

@@ -1,0 +1,214 @@
+"""A generated, verifiable task: a start value in Z_p and k operations, worked step by step.
+
+Prompt ``v op d op d ... =``, response ``r1 ... rk [ rk ]`` and the end token; every residue is one token. The corpus of
+base training is noisy in a way that a model inherits: some facts (op, v, d) are misconceptions, stated mostly with one
+fixed wrong result, others are wrong now and then, and some documents answer without the steps. A model trained on it
+knows the right answer with low probability, which is the room that sparse reward needs.
+
+Problems are numbered; the splits are residue classes of a bijective hash of the number, so no problem is in two.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.data import TaskSource
+from megatron_s2d.records import Prompt
+
+OPERATORS = ("+", "-", "*")
+LARGEST_OPERAND = 9
+_SHARES = {"pool": (0, 40), "heldout": (40, 60), "eval": (60, 80), "corpus": (80, 100)}  # of 100 hash classes
+_BLOCK = 256  # corpus documents drawn together
+_MISCONCEPTIONS, _PROBLEMS, _DOCUMENTS = range(3)  # streams of random numbers
+
+
+def tokens_of(modulus: int) -> list[str]:
+    """The vocabulary: residues, operators, brackets and the two special tokens."""
+    # Operands 1 to 9 are written like residues; a small modulus needs tokens for the larger ones.
+    numbers = [str(value) for value in range(max(modulus, LARGEST_OPERAND + 1))]
+    return ["<pad>", "<eos>", *numbers, *OPERATORS, "=", "[", "]"]
+
+
+def task_prompts(source: TaskSource, tokenizer) -> list[Prompt]:
+    """The labelled problems of a split, the same for the same settings, in the order they are drawn."""
+    if source.split == "corpus":
+        raise UserError("the split corpus has documents, not prompts; name pool, heldout or eval")
+    rng = np.random.default_rng([source.seed, _PROBLEMS, *source.split.encode()])
+    numbers = _draw(source, rng, source.num_prompts)
+    values, operators, operands = _decode(source, numbers)
+    results = _work(source.modulus, values, operators, operands)
+    encode = _encoder(tokenizer, source.modulus)
+    found = []
+    for row, number in enumerate(numbers.tolist()):
+        words = _words(values[row], operators[row], operands[row])
+        found.append(
+            Prompt(
+                id=f"modular_arithmetic/{source.split}/{number}",
+                token_ids=encode(words),
+                text=" ".join(words),
+                domain="arithmetic",
+                verifier="modular_arithmetic",
+                answer=str(results[row, -1]),
+                solution_token_ids=encode([*_solution_words(results[row]), "<eos>"]),
+            )
+        )
+    return found
+
+
+def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> list[Prompt]:
+    """Documents ``start`` to ``start + count`` of the endless noisy corpus, each a function of its number."""
+    encode = _encoder(tokenizer, source.modulus)
+    found = []
+    for index in range(start, start + count):
+        block = _document_block(source, index // _BLOCK)
+        words, solution = block[index % _BLOCK]
+        found.append(
+            Prompt(
+                id=f"modular_arithmetic/corpus/{source.seed}/{index}",
+                token_ids=encode(words),
+                text=" ".join(words),
+                domain="arithmetic",
+                verifier=None,
+                answer=None,
+                solution_token_ids=encode(solution),
+            )
+        )
+    return found
+
+
+def check_answer(response: str, answer: str) -> tuple[float, str]:
+    """(1.0, "correct") for exactly one bracketed answer, at the very end, that is right; else 0.0 and why."""
+    words = response.split()
+    if words.count("[") != 1 or words.count("]") != 1:
+        return 0.0, "no_answer" if "[" not in words else "several_answers"
+    if words[-1] != "]" or len(words) < 3 or words[-3] != "[":
+        return 0.0, "malformed"
+    return (1.0, "correct") if words[-2] == answer else (0.0, "wrong")
+
+
+@functools.lru_cache(maxsize=16)
+def _document_block(source: TaskSource, block: int) -> list[tuple[list[str], list[str]]]:
+    """(prompt words, solution words) of the documents of one block."""
+    rng = np.random.default_rng([source.seed, _DOCUMENTS, block])
+    numbers = _draw(source, rng, _BLOCK)
+    values, operators, operands = _decode(source, numbers)
+    stated = _work(source.modulus, values, operators, operands, noise=(source, rng))
+    direct = rng.random(_BLOCK) < source.direct_fraction
+    found = []
+    for row in range(_BLOCK):
+        solution = _solution_words(stated[row])
+        found.append(
+            (
+                _words(values[row], operators[row], operands[row]),
+                [*(solution[-3:] if direct[row] else solution), "<eos>"],
+            )
+        )
+    return found
+
+
+def _num_problems(source: TaskSource) -> int:
+    return source.modulus * (len(OPERATORS) * LARGEST_OPERAND) ** source.num_operations
+
+
+def _draw(source: TaskSource, rng: np.random.Generator, count: int) -> np.ndarray:
+    """``count`` distinct problem numbers of the split."""
+    low, high = _SHARES[source.split]
+    available = _num_problems(source) * (high - low) // 100
+    if count > available // 2:
+        raise UserError(
+            f"{count} problems are asked for; the split {source.split} of modulus {source.modulus} with "
+            f"{source.num_operations} operations has about {available}: ask for at most half, or add operations"
+        )
+    found: dict[int, None] = {}
+    while len(found) < count:
+        numbers = rng.integers(0, _num_problems(source), size=8 * count, dtype=np.int64)
+        classes = _hash(numbers) % 100
+        found.update(dict.fromkeys(numbers[(classes >= low) & (classes < high)].tolist()))
+    return np.array(list(found)[:count], dtype=np.int64)
+
+
+def _hash(numbers: np.ndarray) -> np.ndarray:
+    """A mixing of 64-bit integers (the finaliser of splitmix64)."""
+    mixed = numbers.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _decode(source: TaskSource, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Problem numbers [n] -> start values [n], operator indices [n, k], operands [n, k]."""
+    rest, values = np.divmod(numbers, source.modulus)
+    choices = []
+    for _ in range(source.num_operations):
+        rest, choice = np.divmod(rest, len(OPERATORS) * LARGEST_OPERAND)
+        choices.append(choice)
+    choice = np.stack(choices, axis=1)
+    return values, choice // LARGEST_OPERAND, choice % LARGEST_OPERAND + 1
+
+
+def _work(
+    modulus: int,
+    values: np.ndarray,
+    operators: np.ndarray,
+    operands: np.ndarray,
+    noise: tuple[TaskSource, np.random.Generator] | None = None,
+) -> np.ndarray:
+    """Results after each operation [n, k]; with ``noise`` as the corpus states them (an error is carried on)."""
+    current, results = values, []
+    for step in range(operators.shape[1]):
+        operator, operand = operators[:, step], operands[:, step]
+        true = np.select(
+            [operator == 0, operator == 1], [current + operand, current - operand], current * operand
+        ) % modulus
+        if noise is not None:
+            source, rng = noise
+            fixed = _misconceptions(source)[operator, current, operand - 1]
+            wrong = np.where(fixed >= 0, fixed, (true + rng.integers(1, modulus, size=true.shape)) % modulus)
+            rate = np.where(fixed >= 0, source.misconception_rate, source.error_rate)
+            true = np.where(rng.random(true.shape) < rate, wrong, true)
+        current = true
+        results.append(current)
+    return np.stack(results, axis=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _misconceptions(source: TaskSource) -> np.ndarray:
+    """The fixed wrong result of every fact [operator, value, operand - 1]; -1 for a fact without one."""
+    rng = np.random.default_rng([source.world_seed, _MISCONCEPTIONS])
+    shape = (len(OPERATORS), source.modulus, LARGEST_OPERAND)
+    value, operand = np.arange(source.modulus)[:, None], np.arange(1, LARGEST_OPERAND + 1)[None, :]
+    true = np.stack([value + operand, value - operand, value * operand]) % source.modulus
+    wrong = (true + rng.integers(1, source.modulus, size=shape)) % source.modulus
+    return np.where(rng.random(shape) < source.misconception_fraction, wrong, -1)
+
+
+def _words(value: int, operators: np.ndarray, operands: np.ndarray) -> list[str]:
+    words = [str(value)]
+    for operator, operand in zip(operators, operands, strict=True):
+        words += [OPERATORS[operator], str(operand)]
+    return [*words, "="]
+
+
+def _solution_words(results: np.ndarray) -> list[str]:
+    words = [str(result) for result in results]
+    return [*words, "[", words[-1], "]"]
+
+
+def _encoder(tokenizer, modulus: int):
+    """words -> int64 token ids; far quicker than the tokenizer for words that are tokens."""
+    table = _table(tokenizer, modulus)
+    return lambda words: np.array([table[word] for word in words], dtype=np.int64)
+
+
+def _table(tokenizer, modulus: int) -> dict[str, int]:
+    known = tokenizer.get_vocab()
+    missing = [word for word in tokens_of(modulus) if word not in known]
+    if missing:
+        raise UserError(
+            f"the tokenizer has no token '{missing[0]}': the task modular_arithmetic with modulus {modulus} needs "
+            f"tokenizer: task:modular_arithmetic{'' if modulus == 17 else f'/{modulus}'}"
+        )
+    return known
