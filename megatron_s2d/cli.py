@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(text, options.debug, _EXIT_CRASH, getattr(error, "trace", ""))
 
 
+def _console() -> Console:
+    """The terminal; a file or a pipe gets wide lines rather than cut words."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def _fail(text: str, debug: bool, code: int, trace: str = "") -> int:
     if debug:
         sys.stderr.write(trace or traceback.format_exc())
@@ -132,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.run import run_workflow
 
     config, run_dir = _load(options)
-    run_workflow(config, run_dir, Console(soft_wrap=False))
+    run_workflow(config, run_dir, _console())
     return None
 
 
@@ -146,7 +152,7 @@ def _plan(options: argparse.Namespace) -> None:
     config, run_dir = _load(options)
     with tempfile.TemporaryDirectory() as scratch:
         checked = check_workflow(config, Path(scratch))
-    print_plan(checked, make_plan(config, run_dir), run_dir, Console())
+    print_plan(checked, make_plan(config, run_dir), run_dir, _console())
 
 
 # ---------------------------------------------------------------------------------------------------- eval
@@ -171,12 +177,12 @@ def _eval(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.evaluations import compare, show
 
     if options.against is None and options.against_arm is None:
-        show(options.run_dir, options.arm, as_json=options.json, console=Console())
+        show(options.run_dir, options.arm, as_json=options.json, console=_console())
         return
     other = options.against or options.run_dir
     compare(
         (options.run_dir, options.arm), (other, options.against_arm or options.arm),
-        as_json=options.json, console=Console(),
+        as_json=options.json, console=_console(),
     )
 
 
@@ -219,7 +225,7 @@ def _generate(options: argparse.Namespace) -> None:
             options.max_response_tokens,
             options.seed,
         ),
-        Console(),
+        _console(),
     )
 
 
@@ -236,7 +242,7 @@ def _add_report(commands) -> None:
 def _report(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.run import report_again
 
-    report_again(options.run_dir, Console())
+    report_again(options.run_dir, _console())
 
 
 def _add_doctor(commands) -> None:
@@ -254,7 +260,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_s2d.workflow.doctor import diagnose, print_diagnosis
 
     constraints = options.constraints or Path(__file__).resolve().parents[1] / "constraints.txt"
-    return print_diagnosis(diagnose(constraints), Console())
+    return print_diagnosis(diagnose(constraints), _console())
 
 
 def _add_cache(commands) -> None:
@@ -273,7 +279,7 @@ def _cache(options: argparse.Namespace) -> None:
     table = Table(show_header=False)
     for key, value in info.items():
         table.add_row(key, str(value))
-    Console().print(table)
+    _console().print(table)
     if options.action == "verify":
         print("every shard, row and sample matches its digest")
 
@@ -281,7 +287,7 @@ def _cache(options: argparse.Namespace) -> None:
 def _add_convert(commands) -> None:
     from megatron_s2d.conversion import cli
 
-    cli.add_arguments(commands)
+    cli.add_parser(commands)
     command = commands.choices["convert"]
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=cli.run)

@@ -182,7 +182,10 @@ def load_workflow(path: str | Path, overrides: list[str] | None = None) -> Workf
     document = apply_overrides(load_yaml(path), overrides or [])
     stages = document.get("stages")
     if isinstance(stages, dict):
-        document["stages"] = {name: _expand(name, stages, str(path), ()) for name in stages}
+        expanded = {name: _expand(name, stages, str(path), ()) for name in stages}
+        document["stages"] = {
+            name: {"role": name, **stage} if isinstance(stage, dict) else stage for name, stage in expanded.items()
+        }
     return parse(WorkflowConfig, document, str(path))
 
 
@@ -190,7 +193,7 @@ def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...
     """The stage with what it inherits through ``like: other`` filled in; mappings merge key by key, null removes."""
     stage = stages[name]
     if not isinstance(stage, dict) or "like" not in stage:
-        return {"role": name, **stage} if isinstance(stage, dict) else stage
+        return stage
     other = stage["like"]
     if other not in stages:
         raise UserError(f"{source}: stages.{name}.like: there is no stage '{other}' (stages: {', '.join(stages)})")

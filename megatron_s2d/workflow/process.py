@@ -35,6 +35,7 @@ from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.ranks import Outcome, Rank
 
+LOG_NAME = "log.txt"
 _LOCK_WAIT_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -42,6 +43,7 @@ _PR_SET_PDEATHSIG = 1
 def run_in_own_process(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: Connection) -> None:
     """Body of a process that runs one rank of one job; its ``Outcome`` goes to ``report``."""
     _die_with_parent()
+    _print_to(job.directory.path / LOG_NAME if place.rank == 0 else job.directory.path / f"rank{place.rank}-{LOG_NAME}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks us to stop in order
     asked = StopOnSignal()
     report.send(outcome_of(lambda: _run_rank(config, job, run_dir, place, asked)))
@@ -134,6 +136,15 @@ class StopOnSignal:
 
     def __call__(self) -> bool:
         return self._asked
+
+
+def _print_to(path: Path) -> None:
+    """Append what this process prints, libraries' warnings above all, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _die_with_parent() -> None:

@@ -39,7 +39,7 @@ class ProcessServer:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["megatron_s2d.workflow.process"])
+        self._context.set_forkserver_preload(["megatron_s2d.workflow.loading"])
 
     def warm_up(self) -> None:
         """Begin to load the libraries in the server."""

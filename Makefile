@@ -1,0 +1,57 @@
+# make quickstart   its own environment, then the whole workflow on this machine (about ten minutes on two cores)
+# make test         its own environment, then all tests
+# PYTHON=/path/to/python3.12 chooses the interpreter the environment is made with.
+
+SHELL := /bin/bash
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help env quickstart smoke test test-unit test-dist test-run clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+	@echo "make smoke        two arms in under two minutes"
+	@echo "make test-unit | test-dist | test-run | clean"
+
+# The first Python 3.12 of: PYTHON, the ones on PATH, pyenv's installed versions.
+$(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	fits() { "$$1" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }; \
+	if [ -n "$$python" ]; then \
+	  fits "$$python" || { echo "PYTHON=$$python is not a working Python 3.12: give the path of one" >&2; exit 1; }; \
+	else \
+	  for candidate in python3.12 python3 python $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python 2>/dev/null | sort -rV); do \
+	    if fits "$$candidate"; then python=$$candidate; break; fi; \
+	  done; \
+	  [ -n "$$python" ] || { echo "no Python 3.12 found on PATH or among pyenv's versions: install one, or give PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	fi; \
+	"$$python" -c 'import venv, ensurepip' 2>/dev/null || { echo "$$python lacks the venv module: install it (on Debian: python3.12-venv)" >&2; exit 1; }; \
+	echo "making $(VENV) with $$("$$python" --version) ($$python)"; \
+	"$$python" -m venv --clear $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+env: $(STAMP)
+
+quickstart: env
+	$(RUN)/s2d run configs/quickstart.yaml
+
+smoke: env
+	$(RUN)/s2d run configs/smoke.yaml
+
+test: env
+	$(RUN)/python -m pytest -q --durations=15
+
+test-unit: env
+	$(RUN)/python -m pytest -q tests/unit
+
+test-dist: env
+	$(RUN)/python -m pytest -q tests/dist
+
+test-run: env
+	$(RUN)/python -m pytest -q tests/run
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
