@@ -135,8 +135,12 @@ def _load(options: argparse.Namespace):
 def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         return _plan(options)
-    from megatron_s2d.workflow.run import run_workflow
+    from megatron_s2d.parallel.launch import is_launched
 
+    if is_launched():
+        from megatron_s2d.workflow.launched import run_workflow
+    else:
+        from megatron_s2d.workflow.run import run_workflow
     config, run_dir = _load(options)
     run_workflow(config, run_dir, _console())
     return None

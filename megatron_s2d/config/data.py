@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_s2d.config.base import Config
 
-Schema = Literal["columns", "dapo", "deepmath", "gsm8k", "math500", "competition"]
+Schema = Literal["columns", "dapo", "deepmath", "gsm8k", "math500", "competition", "humaneval", "mbpp_plus"]
 Template = Literal["math", "code", "plain"]
 
 
@@ -52,7 +52,7 @@ class FileSource(Config):
         "columns",
         alias="schema",
         description="columns (named in `columns`), or a published layout: dapo (DAPO-Math-17K), deepmath "
-        "(DeepMath-103K), gsm8k, math500, competition (AIME, HMMT)",
+        "(DeepMath-103K), gsm8k, math500, competition (AIME, HMMT), humaneval, mbpp_plus",
     )
     columns: Columns = Columns()
     domain: str = Field("math", description="routes to a teacher and is reported separately")
@@ -60,9 +60,18 @@ class FileSource(Config):
     template: Template = Field("math", description="what is put around the question (methods.md M7)")
     system_prompt: str | None = None
     limit: int | None = Field(None, ge=1, description="first rows only")
+    on_duplicate_id: Literal["drop", "error"] = Field(
+        "error", description="rows whose id came before; the published DAPO-Math-17K repeats its rows"
+    )
     on_long_prompt: Literal["drop", "error"] = Field("drop", description="prompts beyond lengths.max_prompt_tokens")
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+    @pydantic.model_validator(mode="after")
+    def _code_layouts(self) -> FileSource:
+        if self.schema_ in ("humaneval", "mbpp_plus") and self.verifier not in ("code", None):
+            raise ValueError(f"schema {self.schema_} has unit tests for labels; set verifier: code (or null)")
+        return self
 
     @property
     def paths(self) -> list[Path]:

@@ -82,9 +82,11 @@ def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> lis
 def check_answer(response: str, answer: str) -> tuple[float, str]:
     """(1.0, "correct") for exactly one bracketed answer, at the very end, that is right; else 0.0 and why."""
     words = response.split()
-    if words.count("[") != 1 or words.count("]") != 1:
-        return 0.0, "no_answer" if "[" not in words else "several_answers"
-    if words[-1] != "]" or len(words) < 3 or words[-3] != "[":
+    if "[" not in words:
+        return 0.0, "no_answer"
+    if words.count("[") > 1:
+        return 0.0, "several_answers"
+    if words.count("]") != 1 or words[-1] != "]" or len(words) < 3 or words[-3] != "[":
         return 0.0, "malformed"
     return (1.0, "correct") if words[-2] == answer else (0.0, "wrong")
 

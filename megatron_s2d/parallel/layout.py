@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.launch import is_launched, local_rank
 
 device.prepare()
 
@@ -100,7 +100,7 @@ def initialize_distributed(
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.capabilities().cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if rank is None else rank)
+        torch.cuda.set_device(local_rank() if rank is None else rank)
     if rank is None and is_launched():
         dist.init_process_group(device.backend(), timeout=timeout)
     else:
@@ -108,11 +108,6 @@ def initialize_distributed(
         dist.init_process_group(
             device.backend(), store=store, rank=rank or 0, world_size=world_size, timeout=timeout
         )
-
-
-def is_launched() -> bool:
-    """Whether a launcher (torchrun, srun) started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def shutdown_distributed() -> None:

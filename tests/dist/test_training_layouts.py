@@ -1,0 +1,73 @@
+"""A training run gives the same losses at every layout: TP, SP, PP, DP, EP and their combinations against one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+WORKER = Path(__file__).with_name("training_worker.py")
+RUNS = {1: ["tp1"], 2: ["tp2", "tp2sp", "pp2", "dp2", "ep2"], 4: ["tp2pp2", "tp2dp2sp"]}
+LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1"]
+
+# Losses, KLs and entropies are O(1) and summed in another order; gradient norms carry the same relative error.
+ABSOLUTE, RELATIVE = 2e-5, 2e-5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    results = {}
+    for ranks, names in RUNS.items():
+        output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        finished = subprocess.run(
+            [*command, str(WORKER), str(output), *names],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        results |= json.loads(output.read_text())
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(found, layout, scenario):
+    _assert_rows_agree(found[f"{layout}/{scenario}"], found[f"tp1/{scenario}"])
+
+
+@pytest.mark.dist
+def test_experts_spread_over_ranks_train_alike(found):
+    _assert_rows_agree(found["ep2/moe"], found["tp1/moe"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+def test_scores_and_cached_distributions_do_not_depend_on_the_layout(found, layout):
+    for mine, reference in zip(found[f"{layout}/scores"], found["tp1/scores"], strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)
+    for kind, rows in found[f"{layout}/cached"].items():
+        for mine, reference in zip(rows, found["tp1/cached"][kind], strict=True):
+            np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+@pytest.mark.dist
+def test_training_moved_the_model(found):
+    """Otherwise equal losses would show nothing."""
+    for scenario in ("supervised", "opd"):
+        losses = [row["loss"] for row in found[f"tp1/{scenario}"]]
+        assert losses[-1] < losses[0] - 1e-3
+
+
+def _assert_rows_agree(mine: list[dict], reference: list[dict]) -> None:
+    assert len(mine) == len(reference)
+    for row, expected in zip(mine, reference, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row:
+            assert row[name] == pytest.approx(expected[name], rel=RELATIVE, abs=ABSOLUTE), name

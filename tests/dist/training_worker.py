@@ -1,0 +1,157 @@
+"""Trains tiny models at the layouts named on the command line and writes what came out as JSON.
+
+Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
+arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.data.cache import CacheHeader
+from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.objectives.terms import ResponseCounts, token_weights
+from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
+from megatron_s2d.records import Sample
+from megatron_s2d.stages.teacher_cache import distributions_of
+from megatron_s2d.stages.teachers import ModelTeacher
+from megatron_s2d.train.policy import Policy
+
+VOCAB = 27  # no multiple of any tensor-parallel size
+STEPS = 3
+OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
+
+
+def parse_layout(name: str) -> ParallelConfig:
+    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep)(\d)", name)}
+    data = sizes.get("dp", 1) * sizes.get("ep", 1)  # experts are shared over data ranks
+    return ParallelConfig(
+        tensor_model_parallel_size=sizes.get("tp", 1),
+        pipeline_model_parallel_size=sizes.get("pp", 1),
+        expert_model_parallel_size=sizes.get("ep", 1),
+        data_parallel_size=data,
+        sequence_parallel="sp" in name,
+    )
+
+
+def samples(count: int = 13) -> list[Sample]:
+    rng = np.random.default_rng(5)
+    found = []
+    for index in range(count):
+        prompt, response = int(rng.integers(2, 7)), int(rng.integers(1, 9))
+        mask = np.arange(prompt + response) >= prompt
+        found.append(
+            Sample(
+                id=str(index),
+                prompt_id=str(index // 3),
+                group=index // 3,
+                domain="test",
+                seed=index,
+                token_ids=rng.integers(0, VOCAB, prompt + response),
+                response_mask=mask,
+                temperature=1.0,
+                finish_reason="stop",
+                advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
+            )
+        )
+    return found
+
+
+def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> Policy:
+    spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
+    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed)
+
+
+def weights(batch: list[Sample], aggregation: str) -> np.ndarray:
+    lengths = [sample.response_length for sample in batch]
+    return token_weights(lengths, aggregation, ResponseCounts.of(lengths), 8)
+
+
+def train(model: Policy, batch: list[Sample], objective, columns: dict, teacher=None) -> list[dict[str, float]]:
+    model.prepare_training(OPTIMIZER, STEPS)
+    rows = []
+    for _ in range(STEPS):
+        batches = model.pack(batch, columns)
+        distributions = teacher.distributions(None, batches) if teacher else None
+        count = sum(len(sample.token_ids) for sample in batch)
+        row = model.forward_backward(batches, objective, distributions, num_tokens=count)
+        rows.append(row | {"grad_norm": model.optim_step()})
+    return rows
+
+
+def supervised(layout: Layout, preset: str = "tiny-teacher"):
+    batch = samples()
+    return train(
+        policy(preset, layout, 1), batch, supervised_objective(), {"supervised_weight": weights(batch, "token_mean")}
+    )
+
+
+def grpo(layout: Layout):
+    model, reference = policy("tiny-llama", layout, 2), policy("tiny-llama", layout, 3)
+    reference.freeze()
+    batch = samples()
+    old, other = model.score(batch), reference.score(batch)
+    batch = [
+        dataclasses.replace(sample, old_log_probs=a - np.float32(0.05), reference_log_probs=b)
+        for sample, a, b in zip(batch, old, other, strict=True)
+    ]
+    columns = {"policy_weight": weights(batch, "seq_mean_token_mean")}
+    return train(model, batch, grpo_objective(Surrogate(), kl_coefficient=0.1), columns)
+
+
+def opd(layout: Layout):
+    teacher = policy("tiny-teacher", layout, 4)
+    teacher.freeze()
+    batch = samples()
+    columns = {"divergence_weight": weights(batch, "token_mean")}
+    student = policy("tiny-student", layout, 5)
+    return train(student, batch, divergence_objective("reverse_kl"), columns, ModelTeacher(teacher))
+
+
+def scores(layout: Layout):
+    return [score.tolist() for score in policy("tiny-llama", layout, 2).score(samples())]
+
+
+def cached(layout: Layout):
+    model = policy("tiny-teacher", layout, 4)
+    found = {}
+    for kind, extra in (("full", {}), ("topk", {"k": 5}), ("hidden", {"hidden_size": model.spec.hidden_size})):
+        header = CacheHeader(
+            kind=kind, teacher_digest="t", tokenizer_fingerprint="f", template_fingerprint="c", temperature=1.0,
+            vocab_size=VOCAB, **extra,
+        )
+        rows = distributions_of(model, samples(), header)
+        tensor = "hidden" if kind == "hidden" else "log_probs"
+        found[kind] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output, *names = sys.argv[1:]
+    initialize_distributed()
+    found = {}
+    for name in names:
+        layout = build_layout(parse_layout(name))
+        if "ep" in name or name == "tp1":
+            found[f"{name}/moe"] = supervised(layout, "tiny-moe")
+        if "ep" not in name:
+            for scenario in (supervised, grpo, opd, scores, cached):
+                found[f"{name}/{scenario.__name__}"] = scenario(layout)
+    if dist.get_rank() == 0:
+        with open(output, "w") as file:
+            json.dump(found, file)
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

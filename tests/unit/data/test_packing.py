@@ -1,0 +1,97 @@
+"""Micro-batches: every sample exactly once, equal counts on all data ranks, the one shift to labels."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.data.packing import pack, plan_micro_batches
+from megatron_s2d.records import Sample
+
+
+def sample(prompt: list[int], response: list[int], **fields) -> Sample:
+    length = len(prompt) + len(response)
+    return Sample(
+        id=fields.pop("id", "s"),
+        prompt_id="p",
+        group=0,
+        domain="d",
+        seed=0,
+        token_ids=np.array(prompt + response),
+        response_mask=np.arange(length) >= len(prompt),
+        temperature=fields.pop("temperature", 1.0),
+        finish_reason="stop",
+        **fields,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    data_size=st.integers(1, 5),
+    max_tokens=st.integers(1, 100),
+    multiple=st.sampled_from([1, 2, 4]),
+)
+def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, multiple):
+    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+    assert len({len(batches) for batches in plan}) == 1
+    dealt = sorted(index for batches in plan for batch in batches for index in batch)
+    assert dealt == list(range(len(lengths)))
+    for batch in (batch for batches in plan for batch in batches):
+        longest = -(-max((lengths[index] for index in batch), default=0) // multiple) * multiple
+        assert len(batch) <= 1 or len(batch) * longest <= max_tokens
+
+
+def test_labels_mask_and_columns_are_shifted_once():
+    log_probs = np.array([0, 0, -1, -2], dtype=np.float32)
+    (batch,) = pack(
+        [sample([5, 6], [7, 8], old_log_probs=log_probs, temperature=0.5), sample([9], [4], old_log_probs=log_probs[:2])],
+        weights={"policy_weight": np.array([0.25, 0.5])},
+        max_tokens=100,
+    )
+    sequence, rows = batch.shape
+    assert (sequence, rows) == (4, 2)
+    grid = lambda values: values.view(sequence, rows).t().tolist()  # noqa: E731
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
+    assert grid(batch.labels) == [[6, 7, 8, 0], [4, 0, 0, 0]]
+    assert grid(batch.response_mask) == [[False, True, True, False], [True, False, False, False]]
+    assert grid(batch.columns.old_log_probs) == [[0, -1, -2, 0], [0, 0, 0, 0]]
+    assert grid(batch.columns.policy_weight) == [[0, 0.25, 0.25, 0], [0.5, 0, 0, 0]]
+    assert grid(batch.temperature) == [[0.5] * 4, [1.0] * 4]
+    assert batch.num_tokens == 6
+
+
+def test_values_of_positions_come_back_by_sample():
+    samples = [sample([1, 2], [3, 4, 5]), sample([1], [2])]
+    (batch,) = pack(samples, weights={}, max_tokens=100)
+    for index, values in zip(batch.indices, batch.per_sample(batch.labels), strict=True):
+        assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
+
+
+def test_greedy_samples_are_scored_at_temperature_one():
+    (batch,) = pack([sample([1], [2], temperature=0.0)], weights={}, max_tokens=10)
+    assert batch.temperature == 1.0
+
+
+def test_a_rank_without_samples_gets_an_empty_micro_batch_of_the_same_columns():
+    one = [sample([1], [2], advantages=np.zeros(2, np.float32))]
+    batches = [
+        pack(one, weights={"policy_weight": np.ones(1)}, max_tokens=10, data_rank=rank, data_size=2) for rank in (0, 1)
+    ]
+    empty = next(batch for (batch,) in batches if not batch.indices)
+    assert empty.num_tokens == 0 and not empty.response_mask.any()
+    assert isinstance(empty.columns.advantages, torch.Tensor) and not empty.columns.policy_weight.any()
+
+
+def test_missing_columns_are_refused_where_they_count():
+    complete = sample([1], [2], advantages=np.ones(2, np.float32))
+    without = dataclasses.replace(complete, id="other", advantages=None)
+    with pytest.raises(UserError, match="sample other has no advantages"):
+        pack([complete, without], weights={"policy_weight": np.ones(2)}, max_tokens=10)
+    weights = {"policy_weight": np.array([1.0, 0.0]), "supervised_weight": np.array([0.0, 1.0])}
+    (batch,) = pack([complete, without], weights=weights, max_tokens=10)
+    assert float(batch.columns.advantages.sum()) == 1.0

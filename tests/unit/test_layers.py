@@ -1,0 +1,77 @@
+"""House rules that are tests: who may import whom, and what imports without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_s2d"
+
+# A module may import from its own layer and from the ones above it (CONTRIBUTING.md).
+LAYERS = [
+    ("config", "records", "artifacts"),
+    ("kl",),
+    ("objectives",),
+    ("parallel",),
+    ("models", "data", "verify"),
+    ("rollout",),
+    ("train",),
+    ("stages",),
+    ("workflow",),
+    ("cli",),
+]
+# Neighbours in one line of the table that must not know each other's insides but for these.
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("megatron_s2d."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("megatron_s2d.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_layers(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    allowed = {name for name, rank in RANK.items() if rank <= RANK[own]}
+    if own == "cli":
+        allowed.add("conversion")
+    assert imports_of(path) <= allowed, f"{own} may not import {imports_of(path) - allowed}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conversion").glob("*.py")), ids=lambda path: path.name)
+def test_conversion_stays_beside_the_trainer(path):
+    assert imports_of(path) <= {"config", "artifacts", "models", "parallel", "conversion"}
+
+
+def test_configuration_planning_and_launchers_import_without_torch():
+    modules = ["megatron_s2d.config.workflow", "megatron_s2d.workflow.plan", "megatron_s2d.workflow.preflight",
+               "megatron_s2d.workflow.run", "megatron_s2d.launchers", "megatron_s2d.cli"]
+    code = f"import sys\nfor name in {modules!r}: __import__(name)\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_environment_is_read_in_two_places():
+    allowed = {"parallel", "launchers"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] not in allowed:
+            text = path.read_text()
+            assert "os.environ" not in text and "getenv" not in text, path
+
+
+def test_files_and_functions_stay_readable():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "conversion").glob("*.py")]:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, f"{path} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 80, f"{path}: {node.name} is too long"

@@ -1,0 +1,126 @@
+"""The policy's verbs on one rank: gradients do not depend on micro-batches, scores equal whole logits, bad losses."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.objectives.terms import ResponseCounts, token_weights
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.records import Sample
+from megatron_s2d.stages.teachers import ModelTeacher
+from megatron_s2d.train.policy import Policy
+
+VOCAB = 27
+
+
+@pytest.fixture(scope="module")
+def layout():
+    initialize_distributed()
+    return build_layout(ParallelConfig())
+
+
+def policy(layout, preset="tiny-student", seed=1, max_tokens=64) -> Policy:
+    spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
+    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed)
+
+
+def samples(count: int = 9) -> list[Sample]:
+    rng = np.random.default_rng(3)
+    found = []
+    for index in range(count):
+        prompt, response = int(rng.integers(1, 6)), int(rng.integers(1, 8))
+        mask = np.arange(prompt + response) >= prompt
+        found.append(
+            Sample(
+                id=str(index), prompt_id="p", group=index // 3, domain="d", seed=0,
+                token_ids=rng.integers(0, VOCAB, prompt + response), response_mask=mask, temperature=0.7,
+                finish_reason="stop", advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
+            )
+        )
+    return found
+
+
+def gradients(layout, objective, column, aggregation, max_tokens, teacher=None) -> tuple[float, dict]:
+    model = policy(layout, max_tokens=max_tokens)
+    model.prepare_training(OptimizerConfig(lr=1e-3), 10)
+    batch = samples()
+    lengths = [sample.response_length for sample in batch]
+    weights = {column: token_weights(lengths, aggregation, ResponseCounts.of(lengths), 10)}
+    batches = model.pack(batch, weights)
+    distributions = ModelTeacher(teacher).distributions(None, batches) if teacher else None
+    count = sum(len(sample.token_ids) for sample in batch)
+    metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
+    found = {name: p.main_grad.clone() for name, p in model.trainable.chunks[0].named_parameters()}
+    return metrics["loss"], found
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("method", ["supervised", "grpo", "opd"])
+def test_gradients_do_not_depend_on_micro_batches(layout, method, aggregation):
+    teacher = None
+    if method == "supervised":
+        objective, column = supervised_objective(), "supervised_weight"
+    elif method == "grpo":
+        objective, column = grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight"
+    else:
+        objective, column, teacher = divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
+    loss, whole = gradients(layout, objective, column, aggregation, 10_000, teacher)
+    for max_tokens in (1, 24):
+        other_loss, cut = gradients(layout, objective, column, aggregation, max_tokens, teacher)
+        assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=2e-6)
+
+
+def test_the_gradient_is_that_of_the_plain_loss(layout):
+    """Against autograd through whole logits, in the definition's own words: mean over all response tokens."""
+    _, found = gradients(layout, supervised_objective(), "supervised_weight", "token_mean", 24)
+    model = policy(layout)
+    (chunk,) = model.chunks
+    total, count = 0.0, 0
+    for sample in samples():
+        tokens = torch.from_numpy(sample.token_ids)[None]
+        logits = chunk(tokens, None, None)[0, :, :VOCAB] / sample.temperature
+        losses = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+        mask = torch.from_numpy(sample.response_mask[1:])
+        total, count = total + losses[mask].sum(), count + int(mask.sum())
+    (total / count).backward()
+    for name, parameter in chunk.named_parameters():
+        torch.testing.assert_close(found[f"module.{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_are_log_softmax_of_whole_logits(layout):
+    model = policy(layout)
+    batch = samples()
+    for sample, score in zip(batch, model.score(batch), strict=True):
+        tokens = torch.from_numpy(sample.token_ids)[None]
+        with torch.no_grad():
+            logits = model.chunks[0](tokens, None, None)[0, :, :VOCAB] / sample.temperature
+        expected = torch.log_softmax(logits, -1)[:-1].gather(1, tokens[0, 1:, None]).squeeze(1).numpy()
+        mask = sample.response_mask[1:]
+        np.testing.assert_allclose(score[1:][mask], expected[mask], atol=2e-6)
+        assert not score[0] and not score[1:][~mask].any()
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing(layout):
+    model = policy(layout)
+    model.prepare_training(OptimizerConfig(lr=1e-3), 10)
+    before = {name: parameter.detach().clone() for name, parameter in model.chunks[0].named_parameters()}
+    bad = [dataclasses.replace(sample, advantages=sample.advantages * math.inf) for sample in samples()]
+    with np.errstate(invalid="ignore"):
+        bad = [dataclasses.replace(s, advantages=np.nan_to_num(s.advantages, nan=0.0, posinf=np.inf)) for s in bad]
+    batches = model.pack(bad, {"policy_weight": np.ones(len(bad))})
+    objective = grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0)
+    with pytest.raises(UserError, match="the loss is"):
+        model.forward_backward(batches, objective, num_tokens=10)
+    for name, parameter in model.chunks[0].named_parameters():
+        assert torch.equal(parameter, before[name])
