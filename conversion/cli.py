@@ -1,4 +1,7 @@
-"""``s2d convert import | export | check | inspect``: arguments and printed results."""
+"""``s2d convert import | export | check | inspect``: arguments and printed results.
+
+Parsing needs no torch; ``run`` imports what its command needs.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import argparse
 import json
 import re
 import sys
+from typing import TYPE_CHECKING
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.conversion.progress import Report, bar, silent
 
+if TYPE_CHECKING:
+    from megatron_s2d.conversion.convert import Converted
 
-def add_arguments(subparsers: argparse._SubParsersAction) -> None:
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``convert`` to the main command's sub-commands; the parsed arguments go to ``run``."""
     convert = subparsers.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     actions = convert.add_subparsers(dest="convert_action", required=True)
@@ -58,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import import_checkpoint
 
-    spec = import_checkpoint(
+    done = import_checkpoint(
         arguments.hf_directory,
         arguments.megatron_directory,
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
@@ -66,20 +72,26 @@ def _import(arguments: argparse.Namespace, report: Report) -> None:
         expert_model_parallel_size=arguments.expert_model_parallel_size,
         report=report,
     )
-    print(f"{arguments.megatron_directory}: {spec.family}, {spec.num_parameters:,} parameters")
+    _print_result(arguments.megatron_directory, done)
 
 
 def _export(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import export_checkpoint
 
-    spec = export_checkpoint(
+    done = export_checkpoint(
         arguments.megatron_directory,
         arguments.hf_directory,
         max_shard_bytes=arguments.max_shard_size,
         assets=arguments.assets,
         report=report,
     )
-    print(f"{arguments.hf_directory}: {spec.family}, {spec.num_parameters:,} parameters")
+    _print_result(arguments.hf_directory, done)
+
+
+def _print_result(directory: str, done: Converted) -> None:
+    print(f"{directory}: {done.spec.family}, {done.spec.num_parameters:,} parameters")
+    for note in done.notes:
+        print(f"note: {note}")
 
 
 def _check(arguments: argparse.Namespace, report: Report) -> None:
@@ -132,5 +144,5 @@ def parse_size(text: str) -> int:
     power = " KMGT".index(prefix.upper()) if prefix else 0
     size = int(float(number) * (1024 if binary else 1000) ** power)
     if size < 1:
-        raise UserError(f"{text}: a shard needs at least one byte")
+        raise argparse.ArgumentTypeError(f"{text!r}: a shard needs at least one byte")
     return size

@@ -31,9 +31,10 @@ from megatron_s2d.models.families import check_layout, hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.shards import join_shards
 
+_GENERATION_NAME = "generation_config.json"
+
 ASSETS = (
-    "config.json",
-    "generation_config.json",
+    _GENERATION_NAME,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -44,9 +45,17 @@ ASSETS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files beside the weights that a Hugging Face directory may hold and that travel with a conversion."""
+"""Files that a Hugging Face directory may hold beside weights and ``config.json``, and that travel with them."""
 
 _ASSETS_DIRECTORY = "hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote, and what it could not do, as sentences for the user."""
+
+    spec: ModelSpec
+    notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -57,8 +66,8 @@ def import_checkpoint(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     report: Report = silent,
-) -> ModelSpec:
-    """Write a Megatron checkpoint from a Hugging Face directory; returns the model.
+) -> Converted:
+    """Write a Megatron checkpoint from a Hugging Face directory.
 
     It loads at every layout; the sizes say for which one its chunks are cut, so that a rank reads only its own bytes.
     Dtypes are kept. Raises ``UserError`` for a damaged or unsupported source, sizes that do not divide the model, an
@@ -78,7 +87,7 @@ def import_checkpoint(
         if len({source.tensors[name].dtype for name in piece.entry.hf_names}) > 1:
             raise UserError(f"{hf_directory}: {' and '.join(piece.entry.hf_names)} are fused, but differ in dtype")
     with report("checking", source.num_bytes) as advance:
-        checked = source.verify_digests(advance)
+        unchecked = len(source.shards) - source.verify_digests(advance)
     with atomic_directory(megatron_directory) as target:
         writer = MegatronWriter(target, source.spec, parallel)
         with contextlib.closing(writer), report("importing", source.num_bytes) as advance:
@@ -86,11 +95,12 @@ def import_checkpoint(
                 for chunk in chunks:
                     writer.write(chunk)
                     advance(chunk.tensor.nbytes)
-            copied = _copy_assets(source.directory, target / _ASSETS_DIRECTORY)
-            sizes = {key: value for key, value in parallel.model_dump().items() if key.endswith("model_parallel_size")}
-            notes = {"layout": sizes, "assets": copied, "shards_with_verified_digest": checked}
-            writer.finish(notes)
-    return source.spec
+            _copy_files(("config.json", *ASSETS), source.directory, target / _ASSETS_DIRECTORY)
+            writer.finish()
+    if not unchecked:
+        return Converted(source.spec)
+    files = f"{unchecked} of {len(source.shards)} weight files"
+    return Converted(source.spec, (f"{files} have no recorded SHA-256: only their sizes and headers were checked",))
 
 
 def export_checkpoint(
@@ -100,12 +110,12 @@ def export_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     assets: str | Path | None = None,
     report: Report = silent,
-) -> ModelSpec:
-    """Write a Hugging Face directory from a Megatron checkpoint of any layout; returns the model.
+) -> Converted:
+    """Write a Hugging Face directory from a Megatron checkpoint of any layout, an import's or a training run's.
 
     Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model), else from the
-    import that made the checkpoint; without either, ``config.json`` is generated and there is no tokenizer. Optimizer
-    state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
+    import that made the checkpoint; without either, ``config.json`` and ``generation_config.json`` are generated and
+    there is no tokenizer. Optimizer state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
     """
     source = MegatronReader(megatron_directory)
     asset_directory = Path(assets) if assets is not None else source.directory / _ASSETS_DIRECTORY
@@ -128,9 +138,14 @@ def export_checkpoint(
                     writer.write(name, tensor)
                     advance(tensor.nbytes)
             writer.finish()
-        _copy_assets(asset_directory, target)
-        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return source.spec
+        copied = _copy_files(ASSETS, asset_directory, target)
+        if _GENERATION_NAME not in copied:
+            _write_json(target / _GENERATION_NAME, _generation_document(config))
+        # Last, because nothing loads a directory without it.
+        _write_json(target / "config.json", config)
+    if any("token" in name for name in copied):
+        return Converted(source.spec)
+    return Converted(source.spec, ("no tokenizer files: give a directory that has them with --assets",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +184,7 @@ def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dic
     path = Path(directory)
     if (path / SPEC_NAME).is_file():
         source = MegatronReader(path)
-        found = {"format": "megatron", "layout": _layout(source), "optimizer_state": source.has_optimizer_state}
+        found = {"format": "megatron", "layout": source.layout(), "optimizer_state": source.has_optimizer_state}
         num_bytes, digest = source.num_files_bytes, source.digest
     else:
         source = HfCheckpoint(path)
@@ -190,21 +205,14 @@ def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dic
 
 
 def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
-    for piece in pieces(source.spec):
-        yield from read_chunks(piece, source.spec, source, parallel.tensor_model_parallel_size)
+    tensor_size = parallel.tensor_model_parallel_size
+    for piece in pieces(source.spec, tensor_size):
+        yield from read_chunks(piece, source.spec, source, tensor_size)
 
 
 def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, torch.Tensor]]:
     for piece in source.pieces:
         yield from join_shards(piece.entry, source.spec, [source.read(piece)])
-
-
-def _layout(source: MegatronReader) -> dict[str, int]:
-    """The layout that an import was asked for; for a training checkpoint what its chunks tell."""
-    notes = source.directory / "conversion.json"
-    if notes.is_file():
-        return read_json(notes)["layout"]
-    return {"tensor_model_parallel_size": source.tensor_chunks()}
 
 
 def _same_model(left: ModelSpec, right: ModelSpec, left_name: Any, right_name: Any) -> None:
@@ -226,9 +234,20 @@ def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
     return document
 
 
-def _copy_assets(source: Path, target: Path) -> list[str]:
-    names = [name for name in ASSETS if (source / name).is_file()]
+def _generation_document(config: dict[str, Any]) -> dict[str, Any]:
+    """``generation_config.json`` in the form that transformers derives from a model's configuration."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"_from_model_config": True, **{name: config[name] for name in names if config.get(name) is not None}}
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_files(names: tuple[str, ...], source: Path, target: Path) -> list[str]:
+    """Copy those of ``names`` that ``source`` has; returns them."""
+    found = [name for name in names if (source / name).is_file()]
     target.mkdir(exist_ok=True)
-    for name in names:
+    for name in found:
         shutil.copyfile(source / name, target / name)
-    return names
+    return found

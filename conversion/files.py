@@ -1,4 +1,4 @@
-"""File objects for ``torch.save`` and ``torch.load`` (one hashes what is written, one is part of a file); reading ahead."""
+"""File objects for ``torch.save`` and ``torch.load`` (one hashes, one is part of a file), and reading ahead."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from megatron_s2d.models.hf_checkpoint import BLOCK
 
 T = TypeVar("T")
+
+_WINDOW = 64 * 2**20  # bytes of a written file that may lie in the page cache
 
 
 def read_ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
@@ -69,6 +71,7 @@ class HashedFile:
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=0)
         self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._let_go_to = 0
         self.digest = hashlib.sha256()
         self.length = 0
 
@@ -76,15 +79,26 @@ class HashedFile:
         """Write all of ``content`` (bytes or a buffer); returns its length."""
         view = memoryview(content).cast("B")
         hashed = self._hasher.submit(self.digest.update, view)
-        done = 0
         try:
+            done = 0
             while done < len(view):
-                done += self._file.write(view[done:])
+                done += self._file.write(view[done : done + BLOCK])
+                self._let_go(self.length + done)
         finally:
             # The buffer is the caller's again when this returns.
             hashed.result()
         self.length += len(view)
         return len(view)
+
+    def _let_go(self, position: int) -> None:
+        """Have the kernel start writing the last window to the disk, and drop the one before from the page cache.
+
+        Otherwise a conversion would push everything else out of memory, and wait for fresh pages most of its time.
+        """
+        if position - self._let_go_to >= _WINDOW:
+            start = max(0, self._let_go_to - _WINDOW)
+            os.posix_fadvise(self._file.fileno(), start, position - start, os.POSIX_FADV_DONTNEED)
+            self._let_go_to = position
 
     def flush(self) -> None:
         """Nothing is buffered; ``torch.save`` asks."""

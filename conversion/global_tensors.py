@@ -34,10 +34,13 @@ class Piece:
         return (*self.leading_shape, *self.shape)
 
 
-def pieces(spec: ModelSpec) -> Iterator[Piece]:
-    """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored."""
+def pieces(spec: ModelSpec, tensor_size: int = 1) -> Iterator[Piece]:
+    """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored.
+
+    ``tensor_size`` decides how far the vocabulary is padded.
+    """
     (embedding,) = global_entries(spec, "first")
-    vocabulary = (padded_vocab_size(spec.vocab_size, 1), spec.hidden_size)
+    vocabulary = (padded_vocab_size(spec.vocab_size, tensor_size), spec.hidden_size)
     yield Piece(embedding, "model." + embedding.parameter, (), (), vocabulary)
     for layer in range(spec.num_layers):
         for entry in layer_entries(spec, layer):

@@ -1,7 +1,7 @@
 """An independent proof of a conversion: transformers' model and the converted Megatron model compute the same logits.
 
-The two share no code but PyTorch: transformers reads the Hugging Face directory with its own loader, Megatron-Core reads
-the distributed checkpoint with its own. Both models are in memory at once, in float32, so this is for models that fit.
+The two share no code but PyTorch: transformers reads the Hugging Face directory with its own loader, Megatron-Core the
+distributed checkpoint with its own. Both models are in memory at once, in float32, so this is for models that fit.
 """
 
 from __future__ import annotations

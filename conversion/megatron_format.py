@@ -57,19 +57,17 @@ class Chunk:
 
 
 def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tensor_size: int) -> Iterator[Chunk]:
-    """The chunks of a parameter, from its Hugging Face tensors."""
-    cut = boxes(piece, tensor_size)
-    if piece.entry.rule == "gate_up":
-        # The largest parameters of most models: each box is read by itself, so that nothing is joined to be cut.
-        half = piece.shape[0] // 2
-        for number, ((row, column), (rows, columns)) in enumerate(cut):
-            name = piece.entry.hf_names[row // half]
-            tensor = source.read(name, 0, row % half, row % half + rows)
-            yield Chunk(piece, number, ((row, column), (rows, columns)), tensor)
-        return
-    parameter = read_shard(piece.entry, spec, source, 0, 1)
-    for number, (offset, size) in enumerate(cut):
-        tensor = parameter[tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))]
+    """The chunks of a parameter, from its Hugging Face tensors; each is read by itself where its bytes lie together."""
+    entry, half = piece.entry, piece.shape[0] // 2
+    whole = source.read(entry.hf_names[0]) if entry.rule == "columns" else None
+    for number, (offset, size) in enumerate(boxes(piece, tensor_size)):
+        if whole is not None:
+            tensor = whole.narrow(1, offset[1], size[1])
+        elif entry.rule == "gate_up":
+            name, row = entry.hf_names[offset[0] // half], offset[0] % half
+            tensor = source.read(name, 0, row, row + size[0])
+        else:
+            tensor = read_shard(entry, spec, source, number, tensor_size)
         if tensor.nbytes < tensor.untyped_storage().nbytes():
             # torch.save stores a view with all of its storage.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -110,17 +108,19 @@ class MegatronWriter:
         )
 
     def _file_name(self, piece: Piece, number: int) -> str:
-        """One file a pipeline stage and tensor rank, as if each rank had written its own."""
+        """One file a pipeline stage and tensor (for experts, expert) rank, as if each rank had written its own."""
         parallel, spec = self._parallel, self._spec
         stage = 0
         if piece.leading:
             stage = piece.leading[0] * parallel.pipeline_model_parallel_size // spec.num_layers
         elif not piece.key.startswith("model.embedding"):
             stage = parallel.pipeline_model_parallel_size - 1
-        writers = parallel.tensor_model_parallel_size
+        writers = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
+        if piece.entry.rule == "gate_up":
+            number %= parallel.tensor_model_parallel_size
         if piece.entry.expert is not None:
             number = piece.entry.expert * parallel.expert_model_parallel_size // spec.num_experts
-        return f"__{stage * writers + number % writers}_0.distcp"
+        return f"__{stage * writers + number}_0.distcp"
 
     def _append(self, name: str, index: MetadataIndex, record: Any) -> None:
         if name not in self._files:
@@ -130,8 +130,8 @@ class MegatronWriter:
         torch.save(record, file)
         self._storage[index] = _StorageInfo(name, start, file.length - start)
 
-    def finish(self, notes: dict[str, Any]) -> None:
-        """Write what makes the chunks a checkpoint; ``notes`` go into ``conversion.json``."""
+    def finish(self) -> None:
+        """Write what makes the chunks a checkpoint."""
         self._entries[_COMMON_KEY] = BytesStorageMetadata()
         self._append("__0_0.distcp", MetadataIndex(_COMMON_KEY), [{"content_metadata": {}}])
         for name, file in self._files.items():
@@ -147,7 +147,6 @@ class MegatronWriter:
         documents = {
             SPEC_NAME: self._spec.to_dict(),
             "position.json": {"step": 0, "updates": 0},
-            "conversion.json": notes,
             _INTEGRITY_NAME: {"algorithm": "sha256", "files": dict(sorted(self._digests.items()))},
         }
         for name, document in documents.items():
@@ -167,7 +166,8 @@ class MegatronReader:
         naming it."""
         self.directory = Path(directory)
         if not (self.directory / SPEC_NAME).is_file():
-            raise UserError(f"{self.directory}: not a Megatron checkpoint of this project (no {SPEC_NAME})")
+            hint = _hint(self.directory)
+            raise UserError(f"{self.directory}: not a Megatron checkpoint of this project (no {SPEC_NAME}){hint}")
         self.spec = ModelSpec.from_dict(read_json(self.directory / SPEC_NAME))
         self._digests = self._read_digests()
         # Before anything in it is looked at.
@@ -198,9 +198,24 @@ class MegatronReader:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self._digests.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def tensor_chunks(self) -> int:
-        """In how many parts an attention projection is stored: the tensor-parallel size that wrote the checkpoint."""
-        return len(self._chunks["model.decoder.layers.self_attention.linear_proj.weight", (0,)])
+    def layout(self) -> dict[str, int]:
+        """The layout that wrote the checkpoint, from how the attention's output projection is cut, and from how many
+        ranks wrote its layers, and the experts of one layer."""
+        key = "model.decoder.layers.self_attention.linear_proj.weight"
+        parts = [self._chunks[key, (layer,)] for layer in range(self.spec.num_layers)]
+        sizes = {
+            "tensor_model_parallel_size": len(parts[0]),
+            "pipeline_model_parallel_size": len({self._writer(key, part[0]) for part in parts}),
+        }
+        if self.spec.num_experts:
+            key = "model.decoder.layers.mlp.experts.experts.linear_fc2.weight"
+            parts = [self._chunks[key, (0, expert)] for expert in range(self.spec.num_experts)]
+            sizes["expert_model_parallel_size"] = len({self._writer(key, part[0]) for part in parts})
+        return sizes
+
+    def _writer(self, key: str, chunk: ChunkStorageMetadata) -> str:
+        """The rank that wrote a chunk, which is the first number in the file's name."""
+        return self._storage[key, tuple(chunk.offsets)].relative_path.split("_")[2]
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> None:
         """Hash every file; a ``UserError`` names one that is missing, truncated or corrupted."""
@@ -279,6 +294,13 @@ class MegatronReader:
             chunks = self._chunks.get((piece.key, piece.leading), [])
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(piece.shape) or _overlap(chunks):
                 raise UserError(f"{self.directory}: the parts of {piece.key} {piece.leading} do not make a whole")
+
+
+def _hint(directory: Path) -> str:
+    """Where the checkpoints are, for a directory that holds some."""
+    found = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{SPEC_NAME}"))
+    found = [path for path in found if not path.name.endswith(".partial")]
+    return f"; did you mean {found[-1]}?" if found else ""
 
 
 def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:

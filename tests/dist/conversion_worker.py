@@ -1,11 +1,13 @@
 """Loads checkpoints at several layouts on four ranks and saves one; started by test_conversion_layouts.py.
 
-Arguments: a directory with, per model, ``hf/`` (the checkpoint), ``tokens.pt``, ``logits.pt`` (what transformers
-computes) and ``megatron/`` (an import). Writes the largest differences found to ``results.json``.
+Arguments: a directory with, per model, ``hf/`` (the checkpoint), ``cases.pt`` (inputs, and the logits that transformers
+computes from them) and ``megatron/`` (an import). Writes the largest differences found to ``results.json``, and a
+checkpoint of every layout to ``saved/``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -40,8 +42,19 @@ LAYOUTS = {
 }
 
 
-def forward_step(model, tokens):
-    output = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
+@functools.cache
+def make_layout(name: str) -> layouts.Layout:
+    """Built once, because every process group has threads of its own."""
+    return layouts.build_layout(ParallelConfig(**LAYOUTS[name]))
+
+
+def forward_step(model, batch):
+    tokens, visible = batch
+    masked = None
+    if visible is not None:
+        length = tokens.size(1)
+        masked = ~(visible[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril())
+    output = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), masked)
 
     def result(logits, non_loss_data=False):
         logits = gather_from_tensor_model_parallel_region(logits)
@@ -52,58 +65,89 @@ def forward_step(model, tokens):
     return output, result
 
 
-def difference(chunks, layout, tokens, expected) -> float:
-    """Largest difference from ``expected`` over this job's ranks."""
+def difference(chunks, layout, case) -> float:
+    """Largest difference from the case's logits at visible positions, over this job's ranks."""
+    tokens, visible, expected = case["tokens"], case["visible"], case["logits"]
     largest = torch.zeros(())
-    outputs = forward_only(chunks, layout, forward_step, [tokens])
+    outputs = forward_only(chunks, layout, forward_step, [(tokens, visible)])
     if outputs:
-        largest = (outputs[0][..., : expected.size(-1)] - expected).abs().max()
+        errors = (outputs[0][..., : expected.size(-1)] - expected).abs()
+        largest = errors.max() if visible is None else errors[visible].max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
+
+
+def same_parameters(chunks, others) -> bool:
+    """Whether the parts of two models that all ranks hold are equal bit by bit."""
+    pairs = zip(chunks[0].named_parameters(), others[0].named_parameters(), strict=True)
+    equal = all(name == other_name and torch.equal(left, right) for (name, left), (other_name, right) in pairs)
+    count = torch.tensor(int(equal))
+    dist.all_reduce(count)
+    return int(count) == dist.get_world_size()
+
+
+def bfloat16_errors(spec, layout, source, case) -> list[float]:
+    """Mean distance of the bfloat16 logits from the float32 ones and from transformers' bfloat16 logits."""
+    chunks = build_model(spec, layout, params_dtype=torch.bfloat16)
+    import_weights(chunks, spec, layout, source)
+    found = torch.zeros(2)
+    outputs = forward_only(chunks, layout, forward_step, [(case["tokens"], None)])
+    if outputs:
+        logits = outputs[0][..., : spec.vocab_size].float()
+        found = torch.stack([(logits - case[key]).abs().mean() for key in ("logits", "bfloat16")])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def check_model(directory: Path) -> dict:
     source = HfCheckpoint(directory / "hf")
     spec = source.spec
-    tokens = torch.load(directory / "tokens.pt", weights_only=True)
-    expected = torch.load(directory / "logits.pt", weights_only=True)
-    found: dict = {"live": {}, "converted": {}, "exported": {}}
-    for name, fields in LAYOUTS.items():
+    cases = torch.load(directory / "cases.pt", weights_only=True)
+    found: dict = {"live": {}, "converted": {}, "exported": {}, "bfloat16": {}}
+    for name in LAYOUTS:
         if name.startswith("ep") and not spec.num_experts:
             continue
-        layout = layouts.build_layout(ParallelConfig(**fields))
+        layout = make_layout(name)
         live = build_model(spec, layout)
         import_weights(live, spec, layout, source)
-        found["live"][name] = difference(live, layout, tokens, expected)
+        found["live"][name] = {key: difference(live, layout, case) for key, case in cases.items()}
         tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
         equal = tensors.keys() == source.tensors.keys()
         found["exported"][name] = equal and all(torch.equal(tensors[key], source.read(key)) for key in tensors)
+        save_checkpoint(
+            directory / "saved" / name,
+            live,
+            layout,
+            model_spec=spec.to_dict(),
+            position={"step": 0, "updates": 0},
+        )
         converted = build_model(spec, layout)
         load_checkpoint(directory / "megatron", converted, layout, model_spec=spec.to_dict())
-        found["converted"][name] = difference(converted, layout, tokens, expected)
-    found["resharded"] = reshard(directory, spec, tokens)
+        found["converted"][name] = same_parameters(live, converted)
+        found["bfloat16"][name] = bfloat16_errors(spec, layout, source, cases["plain"])
+    found["resharded"] = reshard(directory, spec, cases["plain"]["tokens"])
     return found
 
 
 def reshard(directory: Path, spec, tokens) -> dict:
     """Train an update at TP2 x PP2 and save with the optimizer's state; load at TP1, save; load at TP4."""
-    layout = layouts.build_layout(ParallelConfig(**LAYOUTS["tp2pp2"]))
+    layout = make_layout("tp2pp2")
     chunks = build_model(spec, layout)
     import_weights(chunks, spec, layout, HfCheckpoint(directory / "hf"))
     trainable = TrainableModel(chunks, layout, OptimizerConfig(lr=1e-2), total_steps=1)
-    trainable.forward_backward(forward_step, [tokens])
+    trainable.forward_backward(forward_step, [(tokens, None)])
     trainable.update()
     position = {"step": 1, "updates": 1}
     save_checkpoint(
         directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable
     )
     digests = {"tp2pp2": weights(chunks, spec, layout)}
-    layout = layouts.build_layout(ParallelConfig(**LAYOUTS["tp1"]))
+    layout = make_layout("tp1")
     chunks = build_model(spec, layout)
     load_checkpoint(directory / "a", chunks, layout, model_spec=spec.to_dict())
     digests["tp1"] = weights(chunks, spec, layout)
     save_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position)
-    layout = layouts.build_layout(ParallelConfig(**LAYOUTS["tp4"]))
+    layout = make_layout("tp4")
     chunks = build_model(spec, layout)
     load_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict())
     digests["tp4"] = weights(chunks, spec, layout)

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import pickle
-import shutil
 
 import pytest
 
@@ -30,12 +29,15 @@ MODELS = {
     "llama": ("tiny-llama", {"vocab_size": 83}),
     "moe": ("tiny-moe", {"vocab_size": 67}),
 }
-LAYOUTS = {"one": {}, "tp2pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}}
+LAYOUTS = {"tp1pp1": (1, 1), "tp2pp2": (2, 2), "tp4pp1": (4, 1)}
 
 
-def make_hf(directory, name="qwen3", dtype=torch.bfloat16, max_shard_bytes=10**9, change=None):
-    """A random checkpoint; bytes are drawn too, so infinities, NaNs and subnormal numbers occur."""
-    preset, fields = MODELS[name]
+def make_hf(directory, name="qwen3", dtype=torch.bfloat16, max_shard_bytes=10**9, change=None, **more):
+    """A random checkpoint; bytes are drawn too, so infinities, NaNs and subnormal numbers occur.
+
+    ``change`` edits the tensors before they are written, ``more`` replaces fields of the model.
+    """
+    preset, fields = MODELS[name][0], {**MODELS[name][1], **more}
     spec = ModelConfig(preset=preset, **fields).resolve()
     generator = torch.Generator().manual_seed(1)
     tensors = {}
@@ -52,8 +54,10 @@ def make_hf(directory, name="qwen3", dtype=torch.bfloat16, max_shard_bytes=10**9
         writer.write(key, tensor)
     writer.finish()
     document = {**hf_config_from_spec(spec, str(dtype).removeprefix("torch.")), "_name_or_path": "kept"}
+    document["eos_token_id"] = [3, 5]
     (directory / "config.json").write_text(json.dumps(document))
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "generation_config.json").write_text('{"top_k": 17}')
     (directory / "training_args.bin").write_bytes(b"not to be copied")
     return directory
 
@@ -72,28 +76,38 @@ def same_bytes(left, right) -> None:
 def test_round_trip_is_bit_exact(tmp_path, name, dtype, layout):
     source = make_hf(tmp_path / "hf", name, dtype, max_shard_bytes=60_000)
     assert len(HfCheckpoint(source).shards) > 1
-    sizes = dict(LAYOUTS[layout])
+    sizes = dict(zip(("tensor_model_parallel_size", "pipeline_model_parallel_size"), LAYOUTS[layout], strict=True))
     if name == "moe":
-        sizes["expert_model_parallel_size"] = 2
+        sizes["expert_model_parallel_size"] = 4
     convert.import_checkpoint(source, tmp_path / "megatron", **sizes)
-    assert MegatronReader(tmp_path / "megatron").tensor_chunks() == sizes.get("tensor_model_parallel_size", 1)
+    assert convert.inspect_checkpoint(tmp_path / "megatron")["layout"] == sizes
     convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=80_000)
     same_bytes(source, tmp_path / "back")
     assert spec_from_directory(tmp_path / "back") == spec_from_directory(source)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["_name_or_path"] == "kept"
-    assert (tmp_path / "back" / "tokenizer.json").exists()
+    for file in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
     assert not (tmp_path / "back" / "training_args.bin").exists()
     assert convert.check_conversion(source, tmp_path / "megatron").num_tensors == len(HfCheckpoint(source).tensors)
 
 
 def test_safetensors_library_reads_the_export(tmp_path):
+    """Shards are no larger than asked for, unless they hold one tensor, and the index is that of the library."""
     safetensors = pytest.importorskip("safetensors.torch")
-    source = make_hf(tmp_path / "hf", max_shard_bytes=60_000)
-    checkpoint = HfCheckpoint(source)
-    found = {}
+    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=20_000)
+    checkpoint = HfCheckpoint(tmp_path / "back")
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == checkpoint.num_bytes
+    found, single = {}, 0
     for shard in checkpoint.shards:
-        assert shard.stat().st_size < 60_000 + 20_000
-        found.update(safetensors.load_file(shard))
+        tensors = safetensors.load_file(shard)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= 20_000 or len(tensors) == 1
+        single += size > 20_000
+        assert {index["weight_map"][name] for name in tensors} == {shard.name}
+        found.update(tensors)
+    assert 0 < single < len(checkpoint.shards)
     assert found.keys() == checkpoint.tensors.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor.view(torch.uint8), checkpoint.read(name).view(torch.uint8))
@@ -124,13 +138,65 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
     }
     assert found == expected
 
-    convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf")
+    done = convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf")
+    assert "--assets" in done.notes[0]
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"_from_model_config": True}
     convert.check_conversion(tmp_path / "hf", tmp_path / "trained")
     convert.import_checkpoint(tmp_path / "hf", tmp_path / "again", tensor_model_parallel_size=2)
     others = build_model(spec, layout, seed=5)
     load_checkpoint(tmp_path / "again", others, layout, model_spec=spec.to_dict())
     for (key, parameter), other in zip(chunks[0].named_parameters(), others[0].parameters(), strict=True):
         assert torch.equal(parameter, other), key
+
+
+def test_a_tied_output_layer_that_is_stored_too(tmp_path):
+    """As Qwen3 0.6B and 1.7B are published. It has to equal the embedding, and is not stored again."""
+
+    def twice(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def twice_but_one_bit(tensors):
+        twice(tensors)
+        tensors["lm_head.weight"].view(torch.int16)[-1, -1] ^= 1
+
+    source = make_hf(tmp_path / "hf", change=twice, tie_word_embeddings=True, max_shard_bytes=60_000)
+    other = make_hf(tmp_path / "other", change=twice_but_one_bit, tie_word_embeddings=True)
+    convert.import_checkpoint(source, tmp_path / "megatron")
+    convert.check_conversion(source, tmp_path / "megatron")
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    same_bytes(source, tmp_path / "back")
+    assert "lm_head" not in (tmp_path / "back" / "model.safetensors").read_bytes()[:20_000].decode(errors="replace")
+    refused(tmp_path, "lm_head.weight differs", lambda: convert.import_checkpoint(other, tmp_path / "m"))
+
+
+def test_a_tensor_parallel_size_that_pads_the_vocabulary_further(tmp_path):
+    """At 3 tensor ranks 101 rows become 120, at one 104; both load at one, and both give the same export."""
+    from megatron_s2d.models.build import build_model
+    from megatron_s2d.models.weights import import_weights
+    from megatron_s2d.parallel import layout as layouts
+    from megatron_s2d.parallel.checkpoint import load_checkpoint
+
+    fields = {"num_attention_heads": 6, "num_query_groups": 3, "ffn_hidden_size": 252}
+    source = make_hf(tmp_path / "hf", dtype=torch.float32, change=small, **fields)
+    convert.import_checkpoint(source, tmp_path / "megatron", tensor_model_parallel_size=3)
+    reader = MegatronReader(tmp_path / "megatron")
+    assert tuple(reader.entries["model.output_layer.weight"].size) == (120, 96)
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    same_bytes(source, tmp_path / "back")
+    layouts.initialize_distributed()
+    layout = layouts.build_layout(ParallelConfig())
+    loaded, live = (build_model(reader.spec, layout, seed=seed) for seed in (1, 2))
+    load_checkpoint(tmp_path / "megatron", loaded, layout, model_spec=reader.spec.to_dict())
+    import_weights(live, reader.spec, layout, HfCheckpoint(source))
+    for (key, parameter), other in zip(loaded[0].named_parameters(), live[0].parameters(), strict=True):
+        assert torch.equal(parameter, other), key
+
+
+def small(tensors):
+    """Numbers that a model can compute with."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in tensors.values():
+        tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.1, generator=generator)
 
 
 def renamed(tensors):
@@ -224,6 +290,31 @@ def test_corrupted_megatron_checkpoint(tmp_path, victim):
     refused(tmp_path, victim, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("tie_word_embeddings", True, "parameter model.output_layer.weight does not belong to the model"),
+        ("ffn_hidden_size", 999, "mlp.linear_fc1.weight is (4, 512, 96), the model needs (4, 1998, 96)"),
+        ("family", "llama", "k_layernorm.weight does not belong"),
+        ("num_layers", 5, "model.decoder.layers.self_attention.linear_qkv.layer_norm_weight is (4, 96)"),
+    ],
+)
+def test_every_parameter_of_a_megatron_checkpoint_is_accounted_for(tmp_path, field, value, words):
+    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    path = tmp_path / "megatron" / "model_spec.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+
+
+def test_a_parameter_missing_from_a_megatron_checkpoint(tmp_path):
+    source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
+    convert.import_checkpoint(source, tmp_path / "megatron")
+    path = tmp_path / "megatron" / "model_spec.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    words = "parameter model.output_layer.weight is missing"
+    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+
+
 class Hostile:
     def __reduce__(self):
         return (print, ("executed",))
@@ -247,6 +338,9 @@ def test_existing_target_and_foreign_directories(tmp_path):
     refused(tmp_path, "already exists", lambda: convert.import_checkpoint(source, tmp_path / "taken"))
     refused(tmp_path, "no config.json", lambda: convert.import_checkpoint(tmp_path / "taken", tmp_path / "m"))
     refused(tmp_path, "not a Megatron checkpoint", lambda: convert.export_checkpoint(source, tmp_path / "m"))
+    convert.import_checkpoint(source, tmp_path / "stage" / "checkpoints" / "step_00000003")
+    words = f"did you mean {tmp_path / 'stage' / 'checkpoints' / 'step_00000003'}?"
+    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "stage", tmp_path / "m"))
     refused(
         tmp_path,
         "num_attention_heads 4 cannot be divided by tensor_model_parallel_size 3",
@@ -277,31 +371,6 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
     assert seen
 
 
-def test_what_a_killed_conversion_leaves_does_not_load(tmp_path, monkeypatch):
-    """As after kill -9: no clean-up runs, the unfinished directory stays."""
-    source = make_hf(tmp_path / "hf", max_shard_bytes=60_000)
-    convert.import_checkpoint(source, tmp_path / "megatron")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
-        patch.setattr(convert.MegatronWriter, "finish", killed)
-        patch.setattr(convert.HfWriter, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            convert.import_checkpoint(source, tmp_path / "m2")
-        with pytest.raises(KeyboardInterrupt):
-            convert.export_checkpoint(tmp_path / "megatron", tmp_path / "h2", max_shard_bytes=60_000)
-    left = [path for path in tmp_path.iterdir() if path.name not in ("hf", "megatron")]
-    assert len(left) == 2 and not (tmp_path / "m2").exists() and not (tmp_path / "h2").exists()
-    for path in left:
-        with pytest.raises(UserError):
-            convert.inspect_checkpoint(path)
-    convert.import_checkpoint(source, tmp_path / "m2")
-    convert.check_conversion(source, tmp_path / "m2")
-
-
-def killed(*_):
-    raise KeyboardInterrupt
-
-
 def test_check_names_what_differs(tmp_path):
     source = make_hf(tmp_path / "hf", dtype=torch.float32)
     convert.import_checkpoint(source, tmp_path / "megatron")
@@ -320,11 +389,6 @@ def test_logits_comparison_sees_a_swapped_tensor(tmp_path):
     pytest.importorskip("transformers")
     from megatron_s2d.conversion.logits import compare_logits
 
-    def small(tensors):
-        generator = torch.Generator().manual_seed(2)
-        for tensor in tensors.values():
-            tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.1, generator=generator)
-
     def swapped(tensors):
         small(tensors)
         first, second = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
@@ -342,7 +406,7 @@ def test_logits_comparison_sees_a_swapped_tensor(tmp_path):
 def test_commands(tmp_path, capsys):
     source = make_hf(tmp_path / "hf", "moe")
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser.add_subparsers(dest="command"))
+    cli.add_parser(parser.add_subparsers(dest="command"))
 
     def s2d(*arguments):
         cli.run(parser.parse_args(["convert", *map(str, arguments)]))

@@ -101,7 +101,7 @@ def test_left_padding_is_invisible(name, tmp_path, layout):
     torch.testing.assert_close(found[visible], padded[visible], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied"])
+@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied", "moe"])
 def test_long_positions(name, tmp_path, layout):
     spec, reference, chunks = make_pair(name, tmp_path, layout)
     tokens = torch.randint(0, spec.vocab_size, (1, 3000))

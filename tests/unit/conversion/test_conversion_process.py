@@ -1,0 +1,146 @@
+"""Conversions in processes of their own: killed at any write, their peak memory, and parsing without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from megatron_s2d.config.base import UserError  # noqa: E402
+from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
+from megatron_s2d.conversion import convert  # noqa: E402
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
+from megatron_s2d.models.families import hf_tensor_shapes  # noqa: E402
+
+# Forks a process for every point; each runs a conversion and kills itself with SIGKILL there.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_s2d import artifacts
+from megatron_s2d.conversion import convert
+from megatron_s2d.conversion.files import HashedFile
+
+root = Path(sys.argv[1])
+write, rename = HashedFile.write, os.rename
+
+def run(direction, point):
+    writes = []
+
+    def counted(file, content):
+        writes.append(1)
+        if len(writes) == point:
+            # Half of what was to be written gets there.
+            file._file.write(memoryview(content).cast("B")[: len(memoryview(content).cast("B")) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, content)
+
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    HashedFile.write = counted
+    if point == "rename":
+        artifacts.os.rename = killed
+    if point == "finish":
+        convert.MegatronWriter.finish = convert.HfWriter.finish = killed
+    if direction == "import":
+        convert.import_checkpoint(root / "hf", root / f"import_{point}", tensor_model_parallel_size=2)
+    else:
+        convert.export_checkpoint(root / "megatron", root / f"export_{point}", max_shard_bytes=60_000)
+
+for direction in ("import", "export"):
+    for point in (1, 7, 30, "finish", "rename"):
+        child = os.fork()
+        if child == 0:
+            run(direction, point)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (direction, point, status)
+"""
+
+# Peak resident bytes of an import and an export above those of the imported modules.
+PEAK = """
+import resource, sys
+from megatron_s2d.conversion.convert import export_checkpoint, import_checkpoint
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+import_checkpoint(sys.argv[1] + "/hf", sys.argv[1] + "/megatron", tensor_model_parallel_size=2)
+imported = peak()
+export_checkpoint(sys.argv[1] + "/megatron", sys.argv[1] + "/back")
+print(imported - before, peak() - before)
+"""
+
+
+def write_random(directory, spec, dtype=torch.bfloat16) -> int:
+    """A random checkpoint without recorded digests; returns its bytes."""
+    directory.mkdir()
+    plan = [PlannedTensor(name, dtype, shape) for name, shape in hf_tensor_shapes(spec)]
+    writer = HfWriter(directory, plan, 10**9)
+    for tensor in plan:
+        writer.write(tensor.name, torch.randn(tensor.shape).to(dtype))
+    writer.finish()
+    (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "bfloat16")))
+    return writer.num_bytes
+
+
+def python(code: str, *arguments) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_what_a_killed_conversion_leaves_does_not_load(tmp_path):
+    spec = ModelConfig(preset="tiny-teacher", num_layers=4).resolve(101)
+    write_random(tmp_path / "hf", spec)
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    python(KILLED, tmp_path)
+    left = {path.name for path in tmp_path.iterdir()} - {"hf", "megatron"}
+    points = [f"{direction}_{point}" for direction in ("import", "export") for point in (1, 7, 30, "finish", "rename")]
+    # Hidden directories only; no target exists.
+    assert left == {f".{name}.partial" for name in points}
+    for name in points:
+        with pytest.raises(UserError):
+            convert.inspect_checkpoint(tmp_path / name)
+        if not name.endswith("rename"):
+            # Up to the rename not even what is hidden loads; at the rename it is complete.
+            with pytest.raises(UserError):
+                convert.inspect_checkpoint(tmp_path / f".{name}.partial")
+    convert.import_checkpoint(tmp_path / "hf", tmp_path / "import_7")
+    convert.check_conversion(tmp_path / "hf", tmp_path / "import_7")
+    convert.export_checkpoint(tmp_path / "import_7", tmp_path / "export_7")
+    assert {path.name for path in tmp_path.iterdir() if "_7" in path.name} == {"import_7", "export_7"}
+
+
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    """A checkpoint of 30 layers, 26 times as large as its largest layer or tensor, within four times that bound."""
+    spec = ModelConfig(
+        preset="tiny-teacher", num_layers=30, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8, head_dim=64
+    ).resolve(5000)
+    total = write_random(tmp_path / "hf", spec)
+    shapes = {name: 2 * torch.Size(shape).numel() for name, shape in hf_tensor_shapes(spec)}
+    bound = max(
+        sum(size for name, size in shapes.items() if ".layers.0." in name), shapes["model.embed_tokens.weight"]
+    )
+    assert total > 25 * bound
+    imported, both = map(int, python(PEAK, tmp_path).split())
+    assert imported < 4 * bound and both < 4 * bound, (imported / bound, both / bound)
+
+
+def test_parsing_needs_no_torch():
+    code = (
+        "import argparse, sys\n"
+        "from megatron_s2d.conversion import cli\n"
+        "parser = argparse.ArgumentParser()\n"
+        "cli.add_parser(parser.add_subparsers())\n"
+        "parser.parse_args(['convert', 'import', 'a', 'b', '--tensor-model-parallel-size', '2'])\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    assert python(code) == "[]\n"
