@@ -22,8 +22,8 @@ from megatron_s2d.records import Prompt
 
 TEMPLATES = {
     "math": "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-    "code": "{question}\nWrite Python code to solve the problem. Present the code in\n```python\nYour code\n```\nat the end.\n"
-    "You need to think first then write the Python code.",
+    "code": "{question}\nWrite Python code to solve the problem. Present the code in\n```python\nYour code\n```\n"
+    "at the end.\nYou need to think first then write the Python code.",
     "plain": "{question}",
 }
 

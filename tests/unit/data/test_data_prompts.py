@@ -1,0 +1,232 @@
+"""Files to prompts: layouts, templates, filters, and what is said of bad input."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.data import FileSource
+from megatron_s2d.data.prompts import load_prompts
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
+
+# Like that of Qwen3: an empty thought where thinking is off.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def _tokenizer(template=TEMPLATE):
+    special = ["<|im_start|>", "<|im_end|>", "<bos>"]
+    words = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<bos>", chat_template=template
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _tokenizer()
+
+
+def _source(path, **settings):
+    return parse(FileSource, {"type": "file", "path": path, **settings}, "test")
+
+
+def _write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _load(path, tokenizer, max_tokens=None, **settings):
+    return load_prompts(_source(path, **settings), tokenizer, max_prompt_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_named_columns(tmp_path, tokenizer, suffix):
+    rows = [{"key": "a", "q": "What is {1}?", "a": 1, "s": "It is 1."}, {"key": "b", "q": "2?", "a": 2, "s": "2."}]
+    path = _write(tmp_path / f"sums{suffix}", rows)
+    columns = {"id": "key", "question": "q", "answer": "a", "solution": "s"}
+    prompts = _load(path, tokenizer, columns=columns, domain="sums").prompts
+    assert [(p.id, p.answer, p.domain, p.verifier) for p in prompts] == [
+        ("sums/a", "1", "sums", "math"),
+        ("sums/b", "2", "sums", "math"),
+    ]
+    assert prompts[0].text == (
+        "<|im_start|>user\nWhat is {1}?\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert tokenizer.decode(prompts[0].token_ids) == prompts[0].text  # no second start token
+    assert tokenizer.decode(prompts[0].solution_token_ids) == "It is 1.<|im_end|>"
+
+
+def test_prompts_without_labels(tmp_path, tokenizer):
+    path = _write(tmp_path / "a.jsonl", [{"question": "Why?"}])
+    prompt = _load(path, tokenizer, verifier=None, columns={"answer": None}, template="plain").prompts[0]
+    assert (prompt.verifier, prompt.answer, prompt.solution_token_ids) == (None, None, None)
+    assert "user\nWhy?<|im_end|>" in prompt.text
+
+
+def test_without_a_chat_template_the_tokenizer_starts_the_text(tmp_path):
+    path = _write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "4"}])
+    plain = _tokenizer(template=None)
+    prompt = _load(path, plain, template="plain").prompts[0]
+    assert prompt.text == "Why?" and plain.decode(prompt.token_ids) == "<bos>Why?"
+
+
+def test_system_prompt_and_a_template_that_has_none(tmp_path, tokenizer):
+    path = _write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "4"}])
+    text = _load(path, tokenizer, system_prompt="Be brief.").prompts[0].text
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?")
+    strict = _tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
+    with pytest.raises(UserError, match="refuses a conversation of system, user: no system"):
+        _load(path, strict, system_prompt="Be brief.")
+
+
+DAPO_QUESTION = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "{form} where $Answer is the answer to the problem.\n\nFind $x$.\n\nIt is small.\n\nRemember to put your answer on "
+    'its own line after "Answer:".'
+)
+
+
+@pytest.mark.parametrize("form", ["$Answer (without quotes)", "\\boxed{$Answer}"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_dapo_in_both_published_forms(tmp_path, tokenizer, form, suffix):
+    messages = [{"role": "user", "content": DAPO_QUESTION.replace("{form}", form)}]
+    if suffix == ".parquet":
+        row = {
+            "data_source": "math_dapo", "prompt": messages, "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a9b"},
+        }
+    else:
+        row = {"prompt": messages, "label": "34"}
+    path = _write(tmp_path / f"dapo{suffix}", [row])
+    prompt = _load(path, tokenizer, schema="dapo").prompts[0]
+    assert prompt.answer == "34"
+    assert prompt.id == ("dapo/9a9b" if suffix == ".parquet" else "dapo/0")
+    assert "user\nFind $x$.\n\nIt is small.\nPlease reason step by step" in prompt.text
+    assert "Remember" not in prompt.text and "Solve the following" not in prompt.text
+    plain = _load(path, tokenizer, schema="dapo", template="plain").prompts[0]
+    assert messages[0]["content"] in plain.text and "Please reason" not in plain.text
+
+
+def test_rows_that_come_twice(tmp_path, tokenizer):
+    rows = [
+        {"prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "1"}, "extra_info": {"index": i}}
+        for q, i in [("a", "x"), ("b", "y"), ("a", "x"), ("c", "z"), ("b", "y")]
+    ]
+    path = _write(tmp_path / "dapo.parquet", rows)
+    with pytest.raises(UserError, match="row 3: the id 'dapo/x' comes twice.*on_duplicate_id: drop"):
+        _load(path, tokenizer, schema="dapo")
+    found = _load(path, tokenizer, schema="dapo", on_duplicate_id="drop")
+    assert [p.id for p in found.prompts] == ["dapo/x", "dapo/y", "dapo/z"] and found.dropped_duplicates == 2
+    assert len(_load(path, tokenizer, schema="dapo", on_duplicate_id="drop", limit=2).prompts) == 2
+
+
+def test_deepmath(tmp_path, tokenizer):
+    row = {"question": "Limit?", "final_answer": "0", "difficulty": 6.0, "topic": "t", "r1_solution_1": "So \\boxed{0}"}
+    prompt = _load(_write(tmp_path / "d.parquet", [row]), tokenizer, schema="deepmath").prompts[0]
+    assert prompt.answer == "0" and tokenizer.decode(prompt.solution_token_ids) == "So \\boxed{0}<|im_end|>"
+
+
+def test_gsm8k_labels(tmp_path, tokenizer):
+    path = _write(tmp_path / "g.jsonl", [{"question": "How many?", "answer": "2 * 600 = 1200\n#### 1,200"}])
+    assert _load(path, tokenizer, schema="gsm8k").prompts[0].answer == "1200"
+    path = _write(tmp_path / "h.jsonl", [{"question": "How many?", "answer": "1,200"}])
+    with pytest.raises(UserError, match="row 1: 'answer' has no '####'"):
+        _load(path, tokenizer, schema="gsm8k")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "schema", "count", "answer"),
+    [
+        ("math500", "math500", 500, "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("gsm8k_test", "gsm8k", 1319, "18"),
+        ("aime24", "competition", 30, "204"),
+        ("aime25", "competition", 30, "70"),
+        ("hmmt25_feb", "competition", 30, "103"),
+        ("hmmt25_nov", "competition", 30, "3"),
+    ],
+)
+def test_benchmark_files(name, schema, count, answer, tokenizer):
+    prompts = _load(DATA / f"{name}.jsonl", tokenizer, schema=schema).prompts
+    assert len(prompts) == count == len({p.id for p in prompts}) and prompts[0].answer == answer
+    assert all(p.answer for p in prompts)
+    assert all((p.solution_token_ids is not None) == (schema != "competition") for p in prompts)
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "count"), [("humaneval", 164), ("mbpp_plus", 378)])
+def test_code_files(name, count, tokenizer):
+    settings = {"schema": name, "verifier": "code", "domain": "code", "template": "code"}
+    prompts = _load(DATA / f"{name}.jsonl", tokenizer, **settings).prompts
+    assert len(prompts) == count
+    labels = [json.loads(p.answer) for p in prompts]
+    assert all(label["entry_point"] in p.text for p, label in zip(prompts, labels, strict=True) if name == "humaneval")
+    assert "Present the code in\n```python\nYour code\n```\nat the end." in prompts[0].text
+    if name == "mbpp_plus":
+        by_name = {label["entry_point"]: label for label in labels}
+        assert by_name["similar_elements"]["compare"] == "set"
+        assert by_name["similar_elements"]["example"] == "((3, 4, 5, 6), (5, 7, 4, 10))"
+        assert by_name["text_match_three"]["compare"] == "truth" and by_name["is_not_prime"]["compare"] == "equal"
+        assert by_name["volume_sphere"]["tolerance"] == 1e-4
+
+
+def test_the_length_filter(tmp_path, tokenizer):
+    rows = [{"question": "x" * length, "answer": "1"} for length in (1, 50, 2)]
+    path = _write(tmp_path / "a.jsonl", rows)
+    lengths = [len(p.token_ids) for p in _load(path, tokenizer).prompts]
+    assert lengths[1] == lengths[0] + 49
+    found = _load(path, tokenizer, max_tokens=lengths[1] - 1)
+    assert [p.id for p in found.prompts] == ["a/0", "a/2"] and found.dropped_too_long == 1
+    assert _load(path, tokenizer, max_tokens=lengths[1]).dropped_too_long == 0
+    with pytest.raises(UserError, match=f"a/1 has {lengths[1]} tokens, max_prompt_tokens is 40"):
+        _load(path, tokenizer, max_tokens=40, on_long_prompt="error")
+    with pytest.raises(UserError, match="no prompt of .* has at most max_prompt_tokens 3"):
+        _load(path, tokenizer, max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "settings", "message"),
+    [
+        ("none.jsonl", None, {}, "no such file"),
+        ("a.csv", "x", {}, "give a .jsonl, .json or .parquet file"),
+        ("a.jsonl", "", {}, "the file is empty"),
+        ("a.jsonl", "\n", {}, "no rows|cannot be read"),
+        ("a.jsonl", '{"question": "q"', {}, "cannot be read as json"),
+        ("a.parquet", "not parquet", {}, "cannot be read as parquet"),
+        ("a.jsonl", '{"problem": "q", "level": 1}', {}, r"no column 'question' .*\(columns: problem, level\)"),
+        ("a.jsonl", '{"question": "q"}', {"schema": "gsm8k"}, "no column 'answer' for schema gsm8k"),
+        ("a.jsonl", '{"question": "q", "answer": "1"}\n{"question": "q"}', {}, "row 2: 'answer' is empty"),
+        ("a.jsonl", "[1]", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: expected an object, found list"),
+        ("a.jsonl", "{", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: not valid JSON"),
+        ("a.jsonl", "{}", {"schema": "humaneval"}, "set verifier: code"),
+        ("a.jsonl", "{}", {"schema": "gsm9k"}, "schema"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, tokenizer, name, text, settings, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        _load(tmp_path / name, tokenizer, **settings)
+    assert "\n" not in str(caught.value)
