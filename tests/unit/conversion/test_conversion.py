@@ -149,6 +149,33 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
         assert torch.equal(parameter, other), key
 
 
+def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
+    """A run's checkpoint has no Hugging Face files, its tokenizer directory no ``config.json``: both are made."""
+    transformers = pytest.importorskip("transformers")
+    from megatron_s2d.data.tokenizer import load_tokenizer
+    from megatron_s2d.models.build import build_model
+    from megatron_s2d.parallel import layout as layouts
+    from megatron_s2d.parallel.checkpoint import save_checkpoint
+
+    tokenizer = load_tokenizer("task:modular_arithmetic", tmp_path)
+    spec = ModelConfig(preset="tiny-student").resolve(len(tokenizer))
+    layouts.initialize_distributed()
+    layout = layouts.build_layout(ParallelConfig())
+    chunks = build_model(spec, layout, seed=4)
+    position = {"step": 7, "updates": 7}
+    save_checkpoint(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position=position)
+    done = convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf", assets=tmp_path / "modular_arithmetic")
+    assert not done.notes
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.chat_template == tokenizer.chat_template
+    tokens = torch.randint(0, spec.vocab_size, (2, 9))
+    with layout.active(), torch.no_grad():
+        found = chunks[0].eval()(tokens, torch.arange(9).expand(2, 9), None)[..., : spec.vocab_size]
+        torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=1e-4)
+
+
 def test_a_tied_output_layer_that_is_stored_too(tmp_path):
     """As Qwen3 0.6B and 1.7B are published. It has to equal the embedding, and is not stored again."""
 

@@ -1,0 +1,68 @@
+"""Starts the s2d command as a user does, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+COMMAND = [sys.executable, "-m", "megatron_s2d.cli"]
+_TIMES = ("time", "tokens_per_second")
+
+
+def s2d(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run to the end; output is captured as text."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
+    )
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """Start and go on."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def metrics(run_dir: Path, job: str) -> list[dict]:
+    """Rows of a job without what depends on the clock."""
+    lines = (run_dir / job / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in _TIMES and not key.startswith("seconds")}
+        for line in lines
+    ]
+
+
+def wait_for(condition, timeout: float = 120) -> None:
+    """Poll until ``condition()`` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Live processes whose open files lie below ``run_dir``, such as ranks that write there."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            targets = [os.readlink(link) for link in (entry / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(target.startswith(str(run_dir)) for target in targets):
+            found.append(int(entry.name))
+    return found

@@ -1,0 +1,127 @@
+"""Kill the run at any moment: the same command goes on, with the result of an unbroken run, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from s2d import ROOT, SMOKE, environment, metrics, processes_of, s2d, start, wait_for
+
+JOBS = ["stages/teacher_base", "stages/rl_teacher", "stages/forward_kl", "stages/opd", "stages/stage3",
+        "stages/student_grpo", "evaluations/stage3", "evaluations/student_grpo"]
+
+
+def assert_equals_unbroken(run_dir, unbroken) -> None:
+    for job in JOBS:
+        assert metrics(run_dir, job) == metrics(unbroken, job), job
+    for arm in ("stage3", "student_grpo"):
+        mine = (run_dir / "evaluations" / arm / "evaluation.jsonl").read_bytes()
+        assert mine == (unbroken / "evaluations" / arm / "evaluation.jsonl").read_bytes()
+
+
+def count_rows(path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_kill_9_again_and_again(unbroken, tmp_path):
+    """Killed inside base training, GRPO, and the bridge, each between two checkpoints."""
+    run_dir = tmp_path / "killed"
+    for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
+        run = start("run", SMOKE, "--out", run_dir)
+        wait_for(lambda: count_rows(run_dir / job / "metrics.jsonl") >= rows or run.poll() is not None)  # noqa: B023
+        assert run.poll() is None, run.stdout.read()
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        wait_for(lambda: not processes_of(run_dir), timeout=10)
+        assert not (run_dir / job / "finished.json").exists(), "the job ended before the kill: use fewer rows"
+    finished = s2d("run", SMOKE, "--out", run_dir)
+    assert finished.returncode == 0, finished.stderr
+    lineage = json.loads((run_dir / "stages/opd/lineage.json").read_text())
+    assert len(lineage["resumed"]) == 1
+    assert_equals_unbroken(run_dir, unbroken)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(unbroken, tmp_path):
+    run_dir = tmp_path / "stopped"
+    run = start("run", SMOKE, "--out", run_dir)
+    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 7)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the same command goes on" in output
+    assert list((run_dir / "stages/teacher_base/checkpoints").glob("step_*"))
+    finished = s2d("run", SMOKE, "--out", run_dir)
+    assert finished.returncode == 0, finished.stderr
+    assert_equals_unbroken(run_dir, unbroken)
+
+
+def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
+    run_dir = tmp_path / "rank"
+    run = start("run", SMOKE, "--out", run_dir)
+    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 3)
+    victim = next(pid for pid in processes_of(run_dir / "stages/teacher_base") if pid != run.pid)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 3 and "ended with signal 9" in output
+    assert not processes_of(run_dir)
+
+
+def test_two_runs_of_one_directory_do_not_mix(tmp_path):
+    run_dir = tmp_path / "both"
+    first = start("run", SMOKE, "--out", run_dir)
+    wait_for(lambda: (run_dir / ".lock").exists() and (run_dir / ".lock").read_bytes())
+    second = start("run", SMOKE, "--out", run_dir)
+    time.sleep(3)
+    assert second.poll() is None, "the second waits for the first"
+    for run in (second, first):
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroken, tmp_path):
+    run_dir = tmp_path / "nan"
+    finished = s2d(
+        "run", SMOKE, "--out", run_dir, "--set", "stages.student_base.optimizer={lr: 1.0e+30, grad_clip: 0}",
+        "--set", "stages.student_base.checkpoint.interval_steps=1",
+    )
+    assert finished.returncode == 1
+    assert "stages/student_base: the " in finished.stderr and "Traceback" not in finished.stderr
+    assert not (run_dir / "stages/student_base/finished.json").exists()
+
+
+@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
+    run_dir = tmp_path / "ranks"
+    finished = s2d(
+        "run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "num_workers=1"
+    )
+    assert finished.returncode == 0, finished.stderr
+    for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
+        assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
+    results = json.loads((run_dir / "results.json").read_text())["arms"]
+    expected = json.loads((unbroken / "results.json").read_text())["arms"]
+    for name, arm in results.items():
+        assert abs(arm["avg_at_k"] - expected[name]["avg_at_k"]) < 4 * expected[name]["std_err"]
+
+
+def test_the_workflow_runs_under_torchrun_and_goes_on_from_another_layout(unbroken, tmp_path):
+    """Stopped on one rank, resumed by torchrun with two data-parallel ranks."""
+    run_dir = tmp_path / "torchrun"
+    run = start("run", SMOKE, "--out", run_dir)
+    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 25)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run(
+        [*command, "-m", "megatron_s2d.cli", "run", str(SMOKE), "--out", str(run_dir),
+         "--set", "parallel.data_parallel_size=2"],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment(),
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
+        assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
+    assert set(json.loads((run_dir / "results.json").read_text())["arms"]) == {
+        "direct_student_grpo", "half_bridge_stage3"
+    }

@@ -1,0 +1,144 @@
+"""The smoke workflow as a user runs it: results, artifacts, the commands around it, what a change re-runs."""
+
+import json
+import re
+import shutil
+
+import pytest
+from s2d import ROOT, SMOKE, metrics, s2d
+
+
+def test_results_are_complete_and_sound(unbroken):
+    results = json.loads((unbroken / "results.json").read_text())
+    assert set(results["arms"]) == {"direct_student_grpo", "half_bridge_stage3"}
+    for arm in results["arms"].values():
+        assert arm["k"] == 4 and arm["num_problems"] == 64
+        assert 0 <= arm["avg_at_k"] <= 1 and 0 < arm["std_err"] < 0.1
+    (contrast,) = results["contrasts"]
+    low, high = contrast["interval"]
+    assert low <= contrast["difference"] <= high and contrast["matched"]
+    arms = results["arms"]
+    expected = arms["half_bridge_stage3"]["avg_at_k"] - arms["direct_student_grpo"]["avg_at_k"]
+    assert contrast["difference"] == pytest.approx(expected)
+    assert results["wall_seconds"] < 120
+
+
+def test_the_report_needs_no_network(unbroken):
+    page = (unbroken / "report.html").read_text()
+    assert "direct_student_grpo" in page and "data:image/png;base64," in page
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+
+
+def test_every_stage_leaves_config_seeds_lineage_metrics_and_result(unbroken):
+    for stage in (unbroken / "stages").iterdir():
+        lineage = json.loads((stage / "lineage.json").read_text())
+        assert {"inputs", "seeds", "code", "libraries", "finished"} <= set(lineage) and lineage["resumed"] == []
+        finished = json.loads((stage / "finished.json").read_text())
+        assert finished["outputs"] and finished["seconds"] > 0
+        assert (stage / "config.json").exists() and (stage / "metrics.jsonl").exists()
+        assert not (stage / "checkpoints").exists(), "only the final weights stay"
+    opd = json.loads((unbroken / "stages/opd/lineage.json").read_text())
+    assert set(opd["inputs"]) == {"stages/forward_kl", "stages/rl_teacher"}
+
+
+def test_training_means_something(unbroken):
+    """Losses fall, and the engine samples from the very weights that are trained."""
+    base = metrics(unbroken, "stages/teacher_base")
+    assert base[-1]["loss"] < 0.6 * base[0]["loss"]
+    bridge = metrics(unbroken, "stages/opd")
+    assert bridge[-1]["kl"] < bridge[0]["kl"]
+    for row in metrics(unbroken, "stages/rl_teacher"):
+        assert row["rollout_kl"] < 1e-9 and abs(row["importance_ratio_max"] - 1) < 1e-4
+
+
+def test_the_ledger_is_written(unbroken):
+    entries = {entry["stage"]: entry for entry in json.loads((unbroken / "ledger.json").read_text())}
+    first, last = set(entries["rl_teacher"]["prompt_ids"]), set(entries["stage3"]["prompt_ids"])
+    assert len(first) == len(last) == 128 and not first & last
+    assert not entries["opd"]["labels_used"]
+
+
+def test_the_same_command_reuses_everything(unbroken):
+    before = (unbroken / "stages/opd/finished.json").stat().st_mtime_ns
+    finished = s2d("run", SMOKE, "--out", unbroken)
+    assert finished.returncode == 0 and "10 of 10 stages and evaluations are finished and reused" in finished.stdout
+    assert (unbroken / "stages/opd/finished.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_config_runs_again_what_it_affects(unbroken, tmp_path):
+    run_dir = tmp_path / "changed"
+    shutil.copytree(unbroken, run_dir)
+    finished = s2d("run", SMOKE, "--out", run_dir, "--set", "stages.stage3.steps=2")
+    assert finished.returncode == 0, finished.stderr
+    assert "stages/stage3: runs again, stage.steps: 4 -> 2" in finished.stdout
+    assert "8 of 10 stages and evaluations are finished and reused" in finished.stdout
+    assert len(metrics(run_dir, "stages/stage3")) == 2
+    shelved = run_dir / "stages" / "superseded" / "stage3-1"
+    assert "stage.steps: 4 -> 2" in (shelved / "reason.txt").read_text() and (shelved / "model").exists()
+    assert metrics(run_dir, "stages/stage3") == metrics(unbroken, "stages/stage3")[:2]
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
+    finished = s2d("run", SMOKE, "--dry-run", "--out", tmp_path / "never")
+    assert finished.returncode == 0 and not (tmp_path / "never").exists()
+    for text in ("stages/rl_teacher", "forward_kl", "qwen3", "Estimated memory", "101,912"):
+        assert text in finished.stdout
+    wrong = s2d("run", SMOKE, "--dry-run", "--set", "parallel.tensor_model_parallel_size=3")
+    assert wrong.returncode == 1 and "num_attention_heads" in wrong.stderr
+
+
+def test_eval_shows_and_compares(unbroken):
+    shown = s2d("eval", unbroken, "--json")
+    assert json.loads(shown.stdout)["half_bridge_stage3"]["k"] == 4
+    compared = s2d(
+        "eval", unbroken, "--arm", "half_bridge_stage3", "--against", unbroken, "--against-arm", "direct_student_grpo",
+        "--json",
+    )
+    (row,) = json.loads(compared.stdout).values()
+    (contrast,) = json.loads((unbroken / "results.json").read_text())["contrasts"]
+    assert row["difference"] == pytest.approx(contrast["difference"]) and row["num_problems"] == 64
+    wrong = s2d("eval", unbroken, "--arm", "nothing")
+    assert wrong.returncode == 1 and "no finished evaluation of 'nothing'" in wrong.stderr
+
+
+def test_generate_report_cache_doctor(unbroken):
+    generated = s2d("generate", unbroken, "half_bridge_stage3", "--prompt", "3 + 4 * 2 =", "--num-samples", "2")
+    assert generated.returncode == 0 and "3 + 4 * 2 =" in generated.stdout
+    assert len(generated.stdout.strip().splitlines()) == 3
+    (unbroken / "report.html").unlink()
+    assert s2d("report", unbroken).returncode == 0 and (unbroken / "report.html").exists()
+    cache = unbroken / "stages/cache/cache"
+    assert "hidden" in s2d("cache", "info", cache).stdout
+    assert s2d("cache", "verify", cache).returncode == 0
+    doctor = s2d("doctor")
+    assert "megatron-core" in doctor.stdout and doctor.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["run", str(SMOKE), "--set", "stages.opd.stpes=3"], "did you mean 'steps'"),
+        (["report", "nowhere"], "not a run directory"),
+        (["eval", "nowhere"], "neither a run directory nor"),
+        (["cache", "info", "nowhere"], "no such teacher cache"),
+        (["generate", "nowhere", "opd", "--prompt", "1"], "not a run directory"),
+        (["convert", "inspect", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_a_non_zero_exit(arguments, message):
+    finished = s2d(*arguments)
+    assert finished.returncode == 1
+    assert message in finished.stderr and "Traceback" not in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+
+
+def test_help_has_examples():
+    for command in ("run", "plan", "eval", "generate", "report", "doctor", "cache"):
+        shown = s2d(command, "--help")
+        assert shown.returncode == 0 and "example:" in shown.stdout
+
+
+def test_shipped_configs_are_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert "configs/quickstart.yaml" in readme and "configs/smoke.yaml" in readme

@@ -1,0 +1,77 @@
+"""Plans: what is reused, resumed or run again, and the reason that is given."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.workflow.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[3]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+
+
+def plan(run_dir, *overrides):
+    return {job.id: job for job in make_plan(load_workflow(SMOKE, list(overrides)), run_dir)}
+
+
+def pretend(run_dir, *overrides, unfinished=()):
+    """Directories as a finished run leaves them."""
+    for job in plan(run_dir, *overrides).values():
+        job.directory.begin(job.resolved, job.inputs, {"seed": 1})
+        if job.id not in unfinished:
+            job.directory.finish({"key": job.key, "seconds": 1.0})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    config = load_workflow(path)
+    assert config.arms and config.stage_order()
+
+
+def test_a_new_run_runs_everything_inputs_first(tmp_path):
+    jobs = list(plan(tmp_path).values())
+    assert {job.action for job in jobs} == {"run"}
+    seen = set()
+    for job in jobs:
+        assert set(job.inputs) <= seen
+        seen.add(job.id)
+    assert len([job for job in jobs if not job.is_stage]) == 2
+
+
+def test_finished_jobs_are_reused_and_an_unfinished_one_goes_on(tmp_path):
+    pretend(tmp_path, unfinished=("stages/opd",))
+    jobs = plan(tmp_path)
+    assert jobs["stages/opd"].action == "resume"
+    assert {job.action for id_, job in jobs.items() if id_ != "stages/opd"} == {"reuse"}
+
+
+def test_a_change_runs_what_it_affects_and_says_why(tmp_path):
+    pretend(tmp_path)
+    jobs = plan(tmp_path, "stages.opd.optimizer.lr=5e-4")
+    again = {id_ for id_, job in jobs.items() if job.action == "rerun"}
+    assert again == {"stages/opd", "stages/stage3", "evaluations/stage3"}
+    assert jobs["stages/opd"].reason == "stage.optimizer.lr: 0.001 -> 0.0005"
+    assert jobs["stages/stage3"].reason == "its input stages/opd changed"
+
+
+def test_what_cannot_change_a_result_runs_nothing_again(tmp_path):
+    pretend(tmp_path)
+    jobs = plan(
+        tmp_path,
+        "num_workers=1",
+        "parallel={tensor_model_parallel_size: 2}",
+        "stages.opd.checkpoint.interval_steps=1",
+        "stages.opd.micro_batch.max_tokens=100",
+    )
+    assert {job.action for job in jobs.values()} == {"reuse"}
+
+
+def test_the_seed_and_the_data_affect_all(tmp_path):
+    pretend(tmp_path)
+    assert {job.action for job in plan(tmp_path, "seed=2").values()} == {"rerun"}
+    changed = plan(tmp_path, "data.problems.num_prompts=65")
+    assert {id_ for id_, job in changed.items() if job.action == "rerun"} == {
+        "evaluations/stage3",
+        "evaluations/student_grpo",
+    }
