@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.records import Prompt
+from megatron_s2d.verify.math_grader import MathGrader
+from megatron_s2d.verify.verdicts import Grader, Verdict
+
+__all__ = ["VERIFIERS", "Grader", "Graders", "Verdict"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a verifier says of one response."""
+class TaskGrader:
+    """The embedded task, which is checked by looking (``data/tasks.py``)."""
 
-    reward: float  # 0 or 1
-    word: str  # "correct", "wrong", "no_answer", "timeout", ...
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
+        """One verdict a response, in order."""
+        pairs = zip(prompts, responses, strict=True)
+        return [Verdict(*check_answer(response, prompt.answer)) for prompt, response in pairs]
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
-# Verifiers that compare short texts run here; those that compute are run by worker processes with a deadline.
-VERIFIERS: dict[str, Callable[[str, str], tuple[float, str]]] = {"modular_arithmetic": check_answer}
+# key of Prompt.verifier -> what makes its grader
+VERIFIERS: dict[str, Callable[[], Grader]] = {"modular_arithmetic": TaskGrader, "math": MathGrader}
 
 
 class Graders:
-    """Grades batches of responses; a context manager, because some verifiers hold worker processes."""
+    """Grades batches of responses, each by its prompt's verifier; a context manager, for there are worker processes.
+
+    Workers start with the first response that needs them, whether or not torch or a process group is there.
+    """
+
+    def __init__(self) -> None:
+        self._graders: dict[str, Grader] = {}
 
     def __enter__(self) -> Graders:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        pass
+        for grader in self._graders.values():
+            grader.close()
+        self._graders.clear()
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """One verdict a response, in order. Raises ``UserError`` for a prompt without a label."""
-        verdicts = []
-        for prompt, response in zip(prompts, responses, strict=True):
+        places: dict[str, list[int]] = {}
+        for place, (prompt, _) in enumerate(zip(prompts, responses, strict=True)):
             if prompt.verifier is None or prompt.answer is None:
                 raise UserError(f"prompt {prompt.id} has no verifier or no answer; it cannot be graded")
-            verdicts.append(Verdict(*VERIFIERS[prompt.verifier](response, prompt.answer)))
-        return verdicts
+            if prompt.verifier not in VERIFIERS:
+                raise UserError(f"prompt {prompt.id}: unknown verifier '{prompt.verifier}' ({', '.join(VERIFIERS)})")
+            places.setdefault(prompt.verifier, []).append(place)
+        found: dict[int, Verdict] = {}
+        for name, own in places.items():
+            if name not in self._graders:
+                self._graders[name] = VERIFIERS[name]()
+            verdicts = self._graders[name].grade([prompts[i] for i in own], [responses[i] for i in own])
+            found.update(zip(own, verdicts, strict=True))
+        return [found[place] for place in range(len(prompts))]

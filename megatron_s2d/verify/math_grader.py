@@ -1,0 +1,109 @@
+"""Mathematical answers, compared with ``math-verify`` in worker processes that cannot hang, exhaust or harm training.
+
+What counts as the answer of a response: the last ``\\boxed{...}``; without one what follows the last ``####``; without
+that what follows the last "answer is" or "answer:" on its line. Only one answer is compared, so listing guesses earns
+nothing. Left out: judging the reasoning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.records import Prompt
+from megatron_s2d.verify.verdicts import Verdict
+from megatron_s2d.verify.workers import WorkerPool
+
+_WORKER = Path(__file__).with_name("math_worker.py")
+_LONGEST_ANSWER = 2000  # characters; expressions beyond it are refused unread
+_MOST_WORKERS = 8
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_PHRASE = re.compile(r"answer(?:[ \t]+is)?[ \t*]*:?", re.IGNORECASE)
+
+
+class MathGrader:
+    """Compares the answer in a response with the prompt's answer.
+
+    Verdict words: ``correct``, ``wrong``, ``no_answer``, ``unreadable`` (not an expression), ``too_long``, ``timeout``,
+    ``crash`` (memory, or a fault of the expression library).
+    """
+
+    def __init__(self, num_workers: int | None = None, cpu_seconds: int = 5, memory_bytes: int = 2 << 30) -> None:
+        """``cpu_seconds`` and ``memory_bytes`` bound each comparison; None: a worker per core, 8 at most."""
+        cores = len(os.sched_getaffinity(0))
+        self._pool = WorkerPool(_WORKER, num_workers or min(_MOST_WORKERS, cores))
+        self._limits = {"cpu_seconds": cpu_seconds, "memory_bytes": memory_bytes}
+
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
+        """One verdict a response, in order. Raises ``UserError`` for a label that is not an expression."""
+        answers = [extract_answer(response) for response in responses]
+        # Responses of a group mostly agree; every pair is compared once.
+        pairs = {
+            (prompt.answer, answer): prompt
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if answer and len(answer) <= _LONGEST_ANSWER
+        }
+        requests = [{"label": label, "answer": answer} | self._limits for label, answer in pairs]
+        words = dict(zip(pairs, self._pool.ask(requests, 10 * self._limits["cpu_seconds"]), strict=True))
+        for pair, word in words.items():
+            if word == "bad_label":
+                raise UserError(f"prompt {pairs[pair].id}: the answer {pair[0]!r} is not a mathematical expression")
+        verdicts = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            word = words.get((prompt.answer, answer), "too_long" if answer else "no_answer")
+            verdicts.append(Verdict(float(word == "correct"), word))
+        return verdicts
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+
+def extract_answer(response: str) -> str | None:
+    """The answer that a response commits to, or None; linear in the length of the response."""
+    text = response.rpartition("</think>")[2]
+    last_box = None
+    for last_box in _BOX.finditer(text):
+        pass
+    if last_box is not None:
+        return _boxed(text, last_box.end())
+    if "####" in text:
+        return _clean(text.rpartition("####")[2].lstrip().partition("\n")[0])
+    last_phrase = None
+    for last_phrase in _PHRASE.finditer(text):
+        pass
+    return None if last_phrase is None else _clean(text[last_phrase.end() :].lstrip(" \t\n").partition("\n")[0])
+
+
+def _boxed(text: str, start: int) -> str | None:
+    """What is between the braces at ``start`` (or the one word there), None if they are not closed."""
+    rest = text[start : start + 2 * _LONGEST_ANSWER + 2]
+    stripped = rest.lstrip()
+    if not stripped.startswith("{"):
+        return _clean(re.split(r"[\s$]", stripped, maxsplit=1)[0])
+    depth, place, start = 0, 0, 0
+    while place < len(stripped):
+        character = stripped[place]
+        if character == "\\":
+            place += 1  # an escaped brace is text
+        elif character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth == 0:
+                return stripped[1:place].strip() or None
+        place += 1
+    return stripped[1:] if len(rest) > 2 * _LONGEST_ANSWER else None
+
+
+def _clean(answer: str) -> str | None:
+    """Without what surrounds an answer in running text: emphasis, mathematical delimiters, the full stop."""
+    answer, before = answer[: 2 * _LONGEST_ANSWER], None
+    while answer != before:
+        before = answer
+        answer = answer.strip().strip("*").removesuffix(".")
+        for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+            if len(answer) > len(opening) and answer.startswith(opening) and answer.endswith(closing):
+                answer = answer[len(opening) : len(answer) - len(closing)]
+    return answer or None

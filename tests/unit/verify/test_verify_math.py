@@ -1,0 +1,230 @@
+"""Mathematical answers: what is taken as the answer, what is equal to what, and what hostile answers can do."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.records import Prompt
+from megatron_s2d.verify import VERIFIERS, Graders
+from megatron_s2d.verify.math_grader import MathGrader, extract_answer
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = MathGrader(num_workers=2, cpu_seconds=2, memory_bytes=1 << 30)
+    yield grader
+    grader.close()
+
+
+def _prompt(answer, verifier="math", id="p"):
+    return Prompt(id=id, token_ids=None, text="", domain="math", verifier=verifier, answer=answer)
+
+
+def _words(grader, pairs):
+    verdicts = grader.grade([_prompt(label) for label, _ in pairs], [response for _, response in pairs])
+    assert all(verdict.reward == (verdict.word == "correct") for verdict in verdicts)
+    return [verdict.word for verdict in verdicts]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{1} no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
+        (r"$\boxed{ \{1\} }$ done", r"\{1\}"),
+        (r"\fbox{7}", "7"),
+        (r"$\boxed 9$", "9"),
+        (r"\boxed{}", None),
+        (r"\boxed{1", None),
+        (r"first \boxed{1} then \boxed{2", None),
+        (r"\boxedfoo{3}", None),
+        ("#### 1,200\n", "1,200"),
+        ("The answer is 4. Wait.\nFinal answer: **$12$**.", "12"),
+        ("Answer: \\(x+1\\)", "x+1"),
+        ("the answer\n", None),
+        (r"<think>\boxed{1}</think> It is \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> I do not know", None),
+        (r"The answer is 3, that is \boxed{4}", "4"),
+        ("", None),
+        ("42", None),
+    ],
+)
+def test_what_counts_as_the_answer(response, answer):
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("part", [r"\boxed{", "answer is ", "$", "answer" + " " * 50, "####", "{", "\\", "</think>", "*."])
+def test_extraction_is_linear(part):
+    text = part * (2_000_000 // len(part))
+    start = time.perf_counter()
+    extract_answer(text)
+    extract_answer(r"\boxed{" + text + "}")
+    extract_answer("answer is " + text)
+    assert time.perf_counter() - start < 5  # quadratic: hours
+
+
+EQUIVALENT = [
+    ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "\\dfrac12"), ("\\frac{1}{2}", "1/2"), ("1200", "1,200"), ("18", "\\$18"),
+    ("50", "50\\%"), ("2\\sqrt{2}", "\\sqrt{8}"), ("x^2+2x+1", "(x+1)^2"), ("(1,2)", "\\left( 1, 2 \\right)"),
+    ("\\{1,2\\}", "\\{2,1\\}"), ("5", "x = 5"), ("90", "90^\\circ"), ("\\text{Evelyn}", "Evelyn"), ("3", "3\\text{ cm}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"), ("10080", "10{,}080"),
+    ("[0,1)", "\\left[0,1\\right)"), ("\\pi/4", "\\frac{\\pi}{4}"), ("-\\frac{2}{3}", "\\frac{-2}{3}"),
+]  # fmt: skip
+DIFFERENT = [
+    ("5", "6"), ("5", "-5"), ("\\frac{1}{2}", "0.51"), ("(1,2)", "(2,1)"), ("1", "1, 2"), ("5", "5 \\text{ or } 6"),
+    ("x^2", "x^3"), ("[0,1)", "[0,1]"), ("\\text{Evelyn}", "Carla"), ("2", "x"), ("\\sqrt{2}", "1.5"), ("0", "\\infty"),
+    ("12", "120"), ("\\{1,2\\}", "\\{1\\}"),
+]  # fmt: skip
+
+
+def test_equivalent_forms_are_right(grader):
+    words = _words(grader, [(label, f"\\boxed{{{answer}}}") for label, answer in EQUIVALENT])
+    assert [pair for pair, word in zip(EQUIVALENT, words, strict=True) if word != "correct"] == []
+
+
+def test_other_answers_are_wrong(grader):
+    words = _words(grader, [(label, f"\\boxed{{{answer}}}") for label, answer in DIFFERENT])
+    assert [(pair, word) for pair, word in zip(DIFFERENT, words, strict=True) if word != "wrong"] == []
+
+
+def test_order_is_kept_and_guesses_earn_nothing(grader):
+    responses = [f"\\boxed{{{n}}}" for n in (1, 2, 3)] + ["\\boxed{1} \\boxed{2}", "nothing"]
+    assert _words(grader, [("1", response) for response in responses]) == [
+        "correct", "wrong", "wrong", "wrong", "no_answer",
+    ]  # fmt: skip
+
+
+HOSTILE = [
+    "9**9**9**9", "9^{9^{9^{9}}}", "(" * 900 + "1" + ")" * 900, "\\sqrt{" * 300 + "2" + "}" * 300,
+    "1000000!", "\\sum_{n=1}^{10^{12}} n^{-n}", "((2^{1000000})^{1000000})", "9" * 1999, "\\frac{0}{0}", "\x00\ud800",
+    "\\text{__import__('os')._exit(0)}", "\\begin{pmatrix}" + "&" * 1900 + "\\end{pmatrix}", "1" * 3000, "{" * 10**6,
+]  # fmt: skip
+
+
+def test_hostile_answers_neither_hang_nor_win(grader):
+    start = time.perf_counter()
+    pairs = [("\\frac{1}{2}", f"\\boxed{{{answer}}}") for answer in HOSTILE]
+    words = _words(grader, [*pairs, ("\\frac{1}{2}", "\\boxed{0.5}")])
+    assert words[-1] == "correct"
+    assert not set(words[:-1]) & {"correct", "bad_label"}
+    assert "timeout" in words[:-1] and "too_long" in words[:-1]
+    assert time.perf_counter() - start < 60
+
+
+def test_memory_is_bounded():
+    small = MathGrader(num_workers=1, cpu_seconds=5, memory_bytes=300 << 20)
+    try:
+        words = _words(small, [("1", "\\boxed{2^{10^{10}}}"), ("1", "\\boxed{1}")])
+    finally:
+        small.close()
+    assert words[0] in ("crash", "wrong", "timeout") and words[1] == "correct"
+
+
+def test_a_killed_worker_is_replaced(grader):
+    assert _words(grader, [("1", "\\boxed{1}")]) == ["correct"]
+    for worker in grader._pool._workers:
+        if worker._process is not None:
+            worker._process.kill()
+    words = _words(grader, [("1", "\\boxed{1}"), ("1", "\\boxed{1.0}"), ("1", "\\boxed{1.00}")])
+    assert set(words) <= {"crash", "correct"} and "crash" in words
+    assert _words(grader, [("1", "\\boxed{1}")] * 3) == ["correct"] * 3
+
+
+def test_a_label_that_is_no_expression_is_an_error(grader):
+    with pytest.raises(UserError, match="prompt p: the answer ' ' is not a mathematical expression"):
+        grader.grade([_prompt(" ")], ["\\boxed{1}"])
+
+
+def test_graders_route_by_verifier():
+    assert {"math", "modular_arithmetic"} <= set(VERIFIERS)
+    prompts = [_prompt("2", "math"), _prompt("2", "modular_arithmetic"), _prompt("3", "math")]
+    with Graders() as graders:
+        verdicts = graders.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
+        assert [verdict.word for verdict in verdicts] == ["correct", "correct", "wrong"]
+        for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess")):
+            with pytest.raises(UserError, match="prompt p"):
+                graders.grade([bad], ["1"])
+        with pytest.raises(ValueError):
+            graders.grade(prompts, ["1"])
+
+
+def test_grading_beside_a_process_group_leaves_no_process(tmp_path):
+    script = f"""
+import json, os, sys, torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+from megatron_s2d.records import Prompt
+from megatron_s2d.verify import Graders
+prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
+graders = Graders().__enter__()
+words = [v.word for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
+workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
+torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
+print(json.dumps([words, workers, torch_loaded]))
+sys.stdout.flush()
+os.kill(os.getpid(), 9)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    words, workers, torch_loaded = json.loads(run.stdout)
+    assert words == ["correct", "wrong"] and workers and not torch_loaded
+    end = time.monotonic() + 10  # the trainer was killed, the workers see the end of their input
+    while any(_alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in workers)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _benchmark(name):
+    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+    if name == "math500":
+        return [(row["answer"], row["solution"]) for row in rows]
+    if name.startswith("gsm8k"):
+        return [(row["answer"].rpartition("####")[2].strip().replace(",", ""), row["answer"]) for row in rows]
+    return [(str(row["answer"]), f"It is \\boxed{{{row['answer']}}}.") for row in rows]
+
+
+def _check_benchmark(grader, name, pairs):
+    words = _words(grader, pairs)
+    missed = [(pair[0], word) for pair, word in zip(pairs, words, strict=True) if word != "correct"]
+    print(f"{name}: {len(pairs) - len(missed)} of {len(pairs)} references grade as correct; not: {missed}")
+    assert len(missed) <= 0.01 * len(pairs), missed
+    shifted = [(label, pairs[(place + 1) % len(pairs)][1]) for place, (label, _) in enumerate(pairs)]
+    wrong = [(pair, word) for pair, word in zip(shifted, _words(grader, shifted), strict=True) if word == "correct"]
+    labels = [label for label, _ in pairs]
+    equal_neighbours = sum(a == b for a, b in zip(labels, labels[1:] + labels[:1], strict=True))
+    assert len(wrong) <= equal_neighbours + 0.01 * len(pairs), wrong
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["math500", "gsm8k_test", "aime24", "aime25", "hmmt25_feb", "hmmt25_nov"])
+def test_references_grade_as_correct(grader, name):
+    pairs = _benchmark(name)
+    _check_benchmark(grader, name, pairs[:: max(1, len(pairs) // 60)])
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["math500", "gsm8k_test", "gsm8k_train", "aime24", "aime25", "hmmt25_feb", "hmmt25_nov"]
+)
+def test_all_references_grade_as_correct(name):
+    grader = MathGrader(num_workers=len(os.sched_getaffinity(0)))
+    try:
+        _check_benchmark(grader, name, _benchmark(name))
+    finally:
+        grader.close()
