@@ -48,6 +48,7 @@ ASSETS = (
 """Files that a Hugging Face directory may hold beside weights and ``config.json``, and that travel with them."""
 
 _ASSETS_DIRECTORY = "hf"
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +114,9 @@ def export_checkpoint(
 ) -> Converted:
     """Write a Hugging Face directory from a Megatron checkpoint of any layout, an import's or a training run's.
 
-    Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model), else from the
-    import that made the checkpoint; without either, ``config.json`` and ``generation_config.json`` are generated and
-    there is no tokenizer. Optimizer state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
+    Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model, or of its
+    tokenizer), else from the import that made the checkpoint. ``config.json`` and ``generation_config.json`` are
+    generated where they are not found there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
     """
     source = MegatronReader(megatron_directory)
     asset_directory = Path(assets) if assets is not None else source.directory / _ASSETS_DIRECTORY
@@ -134,8 +135,8 @@ def export_checkpoint(
         writer = HfWriter(target, plan, max_shard_bytes)
         with contextlib.closing(writer), report("exporting", writer.num_bytes) as advance:
             with contextlib.closing(read_ahead(_hf_tensors(source))) as tensors:
-                for name, tensor in tensors:
-                    writer.write(name, tensor)
+                for name, row, tensor in tensors:
+                    writer.write(name, tensor, row)
                     advance(tensor.nbytes)
             writer.finish()
         copied = _copy_files(ASSETS, asset_directory, target)
@@ -165,8 +166,8 @@ def check_conversion(
     count = 0
     with report("comparing", reference.num_bytes) as advance:
         with contextlib.closing(read_ahead(_hf_tensors(converted))) as tensors:
-            for name, tensor in tensors:
-                expected = reference.read(name)
+            for name, row, tensor in tensors:
+                expected = reference.read(name, 0, row, row + tensor.size(0))
                 if tensor.dtype != expected.dtype:
                     raise UserError(
                         f"{name}: {expected.dtype} in {hf_directory}, {tensor.dtype} in {megatron_directory}"
@@ -174,7 +175,7 @@ def check_conversion(
                 # Bytes, because NaN is unequal to itself and -0 is equal to 0.
                 if not torch.equal(tensor.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
                     raise UserError(f"{name}: differs between {hf_directory} and {megatron_directory}")
-                count += 1
+                count += row == 0
                 advance(tensor.nbytes)
     return Comparison(count, reference.num_bytes)
 
@@ -210,9 +211,14 @@ def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
         yield from read_chunks(piece, source.spec, source, tensor_size)
 
 
-def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, torch.Tensor]]:
+def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Hugging Face tensors in rows: name, first row, and the rows, as they are stored or else all at once."""
     for piece in source.pieces:
-        yield from join_shards(piece.entry, source.spec, [source.read(piece)])
+        if piece.entry.rule in ("vocabulary", "gate_up") and source.is_cut_by_rows(piece):
+            yield from source.read_rows(piece)
+        else:
+            for name, tensor in join_shards(piece.entry, source.spec, [source.read(piece)]):
+                yield name, 0, tensor
 
 
 def _same_model(left: ModelSpec, right: ModelSpec, left_name: Any, right_name: Any) -> None:
@@ -227,17 +233,32 @@ def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
     dtype = str(source.entries["model.embedding.word_embeddings.weight"].properties.dtype).removeprefix("torch.")
     path = assets / "config.json"
     if not path.is_file():
-        return hf_config_from_spec(source.spec, dtype)
+        return {**hf_config_from_spec(source.spec, dtype), **_special_tokens(assets)}
     document = read_json(path)
     _same_model(spec_from_hf_config(document, str(path)), source.spec, path, source.directory)
     document["dtype" if "dtype" in document else "torch_dtype"] = dtype
     return document
 
 
+def _special_tokens(directory: Path) -> dict[str, int]:
+    """Ids of the special tokens of a tokenizer's directory; none where it holds no tokenizer."""
+    if not (directory / "tokenizer_config.json").is_file():
+        return {}
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+    return {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
+
+
 def _generation_document(config: dict[str, Any]) -> dict[str, Any]:
     """``generation_config.json`` in the form that transformers derives from a model's configuration."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"_from_model_config": True, **{name: config[name] for name in names if config.get(name) is not None}}
+    return {
+        "_from_model_config": True,
+        **{name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None},
+    }
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -55,21 +55,28 @@ class HfWriter:
         self._file: HashedFile | None = None
         self._digests: dict[str, str] = {}
         self._current = -1
+        self._next_row = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for shard in self._shards for tensor in shard)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor of the plan."""
-        number, planned = self._pending.pop()
-        found = PlannedTensor(name, tensor.dtype, tuple(tensor.shape))
-        assert found == planned, (found, planned)
+    def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
+        """The next tensor of the plan, or its rows from ``row`` on, when they come in several parts."""
+        number, planned = self._pending[-1]
+        stop = row + tensor.size(0)
+        found = (name, tensor.dtype, tuple(tensor.shape[1:]), row)
+        assert found == (planned.name, planned.dtype, planned.shape[1:], self._next_row), (found, planned)
         if number != self._current:
             self._end_shard()
             self._begin_shard(number)
         self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1)))
+        self._next_row = stop
+        if stop >= planned.shape[0]:
+            assert stop == planned.shape[0], (planned, stop)
+            self._pending.pop()
+            self._next_row = 0
 
     def finish(self) -> None:
         """Close the last shard and write index and digests."""

@@ -38,7 +38,7 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.conversion.files import FileSlice, HashedFile
 from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
-from megatron_s2d.models.hf_checkpoint import verify_digest
+from megatron_s2d.models.hf_checkpoint import verify_digests
 from megatron_s2d.models.shards import WeightSource, read_shard
 
 _COMMON_KEY = "common_state/shard_0_1"
@@ -171,7 +171,7 @@ class MegatronReader:
         self.spec = ModelSpec.from_dict(read_json(self.directory / SPEC_NAME))
         self._digests = self._read_digests()
         # Before anything in it is looked at.
-        verify_digest(self.directory / ".metadata", self._digests[".metadata"])
+        verify_digests({self.directory / ".metadata": self._digests[".metadata"]})
         metadata = _load_metadata(self.directory / ".metadata")
         self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         self.entries: dict[str, TensorStorageMetadata] = {
@@ -219,8 +219,7 @@ class MegatronReader:
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> None:
         """Hash every file; a ``UserError`` names one that is missing, truncated or corrupted."""
-        for name, digest in self._digests.items():
-            verify_digest(self.directory / name, digest, progress)
+        verify_digests({self.directory / name: digest for name, digest in self._digests.items()}, progress)
 
     def read(self, piece: Piece) -> torch.Tensor:
         """One undivided parameter, put together from its chunks."""
@@ -233,6 +232,26 @@ class MegatronReader:
             box = zip(chunk.offsets[count:], chunk.sizes[count:], strict=True)
             parameter[tuple(slice(start, start + size) for start, size in box)] = self._read_chunk(piece, chunk)
         return parameter
+
+    def is_cut_by_rows(self, piece: Piece) -> bool:
+        """Whether every chunk holds whole rows of one Hugging Face tensor."""
+        height = piece.shape[0] // len(piece.entry.hf_names)
+        count = len(piece.leading)
+        return all(
+            tuple(chunk.sizes[count + 1 :]) == piece.shape[1:]
+            and chunk.offsets[count] % height + chunk.sizes[count] <= height
+            for chunk in self._chunks[piece.key, piece.leading]
+        )
+
+    def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """The chunks of a parameter that is cut by rows: name of the Hugging Face tensor, first row, rows."""
+        names, count = piece.entry.hf_names, len(piece.leading)
+        height = piece.shape[0] // len(names)
+        limit = self.spec.vocab_size if piece.entry.rule == "vocabulary" else height
+        for chunk in sorted(self._chunks[piece.key, piece.leading], key=lambda chunk: tuple(chunk.offsets)):
+            tensor, row = chunk.offsets[count] // height, chunk.offsets[count] % height
+            if row < limit:
+                yield names[tensor], row, self._read_chunk(piece, chunk)[: limit - row]
 
     def _read_chunk(self, piece: Piece, chunk: ChunkStorageMetadata) -> torch.Tensor:
         info = self._storage[piece.key, tuple(chunk.offsets)]

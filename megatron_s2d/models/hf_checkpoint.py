@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,10 @@ class HfCheckpoint:
         Returns how many files were checked; raises ``UserError`` for one that differs. ``progress`` gets byte counts.
         """
         noted = _noted_digests(self.directory)
-        checked = 0
-        for shard in self.shards:
-            expected = noted.get(shard.name) or _hub_digest(self.directory, shard.name)
-            if expected is not None:
-                verify_digest(shard, expected, progress)
-                checked += 1
-        return checked
+        found = {shard: noted.get(shard.name) or _hub_digest(self.directory, shard.name) for shard in self.shards}
+        expected = {path: digest for path, digest in found.items() if digest is not None}
+        verify_digests(expected, progress)
+        return len(expected)
 
     def file_digests(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, str]:
         """SHA-256 of every weight file by name; reads them all."""
@@ -180,10 +178,18 @@ def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
     return True
 
 
-def verify_digest(path: Path, expected: str, progress: Callable[[int], None] = lambda count: None) -> None:
-    """Refuse a file whose SHA-256 (hexadecimal) is not ``expected``."""
-    if _sha256(path, progress) != expected:
-        raise UserError(f"{path}: corrupted (its SHA-256 is not the recorded one); fetch or write the file again")
+def verify_digests(expected: dict[Path, str], progress: Callable[[int], None] = lambda count: None) -> None:
+    """Refuse files whose SHA-256 (hexadecimal) is not the expected one; several are hashed at a time."""
+
+    def verify(path: Path) -> None:
+        if _sha256(path, progress) != expected[path]:
+            raise UserError(f"{path}: corrupted (its SHA-256 is not the recorded one); fetch or write the file again")
+
+    pool = ThreadPoolExecutor(max_workers=4)
+    try:
+        list(pool.map(verify, expected))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _sha256(path: Path, progress: Callable[[int], None]) -> str:
