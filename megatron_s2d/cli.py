@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_s2d.config.base import UserError
+from megatron_s2d.workflow.outcomes import Interrupted, JobCrashed
 
+_HINT = "(--debug shows where; please report it)"
 _EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
 
 
@@ -27,15 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except UserError as error:
         return _fail(f"error: {error}", options.debug, _EXIT_ERROR)
+    except Interrupted as interrupted:
+        return _fail(str(interrupted), False, _EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from here", False, _EXIT_INTERRUPTED)
     except BrokenPipeError:
         return _EXIT_ERROR
+    except JobCrashed as error:
+        return _fail(f"internal error: {error} {_HINT}", options.debug, _EXIT_CRASH, error.trace)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":
-            return _fail(str(error), False, _EXIT_INTERRUPTED)
-        text = f"internal error: {type(error).__name__}: {error} (--debug shows where; please report it)"
-        return _fail(text, options.debug, _EXIT_CRASH, getattr(error, "trace", ""))
+        return _fail(f"internal error: {type(error).__name__}: {error} {_HINT}", options.debug, _EXIT_CRASH)
 
 
 def _console() -> Console:

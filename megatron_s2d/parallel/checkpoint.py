@@ -75,6 +75,8 @@ def load_checkpoint(
     Raises ``UserError`` for a missing, damaged or foreign checkpoint, naming the first field of the model that differs.
     """
     check_checkpoint(directory, model_spec)
+    if trainable is not None:
+        _make_optimizer_state(trainable)
     try:
         with layout.active():
             state = _sharded_state(chunks, trainable, loading=True)
@@ -159,6 +161,18 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
     missing = [key for key in missing if "_extra_state" not in key]
     if missing or unexpected:
         raise UserError(f"{directory}: checkpoint of another model: missing {missing}, unexpected {unexpected}")
+
+
+def _make_optimizer_state(trainable: TrainableModel) -> None:
+    """Give torch's Adam, which makes its state in the first step, a state to load into; TE's and apex's have one."""
+    for optimizer in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+        inner = optimizer.optimizer
+        if not isinstance(inner, torch.optim.Adam):
+            continue
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if parameter not in inner.state:
+                zeros = [torch.zeros_like(parameter) for _ in range(2)]
+                inner.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
 
 def _load_optimizer(trainable: TrainableModel, state: dict[str, Any]) -> None:

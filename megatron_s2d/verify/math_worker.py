@@ -1,12 +1,13 @@
-"""The process that math-verify runs in: a script of its own that imports math-verify and nothing of this package's torch.
+"""The process that math-verify runs in: a script of its own, so that it imports math-verify and little else.
 
     grader thread  --JSON line-->  this process  --fork-->  child: confined, compares one pair
           ^                             |  ^                     |
           +-------- one word -----------+  +------ one word -----+     killed at the deadline
 
 It says ``ready``, reads lines ``{"label", "answer", "cpu_seconds", "memory_bytes"}`` and answers each with one of
-``correct``, ``wrong``, ``unreadable``, ``bad_label``, ``timeout``, ``crash``. Every pair gets a fresh child, so that one answer can neither
-hang nor exhaust nor change what judges the next; the child is confined because expressions are built from model output.
+``correct``, ``wrong``, ``unreadable``, ``bad_label``, ``timeout``, ``crash``. Every pair gets a fresh child, so that
+one answer can neither hang nor exhaust nor change what judges the next; the child is confined because expressions are
+built from model output.
 """
 
 from __future__ import annotations

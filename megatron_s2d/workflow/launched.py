@@ -18,10 +18,11 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.train.loop import Stopped
+from megatron_s2d.workflow.outcomes import Interrupted
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process import StopOnSignal, execute
-from megatron_s2d.workflow.run import Interrupted, finish, prepare
+from megatron_s2d.workflow.run import finish, prepare
 
 
 def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> None:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import select
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,22 +33,21 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.evaluate import ROWS_NAME, run_evaluation
 from megatron_s2d.stages.table import STAGES
 from megatron_s2d.train.loop import Stopped
+from megatron_s2d.workflow.outcomes import Outcome
 from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.ranks import Outcome, Rank
+from megatron_s2d.workflow.ranks import Rank
 
 LOG_NAME = "log.txt"
 _LOCK_WAIT_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 def run_in_own_process(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: Connection) -> None:
     """Body of a process that runs one rank of one job; its ``Outcome`` goes to ``report``."""
-    _die_with_parent()
+    _end_with(report)
     _print_to(job.directory.path / LOG_NAME if place.rank == 0 else job.directory.path / f"rank{place.rank}-{LOG_NAME}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks us to stop in order
     asked = StopOnSignal()
     report.send(outcome_of(lambda: _run_rank(config, job, run_dir, place, asked)))
-    report.close()
 
 
 def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, asked: Callable[[], bool]) -> None:
@@ -147,10 +147,16 @@ def _print_to(path: Path) -> None:
     os.close(descriptor)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however that ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1:  # it ended before the call
-        os._exit(1)
+def _end_with(report: Connection) -> None:
+    """Kill this process as soon as nobody can read ``report`` any more: the runner has ended, however that came about.
+
+    A parent-death signal would not do: the parent is the process server, which lives as long as its children.
+    """
+    watch = select.poll()
+    watch.register(report.fileno(), 0)  # only POLLERR, which comes when the reading end is gone
+
+    def wait() -> None:
+        watch.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="runner watch", daemon=True).start()

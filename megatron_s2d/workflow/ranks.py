@@ -10,9 +10,9 @@ import tempfile
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
 
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.workflow.outcomes import Outcome
 from megatron_s2d.workflow.plan import Job
 
 
@@ -23,15 +23,6 @@ class Rank:
     rank: int
     world_size: int
     rendezvous: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a job ended on one rank; ``error`` is the user's to mend, ``crash`` ours."""
-
-    word: Literal["finished", "stopped", "error", "crash"]
-    text: str = ""  # one line
-    trace: str = ""  # for --debug
 
 
 class ProcessServer:

@@ -3,7 +3,7 @@
 Who waits for whom: the runner holds the run directory and starts ready jobs, at most ``num_workers`` at a time, each as
 ``parallel.world_size`` processes forked from one server that has the libraries loaded. A job's ranks talk to each other
 only; each sends one ``Outcome`` to the runner when it ends, and the runner reads progress from the jobs' metrics files.
-Processes die with the server, the server with the runner. Under a launcher every rank runs all jobs one after another.
+A rank kills itself when the runner is gone. Under a launcher, see ``launched.py``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron_s2d.config.base import UserError, dump, parse
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.train.metrics import Progress
 from megatron_s2d.workflow.collect import collect_results
+from megatron_s2d.workflow.outcomes import Interrupted, JobCrashed
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.ranks import ProcessServer, RankProcess
@@ -38,18 +39,6 @@ from megatron_s2d.workflow.report import print_report, write_report
 
 _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0
-
-
-class Interrupted(Exception):
-    """The user (or a scheduler) stopped the run; everything that was finished is kept."""
-
-
-class JobCrashed(Exception):
-    """A job's process ended without an outcome or with an unexpected exception; ``trace`` is its traceback."""
-
-    def __init__(self, text: str, trace: str):
-        super().__init__(text)
-        self.trace = trace
 
 
 def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> Path:

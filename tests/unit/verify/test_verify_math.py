@@ -63,7 +63,9 @@ def test_what_counts_as_the_answer(response, answer):
     assert extract_answer(response) == answer
 
 
-@pytest.mark.parametrize("part", [r"\boxed{", "answer is ", "$", "answer" + " " * 50, "####", "{", "\\", "</think>", "*."])
+@pytest.mark.parametrize(
+    "part", [r"\boxed{", "answer is ", "$", "answer" + " " * 50, "####", "{", "\\", "</think>", "*."]
+)
 def test_extraction_is_linear(part):
     text = part * (2_000_000 // len(part))
     start = time.perf_counter()
@@ -76,7 +78,8 @@ def test_extraction_is_linear(part):
 EQUIVALENT = [
     ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "\\dfrac12"), ("\\frac{1}{2}", "1/2"), ("1200", "1,200"), ("18", "\\$18"),
     ("50", "50\\%"), ("2\\sqrt{2}", "\\sqrt{8}"), ("x^2+2x+1", "(x+1)^2"), ("(1,2)", "\\left( 1, 2 \\right)"),
-    ("\\{1,2\\}", "\\{2,1\\}"), ("5", "x = 5"), ("90", "90^\\circ"), ("\\text{Evelyn}", "Evelyn"), ("3", "3\\text{ cm}"),
+    ("\\{1,2\\}", "\\{2,1\\}"), ("5", "x = 5"), ("90", "90^\\circ"), ("\\text{Evelyn}", "Evelyn"),
+    ("3", "3\\text{ cm}"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"), ("10080", "10{,}080"),
     ("[0,1)", "\\left[0,1\\right)"), ("\\pi/4", "\\frac{\\pi}{4}"), ("-\\frac{2}{3}", "\\frac{-2}{3}"),
 ]  # fmt: skip

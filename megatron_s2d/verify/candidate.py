@@ -1,0 +1,53 @@
+"""The confined process that runs a foreign program. A script of its own: standard library only.
+
+``candidate.py call FILE_DESCRIPTOR LIMITS`` runs the definitions, then answers calls: a line ``encode((name, arguments,
+keywords))`` on the standard input is answered with ``encode(("value", result))`` or ``encode(("error", type name))``.
+``candidate.py script FILE_DESCRIPTOR LIMITS`` runs the program as ``__main__`` between standard input and output.
+The program is read from the open file descriptor. Nothing here knows what is expected of the program, and nothing it
+writes is believed to be more than the value of a call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from sandbox import confine
+from wire import decode, encode
+
+sys.path.pop(0)  # this folder, which was needed for the lines above only
+
+
+def main() -> None:
+    mode, descriptor, limits = sys.argv[1:]
+    with open(int(descriptor), encoding="utf-8", errors="replace") as file:
+        program = file.read()
+    calls = answers = None
+    if mode == "call":
+        # What the program prints goes nowhere.
+        calls, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1):
+            os.dup2(nowhere, standard)
+    sys.argv[:] = ["program"]
+    confine(**json.loads(limits))
+    names = {"__name__": "__main__" if mode == "script" else "program", "__builtins__": __builtins__}
+    if mode == "script":
+        exec(compile(program, "<program>", "exec"), names)
+        return
+    exec(compile(program, "<program>", "exec"), names)
+    answers.write(encode(("value", None)) + "\n")
+    answers.flush()
+    for line in calls:
+        name, arguments, keywords = decode(line)
+        try:
+            answer = encode(("value", names[name](*arguments, **keywords)))
+        except BaseException as error:  # also SystemExit: leaving is not passing
+            answer = encode(("error", type(error).__name__))
+        answers.write(answer + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

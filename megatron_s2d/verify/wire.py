@@ -1,0 +1,95 @@
+"""Plain Python values as JSON, with their types: what a foreign program and the tests of it exchange.
+
+Only data crosses: numbers, text, bytes and containers of them. Anything else becomes ``Opaque``, which equals nothing
+and knows only whether it was true. So a program cannot hand its judge an object with an ``__eq__`` of its own.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any
+
+_SAFE_INTEGER = 1 << 53
+
+
+class Opaque:
+    """A value that is not plain data."""
+
+    def __init__(self, truth: bool) -> None:
+        self._truth = truth
+
+    def __bool__(self) -> bool:
+        return self._truth
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None
+
+
+_SEQUENCES = {tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
+_MAPPINGS = {dict: "dict", OrderedDict: "dict", defaultdict: "dict", Counter: "dict"}
+_MAKERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
+
+
+def encode(value: Any) -> str:
+    """One line of text for ``value``."""
+    return json.dumps(_pack(value))
+
+
+def decode(text: str) -> Any:
+    """The value of a line that ``encode`` wrote. Raises ``ValueError`` for any other text."""
+    try:
+        return _unpack(json.loads(text))
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not an encoded value: {error}") from None
+
+
+def _pack(value: Any) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        return value if abs(value) < _SAFE_INTEGER else {"int": hex(value)}  # no limit on digits, no loss
+    if kind is float:
+        return {"float": value.hex()}  # tells 1.0 from 1, and keeps nan and infinities
+    if kind is list:
+        return [_pack(item) for item in value]
+    if kind in _SEQUENCES:
+        return {_SEQUENCES[kind]: [_pack(item) for item in value]}
+    if kind in _MAPPINGS:
+        return {"dict": [[_pack(key), _pack(item)] for key, item in value.items()]}
+    if kind is complex:
+        return {"complex": [value.real.hex(), value.imag.hex()]}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind is range:
+        return {"range": [value.start, value.stop, value.step]}
+    return {"opaque": bool(value)}
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _MAKERS:
+        return _MAKERS[kind](_unpack(item) for item in content)
+    if kind == "dict":
+        return {_unpack(key): _unpack(item) for key, item in content}
+    if kind == "int":
+        return int(content, 16)
+    if kind == "float":
+        return float.fromhex(content)
+    if kind == "complex":
+        return complex(float.fromhex(content[0]), float.fromhex(content[1]))
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "range":
+        return range(*content)
+    if kind == "opaque":
+        return Opaque(bool(content))
+    raise ValueError(f"unknown kind {kind}")
