@@ -116,7 +116,8 @@ def export_checkpoint(
 
     Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model, or of its
     tokenizer), else from the import that made the checkpoint. ``config.json`` and ``generation_config.json`` are
-    generated where they are not found there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as ``import_checkpoint`` does.
+    generated where they are not found there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as
+    ``import_checkpoint`` does.
     """
     source = MegatronReader(megatron_directory)
     asset_directory = Path(assets) if assets is not None else source.directory / _ASSETS_DIRECTORY
