@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.parallel import device
@@ -35,6 +36,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: 
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _MODEL_PREFIX = "model."
+_NEARLY_FULL_BYTES = 1 << 20
 
 
 def save_checkpoint(
@@ -55,6 +57,8 @@ def save_checkpoint(
     failure = _on_rank_zero(lambda: _fresh_directory(temporary, directory))
     if failure is None:
         failure = _everyone(lambda: _save_shards(temporary, chunks, layout, trainable))
+        if failure is not None and shutil.disk_usage(directory.parent).free < _NEARLY_FULL_BYTES:
+            failure = "no space left on the disk"  # torch's writer says that in words of its own
     if failure is None:
         failure = _on_rank_zero(lambda: _finish(temporary, directory, model_spec, position))
     if failure is not None:
@@ -83,7 +87,7 @@ def load_checkpoint(
             # Weights alone may be taken from a checkpoint that has optimizer state as well.
             strict = StrictHandling.RAISE_ALL if trainable is not None else StrictHandling.RAISE_UNEXPECTED
             loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
-    except (CheckpointingException, OSError, RuntimeError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise UserError(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
     with layout.active():
         for index, chunk in enumerate(chunks):
@@ -219,7 +223,7 @@ def _everyone(action) -> str | None:
     problem = None
     try:
         action()
-    except (CheckpointingException, OSError, RuntimeError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         logging.getLogger(__name__).debug("save failed", exc_info=True)
         problem = _one_line(error)
     problems: list[str | None] = [None] * dist.get_world_size()

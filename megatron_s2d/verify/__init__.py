@@ -8,6 +8,7 @@ from typing import Any
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.records import Prompt
+from megatron_s2d.verify.code_grader import CodeGrader
 from megatron_s2d.verify.math_grader import MathGrader
 from megatron_s2d.verify.verdicts import Grader, Verdict
 
@@ -27,7 +28,11 @@ class TaskGrader:
 
 
 # key of Prompt.verifier -> what makes its grader
-VERIFIERS: dict[str, Callable[[], Grader]] = {"modular_arithmetic": TaskGrader, "math": MathGrader}
+VERIFIERS: dict[str, Callable[[], Grader]] = {
+    "modular_arithmetic": TaskGrader,
+    "math": MathGrader,
+    "code": CodeGrader,
+}
 
 
 class Graders:

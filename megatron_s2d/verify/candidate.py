@@ -3,7 +3,7 @@
 ``candidate.py call FILE_DESCRIPTOR LIMITS`` runs the definitions, then answers calls: a line ``encode((name, arguments,
 keywords))`` on the standard input is answered with ``encode(("value", result))`` or ``encode(("error", type name))``.
 ``candidate.py script FILE_DESCRIPTOR LIMITS`` runs the program as ``__main__`` between standard input and output.
-The program is read from the open file descriptor. Nothing here knows what is expected of the program, and nothing it
+The program is read from the open file descriptor: ``{"setup", "program"}`` as JSON, run in this order. Nothing here knows what is expected of the program, and nothing it
 writes is believed to be more than the value of a call.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 
 from sandbox import confine
 from wire import decode, encode
@@ -21,8 +22,8 @@ sys.path.pop(0)  # this folder, which was needed for the lines above only
 
 def main() -> None:
     mode, descriptor, limits = sys.argv[1:]
-    with open(int(descriptor), encoding="utf-8", errors="replace") as file:
-        program = file.read()
+    with open(int(descriptor), encoding="utf-8") as file:
+        sources = json.load(file)
     calls = answers = None
     if mode == "call":
         # What the program prints goes nowhere.
@@ -34,19 +35,27 @@ def main() -> None:
     confine(**json.loads(limits))
     names = {"__name__": "__main__" if mode == "script" else "program", "__builtins__": __builtins__}
     if mode == "script":
-        exec(compile(program, "<program>", "exec"), names)
+        _define(sources, names)
         return
-    exec(compile(program, "<program>", "exec"), names)
-    answers.write(encode(("value", None)) + "\n")
+    answers.write(_attempt(lambda: _define(sources, names)) + "\n")
     answers.flush()
     for line in calls:
         name, arguments, keywords = decode(line)
-        try:
-            answer = encode(("value", names[name](*arguments, **keywords)))
-        except BaseException as error:  # also SystemExit: leaving is not passing
-            answer = encode(("error", type(error).__name__))
-        answers.write(answer + "\n")
+        answers.write(_attempt(lambda: names[name](*arguments, **keywords)) + "\n")
         answers.flush()
+
+
+def _define(sources: dict[str, str], names: dict[str, object]) -> None:
+    for part in ("setup", "program"):
+        exec(compile(sources[part], f"<{part}>", "exec"), names)
+
+
+def _attempt(action: Callable[[], object]) -> str:
+    """The line that tells the value of ``action``, or what it raised."""
+    try:
+        return encode(("value", action()))
+    except BaseException as error:  # also SystemExit: leaving is not passing
+        return encode(("error", type(error).__name__))
 
 
 if __name__ == "__main__":

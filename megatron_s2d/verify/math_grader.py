@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.verdicts import Verdict
 from megatron_s2d.verify.workers import WorkerPool
@@ -28,7 +27,7 @@ class MathGrader:
     """Compares the answer in a response with the prompt's answer.
 
     Verdict words: ``correct``, ``wrong``, ``no_answer``, ``unreadable`` (not an expression), ``too_long``, ``timeout``,
-    ``crash`` (memory, or a fault of the expression library).
+    ``crash`` (memory, or a fault of the expression library), ``bad_label`` (the prompt's answer is no expression).
     """
 
     def __init__(self, num_workers: int | None = None, cpu_seconds: int = 5, memory_bytes: int = 2 << 30) -> None:
@@ -38,19 +37,16 @@ class MathGrader:
         self._limits = {"cpu_seconds": cpu_seconds, "memory_bytes": memory_bytes}
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict a response, in order. Raises ``UserError`` for a label that is not an expression."""
+        """One verdict a response, in order."""
         answers = [extract_answer(response) for response in responses]
         # Responses of a group mostly agree; every pair is compared once.
         pairs = {
-            (prompt.answer, answer): prompt
+            (prompt.answer, answer): None
             for prompt, answer in zip(prompts, answers, strict=True)
             if answer and len(answer) <= _LONGEST_ANSWER
         }
         requests = [{"label": label, "answer": answer} | self._limits for label, answer in pairs]
         words = dict(zip(pairs, self._pool.ask(requests, 10 * self._limits["cpu_seconds"]), strict=True))
-        for pair, word in words.items():
-            if word == "bad_label":
-                raise UserError(f"prompt {pairs[pair].id}: the answer {pair[0]!r} is not a mathematical expression")
         verdicts = []
         for prompt, answer in zip(prompts, answers, strict=True):
             word = words.get((prompt.answer, answer), "too_long" if answer else "no_answer")

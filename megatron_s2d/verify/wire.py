@@ -7,11 +7,14 @@ Standard library only.
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
 _SAFE_INTEGER = 1 << 53
+_CONTAINERS = (list, tuple, set, dict)
 
 
 class Opaque:
@@ -45,6 +48,43 @@ def decode(text: str) -> Any:
         return _unpack(json.loads(text))
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an encoded value: {error}") from None
+
+
+def equal(found: Any, expected: Any, tolerance: float) -> bool:
+    """Python's equality, but floats within a relative or absolute tolerance and nan equal to nan, at any depth."""
+    if type(found) in (int, float) and type(expected) in (int, float) and float in (type(found), type(expected)):
+        both_nan = math.isnan(found) and math.isnan(expected)
+        return both_nan or math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+    if type(found) is not type(expected):
+        return found == expected
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(
+            equal(one, other, tolerance) for one, other in zip(found, expected, strict=True)
+        )
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(equal(found[key], expected[key], tolerance) for key in expected)
+    return found == expected
+
+
+def like(value: Any, example: Any) -> Any:
+    """``value`` from JSON with the types that ``example`` shows: tuples, sets and complex numbers are not JSON.
+
+    ``like([[1, [2]], ["(1+2j)"]], ((1, (2,)), [3]))`` is ``((1, (2,)), [(1+2j)])``.
+    """
+    if isinstance(value, str) and isinstance(example, (int, float, complex)):
+        return ast.literal_eval(value)
+    if isinstance(value, dict) and isinstance(example, dict) and example:
+        return {key: like(item, next(iter(example.values()))) for key, item in value.items()}
+    if not isinstance(value, list) or not isinstance(example, (list, tuple, set)):
+        return value
+    shown = list(example)
+    # For what lies beyond the example: the first container that it shows, or one like itself.
+    general = next((item for item in shown if isinstance(item, _CONTAINERS)), type(example)())
+    found = []
+    for place, item in enumerate(value):
+        own = shown[place] if place < len(shown) else shown[-1] if shown else None
+        found.append(like(item, general if isinstance(item, list) and not isinstance(own, _CONTAINERS) else own))
+    return type(example)(found)
 
 
 def _pack(value: Any) -> Any:

@@ -143,9 +143,8 @@ def test_a_killed_worker_is_replaced(grader):
     assert _words(grader, [("1", "\\boxed{1}")] * 3) == ["correct"] * 3
 
 
-def test_a_label_that_is_no_expression_is_an_error(grader):
-    with pytest.raises(UserError, match="prompt p: the answer ' ' is not a mathematical expression"):
-        grader.grade([_prompt(" ")], ["\\boxed{1}"])
+def test_a_label_that_is_no_expression_shows(grader):
+    assert _words(grader, [(" ", "\\boxed{1}"), ("1", "\\boxed{1}")]) == ["bad_label", "correct"]
 
 
 def test_graders_route_by_verifier():

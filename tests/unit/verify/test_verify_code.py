@@ -1,0 +1,339 @@
+"""Programs against unit tests: right ones pass, changed ones fail, hostile ones do neither harm nor pass."""
+
+import ast
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.data import FileSource
+from megatron_s2d.data.files import read_problems
+from megatron_s2d.records import Prompt
+from megatron_s2d.verify.code_grader import CodeGrader, extract_program, isolation, same_output
+from megatron_s2d.verify.wire import Opaque, decode, encode, equal, like
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
+
+ASSERTS = {"kind": "asserts", "setup": "", "entry_point": "f", "tests": "def check(f):\n    assert f(2) == 'SECRET4'\n"}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = CodeGrader(num_workers=2, cpu_seconds=1, memory_bytes=512 << 20)
+    yield grader
+    grader.close()
+
+
+def _prompt(label, id="p"):
+    return Prompt(id, None, "", "code", "code", label if isinstance(label, str) else json.dumps(label))
+
+
+def _word(grader, program, label):
+    verdict = grader.grade([_prompt(label)], [f"```python\n{program}\n```"])[0]
+    assert verdict.reward == (verdict.word == "correct")
+    return verdict.word
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("```python\nx = 1\n```", "x = 1"),
+        ("```\nx = 1\n```", "x = 1"),
+        ("first\n```python\na\n```\nthen\n```py\nb\n\nc\n```\nend", "b\n\nc"),
+        ("```python\na\n```\nrun it:\n```bash\npython a.py\n```", "a"),
+        ("<think>```python\na\n```</think>none", None),
+        ("```python\na", None),
+        ("def f(): pass", None),
+        ("", None),
+    ],
+)
+def test_the_program_of_a_response(response, program):
+    assert extract_program(response) == program
+
+
+def test_plain_values_cross_with_their_types():
+    values = [
+        None, True, 1, -(10**5000), 1.0, float("inf"), "a\n\ud800", b"\x00", (1, [2, (3,)]), {1, 2}, frozenset({"a"}),
+        {(1, 2): [1.5], "k": None}, 1 + 2j, range(3), [],
+    ]  # fmt: skip
+    for value in values:
+        found = decode(encode(value))
+        assert found == value and type(found) is type(value)
+    assert decode(encode(float("nan"))) != 0
+
+    class Always(int):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    for value in (Always(3), object(), lambda: 1, iter([1])):
+        found = decode(encode(value))
+        assert isinstance(found, Opaque) and bool(found) == bool(value) and found != value and found != 3
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", '{"code": 1}', '{"int": 3}', '{"tuple": 3}', "{}", "[" * 100_000])
+def test_other_lines_are_refused(text):
+    with pytest.raises(ValueError):
+        decode(text)
+
+
+def test_equality_of_results():
+    assert equal([1.0, (2, {"a": 0.1 + 0.2})], [1, (2, {"a": 0.3})], 1e-6)
+    assert equal(float("nan"), float("nan"), 1e-6) and equal(1e9, 1e9 + 1, 1e-6)
+    for found, expected in [([1], (1,)), (1.1, 1.0), ([1, 2], [1]), (None, 0), ("1", 1), ({1: 2}, {1: 3}), ([[1]], [1])]:
+        assert not equal(found, expected, 1e-6)
+
+
+def test_arguments_get_their_types_back():
+    assert like([[1, [2]], ["(1+2j)"]], ((1, (2,)), [3])) == ((1, (2,)), [1 + 2j])
+    assert like([[1, [2, [3]]]], ((1, (2,)),)) == ((1, (2, (3,))),)
+    assert like(["a", [[1, 2], [3, 4], [5]]], ("x", [(1, 2)])) == ("a", [(1, 2), (3, 4), (5,)])
+    assert like(["text", [1, 2]], ("other", {3})) == ("text", {1, 2})
+
+
+@pytest.mark.parametrize(
+    ("program", "word"),
+    [
+        ("def f(x):\n    return 'SECRET' + str(2 * x)", "correct"),
+        ("print('noise')\ndef f(x):\n    print('noise')\n    return 'SECRET4'", "correct"),
+        ("def f(x):\n    return 'SECRET5'", "wrong"),
+        ("def f(x):\n    return None", "wrong"),
+        ("def f(x):\n    raise KeyError(x)", "error"),
+        ("def f(x):\n    return", "wrong"),
+        ("def f(x)", "error"),
+        ("import nowhere", "error"),
+        ("g = 1", "error"),
+    ],
+)
+def test_function_style(grader, program, word):
+    assert _word(grader, program, ASSERTS) == word
+
+
+READ_ALL_DESCRIPTORS = """
+import os
+def f(x):
+    found = b""
+    for descriptor in range(64):
+        for read in (lambda: os.pread(descriptor, 1 << 20, 0), lambda: os.read(descriptor, 1 << 20)):
+            if descriptor > 2:
+                try:
+                    os.set_blocking(descriptor, False)
+                    found += read()
+                except OSError:
+                    pass
+    place = found.find(b"SECRET4")
+    return found[place:place + 7].decode() if place >= 0 else "nothing"
+"""
+SPRAY = """
+import os
+for descriptor in range(64):
+    try:
+        os.write(descriptor, {line!r})
+    except OSError:
+        pass
+def f(x):
+    return None
+"""
+HOSTILE = {
+    "infinite loop": ("def f(x):\n    while True: pass", {"timeout"}),
+    "sleep": ("import time\ndef f(x):\n    time.sleep(1e6)", {"timeout"}),
+    "loop that ignores signals": (
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except Exception: pass\n"
+        "while True: pass",
+        {"timeout"},
+    ),
+    "fork bomb": ("import os\nwhile True: os.fork()", {"error"}),
+    "fork bomb by threads": (
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+        {"error", "timeout", "crash"},
+    ),
+    "memory bomb": ("def f(x):\n    return 'a' * (1 << 40)", {"error"}),
+    "creeping memory bomb": ("def f(x):\n    a = []\n    while True: a.append('b' * (1 << 20))", {"error", "crash"}),
+    "huge value": ("def f(x):\n    return ['a'] * 20_000_000", {"error", "crash", "timeout"}),
+    "subprocess": ("import subprocess\nsubprocess.run(['true'])\ndef f(x): return 'SECRET4'", {"error"}),
+    "socket": ("import socket\nsocket.create_connection(('127.0.0.1', 22))", {"error"}),
+    "exit": ("import sys\ndef f(x):\n    sys.exit(0)", {"error"}),
+    "exit while defining": ("import sys\nsys.exit(0)", {"error"}),
+    "hard exit": ("import os\ndef f(x):\n    os._exit(0)", {"crash"}),
+    "segmentation fault": ("import ctypes\ndef f(x):\n    ctypes.string_at(0)", {"crash"}),
+    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)", {"error", "crash"}),
+    "kill the judge": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return 'SECRET4'", {"error"}),
+    "kill everything": ("import os\nos.kill(-1, 9)", {"error"}),
+    "always equal": ("class A:\n    def __eq__(s, o): return True\ndef f(x):\n    return A()", {"wrong"}),
+    "always equal text": ("class A(str):\n    def __eq__(s, o): return True\ndef f(x):\n    return A()", {"wrong"}),
+    "patched assertion": (
+        "import builtins, sys\nbuiltins.AssertionError = ZeroDivisionError\n"
+        "builtins.__dict__['check'] = lambda f: None\ndef check(f): pass\ndef f(x): return 1",
+        {"wrong"},
+    ),
+    "patched encoder": (
+        "import sys\nm = sys.modules['__main__']\nm.encode = lambda v: '\"correct\"'\ndef f(x): return 1",
+        {"crash"},
+    ),
+    "word on every channel": (SPRAY.format(line=b"correct\n"), {"crash", "wrong"}),
+    "value on every channel": (SPRAY.format(line=b'{"tuple": ["value", true]}\n'), {"wrong", "crash"}),
+    "tests through open files": (READ_ALL_DESCRIPTORS, {"wrong", "crash", "timeout", "error"}),
+    "reading outside": ("def f(x):\n    return open('/etc/passwd').read()", {"error"}),
+    "reading memory of others": (
+        "import os\ndef f(x):\n    return open(f'/proc/{os.getppid()}/environ').read()",
+        {"error"},
+    ),
+    "null bytes": ("def f(x):\n    return '\\x00'\n\x00", {"error"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs(grader, name):
+    program, words = HOSTILE[name]
+    start = time.monotonic()
+    assert _word(grader, program, ASSERTS) in words
+    assert time.monotonic() - start < 20
+    assert not _processes("candidate.py") and not _processes("tester.py")
+
+
+@pytest.mark.skipif("landlock" not in isolation(), reason="this kernel has no Landlock")
+def test_the_repository_cannot_be_read(grader):
+    program = f"def f(x):\n    return open({__file__!r}).read()"
+    assert _word(grader, program, ASSERTS) == "error"
+    assert _word(grader, "import os\ndef f(x):\n    return os.listdir('/')", ASSERTS) == "error"
+
+
+def test_nothing_can_be_written(grader, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    for action in (
+        f"open({str(tmp_path / 'new')!r}, 'w')", f"os.remove({str(kept)!r})", f"os.truncate({str(kept)!r}, 0)",
+        f"os.rename({str(kept)!r}, {str(tmp_path / 'moved')!r})", f"os.mkdir({str(tmp_path / 'folder')!r})",
+        f"os.symlink('/', {str(tmp_path / 'link')!r})", f"os.chmod({str(kept)!r}, 0)",
+        f"os.utime({str(kept)!r}, (1, 1))", f"open({str(kept)!r}, 'r+')", f"os.open({str(kept)!r}, os.O_WRONLY)",
+    ):  # fmt: skip
+        program = f"import os\ndef f(x):\n    {action}\n    return 'SECRET4'"
+        assert _word(grader, program, ASSERTS) == "error", action
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
+
+
+def _processes(script):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if script in (entry / "cmdline").read_text() and str(os.getpid()) in (entry / "status").read_text():
+                    found.append(entry.name)
+            except OSError:
+                continue
+    return found
+
+
+ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
+
+
+@pytest.mark.parametrize(
+    ("program", "word"),
+    [
+        ("a, b = map(int, input().split())\nprint(a + b)", "correct"),
+        ("import sys\nif __name__ == '__main__':\n    print(sum(map(int, sys.stdin.read().split())), ' ')", "correct"),
+        ("a, b = map(int, input().split())\nprint(a + b)\nimport sys\nsys.exit(0)", "correct"),
+        ("print(3)", "wrong"),
+        ("print(3); print(7)", "wrong"),
+        ("import sys\nsys.exit(0)", "wrong"),
+        ("a, b = map(int, input().split())\nprint(a + b)\nraise SystemExit(1)", "error"),
+        ("input(); input()", "error"),
+        ("while True: pass", "timeout"),
+        ("import os\nos.abort()", "crash"),
+        ("while True: print('x' * 10**6)", "error"),
+    ],
+)
+def test_script_style(grader, program, word):
+    assert _word(grader, program, ECHO) == word
+
+
+def test_output_is_compared_but_for_trailing_space():
+    assert same_output("1 2 \n3\n\n", "1 2\n3") and same_output("", "\n")
+    assert not same_output("1  2", "1 2") and not same_output("1\n2", "1 2") and not same_output("1.0", "1")
+
+
+def test_named_function_style(grader):
+    label = {"fn_name": "pairs", "inputs": [[[1, 2], 2], [[], 0]], "outputs": [[[1, 2], [1, 2]], []]}
+    assert _word(grader, "def pairs(a, n):\n    return [tuple(a)] * n", label) == "correct"
+    assert _word(grader, "def pairs(a, n):\n    return [a]", label) == "wrong"
+
+
+def test_the_program_sees_nothing_of_the_trainer(grader, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "SECRET4")
+    program = "import os\ndef f(x):\n    return os.environ.get('SOME_TOKEN', sorted(os.environ))"
+    assert _word(grader, program, ASSERTS) == "wrong"
+
+
+def test_broken_tests_show(grader):
+    assert _word(grader, "def f(x): return 1", ASSERTS | {"tests": "def check(:"}) == "bad_label"
+    assert _word(grader, "def f(x): return 1", ASSERTS | {"tests": "pass"}) == "bad_label"
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("4", "not a JSON object"),
+        ("{", "not a JSON object"),
+        ({"kind": "magic"}, "unknown kind"),
+        ({"kind": "asserts", "setup": ""}, "lack entry_point, tests"),
+        ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
+        ({"inputs": [], "outputs": []}, "no unit tests"),
+    ],
+)
+def test_labels_that_are_no_tests(grader, label, message):
+    with pytest.raises(UserError, match=f"prompt p: .*{message}"):
+        grader.grade([_prompt(label)], [""])
+
+
+def _benchmark(name):
+    source = {"type": "file", "path": DATA / f"{name}.jsonl", "schema": name, "verifier": "code", "template": "code"}
+    return read_problems(parse(FileSource, source, "test"))[0]
+
+
+class _Mutant(ast.NodeTransformer):
+    """The first return value of the entry point gives way to another one."""
+
+    def visit_Return(self, node):
+        return ast.Return(ast.Tuple([ast.Constant("mutant"), node.value or ast.Constant(None)], ast.Load()))
+
+
+def _mutant(problem):
+    tree = _Mutant().visit(ast.parse(extract_program(problem.solution)))
+    return f"```python\n{ast.unparse(ast.fix_missing_locations(tree))}\n```"
+
+
+def _words(grader, problems, responses):
+    return [verdict.word for verdict in grader.grade([_prompt(p.answer, p.id) for p in problems], responses)]
+
+
+def _check_benchmark(grader, name, problems, allowed):
+    words = _words(grader, problems, [problem.solution for problem in problems])
+    missed = [(problem.id, word) for problem, word in zip(problems, words, strict=True) if word != "correct"]
+    print(f"{name}: {len(problems) - len(missed)} of {len(problems)} canonical solutions pass; not: {missed}")
+    assert len(missed) <= allowed, missed
+    words = _words(grader, problems, [_mutant(problem) for problem in problems])
+    passed = [problem.id for problem, word in zip(problems, words, strict=True) if word == "correct"]
+    print(f"{name}: {len(passed)} of {len(problems)} changed solutions pass: {passed}")
+    assert len(passed) <= allowed, passed
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "every"), [("humaneval", 16), ("mbpp_plus", 37)])
+def test_canonical_solutions_pass_and_changed_ones_fail(grader, name, every):
+    _check_benchmark(grader, name, _benchmark(name)[::every], allowed=0)
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "mbpp_plus"])
+def test_all_canonical_solutions_pass_and_changed_ones_fail(name):
+    grader, problems = CodeGrader(), _benchmark(name)
+    try:
+        _check_benchmark(grader, name, problems, allowed=len(problems) // 100)
+    finally:
+        grader.close()
