@@ -7,7 +7,6 @@ Standard library only.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -66,13 +65,20 @@ def equal(found: Any, expected: Any, tolerance: float) -> bool:
     return found == expected
 
 
-def like(value: Any, example: Any) -> Any:
-    """``value`` from JSON with the types that ``example`` shows: tuples, sets and complex numbers are not JSON.
+def arguments_like(values: list, example: tuple) -> list:
+    """The arguments of a call from JSON, with the types of the call ``example``; a complex number comes as text."""
+    found = list(like(values, example))
+    for place, (value, shown) in enumerate(zip(found, example, strict=False)):
+        if isinstance(value, str) and isinstance(shown, (int, float, complex)):
+            found[place] = complex(value)
+    return found
 
-    ``like([[1, [2]], ["(1+2j)"]], ((1, (2,)), [3]))`` is ``((1, (2,)), [(1+2j)])``.
+
+def like(value: Any, example: Any) -> Any:
+    """``value`` from JSON with the types that ``example`` shows: tuples and sets are not JSON.
+
+    ``like([[1, [2]], [3, 4]], ((1, (2,)), {5}))`` is ``((1, (2,)), {3, 4})``.
     """
-    if isinstance(value, str) and isinstance(example, (int, float, complex)):
-        return ast.literal_eval(value)
     if isinstance(value, dict) and isinstance(example, dict) and example:
         return {key: like(item, next(iter(example.values()))) for key, item in value.items()}
     if not isinstance(value, list) or not isinstance(example, (list, tuple, set)):

@@ -13,7 +13,7 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.files import read_problems
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.code_grader import CodeGrader, extract_program, isolation, same_output
-from megatron_s2d.verify.wire import Opaque, decode, encode, equal, like
+from megatron_s2d.verify.wire import Opaque, arguments_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
@@ -90,7 +90,8 @@ def test_equality_of_results():
 
 
 def test_arguments_get_their_types_back():
-    assert like([[1, [2]], ["(1+2j)"]], ((1, (2,)), [3])) == ((1, (2,)), [1 + 2j])
+    assert like([[1, [2]], [3, 4, 3]], ((1, (2,)), {5})) == ((1, (2,)), {3, 4})
+    assert arguments_like(["(1+2j)", "0", "x"], (1, 1j, "y")) == [1 + 2j, 0j, "x"]
     assert like([[1, [2, [3]]]], ((1, (2,)),)) == ((1, (2, (3,))),)
     assert like(["a", [[1, 2], [3, 4], [5]]], ("x", [(1, 2)])) == ("a", [(1, 2), (3, 4), (5,)])
     assert like(["text", [1, 2]], ("other", {3})) == ("text", {1, 2})
@@ -152,7 +153,7 @@ HOSTILE = {
         "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
         {"error", "timeout", "crash"},
     ),
-    "memory bomb": ("def f(x):\n    return 'a' * (1 << 40)", {"error"}),
+    "memory bomb": ("def f(x):\n    return 'a' * (1 << 40)", {"crash"}),
     "creeping memory bomb": ("def f(x):\n    a = []\n    while True: a.append('b' * (1 << 20))", {"error", "crash"}),
     "huge value": ("def f(x):\n    return ['a'] * 20_000_000", {"error", "crash", "timeout"}),
     "subprocess": ("import subprocess\nsubprocess.run(['true'])\ndef f(x): return 'SECRET4'", {"error"}),
@@ -161,7 +162,7 @@ HOSTILE = {
     "exit while defining": ("import sys\nsys.exit(0)", {"error"}),
     "hard exit": ("import os\ndef f(x):\n    os._exit(0)", {"crash"}),
     "segmentation fault": ("import ctypes\ndef f(x):\n    ctypes.string_at(0)", {"crash"}),
-    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)", {"error", "crash"}),
+    "recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)", {"error", "crash", "timeout"}),
     "kill the judge": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return 'SECRET4'", {"error"}),
     "kill everything": ("import os\nos.kill(-1, 9)", {"error"}),
     "always equal": ("class A:\n    def __eq__(s, o): return True\ndef f(x):\n    return A()", {"wrong"}),
@@ -311,29 +312,30 @@ def _words(grader, problems, responses):
     return [verdict.word for verdict in grader.grade([_prompt(p.answer, p.id) for p in problems], responses)]
 
 
-def _check_benchmark(grader, name, problems, allowed):
-    words = _words(grader, problems, [problem.solution for problem in problems])
+def _check_benchmark(name, problems, allowed):
+    grader = CodeGrader()
+    try:
+        words = _words(grader, problems, [problem.solution for problem in problems])
+        changed = _words(grader, problems, [_mutant(problem) for problem in problems])
+    finally:
+        grader.close()
     missed = [(problem.id, word) for problem, word in zip(problems, words, strict=True) if word != "correct"]
+    passed = [problem.id for problem, word in zip(problems, changed, strict=True) if word == "correct"]
     print(f"{name}: {len(problems) - len(missed)} of {len(problems)} canonical solutions pass; not: {missed}")
-    assert len(missed) <= allowed, missed
-    words = _words(grader, problems, [_mutant(problem) for problem in problems])
-    passed = [problem.id for problem, word in zip(problems, words, strict=True) if word == "correct"]
     print(f"{name}: {len(passed)} of {len(problems)} changed solutions pass: {passed}")
+    assert len(missed) <= allowed, missed
     assert len(passed) <= allowed, passed
 
 
 @needs_data
 @pytest.mark.parametrize(("name", "every"), [("humaneval", 16), ("mbpp_plus", 37)])
-def test_canonical_solutions_pass_and_changed_ones_fail(grader, name, every):
-    _check_benchmark(grader, name, _benchmark(name)[::every], allowed=0)
+def test_canonical_solutions_pass_and_changed_ones_fail(name, every):
+    _check_benchmark(name, _benchmark(name)[::every], allowed=0)
 
 
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["humaneval", "mbpp_plus"])
 def test_all_canonical_solutions_pass_and_changed_ones_fail(name):
-    grader, problems = CodeGrader(), _benchmark(name)
-    try:
-        _check_benchmark(grader, name, problems, allowed=len(problems) // 100)
-    finally:
-        grader.close()
+    problems = _benchmark(name)
+    _check_benchmark(name, problems, allowed=len(problems) // 100)
