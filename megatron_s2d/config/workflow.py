@@ -9,11 +9,9 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.algorithm import (
-    ForwardKlConfig,
-    GrpoConfig,
-    OpdConfig,
+    ExpoConfig,
+    ModelStageConfig,
     Stage,
-    SupervisedConfig,
     TeacherCacheConfig,
     TrainingStageConfig,
 )
@@ -77,6 +75,9 @@ class WorkflowConfig(Config):
     models: dict[str, ModelConfig]
     data: dict[str, DataSource]
     parallel: ParallelConfig = ParallelConfig()
+    teacher_parallel: ParallelConfig | None = Field(
+        None, description="layout of frozen teachers and references on the same ranks; by default that of the student"
+    )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     lengths: LengthConfig = LengthConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -91,21 +92,31 @@ class WorkflowConfig(Config):
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
 
     @pydantic.model_validator(mode="after")
+    def _layouts(self) -> WorkflowConfig:
+        other = self.teacher_parallel
+        if other is not None and other.world_size != self.parallel.world_size:
+            raise ValueError(
+                f"teacher_parallel takes {other.world_size} ranks and parallel {self.parallel.world_size}: teacher and "
+                "student share the ranks, so the products must be equal"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _references(self) -> WorkflowConfig:
         for name, stage in self.stages.items():
             self._check_stage(name, stage)
         self._order()
         for arm, stage_name in self.arms.items():
-            self._need_stage(f"arms.{arm}", stage_name, TrainingStageConfig)
+            self._need_stage(f"arms.{arm}", stage_name, ModelStageConfig)
         for stage_name in self.also_evaluate:
-            self._need_stage("also_evaluate", stage_name, TrainingStageConfig)
+            self._need_stage("also_evaluate", stage_name, ModelStageConfig)
         self._need_prompts("evaluation.prompts", self.evaluation.prompts)
         for index, contrast in enumerate(self.contrasts):
             for side in (contrast.a, contrast.b):
                 if side not in self.arms:
                     raise ValueError(f"contrasts.{index} names the arm '{side}', which is not among `arms`")
         for index, gate in enumerate(self.gates):
-            self._need_stage(f"gates.{index}.stage", gate.stage, TrainingStageConfig)
+            self._need_stage(f"gates.{index}.stage", gate.stage, ModelStageConfig)
             self._need_prompts(f"gates.{index}.prompts", gate.prompts)
         return self
 
@@ -114,14 +125,12 @@ class WorkflowConfig(Config):
         if isinstance(stage, TrainingStageConfig) and stage.model is not None and stage.model not in self.models:
             raise ValueError(f"{where}.model: '{stage.model}' is not among `models` ({', '.join(self.models)})")
         for relation, other in stage.inputs().items():
-            wanted = TeacherCacheConfig if relation == "cache" else TrainingStageConfig
+            wanted = TeacherCacheConfig if relation == "cache" else ModelStageConfig
             self._need_stage(f"{where}.{relation}", other, wanted)
-        if isinstance(stage, SupervisedConfig) and stage.data is not None:
-            self._need_prompts(f"{where}.data", stage.data)
-        if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
-            self._need_prompts(f"{where}.prompts", stage.prompts)
-        if isinstance(stage, GrpoConfig) and stage.prompts.partition("/")[0] == self.evaluation.prompts:
-            raise ValueError(f"{where}.prompts: '{stage.prompts}' is the evaluation set; training on it is refused")
+        for entry in stage.entries:
+            self._need_prompts(f"{where}.{'data' if stage.type == 'supervised' else 'prompts'}", entry)
+            if stage.uses_labels and entry.partition("/")[0] == self.evaluation.prompts.partition("/")[0]:
+                raise ValueError(f"{where}: '{entry}' is the evaluation set; training on its labels is refused")
 
     def _need_stage(self, where: str, name: str, wanted: type) -> None:
         if name not in self.stages:
@@ -166,6 +175,8 @@ class WorkflowConfig(Config):
         stage = self.stages[stage_name]
         if isinstance(stage, TeacherCacheConfig):
             return self.model_of(stage.teacher)
+        if isinstance(stage, ExpoConfig):
+            return self.model_of(stage.base)
         return stage.model if stage.model is not None else self.model_of(stage.init)
 
     def chain(self, stage_name: str) -> list[str]:

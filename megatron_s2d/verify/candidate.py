@@ -3,8 +3,8 @@
 ``candidate.py call FILE_DESCRIPTOR LIMITS`` runs the definitions, then answers calls: a line ``encode((name, arguments,
 keywords))`` on the standard input is answered with ``encode(("value", result))`` or ``encode(("error", type name))``.
 ``candidate.py script FILE_DESCRIPTOR LIMITS`` runs the program as ``__main__`` between standard input and output.
-The program is read from the open file descriptor: ``{"setup", "program"}`` as JSON, run in this order. Nothing here knows what is expected of the program, and nothing it
-writes is believed to be more than the value of a call.
+The program is read from the open file descriptor: ``{"setup", "program"}`` as JSON, run in this order. Nothing here
+knows what is expected of the program, and nothing it writes is believed to be more than the value of a call.
 """
 
 from __future__ import annotations

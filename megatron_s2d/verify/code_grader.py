@@ -2,14 +2,14 @@
 
 A response's last fenced block is the program. It runs in a process of its own that is confined (``sandbox.py``) and
 knows nothing of the tests; these run in a second confined process, which calls the program's function through a pipe
-and sees plain data only (``tester.py``), or compare what a script prints. So a program cannot patch the checker, forge a
-verdict, or leave early and pass. A process that overruns is killed.
+and sees plain data only (``tester.py``), or compare what a script prints. So a program cannot patch the checker, forge
+a verdict, or leave early and pass. A process that overruns is killed.
 
 Labels (``Prompt.answer``) are JSON, of one of the kinds
 ``{"kind": "asserts", "setup", "entry_point", "tests"}`` (HumanEval: ``tests`` defines ``check``),
 ``{"kind": "reference", "reference", "entry_point", "inputs", "example", "compare", "tolerance"}`` (MBPP+),
-``{"inputs": [...], "outputs": [...]}`` texts for standard input and output, and with ``"fn_name"`` arguments and results.
-Left out: languages other than Python, methods of a class as entry point, programs that need files, processes or sockets.
+``{"inputs": [...], "outputs": [...]}`` texts for standard input and output; with ``"fn_name"`` arguments and results.
+Left out: languages other than Python, methods of a class as entry point, programs that need files, processes, sockets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _MOST_WORKERS = 8
 _OUTPUT_BYTES = 16 << 20
-_WALL_PER_CPU_SECOND = 2
+_WALL_PER_CPU_SECOND = 4  # a busy machine should judge as an idle one does
 _FENCES = ("```python", "```py", "```python3", "```")
 _FIELDS = {
     "asserts": {"setup", "entry_point", "tests"},
@@ -54,9 +54,16 @@ class CodeGrader:
     memory), ``timeout``, ``bad_label`` (the tests fail by themselves).
     """
 
-    def __init__(self, num_workers: int | None = None, cpu_seconds: int = 10, memory_bytes: int = 1 << 30) -> None:
-        """``cpu_seconds`` and ``memory_bytes`` bound each process; None: a worker per core, 8 at most.
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        cpu_seconds: int = 10,
+        memory_bytes: int = 1 << 30,
+        wall_seconds: float | None = None,
+    ) -> None:
+        """``cpu_seconds`` and ``memory_bytes`` bound each process, ``wall_seconds`` each run, also one that sleeps.
 
+        None: a worker per core, 8 at most; four times ``cpu_seconds``.
         Raises ``UserError`` on a machine that cannot confine a process.
         """
         if "landlock" not in isolation():
@@ -66,7 +73,7 @@ class CodeGrader:
         self._limits = json.dumps(
             {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds, "file_bytes": _OUTPUT_BYTES}
         )
-        self._wall_seconds = _WALL_PER_CPU_SECOND * cpu_seconds
+        self._wall_seconds = _WALL_PER_CPU_SECOND * cpu_seconds if wall_seconds is None else wall_seconds
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """One verdict a response, in order. Raises ``UserError`` for a label of no known kind."""

@@ -19,6 +19,7 @@ from megatron_s2d.verify.workers import WorkerPool
 _WORKER = Path(__file__).with_name("math_worker.py")
 _LONGEST_ANSWER = 2000  # characters; expressions beyond it are refused unread
 _MOST_WORKERS = 8
+_WALL_PER_CPU_SECOND = 20  # beyond what the worker allows: for a worker that is itself in trouble
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _PHRASE = re.compile(r"answer(?:[ \t]+is)?[ \t*]*:?", re.IGNORECASE)
 
@@ -46,7 +47,7 @@ class MathGrader:
             if answer and len(answer) <= _LONGEST_ANSWER
         }
         requests = [{"label": label, "answer": answer} | self._limits for label, answer in pairs]
-        words = dict(zip(pairs, self._pool.ask(requests, 10 * self._limits["cpu_seconds"]), strict=True))
+        words = dict(zip(pairs, self._pool.ask(requests, _WALL_PER_CPU_SECOND * self._limits["cpu_seconds"]), strict=True))
         verdicts = []
         for prompt, answer in zip(prompts, answers, strict=True):
             word = words.get((prompt.answer, answer), "too_long" if answer else "no_answer")

@@ -30,7 +30,7 @@ _WARM_UP = (
     ("\\frac{1}{2}", "0.5"), ("\\frac{\\sqrt{3}}{2}", "0.86"), ("x^2+1", "(x+1)^2"), ("(1,2)", "\\{1,3\\}"),
     ("\\frac{\\pi}{4}", "\\sin(1)+\\log(2)"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "x=3"), ("[0,1)", "x \\le 2"),
 )  # fmt: skip
-_WALL_PER_CPU_SECOND = 4
+_WALL_PER_CPU_SECOND = 10
 _WORDS = ("correct", "wrong", "unreadable", "bad_label")
 
 

@@ -227,8 +227,14 @@ def arm_of(config: WorkflowConfig, name: str) -> list[dict[str, Any]]:
     arm = []
     for stage_name in config.chain(config.arms[name]):
         stage = config.stages[stage_name]
-        roles = {relation: config.stages[other].role for relation, other in stage.inputs().items()}
-        arm.append(dump(stage) | roles)
+        settings = dump(stage)
+        for relation, other in stage.inputs().items():
+            field, _, place = relation.partition(".")  # "teacher.math" is a key of the mapping, "tuned.0" of the list
+            if place:
+                settings[field][int(place) if place.isdigit() else place] = config.stages[other].role
+            else:
+                settings[field] = config.stages[other].role
+        arm.append(settings)
     return arm
 
 

@@ -1,8 +1,8 @@
 """Which labelled prompts every stage uses, and the refusal to use a held-out label twice. No torch here.
 
-A label is used where a verifier rewards responses to its prompt (GRPO) or where its reference solution is trained on
-(supervised). Prompts are compared by their tokens, so the same problem under two names counts as one. Stages that only
-sample from prompts (teacher cache, OPD) use no label.
+A label is used where a verifier judges responses to its prompt (GRPO, SG-OPD) or where its reference solution is trained
+on (supervised). Prompts are compared by their tokens, so the same problem under two names counts as one. Stages that
+only sample from prompts (teacher cache, OPD) use no label.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from megatron_s2d.config.algorithm import GrpoConfig, SupervisedConfig
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.records import Prompt
@@ -34,44 +33,37 @@ class Ledger:
         """Digests of the prompts of an entry."""
         return {prompt_key(prompt) for prompt in self.prompts[name]}
 
-    def labels_of(self, stage_name: str) -> str | None:
-        """The entry whose labels a stage uses; None where it uses none (generated corpora are not labelled data)."""
+    def labels_of(self, stage_name: str) -> list[str]:
+        """The entries whose labels a stage uses (generated corpora are not labelled data)."""
         stage = self.config.stages[stage_name]
-        if isinstance(stage, GrpoConfig):
-            return stage.prompts
-        if isinstance(stage, SupervisedConfig) and stage.data in self.prompts:
-            return stage.data
-        return None
+        return [entry for entry in stage.entries if stage.uses_labels and entry in self.prompts]
 
     def check(self, stages: Sequence[str]) -> None:
         """Refuse evaluation problems in training data, and a stage whose labels an earlier stage of its chain used."""
         evaluation = self.keys(self.config.evaluation.prompts)
         for name in stages:
-            entry = self.labels_of(name)
-            if entry is None:
-                continue
-            own = self.keys(entry)
-            shared = own & evaluation
-            if shared:
-                raise UserError(
-                    f"stages.{name}: {len(shared)} of the prompts of '{entry}' are evaluation problems "
-                    f"({self._example(entry, shared)}); take them out of one of the two"
-                )
-            self._check_reuse(name, entry, own)
+            for entry in self.labels_of(name):
+                own = self.keys(entry)
+                shared = own & evaluation
+                if shared:
+                    raise UserError(
+                        f"stages.{name}: {len(shared)} of the prompts of '{entry}' are evaluation problems "
+                        f"({self._example(entry, shared)}); take them out of one of the two"
+                    )
+                self._check_reuse(name, entry, own)
 
     def _check_reuse(self, name: str, entry: str, own: set[str]) -> None:
-        stage = self.config.stages[name]
-        if not isinstance(stage, GrpoConfig) or stage.label_reuse == "allow":
+        if getattr(self.config.stages[name], "label_reuse", "allow") == "allow":
             return
         for earlier in self.config.chain(name)[:-1]:
-            used = self.labels_of(earlier)
-            shared = own & self.keys(used) if used is not None else set()
-            if shared:
-                raise UserError(
-                    f"stages.{name}.prompts: the labels of {len(shared)} prompts of '{entry}' were used before, by "
-                    f"stage '{earlier}' ({self._example(entry, shared)}): they are not held out. Use the other half, "
-                    "or set label_reuse: allow for a replay control"
-                )
+            for used in self.labels_of(earlier):
+                shared = own & self.keys(used)
+                if shared:
+                    raise UserError(
+                        f"stages.{name}.prompts: the labels of {len(shared)} prompts of '{entry}' were used before, by "
+                        f"stage '{earlier}' ({self._example(entry, shared)}): they are not held out. Use the other "
+                        "half, or set label_reuse: allow for a replay control"
+                    )
 
     def _example(self, entry: str, keys: set[str]) -> str:
         return "for example " + min(prompt.id for prompt in self.prompts[entry] if prompt_key(prompt) in keys)
@@ -81,10 +73,9 @@ class Ledger:
         found = []
         for name in stages:
             stage = self.config.stages[name]
-            entry = getattr(stage, "prompts", None) or getattr(stage, "data", None)
-            if entry not in self.prompts:
-                continue
-            note = "labels used before, on purpose" if getattr(stage, "label_reuse", None) == "allow" else ""
-            used = self.labels_of(name) is not None
-            found.append(LedgerEntry(name, entry, len(self.keys(entry)), used, note))
+            reused = stage.uses_labels and getattr(stage, "label_reuse", "refuse") == "allow"
+            note = "labels used before, on purpose" if reused else ""
+            for entry in stage.entries:
+                if entry in self.prompts:
+                    found.append(LedgerEntry(name, entry, len(self.keys(entry)), stage.uses_labels, note))
         return tuple(found)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_s2d.artifacts import StageDirectory, file_digest, json_digest
-from megatron_s2d.config.algorithm import TeacherCacheConfig
+from megatron_s2d.config.algorithm import TrainingStageConfig
 from megatron_s2d.config.base import UserError, dump
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -117,11 +117,11 @@ def _common(config: WorkflowConfig) -> dict[str, Any]:
 def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _UNESSENTIAL}
-    used = {entry.partition("/")[0] for entry in (settings.get("data"), settings.get("prompts")) if entry}
+    used = {entry.partition("/")[0] for entry in stage.entries}
     resolved = _common(config) | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
-    if "/" in (settings.get("prompts") or settings.get("data") or ""):
+    if any("/" in entry for entry in stage.entries):
         resolved["split_seed"] = config.split_seed
-    if not isinstance(stage, TeacherCacheConfig) and stage.model is not None:
+    if isinstance(stage, TrainingStageConfig) and stage.model is not None:
         resolved["model"] = dump(config.models[stage.model])
     return resolved
 

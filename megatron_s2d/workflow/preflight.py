@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_s2d.config.algorithm import (
+    ExpoConfig,
     ForwardKlConfig,
     GrpoConfig,
     OpdConfig,
     SupervisedConfig,
     TeacherCacheConfig,
+    TrainingStageConfig,
 )
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
@@ -102,7 +104,8 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
 def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
     try:
         spec = config.models[name].resolve(vocab_size)
-        check_layout(spec, config.parallel)
+        for parallel in {config.parallel, config.teacher_parallel or config.parallel}:
+            check_layout(spec, parallel)
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
     return spec
@@ -113,8 +116,7 @@ def _load_prompts(
 ) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
     names = [config.evaluation.prompts, *(gate.prompts for gate in config.gates)]
     for name in stages:
-        stage = config.stages[name]
-        names += [entry for entry in (getattr(stage, "prompts", None), getattr(stage, "data", None)) if entry]
+        names += config.stages[name].entries
     prompts, dropped = {}, {}
     for name in dict.fromkeys(names):
         if not is_corpus(config.data[name.partition("/")[0]]):
@@ -128,14 +130,20 @@ def _check_stage(
 ) -> None:
     stage = config.stages[name]
     where = f"stages.{name}"
-    for relation in ("teacher", "reference", "cache"):
-        other = stage.inputs().get(relation)
-        if other is not None and not isinstance(stage, TeacherCacheConfig):
-            _check_same_vocabulary(config, where, name, relation, other, specs)
+    if not isinstance(stage, TeacherCacheConfig):
+        for relation, other in stage.inputs().items():
+            if relation.partition(".")[0] in ("teacher", "reference", "cache", "tuned"):
+                _check_same_vocabulary(config, where, name, relation, other, specs)
     if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
-        _check_length(config, where, name, specs, prompts[stage.prompts], stage.sampling)
+        for entry in stage.entries:
+            _check_length(config, where, name, specs, prompts[entry], stage.sampling)
+            if stage.uses_labels:
+                _check_graded(prompts[entry], f"{where}.prompts: '{entry}'")
+    if isinstance(stage, OpdConfig):
+        _check_domains(where, stage, prompts)
+    if isinstance(stage, ExpoConfig):
+        _check_expo(config, where, stage)
     if isinstance(stage, GrpoConfig):
-        _check_graded(prompts[stage.prompts], f"{where}.prompts: '{stage.prompts}'")
         if stage.overlong is not None and stage.overlong.buffer_tokens > stage.sampling.max_response_tokens:
             raise UserError(f"{where}.overlong.buffer_tokens: larger than sampling.max_response_tokens")
     if isinstance(stage, SupervisedConfig) and stage.data in prompts:
@@ -150,11 +158,31 @@ def _check_stage(
         if cache.kind == "sampled":
             raise UserError(f"{where}.cache: '{stage.cache}' is of kind sampled, which has no distributions to match")
     batch = getattr(stage, "batch_size", None)
-    if batch is None and not isinstance(stage, TeacherCacheConfig):
+    if isinstance(stage, (GrpoConfig, OpdConfig)):
         batch = stage.prompts_per_step * stage.responses_per_prompt // stage.updates_per_step
     if batch is not None and batch < config.parallel.data_parallel_size:
-        raise UserError(f"{where}: an update of {batch} responses is smaller than data_parallel_size "
-                        f"{config.parallel.data_parallel_size}; enlarge it")
+        raise UserError(
+            f"{where}: an update of {batch} responses is smaller than data_parallel_size "
+            f"{config.parallel.data_parallel_size}; enlarge it"
+        )
+
+
+def _check_domains(where: str, stage: OpdConfig, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    if isinstance(stage.teacher, str):
+        return
+    found = {prompt.domain for entry in stage.entries for prompt in prompts[entry]}
+    for domain in sorted(found - set(stage.teacher)):
+        raise UserError(
+            f"{where}.teacher: prompts of the domain '{domain}' have no teacher (there is one for "
+            f"{', '.join(stage.teacher)}); add it, or correct the data's `domain`"
+        )
+
+
+def _check_expo(config: WorkflowConfig, where: str, stage: ExpoConfig) -> None:
+    base = config.models[config.model_of(stage.base)]
+    for name in stage.tuned:
+        if config.models[config.model_of(name)] != base:
+            raise UserError(f"{where}.tuned: '{name}' is another model than '{stage.base}'; weights cannot be combined")
 
 
 def _check_same_vocabulary(
@@ -222,11 +250,11 @@ def estimate_memory(
     stage, parallel = config.stages[name], config.parallel
     spec, size = specs[config.model_of(name)], _BYTES[config.precision]
     own = parameters_per_rank(spec, config)
-    trained = own if not isinstance(stage, TeacherCacheConfig) else 0
+    trained = own if isinstance(stage, TrainingStageConfig) else 0
     frozen = sum(
         parameters_per_rank(specs[config.model_of(other)], config)
         for relation, other in stage.inputs().items()
-        if relation in ("teacher", "reference") and not (relation == "reference" and _unused_reference(stage))
+        if relation.partition(".")[0] in ("teacher", "reference") and not (relation.startswith("reference") and _unused_reference(stage))
     )
     if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0 and stage.reference is None:
         frozen += own
@@ -235,7 +263,8 @@ def estimate_memory(
     activations = stage.micro_batch.max_tokens * per_token * factor // (2 * parallel.tensor_model_parallel_size)
     cache = 0
     if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
-        longest = max(len(prompt.token_ids) for prompt in prompts[stage.prompts]) + stage.sampling.max_response_tokens
+        longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
+        longest += stage.sampling.max_response_tokens
         tokens = min(config.rollout.max_batch_tokens, config.rollout.max_batch_size * longest)
         shards = parallel.pipeline_model_parallel_size * min(parallel.tensor_model_parallel_size, spec.num_query_groups)
         cache = 2 * tokens * spec.kv_size * spec.num_layers * size // shards
@@ -250,7 +279,7 @@ def estimate_memory(
 
 
 def _unused_reference(stage: Any) -> bool:
-    return (isinstance(stage, OpdConfig) and stage.reward_scale == 1.0) or (
+    return (isinstance(stage, OpdConfig) and stage.reward_scale == 1.0 and stage.gate is None) or (
         isinstance(stage, GrpoConfig) and stage.kl_coefficient == 0
     )
 
