@@ -8,11 +8,11 @@ from typing import Any
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_grader import CodeGrader
+from megatron_s2d.verify.code_grader import CodeGrader, isolation, read_label
 from megatron_s2d.verify.math_grader import MathGrader
 from megatron_s2d.verify.verdicts import Grader, Verdict
 
-__all__ = ["VERIFIERS", "Grader", "Graders", "Verdict"]
+__all__ = ["VERIFIERS", "Grader", "Graders", "Verdict", "check_labels"]
 
 
 class TaskGrader:
@@ -35,6 +35,23 @@ VERIFIERS: dict[str, Callable[[], Grader]] = {
 }
 
 
+def check_labels(prompts: Sequence[Prompt]) -> None:
+    """Whether the prompts can be graded here, found out before a run rather than in it.
+
+    Raises ``UserError`` for a prompt without a label or with an unknown verifier, for unit tests of no known kind, and
+    on a machine that cannot confine the programs under test.
+    """
+    for prompt in prompts:
+        if prompt.verifier is None or prompt.answer is None:
+            raise UserError(f"prompt {prompt.id} has no verifier or no answer; it cannot be graded")
+        if prompt.verifier not in VERIFIERS:
+            raise UserError(f"prompt {prompt.id}: unknown verifier '{prompt.verifier}' (known: {', '.join(VERIFIERS)})")
+        if prompt.verifier == "code":
+            read_label(prompt)
+    if any(prompt.verifier == "code" for prompt in prompts):
+        isolation()
+
+
 class Graders:
     """Grades batches of responses, each by its prompt's verifier; a context manager, for there are worker processes.
 
@@ -53,13 +70,10 @@ class Graders:
         self._graders.clear()
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict a response, in order. Raises ``UserError`` for a prompt without a label."""
+        """One verdict a response, in order. Raises ``UserError`` as ``check_labels`` does."""
         places: dict[str, list[int]] = {}
+        check_labels(prompts)
         for place, (prompt, _) in enumerate(zip(prompts, responses, strict=True)):
-            if prompt.verifier is None or prompt.answer is None:
-                raise UserError(f"prompt {prompt.id} has no verifier or no answer; it cannot be graded")
-            if prompt.verifier not in VERIFIERS:
-                raise UserError(f"prompt {prompt.id}: unknown verifier '{prompt.verifier}' ({', '.join(VERIFIERS)})")
             places.setdefault(prompt.verifier, []).append(place)
         found: dict[int, Verdict] = {}
         for name, own in places.items():

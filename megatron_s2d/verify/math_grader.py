@@ -41,16 +41,17 @@ class MathGrader:
         """One verdict a response, in order."""
         answers = [extract_answer(response) for response in responses]
         # Responses of a group mostly agree; every pair is compared once.
-        pairs = {
-            (prompt.answer, answer): None
+        pairs = dict.fromkeys(
+            (prompt.answer, answer)
             for prompt, answer in zip(prompts, answers, strict=True)
             if answer and len(answer) <= _LONGEST_ANSWER
-        }
+        )
         requests = [{"label": label, "answer": answer} | self._limits for label, answer in pairs]
-        words = dict(zip(pairs, self._pool.ask(requests, _WALL_PER_CPU_SECOND * self._limits["cpu_seconds"]), strict=True))
+        words = self._pool.ask(requests, _WALL_PER_CPU_SECOND * self._limits["cpu_seconds"])
+        found = dict(zip(pairs, words, strict=True))
         verdicts = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            word = words.get((prompt.answer, answer), "too_long" if answer else "no_answer")
+            word = found.get((prompt.answer, answer), "too_long" if answer else "no_answer")
             verdicts.append(Verdict(float(word == "correct"), word))
         return verdicts
 

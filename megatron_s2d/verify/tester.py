@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from sandbox import confine
-from wire import arguments_like, decode, encode, equal
+from wire import calls_like, decode, encode, equal
 
 sys.path.pop(0)  # this folder, which was needed for the lines above only
 
@@ -93,12 +93,11 @@ def _reference(label: dict, function: Remote) -> bool:
     names = {"__name__": "reference"}
     try:
         exec(compile(label["reference"], "<reference>", "exec"), names)
-        example = ast.literal_eval(label["example"])
+        calls = calls_like(label["inputs"], ast.literal_eval(label["example"]))
     except Exception as error:
         raise BadLabel from error
-    for given in label["inputs"]:
+    for arguments in calls:
         try:
-            arguments = arguments_like(given, example)
             # Through the wire, as the program's value: what is opaque there is opaque here.
             expected = decode(encode(names[label["entry_point"]](*copy.deepcopy(arguments))))
         except Exception as error:

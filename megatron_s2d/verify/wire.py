@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
 _SAFE_INTEGER = 1 << 53
+_COMPLEX = re.compile(r"\(?[-+.\de]*\dj\)?")
 _CONTAINERS = (list, tuple, set, dict)
 
 
@@ -65,12 +67,21 @@ def equal(found: Any, expected: Any, tolerance: float) -> bool:
     return found == expected
 
 
-def arguments_like(values: list, example: tuple) -> list:
-    """The arguments of a call from JSON, with the types of the call ``example``; a complex number comes as text."""
-    found = list(like(values, example))
-    for place, (value, shown) in enumerate(zip(found, example, strict=False)):
-        if isinstance(value, str) and isinstance(shown, (int, float, complex)):
-            found[place] = complex(value)
+def calls_like(calls: list[list], example: tuple) -> list[list]:
+    """The arguments of calls from JSON, with the types of the call ``example``.
+
+    Complex numbers come as text; where one call has one ("1j"), the texts in place of numbers ("2") are numbers in all.
+    """
+    found = [list(like(arguments, example)) for arguments in calls]
+    texts = [
+        (arguments, place)
+        for arguments in found
+        for place, (value, shown) in enumerate(zip(arguments, example, strict=False))
+        if isinstance(value, str) and isinstance(shown, (int, float, complex))
+    ]
+    if any(_COMPLEX.fullmatch(arguments[place]) for arguments, place in texts):
+        for arguments, place in texts:
+            arguments[place] = complex(arguments[place])
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify import VERIFIERS, Graders
+from megatron_s2d.verify import VERIFIERS, Graders, check_labels
 from megatron_s2d.verify.math_grader import MathGrader, extract_answer
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -153,9 +153,11 @@ def test_graders_route_by_verifier():
     with Graders() as graders:
         verdicts = graders.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
         assert [verdict.word for verdict in verdicts] == ["correct", "correct", "wrong"]
-        for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess")):
+        for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess"), _prompt("1", "code")):
             with pytest.raises(UserError, match="prompt p"):
                 graders.grade([bad], ["1"])
+            with pytest.raises(UserError, match="prompt p"):
+                check_labels([*prompts, bad])
         with pytest.raises(ValueError):
             graders.grade(prompts, ["1"])
 
