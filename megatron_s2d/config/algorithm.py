@@ -231,7 +231,9 @@ class OpdConfig(TrainingStageConfig):
     type: Literal["opd"] = "opd"
     teacher: ByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
     prompts: str | list[str] = Field(description="entries of `data`, or `entry/half`; labels are used with `gate` only")
-    label_reuse: Literal["refuse", "allow"] = Field("refuse", description="as in grpo, where labels are used")
+    label_reuse: Literal["refuse", "allow"] = Field(
+        "allow", description="refuse: an error where `gate` or `teacher_sampling` would use labels a second time"
+    )
     prompts_per_step: int = Field(64, ge=1)
     responses_per_prompt: int = Field(8, ge=1)
     updates_per_step: int = Field(1, ge=1)

@@ -49,6 +49,7 @@ class MicroBatch:
     temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
     columns: TokenColumns  # [N] each
     num_tokens: int  # without padding
+    domain: str | None  # of all rows, where samples were packed by domain
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,19 +79,27 @@ def pack(
     data_rank: int = 0,
     data_size: int = 1,
     multiple: int = 1,
+    by_domain: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
 
     max_tokens: rows times padded length of one micro-batch (a longer sample gets its own). multiple: what the padded
-    length is a multiple of, for sequence parallelism. weights: as in ``UpdateBatch``.
+    length is a multiple of, for sequence parallelism. by_domain: no micro-batch holds two domains. weights: as in
+    ``UpdateBatch``.
     """
-    lengths = [len(sample.token_ids) for sample in samples]
-    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
-    return [_build(samples, weights, present, rows, multiple, device) for rows in plan[data_rank]]
+    found = []
+    for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
+        chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
+        lengths = [len(samples[place].token_ids) for place in chosen]
+        plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+        for rows in plan[data_rank]:
+            indices = [chosen[row] for row in rows]
+            found.append(_build(samples, weights, present, indices, multiple, domain, device))
+    return found
 
 
 def plan_micro_batches(
@@ -143,6 +152,7 @@ def _build(
     present: list[str],
     indices: list[int],
     multiple: int,
+    domain: str | None,
     device: torch.device | str,
 ) -> MicroBatch:
     rows = [samples[index] for index in indices]
@@ -180,6 +190,7 @@ def _build(
         temperature=temperature,
         columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
         num_tokens=int((~padding).sum()),
+        domain=domain,
     )
 
 

@@ -20,7 +20,7 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.families import ModelSpec
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import import_weights
-from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
@@ -84,9 +84,9 @@ class StageContext:
             return self.policy_of(stage.init, beta=beta)
         return self._policy(stage.model, fresh=True, beta=beta)
 
-    def policy_of(self, stage_name: str, *, beta: float | None = None) -> Policy:
+    def policy_of(self, stage_name: str, *, beta: float | None = None, layout: Layout | None = None) -> Policy:
         """The model that a finished stage left."""
-        policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta)
+        policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta, layout=layout)
         policy.load(self.model_directory(stage_name))
         return policy
 
@@ -96,8 +96,8 @@ class StageContext:
             policy.save(self.directory.model_path, {"step": self.stage.steps}, with_optimizer=False)
 
     def frozen(self, stage_name: str) -> Policy:
-        """``policy_of`` without gradients: a teacher or a reference."""
-        policy = self.policy_of(stage_name)
+        """``policy_of`` without gradients, at the layout of teachers: a teacher or a reference."""
+        policy = self.policy_of(stage_name, layout=self.teacher_layout)
         policy.freeze()
         return policy
 
@@ -124,11 +124,17 @@ class StageContext:
             stop_strings=tuple(sampling.stop_strings),
         )
 
-    def _policy(self, model_name: str, *, fresh: bool, beta: float | None) -> Policy:
+    @functools.cached_property
+    def teacher_layout(self) -> Layout:
+        """The layout of frozen models; the student's own where none is configured."""
+        config = self.config.teacher_parallel
+        return self.layout if config in (None, self.layout.config) else build_layout(config)
+
+    def _policy(self, model_name: str, *, fresh: bool, beta: float | None, layout: Layout | None = None) -> Policy:
         model = self.config.models[model_name]
         policy = Policy(
             self.spec(model_name),
-            self.layout,
+            layout or self.layout,
             precision=self.config.precision,
             max_tokens=self.stage.micro_batch.max_tokens,
             seed=self.seed if fresh and model.path is None else None,
@@ -136,7 +142,10 @@ class StageContext:
             beta=beta,
         )
         if fresh and model.path is not None:
-            import_weights(policy.chunks, policy.spec, self.layout, HfCheckpoint(model.path))
+            source = HfCheckpoint(model.path)
+            if self.is_writer:
+                source.verify_digests()
+            import_weights(policy.chunks, policy.spec, policy.layout, source)
         return policy
 
 

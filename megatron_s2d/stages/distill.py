@@ -1,26 +1,37 @@
-"""Stages 2a and 2b: forward-KL warm-up on a teacher cache, and on-policy distillation (methods.md M2, M3, M4)."""
+"""Stages 2a and 2b: forward-KL warm-up on a teacher cache, and on-policy distillation (methods.md M2 to M5)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from megatron_s2d.config.algorithm import ForwardKlConfig, OpdConfig
 from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.packing import UpdateBatch
-from megatron_s2d.objectives.advantages import g_opd_advantage
+from megatron_s2d.objectives.advantages import (
+    AnchorSchedule,
+    SignGate,
+    g_opd_advantage,
+    group_relative,
+    sg_opd_gate,
+    stability_weight,
+)
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
 from megatron_s2d.objectives.policy import Surrogate
-from megatron_s2d.records import Sample
+from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.stages.cached import CachedTeacher
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
 from megatron_s2d.stages.rollouts import PromptStream, Sampler, examples, response_metrics
 from megatron_s2d.stages.supervised import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
-from megatron_s2d.stages.teachers import CachedTeacher, ModelTeacher
-from megatron_s2d.train.loop import StepData, train
+from megatron_s2d.stages.teachers import ByDomain, FullTeacher, TopKTeacher
+from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.policy import Policy
+from megatron_s2d.verify import Graders
 
 
 def run_forward_kl(context: StageContext) -> None:
@@ -41,74 +52,225 @@ def run_forward_kl(context: StageContext) -> None:
 
 
 def run_opd(context: StageContext) -> None:
-    """Train on the student's own responses against the frozen teacher."""
+    """Train on the student's own responses against frozen teachers."""
     stage: OpdConfig = context.stage
     policy = context.start_policy(beta=stage.beta)
-    teacher = context.frozen(stage.teacher)
-    reference = context.frozen(stage.reference) if stage.reference is not None and stage.reward_scale != 1.0 else None
+    teachers = ByDomain.load(stage.teacher, context.frozen)
+    references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
+    policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
     engine = context.engine(policy)
     params = context.sampling(stage.sampling, context.config.model_of(context.name))
-    sampler = Sampler(policy, engine, params, context.seed, context.tokenizer)
-    stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)
-    full = stage.granularity == "full"
-    source = StudentResponses(stage, stream, sampler, None if full else teacher, None if full else reference)
-    if full:
-        objective = divergence_objective(stage.divergence)
-        distributions = ModelTeacher(teacher, reference, stage.reward_scale)
-    else:
-        surrogate = Surrogate(
-            clip_low=stage.clip_low,
-            clip_high=stage.clip_high,
-            importance=stage.importance.mode,
-            importance_cap=stage.importance.cap,
-            on_policy=stage.updates_per_step == 1,
-        )
-        objective, distributions = policy_distillation_objective(surrogate), None
-    settings = context.settings()
-    train(policy, source, objective, context.directory, settings, teacher=distributions, engine=engine)
+    prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
+    with Graders() as graders:
+        sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None)
+        stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
+        if stage.granularity == "sampled":
+            anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
+            source = ScoredResponses(stage, stream, sampler, teachers, references, anchors)
+            teacher = None
+        else:
+            source = StudentResponses(stage, stream, sampler, _cached_samples(context, stage))
+            teacher = _distributions(stage, policy, teachers, references)
+        settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
+        objective = objective_of(stage)
+        train(policy, source, objective, context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(policy)
+
+
+def needs_reference(stage: OpdConfig) -> bool:
+    """Whether any reward scale in use is not 1."""
+    scales = [stage.reward_scale] if stage.gate is None else [stage.gate.lambda_high, stage.gate.lambda_base]
+    return any(scale != 1.0 for scale in scales)
+
+
+def objective_of(stage: OpdConfig) -> Objective:
+    """The stage's loss."""
+    if stage.granularity != "sampled":
+        return divergence_objective(stage.divergence, tail=stage.tail if stage.granularity == "topk" else None)
+    surrogate = Surrogate(
+        clip_low=stage.clip_low,
+        clip_high=stage.clip_high,
+        importance=stage.importance.mode,
+        importance_cap=stage.importance.cap,
+        on_policy=stage.updates_per_step == 1,
+    )
+    return policy_distillation_objective(surrogate, anchor=stage.teacher_sampling is not None)
+
+
+def _distributions(stage: OpdConfig, policy: Policy, teachers: ByDomain, references: ByDomain | None) -> Teacher:
+    if stage.granularity == "topk":
+        return TopKTeacher(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.support, stage.tail)
+    return FullTeacher(policy, teachers, references, stage.reward_scale)
+
+
+def _cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, int], Sequence[Sample]] | None:
+    if stage.cache is None:
+        return None
+    cached = TeacherCache.open(context.inputs[stage.cache].cache_path).samples
+    temperature = stage.sampling.temperature or 1.0
+    return shuffled([dataclasses.replace(sample, temperature=temperature) for sample in cached], context.seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StudentResponses:
-    """The live source of OPD: responses of the student; with a ``teacher``, its advantages of sampled tokens too."""
+    """Responses whose tokens are compared with whole distributions; a share may come from a teacher cache (GKD)."""
 
     stage: OpdConfig
     stream: PromptStream
     sampler: Sampler
-    teacher: Policy | None  # scores sampled tokens; None: the loss asks for whole distributions
-    reference: Policy | None
+    cached: Callable[[int, int], Sequence[Sample]] | None
 
     def step(self, step: int) -> StepData:
-        """Sample, score, compute advantages."""
+        """Sample; nothing is scored, for the loss asks for distributions."""
+        stage = self.stage
+        live = round(stage.on_policy_fraction * stage.prompts_per_step)
+        prompts = self.stream.of_step(step)[:live]
+        samples = self.sampler.sample(prompts, stage.responses_per_prompt, step) if live else []
+        metrics = response_metrics(samples) if samples else {}
+        shown = examples(step, samples, prompts, self.sampler.tokenizer) if samples else []
+        others = stage.prompts_per_step - live
+        if others:
+            count = others * stage.responses_per_prompt
+            cached = self.cached((step - 1) * count, count)
+            samples = samples + [
+                dataclasses.replace(sample, group=live + place // stage.responses_per_prompt)
+                for place, sample in enumerate(cached)
+            ]
+        updates = [
+            UpdateBatch(part, {"divergence_weight": policy_weights(part, stage.aggregation, stage.sampling)})
+            for part in split_updates(samples, stage.updates_per_step)
+        ]
+        return StepData(updates, metrics, shown)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoredResponses:
+    """Responses whose sampled tokens carry an advantage: OPD, G-OPD, and with a gate SG-OPD."""
+
+    stage: OpdConfig
+    stream: PromptStream
+    sampler: Sampler
+    teachers: ByDomain
+    references: ByDomain | None
+    anchors: TeacherAnchors | None
+
+    def step(self, step: int) -> StepData:
+        """Sample, score, compute advantages, add anchors."""
         stage = self.stage
         prompts = self.stream.of_step(step)
         samples = self.sampler.sample(prompts, stage.responses_per_prompt, step)
         metrics = response_metrics(samples)
-        if self.teacher is not None:
-            samples = self._scored(samples)
-        weight = "divergence_weight" if self.teacher is None else "policy_weight"
+        samples, gated = self._with_advantages(self._scored(samples))
+        parts = split_updates(samples, stage.updates_per_step)
+        anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.of_step(step, prompts)
         updates = [
-            UpdateBatch(part, {weight: policy_weights(part, stage.aggregation, stage.sampling)})
-            for part in split_updates(samples, stage.updates_per_step)
+            self._update(part, extra, anchored.get("anchor_alpha", 0.0)) for part, extra in zip(parts, anchors, strict=True)
         ]
-        return StepData(updates, metrics, examples(step, samples, prompts, self.sampler.tokenizer))
+        return StepData(updates, metrics | gated | anchored, examples(step, samples, prompts, self.sampler.tokenizer))
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
         students = self.sampler.policy.score(samples)
-        teachers = self.teacher.score(samples)
-        references = [None] * len(samples) if self.reference is None else self.reference.score(samples)
-        found = []
-        for sample, student, teacher, reference in zip(samples, students, teachers, references, strict=True):
-            advantage = g_opd_advantage(teacher, student, reference, reward_scale=self.stage.reward_scale)
-            found.append(
-                dataclasses.replace(
-                    sample,
-                    old_log_probs=student,
-                    teacher_log_probs=teacher,
-                    reference_log_probs=reference,
-                    advantages=np.where(sample.response_mask, advantage, 0.0).astype(np.float32),
-                )
+        teachers = self.teachers.score(samples)
+        references = [None] * len(samples) if self.references is None else self.references.score(samples)
+        return [
+            dataclasses.replace(sample, old_log_probs=own, teacher_log_probs=teacher, reference_log_probs=reference)
+            for sample, own, teacher, reference in zip(samples, students, teachers, references, strict=True)
+        ]
+
+    def _with_advantages(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
+        """Advantages of all response tokens of the step at once: the stability weight is normalised over them."""
+        masks = [sample.response_mask for sample in samples]
+        flat = {
+            name: None if samples[0].reference_log_probs is None and name == "reference_log_probs" else np.concatenate(
+                [getattr(sample, name)[mask] for sample, mask in zip(samples, masks, strict=True)]
             )
-        return found
+            for name in ("teacher_log_probs", "old_log_probs", "reference_log_probs")
+        }
+        scores = (flat["teacher_log_probs"], flat["old_log_probs"], flat["reference_log_probs"])
+        if self.stage.gate is None:
+            values, metrics = g_opd_advantage(*scores, reward_scale=self.stage.reward_scale), {}
+        else:
+            values, metrics = self._gated(samples, masks, *scores)
+        found, start = [], 0
+        for sample, mask in zip(samples, masks, strict=True):
+            advantages = np.zeros(len(mask), dtype=np.float32)
+            advantages[mask] = values[start : start + int(mask.sum())]
+            start += int(mask.sum())
+            found.append(dataclasses.replace(sample, advantages=advantages))
+        return found, metrics
+
+    def _gated(self, samples, masks, teacher, student, reference) -> tuple[np.ndarray, dict[str, float]]:
+        settings = self.stage.gate
+        rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
+        groups = group_relative(rewards, np.array([sample.group for sample in samples]))
+        verifier = np.concatenate(
+            [np.full(int(mask.sum()), value) for mask, value in zip(masks, groups.advantages, strict=True)]
+        )
+        gate = SignGate(settings.lambda_high, settings.lambda_base, settings.fallback, settings.interp_beta)
+        gated = sg_opd_gate(verifier, teacher, student, reference, gate)
+        metrics = {f"gate/{name}": value for name, value in gated.counts.fractions().items()}
+        values = gated.advantages
+        if settings.stability_clip is not None:
+            weights = stability_weight(teacher - student, clip=settings.stability_clip)
+            values = values * weights.weights
+            metrics["gate/stability_clipped_fraction"] = weights.num_clipped / max(1, weights.num_tokens)
+        return values, metrics
+
+    def _update(self, samples: list[Sample], anchors: list[Sample], alpha: float) -> UpdateBatch:
+        own = policy_weights(samples, self.stage.aggregation, self.stage.sampling)
+        if self.anchors is None:
+            return UpdateBatch(samples, {"policy_weight": own})
+        lengths = [anchor.response_length for anchor in anchors]
+        anchor_weights = alpha * token_weights(lengths, "token_mean", ResponseCounts.of(lengths))
+        return UpdateBatch(
+            [*samples, *anchors],
+            {
+                "policy_weight": np.concatenate([own, np.zeros(len(anchors))]),
+                "supervised_weight": np.concatenate([np.zeros(len(samples)), anchor_weights]),
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TeacherAnchors:
+    """Phased teacher sampling: verified responses of the teacher to a share of the step's prompts (methods.md M5)."""
+
+    stage: OpdConfig
+    samplers: dict[str | None, Sampler]  # by domain, as the teachers
+    schedule: AnchorSchedule
+
+    @classmethod
+    def of(cls, context: StageContext, stage: OpdConfig, teachers: ByDomain, graders: Graders) -> TeacherAnchors:
+        """Samplers over the frozen teachers, which stay on the device."""
+        settings = stage.teacher_sampling
+        schedule = AnchorSchedule(
+            settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end
+        )
+        params = context.sampling(stage.sampling, context.config.model_of(context.name))
+        samplers = {}
+        for domain, policy in teachers.policies.items():
+            policy.to_device()
+            engine = context.engine(policy)
+            samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
+        return cls(stage, samplers, schedule)
+
+    def of_step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], dict[str, float]]:
+        """Kept responses for each update of the step, and metrics; nothing is sampled where alpha is 0."""
+        stage, settings = self.stage, self.stage.teacher_sampling
+        alpha = self.schedule.alpha((step - 1) / stage.steps)
+        parts: list[list[Sample]] = [[] for _ in range(stage.updates_per_step)]
+        if alpha == 0:
+            return parts, {"anchor_alpha": 0.0, "anchor_kept": 0.0}
+        chosen = prompts[: max(1, round(settings.fraction * len(prompts)))]
+        drawn, kept = 0, []
+        for domain, sampler in self.samplers.items():
+            own = [prompt for prompt in chosen if domain is None or prompt.domain == domain]
+            if own:
+                found = sampler.sample(own, settings.responses_per_prompt, step)
+                drawn += len(found)
+                kept += [sample for sample in found if sample.reward == 1.0]
+        for place, sample in enumerate(kept):
+            anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)
+            parts[place % len(parts)].append(anchor)
+        return parts, {"anchor_alpha": alpha, "anchor_kept": float(len(kept)), "anchor_kept_fraction": len(kept) / drawn}

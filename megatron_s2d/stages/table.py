@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.distill import run_forward_kl, run_opd
+from megatron_s2d.stages.expo import run_expo
 from megatron_s2d.stages.grpo import run_grpo
 from megatron_s2d.stages.supervised import run_supervised
 from megatron_s2d.stages.teacher_cache import run_teacher_cache
@@ -14,4 +15,5 @@ STAGES: dict[str, Callable[[StageContext], None]] = {
     "teacher_cache": run_teacher_cache,
     "forward_kl": run_forward_kl,
     "opd": run_opd,
+    "expo": run_expo,
 }

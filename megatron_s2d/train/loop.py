@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.artifacts import StageDirectory, append_line, truncate_jsonl_after
+from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.kl.teachers import TeacherSource
@@ -66,6 +67,7 @@ class LoopSettings:
     checkpoint: CheckpointConfig
     stop: Callable[[], bool] = lambda: False  # asked after every step on rank 0
     tensorboard: Path | None = None
+    max_kl: float | None = None  # largest mean KL to the teacher, in nats a token; beyond it the run is stopped
 
 
 def train(
@@ -102,6 +104,7 @@ def train(
             with timer.section("train"):
                 learning_rate = policy.trainable.learning_rate
                 report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
+                check_kl(report, settings.max_kl, step)
                 report["grad_norm"] = policy.optim_step()
             reports.append(report | {"learning_rate": learning_rate})
             updates += 1
@@ -147,6 +150,15 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
         dataclasses.replace(sample, old_log_probs=values) for sample, values in zip(update.samples, scores, strict=True)
     ]
     return dataclasses.replace(update, samples=samples)
+
+
+def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
+    """Stop a run that diverges from its teacher, before the update."""
+    if limit is not None and report["kl"] > limit:
+        raise UserError(
+            f"step {step}: the KL to the teacher is {report['kl']:.3g} nats a token, above max_kl {limit}: lower the "
+            "learning rate, or start from a longer warm-up"
+        )
 
 
 def summarise(

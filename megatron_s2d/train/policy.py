@@ -7,9 +7,10 @@ teacher's distribution. Left out: which samples and which objective (stages), ge
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import HiddenStates, TeacherSource
 from megatron_s2d.models.build import build_model
-from megatron_s2d.models.families import ModelSpec
+from megatron_s2d.models.families import ModelSpec, padded_vocab_size
 from megatron_s2d.objectives.terms import (
     Metric,
     Objective,
@@ -79,6 +80,7 @@ class Policy:
         }
         self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, **extra)
         self.trainable: TrainableModel | None = None
+        self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
     def prepare_training(self, optimizer: OptimizerConfig, total_updates: int) -> None:
         """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them."""
@@ -88,6 +90,28 @@ class Policy:
         """Take the parameters out of differentiation."""
         for chunk in self.chunks:
             chunk.requires_grad_(False)
+
+    def to_host(self) -> None:
+        """Move a frozen model's weights to host memory; ``to_device`` brings them back. Nothing to do on a CPU."""
+        self._move(torch.device("cpu"))
+
+    def to_device(self) -> None:
+        """Bring the weights to where they compute."""
+        self._move(device.device())
+
+    def _move(self, target: torch.device) -> None:
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                if parameter.device.type != target.type:
+                    parameter.data = parameter.data.to(target)
+
+    @contextlib.contextmanager
+    def on_device(self, *, release: bool) -> Iterator[None]:
+        """The weights are on the device inside the block, and afterwards too unless ``release``."""
+        self.to_device()
+        yield
+        if release:
+            self.to_host()
 
     # ------------------------------------------------------------------ the verbs
 
@@ -100,6 +124,7 @@ class Policy:
             data_rank=self.layout.data_rank,
             data_size=self.layout.data_size,
             multiple=self.layout.tensor_size if self.layout.config.sequence_parallel else 1,
+            by_domain=self.packs_by_domain,
             device=device.device(),
         )
 
@@ -217,9 +242,15 @@ class Policy:
 
     @property
     def shard(self) -> VocabShard:
-        """The vocabulary columns of this rank, padding left out; last stage only."""
-        group = self.layout.groups.tp if self.layout.tensor_size > 1 else None
-        return VocabShard.of_padded(self.output_weight.shape[0], self.spec.vocab_size, group)
+        """The vocabulary columns of this rank's place in the tensor-parallel group, padding left out."""
+        tensor = self.layout.tensor_size
+        group = self.layout.groups.tp if tensor > 1 else None
+        return VocabShard.of_padded(padded_vocab_size(self.spec.vocab_size, tensor) // tensor, self.spec.vocab_size, group)
+
+    @property
+    def output_weight_dtype(self) -> torch.dtype:
+        """Dtype of weights and hidden states, on every rank."""
+        return next(self.chunks[0].parameters()).dtype
 
     def _passes(
         self, batches: Sequence[MicroBatch], outputs: Sequence[str], teachers: Sequence[TeacherSource] | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -55,15 +55,20 @@ class Ledger:
     def _check_reuse(self, name: str, entry: str, own: set[str]) -> None:
         if getattr(self.config.stages[name], "label_reuse", "allow") == "allow":
             return
+        for earlier, shared in self._earlier_uses(name, own):
+            raise UserError(
+                f"stages.{name}.prompts: the labels of {len(shared)} prompts of '{entry}' were used before, by stage "
+                f"'{earlier}' ({self._example(entry, shared)}): they are not held out. Use the other half, or set "
+                "label_reuse: allow for a replay control"
+            )
+
+    def _earlier_uses(self, name: str, own: set[str]) -> Iterator[tuple[str, set[str]]]:
+        """(stage, prompts of ``own`` whose labels it used) for the stages that lead to ``name``."""
         for earlier in self.config.chain(name)[:-1]:
             for used in self.labels_of(earlier):
                 shared = own & self.keys(used)
                 if shared:
-                    raise UserError(
-                        f"stages.{name}.prompts: the labels of {len(shared)} prompts of '{entry}' were used before, by "
-                        f"stage '{earlier}' ({self._example(entry, shared)}): they are not held out. Use the other "
-                        "half, or set label_reuse: allow for a replay control"
-                    )
+                    yield earlier, shared
 
     def _example(self, entry: str, keys: set[str]) -> str:
         return "for example " + min(prompt.id for prompt in self.prompts[entry] if prompt_key(prompt) in keys)
@@ -73,9 +78,11 @@ class Ledger:
         found = []
         for name in stages:
             stage = self.config.stages[name]
-            reused = stage.uses_labels and getattr(stage, "label_reuse", "refuse") == "allow"
-            note = "labels used before, on purpose" if reused else ""
             for entry in stage.entries:
-                if entry in self.prompts:
-                    found.append(LedgerEntry(name, entry, len(self.keys(entry)), stage.uses_labels, note))
+                if entry not in self.prompts:
+                    continue
+                own = self.keys(entry)
+                before = {earlier for earlier, _ in self._earlier_uses(name, own)} if stage.uses_labels else set()
+                note = f"labels used before by {', '.join(sorted(before))}, as configured" if before else ""
+                found.append(LedgerEntry(name, entry, len(own), stage.uses_labels, note))
         return tuple(found)

@@ -39,7 +39,7 @@ def test_a_stage_3_on_used_labels_is_refused(cache):
 def test_a_replay_control_says_so(cache):
     checked = check(cache, "stages.stage3.prompts=pool/1H", "stages.stage3.label_reuse=allow")
     notes = {entry.stage: entry.note for entry in checked.ledger.entries(checked.stages)}
-    assert "on purpose" in notes["stage3"]
+    assert "used before by rl_teacher" in notes["stage3"]
 
 
 def test_the_same_problems_under_another_name_are_recognised(cache):

@@ -1,0 +1,89 @@
+"""A teacher cache as a source of distributions, micro-batch by micro-batch (methods.md M2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.data.cache import TeacherCache
+from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.kl.teachers import HiddenStates, Logits, TeacherSource, TopK
+from megatron_s2d.parallel import device
+from megatron_s2d.train.policy import Policy
+
+
+class CachedTeacher:
+    """The distributions of a teacher cache, for the columns of the student's shard."""
+
+    def __init__(self, cache: TeacherCache, output_layer: Path | None, student: Policy, *, tail: str, temperature: float):
+        """output_layer: file with the teacher's output layer, for a cache of hidden states. temperature: of both sides.
+
+        Raises ``UserError`` for a cache of sampled log-probabilities only, and for log-probabilities of a top-k cache
+        that were taken at another temperature.
+        """
+        header = cache.header
+        if header.kind == "sampled":
+            raise UserError(
+                f"{cache.directory}: a cache of kind sampled has no distributions; use kind hidden, full or topk"
+            )
+        if header.kind == "topk" and header.temperature != temperature:
+            raise UserError(
+                f"{cache.directory}: top-k log-probabilities at temperature {header.temperature} cannot be used at "
+                f"{temperature}; set the stage's temperature to the cache's, or cache hidden states"
+            )
+        self._cache, self._student, self._tail, self._temperature = cache, student, tail, temperature
+        self._weight = None
+        if header.kind == "hidden" and student.layout.is_last_stage:
+            with safe_open(output_layer, "pt") as file:
+                rows = file.get_slice("weight")
+                shard = student.shard
+                self._weight = rows[shard.start : shard.stop].to(device.device())
+
+    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+        """See ``train.loop.Teacher``."""
+        if not self._student.layout.is_last_stage:
+            return [None] * len(batches)
+        return [self._source(update, batch) for batch in batches]
+
+    def _source(self, update: UpdateBatch, batch: MicroBatch) -> TeacherSource:
+        header = self._cache.header
+        found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [_empty(header)]
+        rows = _rows(update, batch)
+        spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
+        if header.kind == "hidden":
+            return HiddenStates(spread["hidden"], self._weight, temperature=self._temperature)
+        if header.kind == "full":
+            shard = self._student.shard
+            log_probs = spread["log_probs"][:, shard.start : shard.stop]
+            # log-probabilities times their temperature are logits up to a constant
+            return Logits(log_probs * header.temperature, temperature=self._temperature)
+        # Positions that are not counted need k distinct ids too.
+        counted = batch.response_mask.unsqueeze(1)
+        ids = torch.where(counted, spread["ids"], torch.arange(header.k, dtype=torch.int32, device=counted.device))
+        return TopK(ids, spread["log_probs"], spread["log_tail_mass"], tail=self._tail)
+
+
+def _empty(header) -> dict[str, torch.Tensor]:
+    dtypes = {"ids": torch.int32}
+    return {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in header.shapes(0).items()}
+
+
+def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
+    """Positions [response tokens] int64 in the flat [S * B] order, sample by sample in the batch's order."""
+    num_rows = batch.shape[1]
+    parts = [
+        (torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1) * num_rows + place
+        for place, index in enumerate(batch.indices)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Rows of response tokens at their positions in [S * B, ...]; zeros elsewhere, where nothing is counted."""
+    whole = values.new_zeros(batch.labels.numel(), *values.shape[1:])
+    whole[rows] = values
+    return whole.to(device.device())

@@ -1,0 +1,94 @@
+"""Every method runs, and settings that mean the same method give the same training, by the papers' identities."""
+
+import json
+from pathlib import Path
+
+import pytest
+from s2d import metrics, s2d
+
+CONFIG = Path(__file__).with_name("methods.yaml")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("methods") / "run"
+    finished = s2d("run", CONFIG, "--out", path, timeout=400)
+    assert finished.returncode == 0, finished.stderr
+    return path
+
+
+def losses(run_dir, stage, name="loss"):
+    return [row[name] for row in metrics(run_dir, f"stages/{stage}")]
+
+
+def test_every_arm_was_measured(run_dir):
+    arms = json.loads((run_dir / "results.json").read_text())["arms"]
+    assert len(arms) == 21 and all(arm["num_problems"] == 8 for arm in arms.values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "same_as"),
+    [
+        ("gate_off", "opd"),  # lambda_high = lambda_base = 1 with fallback preserve is OPD (M5, M4)
+        ("routed", "opd"),  # one teacher, named by domain
+        ("full_routed", "full"),
+    ],
+)
+def test_identical_methods_train_identically(run_dir, stage, same_as):
+    for name in ("loss", "grad_norm", "entropy"):
+        assert losses(run_dir, stage, name) == losses(run_dir, same_as, name)
+
+
+@pytest.mark.parametrize(("stage", "same_as"), [("topk_all", "full"), ("fkl_full", "fkl"), ("fkl_topk", "fkl")])
+def test_exact_sources_agree_up_to_rounding(run_dir, stage, same_as):
+    """A top-k over all tokens, and a cache of whole distributions or hidden states, are the same distribution."""
+    for name in ("loss", "grad_norm"):
+        assert losses(run_dir, stage, name) == pytest.approx(losses(run_dir, same_as, name), rel=2e-4, abs=1e-6)
+
+
+def test_a_narrow_support_sees_less_than_the_whole_kl(run_dir):
+    """The bucketed divergence is a lower bound, on the very same first samples."""
+    whole = losses(run_dir, "full", "reverse_kl")[0]
+    for stage in ("topk_student", "topk_teacher", "topk_union"):
+        assert losses(run_dir, stage, "reverse_kl")[0] <= whole * (1 + 1e-5)
+    assert losses(run_dir, "topk_union", "captured_mass")[0] >= losses(run_dir, "topk_student", "captured_mass")[0]
+
+
+def test_extrapolation_pushes_further_than_distillation(run_dir):
+    opd, exopd = losses(run_dir, "opd", "advantage_abs_mean")[0], losses(run_dir, "exopd", "advantage_abs_mean")[0]
+    assert exopd > opd
+    assert losses(run_dir, "exopd", "teacher_kl")[0] == pytest.approx(losses(run_dir, "opd", "teacher_kl")[0])
+
+
+def test_the_gate_and_the_phases_of_teacher_sampling(run_dir):
+    rows = metrics(run_dir, "stages/sg_opd")
+    for row in rows:
+        parts = [row[f"gate/{name}_fraction"] for name in ("consensus", "conflict", "neutral")]
+        assert sum(parts) == pytest.approx(1.0) and 0 <= row["gate/stability_clipped_fraction"] <= 1
+    assert [row["anchor_alpha"] for row in rows] == pytest.approx([1.0, 1.0, 0.55, 0.0])
+    assert rows[3]["anchor_kept"] == 0 and any(row["anchor_kept"] > 0 for row in rows[:3])
+
+
+def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
+    for row in metrics(run_dir, "stages/rl_teacher"):
+        assert row["samples_drawn"] >= 64
+    assert any(row["samples_drawn"] > 64 for row in metrics(run_dir, "stages/rl_teacher"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.opd.reward_scale=1.25", "reward scale other than 1 needs a `reference`"),
+        ("stages.full.gate={interp_beta: 1}", "gate needs granularity: sampled"),
+        ("stages.routed.teacher={code: rl_teacher}", "domain 'arithmetic' have no teacher"),
+        ("stages.gkd.cache=null", "go together"),
+        ("stages.jsd.beta=null", "beta goes with jsd"),
+        ("stages.fkl.cache=cache_sampled", "kind sampled"),
+        ("stages.expo.base=student", "another model"),
+        ("stages.sg_opd.gate.fallback=preserve", "interp_beta goes with fallback interp"),
+        ("stages.continued_rl.label_reuse=refuse", "were used before"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_runs(override, message, tmp_path):
+    finished = s2d("run", CONFIG, "--dry-run", "--out", tmp_path / "no", "--set", override)
+    assert finished.returncode == 1 and message in finished.stderr, finished.stderr
