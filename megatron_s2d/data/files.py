@@ -19,12 +19,9 @@ from megatron_s2d.config.data import FileSource
 
 _ROWS_AT_A_TIME = 1000
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# DAPO-Math-17K comes with its own instruction around the question, in two wordings.
-_DAPO_INSTRUCTION = re.compile(
-    r"\ASolve the following math problem step by step\. The last line of your response should be of the form Answer:"
-    r"[^\n]*\n\n(?P<question>.*?)(\n\nRemember to put your answer on its own line after \"Answer:\"\.?)?\s*\Z",
-    re.DOTALL,
-)
+# DAPO-Math-17K comes with its own instruction around the question; the wording of the rest of the first line varies.
+_DAPO_BEFORE = "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
+_DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:"'
 _LEADING_ASSERT = re.compile(r"^\s*assert\b.*", re.MULTILINE)
 
 
@@ -145,11 +142,18 @@ def _dapo(source: FileSource, row: _Reader) -> tuple:
     if not messages:
         raise UserError(f"{row.path}: row {row.number + 1}: 'prompt' has no messages")
     question = messages[-1]["content"]
-    match = _DAPO_INSTRUCTION.match(question)
     extra = row.row.get("extra_info") or {}
     # With a template of ours the question goes without its own instruction; template plain leaves it as published.
     given = messages if source.template == "plain" else None
-    return extra.get("index"), given, match["question"] if match else question, str(label), None
+    return extra.get("index"), given, _without_instruction(question), str(label), None
+
+
+def _without_instruction(text: str) -> str:
+    instruction, gap, question = text.partition("\n\n")
+    if not gap or not instruction.startswith(_DAPO_BEFORE):
+        return text
+    before, mark, after = question.rpartition(_DAPO_AFTER)
+    return before if mark and after.strip() in ("", ".") else question
 
 
 def _deepmath(source: FileSource, row: _Reader) -> tuple:

@@ -202,12 +202,15 @@ def test_hostile_programs(grader, name):
 
 
 def test_sleepers_are_stopped():
-    grader = CodeGrader(num_workers=2, wall_seconds=2)
+    grader = CodeGrader(num_workers=3, wall_seconds=2)
+    programs = {
+        "import time\ndef f(x):\n    time.sleep(1e6)": ASSERTS,
+        "import threading\ndef f(x):\n    lock = threading.Lock()\n    lock.acquire()\n    lock.acquire()": ASSERTS,
+        "import time\ntime.sleep(1e6)": ECHO,
+    }
     try:
-        assert _word(grader, "import time\ndef f(x):\n    time.sleep(1e6)", ASSERTS) == "timeout"
-        assert _word(grader, "import time\ntime.sleep(1e6)", ECHO) == "timeout"
-        deadlock = "import threading\ndef f(x):\n    lock = threading.Lock()\n    lock.acquire()\n    lock.acquire()"
-        assert _word(grader, deadlock, ASSERTS) == "timeout"
+        prompts, responses = map(_prompt, programs.values()), [f"```python\n{program}\n```" for program in programs]
+        assert [verdict.word for verdict in grader.grade(list(prompts), responses)] == ["timeout"] * 3
     finally:
         grader.close()
     assert not _processes("candidate.py") and not _processes("tester.py")
@@ -223,14 +226,15 @@ def test_the_repository_cannot_be_read(grader):
 def test_nothing_can_be_written(grader, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
-    for action in (
+    actions = (
         f"open({str(tmp_path / 'new')!r}, 'w')", f"os.remove({str(kept)!r})", f"os.truncate({str(kept)!r}, 0)",
         f"os.rename({str(kept)!r}, {str(tmp_path / 'moved')!r})", f"os.mkdir({str(tmp_path / 'folder')!r})",
         f"os.symlink('/', {str(tmp_path / 'link')!r})", f"os.chmod({str(kept)!r}, 0)",
         f"os.utime({str(kept)!r}, (1, 1))", f"open({str(kept)!r}, 'r+')", f"os.open({str(kept)!r}, os.O_WRONLY)",
-    ):  # fmt: skip
-        program = f"import os\ndef f(x):\n    {action}\n    return 'SECRET4'"
-        assert _word(grader, program, ASSERTS) == "error", action
+    )  # fmt: skip
+    responses = [f"```python\nimport os\ndef f(x):\n    {action}\n    return 'SECRET4'\n```" for action in actions]
+    verdicts = grader.grade([_prompt(ASSERTS)] * len(actions), responses)
+    assert [verdict.word for verdict in verdicts] == ["error"] * len(actions)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
 
 
@@ -344,7 +348,7 @@ def _check_benchmark(name, problems, allowed):
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "every"), [("humaneval", 16), ("mbpp_plus", 37)])
+@pytest.mark.parametrize(("name", "every"), [("humaneval", 41), ("mbpp_plus", 95)])
 def test_canonical_solutions_pass_and_changed_ones_fail(name, every):
     _check_benchmark(name, _benchmark(name)[::every], allowed=0)
 
