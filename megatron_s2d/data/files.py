@@ -20,7 +20,9 @@ from megatron_s2d.config.data import FileSource
 _ROWS_AT_A_TIME = 1000
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # DAPO-Math-17K comes with its own instruction around the question; the wording of the rest of the first line varies.
-_DAPO_BEFORE = "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
+_DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
+)
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:"'
 _LEADING_ASSERT = re.compile(r"^\s*assert\b.*", re.MULTILINE)
 
