@@ -65,7 +65,8 @@ def parse(model: type[Config], document: dict[str, Any], source: str) -> Config:
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
-        key = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"]))
+        may_lack = first["type"] == "missing"  # then the last part is a key that is not in the file
+        key = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"], may_lack))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key{_suggest(model, first['loc'])}"
@@ -88,13 +89,13 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _is_union_tag(part: Any, document: Any, location: tuple) -> bool:
+def _is_union_tag(part: Any, document: Any, location: tuple, may_lack: bool) -> bool:
     """Whether ``part`` of an error location is the tag of a union rather than a key in the user's file."""
     node = document
     for step in location:
         if step is part:
             if isinstance(node, dict):
-                return part not in node and step is not location[-1]
+                return part not in node and not (may_lack and step is location[-1])
             return not isinstance(part, int)
         if isinstance(node, dict) and step in node:
             node = node[step]

@@ -93,7 +93,7 @@ class StageContext:
     def save_model(self, policy: Policy) -> None:
         """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective."""
         if not self.directory.model_path.exists():
-            policy.save(self.directory.model_path, {"step": self.stage.steps}, with_optimizer=False)
+            policy.save(self.directory.model_path, {"stage": self.name}, with_optimizer=False)
 
     def frozen(self, stage_name: str) -> Policy:
         """``policy_of`` without gradients, at the layout of teachers: a teacher or a reference."""

@@ -79,7 +79,7 @@ def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
     ("override", "message"),
     [
         ("stages.opd.reward_scale=1.25", "reward scale other than 1 needs a `reference`"),
-        ("stages.full.gate={interp_beta: 1}", "gate needs granularity: sampled"),
+        ("stages.full.gate={interp_beta: 1, lambda_high: 1.0}", "gate needs granularity: sampled"),
         ("stages.routed.teacher={code: rl_teacher}", "domain 'arithmetic' have no teacher"),
         ("stages.gkd.cache=null", "go together"),
         ("stages.jsd.beta=null", "beta goes with jsd"),
