@@ -133,10 +133,15 @@ def examples(step: int, samples: Sequence[Sample], prompts: Sequence[Prompt], to
             "problem_id": sample.prompt_id,
             "prompt": prompt.text,
             "response": response_text(tokenizer, sample),
-            "answer": prompt.answer if sample.reward is not None else None,
+            "answer": _shortened(prompt.answer) if sample.reward is not None else None,
             "reward": sample.reward,
             "verdict": sample.verdict or "",
             "finish_reason": sample.finish_reason,
         }
         lines.append(json.dumps(row, ensure_ascii=False))
     return lines
+
+
+def _shortened(answer: str | None) -> str | None:
+    """A label for people: the unit tests of a program can be long."""
+    return answer if answer is None or len(answer) <= 500 else f"{answer[:500]} ... ({len(answer)} characters)"

@@ -113,11 +113,17 @@ def _gate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str]:
 
 
 def _dropped_warnings(checked: Preflight) -> list[str]:
-    return [
+    long = [
         f"{count} prompts of {name} were longer than max_prompt_tokens and left out"
         for name, count in checked.dropped.items()
         if count
     ]
+    twice = [
+        f"{count} rows of {name} had an id that came before and were left out"
+        for name, count in checked.duplicates.items()
+        if count
+    ]
+    return long + twice
 
 
 def _examples(job: Job) -> list[RolloutExample]:

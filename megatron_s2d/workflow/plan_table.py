@@ -31,10 +31,12 @@ def print_plan(checked: Preflight, jobs: list[Job], run_dir: Path, console: Cons
             str(spec.num_query_groups), str(spec.head_dim), str(spec.vocab_size), f"{spec.num_parameters:,}",
         )
     console.print(models)
-    data = Table("prompts", "number", "longest", "dropped", title="Prompts")
+    data = Table("prompts", "number", "longest", "too long", "repeated", title="Prompts")
     for name, prompts in checked.prompts.items():
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        data.add_row(name, str(len(prompts)), str(longest), str(checked.dropped[name]))
+        data.add_row(
+            name, str(len(prompts)), str(longest), str(checked.dropped[name]), str(checked.duplicates[name])
+        )
     console.print(data)
     table = Table("job", "type", "model", "steps", "inputs", "does", title="Jobs")
     for job in jobs:

@@ -26,11 +26,11 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.data.prompts import is_corpus, prompts_of
+from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.families import check_layout, padded_vocab_size
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify import VERIFIERS
+from megatron_s2d.verify import check_labels
 from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
 
@@ -63,6 +63,7 @@ class Preflight:
     specs: Mapping[str, ModelSpec]  # entry of `models` -> architecture
     prompts: Mapping[str, Sequence[Prompt]]  # entry or entry/half -> prompts
     dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_tokens
+    duplicates: Mapping[str, int]  # entry -> rows whose id came before, left out
     totals: Mapping[str, int]  # job id -> rounds, of evaluations and caches
     memory: Mapping[str, MemoryEstimate]  # stage -> estimate
 
@@ -86,7 +87,8 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     stages = needed_stages(config)
     used_models = {config.model_of(name) for name in stages}
     specs = {name: _resolve(config, name, len(tokenizer)) for name in config.models if name in used_models}
-    prompts, dropped = _load_prompts(config, stages, tokenizer)
+    sets = _load_prompts(config, stages, tokenizer)
+    prompts = {name: found.prompts for name, found in sets.items()}
     for name in stages:
         _check_stage(config, name, specs, prompts)
     evaluation = config.evaluation
@@ -96,7 +98,10 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     for index, gate in enumerate(config.gates):
         _check_graded(prompts[gate.prompts], f"gates.{index}.prompts: '{gate.prompts}'")
     memory = {name: estimate_memory(config, name, specs, prompts) for name in stages}
-    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, _totals(config, stages, prompts), memory)
+    dropped = {name: found.dropped_too_long for name, found in sets.items()}
+    duplicates = {name: found.dropped_duplicates for name, found in sets.items()}
+    totals = _totals(config, stages, prompts)
+    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, memory)
     found.ledger.check(stages)
     return found
 
@@ -111,18 +116,15 @@ def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
     return spec
 
 
-def _load_prompts(
-    config: WorkflowConfig, stages: Sequence[str], tokenizer: Any
-) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+def _load_prompts(config: WorkflowConfig, stages: Sequence[str], tokenizer: Any) -> dict[str, PromptSet]:
+    """Every entry (or half) that a stage, a gate or the evaluation reads; corpora have no prompts."""
     names = [config.evaluation.prompts, *(gate.prompts for gate in config.gates)]
-    for name in stages:
-        names += config.stages[name].entries
-    prompts, dropped = {}, {}
-    for name in dict.fromkeys(names):
-        if not is_corpus(config.data[name.partition("/")[0]]):
-            found = prompts_of(config, name, tokenizer)
-            prompts[name], dropped[name] = found.prompts, found.dropped_too_long
-    return prompts, dropped
+    names += [entry for name in stages for entry in config.stages[name].entries]
+    return {
+        name: prompts_of(config, name, tokenizer)
+        for name in dict.fromkeys(names)
+        if not is_corpus(config.data[name.partition("/")[0]])
+    }
 
 
 def _check_stage(
@@ -216,11 +218,10 @@ def _check_length(
 
 
 def _check_graded(prompts: Sequence[Prompt], where: str) -> None:
-    for prompt in prompts:
-        if prompt.verifier is None or prompt.answer is None:
-            raise UserError(f"{where}: prompt {prompt.id} has no verifier or no answer; labels are needed here")
-        if prompt.verifier not in VERIFIERS:
-            raise UserError(f"{where}: unknown verifier '{prompt.verifier}' (known: {', '.join(VERIFIERS)})")
+    try:
+        check_labels(prompts)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _totals(

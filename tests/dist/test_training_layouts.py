@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 WORKER = Path(__file__).with_name("training_worker.py")
-RUNS = {1: ["tp1"], 2: ["tp2", "tp2sp", "pp2", "dp2", "ep2"], 4: ["tp2pp2", "tp2dp2sp"]}
-LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1"]
+RUNS = {
+    1: ["tp1"],
+    2: ["tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2"],
+    4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2"],
+}
+LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1" and ":" not in name]
+PAIRS = [name for names in RUNS.values() for name in names if ":" in name]
 
 # Losses, KLs and entropies are O(1) and summed in another order; gradient norms carry the same relative error.
 ABSOLUTE, RELATIVE = 2e-5, 2e-5
@@ -36,10 +41,16 @@ def found(tmp_path_factory) -> dict:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd"])
+@pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd", "opd_by_domain"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(found, layout, scenario):
     _assert_rows_agree(found[f"{layout}/{scenario}"], found[f"tp1/{scenario}"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_teacher_of_another_layout_gives_the_same_distillation(found, pair):
+    _assert_rows_agree(found[f"{pair}/opd"], found["tp1/opd"])
 
 
 @pytest.mark.dist

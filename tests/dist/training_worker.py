@@ -1,7 +1,8 @@
 """Trains tiny models at the layouts named on the command line and writes what came out as JSON.
 
 Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
-arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2.
+arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2; STUDENT:TEACHER is a distillation in
+which the two have layouts of their own.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.cache import CacheHeader
+from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teacher_cache import distributions_of
-from megatron_s2d.stages.teachers import ModelTeacher
+from megatron_s2d.stages.teachers import ByDomain, FullTeacher
 from megatron_s2d.train.policy import Policy
 
 VOCAB = 27  # no multiple of any tensor-parallel size
@@ -81,7 +83,7 @@ def train(model: Policy, batch: list[Sample], objective, columns: dict, teacher=
     rows = []
     for _ in range(STEPS):
         batches = model.pack(batch, columns)
-        distributions = teacher.distributions(None, batches) if teacher else None
+        distributions = teacher.distributions(UpdateBatch(batch, columns), batches) if teacher else None
         count = sum(len(sample.token_ids) for sample in batch)
         row = model.forward_backward(batches, objective, distributions, num_tokens=count)
         rows.append(row | {"grad_norm": model.optim_step()})
@@ -108,13 +110,26 @@ def grpo(layout: Layout):
     return train(model, batch, grpo_objective(Surrogate(), kl_coefficient=0.1), columns)
 
 
-def opd(layout: Layout):
-    teacher = policy("tiny-teacher", layout, 4)
+def opd(layout: Layout, teacher_layout: Layout | None = None):
+    teacher = policy("tiny-teacher", teacher_layout or layout, 4)
     teacher.freeze()
     batch = samples()
     columns = {"divergence_weight": weights(batch, "token_mean")}
     student = policy("tiny-student", layout, 5)
-    return train(student, batch, divergence_objective("reverse_kl"), columns, ModelTeacher(teacher))
+    source = FullTeacher(student, ByDomain({None: teacher}))
+    return train(student, batch, divergence_objective("reverse_kl"), columns, source)
+
+
+def opd_by_domain(layout: Layout):
+    """Two teachers; every other sample belongs to the second one's domain."""
+    teachers = {name: policy("tiny-teacher", layout, seed) for name, seed in (("test", 4), ("other", 6))}
+    for teacher in teachers.values():
+        teacher.freeze()
+    batch = [dataclasses.replace(s, domain=("test", "other")[i % 2]) for i, s in enumerate(samples())]
+    columns = {"divergence_weight": weights(batch, "token_mean")}
+    student = policy("tiny-student", layout, 5)
+    student.packs_by_domain = True
+    return train(student, batch, divergence_objective("reverse_kl"), columns, FullTeacher(student, ByDomain(teachers)))
 
 
 def scores(layout: Layout):
@@ -140,12 +155,17 @@ def main() -> None:
     output, *names = sys.argv[1:]
     initialize_distributed()
     found = {}
+    layouts = {part: build_layout(parse_layout(part)) for name in names for part in name.split(":")}
     for name in names:
-        layout = build_layout(parse_layout(name))
+        if ":" in name:
+            student, teacher = name.split(":")
+            found[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
+            continue
+        layout = layouts[name]
         if "ep" in name or name == "tp1":
             found[f"{name}/moe"] = supervised(layout, "tiny-moe")
         if "ep" not in name:
-            for scenario in (supervised, grpo, opd, scores, cached):
+            for scenario in (supervised, grpo, opd, opd_by_domain, scores, cached):
                 found[f"{name}/{scenario.__name__}"] = scenario(layout)
     if dist.get_rank() == 0:
         with open(output, "w") as file:

@@ -11,12 +11,13 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.stages.teachers import ModelTeacher
+from megatron_s2d.stages.teachers import ByDomain, FullTeacher
 from megatron_s2d.train.policy import Policy
 
 VOCAB = 27
@@ -56,7 +57,8 @@ def gradients(layout, objective, column, aggregation, max_tokens, teacher=None) 
     lengths = [sample.response_length for sample in batch]
     weights = {column: token_weights(lengths, aggregation, ResponseCounts.of(lengths), 10)}
     batches = model.pack(batch, weights)
-    distributions = ModelTeacher(teacher).distributions(None, batches) if teacher else None
+    source = FullTeacher(model, ByDomain({None: teacher})) if teacher else None
+    distributions = source.distributions(UpdateBatch(batch, weights), batches) if teacher else None
     count = sum(len(sample.token_ids) for sample in batch)
     metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
     found = {name: p.main_grad.clone() for name, p in model.trainable.chunks[0].named_parameters()}
