@@ -63,13 +63,20 @@ class _Worker:
         """The next line, "" at the end of the stream, None after ``seconds``."""
         text, end = b"", time.monotonic() + seconds
         while not text.endswith(b"\n"):
-            if not select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            if not _is_readable(self._process.stdout, max(0.0, end - time.monotonic())):
                 return None
             part = self._process.stdout.read(4096)
             if not part:
                 return ""
             text += part
         return text.decode().strip()
+
+
+def _is_readable(file: Any, seconds: float) -> bool:
+    """Whether ``file`` has something to read (or has ended) within ``seconds``; for any number of open files."""
+    watch = select.poll()
+    watch.register(file, select.POLLIN)
+    return bool(watch.poll(1000 * seconds))
 
 
 class WorkerPool:

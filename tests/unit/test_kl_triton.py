@@ -36,7 +36,7 @@ def test_statistics_and_values(results):
         assert errors["statistics"] <= 1e-6, case
         for name in ("forward_kl", "reverse_kl", "entropy", "log_probs", case.split()[2]):
             # Five columns, one of them 15 above the next: the whole divergence is a few roundings of float32 sums.
-            assert errors[name] <= (3e-5 if case.startswith("5 ") else 5e-6), (case, name)
+            assert errors[name] <= (3e-5 if case.startswith("5 ") else 1e-5), (case, name)
 
 
 def test_gradients_in_float32_and_bfloat16(results):
