@@ -258,6 +258,11 @@ class OpdConfig(TrainingStageConfig):
         1.0, ge=0, le=1, description="share of a step's responses that the student samples; the rest is from `cache`"
     )
     cache: str | None = Field(None, description="teacher_cache stage of the responses that the student does not sample")
+    token_weighting: Literal["none", "entropy", "log_ratio", "position"] = Field(
+        "none",
+        description="weights of response tokens, of mean 1 over a step: the student's entropy; |log pi_T - log pi_S| of the "
+        "sampled token; 1 - place / max_response_tokens",
+    )
     max_kl: float | None = Field(None, gt=0, description="stop with an error when the mean KL to the teacher exceeds it")
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)

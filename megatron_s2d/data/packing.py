@@ -29,7 +29,8 @@ class UpdateBatch:
     """What one optimizer update trains on, over all data-parallel ranks."""
 
     samples: Sequence[Sample]  # n
-    weights: Mapping[str, np.ndarray]  # weight column -> [n] float64, the weight of every response token of a sample
+    # weight column -> one entry a sample: the weight of its response tokens, a number or [length]
+    weights: Mapping[str, Sequence[float | np.ndarray]]
 
     @property
     def num_tokens(self) -> int:
@@ -46,6 +47,7 @@ class MicroBatch:
     padding_mask: torch.Tensor  # [B, S] bool, True at padding
     labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
     response_mask: torch.Tensor  # [N] bool, True where the predicted token is part of a response
+    response_positions: torch.Tensor  # [N] int64, place of the predicted token in its response; 0 elsewhere
     temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
     columns: TokenColumns  # [N] each
     num_tokens: int  # without padding
@@ -74,7 +76,7 @@ class MicroBatch:
 def pack(
     samples: Sequence[Sample],
     *,
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, Sequence[float | np.ndarray]],
     max_tokens: int,
     data_rank: int = 0,
     data_size: int = 1,
@@ -134,11 +136,11 @@ def plan_micro_batches(
     return dealt
 
 
-def _refuse_gaps(name: str, samples: Sequence[Sample], weights: Mapping[str, np.ndarray]) -> None:
+def _refuse_gaps(name: str, samples: Sequence[Sample], weights: Mapping[str, Sequence[float | np.ndarray]]) -> None:
     """Some samples have ``name``: those without it may take part in the supervised term only."""
-    counted = sum((weights[column] for column in weights if column != "supervised_weight"), start=np.zeros(len(samples)))
-    for sample, weight in zip(samples, counted, strict=True):
-        if weight != 0 and getattr(sample, name) is None:
+    columns = [weights[column] for column in weights if column != "supervised_weight"]
+    for place, sample in enumerate(samples):
+        if getattr(sample, name) is None and any(np.any(column[place]) for column in columns):
             raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
 
 
@@ -148,7 +150,7 @@ def _padded(length: int, multiple: int) -> int:
 
 def _build(
     samples: Sequence[Sample],
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
     indices: list[int],
     multiple: int,
@@ -175,8 +177,10 @@ def _build(
                 values[place, : len(row.token_ids)] = getattr(row, name)
         columns[name] = values
     for name, values in weights.items():
-        row_weights = np.asarray(values)[indices] if indices else np.zeros(1)
-        columns[name] = np.where(mask, row_weights[:, None], 0.0).astype(np.float32)
+        columns[name] = np.zeros((num_rows, longest), dtype=np.float32)
+        for place, index in enumerate(indices):
+            length = len(samples[index].token_ids)
+            columns[name][place, :length] = np.where(mask[place, :length], values[index], 0.0)
     temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
@@ -187,6 +191,7 @@ def _build(
         padding_mask=torch.from_numpy(padding).to(device),
         labels=_to_positions(token_ids, device),
         response_mask=_to_positions(mask, device),
+        response_positions=_to_positions(np.where(mask, mask.cumsum(axis=1) - 1, 0), device),
         temperature=temperature,
         columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
         num_tokens=int((~padding).sum()),

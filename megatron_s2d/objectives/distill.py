@@ -66,7 +66,7 @@ def divergence_objective(kind: str, *, tail: str | None = None) -> Objective:
     kind: one of ``kl.outputs.DIVERGENCES``. tail: the tail rule where the teacher is a top-k support; it adds the
     probability mass that the support captures to the metrics. Raises ``UserError`` for the sampled log-ratio.
     """
-    return Objective((divergence_term(kind, tail=tail),), kl_metric=kind)
+    return Objective((divergence_term(kind, tail=tail),), kl_metric=kind, token_kl=lambda outputs, _: getattr(outputs, kind))
 
 
 def policy_distillation_objective(surrogate: Surrogate = Surrogate(), *, anchor: bool = False) -> Objective:
@@ -83,4 +83,8 @@ def policy_distillation_objective(surrogate: Surrogate = Surrogate(), *, anchor:
         return policy.metrics(outputs, columns, active) | {"teacher_kl": Metric.over(log_ratio, active)}
 
     scored = dataclasses.replace(policy, columns=policy.columns | {"teacher_log_probs"}, metrics=metrics)
-    return Objective((scored, cross_entropy_term()) if anchor else (scored,), kl_metric="teacher_kl")
+    return Objective(
+        (scored, cross_entropy_term()) if anchor else (scored,),
+        kl_metric="teacher_kl",
+        token_kl=lambda outputs, columns: sampled_reverse_kl(outputs.log_probs, columns.teacher_log_probs),
+    )

@@ -209,4 +209,8 @@ def grpo_objective(surrogate: Surrogate = Surrogate(), *, kl_coefficient: float 
         raise UserError(f"kl_coefficient {kl_coefficient}: give a number of at least 0")
     if kl_coefficient == 0:
         return Objective((policy_term(surrogate),))
-    return Objective((policy_term(surrogate), reference_term(kl_coefficient)), kl_metric="reference_kl")
+    return Objective(
+        (policy_term(surrogate), reference_term(kl_coefficient)),
+        kl_metric="reference_kl",
+        token_kl=lambda outputs, columns: k3(columns.reference_log_probs - outputs.log_probs),
+    )

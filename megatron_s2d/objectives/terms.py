@@ -206,6 +206,7 @@ class Objective:
 
     terms: tuple[Term, ...]
     kl_metric: str | None = None  # the metric that is also shown as `kl`, in nats per token
+    token_kl: Callable[[TokenOutputs, TokenColumns], torch.Tensor] | None = None  # [C] its values, for curves by position
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -261,8 +262,8 @@ def mix_objectives(parts: Sequence[tuple[float, Objective]]) -> Objective:
         if not (math.isfinite(coefficient) and coefficient > 0):
             raise UserError(f"coefficient {coefficient} of an objective: give a positive number, or leave it out")
         terms += [dataclasses.replace(term, coefficient=coefficient * term.coefficient) for term in objective.terms]
-    shown = [objective.kl_metric for _, objective in parts if objective.kl_metric is not None]
-    return Objective(tuple(terms), shown[0] if shown else None)
+    shown = next((objective for _, objective in parts if objective.kl_metric is not None), Objective(tuple(terms)))
+    return Objective(tuple(terms), shown.kl_metric, shown.token_kl)
 
 
 @dataclasses.dataclass(frozen=True)

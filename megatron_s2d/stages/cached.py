@@ -49,6 +49,10 @@ class CachedTeacher:
             return [None] * len(batches)
         return [self._source(update, batch) for batch in batches]
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
     def _source(self, update: UpdateBatch, batch: MicroBatch) -> TeacherSource:
         header = self._cache.header
         found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [_empty(header)]

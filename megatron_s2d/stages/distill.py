@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def run_opd(context: StageContext) -> None:
             source = ScoredResponses(stage, stream, sampler, teachers, references, anchors)
             teacher = None
         else:
-            source = StudentResponses(stage, stream, sampler, _cached_samples(context, stage))
+            source = StudentResponses(stage, stream, sampler, teachers, _cached_samples(context, stage))
             teacher = _distributions(stage, policy, teachers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
@@ -119,6 +119,7 @@ class StudentResponses:
     stage: OpdConfig
     stream: PromptStream
     sampler: Sampler
+    teachers: ByDomain  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
 
     def step(self, step: int) -> StepData:
@@ -134,13 +135,14 @@ class StudentResponses:
             count = others * stage.responses_per_prompt
             cached = self.cached((step - 1) * count, count)
             samples = samples + [
-                dataclasses.replace(sample, group=live + place // stage.responses_per_prompt)
+                dataclasses.replace(sample, id=f"{sample.id}~cached", group=live + place // stage.responses_per_prompt)
                 for place, sample in enumerate(cached)
             ]
-        updates = [
-            UpdateBatch(part, {"divergence_weight": policy_weights(part, stage.aggregation, stage.sampling)})
-            for part in split_updates(samples, stage.updates_per_step)
-        ]
+        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
+        updates = []
+        for part in split_updates(samples, stage.updates_per_step):
+            weights = policy_weights(part, stage.aggregation, stage.sampling)
+            updates.append(UpdateBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
         return StepData(updates, metrics, shown)
 
 
@@ -162,10 +164,12 @@ class ScoredResponses:
         samples = self.sampler.sample(prompts, stage.responses_per_prompt, step)
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
+        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
         parts = split_updates(samples, stage.updates_per_step)
         anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.of_step(step, prompts)
         updates = [
-            self._update(part, extra, anchored.get("anchor_alpha", 0.0)) for part, extra in zip(parts, anchors, strict=True)
+            self._update(part, extra, anchored.get("anchor_alpha", 0.0), factors)
+            for part, extra in zip(parts, anchors, strict=True)
         ]
         return StepData(updates, metrics | gated | anchored, examples(step, samples, prompts, self.sampler.tokenizer))
 
@@ -217,8 +221,10 @@ class ScoredResponses:
             metrics["gate/stability_clipped_fraction"] = weights.num_clipped / max(1, weights.num_tokens)
         return values, metrics
 
-    def _update(self, samples: list[Sample], anchors: list[Sample], alpha: float) -> UpdateBatch:
-        own = policy_weights(samples, self.stage.aggregation, self.stage.sampling)
+    def _update(
+        self, samples: list[Sample], anchors: list[Sample], alpha: float, factors: Mapping[str, np.ndarray]
+    ) -> UpdateBatch:
+        own = with_factors(samples, policy_weights(samples, self.stage.aggregation, self.stage.sampling), factors)
         if self.anchors is None:
             return UpdateBatch(samples, {"policy_weight": own})
         lengths = [anchor.response_length for anchor in anchors]
@@ -226,10 +232,40 @@ class ScoredResponses:
         return UpdateBatch(
             [*samples, *anchors],
             {
-                "policy_weight": np.concatenate([own, np.zeros(len(anchors))]),
-                "supervised_weight": np.concatenate([np.zeros(len(samples)), anchor_weights]),
+                "policy_weight": [*own, *[0.0] * len(anchors)],
+                "supervised_weight": [*[0.0] * len(samples), *anchor_weights],
             },
         )
+
+
+def token_factors(
+    stage: OpdConfig, samples: Sequence[Sample], policy: Policy, teachers: ByDomain
+) -> dict[str, np.ndarray]:
+    """Sample id -> factor of each token [length], of mean 1 over the response tokens of the step; empty without any."""
+    if stage.token_weighting == "none":
+        return {}
+    if stage.token_weighting == "entropy":
+        raw = policy.score(samples, "entropy")
+    elif stage.token_weighting == "log_ratio":
+        pairs = zip(teachers.score(samples), policy.score(samples), strict=True)
+        raw = [np.abs(teacher - student) for teacher, student in pairs]
+    else:
+        limit = stage.sampling.max_response_tokens
+        raw = [1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit for sample in samples]
+    flat = np.concatenate([value[sample.response_mask] for value, sample in zip(raw, samples, strict=True)])
+    mean = float(flat.mean())
+    if mean == 0:  # nothing to tell tokens apart by, such as a student that equals its teacher
+        return {}
+    return {sample.id: value / mean for sample, value in zip(samples, raw, strict=True)}
+
+
+def with_factors(
+    samples: Sequence[Sample], weights: np.ndarray, factors: Mapping[str, np.ndarray]
+) -> Sequence[float | np.ndarray]:
+    """The weight of each sample times its tokens' factors."""
+    if not factors:
+        return weights
+    return [weight * factors[sample.id] for sample, weight in zip(samples, weights, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -146,8 +146,12 @@ class FullTeacher:
             for state, other in zip(states, others, strict=True)
         ]
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(eq=False)
 class TopKTeacher:
     """Distributions on the k likeliest tokens of student, teacher, or both (``union``: 2 k tokens, teacher's more).
 
@@ -159,11 +163,22 @@ class TopKTeacher:
     k: int
     support: str
     tail: str
+    _shared: float = 0.0  # tokens that both models have among their k likeliest, over the last call's responses
+    _counted: int = 0  # response tokens times k
+
+    def metrics(self) -> dict[str, float]:
+        """``topk_overlap``: share of the student's k likeliest tokens that are among the teacher's."""
+        if self.support == "teacher":
+            return {}
+        sums = torch.tensor([self._shared, self._counted], dtype=torch.float64, device=device.device())
+        dist.all_reduce(sums)
+        return {"topk_overlap": float(sums[0] / sums[1])}
 
     def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         states = self.teachers.distributions(self.student, update, batches)
         own: Sequence[torch.Tensor | None] = [None] * len(batches)
+        self._shared, self._counted = 0.0, 0
         if self.support != "teacher":
             own = self.student.hidden_states(batches)
         if not self.student.layout.is_last_stage:
@@ -184,6 +199,11 @@ class TopKTeacher:
             if own is not None:
                 mine = own[rows].float() @ student.output_weight.detach().float().t()
                 chosen = vocab_parallel_topk(mine, self.k, shard, temperature)[0]
+                best = vocab_parallel_topk(logits, self.k, shard, temperature)[0]
+                counted = batch.response_mask[rows]
+                if student.is_leader:
+                    self._shared += float((chosen.unsqueeze(2) == best.unsqueeze(1)).any(2)[counted].sum())
+                    self._counted += int(counted.sum()) * self.k
             parts.append(self._support(logits, chosen, temperature))
         ids, log_probs, tail = (torch.cat(values) for values in zip(*parts, strict=True))
         return TopK(ids, log_probs, tail, tail=self.tail, support=self.support)

@@ -58,6 +58,10 @@ class Teacher(Protocol):
         """One source for each micro-batch of this rank (None where the rank has no output layer). Collective."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What ``distributions`` measured in its last call, over all ranks. Collective."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
@@ -104,6 +108,7 @@ def train(
             with timer.section("train"):
                 learning_rate = policy.trainable.learning_rate
                 report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
+                report |= {} if teacher is None else teacher.metrics()
                 check_kl(report, settings.max_kl, step)
                 report["grad_norm"] = policy.optim_step()
             reports.append(report | {"learning_rate": learning_rate})
@@ -165,7 +170,8 @@ def summarise(
     reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
 ) -> dict[str, float]:
     """One row of metrics: the mean over the step's updates, what the source measured, and speed."""
-    row = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+    names = dict.fromkeys(name for report in reports for name in report)
+    row = {name: float(np.mean([report[name] for report in reports if name in report])) for name in names}
     return row | dict(samples) | {"tokens_per_second": tokens / times["seconds"]} | dict(times)
 
 

@@ -42,6 +42,7 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.step import TrainableModel, forward_only
 from megatron_s2d.records import Sample
 
+POSITION_PREFIX = "kl_at/"  # of the metrics that give the KL by position in the response
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -163,15 +164,18 @@ class Policy:
             raise UserError(f"the gradient norm is {norm}: lower the learning rate, or check rewards and teacher")
         return norm
 
-    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """log pi of every sample's response tokens, [length] float32 each (0 elsewhere), on all ranks."""
+    def score(self, samples: Sequence[Sample], output: str = "log_probs") -> list[np.ndarray]:
+        """log pi of every sample's response tokens, [length] float32 each (0 elsewhere), on all ranks.
+
+        output: another field of ``TokenOutputs`` that needs no teacher, such as entropy.
+        """
         batches = self.pack(samples, {})
-        passes = self._passes(batches, ("log_probs",), None)
+        passes = self._passes(batches, (output,), None)
         self._forward_only(passes)
         found = {}
         if self.is_leader:
             for item in passes:
-                values = item.batch.per_sample(item.result.log_probs)
+                values = item.batch.per_sample(getattr(item.result, output))
                 found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
@@ -310,18 +314,45 @@ class Policy:
         """Metrics of all micro-batches of all data ranks; two all-reduces."""
         none = torch.zeros(0, dtype=torch.int64, device=device.device())
         empty = TokenOutputs(**{name: torch.zeros(0, device=none.device) for name in objective.needs})
-        parts = [objective.metrics(empty, passes[0].batch.columns.select(none))]
+        parts = [self._metrics_of(objective, empty, passes[0].batch, none)]
         if self.is_leader:
             for item in passes:
                 rows = item.batch.response_mask.nonzero().squeeze(1)
                 outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})
-                parts.append(objective.metrics(outputs, item.batch.columns.select(rows)))
+                parts.append(self._metrics_of(objective, outputs, item.batch, rows))
         merged = merge_metrics(parts)
         sums, maxima = pack_metrics(merged)
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         reduced: dict[str, Metric] = unpack_metrics(merged, sums, maxima)
-        return {name: metric.value() for name, metric in reduced.items()}
+        return {
+            name: metric.value()
+            for name, metric in reduced.items()
+            if float(metric.denominator) > 0 or not name.startswith(POSITION_PREFIX)
+        }
+
+    def _metrics_of(
+        self, objective: Objective, outputs: TokenOutputs, batch: MicroBatch, rows: torch.Tensor
+    ) -> dict[str, Metric]:
+        """The objective's metrics of the tokens at ``rows``, and its KL by position in the response."""
+        columns = batch.columns.select(rows)
+        found = objective.metrics(outputs, columns)
+        if objective.token_kl is not None:
+            values = objective.token_kl(outputs, columns)
+            found |= kl_by_position(values, batch.response_positions[rows], self.spec.max_position_embeddings)
+        return found
+
+
+def kl_by_position(values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:
+    """Mean of ``values`` [C] over tokens 0, 1, 2-3, 4-7, ... of their responses, named by the first; ``limit``: length."""
+    bins = torch.zeros_like(positions).where(positions == 0, positions.float().log2().floor().long() + 1)
+    num_bins = limit.bit_length() + 1
+    sums = torch.bincount(bins, weights=values.detach().double(), minlength=num_bins)
+    counts = torch.bincount(bins, minlength=num_bins).double()
+    firsts = [0, *(2**power for power in range(num_bins - 1))]
+    return {
+        f"{POSITION_PREFIX}{first}": Metric(sums[place], counts[place], "mean") for place, first in enumerate(firsts)
+    }
 
 
 def gather_dicts(found: dict[Any, Any]) -> dict[Any, Any]:

@@ -23,7 +23,7 @@ def losses(run_dir, stage, name="loss"):
 
 def test_every_arm_was_measured(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
-    assert len(arms) == 21 and all(arm["num_problems"] == 8 for arm in arms.values())
+    assert len(arms) == 24 and all(arm["num_problems"] == 8 for arm in arms.values())
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,27 @@ def test_the_gate_and_the_phases_of_teacher_sampling(run_dir):
         assert sum(parts) == pytest.approx(1.0) and 0 <= row["gate/stability_clipped_fraction"] <= 1
     assert [row["anchor_alpha"] for row in rows] == pytest.approx([1.0, 1.0, 0.55, 0.0])
     assert rows[3]["anchor_kept"] == 0 and any(row["anchor_kept"] > 0 for row in rows[:3])
+
+
+def test_weighted_tokens_change_the_loss_and_keep_its_scale(run_dir):
+    for stage, plain in (("by_entropy", "full"), ("by_position", "full"), ("by_log_ratio", "opd")):
+        mine, reference = losses(run_dir, stage)[0], losses(run_dir, plain)[0]
+        assert mine != reference
+        if plain == "full":
+            assert 0.3 * reference < mine < 3 * reference
+
+
+def test_the_kl_is_shown_by_position_and_the_overlap_of_top_k(run_dir):
+    row = metrics(run_dir, "stages/full")[0]
+    parts = [row[f"kl_at/{first}"] for first in (0, 1, 2)]
+    assert all(part >= 0 for part in parts) and min(parts) <= row["kl"] <= max(parts)
+    assert 0 < losses(run_dir, "topk_student", "topk_overlap")[0] <= 1
+    assert losses(run_dir, "topk_all", "topk_overlap")[0] == 1
+
+
+def test_a_run_that_leaves_its_teacher_is_stopped(tmp_path):
+    finished = s2d("run", CONFIG, "--out", tmp_path / "run", "--set", "stages.full.max_kl=1e-6", "--set", "arms={full: full}")
+    assert finished.returncode == 1 and "above max_kl" in finished.stderr
 
 
 def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
