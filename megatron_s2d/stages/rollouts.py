@@ -18,6 +18,7 @@ from megatron_s2d.train.policy import Policy, gather_dicts
 from megatron_s2d.verify import Graders, Verdict
 
 _EXAMPLES_PER_STEP = 2
+_TOKENS_PER_EXAMPLE = 512
 
 
 class PromptStream:
@@ -137,6 +138,7 @@ def examples(step: int, samples: Sequence[Sample], prompts: Sequence[Prompt], to
             "reward": sample.reward,
             "verdict": sample.verdict or "",
             "finish_reason": sample.finish_reason,
+            "tokens": _tokens(sample, tokenizer),
         }
         lines.append(json.dumps(row, ensure_ascii=False))
     return lines
@@ -145,3 +147,17 @@ def examples(step: int, samples: Sequence[Sample], prompts: Sequence[Prompt], to
 def _shortened(answer: str | None) -> str | None:
     """A label for people: the unit tests of a program can be long."""
     return answer if answer is None or len(answer) <= 500 else f"{answer[:500]} ... ({len(answer)} characters)"
+
+
+def _tokens(sample: Sample, tokenizer: Any) -> list[dict[str, Any]]:
+    """The first response tokens with what is known of each: text, advantage, log pi_T - log pi_S of the sampled token."""
+    places = np.flatnonzero(sample.response_mask)[:_TOKENS_PER_EXAMPLE]
+    found = []
+    for place in places:
+        row: dict[str, Any] = {"text": tokenizer.decode([int(sample.token_ids[place])])}
+        if sample.advantages is not None:
+            row["advantage"] = round(float(sample.advantages[place]), 4)
+        if sample.teacher_log_probs is not None and sample.old_log_probs is not None:
+            row["log_ratio"] = round(float(sample.teacher_log_probs[place] - sample.old_log_probs[place]), 4)
+        found.append(row)
+    return found

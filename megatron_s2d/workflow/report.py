@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_s2d.artifacts import atomic_write_bytes, atomic_write_json, atomic_write_text, format_seconds
+from megatron_s2d.workflow.report_diagnostics import plot_diagnostics
 from megatron_s2d.workflow.report_html import headline, percent, points, render_html, shown_pass_ks, visible
 from megatron_s2d.workflow.report_plots import plot_arms, plot_contrasts, plot_stage
 from megatron_s2d.workflow.results import ArmResult, ContrastResult, RunResults
@@ -37,7 +38,7 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
 
 
 def make_plots(results: RunResults) -> dict[str, bytes]:
-    """PNGs under ``arms``, ``contrasts`` and ``stage/<name>``, those for which there is something to draw."""
+    """PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, those for which there is something to draw."""
     plots = {}
     if results.arms:
         plots["arms"] = plot_arms(results.arms, results.also_evaluated)
@@ -47,6 +48,9 @@ def make_plots(results: RunResults) -> dict[str, bytes]:
         png = plot_stage(stage.directory.metrics())
         if png is not None:
             plots[f"stage/{stage.name}"] = png
+        png = plot_diagnostics(stage.directory.metrics())
+        if png is not None:
+            plots[f"diagnostics/{stage.name}"] = png
     return plots
 
 

@@ -17,7 +17,7 @@ import jinja2
 
 from megatron_s2d.artifacts import format_seconds
 from megatron_s2d.workflow.report_plots import DPI
-from megatron_s2d.workflow.results import ArmResult, Estimate, RunResults, StageRun
+from megatron_s2d.workflow.results import ArmResult, Estimate, RolloutExample, RunResults, StageRun
 
 MAX_SHOWN_CHARACTERS = 4000
 # C0 and C1 controls but for tab and newline; zero-width and bidirectional controls; lone surrogates.
@@ -80,6 +80,9 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize, trim_blocks=True
     )
     environment.filters |= {"shorten": visible, "percent": percent, "points": points, "seconds": format_seconds}
+    environment.filters |= {
+        "has_advantages": _has_advantages, "advantage_color": advantage_color, "facts": _facts
+    }
     return environment.from_string(_PAGE).render(
         results=results,
         images={name: _image(png) for name, png in plots.items()},
@@ -89,6 +92,23 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         stages=[_stage(stage) for stage in results.stages],
         words={"agrees": "as expected", "undecided": "undecided", "against": "against", "no expectation": "open"},
     )
+
+
+def _has_advantages(rollout: RolloutExample) -> bool:
+    return any("advantage" in token for token in rollout.tokens)
+
+
+def advantage_color(token: Mapping[str, Any], rollout: RolloutExample) -> str:
+    """Blue for a token that is made likelier, orange for one that is made less likely; the strongest is the fullest."""
+    largest = max(abs(float(other.get("advantage", 0.0))) for other in rollout.tokens) or 1.0
+    value = float(token.get("advantage", 0.0)) / largest
+    color = "0, 114, 178" if value > 0 else "213, 94, 0"
+    return f"rgba({color}, {0.5 * abs(value):.2f})"
+
+
+def _facts(token: Mapping[str, Any]) -> str:
+    names = {"advantage": "advantage", "log_ratio": "log teacher - log student"}
+    return ", ".join(f"{text} {float(token[name]):+.3f}" for name, text in names.items() if name in token)
 
 
 def _image(png: bytes) -> dict[str, Any]:
@@ -106,7 +126,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     return {
         "name": stage.name,
         "role": config.get("role", stage.name),
-        "type": config.get("type", "stage"),
+        "type": config.get("stage", config).get("type", "stage"),
         "seconds": stage.seconds,
         "reused": stage.reused,
         "steps": len(stage.directory.metrics()),
@@ -245,6 +265,18 @@ alt="Training curves of stage {{ stage.name }}"></figure>
 </section>
 
 <section>
+<h2>Diagnostics</h2>
+<p class="muted">What each stage recorded beyond its curves: KL by place in the response, ratios and their outliers, gate,
+clipping, truncation.</p>
+{% for stage in stages if "diagnostics/" ~ stage.name in images %}
+<details><summary>{{ stage.name }}</summary>
+{% set image = images["diagnostics/" ~ stage.name] %}
+<figure><img src="{{ image.src }}" width="{{ image.width }}"
+alt="Diagnostics of stage {{ stage.name }}"></figure></details>
+{% endfor %}
+</section>
+
+<section>
 <h2>Stages and where they come from</h2>
 <div class="scroll"><table>
 <thead><tr><th>Stage</th><th>Type</th><th class="number">Time</th><th>Seeds</th><th>Inputs (digest)</th>
@@ -293,6 +325,9 @@ alt="Training curves of stage {{ stage.name }}"></figure>
 {% endif %}</span></h3>
 <pre>{{ rollout.prompt|shorten }}</pre>
 <pre>{{ rollout.response|shorten }}</pre>
+{% if rollout|has_advantages %}<pre title="tokens coloured by advantage">{% for token in rollout.tokens %}<span
+style="background: {{ token|advantage_color(rollout) }}" title="{{ token|facts }}">{{ token.text }}</span> {% endfor %}
+</pre>{% endif %}
 </div>
 {% endfor %}
 </section>

@@ -57,8 +57,8 @@ def plot_arms(arms: Sequence[ArmResult], also: Sequence[ArmResult]) -> bytes:
     axes.set_xlabel(f"avg@{'/'.join(map(str, ks))}, with one standard error over problems")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], prune="upper"))
-    _tidy(axes, "x")
-    return _png(figure)
+    tidy(axes, "x")
+    return as_png(figure)
 
 
 def plot_contrasts(contrasts: Sequence[ContrastResult]) -> bytes:
@@ -81,8 +81,8 @@ def plot_contrasts(contrasts: Sequence[ContrastResult]) -> bytes:
     level = 100 * contrasts[0].comparison.level
     axes.set_xlabel(f"difference in percentage points, {level:.0f} % interval over problems")
     figure.legend(loc="outside upper right", ncols=len(shown), frameon=False, fontsize=8)
-    _tidy(axes, "x")
-    return _png(figure)
+    tidy(axes, "x")
+    return as_png(figure)
 
 
 def plot_stage(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -105,8 +105,8 @@ def plot_stage(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
         axes.tick_params(labelsize=7)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        _tidy(axes, "both")
-    return _png(figure)
+        tidy(axes, "both")
+    return as_png(figure)
 
 
 def running_mean(values: np.ndarray, half_width: int) -> np.ndarray:
@@ -120,7 +120,8 @@ def running_mean(values: np.ndarray, half_width: int) -> np.ndarray:
     return result
 
 
-def _tidy(axes: Axes, grid: str) -> None:
+def tidy(axes: Axes, grid: str) -> None:
+    """The house style of axes; ``grid``: x, y or both."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b9bec7")
     axes.tick_params(color="#b9bec7", labelcolor=INK)
@@ -128,7 +129,8 @@ def _tidy(axes: Axes, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")

@@ -6,7 +6,7 @@ Numbers are rewards between 0 and 1; only what is shown to people is in per cent
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_s2d.artifacts import StageDirectory
@@ -160,6 +160,7 @@ class RolloutExample:
     reward: float | None
     verdict: str
     finish_reason: str
+    tokens: Sequence[Mapping[str, Any]] = ()  # "text", and where known "advantage" and "log_ratio", of each token
 
 
 @dataclasses.dataclass(frozen=True)
