@@ -1,5 +1,5 @@
-# make quickstart   its own environment, then the whole workflow on this machine (about ten minutes on two cores)
-# make test         its own environment, then all tests
+# make quickstart   its own environment, then the whole workflow on this machine (about five minutes on two cores)
+# make test         its own environment, then the tests (all but those marked slow: make test-slow)
 # PYTHON=/path/to/python3.12 chooses the interpreter the environment is made with.
 
 SHELL := /bin/bash
@@ -7,13 +7,13 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env quickstart smoke test test-unit test-dist test-run clean
+.PHONY: help env quickstart smoke test test-slow test-unit test-dist test-run clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo "make smoke        two arms in under two minutes"
-	@echo "make test-unit | test-dist | test-run | clean"
+	@echo "make test-unit | test-dist | test-run | test-slow | clean"
 
 # The first Python 3.12 of: PYTHON, the ones on PATH, pyenv's installed versions.
 $(STAMP): pyproject.toml constraints.txt
@@ -42,10 +42,13 @@ smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
 test: env
-	$(RUN)/python -m pytest -q --durations=15
+	$(RUN)/python -m pytest -q -m "not slow" --durations=15
+
+test-slow: env
+	$(RUN)/python -m pytest -q -m slow
 
 test-unit: env
-	$(RUN)/python -m pytest -q tests/unit
+	$(RUN)/python -m pytest -q -m "not slow" tests/unit
 
 test-dist: env
 	$(RUN)/python -m pytest -q tests/dist
