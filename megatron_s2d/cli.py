@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="s2d",
         description="Sparse-to-dense post-training on Megatron-Core: GRPO teachers, forward-KL warm-up, on-policy "
         "distillation, and their control arms, as one resumable run.",
-        epilog="examples:\n  s2d run configs/quickstart.yaml\n  s2d run configs/quickstart.yaml --dry-run --set seed=2\n"
+        epilog="examples:\n  s2d run configs/quickstart.yaml\n  s2d run configs/quickstart.yaml --dry-run\n"
         "  s2d eval runs/quickstart --arm rl_teacher_bridge\n  s2d doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -171,7 +171,7 @@ def _add_eval(commands) -> None:
         "eval",
         _eval,
         "Show avg@k and pass@k with standard errors of a run's evaluations, or compare two of them problem by problem.",
-        "s2d eval runs/quickstart --arm rl_teacher_bridge --against runs/quickstart --against-arm direct_student_grpo",
+        "s2d eval runs/quickstart --arm rl_teacher_bridge --against-arm direct_student_grpo",
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, or an evaluation.jsonl file")
     command.add_argument("--arm", help="arm or evaluated stage (default: all)")
@@ -188,8 +188,10 @@ def _eval(options: argparse.Namespace) -> None:
         return
     other = options.against or options.run_dir
     compare(
-        (options.run_dir, options.arm), (other, options.against_arm or options.arm),
-        as_json=options.json, console=_console(),
+        (options.run_dir, options.arm),
+        (other, options.against_arm or options.arm),
+        as_json=options.json,
+        console=_console(),
     )
 
 
@@ -260,7 +262,9 @@ def _add_doctor(commands) -> None:
         "Show what is installed, which devices there are, and what each missing optional part would give.",
         "s2d doctor",
     )
-    command.add_argument("--constraints", type=Path, default=None, help="pins to compare with (default: the checkout's)")
+    command.add_argument(
+        "--constraints", type=Path, default=None, help="pins to compare with (default: the checkout's)"
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -272,7 +276,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _add_cache(commands) -> None:
     command = _command(
-        commands, "cache", _cache, "Describe or verify a teacher cache.",
+        commands,
+        "cache",
+        _cache,
+        "Describe or verify a teacher cache.",
         "s2d cache verify runs/quickstart/stages/cache_rl_teacher/cache",
     )
     command.add_argument("action", choices=("info", "verify"))

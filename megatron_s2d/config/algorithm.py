@@ -109,7 +109,8 @@ class GrpoConfig(TrainingStageConfig):
     type: Literal["grpo"] = "grpo"
     prompts: str = Field(description="labelled prompts: an entry of `data`, or `entry/half`")
     label_reuse: Literal["refuse", "allow"] = Field(
-        "refuse", description="refuse: an error where an earlier stage of the arm has used the label of one of `prompts`"
+        "refuse",
+        description="refuse: an error where an earlier stage of the arm has used the label of one of `prompts`",
     )
     prompts_per_step: int = Field(64, ge=1)
     responses_per_prompt: int = Field(8, ge=2)
@@ -260,10 +261,12 @@ class OpdConfig(TrainingStageConfig):
     cache: str | None = Field(None, description="teacher_cache stage of the responses that the student does not sample")
     token_weighting: Literal["none", "entropy", "log_ratio", "position"] = Field(
         "none",
-        description="weights of response tokens, of mean 1 over a step: the student's entropy; |log pi_T - log pi_S| of the "
-        "sampled token; 1 - place / max_response_tokens",
+        description="weights of response tokens, mean 1 over a step: the student's entropy; |log pi_T - log pi_S| of "
+        "the sampled token; 1 - place / max_response_tokens",
     )
-    max_kl: float | None = Field(None, gt=0, description="stop with an error when the mean KL to the teacher exceeds it")
+    max_kl: float | None = Field(
+        None, gt=0, description="stop with an error when the mean KL to the teacher exceeds it"
+    )
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     aggregation: Aggregation = "token_mean"

@@ -59,7 +59,7 @@ def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str,
 
 
 def parse(model: type[Config], document: dict[str, Any], source: str) -> Config:
-    """Validate ``document`` against ``model``; the first problem becomes one line with file, key and closest valid key."""
+    """Validate ``document`` against ``model``; the first problem becomes one line: file, key and closest valid key."""
     try:
         return model.model_validate(document)
     except pydantic.ValidationError as error:

@@ -21,7 +21,6 @@ from megatron_s2d.objectives.terms import TokenColumns
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
-WEIGHT_COLUMNS = ("policy_weight", "supervised_weight", "divergence_weight")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,7 +66,9 @@ def divergence_objective(kind: str, *, tail: str | None = None) -> Objective:
     kind: one of ``kl.outputs.DIVERGENCES``. tail: the tail rule where the teacher is a top-k support; it adds the
     probability mass that the support captures to the metrics. Raises ``UserError`` for the sampled log-ratio.
     """
-    return Objective((divergence_term(kind, tail=tail),), kl_metric=kind, token_kl=lambda outputs, _: getattr(outputs, kind))
+    return Objective(
+        (divergence_term(kind, tail=tail),), kl_metric=kind, token_kl=lambda outputs, _: getattr(outputs, kind)
+    )
 
 
 def policy_distillation_objective(surrogate: Surrogate = Surrogate(), *, anchor: bool = False) -> Objective:

@@ -206,7 +206,7 @@ class Objective:
 
     terms: tuple[Term, ...]
     kl_metric: str | None = None  # the metric that is also shown as `kl`, in nats per token
-    token_kl: Callable[[TokenOutputs, TokenColumns], torch.Tensor] | None = None  # [C] its values, for curves by position
+    token_kl: Callable[[TokenOutputs, TokenColumns], torch.Tensor] | None = None  # [C] its values, by token
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]

@@ -111,7 +111,7 @@ def initialize_distributed(
 
 
 def shutdown_distributed() -> None:
-    """Leave the process group; the barrier keeps a fast rank from tearing down a gloo pair that a slow one still uses."""
+    """Leave the process group; the barrier keeps a fast rank from tearing down a pair that a slow one still uses."""
     if dist.is_initialized():
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -19,7 +19,9 @@ from megatron_s2d.train.policy import Policy
 class CachedTeacher:
     """The distributions of a teacher cache, for the columns of the student's shard."""
 
-    def __init__(self, cache: TeacherCache, output_layer: Path | None, student: Policy, *, tail: str, temperature: float):
+    def __init__(
+        self, cache: TeacherCache, output_layer: Path | None, student: Policy, *, tail: str, temperature: float
+    ):
         """output_layer: file with the teacher's output layer, for a cache of hidden states. temperature: of both sides.
 
         Raises ``UserError`` for a cache of sampled log-probabilities only, and for log-probabilities of a top-k cache
@@ -55,7 +57,9 @@ class CachedTeacher:
 
     def _source(self, update: UpdateBatch, batch: MicroBatch) -> TeacherSource:
         header = self._cache.header
-        found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [_empty(header)]
+        found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [
+            _empty(header)
+        ]
         rows = _rows(update, batch)
         spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
         if header.kind == "hidden":

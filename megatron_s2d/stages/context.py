@@ -1,4 +1,4 @@
-"""What every stage function is given: its configuration, its directory, its inputs, and how to build models from them."""
+"""What every stage function is given: configuration, directory, inputs, and how to build models from them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def run_opd(context: StageContext) -> None:
     params = context.sampling(stage.sampling, context.config.model_of(context.name))
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with Graders() as graders:
-        sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None)
+        sampler = Sampler(
+            policy, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None
+        )
         stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
         if stage.granularity == "sampled":
             anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
@@ -186,9 +188,9 @@ class ScoredResponses:
         """Advantages of all response tokens of the step at once: the stability weight is normalised over them."""
         masks = [sample.response_mask for sample in samples]
         flat = {
-            name: None if samples[0].reference_log_probs is None and name == "reference_log_probs" else np.concatenate(
-                [getattr(sample, name)[mask] for sample, mask in zip(samples, masks, strict=True)]
-            )
+            name: None
+            if samples[0].reference_log_probs is None and name == "reference_log_probs"
+            else np.concatenate([getattr(sample, name)[mask] for sample, mask in zip(samples, masks, strict=True)])
             for name in ("teacher_log_probs", "old_log_probs", "reference_log_probs")
         }
         scores = (flat["teacher_log_probs"], flat["old_log_probs"], flat["reference_log_probs"])
@@ -280,9 +282,7 @@ class TeacherAnchors:
     def of(cls, context: StageContext, stage: OpdConfig, teachers: ByDomain, graders: Graders) -> TeacherAnchors:
         """Samplers over the frozen teachers, which stay on the device."""
         settings = stage.teacher_sampling
-        schedule = AnchorSchedule(
-            settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end
-        )
+        schedule = AnchorSchedule(settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end)
         params = context.sampling(stage.sampling, context.config.model_of(context.name))
         samplers = {}
         for domain, policy in teachers.policies.items():
@@ -294,10 +294,11 @@ class TeacherAnchors:
     def of_step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], dict[str, float]]:
         """Kept responses for each update of the step, and metrics; nothing is sampled where alpha is 0."""
         stage, settings = self.stage, self.stage.teacher_sampling
-        alpha = self.schedule.alpha((step - 1) / stage.steps)
+        progress = (step - 1) / stage.steps
         parts: list[list[Sample]] = [[] for _ in range(stage.updates_per_step)]
-        if alpha == 0:
+        if not self.schedule.samples_teacher(progress):
             return parts, {"anchor_alpha": 0.0, "anchor_kept": 0.0}
+        alpha = self.schedule.alpha(progress)
         chosen = prompts[: max(1, round(settings.fraction * len(prompts)))]
         drawn, kept = 0, []
         for domain, sampler in self.samplers.items():
@@ -309,4 +310,8 @@ class TeacherAnchors:
         for place, sample in enumerate(kept):
             anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)
             parts[place % len(parts)].append(anchor)
-        return parts, {"anchor_alpha": alpha, "anchor_kept": float(len(kept)), "anchor_kept_fraction": len(kept) / drawn}
+        return parts, {
+            "anchor_alpha": alpha,
+            "anchor_kept": float(len(kept)),
+            "anchor_kept_fraction": len(kept) / drawn,
+        }

@@ -150,7 +150,7 @@ def _shortened(answer: str | None) -> str | None:
 
 
 def _tokens(sample: Sample, tokenizer: Any) -> list[dict[str, Any]]:
-    """The first response tokens with what is known of each: text, advantage, log pi_T - log pi_S of the sampled token."""
+    """The first response tokens with what is known of each: text, advantage, and log pi_T - log pi_S."""
     places = np.flatnonzero(sample.response_mask)[:_TOKENS_PER_EXAMPLE]
     found = []
     for place in places:

@@ -43,9 +43,7 @@ class GivenResponses:
         samples = self.read((step - 1) * self.batch_size, self.batch_size)
         lengths = [sample.response_length for sample in samples]
         weights = token_weights(lengths, self.aggregation, ResponseCounts.of(lengths), max(lengths))
-        return StepData(
-            [UpdateBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))}
-        )
+        return StepData([UpdateBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:
@@ -70,6 +68,7 @@ def _reader(context: StageContext, stage: SupervisedConfig) -> Callable[[int, in
         return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
     source = context.config.data[stage.data.partition("/")[0]]
     if is_corpus(source):
+
         def read(start: int, count: int) -> list[Sample]:
             documents = corpus_documents(source, context.tokenizer, start, count)
             return [solution_sample(document) for document in documents]

@@ -107,7 +107,9 @@ def _distribution(teacher: Policy, hidden: torch.Tensor, header: CacheHeader) ->
     if header.kind == "topk":
         shard = teacher.shard
         ids, log_probs, tail = vocab_parallel_topk(logits, header.k, shard, header.temperature)
-        return CachedDistribution(ids=ids.int().cpu(), log_probs=log_probs.float().cpu(), log_tail_mass=tail.float().cpu())
+        return CachedDistribution(
+            ids=ids.int().cpu(), log_probs=log_probs.float().cpu(), log_tail_mass=tail.float().cpu()
+        )
     whole = torch.cat(list(teacher.shard.gather(logits)), dim=1)[:, : header.vocab_size]
     return CachedDistribution(log_probs=torch.log_softmax(whole / header.temperature, dim=1).cpu())
 

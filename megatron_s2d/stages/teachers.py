@@ -56,7 +56,9 @@ class ByDomain:
         """The model of ``domain``, on the device for the length of the block."""
         policy = self.policies.get(domain if self.is_routed else None)
         if policy is None:
-            raise UserError(f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.policies)})")
+            raise UserError(
+                f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.policies)})"
+            )
         with policy.on_device(release=len(set(map(id, self.policies.values()))) > 1):
             yield policy
 
@@ -100,7 +102,9 @@ def _states(
         return [None] * len(batches)
     place_of = {index: place for place, index in enumerate(chosen)}
     return [
-        HiddenStates(_at_positions(batch, [states[place_of[i]] for i in batch.indices], policy), weight, batch.temperature)
+        HiddenStates(
+            _at_positions(batch, [states[place_of[i]] for i in batch.indices], policy), weight, batch.temperature
+        )
         for batch in batches
     ]
 

@@ -31,7 +31,6 @@ from megatron_s2d.models.families import ModelSpec, padded_vocab_size
 from megatron_s2d.objectives.terms import (
     Metric,
     Objective,
-    TokenColumns,
     merge_metrics,
     pack_metrics,
     unpack_metrics,
@@ -76,9 +75,11 @@ class Policy:
         max_tokens: budget of a micro-batch. options: recomputation and router loss. beta: of a mixed divergence.
         """
         self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
-        extra = {} if options is None else {
-            "recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff
-        }
+        extra = (
+            {}
+            if options is None
+            else {"recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff}
+        )
         self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, **extra)
         self.trainable: TrainableModel | None = None
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
@@ -249,7 +250,9 @@ class Policy:
         """The vocabulary columns of this rank's place in the tensor-parallel group, padding left out."""
         tensor = self.layout.tensor_size
         group = self.layout.groups.tp if tensor > 1 else None
-        return VocabShard.of_padded(padded_vocab_size(self.spec.vocab_size, tensor) // tensor, self.spec.vocab_size, group)
+        return VocabShard.of_padded(
+            padded_vocab_size(self.spec.vocab_size, tensor) // tensor, self.spec.vocab_size, group
+        )
 
     @property
     def output_weight_dtype(self) -> torch.dtype:
@@ -292,6 +295,7 @@ class Policy:
         objective, columns = item.objective, batch.columns
         token_loss = None
         if objective is not None:
+
             def token_loss(outputs: TokenOutputs, rows: torch.Tensor) -> torch.Tensor:
                 return objective.token_loss(outputs, columns.select(rows))
 
@@ -344,7 +348,7 @@ class Policy:
 
 
 def kl_by_position(values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:
-    """Mean of ``values`` [C] over tokens 0, 1, 2-3, 4-7, ... of their responses, named by the first; ``limit``: length."""
+    """Mean of ``values`` [C] over tokens 0, 1, 2-3, 4-7, ... of their responses, named by the first of each group."""
     bins = torch.zeros_like(positions).where(positions == 0, positions.float().log2().floor().long() + 1)
     num_bins = limit.bit_length() + 1
     sums = torch.bincount(bins, weights=values.detach().double(), minlength=num_bins)

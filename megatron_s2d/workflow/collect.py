@@ -129,7 +129,7 @@ def _dropped_warnings(checked: Preflight) -> list[str]:
 def _examples(job: Job) -> list[RolloutExample]:
     path = job.directory.path / "rollouts.jsonl"
     rows = read_jsonl(path) if path.exists() else []
-    picked = rows[: _EXAMPLES_PER_STAGE // 2] + rows[max(_EXAMPLES_PER_STAGE // 2, len(rows) - _EXAMPLES_PER_STAGE // 2) :]
-    return [
-        RolloutExample(job.stage, **{key: value for key, value in row.items() if key != "step"}) for row in picked
-    ]
+    picked = (
+        rows[: _EXAMPLES_PER_STAGE // 2] + rows[max(_EXAMPLES_PER_STAGE // 2, len(rows) - _EXAMPLES_PER_STAGE // 2) :]
+    )
+    return [RolloutExample(job.stage, **{key: value for key, value in row.items() if key != "step"}) for row in picked]

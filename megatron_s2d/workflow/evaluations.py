@@ -1,4 +1,4 @@
-"""``s2d eval``: the numbers of finished evaluations, and the paired comparison of two, in one run or in two. No torch."""
+"""``s2d eval``: the numbers of finished evaluations, and the paired comparison of two. No torch here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def show(place: Path, arm: str | None, *, as_json: bool, console: Console) -> No
     console.print(table)
 
 
-def compare(first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console) -> None:
+def compare(
+    first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console
+) -> None:
     """Print first minus second, problem by problem, for every name that both have (or for the two that are named)."""
     left, right = find_evaluations(*first), find_evaluations(*second)
     pairs = [(name, name) for name in left if name in right]
@@ -79,12 +81,10 @@ def compare(first: tuple[Path, str | None], second: tuple[Path, str | None], *, 
         low, high = row.interval
         error = "" if row.std_err is None else f" ± {100 * row.std_err:.1f}"
         table.add_row(
-            name, f"{points(row.difference)}{error}", f"{points(low)} to {points(high)}", f"{row.p_value:.3f}",
+            name,
+            f"{points(row.difference)}{error}",
+            f"{points(low)} to {points(high)}",
+            f"{row.p_value:.3f}",
             str(row.num_problems),
         )
     console.print(table)
-
-
-def run_arms(run_dir: Path) -> dict[str, str]:
-    """Arm -> stage of a run directory."""
-    return read_json(run_dir / "config.json")["arms"]

@@ -67,9 +67,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
         for sample in samples[place * request.num_samples : (place + 1) * request.num_samples]:
             verdict = f"   [{sample.verdict}]" if sample.verdict else ""
             cut = "" if sample.finish_reason == "stop" else " ..."
-            console.print(
-                f"  {response_text(context.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False
-            )
+            console.print(f"  {response_text(context.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False)
     shutdown_distributed()
 
 

@@ -1,7 +1,7 @@
 """Which labelled prompts every stage uses, and the refusal to use a held-out label twice. No torch here.
 
-A label is used where a verifier judges responses to its prompt (GRPO, SG-OPD) or where its reference solution is trained
-on (supervised). Prompts are compared by their tokens, so the same problem under two names counts as one. Stages that
+A label is used where a verifier judges responses to its prompt (GRPO, SG-OPD) or where its reference solution is
+trained on (supervised). Prompts are compared by their tokens, so the same problem under two names counts as one. Stages that
 only sample from prompts (teacher cache, OPD) use no label.
 """
 

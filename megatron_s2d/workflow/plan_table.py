@@ -21,22 +21,29 @@ def print_plan(checked: Preflight, jobs: list[Job], run_dir: Path, console: Cons
         f"{parallel.context_parallel_size} x data {parallel.data_parallel_size}, expert "
         f"{parallel.expert_model_parallel_size}: {parallel.world_size} ranks a stage, {config.num_workers} stages at a "
         f"time; {config.precision}; tokenizer {config.tokenizer} ({len(checked.tokenizer)} tokens)",
-        markup=False, highlight=False,
+        markup=False,
+        highlight=False,
     )
-    models = Table("model", "family", "layers", "hidden", "heads", "kv", "head dim", "vocabulary", "parameters",
-                   title="Models")
+    models = Table(
+        "model", "family", "layers", "hidden", "heads", "kv", "head dim", "vocabulary", "parameters", title="Models"
+    )
     for name, spec in checked.specs.items():
         models.add_row(
-            name, spec.family, str(spec.num_layers), str(spec.hidden_size), str(spec.num_attention_heads),
-            str(spec.num_query_groups), str(spec.head_dim), str(spec.vocab_size), f"{spec.num_parameters:,}",
+            name,
+            spec.family,
+            str(spec.num_layers),
+            str(spec.hidden_size),
+            str(spec.num_attention_heads),
+            str(spec.num_query_groups),
+            str(spec.head_dim),
+            str(spec.vocab_size),
+            f"{spec.num_parameters:,}",
         )
     console.print(models)
     data = Table("prompts", "number", "longest", "too long", "repeated", title="Prompts")
     for name, prompts in checked.prompts.items():
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        data.add_row(
-            name, str(len(prompts)), str(longest), str(checked.dropped[name]), str(checked.duplicates[name])
-        )
+        data.add_row(name, str(len(prompts)), str(longest), str(checked.dropped[name]), str(checked.duplicates[name]))
     console.print(data)
     table = Table("job", "type", "model", "steps", "inputs", "does", title="Jobs")
     for job in jobs:
@@ -47,8 +54,17 @@ def print_plan(checked: Preflight, jobs: list[Job], run_dir: Path, console: Cons
         does = job.action if job.action in ("run", "reuse") else f"{job.action}: {job.reason}"
         table.add_row(job.id, kind, config.model_of(job.stage), steps, inputs, does)
     console.print(table)
-    memory = Table("stage", "weights", "gradients", "optimizer", "frozen", "activations", "keys, values", "total",
-                   title="Estimated memory of one rank (not measured)")
+    memory = Table(
+        "stage",
+        "weights",
+        "gradients",
+        "optimizer",
+        "frozen",
+        "activations",
+        "keys, values",
+        "total",
+        title="Estimated memory of one rank (not measured)",
+    )
     for name, found in checked.memory.items():
         parts = (found.weights, found.gradients, found.optimizer, found.frozen, found.activations, found.cache)
         memory.add_row(name, *(human_bytes(value) for value in (*parts, found.total)))

@@ -224,9 +224,7 @@ def _check_graded(prompts: Sequence[Prompt], where: str) -> None:
         raise UserError(f"{where}: {error}") from None
 
 
-def _totals(
-    config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]
-) -> dict[str, int]:
+def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
     evaluation = config.evaluation
     totals = {}
     for name in stages:
@@ -255,7 +253,8 @@ def estimate_memory(
     frozen = sum(
         parameters_per_rank(specs[config.model_of(other)], config)
         for relation, other in stage.inputs().items()
-        if relation.partition(".")[0] in ("teacher", "reference") and not (relation.startswith("reference") and _unused_reference(stage))
+        if relation.partition(".")[0] in ("teacher", "reference")
+        and not (relation.startswith("reference") and _unused_reference(stage))
     )
     if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0 and stage.reference is None:
         frozen += own

@@ -81,7 +81,9 @@ class RankProcess:
         if self._said is None and code is not None:
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            self._said = Outcome("crash", f"a process ended with {why}{hint}; the same command goes on from its checkpoint")
+            self._said = Outcome(
+                "crash", f"a process ended with {why}{hint}; the same command goes on from its checkpoint"
+            )
         return self._said
 
     def ask_to_stop(self) -> None:

@@ -38,7 +38,7 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
 
 
 def make_plots(results: RunResults) -> dict[str, bytes]:
-    """PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, those for which there is something to draw."""
+    """PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, where there is one."""
     plots = {}
     if results.arms:
         plots["arms"] = plot_arms(results.arms, results.also_evaluated)

@@ -18,8 +18,15 @@ from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, a
 Rows = Sequence[Mapping[str, Any]]
 _POSITION = "kl_at/"
 _LINES = {
-    "importance ratio, trainer / engine": {"importance_ratio_max": (ORANGE, "max"), "importance_ratio_mean": (BLUE, "mean")},
-    "update ratio, new / old": {"ratio_max": (ORANGE, "max"), "ratio_mean": (BLUE, "mean"), "ratio_min": (GREEN, "min")},
+    "importance ratio, trainer / engine": {
+        "importance_ratio_max": (ORANGE, "max"),
+        "importance_ratio_mean": (BLUE, "mean"),
+    },
+    "update ratio, new / old": {
+        "ratio_max": (ORANGE, "max"),
+        "ratio_mean": (BLUE, "mean"),
+        "ratio_min": (GREEN, "min"),
+    },
     "clipped tokens": {"clip_fraction_high": (ORANGE, "above"), "clip_fraction_low": (BLUE, "below")},
     "gate, share of tokens": {
         "gate/consensus_fraction": (GREEN, "consensus"),
@@ -28,7 +35,10 @@ _LINES = {
     },
     "top-k of student and teacher": {"topk_overlap": (BLUE, "overlap"), "captured_mass": (GREEN, "teacher's mass")},
     "teacher anchors": {"anchor_alpha": (BLUE, "weight"), "anchor_kept_fraction": (GREEN, "kept")},
-    "responses": {"truncated_fraction": (ORANGE, "cut off"), "zero_variance_fraction": (BLUE, "groups without a signal")},
+    "responses": {
+        "truncated_fraction": (ORANGE, "cut off"),
+        "zero_variance_fraction": (BLUE, "groups without a signal"),
+    },
 }
 
 

@@ -80,9 +80,7 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize, trim_blocks=True
     )
     environment.filters |= {"shorten": visible, "percent": percent, "points": points, "seconds": format_seconds}
-    environment.filters |= {
-        "has_advantages": _has_advantages, "advantage_color": advantage_color, "facts": _facts
-    }
+    environment.filters |= {"has_advantages": _has_advantages, "advantage_color": advantage_color, "facts": _facts}
     return environment.from_string(_PAGE).render(
         results=results,
         images={name: _image(png) for name, png in plots.items()},

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.cache import CacheHeader
 from megatron_s2d.data.packing import UpdateBatch
@@ -141,8 +141,13 @@ def cached(layout: Layout):
     found = {}
     for kind, extra in (("full", {}), ("topk", {"k": 5}), ("hidden", {"hidden_size": model.spec.hidden_size})):
         header = CacheHeader(
-            kind=kind, teacher_digest="t", tokenizer_fingerprint="f", template_fingerprint="c", temperature=1.0,
-            vocab_size=VOCAB, **extra,
+            kind=kind,
+            teacher_digest="t",
+            tokenizer_fingerprint="f",
+            template_fingerprint="c",
+            temperature=1.0,
+            vocab_size=VOCAB,
+            **extra,
         )
         rows = distributions_of(model, samples(), header)
         tensor = "hidden" if kind == "hidden" else "log_probs"

@@ -10,8 +10,16 @@ import time
 import pytest
 from s2d import ROOT, SMOKE, environment, metrics, processes_of, s2d, start, wait_for
 
-JOBS = ["stages/teacher_base", "stages/rl_teacher", "stages/forward_kl", "stages/opd", "stages/stage3",
-        "stages/student_grpo", "evaluations/stage3", "evaluations/student_grpo"]
+JOBS = [
+    "stages/teacher_base",
+    "stages/rl_teacher",
+    "stages/forward_kl",
+    "stages/opd",
+    "stages/stage3",
+    "stages/student_grpo",
+    "evaluations/stage3",
+    "evaluations/student_grpo",
+]
 
 
 def assert_equals_unbroken(run_dir, unbroken) -> None:
@@ -83,8 +91,14 @@ def test_two_runs_of_one_directory_do_not_mix(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroken, tmp_path):
     run_dir = tmp_path / "nan"
     finished = s2d(
-        "run", SMOKE, "--out", run_dir, "--set", "stages.student_base.optimizer={lr: 1.0e+30, grad_clip: 0}",
-        "--set", "stages.student_base.checkpoint.interval_steps=1",
+        "run",
+        SMOKE,
+        "--out",
+        run_dir,
+        "--set",
+        "stages.student_base.optimizer={lr: 1.0e+30, grad_clip: 0}",
+        "--set",
+        "stages.student_base.checkpoint.interval_steps=1",
     )
     assert finished.returncode == 1
     assert "stages/student_base: the " in finished.stderr and "Traceback" not in finished.stderr
@@ -94,9 +108,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroke
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
 def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
     run_dir = tmp_path / "ranks"
-    finished = s2d(
-        "run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "num_workers=1"
-    )
+    finished = s2d("run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "num_workers=1")
     assert finished.returncode == 0, finished.stderr
     for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
         assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
@@ -115,13 +127,27 @@ def test_the_workflow_runs_under_torchrun_and_goes_on_from_another_layout(unbrok
     run.wait()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finished = subprocess.run(
-        [*command, "-m", "megatron_s2d.cli", "run", str(SMOKE), "--out", str(run_dir),
-         "--set", "parallel.data_parallel_size=2"],
-        capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment(),
+        [
+            *command,
+            "-m",
+            "megatron_s2d.cli",
+            "run",
+            str(SMOKE),
+            "--out",
+            str(run_dir),
+            "--set",
+            "parallel.data_parallel_size=2",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment(),
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
         assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
     assert set(json.loads((run_dir / "results.json").read_text())["arms"]) == {
-        "direct_student_grpo", "half_bridge_stage3"
+        "direct_student_grpo",
+        "half_bridge_stage3",
     }

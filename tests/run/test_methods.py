@@ -86,7 +86,9 @@ def test_the_kl_is_shown_by_position_and_the_overlap_of_top_k(run_dir):
 
 
 def test_a_run_that_leaves_its_teacher_is_stopped(tmp_path):
-    finished = s2d("run", CONFIG, "--out", tmp_path / "run", "--set", "stages.full.max_kl=1e-6", "--set", "arms={full: full}")
+    finished = s2d(
+        "run", CONFIG, "--out", tmp_path / "run", "--set", "stages.full.max_kl=1e-6", "--set", "arms={full: full}"
+    )
     assert finished.returncode == 1 and "above max_kl" in finished.stderr
 
 

@@ -91,7 +91,14 @@ def test_eval_shows_and_compares(unbroken):
     shown = s2d("eval", unbroken, "--json")
     assert json.loads(shown.stdout)["half_bridge_stage3"]["k"] == 4
     compared = s2d(
-        "eval", unbroken, "--arm", "half_bridge_stage3", "--against", unbroken, "--against-arm", "direct_student_grpo",
+        "eval",
+        unbroken,
+        "--arm",
+        "half_bridge_stage3",
+        "--against",
+        unbroken,
+        "--against-arm",
+        "direct_student_grpo",
         "--json",
     )
     (row,) = json.loads(compared.stdout).values()

@@ -54,8 +54,14 @@ def test_conversion_stays_beside_the_trainer(path):
 
 
 def test_configuration_planning_and_launchers_import_without_torch():
-    modules = ["megatron_s2d.config.workflow", "megatron_s2d.workflow.plan", "megatron_s2d.workflow.preflight",
-               "megatron_s2d.workflow.run", "megatron_s2d.launchers", "megatron_s2d.cli"]
+    modules = [
+        "megatron_s2d.config.workflow",
+        "megatron_s2d.workflow.plan",
+        "megatron_s2d.workflow.preflight",
+        "megatron_s2d.workflow.run",
+        "megatron_s2d.launchers",
+        "megatron_s2d.cli",
+    ]
     code = f"import sys\nfor name in {modules!r}: __import__(name)\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -49,7 +49,10 @@ def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, mult
 def test_labels_mask_and_columns_are_shifted_once():
     log_probs = np.array([0, 0, -1, -2], dtype=np.float32)
     (batch,) = pack(
-        [sample([5, 6], [7, 8], old_log_probs=log_probs, temperature=0.5), sample([9], [4], old_log_probs=log_probs[:2])],
+        [
+            sample([5, 6], [7, 8], old_log_probs=log_probs, temperature=0.5),
+            sample([9], [4], old_log_probs=log_probs[:2]),
+        ],
         weights={"policy_weight": np.array([0.25, 0.5])},
         max_tokens=100,
     )

@@ -34,8 +34,15 @@ def step(policy: Policy, number: int) -> tuple[float, float]:
     rng = np.random.default_rng(number)
     samples = [
         Sample(
-            id=str(i), prompt_id="p", group=0, domain="d", seed=0, token_ids=rng.integers(0, 27, 9),
-            response_mask=np.arange(9) >= 3, temperature=1.0, finish_reason="data",
+            id=str(i),
+            prompt_id="p",
+            group=0,
+            domain="d",
+            seed=0,
+            token_ids=rng.integers(0, 27, 9),
+            response_mask=np.arange(9) >= 3,
+            temperature=1.0,
+            finish_reason="data",
         )
         for i in range(4)
     ]

@@ -42,9 +42,16 @@ def samples(count: int = 9) -> list[Sample]:
         mask = np.arange(prompt + response) >= prompt
         found.append(
             Sample(
-                id=str(index), prompt_id="p", group=index // 3, domain="d", seed=0,
-                token_ids=rng.integers(0, VOCAB, prompt + response), response_mask=mask, temperature=0.7,
-                finish_reason="stop", advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
+                id=str(index),
+                prompt_id="p",
+                group=index // 3,
+                domain="d",
+                seed=0,
+                token_ids=rng.integers(0, VOCAB, prompt + response),
+                response_mask=mask,
+                temperature=0.7,
+                finish_reason="stop",
+                advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
             )
         )
     return found
@@ -74,7 +81,11 @@ def test_gradients_do_not_depend_on_micro_batches(layout, method, aggregation):
     elif method == "grpo":
         objective, column = grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight"
     else:
-        objective, column, teacher = divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
+        objective, column, teacher = (
+            divergence_objective("reverse_kl"),
+            "divergence_weight",
+            policy(layout, "tiny-teacher"),
+        )
     loss, whole = gradients(layout, objective, column, aggregation, 10_000, teacher)
     for max_tokens in (1, 24):
         other_loss, cut = gradients(layout, objective, column, aggregation, max_tokens, teacher)

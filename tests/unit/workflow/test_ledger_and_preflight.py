@@ -30,7 +30,9 @@ def test_the_smoke_workflow_passes_and_its_ledger_names_the_labels(cache):
 
 
 def test_a_stage_3_on_used_labels_is_refused(cache):
-    with pytest.raises(UserError, match="stages.stage3.prompts: the labels of 128 prompts .* used before, by stage 'rl_"):
+    with pytest.raises(
+        UserError, match="stages.stage3.prompts: the labels of 128 prompts .* used before, by stage 'rl_"
+    ):
         check(cache, "stages.stage3.prompts=pool/1H")
     with pytest.raises(UserError, match="labels of 128 prompts of 'pool'"):
         check(cache, "stages.stage3.prompts=pool")
@@ -50,7 +52,10 @@ def test_the_same_problems_under_another_name_are_recognised(cache):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.tensor_model_parallel_size=3", "models.teacher: .*num_attention_heads 4 .*tensor_model_parallel_size 3"),
+        (
+            "parallel.tensor_model_parallel_size=3",
+            "models.teacher: .*num_attention_heads 4 .*tensor_model_parallel_size 3",
+        ),
         ("parallel.pipeline_model_parallel_size=4", "num_layers 2 .*pipeline_model_parallel_size 4"),
         ("lengths.max_prompt_tokens=3", "data.problems: no prompt .* at most max_prompt_tokens 3"),
         ("evaluation.sampling.max_response_tokens=600", "exceed the 512 positions of model 'student'"),
