@@ -35,7 +35,7 @@ class TaskSource(Config):
 
 
 class Columns(Config):
-    """Names of the columns of a file; None where there is no such column."""
+    """Names of the columns of a file; None where there is no such column; ``a.b`` is field b of column a."""
 
     id: str | None = None
     question: str = "question"
@@ -44,10 +44,12 @@ class Columns(Config):
 
 
 class FileSource(Config):
-    """JSON-lines or Parquet files, through ``datasets``."""
+    """JSON-lines, JSON or Parquet files."""
 
     type: Literal["file"] = "file"
-    path: Path | list[Path] = Field(description="one or several .jsonl, .json or .parquet files")
+    path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+        description="one or several .jsonl, .json or .parquet files"
+    )
     schema_: Schema = Field(
         "columns",
         alias="schema",

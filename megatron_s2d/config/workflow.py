@@ -75,8 +75,10 @@ class WorkflowConfig(Config):
     models: dict[str, ModelConfig]
     data: dict[str, DataSource]
     parallel: ParallelConfig = ParallelConfig()
-    teacher_parallel: ParallelConfig | None = Field(
-        None, description="layout of frozen teachers and references on the same ranks; by default that of the student"
+    teacher_parallel: ParallelConfig | dict[str, ParallelConfig] | None = Field(
+        None,
+        description="layout of frozen teachers and references on the same ranks, one for all or stage -> layout; by "
+        "default that of the student",
     )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     lengths: LengthConfig = LengthConfig()
@@ -93,13 +95,22 @@ class WorkflowConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _layouts(self) -> WorkflowConfig:
-        other = self.teacher_parallel
-        if other is not None and other.world_size != self.parallel.world_size:
-            raise ValueError(
-                f"teacher_parallel takes {other.world_size} ranks and parallel {self.parallel.world_size}: teacher and "
-                "student share the ranks, so the products must be equal"
-            )
+        others = self.teacher_parallel if isinstance(self.teacher_parallel, dict) else {"": self.teacher_parallel}
+        for stage, other in others.items():
+            if stage and stage not in self.stages:
+                raise ValueError(f"teacher_parallel: there is no stage '{stage}' (stages: {', '.join(self.stages)})")
+            if other is not None and other.world_size != self.parallel.world_size:
+                raise ValueError(
+                    f"teacher_parallel takes {other.world_size} ranks and parallel {self.parallel.world_size}: teacher "
+                    "and student share the ranks, so the products must be equal"
+                )
         return self
+
+    def frozen_parallel(self, stage_name: str) -> ParallelConfig:
+        """The layout of a stage's model where it serves as a teacher or reference."""
+        if isinstance(self.teacher_parallel, dict):
+            return self.teacher_parallel.get(stage_name, self.parallel)
+        return self.teacher_parallel or self.parallel
 
     @pydantic.model_validator(mode="after")
     def _references(self) -> WorkflowConfig:

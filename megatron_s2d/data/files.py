@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import json
+import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import FileSource
 
 _ROWS_AT_A_TIME = 1000
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 # DAPO-Math-17K comes with its own instruction around the question; the wording of the rest of the first line varies.
 _DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
@@ -32,122 +35,201 @@ class Problem:
     """One row as every layout describes it."""
 
     id: str  # unique within the source
-    messages: list[dict[str, str]] | None  # given as a conversation; None: only the question is given
+    context: list[dict[str, str]]  # the messages (role, content) before the question; mostly none
     question: str
-    answer: str | None
+    answer: str | None  # None where the source has no verifier
     solution: str | None
 
 
-class _Reader:
-    """Columns of one row; a column that is missing or empty is a ``UserError`` that names the file and the row."""
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """The columns of one row; ``a.b`` is field b of column a. What is wrong with one is a ``UserError`` that says where."""
 
-    def __init__(self, row: Mapping[str, Any], path: Path, number: int, schema: str) -> None:
-        self.row, self.path, self.number, self.schema = row, path, number, schema
+    source: FileSource
+    columns: Mapping[str, Any]
+    path: Path
+    number: int  # from 1
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: row {self.number}: {message}")
+
+    def find(self, column: str) -> Any:
+        """The value, None where there is none."""
+        if column in self.columns:
+            return self.columns[column]
+        value: Any = self.columns
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
     def get(self, column: str) -> Any:
-        if column not in self.row:
-            raise UserError(
-                f"{self.path}: no column '{column}' for schema {self.schema} (columns: {', '.join(self.row)}); choose "
+        value = self.find(column)
+        if value is None and column.partition(".")[0] not in self.columns:
+            raise self.error(
+                f"no column '{column}' for schema {self.source.schema_} (columns: {', '.join(self.columns)}); choose "
                 "another `schema`, or name the `columns`"
             )
-        if self.row[column] is None:
-            raise UserError(f"{self.path}: row {self.number + 1}: '{column}' is empty")
-        return self.row[column]
+        blank = isinstance(value, str) and not value.strip()
+        if value is None or blank or (isinstance(value, float) and math.isnan(value)):
+            raise self.error(f"'{column}' is empty")
+        return value
 
-    def text(self, column: str | None) -> str | None:
-        return None if column is None else str(self.get(column))
+    def text(self, column: str) -> str:
+        """Text as it is; a number without an exponent, which would read as a product with e."""
+        value = self.get(column)
+        if isinstance(value, bool):
+            return str(value)
+        if isinstance(value, (int, float, Decimal)):
+            return format(Decimal(str(value)), "f")
+        if not isinstance(value, str):
+            raise self.error(f"'{column}' is neither text nor a number but a {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.error(f"'{column}' is not valid Unicode text (half of a surrogate pair)") from None
+        return value
+
+    def label(self, column: str) -> str | None:
+        """The text that a verifier needs; None where there is no verifier."""
+        return None if self.source.verifier is None else self.text(column)
 
 
 def read_problems(source: FileSource) -> tuple[list[Problem], int]:
     """The problems of all files of ``source`` in order, and how many rows were dropped because their id came before.
 
-    Raises ``UserError`` for a missing, empty or unreadable file, a missing column, and (unless
+    Raises ``UserError`` for a missing, empty or unreadable file, a missing column, a value of another type, and (unless
     ``on_duplicate_id: drop``) an id that comes twice.
     """
     found: dict[str, Problem] = {}
     duplicates = 0
-    for path in source.paths:
-        for number, row in enumerate(_rows(path, source.schema_)):
+    layout = _LAYOUTS[source.schema_]
+    for path, name in zip(source.paths, _names(source.paths), strict=True):
+        for number, columns in enumerate(_rows(path)):
             if len(found) == source.limit:
                 return list(found.values()), duplicates
-            problem = _problem(source, row, path, number)
+            row = _Row(source, columns, path, number + 1)
+            id, *rest = layout(row)
+            problem = Problem(f"{name}/{number if id is None else id}", *rest)
             if problem.id not in found:
                 found[problem.id] = problem
             elif source.on_duplicate_id == "drop":
                 duplicates += 1
             else:
-                raise UserError(
-                    f"{path}: row {number + 1}: the id '{problem.id}' comes twice; make ids unique, or keep the first "
-                    "of each with on_duplicate_id: drop"
+                raise row.error(
+                    f"the id '{problem.id}' comes twice; make ids unique, or keep the first of each with "
+                    "on_duplicate_id: drop"
                 )
     return list(found.values()), duplicates
 
 
-def _rows(path: Path, schema: str) -> Iterator[dict[str, Any]]:
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What ids begin with: the names of the files, with as many folders as tell them apart."""
+    depths = range(1, max(len(path.parts) for path in paths) + 1)
+    for bare, depth in [*((True, depth) for depth in depths), *((False, depth) for depth in depths)]:
+        names = ["/".join((path.with_suffix("") if bare else path).parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{max(paths, key=paths.count)}: the file is given twice in `path`")
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix not in _KINDS:
+    if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: give a .jsonl, .json or .parquet file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    # The arguments of MBPP+ have a type of their own in every row, which a table cannot hold.
-    return _json_lines(path) if schema == "mbpp_plus" and path.suffix == ".jsonl" else _table_rows(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: no rows")
+    return itertools.chain([first], rows)
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: line {number + 1}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number + 1}: expected an object, found {type(row).__name__}")
-            yield row
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects of a file: one a line, or a list of them.
+
+    Not through a table: its columns have one type each, which would make 2.0 of a 2 above a 1.5, a float of an integer
+    beyond 64 bits, and cannot hold the arguments of MBPP+.
+    """
+    with open(path, "rb") as file:
+        is_list = path.suffix == ".json" and file.read(4096).lstrip().startswith(b"[")
+        file.seek(0)
+        if is_list:
+            for place, row in enumerate(_json(file.read(), str(path))):
+                yield _mapping(row, f"{path}: row {place + 1}")
+            return
+        for place, line in enumerate(file):
+            if line.strip():
+                where = f"{path}: line {place + 1}"
+                yield _mapping(_json(line, where), where)
 
 
-def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+
+
+def _mapping(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """The rows of a file, read by ``datasets`` without a network or a cache that outlives the call."""
     import datasets
 
     datasets.disable_progress_bars()
-    kind = _KINDS[path.suffix]
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = datasets.load_dataset(
-                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                "parquet", data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
             )
         except Exception as error:  # datasets wraps whatever its readers raise
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{path}: cannot be read as {kind} ({reason})") from error
-    if not len(table):
-        raise UserError(f"{path}: no rows")
-    for batch in table.with_format("arrow").iter(_ROWS_AT_A_TIME):
-        yield from batch.to_pylist()
+            raise UserError(f"{path}: cannot be read as parquet ({reason})") from error
+    try:
+        for batch in table.with_format("arrow").iter(_ROWS_AT_A_TIME):
+            yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text is not UTF-8 ({error})") from None
 
 
-def _problem(source: FileSource, row: Mapping[str, Any], path: Path, number: int) -> Problem:
-    layout = _LAYOUTS[source.schema_]
-    id, messages, question, answer, solution = layout(source, _Reader(row, path, number, source.schema_))
-    return Problem(f"{path.stem}/{number if id is None else id}", messages, question, answer, solution)
+def _columns(row: _Row) -> tuple:
+    names = row.source.columns
+    answer, solution = names.answer, names.solution
+    return (
+        None if names.id is None else row.text(names.id),
+        [],
+        row.text(names.question),
+        None if answer is None else row.label(answer),
+        None if solution is None else row.text(solution),
+    )
 
 
-def _columns(source: FileSource, row: _Reader) -> tuple:
-    names = source.columns
-    return row.text(names.id), None, row.text(names.question), row.text(names.answer), row.text(names.solution)
-
-
-def _dapo(source: FileSource, row: _Reader) -> tuple:
+def _dapo(row: _Row) -> tuple:
     """Parquet (``reward_model.ground_truth``) and JSON lines (``label``)."""
-    label = row.get("label") if "label" in row.row else row.get("reward_model")["ground_truth"]
-    messages = [dict(message) for message in row.get("prompt")]
-    if not messages:
-        raise UserError(f"{row.path}: row {row.number + 1}: 'prompt' has no messages")
-    question = messages[-1]["content"]
-    extra = row.row.get("extra_info") or {}
+    *context, question = _messages(row, "prompt")
+    if question["role"] != "user":
+        raise row.error(f"'prompt' ends with a message of the {question['role']}, not of the user")
+    label = row.label("reward_model.ground_truth" if row.find("label") is None else "label")
     # With a template of ours the question goes without its own instruction; template plain leaves it as published.
-    given = messages if source.template == "plain" else None
-    return extra.get("index"), given, _without_instruction(question), str(label), None
+    plain = row.source.template == "plain"
+    text = question["content"] if plain else _without_instruction(question["content"])
+    return row.find("extra_info.index"), context, text, label, None
+
+
+def _messages(row: _Row, column: str) -> list[dict[str, str]]:
+    found = row.get(column)
+    if not isinstance(found, list) or not found:
+        raise row.error(f"'{column}' is not a list of messages")
+    for message in found:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise row.error(f"a message of '{column}' has no text for role or content")
+    return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
 def _without_instruction(text: str) -> str:
@@ -158,26 +240,27 @@ def _without_instruction(text: str) -> str:
     return before if mark and after.strip() in ("", ".") else question
 
 
-def _deepmath(source: FileSource, row: _Reader) -> tuple:
-    return None, None, row.text("question"), row.text("final_answer"), row.row.get("r1_solution_1")
+def _deepmath(row: _Row) -> tuple:
+    solution = None if row.find("r1_solution_1") is None else row.text("r1_solution_1")
+    return None, [], row.text("question"), row.label("final_answer"), solution
 
 
-def _gsm8k(source: FileSource, row: _Reader) -> tuple:
+def _gsm8k(row: _Row) -> tuple:
     solution = row.text("answer")
     if "####" not in solution:
-        raise UserError(f"{row.path}: row {row.number + 1}: 'answer' has no '####' before the result")
-    return None, None, row.text("question"), solution.rpartition("####")[2].strip().replace(",", ""), solution
+        raise row.error("'answer' has no '####' before the result")
+    return None, [], row.text("question"), solution.rpartition("####")[2].strip().replace(",", ""), solution
 
 
-def _math500(source: FileSource, row: _Reader) -> tuple:
-    return row.row.get("unique_id"), None, row.text("problem"), row.text("answer"), row.text("solution")
+def _math500(row: _Row) -> tuple:
+    return row.find("unique_id"), [], row.text("problem"), row.label("answer"), row.text("solution")
 
 
-def _competition(source: FileSource, row: _Reader) -> tuple:
-    return row.text("id"), None, row.text("problem"), row.text("answer"), None
+def _competition(row: _Row) -> tuple:
+    return row.text("id"), [], row.text("problem"), row.label("answer"), None
 
 
-def _humaneval(source: FileSource, row: _Reader) -> tuple:
+def _humaneval(row: _Row) -> tuple:
     prompt = row.text("prompt")
     label = {
         "kind": "asserts",
@@ -185,34 +268,47 @@ def _humaneval(source: FileSource, row: _Reader) -> tuple:
         "entry_point": row.text("entry_point"),
         "tests": row.text("test"),
     }
-    return row.text("task_id"), None, prompt, json.dumps(label), _fenced(prompt + row.text("canonical_solution"))
+    return row.text("task_id"), [], prompt, json.dumps(label), _fenced(prompt + row.text("canonical_solution"))
 
 
-def _mbpp_plus(source: FileSource, row: _Reader) -> tuple:
+def _mbpp_plus(row: _Row) -> tuple:
     """Expected results are those of the reference solution; the published asserts say how results are compared."""
-    name, text = row.text("entry_point"), ast.literal_eval(row.text("prompt").strip())
-    example, compare = _assert_form(_LEADING_ASSERT.search(row.text("assertion"))[0], name)
-    _, compare_in_prompt = _assert_form(_LEADING_ASSERT.search(text)[0], name)
+    name, reference, inputs = row.text("entry_point"), row.text("canonical_solution"), []
+    for column in ("base_input", "plus_input"):
+        found = row.get(column) if column == "base_input" else row.find(column) or []
+        if not isinstance(found, list):
+            raise row.error(f"'{column}' is not a list of arguments")
+        inputs += found
+    try:
+        text = ast.literal_eval(row.text("prompt").strip())
+        example, compare = _assert_form(row.text("assertion"), name)
+        _, compare_in_prompt = _assert_form(text, name)
+        tolerance = float(row.get("atol"))
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise row.error(f"'prompt', 'assertion' and 'atol' are not as MBPP+ has them ({error})") from None
     label = {
         "kind": "reference",
         "entry_point": name,
-        "reference": row.text("canonical_solution"),
-        "inputs": row.get("base_input") + (row.row.get("plus_input") or []),
+        "reference": reference,
+        "inputs": inputs,
         "example": example,
         "compare": compare if compare_in_prompt == "equal" else compare_in_prompt,
-        "tolerance": row.get("atol"),
+        "tolerance": tolerance,
     }
-    return row.text("task_id"), None, text.strip(), json.dumps(label), _fenced(row.text("canonical_solution"))
+    return row.text("task_id"), [], text.strip(), json.dumps(label), _fenced(reference)
 
 
-def _assert_form(line: str, name: str) -> tuple[str, str]:
-    """(source of the argument list, "equal", "set" or "truth") of ``assert ... name(arguments) ...``."""
-    test = ast.parse(line.strip()).body[0].test
-    call = next(
-        node for node in ast.walk(test) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name
-    )
-    arguments = ast.unparse(ast.Tuple(call.args, ast.Load()))
-    if isinstance(test, ast.UnaryOp) or test is call:
+def _assert_form(text: str, name: str) -> tuple[str, str]:
+    """(source of the argument list, "equal", "set" or "truth") of the first ``assert ... name(arguments) ...``."""
+    line = _LEADING_ASSERT.search(text)
+    if line is None:
+        raise ValueError("no line with an assert")
+    test = ast.parse(line[0].strip()).body[0].test
+    calls = [node for node in ast.walk(test) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name]
+    if not calls:
+        raise ValueError(f"an assert without a call of {name}")
+    arguments = ast.unparse(ast.Tuple(calls[0].args, ast.Load()))
+    if isinstance(test, ast.UnaryOp) or test is calls[0]:
         return arguments, "truth"
     left = test.left if isinstance(test, ast.Compare) else test
     wrapped = isinstance(left, ast.Call) and getattr(left.func, "id", None) == "set"

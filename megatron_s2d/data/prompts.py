@@ -99,12 +99,12 @@ def _name(source: DataSource) -> str:
 
 
 def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
-    messages = problem.messages
-    if messages is None:
-        question = TEMPLATES[source.template].format(question=problem.question)
-        messages = [{"role": "user", "content": question}]
-        if source.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": source.system_prompt})
+    question = TEMPLATES[source.template].format(question=problem.question)
+    messages = [*problem.context, {"role": "user", "content": question}]
+    if source.system_prompt is not None:
+        if messages[0]["role"] == "system":
+            raise UserError(f"prompt {problem.id} has a system message of its own; take system_prompt out")
+        messages.insert(0, {"role": "system", "content": source.system_prompt})
     text = render(messages, tokenizer)
     # A chat template writes the start token itself; plain text needs what the tokenizer puts before it.
     ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
@@ -126,11 +126,14 @@ def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    """The conversation through the tokenizer's chat template, thinking off; without a template, its last message.
+    """The conversation through the tokenizer's chat template, thinking off; without a template, its one message.
 
-    Raises ``UserError`` where the template refuses the conversation (some know no system message).
+    Raises ``UserError`` where the template refuses the conversation (some know no system message), and for several
+    messages without a template.
     """
     if tokenizer.chat_template is None:
+        if len(messages) > 1:
+            raise UserError("the tokenizer has no chat template; it takes one message, and no system_prompt")
         return messages[-1]["content"]
     try:
         return tokenizer.apply_chat_template(

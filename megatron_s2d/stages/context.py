@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_s2d.artifacts import StageDirectory, read_json
 from megatron_s2d.config.algorithm import Stage
 from megatron_s2d.config.base import UserError
+from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import prompts_of
@@ -39,6 +40,7 @@ class StageContext:
     layout: Layout
     tokenizer_cache: Path
     stop: Callable[[], bool] = lambda: False
+    _other_layouts: dict[ParallelConfig, Layout] = dataclasses.field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -97,7 +99,7 @@ class StageContext:
 
     def frozen(self, stage_name: str) -> Policy:
         """``policy_of`` without gradients, at the layout of teachers: a teacher or a reference."""
-        policy = self.policy_of(stage_name, layout=self.teacher_layout)
+        policy = self.policy_of(stage_name, layout=self._layout_of(self.config.frozen_parallel(stage_name)))
         policy.freeze()
         return policy
 
@@ -124,11 +126,13 @@ class StageContext:
             stop_strings=tuple(sampling.stop_strings),
         )
 
-    @functools.cached_property
-    def teacher_layout(self) -> Layout:
-        """The layout of frozen models; the student's own where none is configured."""
-        config = self.config.teacher_parallel
-        return self.layout if config in (None, self.layout.config) else build_layout(config)
+    def _layout_of(self, config: ParallelConfig) -> Layout:
+        """The layout of ``config``, built once; collective."""
+        if config == self.layout.config:
+            return self.layout
+        if config not in self._other_layouts:
+            self._other_layouts[config] = build_layout(config)
+        return self._other_layouts[config]
 
     def _policy(self, model_name: str, *, fresh: bool, beta: float | None, layout: Layout | None = None) -> Policy:
         model = self.config.models[model_name]

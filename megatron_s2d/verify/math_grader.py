@@ -46,7 +46,9 @@ class MathGrader:
             for prompt, answer in zip(prompts, answers, strict=True)
             if answer and len(answer) <= _LONGEST_ANSWER
         )
-        requests = [{"label": label, "answer": answer} | self._limits for label, answer in pairs]
+        requests = [
+            {"label": _without_full_stop(label.strip()), "answer": answer} | self._limits for label, answer in pairs
+        ]
         words = self._pool.ask(requests, _WALL_PER_CPU_SECOND * self._limits["cpu_seconds"])
         found = dict(zip(pairs, words, strict=True))
         verdicts = []
@@ -82,26 +84,43 @@ def _boxed(text: str, start: int) -> str | None:
     stripped = rest.lstrip()
     if not stripped.startswith("{"):
         return _clean(re.split(r"[\s$]", stripped, maxsplit=1)[0])
-    depth, place, start = 0, 0, 0
-    while place < len(stripped):
-        character = stripped[place]
-        if character == "\\":
-            place += 1  # an escaped brace is text
-        elif character in "{}":
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return stripped[1:place].strip() or None
-        place += 1
+    end = _closing_brace(stripped)
+    if end is not None:
+        return _without_full_stop(stripped[1:end].strip()) or None
     return stripped[1:] if len(rest) > 2 * _LONGEST_ANSWER else None
 
 
+def _closing_brace(text: str) -> int | None:
+    """Where the brace at the start of ``text`` is closed; an escaped brace is text."""
+    depth, place = 0, 0
+    while place < len(text):
+        character = text[place]
+        if character == "\\":
+            place += 1
+        elif character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth == 0:
+                return place
+        place += 1
+    return None
+
+
 def _clean(answer: str) -> str | None:
-    """Without what surrounds an answer in running text: emphasis, mathematical delimiters, the full stop."""
+    """Without what surrounds an answer in running text: emphasis, mathematical delimiters, the full stop.
+
+    None for braces that do not pair up: math-verify would find pieces of such a text.
+    """
     answer, before = answer[: 2 * _LONGEST_ANSWER], None
     while answer != before:
         before = answer
-        answer = answer.strip().strip("*").removesuffix(".")
+        answer = _without_full_stop(answer.strip().strip("*"))
         for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             if len(answer) > len(opening) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : len(answer) - len(closing)]
+    if len(answer) <= _LONGEST_ANSWER and _closing_brace(f"{{{answer}}}") != len(answer) + 1:
+        return None
     return answer or None
+
+
+def _without_full_stop(answer: str) -> str:
+    return answer if answer.endswith("\\right.") else answer.removesuffix(".")

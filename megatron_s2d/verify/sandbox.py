@@ -193,6 +193,11 @@ def python_files() -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ together
 
 
+def die_with_parent() -> None:
+    """Have this process killed when the thread that started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> list[str]:
     """Confine this process for good; the layers applied, of ``limits``, ``landlock``, ``seccomp``.
 
@@ -208,7 +213,7 @@ def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> list[str]:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     layers = ["limits"]
     os.chdir("/")
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if _landlock_version():
         _apply_landlock(python_files())

@@ -109,8 +109,10 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
 def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
     try:
         spec = config.models[name].resolve(vocab_size)
-        for parallel in {config.parallel, config.teacher_parallel or config.parallel}:
-            check_layout(spec, parallel)
+        check_layout(spec, config.parallel)
+        for stage in config.stages:
+            if config.model_of(stage) == name:
+                check_layout(spec, config.frozen_parallel(stage))
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
     return spec

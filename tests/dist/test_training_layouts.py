@@ -12,7 +12,7 @@ import pytest
 WORKER = Path(__file__).with_name("training_worker.py")
 RUNS = {
     1: ["tp1"],
-    2: ["tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2"],
+    2: ["tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2", "dp2:tp2+pp2"],
     4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2"],
 }
 LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1" and ":" not in name]
@@ -50,7 +50,8 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_layout(found, layout, sc
 @pytest.mark.dist
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_teacher_of_another_layout_gives_the_same_distillation(found, pair):
-    _assert_rows_agree(found[f"{pair}/opd"], found["tp1/opd"])
+    scenario = "opd_by_domain" if "+" in pair else "opd"
+    _assert_rows_agree(found[f"{pair}/{scenario}"], found[f"tp1/{scenario}"])
 
 
 @pytest.mark.dist

@@ -2,7 +2,7 @@
 
 Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
 arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2; STUDENT:TEACHER is a distillation in
-which the two have layouts of their own.
+which the two have layouts of their own, STUDENT:TEACHER+TEACHER one from two teachers by domain.
 """
 
 import dataclasses
@@ -120,9 +120,10 @@ def opd(layout: Layout, teacher_layout: Layout | None = None):
     return train(student, batch, divergence_objective("reverse_kl"), columns, source)
 
 
-def opd_by_domain(layout: Layout):
+def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None = None):
     """Two teachers; every other sample belongs to the second one's domain."""
-    teachers = {name: policy("tiny-teacher", layout, seed) for name, seed in (("test", 4), ("other", 6))}
+    places = zip(("test", "other"), (4, 6), teacher_layouts or (layout, layout), strict=True)
+    teachers = {name: policy("tiny-teacher", place, seed) for name, seed, place in places}
     for teacher in teachers.values():
         teacher.freeze()
     batch = [dataclasses.replace(s, domain=("test", "other")[i % 2]) for i, s in enumerate(samples())]
@@ -160,11 +161,15 @@ def main() -> None:
     output, *names = sys.argv[1:]
     initialize_distributed()
     found = {}
-    layouts = {part: build_layout(parse_layout(part)) for name in names for part in name.split(":")}
+    layouts = {part: build_layout(parse_layout(part)) for name in names for part in re.split("[:+]", name)}
     for name in names:
         if ":" in name:
             student, teacher = name.split(":")
-            found[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
+            if "+" in teacher:
+                pair = tuple(layouts[part] for part in teacher.split("+"))
+                found[f"{name}/opd_by_domain"] = opd_by_domain(layouts[student], pair)
+            else:
+                found[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
             continue
         layout = layouts[name]
         if "ep" in name or name == "tp1":

@@ -206,27 +206,145 @@ def test_the_length_filter(tmp_path, tokenizer):
         _load(path, tokenizer, max_tokens=3)
 
 
+CODE = {"schema": "mbpp_plus", "verifier": "code"}
+
+
+def _mbpp(**changed):
+    row = {
+        "task_id": "Mbpp/1", "entry_point": "f", "prompt": '"""Double. assert f(1) == 2\nassert f(1) == 2"""',
+        "assertion": "assert f(1) == 2", "canonical_solution": "def f(x):\n    return 2 * x", "base_input": [[1]],
+        "plus_input": [[2]], "atol": 0,
+    }  # fmt: skip
+    return json.dumps(row | changed)
+
+
+def test_a_row_of_mbpp(tmp_path, tokenizer):
+    (tmp_path / "m.jsonl").write_text(_mbpp())
+    label = json.loads(_load(tmp_path / "m.jsonl", tokenizer, **CODE).prompts[0].answer)
+    assert label["inputs"] == [[1], [2]] and label["example"] == "(1,)" and label["compare"] == "equal"
+
+
+def test_no_file_is_one_line(tokenizer):
+    with pytest.raises(UserError, match="path") as caught:
+        _load([], tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_json_are_kept_as_written(tmp_path, tokenizer):
+    answers = [1, 1.5, "one", 10**30, 1e22, True, "007", -2.5e-7]
+    rows = [{"question": "q", "answer": answer} for answer in answers]
+    expected = ["1", "1.5", "one", "1" + "0" * 30, "1" + "0" * 22, "True", "007", "-0.00000025"]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + _write(tmp_path / "a.jsonl", rows).read_bytes())
+    for name in ("a.jsonl", "list.json", "marked.jsonl"):
+        assert [prompt.answer for prompt in _load(tmp_path / name, tokenizer).prompts] == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_fields_of_columns(tmp_path, tokenizer, suffix):
+    path = _write(tmp_path / f"a{suffix}", [{"q": {"text": "Why?"}, "reward_model": {"ground_truth": 3}}])
+    columns = {"question": "q.text", "answer": "reward_model.ground_truth"}
+    prompt = _load(path, tokenizer, columns=columns).prompts[0]
+    assert prompt.answer == "3" and "user\nWhy?\n" in prompt.text
+    with pytest.raises(UserError, match=r"row 1: no column 'r.x' .*\(columns: q, reward_model\)"):
+        _load(path, tokenizer, columns=columns | {"answer": "r.x"})
+
+
+def test_files_of_one_name_in_two_folders(tmp_path, tokenizer):
+    paths = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        paths.append(_write(tmp_path / folder / "train.jsonl", [{"question": folder, "answer": "1"}] * 2))
+    assert [p.id for p in _load(paths, tokenizer).prompts] == ["one/train/0", "one/train/1", "two/train/0", "two/train/1"]
+    assert [p.id for p in _load(paths, tokenizer, limit=3).prompts] == ["one/train/0", "one/train/1", "two/train/0"]
+    other = _write(tmp_path / "one" / "train.parquet", [{"question": "q", "answer": "1"}])
+    assert [p.id for p in _load([paths[0], other], tokenizer, limit=3).prompts][::2] == [
+        "train.jsonl/0",
+        "train.parquet/0",
+    ]
+    with pytest.raises(UserError, match="train.jsonl: the file is given twice"):
+        _load([paths[0], paths[0]], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("schema", "row"),
+    [
+        ("columns", {"question": "Why?"}),
+        ("dapo", {"prompt": [{"role": "user", "content": "Why?"}]}),
+        ("deepmath", {"question": "Why?"}),
+    ],
+)
+def test_without_a_verifier_no_label_is_asked_for(tmp_path, tokenizer, schema, row):
+    path = _write(tmp_path / "a.jsonl", [row])
+    prompt = _load(path, tokenizer, schema=schema, verifier=None).prompts[0]
+    assert (prompt.verifier, prompt.answer) == (None, None) and "user\nWhy?\n" in prompt.text
+    with pytest.raises(UserError, match="no column"):
+        _load(path, tokenizer, schema=schema)
+
+
+def test_conversations_keep_what_was_said_before(tmp_path, tokenizer):
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    question = [{"role": "user", "content": "Why?"}]
+    path = _write(tmp_path / "a.jsonl", [{"prompt": said + question, "label": "1"}])
+    text = _load(path, tokenizer, schema="dapo", system_prompt="Be brief.").prompts[0].text
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>")
+    assert "assistant\nYes?<|im_end|>\n<|im_start|>user\nWhy?\nPlease reason" in text
+    with pytest.raises(UserError, match="no chat template"):
+        _load(path, _tokenizer(template=None), schema="dapo")
+    own = _write(tmp_path / "b.jsonl", [{"prompt": [{"role": "system", "content": "s"}, *question], "label": "1"}])
+    with pytest.raises(UserError, match="b/0 has a system message of its own"):
+        _load(own, tokenizer, schema="dapo", system_prompt="Be brief.")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "settings", "message"),
     [
         ("none.jsonl", None, {}, "no such file"),
         ("a.csv", "x", {}, "give a .jsonl, .json or .parquet file"),
         ("a.jsonl", "", {}, "the file is empty"),
-        ("a.jsonl", "\n", {}, "no rows|cannot be read"),
-        ("a.jsonl", '{"question": "q"', {}, "cannot be read as json"),
+        ("a.jsonl", "\n", {}, "no rows"),
+        ("a.json", "[]", {}, "no rows"),
+        ("a.json", "[1]", {}, "row 1: expected an object, found int"),
+        ("a.json", "[{]", {}, "not valid JSON"),
+        ("a.jsonl", '{"question": "q"', {}, "line 1: not valid JSON"),
+        ("a.jsonl", b'{"question": "q", "answer": "1"}\n{"question": "\xff"}', {}, "line 2: not valid JSON .*utf-8"),
+        ("a.jsonl", "[" * 100_000, {}, "line 1: not valid JSON"),
         ("a.parquet", "not parquet", {}, "cannot be read as parquet"),
         ("a.jsonl", '{"problem": "q", "level": 1}', {}, r"no column 'question' .*\(columns: problem, level\)"),
         ("a.jsonl", '{"question": "q"}', {"schema": "gsm8k"}, "no column 'answer' for schema gsm8k"),
-        ("a.jsonl", '{"question": "q", "answer": "1"}\n{"question": "q"}', {}, "row 2: 'answer' is empty"),
+        ("a.jsonl", '{"question": "q", "answer": "1"}\n{"question": "q"}', {}, "row 2: no column 'answer'"),
+        ("a.jsonl", '{"question": "q", "answer": " "}', {}, "row 1: 'answer' is empty"),
+        ("a.jsonl", '{"question": null, "answer": "1"}', {}, "row 1: 'question' is empty"),
+        ("a.jsonl", '{"question": "q", "answer": NaN}', {}, "row 1: 'answer' is empty"),
+        ("a.jsonl", '{"question": [{"role": "user"}], "answer": "1"}', {}, "'question' is neither text nor a number"),
+        ("a.jsonl", '{"question": "\\ud800", "answer": "1"}', {}, "'question' is not valid Unicode"),
+        ("a.jsonl", '{"prompt": "q", "label": "1"}', {"schema": "dapo"}, "'prompt' is not a list of messages"),
+        ("a.jsonl", '{"prompt": [{"role": "user"}], "label": "1"}', {"schema": "dapo"}, "no text for role or content"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "assistant", "content": "q"}], "label": "1"}',
+            {"schema": "dapo"},
+            "ends with a message of the assistant",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": "q"}], "reward_model": "1"}',
+            {"schema": "dapo"},
+            "'reward_model.ground_truth' is empty",
+        ),
         ("a.jsonl", "[1]", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: expected an object, found list"),
-        ("a.jsonl", "{", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: not valid JSON"),
+        ("a.jsonl", _mbpp(prompt="not a literal"), CODE, "row 1: 'prompt', .* not as MBPP. has them"),
+        ("a.jsonl", _mbpp(assertion="pass"), CODE, "no line with an assert"),
+        ("a.jsonl", _mbpp(assertion="assert g(1) == 1"), CODE, "an assert without a call of f"),
+        ("a.jsonl", _mbpp(base_input="[[1]]"), CODE, "'base_input' is not a list of arguments"),
+        ("a.jsonl", _mbpp(atol="small"), CODE, "not as MBPP"),
         ("a.jsonl", "{}", {"schema": "humaneval"}, "set verifier: code"),
         ("a.jsonl", "{}", {"schema": "gsm9k"}, "schema"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tokenizer, name, text, settings, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as caught:
         _load(tmp_path / name, tokenizer, **settings)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,11 @@ def _words(grader, pairs):
         (r"<think>\boxed{1}</think> It is \boxed{2}", "2"),
         (r"<think>\boxed{1}</think> I do not know", None),
         (r"The answer is 3, that is \boxed{4}", "4"),
+        (r"\boxed{12.}", "12"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        ("the answer is } 5 { 6", None),
+        ("#### 5} or {6", None),
+        ("the answer is 5\\", None),
         ("", None),
         ("42", None),
     ],
@@ -143,6 +149,22 @@ def test_a_killed_worker_is_replaced(grader):
     assert _words(grader, [("1", "\\boxed{1}")] * 3) == ["correct"] * 3
 
 
+HEDGES = [
+    "5 = 6", "5 \\approx 6", "5 \\equiv 6 \\pmod 7", "5 \\lor 6", "5 \\to 6", "\\{5, 6\\}", "5 \\pm 1", "[5, 6]", "5, 6",
+    "5 \\text{ or } 6", "5 6", "5 \\} \\{ 6", "5 < x < 6", "5$ or $6", "x = 5, x = 6", "\\text{the answer is $5$}, 6",
+]  # fmt: skip
+
+
+def test_no_answer_is_right_for_two_labels(grader):
+    words = [_words(grader, [(label, f"\\boxed{{{answer}}}") for answer in HEDGES]) for label in ("5", "6")]
+    both = [answer for answer, *found in zip(HEDGES, *words, strict=True) if found == ["correct"] * 2]
+    assert both == []
+
+
+def test_a_full_stop_after_a_label_does_not_count(grader):
+    assert _words(grader, [("5. ", "\\boxed{5}"), ("0.5", "\\boxed{.5}")]) == ["correct", "correct"]
+
+
 def test_a_label_that_is_no_expression_shows(grader):
     assert _words(grader, [(" ", "\\boxed{1}"), ("1", "\\boxed{1}")]) == ["bad_label", "correct"]
 
@@ -163,27 +185,42 @@ def test_graders_route_by_verifier():
 
 
 def test_grading_beside_a_process_group_leaves_no_process(tmp_path):
+    """In a daemonic process, which may start none through ``multiprocessing``; it is killed with the pipes copied."""
     script = f"""
-import json, os, sys, torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-from megatron_s2d.records import Prompt
-from megatron_s2d.verify import Graders
-prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
-graders = Graders().__enter__()
-words = [v.word for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
-workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
-torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
-print(json.dumps([words, workers, torch_loaded]))
-sys.stdout.flush()
-os.kill(os.getpid(), 9)
+import json, multiprocessing, os, sys, time
+def rank():
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+    from megatron_s2d.records import Prompt
+    from megatron_s2d.verify import Graders
+    prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
+    graders = Graders().__enter__()
+    words = [v.word for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
+    workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
+    torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
+    other = os.fork()  # holds the pipes open and outlives this process
+    if other == 0:
+        for descriptor in range(3):
+            os.close(descriptor)
+        time.sleep(60)
+        os._exit(0)
+    print(json.dumps([words, workers, torch_loaded, other]))
+    sys.stdout.flush()
+    os.kill(os.getpid(), 9)
+process = multiprocessing.get_context("fork").Process(target=rank, daemon=True)
+process.start()
+process.join()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    words, workers, torch_loaded = json.loads(run.stdout)
-    assert words == ["correct", "wrong"] and workers and not torch_loaded
-    end = time.monotonic() + 10  # the trainer was killed, the workers see the end of their input
-    while any(_alive(pid) for pid in workers) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(_alive(pid) for pid in workers)
+    words, workers, torch_loaded, other = json.loads(run.stdout)
+    try:
+        assert words == ["correct", "wrong"] and workers and not torch_loaded
+        end = time.monotonic() + 10
+        while any(_alive(pid) for pid in workers) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert _alive(other) and not any(_alive(pid) for pid in workers)
+    finally:
+        os.kill(other, signal.SIGKILL)
 
 
 def _alive(pid):
