@@ -43,7 +43,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """The columns of one row; ``a.b`` is field b of column a. What is wrong with one is a ``UserError`` that says where."""
+    """The columns of one row; ``a.b`` is field b of column a. Each raises ``UserError`` that says where."""
 
     source: FileSource
     columns: Mapping[str, Any]

@@ -255,8 +255,9 @@ def test_files_of_one_name_in_two_folders(tmp_path, tokenizer):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         paths.append(_write(tmp_path / folder / "train.jsonl", [{"question": folder, "answer": "1"}] * 2))
-    assert [p.id for p in _load(paths, tokenizer).prompts] == ["one/train/0", "one/train/1", "two/train/0", "two/train/1"]
-    assert [p.id for p in _load(paths, tokenizer, limit=3).prompts] == ["one/train/0", "one/train/1", "two/train/0"]
+    ids = ["one/train/0", "one/train/1", "two/train/0", "two/train/1"]
+    assert [p.id for p in _load(paths, tokenizer).prompts] == ids
+    assert [p.id for p in _load(paths, tokenizer, limit=3).prompts] == ids[:3]
     other = _write(tmp_path / "one" / "train.parquet", [{"question": "q", "answer": "1"}])
     assert [p.id for p in _load([paths[0], other], tokenizer, limit=3).prompts][::2] == [
         "train.jsonl/0",

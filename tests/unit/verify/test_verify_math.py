@@ -150,8 +150,9 @@ def test_a_killed_worker_is_replaced(grader):
 
 
 HEDGES = [
-    "5 = 6", "5 \\approx 6", "5 \\equiv 6 \\pmod 7", "5 \\lor 6", "5 \\to 6", "\\{5, 6\\}", "5 \\pm 1", "[5, 6]", "5, 6",
-    "5 \\text{ or } 6", "5 6", "5 \\} \\{ 6", "5 < x < 6", "5$ or $6", "x = 5, x = 6", "\\text{the answer is $5$}, 6",
+    "5 = 6", "5 \\approx 6", "5 \\equiv 6 \\pmod 7", "5 \\lor 6", "5 \\to 6", "\\{5, 6\\}", "5 \\pm 1", "[5, 6]",
+    "5, 6", "5 \\text{ or } 6", "5 6", "5 \\} \\{ 6", "5 < x < 6", "5$ or $6", "x = 5, x = 6",
+    "\\text{the answer is $5$}, 6",
 ]  # fmt: skip
 
 
