@@ -38,7 +38,7 @@ _HERE = Path(__file__).parent
 _MOST_WORKERS = 8
 _OUTPUT_BYTES = 16 << 20
 _WALL_PER_CPU_SECOND = 4  # a busy machine should judge as an idle one does
-_FENCES = ("```python", "```py", "```python3", "```")
+_LANGUAGES = ("", "python", "py", "python3")
 _FIELDS = {
     "asserts": {"setup", "entry_point", "tests"},
     "reference": {"reference", "entry_point", "inputs", "example", "compare", "tolerance"},
@@ -133,10 +133,8 @@ class CodeGrader:
             return "timeout" if word == "crash" and overran else word
 
     def _judge_script(self, sources: bytes, given: str, expected: str) -> str:
-        with _file(sources) as program, _file(given.encode()) as input, tempfile.TemporaryFile() as output:
-            process = self._start(
-                ["candidate.py", "script", str(program.fileno())], input, output, (program.fileno(),)
-            )
+        with _file(sources) as program, _file(given.encode(errors="replace")) as input, _file(b"") as output:
+            process = self._start(["candidate.py", "script", str(program.fileno())], input, output, (program.fileno(),))
             try:
                 if not self._ends(process):
                     return "timeout"
@@ -195,15 +193,23 @@ def extract_program(response: str) -> str | None:
     program, block = None, None
     for line in response.rpartition("</think>")[2].split("\n"):
         mark = line.strip()
+        text = mark.lstrip("`")
+        num_ticks = len(mark) - len(text)
+        is_fence = num_ticks >= 3 and "`" not in text
         if block is None:
-            if mark.startswith("```"):
-                block, wanted = [], mark.lower() in _FENCES
-        elif mark == "```":
+            if is_fence:
+                language, _, _ = text.strip().lower().partition(" ")
+                block, wanted, opening, indent = [], language in _LANGUAGES, num_ticks, _num_spaces(line)
+        elif is_fence and not text and num_ticks >= opening:
             program = "\n".join(block) if wanted else program
             block = None
         else:
-            block.append(line)
+            block.append(line[min(indent, _num_spaces(line)) :])  # in a list, the fence and what it holds are indented
     return program
+
+
+def _num_spaces(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
 
 
 def same_output(found: str, expected: str) -> bool:

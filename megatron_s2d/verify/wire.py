@@ -1,7 +1,8 @@
 """Plain Python values as JSON, with their types: what a foreign program and the tests of it exchange.
 
-Only data crosses: numbers, text, bytes and containers of them. Anything else becomes ``Opaque``, which equals nothing
-and knows only whether it was true. So a program cannot hand its judge an object with an ``__eq__`` of its own.
+Only data crosses: numbers, text, bytes and containers of them; of a named tuple, an enumeration of numbers or a scalar
+of numpy its plain part. Anything else becomes ``Opaque``, which equals nothing and knows only whether it was true. So a
+program cannot hand its judge an object with an ``__eq__`` of its own.
 Standard library only.
 """
 
@@ -124,6 +125,11 @@ def _pack(value: Any) -> Any:
         return {"bytes": value.hex()}
     if kind is range:
         return {"range": [value.start, value.stop, value.step]}
+    for plain in (str, int, float, tuple, list, dict):  # a named tuple or an enumeration, by its plain part
+        if isinstance(value, plain):
+            return _pack(plain(value) if plain in _CONTAINERS else plain.__add__(value, plain()))
+    if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _pack(value.item())
     return {"opaque": bool(value)}
 
 

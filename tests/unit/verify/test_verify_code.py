@@ -1,11 +1,14 @@
 """Programs against unit tests: right ones pass, changed ones fail, hostile ones do neither harm nor pass."""
 
 import ast
+import collections
+import enum
 import json
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_s2d.config.base import UserError, parse
@@ -46,6 +49,12 @@ def _word(grader, program, label):
         ("first\n```python\na\n```\nthen\n```py\nb\n\nc\n```\nend", "b\n\nc"),
         ("```python\na\n```\nrun it:\n```bash\npython a.py\n```", "a"),
         ("<think>```python\na\n```</think>none", None),
+        ("``` Python title=a.py\na\n```", "a"),
+        ("1. So\n   ```python\n   def f():\n       return 1\n\n   ```", "def f():\n    return 1\n"),
+        ('````python\na = """\n```\n"""\n````', 'a = """\n```\n"""'),
+        ("```python\na\n````", "a"),
+        ("```python is not``` a fence\n```python\na\n```", "a"),
+        ("```pythonic\na\n```", None),
         ("```python\na", None),
         ("def f(): pass", None),
         ("", None),
@@ -65,15 +74,41 @@ def test_plain_values_cross_with_their_types():
         assert found == value and type(found) is type(value)
     assert decode(encode(float("nan"))) != 0
 
-    class Always(int):
-        def __eq__(self, other):
-            return True
-
-        __hash__ = None
-
-    for value in (Always(3), object(), lambda: 1, iter([1])):
+    for value in (Always(), object(), lambda: 1, iter([1]), np.ones(1)):
         found = decode(encode(value))
         assert isinstance(found, Opaque) and bool(found) == bool(value) and found != value and found != 3
+
+
+class Always:
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+class AlwaysInt(Always, int):
+    def __int__(self):
+        return 4
+
+
+class AlwaysText(Always, str):
+    def __str__(self):
+        return "SECRET4"
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+def test_of_other_types_the_plain_part_crosses():
+    named = collections.namedtuple("Named", "a b")(1, [2])
+    for value, plain in [
+        (named, (1, [2])), (np.float64(0.1), 0.1), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
+        (enum.IntEnum("E", "A B").B, 2), (Colour.RED, "red"), (AlwaysInt(3), 3), (AlwaysText("x"), "x"),
+        (type("D", (dict,), {})({1: 2}), {1: 2}), (type("L", (list,), {})([1]), [1]),
+    ]:  # fmt: skip
+        found = decode(encode(value))
+        assert found == plain and type(found) is type(plain)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", '{"code": 1}', '{"int": 3}', '{"tuple": 3}', "{}", "[" * 100_000])
@@ -271,6 +306,19 @@ ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
 )
 def test_script_style(grader, program, word):
     assert _word(grader, program, ECHO) == word
+
+
+def test_text_that_is_no_unicode_does_no_harm(grader):
+    assert _word(grader, "print(len(input()))", {"inputs": ["\ud800"], "outputs": ["1"]}) == "correct"
+    assert _word(grader, "print(1)", {"inputs": ["1"], "outputs": ["\ud800"]}) == "wrong"
+    assert _word(grader, "def f(x):\n    return '\ud800'", ASSERTS) == "error"
+
+
+def test_extraction_of_programs_is_linear():
+    for part in ("```", "```\n", "` ", "```python\na", "````python`", " " * 50 + "\n"):
+        start = time.perf_counter()
+        extract_program(part * (2_000_000 // len(part)))
+        assert time.perf_counter() - start < 5
 
 
 def test_output_is_compared_but_for_trailing_space():
