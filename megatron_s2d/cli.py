@@ -47,6 +47,17 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
+def _quiet_libraries() -> None:
+    """Keep what torch and Megatron-Core say about their own plans out of a terminal; runs keep it in their log files."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
+    for name in ("megatron", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _fail(text: str, debug: bool, code: int, trace: str = "") -> int:
     if debug:
         sys.stderr.write(trace or traceback.format_exc())
@@ -220,6 +231,7 @@ def _add_generate(commands) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.generate import GenerateRequest, generate
 
+    _quiet_libraries()
     if not options.prompt and not options.data:
         raise UserError("give a --prompt or an entry of the data with --data")
     generate(
@@ -304,7 +316,14 @@ def _add_convert(commands) -> None:
     cli.add_parser(commands)
     command = commands.choices["convert"]
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=cli.run)
+    command.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from megatron_s2d.conversion import cli
+
+    _quiet_libraries()
+    cli.run(options)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +52,7 @@ def make_cases(model, vocab_size: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory, run_ranks) -> Path:
     root = tmp_path_factory.mktemp("conversion")
     for name, (preset, fields) in MODELS.items():
         directory = root / name
@@ -78,16 +75,7 @@ def root(tmp_path_factory) -> Path:
             pipeline_model_parallel_size=2,
             **expert,
         )
-    worker = Path(__file__).with_name("conversion_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    finished = subprocess.run(
-        [*command, str(worker), str(root)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_ranks("conversion_worker.py", 4, root)
     return root
 
 

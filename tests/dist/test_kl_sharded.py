@@ -5,8 +5,6 @@ One start of 4 ranks (gloo) computes all cases. The judge is float64 autograd on
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,14 +21,9 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
+def results(tmp_path_factory, run_ranks) -> dict:
     output = tmp_path_factory.mktemp("kl") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    finished = subprocess.run(
-        [*command, str(Path(__file__).with_name("kl_worker.py")), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_ranks("kl_worker.py", 4, output)
     return torch.load(output, weights_only=True)
 
 

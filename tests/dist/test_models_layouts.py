@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -23,18 +19,9 @@ CASES = [(preset, layout) for preset, names in PRESETS.items() for layout in nam
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
+def results(tmp_path_factory, run_ranks) -> dict:
     output = tmp_path_factory.mktemp("models") / "results.json"
-    worker = Path(__file__).with_name("models_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    finished = subprocess.run(
-        [*command, str(worker), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_ranks("models_worker.py", 4, output)
     return json.loads(output.read_text())
 
 

@@ -1,9 +1,6 @@
 """A training run gives the same losses at every layout: TP, SP, PP, DP, EP and their combinations against one rank."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +20,11 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-5
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(tmp_path_factory, run_ranks) -> dict:
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        finished = subprocess.run(
-            [*command, str(WORKER), str(output), *names],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert finished.returncode == 0, finished.stderr[-3000:]
+        run_ranks("training_worker.py", ranks, output, *names)
         results |= json.loads(output.read_text())
     return results
 
