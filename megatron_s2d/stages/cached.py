@@ -1,4 +1,4 @@
-"""A teacher cache as a source of distributions, micro-batch by micro-batch (methods.md M2)."""
+"""A teacher cache opened for a stage, and as a source of distributions, micro-batch by micro-batch (methods.md M2)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,29 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megatron_s2d.artifacts import StageDirectory
 from megatron_s2d.config.base import UserError
-from megatron_s2d.data.cache import TeacherCache
+from megatron_s2d.data.cache import CacheHeader, TeacherCache, cache_info
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.kl.teachers import HiddenStates, Logits, TeacherSource, TopK
 from megatron_s2d.parallel import device
+from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.policy import Policy
+
+
+def open_cache(context: StageContext, stage_name: str) -> TeacherCache:
+    """The cache that a finished stage left, refused where it is of another teacher, tokenizer or chat template."""
+    directory = context.inputs[stage_name]
+    teacher = StageDirectory(directory.path.with_name(context.config.stages[stage_name].teacher))
+    info = cache_info(directory.cache_path)
+    found = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
+    expected = {
+        "teacher_digest": teacher.finished()["outputs"][teacher.model_path.name],
+        "tokenizer_fingerprint": tokenizer_fingerprint(context.tokenizer),
+        "template_fingerprint": template_fingerprint(context.tokenizer),
+    }
+    return TeacherCache.open(directory.cache_path, expect=found.model_copy(update=expected))
 
 
 class CachedTeacher:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_s2d.config.algorithm import ForwardKlConfig, OpdConfig
-from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.advantages import (
     AnchorSchedule,
@@ -18,14 +17,22 @@ from megatron_s2d.objectives.advantages import (
     sg_opd_gate,
     stability_weight,
 )
-from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
+from megatron_s2d.objectives.distill import (
+    divergence_objective,
+    policy_distillation_objective,
+)
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.stages.cached import CachedTeacher
+from megatron_s2d.stages.cached import CachedTeacher, open_cache
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
-from megatron_s2d.stages.rollouts import PromptStream, Sampler, examples, response_metrics
+from megatron_s2d.stages.rollouts import (
+    PromptStream,
+    Sampler,
+    examples,
+    response_metrics,
+)
 from megatron_s2d.stages.supervised import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher, TopKTeacher
@@ -40,7 +47,7 @@ def run_forward_kl(context: StageContext) -> None:
     policy = context.start_policy()
     policy.prepare_training(stage.optimizer, stage.steps)
     directory = context.inputs[stage.cache]
-    cache = TeacherCache.open(directory.cache_path)
+    cache = open_cache(context, stage.cache)
     teacher = CachedTeacher(
         cache, directory.path / OUTPUT_LAYER_NAME, policy, tail=stage.tail, temperature=stage.temperature
     )
@@ -109,7 +116,7 @@ def _distributions(stage: OpdConfig, policy: Policy, teachers: ByDomain, referen
 def _cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, int], Sequence[Sample]] | None:
     if stage.cache is None:
         return None
-    cached = TeacherCache.open(context.inputs[stage.cache].cache_path).samples
+    cached = open_cache(context, stage.cache).samples
     temperature = stage.sampling.temperature or 1.0
     return shuffled([dataclasses.replace(sample, temperature=temperature) for sample in cached], context.seed)
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from megatron_s2d.artifacts import append_line, atomic_write_text, read_jsonl, truncate_jsonl_after
+from megatron_s2d.artifacts import (
+    append_line,
+    atomic_write_text,
+    read_jsonl,
+    truncate_jsonl_after,
+)
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.stages.context import StageContext

@@ -9,12 +9,21 @@ import numpy as np
 
 from megatron_s2d.config.algorithm import GrpoConfig
 from megatron_s2d.data.packing import UpdateBatch
-from megatron_s2d.objectives.advantages import group_relative, overlong_penalty, zero_variance_groups
+from megatron_s2d.objectives.advantages import (
+    group_relative,
+    overlong_penalty,
+    zero_variance_groups,
+)
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.rollouts import PromptStream, Sampler, examples, response_metrics
+from megatron_s2d.stages.rollouts import (
+    PromptStream,
+    Sampler,
+    examples,
+    response_metrics,
+)
 from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.policy import Policy
 from megatron_s2d.verify import Graders

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.engine import Request, RolloutEngine, SamplingParams, sample_seed
+from megatron_s2d.rollout.engine import (
+    Request,
+    RolloutEngine,
+    SamplingParams,
+    sample_seed,
+)
 from megatron_s2d.train.policy import Policy, gather_dicts
 from megatron_s2d.verify import Graders, Verdict
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from megatron_s2d.config.algorithm import SupervisedConfig
 from megatron_s2d.config.base import UserError
-from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.objectives.distill import supervised_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.stages.cached import open_cache
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import StepData, train
 
@@ -64,7 +64,7 @@ def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[
 
 def _reader(context: StageContext, stage: SupervisedConfig) -> Callable[[int, int], Sequence[Sample]]:
     if stage.cache is not None:
-        cached = TeacherCache.open(context.inputs[stage.cache].cache_path).samples
+        cached = open_cache(context, stage.cache).samples
         return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
     source = context.config.data[stage.data.partition("/")[0]]
     if is_corpus(source):

@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 
 from megatron_s2d.artifacts import tree_digest
 from megatron_s2d.config.algorithm import TeacherCacheConfig
-from megatron_s2d.data.cache import CachedDistribution, CacheHeader, CacheWriter, TeacherCache
+from megatron_s2d.data.cache import (
+    CachedDistribution,
+    CacheHeader,
+    CacheWriter,
+    TeacherCache,
+)
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.records import Sample

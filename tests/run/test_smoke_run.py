@@ -7,6 +7,8 @@ import shutil
 import pytest
 from s2d import ROOT, SMOKE, metrics, s2d
 
+from megatron_s2d.artifacts import json_digest
+
 
 def test_results_are_complete_and_sound(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
@@ -119,6 +121,19 @@ def test_generate_report_cache_doctor(unbroken):
     assert s2d("cache", "verify", cache).returncode == 0
     doctor = s2d("doctor")
     assert "megatron-core" in doctor.stdout and doctor.returncode == 0
+
+
+def test_a_cache_of_another_teacher_or_tokenizer_is_refused(unbroken, tmp_path):
+    run_dir = tmp_path / "foreign"
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "stages/forward_kl")
+    header = run_dir / "stages/cache/cache/header.json"
+    document = json.loads(header.read_text())
+    for name in ("teacher_digest", "tokenizer_fingerprint"):
+        body = {**document["body"], "header": {**document["body"]["header"], name: "0" * 64}}
+        header.write_text(json.dumps({**document, "body": body, "body_digest": json_digest(body)}))
+        finished = s2d("run", SMOKE, "--out", run_dir)
+        assert finished.returncode == 1 and name in finished.stderr and "Traceback" not in finished.stderr
 
 
 @pytest.mark.parametrize(
