@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
 from kl_problems import combined, make_problem  # noqa: E402
 from kl_sharded_cases import CASES, CONTROLS, Case  # noqa: E402
 

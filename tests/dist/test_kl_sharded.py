@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
 from kl_problems import combined, make_problem, relative  # noqa: E402
 from kl_sharded_cases import CASES, CONTROLS  # noqa: E402
 
