@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
+from megatron_s2d.kl.outputs import TokenOutputs
 
 
 def sampled_reverse_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
@@ -40,22 +40,3 @@ def support_metrics(
         "student_captured_mass": (student, count),
         "zeroed_gradient": (zeroed, count),
     }
-
-
-def divergence_by_position(
-    outputs: TokenOutputs, positions: torch.Tensor, response_mask: torch.Tensor, edges: tuple[int, ...]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(sums, counts) of every divergence in bins of response position: [len(edges) + 1] each.
-
-    positions: int64 [N], place of the token in its response. Bin i holds edges[i - 1] <= position < edges[i].
-    """
-    bins = torch.bucketize(positions, torch.tensor(edges, device=positions.device), right=True)
-    counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=positions.device)
-    counts.index_add_(0, bins, response_mask.long())
-    found = {}
-    for name in DIVERGENCES:
-        value = getattr(outputs, name)
-        if value is not None:
-            sums = value.new_zeros(len(edges) + 1).index_add_(0, bins, value * response_mask)
-            found[name] = (sums, counts)
-    return found

@@ -2,6 +2,7 @@
 
 ``logits`` are [..., local columns] before temperature, of any float dtype; arithmetic is float32 (float64 for float64),
 chunk by chunk. The gradient comes back in the dtype of the logits, exact for this shard's columns without a collective.
+``response_mask`` (bool [...]): other positions are left out before any arithmetic; they read 0 and get gradient 0.
 """
 
 from __future__ import annotations
@@ -37,15 +38,25 @@ _CHUNK_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 
 def vocab_parallel_log_probs(
-    logits: torch.Tensor, target_ids: torch.Tensor, shard: VocabShard, temperature: Temperature = 1.0
+    logits: torch.Tensor,
+    target_ids: torch.Tensor,
+    shard: VocabShard,
+    temperature: Temperature = 1.0,
+    response_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log p(target) [...] of ``target_ids`` [...] (global ids), with gradient."""
-    return _all(logits, shard, ("log_probs",), temperature=temperature, target_ids=target_ids).log_probs
+    options = {"temperature": temperature, "target_ids": target_ids, "response_mask": response_mask}
+    return _all(logits, shard, ("log_probs",), **options).log_probs
 
 
-def vocab_parallel_entropy(logits: torch.Tensor, shard: VocabShard, temperature: Temperature = 1.0) -> torch.Tensor:
+def vocab_parallel_entropy(
+    logits: torch.Tensor,
+    shard: VocabShard,
+    temperature: Temperature = 1.0,
+    response_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Entropy [...] in nats, with gradient."""
-    return _all(logits, shard, ("entropy",), temperature=temperature).entropy
+    return _all(logits, shard, ("entropy",), temperature=temperature, response_mask=response_mask).entropy
 
 
 def vocab_parallel_divergence(
@@ -57,39 +68,55 @@ def vocab_parallel_divergence(
     beta: float | None = None,
     temperature: Temperature = 1.0,
     target_ids: torch.Tensor | None = None,
+    response_mask: torch.Tensor | None = None,
 ) -> TokenOutputs:
     """The ``outputs`` (names of ``TokenOutputs`` fields) [...], with gradient in ``logits``.
 
     A teacher's rows follow the flattened leading dimensions of ``logits``. Other arguments as ``linear_divergence``.
     """
     warn_on_narrow_support(teacher, outputs)
-    return _all(logits, shard, outputs, teacher=teacher, beta=beta, temperature=temperature, target_ids=target_ids)
+    options = {"temperature": temperature, "target_ids": target_ids, "response_mask": response_mask}
+    return _all(logits, shard, outputs, teacher=teacher, beta=beta, **options)
 
 
-def _all(logits, shard, outputs, *, teacher=None, beta=None, temperature=1.0, target_ids=None) -> TokenOutputs:
+def _all(
+    logits, shard, outputs, *, teacher=None, beta=None, temperature=1.0, target_ids=None, response_mask=None
+) -> TokenOutputs:
     plan = make_plan(outputs, teacher=kind_of(teacher), beta=beta, has_target=target_ids is not None)
     if not plan.has_teacher and kind_of(teacher) == "dense":
         teacher = None
     if logits.shape[-1] < shard.columns:
         raise UserError(f"logits have {logits.shape[-1]} columns for a shard of {shard.columns}")
     leading = logits.shape[:-1]
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.reshape(-1)
+    for name, value in {"target_ids": target_ids, "response_mask": response_mask, "temperature": temperature}.items():
+        if isinstance(value, torch.Tensor) and value.shape != leading:
+            raise UserError(f"{name} has shape {tuple(value.shape)}, logits {tuple(leading)} positions")
+    rows = None if response_mask is None else response_mask.reshape(-1).nonzero().squeeze(1)
+    temperature, target_ids = _kept(temperature, rows), _kept(target_ids, rows)
     if target_ids is not None:
-        if target_ids.shape != leading:
-            raise UserError(f"target_ids has shape {tuple(target_ids.shape)}, logits {tuple(leading)} positions")
         check_ids(target_ids, shard.vocab_size, "target_ids")
-        target_ids = shard.local(target_ids.reshape(-1))
-    work = _LogitsWork(plan, shard, teacher, temperature, target_ids)
+        target_ids = shard.local(target_ids)
+    work = _LogitsWork(plan, shard, teacher, temperature, target_ids, rows)
     values = _VocabParallel.apply(logits.reshape(-1, logits.shape[-1]), work)
     return TokenOutputs(**{name: value.view(leading) for name, value in zip(plan.outputs, values, strict=True)})
+
+
+def _kept(value, rows: torch.Tensor | None):
+    """A tensor [...] of all positions as [rows that are kept]; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.reshape(-1) if rows is None else value.reshape(-1)[rows]
 
 
 class _LogitsWork:
     """One evaluation of whole logits; keeps what its backward pass needs beside them."""
 
-    def __init__(self, plan: Plan, shard: VocabShard, teacher, temperature: Temperature, target):
+    def __init__(
+        self, plan: Plan, shard: VocabShard, teacher, temperature: Temperature, target, rows: torch.Tensor | None
+    ):
+        """temperature, target: of the positions ``rows`` [kept] alone (None: all)."""
         self.plan, self.shard, self.source, self.temperature, self.target = plan, shard, teacher, temperature, target
+        self.rows = rows
         self.teacher: PreparedTeacher | None = None
         self.evaluated: list[Evaluated] = []
 
@@ -99,26 +126,39 @@ class _LogitsWork:
         self.backend = choose_backend("auto", logits.device, self.dtype)
         if self.source is not None:
             self.teacher = PreparedTeacher(
-                self.source, num_rows=logits.shape[0], rows=None, shard=self.shard, dtype=self.dtype
+                self.source, num_rows=logits.shape[0], rows=self.rows, shard=self.shard, dtype=self.dtype
             )
 
     def chunks(self, logits: torch.Tensor) -> Iterator[tuple]:
-        """(rows, float32 logits over temperature, teacher's distribution, target) of every chunk."""
-        for block, z in scaled_chunks(logits, self.shard, self.temperature, self.dtype):
+        """(rows among those kept, float32 logits over temperature, teacher's distribution, target) of every chunk."""
+        for block, z in scaled_chunks(logits, self.shard, self.temperature, self.dtype, self.rows):
             teacher = None if self.teacher is None else self.teacher.chunk(block, torch.empty_like(z))
             target = None if self.target is None else (self.target[0][block], self.target[1][block])
             yield block, z, teacher, target
 
+    def places(self, block: slice) -> slice | torch.Tensor:
+        """Where a block of kept rows lies among all positions."""
+        return block if self.rows is None else self.rows[block]
+
 
 def scaled_chunks(
-    logits: torch.Tensor, shard: VocabShard, temperature: Temperature, dtype: torch.dtype
+    logits: torch.Tensor,
+    shard: VocabShard,
+    temperature: Temperature,
+    dtype: torch.dtype,
+    rows: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, copy of the valid columns in ``dtype`` over temperature); the cut is the same on all ranks."""
+    """(rows, copy of the valid columns in ``dtype`` over temperature); the cut is the same on all ranks.
+
+    rows: indices of the rows that are kept (None: all); the blocks and a temperature per row count among these.
+    """
     columns = -(-shard.vocab_size // shard.size)
     size = max(1, _CHUNK_BYTES[logits.device.type] // (dtype.itemsize * columns))
-    for start in range(0, logits.shape[0], size):
-        block = slice(start, min(start + size, logits.shape[0]))
-        z = logits[block, : shard.columns].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    count = logits.shape[0] if rows is None else rows.numel()
+    for start in range(0, count, size):
+        block = slice(start, min(start + size, count))
+        part = logits[block if rows is None else rows[block], : shard.columns]
+        z = part.to(dtype, copy=rows is None, memory_format=torch.contiguous_format).contiguous()
         yield block, over_temperature(z, temperature, block)
 
 
@@ -130,7 +170,7 @@ class _VocabParallel(torch.autograd.Function):
         for block, z, teacher, target in work.chunks(logits):
             evaluated = evaluate(z, teacher, target, work.plan, work.shard, work.backend)
             for name, value in evaluated.outputs.items():
-                found[name][block] = value
+                found[name][work.places(block)] = value
             work.evaluated.append(evaluated)
         refuse_infinite(found)
         ctx.save_for_backward(logits)
@@ -146,13 +186,12 @@ class _VocabParallel(torch.autograd.Function):
         for (block, z, teacher, target), kept in zip(work.chunks(logits), work.evaluated, strict=True):
             slopes = zip(work.plan.outputs, upstream, strict=True)
             cotangents = {
-                name: over_temperature(slope[block].clone(), work.temperature, block)
+                name: over_temperature(slope[work.places(block)].clone(), work.temperature, block)
                 for name, slope in slopes
                 if slope is not None and name not in MASSES
             }
-            result[block, : work.shard.columns] = gradient(
-                z, teacher, target, kept, cotangents, work.plan, work.backend
-            )
+            slope = gradient(z, teacher, target, kept, cotangents, work.plan, work.backend)
+            result[work.places(block), : work.shard.columns] = slope.to(result.dtype)
         return result, None
 
 

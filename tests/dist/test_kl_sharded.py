@@ -72,7 +72,8 @@ def test_float32_agrees_between_sizes(results, name):
     for size in (2, 4):
         for key, value in results[f"{name}/{size}"].items():
             if key in ("loss", "hidden", "weight", *CASES[name].outputs):
-                bound = 5e-6 if key in ("hidden", "weight") else 1e-6
+                # The hidden gradient of 5,003 columns is as exact as a float32 product over them.
+                bound = 2e-6 if key == "hidden" and CASES[name].vocab > 1000 else 1e-6
                 assert relative(value, one[key].double()) <= bound, (size, key)
 
 

@@ -16,6 +16,7 @@ from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import Logits
 
+
 def computed(problem: Problem, names, beta, dtype=torch.float64, chunk_rows=3, mode="fused", teacher=None):
     hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
     weight = problem.weight.to(dtype, copy=True).requires_grad_()
@@ -173,6 +174,45 @@ def test_nothing_in_a_masked_row_can_leak():
     problem.teacher_hidden[2] = torch.nan
     dirty = computed(problem, ALL, None)
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[2], dirty[2]) and torch.equal(clean[3], dirty[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ignored_positions_of_existing_logits(dtype):
+    """They may hold anything: ids outside the vocabulary, infinite divergences, NaN; the others do not notice."""
+    problem = make_problem(rows=6, masked=(1, 4))
+    z = (problem.hidden @ problem.weight.T).to(dtype).view(2, 3, 40)
+    y, mask, target = problem.teacher_logits().clone(), problem.mask.view(2, 3), problem.target.clone()
+    z[0, 1], y[4], target[1] = torch.nan, -torch.inf, -100
+    temperature = torch.tensor([0.5, 0.9, 2.0, 1.5, 0.8, 1.0], dtype=torch.float64)
+    leaf = z.clone().requires_grad_()
+    found = vocab_parallel_divergence(
+        leaf, Logits(y), VocabShard.whole(37), ("jsd", *ALL), beta=0.3, temperature=temperature.view(2, 3),
+        target_ids=target.view(2, 3), response_mask=mask,
+    )  # fmt: skip
+    combined(found, torch.arange(6).view(2, 3)).sum().backward()
+    rows = problem.mask.nonzero().squeeze(1)
+    few = z.view(6, 40)[rows].double().requires_grad_()
+    scaled = few[:, :37] / temperature[rows, None]
+    exact = dense_outputs(scaled, y[rows], ("jsd", *ALL), beta=0.3, target_ids=target[rows])
+    combined(exact, rows).sum().backward()
+    bounds = (1e-13, 1e-12) if dtype == torch.float64 else (1e-6, 2**-8)
+    for name in ("jsd", *ALL):
+        assert relative(getattr(found, name)[mask], getattr(exact, name).detach()) <= bounds[0]
+        assert not getattr(found, name)[~mask].any()
+    assert relative(leaf.grad.view(6, 40)[rows], few.grad) <= bounds[1]
+    assert not leaf.grad[~mask].any()
+    assert not vocab_parallel_entropy(z, VocabShard.whole(37), response_mask=torch.zeros_like(mask)).any()
+    kept = vocab_parallel_log_probs(z, target.view(2, 3), VocabShard.whole(37), temperature.view(2, 3), mask)
+    assert torch.equal(kept, found.log_probs)
+
+
+def test_every_token_has_its_own_temperature():
+    problem = make_problem(rows=9, masked=(2, 3))
+    problem.temperature = torch.linspace(0.5, 2.0, 9, dtype=torch.float64)
+    expected_problem = dataclasses.replace(problem, temperature=problem.temperature.unsqueeze(1))
+    expected = reference(expected_problem, ("jsd", *ALL), 0.3)
+    for mode in ("fused", "recompute"):
+        assert_same(computed(problem, ("jsd", *ALL), 0.3, mode=mode), expected, problem.mask, 1e-13, 1e-12)
 
 
 def test_no_row_counts():

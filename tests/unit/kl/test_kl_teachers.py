@@ -179,13 +179,6 @@ def test_support_metrics_count_only_rows_that_count():
     assert guards.support_metrics(outputs, mask, "bucket")["zeroed_gradient"][0].item() == 0
 
 
-def test_divergence_by_position():
-    outputs = TokenOutputs(reverse_kl=torch.tensor([1.0, 2.0, 4.0, 8.0]))
-    mask = torch.tensor([True, True, True, False])
-    sums, counts = guards.divergence_by_position(outputs, torch.tensor([0, 4, 5, 9]), mask, (4, 8))["reverse_kl"]
-    assert sums.tolist() == [1.0, 6.0, 0.0] and counts.tolist() == [1, 2, 0]
-
-
 def call(**changes):
     problem = make_problem()
     arguments = {"shard": VocabShard.whole(37), "outputs": ("reverse_kl",), "teacher": problem.teacher()} | changes
