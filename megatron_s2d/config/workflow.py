@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -19,6 +19,7 @@ from megatron_s2d.config.base import Config, UserError, apply_overrides, load_ya
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 
 HALVES = ("1H", "2H")
@@ -33,11 +34,16 @@ class LengthConfig(Config):
 class EvaluationConfig(Config):
     """How the endpoint of every arm is measured (methods M6)."""
 
-    prompts: str = Field(description="entry of `data`")
+    prompts: str | Annotated[list[str], Field(min_length=1)] = Field(description="entry of `data`, or several")
     samples_per_prompt: int = Field(16, ge=1, description="k of avg@k")
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="added to the run's seed")
     problems_per_round: int = Field(256, ge=1, description="problems between two progress reports")
+
+    @property
+    def entries(self) -> list[str]:
+        """All entries, in order."""
+        return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
 
 
 class ContrastConfig(Config):
@@ -89,6 +95,7 @@ class WorkflowConfig(Config):
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
     gates: list[PassRateWindow] = Field(default_factory=list)
+    table: TableConfig | None = Field(None, description="the paper's table that the arms are rows of")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
     num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
@@ -121,7 +128,9 @@ class WorkflowConfig(Config):
             self._need_stage(f"arms.{arm}", stage_name, ModelStageConfig)
         for stage_name in self.also_evaluate:
             self._need_stage("also_evaluate", stage_name, ModelStageConfig)
-        self._need_prompts("evaluation.prompts", self.evaluation.prompts)
+        for entry in self.evaluation.entries:
+            self._need_prompts("evaluation.prompts", entry)
+        self._check_table()
         for index, contrast in enumerate(self.contrasts):
             for side in (contrast.a, contrast.b):
                 if side not in self.arms:
@@ -140,8 +149,19 @@ class WorkflowConfig(Config):
             self._need_stage(f"{where}.{relation}", other, wanted)
         for entry in stage.entries:
             self._need_prompts(f"{where}.{'data' if stage.type == 'supervised' else 'prompts'}", entry)
-            if stage.uses_labels and entry.partition("/")[0] == self.evaluation.prompts.partition("/")[0]:
+            if stage.uses_labels and entry.partition("/")[0] in {e.partition("/")[0] for e in self.evaluation.entries}:
                 raise ValueError(f"{where}: '{entry}' is the evaluation set; training on its labels is refused")
+
+    def _check_table(self) -> None:
+        if self.table is None:
+            return
+        for column in self.table.columns:
+            if column.prompts is not None and column.prompts not in self.evaluation.entries:
+                raise ValueError(f"table: column '{column.label}': '{column.prompts}' is not among evaluation.prompts")
+        for row in self.table.rows:
+            for arm in [row.arm] if isinstance(row.arm, str) else (row.arm or {}).values():
+                if arm not in self.arms:
+                    raise ValueError(f"table: row '{row.label}' names the arm '{arm}', which is not among `arms`")
 
     def _need_stage(self, where: str, name: str, wanted: type) -> None:
         if name not in self.stages:
@@ -201,7 +221,7 @@ class WorkflowConfig(Config):
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
     """Read, override, expand ``like`` and validate a workflow file; every problem is a one-line ``UserError``."""
-    document = apply_overrides(load_yaml(path), overrides or [])
+    document = apply_overrides(_with_base(Path(path), ()), overrides or [])
     stages = document.get("stages")
     if isinstance(stages, dict):
         expanded = {name: _expand(name, stages, str(path), ()) for name in stages}
@@ -209,6 +229,23 @@ def load_workflow(path: str | Path, overrides: list[str] | None = None) -> Workf
             name: {"role": name, **stage} if isinstance(stage, dict) else stage for name, stage in expanded.items()
         }
     return parse(WorkflowConfig, document, str(path))
+
+
+def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's document over that of the file that its ``base`` names (relative to its folder).
+
+    Models, data and stages are added to the base's, and one of the same name replaces it; of every other key the file's
+    own value counts.
+    """
+    document = load_yaml(path)
+    if "base" not in document:
+        return document
+    name = document.pop("base")
+    if not isinstance(name, str) or path.resolve() in seen:
+        raise UserError(f"{path}: base: give the name of another workflow file, and no circle")
+    base = _with_base(path.parent / name, (*seen, path.resolve()))
+    shared = [key for key in ("models", "data", "stages") if isinstance(document.get(key), dict)]
+    return base | document | {key: base.get(key, {}) | document[key] for key in shared}
 
 
 def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:

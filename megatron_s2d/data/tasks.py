@@ -49,7 +49,7 @@ def task_prompts(source: TaskSource, tokenizer) -> list[Prompt]:
                 id=f"modular_arithmetic/{source.split}/{number}",
                 token_ids=encode(words),
                 text=" ".join(words),
-                domain="arithmetic",
+                domain=source.domain,
                 verifier="modular_arithmetic",
                 answer=str(results[row, -1]),
                 solution_token_ids=encode([*_solution_words(results[row]), "<eos>"]),
@@ -70,7 +70,7 @@ def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> lis
                 id=f"modular_arithmetic/corpus/{source.seed}/{index}",
                 token_ids=encode(words),
                 text=" ".join(words),
-                domain="arithmetic",
+                domain=source.domain,
                 verifier=None,
                 answer=None,
                 solution_token_ids=encode(solution),
@@ -118,7 +118,8 @@ def _num_problems(source: TaskSource) -> int:
 def _draw(source: TaskSource, rng: np.random.Generator, count: int) -> np.ndarray:
     """``count`` distinct problem numbers of the split."""
     low, high = _SHARES[source.split]
-    available = _num_problems(source) * (high - low) // 100
+    share = (len(set(source.operators)) / len(OPERATORS)) ** source.num_operations
+    available = int(_num_problems(source) * (high - low) / 100 * share)
     if count > available // 2:
         raise UserError(
             f"{count} problems are asked for; the split {source.split} of modulus {source.modulus} with "
@@ -128,8 +129,15 @@ def _draw(source: TaskSource, rng: np.random.Generator, count: int) -> np.ndarra
     while len(found) < count:
         numbers = rng.integers(0, _num_problems(source), size=8 * count, dtype=np.int64)
         classes = _hash(numbers) % 100
-        found.update(dict.fromkeys(numbers[(classes >= low) & (classes < high)].tolist()))
+        numbers = numbers[(classes >= low) & (classes < high)]
+        found.update(dict.fromkeys(numbers[_has_operators(source, numbers)].tolist()))
     return np.array(list(found)[:count], dtype=np.int64)
+
+
+def _has_operators(source: TaskSource, numbers: np.ndarray) -> np.ndarray:
+    """[n] bool: problems that have no other operators than the source's."""
+    _, operators, _ = _decode(source, numbers)
+    return np.isin(operators, [OPERATORS.index(operator) for operator in source.operators]).all(axis=1)
 
 
 def _hash(numbers: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from megatron_s2d.workflow.contrasts import (
     paired_comparison,
     read_evaluation,
 )
+from megatron_s2d.workflow.paper_table import make_table
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
 from megatron_s2d.workflow.results import (
@@ -66,7 +67,12 @@ def collect_results(
         rollouts=tuple(example for job in stages for example in _examples(job)),
         environment=environment,
         warnings=(*_gate_warnings(config, jobs), *_dropped_warnings(checked)),
+        table=make_table(config, evaluations, _problems(config, checked)),
     )
+
+
+def _problems(config: WorkflowConfig, checked: Preflight) -> dict[str, list[str]]:
+    return {entry: [prompt.id for prompt in checked.prompts[entry]] for entry in config.evaluation.entries}
 
 
 def compare_arms(

@@ -56,13 +56,20 @@ class Evaluation:
 
     def of_domain(self, domain: str) -> Evaluation:
         """The problems of one domain."""
-        rows = [index for index, name in enumerate(self.domains) if name == domain]
+        return self._rows([index for index, name in enumerate(self.domains) if name == domain], domain)
+
+    def of_problems(self, problem_ids: Sequence[str]) -> Evaluation:
+        """Some of the problems, in the order given; all of them are among the evaluated ones."""
+        place = {problem: row for row, problem in enumerate(self.problem_ids)}
+        return self._rows([place[problem] for problem in problem_ids], f"{len(problem_ids)} problems")
+
+    def _rows(self, rows: Sequence[int], what: str) -> Evaluation:
         return Evaluation(
-            f"{self.source} ({domain})",
+            f"{self.source} ({what})",
             tuple(self.problem_ids[row] for row in rows),
             tuple(self.domains[row] for row in rows),
-            self.rewards[rows],
-            self.response_lengths[rows],
+            self.rewards[list(rows)],
+            self.response_lengths[list(rows)],
             tuple(self.finish_reasons[row] for row in rows),
         )
 

@@ -40,7 +40,7 @@ class Ledger:
 
     def check(self, stages: Sequence[str]) -> None:
         """Refuse evaluation problems in training data, and a stage whose labels an earlier stage of its chain used."""
-        evaluation = self.keys(self.config.evaluation.prompts)
+        evaluation = {key for entry in self.config.evaluation.entries for key in self.keys(entry)}
         for name in stages:
             for entry in self.labels_of(name):
                 own = self.keys(entry)

@@ -127,10 +127,10 @@ def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str
 
 
 def _resolved_evaluation(config: WorkflowConfig, digests: Mapping[str, str]) -> dict[str, Any]:
-    entry = config.evaluation.prompts.partition("/")[0]
+    entries = {entry.partition("/")[0] for entry in config.evaluation.entries}
     settings = dump(config.evaluation)
     del settings["problems_per_round"]
-    return _common(config) | {"evaluation": settings, "data": {entry: digests[entry]}}
+    return _common(config) | {"evaluation": settings, "data": {entry: digests[entry] for entry in sorted(entries)}}
 
 
 def _add(

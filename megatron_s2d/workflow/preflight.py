@@ -92,9 +92,12 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     for name in stages:
         _check_stage(config, name, specs, prompts)
     evaluation = config.evaluation
-    _check_graded(prompts[evaluation.prompts], f"evaluation.prompts: '{evaluation.prompts}'")
+    for entry in evaluation.entries:
+        _check_graded(prompts[entry], f"evaluation.prompts: '{entry}'")
+    _check_distinct(evaluation.entries, prompts)
     for name in evaluated_stages(config):
-        _check_length(config, f"evaluation of {name}", name, specs, prompts[evaluation.prompts], evaluation.sampling)
+        for entry in evaluation.entries:
+            _check_length(config, f"evaluation of {name}", name, specs, prompts[entry], evaluation.sampling)
     for index, gate in enumerate(config.gates):
         _check_graded(prompts[gate.prompts], f"gates.{index}.prompts: '{gate.prompts}'")
     memory = {name: estimate_memory(config, name, specs, prompts) for name in stages}
@@ -120,7 +123,7 @@ def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
 
 def _load_prompts(config: WorkflowConfig, stages: Sequence[str], tokenizer: Any) -> dict[str, PromptSet]:
     """Every entry (or half) that a stage, a gate or the evaluation reads; corpora have no prompts."""
-    names = [config.evaluation.prompts, *(gate.prompts for gate in config.gates)]
+    names = [*config.evaluation.entries, *(gate.prompts for gate in config.gates)]
     names += [entry for name in stages for entry in config.stages[name].entries]
     return {
         name: prompts_of(config, name, tokenizer)
@@ -226,6 +229,19 @@ def _check_graded(prompts: Sequence[Prompt], where: str) -> None:
         raise UserError(f"{where}: {error}") from None
 
 
+def _check_distinct(entries: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Evaluation rows are kept by problem, so a problem may be in one entry only."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        for prompt in prompts[entry]:
+            if prompt.id in found:
+                raise UserError(
+                    f"evaluation.prompts: the problem {prompt.id} is in '{found[prompt.id]}' and in '{entry}'; "
+                    "evaluate it once"
+                )
+            found[prompt.id] = entry
+
+
 def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
     evaluation = config.evaluation
     totals = {}
@@ -234,7 +250,8 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
         if isinstance(stage, TeacherCacheConfig):
             totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.prompts_per_round)
     for name in evaluated_stages(config):
-        totals[f"evaluations/{name}"] = math.ceil(len(prompts[evaluation.prompts]) / evaluation.problems_per_round)
+        problems = sum(len(prompts[entry]) for entry in evaluation.entries)
+        totals[f"evaluations/{name}"] = math.ceil(problems / evaluation.problems_per_round)
     for number, gate in enumerate(config.gates):
         problems = min(gate.num_prompts, len(prompts[gate.prompts]))
         totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.problems_per_round)

@@ -84,13 +84,13 @@ def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, sto
 
 def _evaluate(context: StageContext, job: Job) -> None:
     evaluation = context.config.evaluation
-    prompts_name, k, limit = evaluation.prompts, evaluation.samples_per_prompt, None
+    entries, k, limit = evaluation.entries, evaluation.samples_per_prompt, None
     if job.gate is not None:
         gate = context.config.gates[job.gate]
-        prompts_name, k, limit = gate.prompts, gate.samples_per_prompt, gate.num_prompts
+        entries, k, limit = [gate.prompts], gate.samples_per_prompt, gate.num_prompts
     run_evaluation(
         context,
-        context.prompts(prompts_name)[:limit],
+        [prompt for entry in entries for prompt in context.prompts(entry)][:limit],
         samples_per_prompt=k,
         sampling=evaluation.sampling,
         seed=context.config.seed * 1_000_003 + evaluation.seed,

@@ -58,6 +58,10 @@ def print_report(results: RunResults, console: Console) -> None:
     """The tables of arms and contrasts, for a terminal."""
     header, rows = _arm_table(results)
     console.print(_rich_table("Arms", header, rows))
+    if results.table is not None:
+        console.print(_rich_table(results.table.title, results.table.header, results.table.rows))
+        for agreement in results.table.agreements:
+            console.print(Text(agreement.sentence))
     if results.contrasts:
         header, rows = _contrast_table(results)
         console.print(_rich_table("Contrasts (percentage points)", header, rows))
@@ -78,6 +82,10 @@ def render_markdown(results: RunResults) -> str:
     lines += [f"**Warning:** {_cell(warning)}\n" for warning in results.warnings]
     lines += _markdown_table(*_arm_table(results))
     lines += ["", "Mean over problems ± one standard error over problems, in per cent.", ""]
+    if results.table is not None:
+        lines += [f"## {_cell(results.table.title)}", ""]
+        lines += [*_markdown_table(results.table.header, results.table.rows), ""]
+        lines += [f"{_cell(agreement.sentence)}\n" for agreement in results.table.agreements]
     if results.contrasts:
         lines += _markdown_table(*_contrast_table(results))
         lines += ["", "Paired on the same problems; the intervals are bootstrapped over problems.", ""]
@@ -120,7 +128,7 @@ def _contrast_table(results: RunResults) -> tuple[list[str], list[list[str]]]:
 def _rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", pad_edge=False)
     for name in header:
-        number = name.endswith(("%", "Points", "k", "Tokens"))
+        number = name.endswith(("%", "Points", "k", "Tokens", "(paper)"))
         table.add_column(Text(name), overflow="fold", justify="right" if number else "left")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))

@@ -213,6 +213,19 @@ alt="Bar chart of avg@k of every arm; the numbers are in the table above"></figu
 {% else %}<p>No arm has been evaluated.</p>{% endif %}
 </section>
 
+{% if results.table is not none %}
+<section>
+<h2>{{ results.table.title }}</h2>
+<div class="scroll"><table>
+<thead><tr>{% for name in results.table.header %}<th{% if not loop.first %} class="number"{% endif %}>{{ name }}</th>
+{% endfor %}</tr></thead>
+<tbody>{% for row in results.table.rows %}<tr>{% for cell in row %}<td{% if not loop.first %} class="number"{% endif %}>
+{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
+<p class="muted">Beside the paper's figures, what this run measured: mean ± one standard error over problems, in per cent.
+{% for agreement in results.table.agreements %}{{ agreement.sentence }} {% endfor %}</p>
+</section>
+{% endif %}
+
 <section>
 <h2>Contrasts</h2>
 {% if results.contrasts %}

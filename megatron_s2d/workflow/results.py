@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_s2d.artifacts import StageDirectory
 from megatron_s2d.workflow.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
+from megatron_s2d.workflow.paper_table import PaperTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,7 @@ class RunResults:
     rollouts: tuple[RolloutExample, ...] = ()
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # machine, versions, command
     warnings: tuple[str, ...] = ()  # such as a pass-rate gate that failed
+    table: PaperTable | None = None  # the arms in a paper's form
 
     def as_json(self) -> dict[str, Any]:
         """The content of ``results.json``."""
@@ -187,4 +189,4 @@ class RunResults:
             "wall_seconds": self.wall_seconds,
             "arms": {arm.name: arm.as_json() for arm in self.arms},
             "contrasts": [contrast.as_json() for contrast in self.contrasts],
-        }
+        } | ({"table": self.table.as_json()} if self.table is not None else {})

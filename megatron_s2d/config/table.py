@@ -1,0 +1,71 @@
+"""A table of a paper: which arm is which row, what was measured in which column, and the paper's own figures.
+
+The report prints it (``workflow/paper_table.py``). No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config
+
+
+class TableColumn(Config):
+    """One measured column: some of the evaluated problems, or the mean of other columns."""
+
+    label: str
+    prompts: str | None = Field(None, description="entry of `evaluation.prompts`; by default all problems")
+    metric: Literal["avg", "pass"] = Field("avg", description="avg@k or pass@k, k being `samples_per_prompt`")
+    average: list[str] = Field(default_factory=list, description="labels of the columns whose mean this one is")
+    paper: str | None = Field(None, description="the paper's column for comparison of the rows' order")
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> TableColumn:
+        if self.average and self.prompts is not None:
+            raise ValueError("give `prompts` or `average`, not both")
+        return self
+
+
+class TableRow(Config):
+    """One row: an arm (or an arm for each measured column), and what the paper has."""
+
+    label: str
+    arm: str | dict[str, str] | None = Field(None, description="arm, or column -> arm; null for a row that is not run")
+    paper: list[float | None] = Field(description="one figure a paper column; null where it has none")
+    note: str = Field("", description="printed behind the label, such as why the row is not run")
+
+    def arm_of(self, column: TableColumn) -> str | None:
+        """The arm that is shown in ``column``."""
+        return self.arm.get(column.label) if isinstance(self.arm, dict) else self.arm
+
+
+class TableConfig(Config):
+    """The rows in the paper's order."""
+
+    title: str
+    paper_columns: list[str] = Field(min_length=1, description="names of the figures in every row's `paper`")
+    columns: list[TableColumn] = Field(min_length=1)
+    rows: list[TableRow] = Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> TableConfig:
+        labels = [column.label for column in self.columns]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two columns have the same label")
+        for column in self.columns:
+            for other in column.average:
+                if other not in labels or next(c for c in self.columns if c.label == other).average:
+                    raise ValueError(f"column '{column.label}' averages '{other}', which is not a measured column")
+            if column.paper is not None and column.paper not in self.paper_columns:
+                raise ValueError(f"column '{column.label}' names '{column.paper}', which is not among paper_columns")
+        for row in self.rows:
+            if len(row.paper) != len(self.paper_columns):
+                raise ValueError(
+                    f"row '{row.label}' has {len(row.paper)} figures and paper_columns {len(self.paper_columns)}"
+                )
+            if isinstance(row.arm, dict) and not set(row.arm) <= set(labels):
+                raise ValueError(f"row '{row.label}' names a column that there is not; columns: {', '.join(labels)}")
+        return self
