@@ -43,6 +43,13 @@ class ModelStageConfig(StageConfig):
     """A stage that leaves a model."""
 
 
+class PretrainedConfig(ModelStageConfig):
+    """The weights of a published checkpoint as they are: a raw teacher, a reference, an arm without any training."""
+
+    type: Literal["pretrained"] = "pretrained"
+    model: str = Field(description="entry of `models` that has a `path`")
+
+
 class TrainingStageConfig(ModelStageConfig):
     """Fields of every stage that updates a model: it starts from ``model`` (fresh weights) or ``init`` (a stage)."""
 
@@ -67,7 +74,9 @@ class SupervisedConfig(TrainingStageConfig):
 
     type: Literal["supervised"] = "supervised"
     data: str | None = Field(None, description="entry of `data` with reference solutions")
-    cache: str | None = Field(None, description="teacher_cache stage whose responses are the data")
+    cache: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="teacher_cache stage whose responses are the data, or several"
+    )
     batch_size: int = Field(64, ge=1, description="responses of one update")
     aggregation: Aggregation = "token_mean"
 
@@ -78,6 +87,8 @@ class SupervisedConfig(TrainingStageConfig):
         return self
 
     def inputs(self) -> dict[str, str]:
+        if isinstance(self.cache, list):
+            return super().inputs() | {f"cache.{index}": name for index, name in enumerate(self.cache)}
         return super().inputs() | ({"cache": self.cache} if self.cache else {})
 
     @property
@@ -163,6 +174,7 @@ class TeacherCacheConfig(StageConfig):
     )
     top_k: int = Field(256, ge=1, description="entries per position of kind topk")
     prompts_per_round: int = Field(256, ge=1, description="prompts generated between two progress reports")
+    verified_only: bool = Field(False, description="keep only responses that the verifier accepts; this uses labels")
 
     def inputs(self) -> dict[str, str]:
         return {"teacher": self.teacher}
@@ -170,6 +182,10 @@ class TeacherCacheConfig(StageConfig):
     @property
     def entries(self) -> list[str]:
         return [self.prompts]
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.verified_only
 
 
 class ForwardKlConfig(TrainingStageConfig):
@@ -215,6 +231,7 @@ class TeacherSamplingConfig(Config):
     alpha_end: float = Field(0.0, ge=0, description="weight at the end of the second phase")
     phase_1_end: float = Field(ge=0, le=1, description="p1, a fraction of the stage's steps")
     phase_2_end: float = Field(ge=0, le=1, description="p2; nothing is sampled from the teacher afterwards")
+    verified_only: bool = Field(True, description="false: wrong responses anchor too (a control of the paper)")
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> TeacherSamplingConfig:
@@ -346,6 +363,6 @@ def _by_domain(relation: str, stages: ByDomain) -> dict[str, str]:
 
 
 Stage = Annotated[
-    SupervisedConfig | GrpoConfig | TeacherCacheConfig | ForwardKlConfig | OpdConfig | ExpoConfig,
+    PretrainedConfig | SupervisedConfig | GrpoConfig | TeacherCacheConfig | ForwardKlConfig | OpdConfig | ExpoConfig,
     Field(discriminator="type"),
 ]

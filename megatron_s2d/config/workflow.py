@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,7 +146,7 @@ class WorkflowConfig(Config):
         if isinstance(stage, TrainingStageConfig) and stage.model is not None and stage.model not in self.models:
             raise ValueError(f"{where}.model: '{stage.model}' is not among `models` ({', '.join(self.models)})")
         for relation, other in stage.inputs().items():
-            wanted = TeacherCacheConfig if relation == "cache" else ModelStageConfig
+            wanted = TeacherCacheConfig if relation.partition(".")[0] == "cache" else ModelStageConfig
             self._need_stage(f"{where}.{relation}", other, wanted)
         for entry in stage.entries:
             self._need_prompts(f"{where}.{'data' if stage.type == 'supervised' else 'prompts'}", entry)
@@ -221,7 +222,7 @@ class WorkflowConfig(Config):
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
     """Read, override, expand ``like`` and validate a workflow file; every problem is a one-line ``UserError``."""
-    document = apply_overrides(_with_base(Path(path), ()), overrides or [])
+    document = apply_overrides(functools.reduce(_over, _documents(Path(path))), overrides or [])
     stages = document.get("stages")
     if isinstance(stages, dict):
         expanded = {name: _expand(name, stages, str(path), ()) for name in stages}
@@ -231,21 +232,27 @@ def load_workflow(path: str | Path, overrides: list[str] | None = None) -> Workf
     return parse(WorkflowConfig, document, str(path))
 
 
-def _with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's document over that of the file that its ``base`` names (relative to its folder).
-
-    Models, data and stages are added to the base's, and one of the same name replaces it; of every other key the file's
-    own value counts.
-    """
+def _documents(path: Path, users: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The documents of the files that the file's ``base`` names, relative to its folder, in order, and its own."""
     document = load_yaml(path)
-    if "base" not in document:
-        return document
-    name = document.pop("base")
-    if not isinstance(name, str) or path.resolve() in seen:
-        raise UserError(f"{path}: base: give the name of another workflow file, and no circle")
-    base = _with_base(path.parent / name, (*seen, path.resolve()))
-    shared = [key for key in ("models", "data", "stages") if isinstance(document.get(key), dict)]
-    return base | document | {key: base.get(key, {}) | document[key] for key in shared}
+    names = document.pop("base", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: base: give the name of another workflow file, or a list of names")
+    if path.resolve() in users:
+        raise UserError(f"{path}: base: the file builds on itself")
+    users = (*users, path.resolve())
+    return [part for name in names for part in _documents(path.parent / name, users)] + [document]
+
+
+def _over(base: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key and null removes a key; ``arms``, and an entry of ``models`` or ``data``, replace."""
+    whole = {
+        key: document[key] if key == "arms" else base.get(key, {}) | document[key]
+        for key in ("arms", "models", "data")
+        if isinstance(document.get(key), dict)
+    }
+    return _merge(base, {key: value for key, value in document.items() if key not in whole}) | whole
 
 
 def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:

@@ -89,6 +89,12 @@ class _Row:
             raise self.error(f"'{column}' is not valid Unicode text (half of a surrogate pair)") from None
         return value
 
+    def number_in(self, column: str) -> float:
+        value = self.get(column)
+        if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+            raise self.error(f"'{column}' is not a number but a {type(value).__name__}")
+        return float(value)
+
     def label(self, column: str) -> str | None:
         """The text that a verifier needs; None where there is no verifier."""
         return None if self.source.verifier is None else self.text(column)
@@ -108,6 +114,8 @@ def read_problems(source: FileSource) -> tuple[list[Problem], int]:
             if len(found) == source.limit:
                 return list(found.values()), duplicates
             row = _Row(source, columns, path, number + 1)
+            if any(row.number_in(column) < least for column, least in source.at_least.items()):
+                continue
             id, *rest = layout(row)
             problem = Problem(f"{name}/{number if id is None else id}", *rest)
             if problem.id not in found:

@@ -84,7 +84,11 @@ class StageContext:
         stage = self.stage
         if stage.init is not None:
             return self.policy_of(stage.init, beta=beta)
-        return self._policy(stage.model, fresh=True, beta=beta)
+        return self.fresh_policy(stage.model, beta=beta)
+
+    def fresh_policy(self, model_name: str, *, beta: float | None = None) -> Policy:
+        """An entry of ``models`` with its own weights: those of its ``path``, or drawn with the stage's seed."""
+        return self._policy(model_name, fresh=True, beta=beta)
 
     def policy_of(self, stage_name: str, *, beta: float | None = None, layout: Layout | None = None) -> Policy:
         """The model that a finished stage left."""

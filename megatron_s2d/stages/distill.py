@@ -313,7 +313,7 @@ class TeacherAnchors:
             if own:
                 found = sampler.sample(own, settings.responses_per_prompt, step)
                 drawn += len(found)
-                kept += [sample for sample in found if sample.reward == 1.0]
+                kept += [sample for sample in found if sample.reward == 1.0 or not settings.verified_only]
         for place, sample in enumerate(kept):
             anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)
             parts[place % len(parts)].append(anchor)

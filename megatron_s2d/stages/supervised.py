@@ -64,7 +64,8 @@ def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[
 
 def _reader(context: StageContext, stage: SupervisedConfig) -> Callable[[int, int], Sequence[Sample]]:
     if stage.cache is not None:
-        cached = open_cache(context, stage.cache).samples
+        names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
+        cached = [sample for name in names for sample in open_cache(context, name).samples]
         return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
     source = context.config.data[stage.data.partition("/")[0]]
     if is_corpus(source):

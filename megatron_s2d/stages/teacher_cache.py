@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_s2d.artifacts import tree_digest
 from megatron_s2d.config.algorithm import TeacherCacheConfig
+from megatron_s2d.config.base import UserError
 from megatron_s2d.data.cache import (
     CachedDistribution,
     CacheHeader,
@@ -29,37 +30,42 @@ from megatron_s2d.stages.rollouts import Sampler, examples, response_metrics
 from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.train.policy import Policy, gather_dicts
+from megatron_s2d.verify import Graders
 
 OUTPUT_LAYER_NAME = "output_layer.safetensors"
 
 
 def run_teacher_cache(context: StageContext) -> None:
-    """Generate, score, write round by round; then join the rounds."""
+    """Generate, keep, score, write round by round; then join the rounds."""
     stage: TeacherCacheConfig = context.stage
     teacher = context.frozen(stage.teacher)
     engine = context.engine(teacher)
     params = context.sampling(stage.sampling, context.config.model_of(stage.teacher))
-    sampler = Sampler(teacher, engine, params, context.seed, context.tokenizer)
     prompts = context.prompts(stage.prompts)
     header = cache_header(context, stage, teacher)
     rounds = [prompts[i : i + stage.prompts_per_round] for i in range(0, len(prompts), stage.prompts_per_round)]
     parts = context.directory.path / "rounds"
     done = count_rounds(parts)
     log, timer = open_log(context.directory, done, None), Timer()
-    for number, part in enumerate(rounds[done:], start=done + 1):
-        samples = sampler.sample(part, stage.responses_per_prompt, number)
-        distributions = distributions_of(teacher, samples, header)
-        if context.is_writer:
-            with CacheWriter(round_path(parts, number), header) as writer:
-                for index, sample in enumerate(samples):
-                    writer.add(sample, distributions[index])
-        dist.barrier()
-        times = timer.lap()
-        tokens = sum(sample.response_length for sample in samples)
-        log.write(number, response_metrics(samples) | {"tokens_per_second": tokens / times["seconds"]} | times)
-        write_examples(context.directory, examples(number, samples, part, context.tokenizer))
-        if agree(context.stop()) and number < len(rounds):
-            raise Stopped(f"stopped after round {number} of {len(rounds)}")
+    with Graders() as graders:
+        judge = graders if stage.verified_only else None
+        sampler = Sampler(teacher, engine, params, context.seed, context.tokenizer, judge)
+        for number, part in enumerate(rounds[done:], start=done + 1):
+            samples = sampler.sample(part, stage.responses_per_prompt, number)
+            kept = [sample for sample in samples if not stage.verified_only or sample.reward == 1.0]
+            distributions = distributions_of(teacher, kept, header) if kept else {}
+            if context.is_writer:
+                with CacheWriter(round_path(parts, number), header) as writer:
+                    for index, sample in enumerate(kept):
+                        writer.add(sample, distributions[index])
+            dist.barrier()
+            times = timer.lap()
+            tokens = sum(sample.response_length for sample in samples)
+            measured = {"kept": len(kept), "tokens_per_second": tokens / times["seconds"]}
+            log.write(number, response_metrics(samples) | measured | times)
+            write_examples(context.directory, examples(number, samples, part, context.tokenizer))
+            if agree(context.stop()) and number < len(rounds):
+                raise Stopped(f"stopped after round {number} of {len(rounds)}")
     if header.kind == "hidden":
         save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
     if context.is_writer:
@@ -146,9 +152,11 @@ def count_rounds(parts: Path) -> int:
 def join_rounds(parts: Path, count: int, target: Path, header: CacheHeader) -> None:
     """One cache of all rounds; the rounds go when it stands."""
     if not target.exists():
+        rounds = [TeacherCache.open(round_path(parts, number), expect=header) for number in range(1, count + 1)]
+        if not any(part.samples for part in rounds):
+            raise UserError("the verifier accepts no response of the teacher: there is nothing to train on")
         with CacheWriter(target, header) as writer:
-            for number in range(1, count + 1):
-                part = TeacherCache.open(round_path(parts, number), expect=header)
+            for part in rounds:
                 for sample in part.samples:
                     writer.add(sample, part.distribution(sample))
     shutil.rmtree(parts, ignore_errors=True)

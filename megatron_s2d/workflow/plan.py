@@ -60,7 +60,7 @@ def key_of(resolved: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
     """All jobs that the arms, evaluations and gates need, inputs first. Nothing is changed on disk."""
-    digests = {name: data_digest(config, name) for name in config.data}
+    digests = {name: data_digest(config, name) for name in used_data(config)}
     jobs: dict[str, Job] = {}
     for name in needed_stages(config):
         stage = config.stages[name]
@@ -93,6 +93,13 @@ def evaluated_stages(config: WorkflowConfig) -> list[str]:
     """Endpoints of arms and further stages to evaluate, each once, in stage order."""
     wanted = {*config.arms.values(), *config.also_evaluate}
     return [name for name in config.stage_order() if name in wanted]
+
+
+def used_data(config: WorkflowConfig) -> list[str]:
+    """Entries of ``data`` that a job reads, sorted."""
+    entries = [*config.evaluation.entries, *(gate.prompts for gate in config.gates)]
+    entries += [entry for name in needed_stages(config) for entry in config.stages[name].entries]
+    return sorted({entry.partition("/")[0] for entry in entries})
 
 
 def data_digest(config: WorkflowConfig, entry: str) -> str:

@@ -1,0 +1,12 @@
+"""A published checkpoint as a stage, so that it can be a teacher, a reference or an arm; nothing is trained."""
+
+from __future__ import annotations
+
+from megatron_s2d.config.algorithm import PretrainedConfig
+from megatron_s2d.stages.context import StageContext
+
+
+def run_pretrained(context: StageContext) -> None:
+    """Save the weights that the model's ``path`` holds."""
+    stage: PretrainedConfig = context.stage
+    context.save_model(context.fresh_policy(stage.model))
