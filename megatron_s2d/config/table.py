@@ -19,6 +19,7 @@ class TableColumn(Config):
     label: str
     prompts: str | None = Field(None, description="entry of `evaluation.prompts`; by default all problems")
     metric: Literal["avg", "pass"] = Field("avg", description="avg@k or pass@k, k being `samples_per_prompt`")
+    group: str | None = Field(None, description="key of a row's `arm` where that differs from column to column")
     average: list[str] = Field(default_factory=list, description="labels of the columns whose mean this one is")
     paper: str | None = Field(None, description="the paper's column for comparison of the rows' order")
 
@@ -33,13 +34,13 @@ class TableRow(Config):
     """One row: an arm (or an arm for each measured column), and what the paper has."""
 
     label: str
-    arm: str | dict[str, str] | None = Field(None, description="arm, or column -> arm; null for a row that is not run")
+    arm: str | dict[str, str] | None = Field(None, description="arm, or group -> arm; null for a row that is not run")
     paper: list[float | None] = Field(description="one figure a paper column; null where it has none")
     note: str = Field("", description="printed behind the label, such as why the row is not run")
 
     def arm_of(self, column: TableColumn) -> str | None:
         """The arm that is shown in ``column``."""
-        return self.arm.get(column.label) if isinstance(self.arm, dict) else self.arm
+        return self.arm.get(column.group) if isinstance(self.arm, dict) else self.arm
 
 
 class TableConfig(Config):
@@ -66,6 +67,7 @@ class TableConfig(Config):
                 raise ValueError(
                     f"row '{row.label}' has {len(row.paper)} figures and paper_columns {len(self.paper_columns)}"
                 )
-            if isinstance(row.arm, dict) and not set(row.arm) <= set(labels):
-                raise ValueError(f"row '{row.label}' names a column that there is not; columns: {', '.join(labels)}")
+            groups = {column.group for column in self.columns if column.group is not None}
+            if isinstance(row.arm, dict) and set(row.arm) != groups:
+                raise ValueError(f"row '{row.label}': give an arm for each group of columns ({', '.join(sorted(groups))})")
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from megatron_s2d.config.algorithm import (
     ExpoConfig,
@@ -36,7 +36,9 @@ class EvaluationConfig(Config):
     """How the endpoint of every arm is measured (methods M6)."""
 
     prompts: str | Annotated[list[str], Field(min_length=1)] = Field(description="entry of `data`, or several")
-    samples_per_prompt: int = Field(16, ge=1, description="k of avg@k")
+    samples_per_prompt: PositiveInt | dict[str, PositiveInt] = Field(
+        16, description="k of avg@k, one for all or domain -> k"
+    )
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="added to the run's seed")
     problems_per_round: int = Field(256, ge=1, description="problems between two progress reports")
@@ -45,6 +47,10 @@ class EvaluationConfig(Config):
     def entries(self) -> list[str]:
         """All entries, in order."""
         return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
+
+    def samples_of(self, domain: str) -> int:
+        """k of a problem of ``domain``."""
+        return self.samples_per_prompt[domain] if isinstance(self.samples_per_prompt, dict) else self.samples_per_prompt
 
 
 class ContrastConfig(Config):
@@ -131,6 +137,9 @@ class WorkflowConfig(Config):
             self._need_stage("also_evaluate", stage_name, ModelStageConfig)
         for entry in self.evaluation.entries:
             self._need_prompts("evaluation.prompts", entry)
+            domain, k = self.data[entry.partition("/")[0]].domain, self.evaluation.samples_per_prompt
+            if isinstance(k, dict) and domain not in k:
+                raise ValueError(f"evaluation.samples_per_prompt: no number for the domain '{domain}' of '{entry}'")
         self._check_table()
         for index, contrast in enumerate(self.contrasts):
             for side in (contrast.a, contrast.b):

@@ -27,21 +27,25 @@ _PARTIAL_NAME = "rounds.jsonl"
 
 def run_evaluation(
     context: StageContext,
-    prompts: Sequence[Prompt],
+    parts: Sequence[tuple[Sequence[Prompt], int]],
     *,
-    samples_per_prompt: int,
     sampling: SamplingConfig,
     seed: int,
     problems_per_round: int,
 ) -> None:
     """Evaluate the final weights of the stage ``context.name``; rows go to ``evaluation.jsonl`` in its directory.
 
+    parts: sets of problems, each with its samples per problem.
     Rounds of problems are kept as they come, so a killed evaluation goes on with the next round.
     """
     partial = context.directory.path / _PARTIAL_NAME
     policy = context.frozen(context.name)
     params = context.sampling(sampling, context.config.model_of(context.name))
-    rounds = [prompts[i : i + problems_per_round] for i in range(0, len(prompts), problems_per_round)]
+    rounds = [
+        (prompts[start : start + problems_per_round], k)
+        for prompts, k in parts
+        for start in range(0, len(prompts), problems_per_round)
+    ]
     done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
     dist.barrier()
     if context.is_writer:
@@ -49,8 +53,8 @@ def run_evaluation(
     log, timer = open_log(context.directory, done, None), Timer()
     with Graders() as graders:
         sampler = Sampler(policy, context.engine(policy), params, seed, context.tokenizer, graders)
-        for number, part in enumerate(rounds[done:], start=done + 1):
-            samples = sampler.sample(part, samples_per_prompt, 0)
+        for number, (part, k) in enumerate(rounds[done:], start=done + 1):
+            samples = sampler.sample(part, k, 0)
             if context.is_writer:
                 append_line(partial, json.dumps({"step": number, "rows": rows_of(part, samples)}))
             tokens, times = sum(sample.response_length for sample in samples), timer.lap()

@@ -29,19 +29,29 @@ Arm = Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """k graded samples of each of n problems."""
+    """Graded samples of each of n problems: k of each, the same within a domain; NaN where another domain has more."""
 
     source: str  # file that it was read from, for messages
     problem_ids: tuple[str, ...]  # n
     domains: tuple[str, ...]  # n
     rewards: np.ndarray  # [n, k] float64
-    response_lengths: np.ndarray  # [n, k] int64, tokens
+    response_lengths: np.ndarray  # [n, k] float64, tokens
     finish_reasons: tuple[tuple[str, ...], ...]  # n times k
 
     @property
     def k(self) -> int:
-        """Samples of each problem."""
-        return self.rewards.shape[1]
+        """Samples of each problem; the fewest where domains differ."""
+        return int(self.counts.min())
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[n] int64: samples of every problem."""
+        return (~np.isnan(self.rewards)).sum(axis=1)
+
+    @property
+    def means(self) -> np.ndarray:
+        """[n] float64: mean reward of every problem's samples."""
+        return np.nanmean(self.rewards, axis=1)
 
     @property
     def num_problems(self) -> int:
@@ -113,8 +123,9 @@ def evaluation_from_rows(rows: Sequence[Mapping[str, Any]], source: str) -> Eval
     if not rows:
         raise UserError(f"{source}: no evaluated problem; run the evaluation first")
     seen: set[str] = set()
+    sizes: dict[Any, int] = {}  # by domain
     for number, row in enumerate(rows, 1):
-        _check_row(row, f"{source}:{number}", len(rows[0].get("rewards", ())))
+        _check_row(row, f"{source}:{number}", sizes.setdefault(row.get("domain"), len(row.get("rewards", ()))))
         if row["problem_id"] in seen:
             raise UserError(f"{source}:{number}: problem '{row['problem_id']}' comes twice; evaluate it once")
         seen.add(row["problem_id"])
@@ -122,10 +133,17 @@ def evaluation_from_rows(rows: Sequence[Mapping[str, Any]], source: str) -> Eval
         source,
         tuple(row["problem_id"] for row in rows),
         tuple(row["domain"] for row in rows),
-        np.array([row["rewards"] for row in rows], dtype=np.float64),
-        np.array([row["response_lengths"] for row in rows], dtype=np.int64),
+        _padded([row["rewards"] for row in rows]),
+        _padded([row["response_lengths"] for row in rows]),
         tuple(tuple(row["finish_reasons"]) for row in rows),
     )
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    found = np.full((len(rows), max(len(row) for row in rows)), np.nan)
+    for place, row in enumerate(rows):
+        found[place, : len(row)] = row
+    return found
 
 
 def _check_row(row: Mapping[str, Any], where: str, k: int) -> None:
@@ -142,24 +160,25 @@ def _check_row(row: Mapping[str, Any], where: str, k: int) -> None:
 
 def avg_at_k(evaluation: Evaluation) -> Estimate:
     """Mean over problems of the mean reward of their k samples, with its standard error over problems (M6)."""
-    return _estimate(evaluation.rewards.mean(axis=1))
+    return _estimate(evaluation.means)
 
 
 def pass_at_k(evaluation: Evaluation, ks: Iterable[int] | None = None) -> dict[int, Estimate]:
     """Unbiased pass@k from n samples with c right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, eq. 1).
 
-    ``ks`` defaults to the powers of two up to n, and n. Rewards must be 0 or 1; a k above n is a ``UserError``.
+    ``ks`` defaults to the powers of two up to n, and n, the fewest samples of a problem. Rewards must be 0 or 1; a k
+    above n is a ``UserError``.
     """
     n = evaluation.k
     ks = sorted({2**power for power in range(n.bit_length())} | {n}) if ks is None else list(ks)
-    if not np.isin(evaluation.rewards, (0.0, 1.0)).all():
+    if not np.isin(evaluation.rewards[~np.isnan(evaluation.rewards)], (0.0, 1.0)).all():
         raise UserError(f"{evaluation.source}: pass@k needs rewards of 0 and 1; these have other values")
-    correct = evaluation.rewards.sum(axis=1).astype(int)
+    pairs = list(zip(evaluation.counts.tolist(), np.nansum(evaluation.rewards, axis=1).astype(int).tolist()))
     result = {}
     for k in ks:
         if not 1 <= k <= n:
             raise UserError(f"{evaluation.source}: pass@{k} needs 1 to {n} samples of a problem; there are {n}")
-        result[k] = _estimate(np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.tolist()]))
+        result[k] = _estimate(np.array([1 - math.comb(size - c, k) / math.comb(size, k) for size, c in pairs]))
     return result
 
 
@@ -199,8 +218,6 @@ def paired_comparison(
 
 def _paired_differences(a: Evaluation, b: Evaluation) -> np.ndarray:
     """[n] float64: mean reward in ``a`` minus mean reward in ``b``, in the order of ``a``."""
-    if a.k != b.k:
-        raise UserError(f"{a.source} has k = {a.k} and {b.source} has k = {b.k}: evaluate both with the same k")
     only_a, only_b = set(a.problem_ids) - set(b.problem_ids), set(b.problem_ids) - set(a.problem_ids)
     if only_a or only_b:
         example = min(only_a or only_b)
@@ -210,7 +227,9 @@ def _paired_differences(a: Evaluation, b: Evaluation) -> np.ndarray:
         )
     row_in_b = {problem: row for row, problem in enumerate(b.problem_ids)}
     order = [row_in_b[problem] for problem in a.problem_ids]
-    return a.rewards.mean(axis=1) - b.rewards.mean(axis=1)[order]
+    if (a.counts != b.counts[order]).any():
+        raise UserError(f"{a.source} has k = {a.k} and {b.source} has k = {b.k}: evaluate both with the same k")
+    return a.means - b.means[order]
 
 
 def _estimate(values: np.ndarray) -> Estimate:

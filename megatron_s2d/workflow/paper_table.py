@@ -126,7 +126,7 @@ class _Parts:
             left, right = self._evaluation(first, part), self._evaluation(second, part)
             if left is None or right is None:
                 return None
-            differences = left.rewards.mean(axis=1) - right.rewards.mean(axis=1)  # both in the order of the problems
+            differences = left.means - right.means  # both in the order of the problems
             means.append(differences.mean())
             errors.append(differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf)
         return float(np.mean(means)), math.hypot(*errors) / len(errors)

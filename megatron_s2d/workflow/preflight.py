@@ -1,6 +1,6 @@
 """Everything a run can get wrong that can be found without a GPU, and what it will need: checks, sizes, memory.
 
-No torch here (reading a published tokenizer may load it). What only a running job can show, such as the true peak of
+No torch here (reading a published tokenizer or checkpoint loads it). What only a running job can show, such as the true peak of
 activations, is left to it; the memory figures are an estimate, and say so.
 """
 
@@ -18,6 +18,7 @@ from megatron_s2d.config.algorithm import (
     ForwardKlConfig,
     GrpoConfig,
     OpdConfig,
+    PretrainedConfig,
     SupervisedConfig,
     TeacherCacheConfig,
     TrainingStageConfig,
@@ -87,6 +88,8 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     stages = needed_stages(config)
     used_models = {config.model_of(name) for name in stages}
     specs = {name: _resolve(config, name, len(tokenizer)) for name in config.models if name in used_models}
+    for name in used_models:
+        _check_weights(config, name, stages)
     sets = _load_prompts(config, stages, tokenizer)
     prompts = {name: found.prompts for name, found in sets.items()}
     for name in stages:
@@ -119,6 +122,23 @@ def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
     return spec
+
+
+def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> None:
+    """Files, tensors and shapes of a checkpoint that a stage starts from; nothing but headers is read."""
+    path = config.models[name].path
+    starts = [stage for stage in stages if getattr(config.stages[stage], "model", None) == name]
+    if path is None:
+        for stage in starts:
+            if isinstance(config.stages[stage], PretrainedConfig):
+                raise UserError(f"stages.{stage}: model '{name}' has no `path`, from which pretrained weights would come")
+    elif starts:
+        from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # loads torch
+
+        try:
+            HfCheckpoint(path)
+        except UserError as error:
+            raise UserError(f"models.{name}: {error}") from None
 
 
 def _load_prompts(config: WorkflowConfig, stages: Sequence[str], tokenizer: Any) -> dict[str, PromptSet]:
@@ -250,8 +270,8 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
         if isinstance(stage, TeacherCacheConfig):
             totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.prompts_per_round)
     for name in evaluated_stages(config):
-        problems = sum(len(prompts[entry]) for entry in evaluation.entries)
-        totals[f"evaluations/{name}"] = math.ceil(problems / evaluation.problems_per_round)
+        rounds = [math.ceil(len(prompts[entry]) / evaluation.problems_per_round) for entry in evaluation.entries]
+        totals[f"evaluations/{name}"] = sum(rounds)
     for number, gate in enumerate(config.gates):
         problems = min(gate.num_prompts, len(prompts[gate.prompts]))
         totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.problems_per_round)

@@ -84,14 +84,14 @@ def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, sto
 
 def _evaluate(context: StageContext, job: Job) -> None:
     evaluation = context.config.evaluation
-    entries, k, limit = evaluation.entries, evaluation.samples_per_prompt, None
     if job.gate is not None:
         gate = context.config.gates[job.gate]
-        entries, k, limit = [gate.prompts], gate.samples_per_prompt, gate.num_prompts
+        parts = [(context.prompts(gate.prompts)[: gate.num_prompts], gate.samples_per_prompt)]
+    else:
+        parts = [(part, evaluation.samples_of(part[0].domain)) for part in map(context.prompts, evaluation.entries)]
     run_evaluation(
         context,
-        [prompt for entry in entries for prompt in context.prompts(entry)][:limit],
-        samples_per_prompt=k,
+        parts,
         sampling=evaluation.sampling,
         seed=context.config.seed * 1_000_003 + evaluation.seed,
         problems_per_round=evaluation.problems_per_round,

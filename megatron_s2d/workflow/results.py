@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_s2d.artifacts import StageDirectory
 from megatron_s2d.workflow.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
 from megatron_s2d.workflow.paper_table import PaperTable
@@ -37,7 +39,7 @@ class ArmResult:
             avg=avg_at_k(evaluation),
             k=evaluation.k,
             pass_at_k=pass_at_k(evaluation),
-            response_length=float(evaluation.response_lengths.mean()),
+            response_length=float(np.nanmean(evaluation.response_lengths)),
             truncated_fraction=evaluation.truncated_fraction,
             domains={domain: avg_at_k(evaluation.of_domain(domain)) for domain in domains} if len(domains) > 1 else {},
         )

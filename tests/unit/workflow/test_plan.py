@@ -23,7 +23,11 @@ def pretend(run_dir, *overrides, unfinished=()):
             job.directory.finish({"key": job.key, "seconds": 1.0})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+PARTS = ("stages.yaml", "sizes.yaml")  # what tables build on
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in PARTS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "-".join(path.relative_to(ROOT / "configs").parts))
 def test_every_shipped_config_is_valid(path):
     config = load_workflow(path)
     assert config.arms and config.stage_order()
