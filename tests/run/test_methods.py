@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from s2d import metrics, s2d
+
+from megatron_s2d.data.cache import TeacherCache
 
 CONFIG = Path(__file__).with_name("methods.yaml")
 
@@ -23,7 +26,7 @@ def losses(run_dir, stage, name="loss"):
 
 def test_every_arm_was_measured(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
-    assert len(arms) == 24 and all(arm["num_problems"] == 8 for arm in arms.values())
+    assert len(arms) == 26 and all(arm["num_problems"] == 8 for arm in arms.values())
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,39 @@ def test_the_gate_and_the_phases_of_teacher_sampling(run_dir):
     assert rows[3]["anchor_kept"] == 0 and any(row["anchor_kept"] > 0 for row in rows[:3])
 
 
+def test_wrong_responses_of_the_teacher_anchor_only_where_asked_for(run_dir):
+    rows = [row for row in metrics(run_dir, "stages/any_anchor") if row["anchor_alpha"] > 0]
+    assert rows and all(row["anchor_kept_fraction"] == 1 for row in rows)
+    assert any(row["anchor_kept_fraction"] < 1 for row in metrics(run_dir, "stages/sg_opd")[:3])
+
+
+def test_a_verified_cache_holds_right_responses_only(run_dir):
+    cache = TeacherCache.open(run_dir / "stages/cache_verified/cache")
+    rows = metrics(run_dir, "stages/cache_verified")
+    assert {sample.reward for sample in cache.samples} == {1.0}
+    assert len(cache.samples) == sum(row["kept"] for row in rows) < 64 * 4
+    assert sum(row["reward"] for row in rows) > 0
+
+
+def test_published_weights_are_evaluated_and_taught_from_as_they_are(run_dir, tmp_path):
+    """An exported stage comes back as a stage that trains nothing: the same samples of the same problems."""
+    exported = s2d("convert", "export", run_dir / "stages/fkl/model", tmp_path / "hf")
+    assert exported.returncode == 0, exported.stderr
+    config = yaml.safe_load(CONFIG.read_text())
+    config["models"]["published"] = {"path": str(tmp_path / "hf")}
+    config["stages"] |= {
+        "published": {"type": "pretrained", "model": "published"},
+        "from_published": {"like": "opd", "init": "published", "teacher": "published", "steps": 1},
+    }
+    config["arms"] = {"published": "published", "from_published": "from_published"}
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(config))
+    finished = s2d("run", tmp_path / "published.yaml", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    rows = [(path / "evaluation.jsonl").read_text() for path in (run_dir / "evaluations/fkl", tmp_path / "run/evaluations/published")]
+    assert rows[0] == rows[1]
+    assert metrics(tmp_path / "run", "stages/from_published")[0]["teacher_kl"] == 0
+
+
 def test_weighted_tokens_change_the_loss_and_keep_its_scale(run_dir):
     for stage, plain in (("by_entropy", "full"), ("by_position", "full"), ("by_log_ratio", "opd")):
         mine, reference = losses(run_dir, stage)[0], losses(run_dir, plain)[0]
@@ -110,6 +146,7 @@ def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
         ("stages.expo.base=student", "another model"),
         ("stages.sg_opd.gate.fallback=preserve", "interp_beta goes with fallback interp"),
         ("stages.continued_rl.label_reuse=refuse", "were used before"),
+        ("stages.student={type: pretrained, model: student}", "model 'student' has no `path`"),
     ],
 )
 def test_nonsense_is_refused_before_anything_runs(override, message, tmp_path):

@@ -1,0 +1,57 @@
+"""Files that build on other files."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.workflow import load_workflow
+
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+
+
+def write(folder, name, document):
+    path = folder / name
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_what_merges_and_what_replaces(tmp_path):
+    write(tmp_path, "small.yaml", {"models": {"student": {"preset": "tiny-llama"}}, "stages": {"opd": {"steps": 3}}})
+    stages = {"opd": {"optimizer": {"lr": 0.5}}, "student_base": {"seed": 7}}
+    path = write(
+        tmp_path, "own.yaml", {"base": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages}
+    )
+    before, after = load_workflow(SMOKE), load_workflow(path)
+    assert after.models["student"].num_layers is None and after.models["teacher"] == before.models["teacher"]
+    assert (after.stages["opd"].steps, after.stages["opd"].optimizer.lr) == (3, 0.5)
+    assert after.stages["opd"].prompts_per_step == before.stages["opd"].prompts_per_step
+    assert after.stages["student_base"].seed == 7 and after.arms == {"only": "opd"} and after.seed == before.seed
+
+
+def test_null_takes_a_key_of_the_base_away(tmp_path):
+    write(tmp_path, "part.yaml", {"parallel": {"tensor_model_parallel_size": 2}})
+    path = write(tmp_path, "own.yaml", {"base": [str(SMOKE), "part.yaml"], "parallel": None})
+    assert load_workflow(path).parallel.world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"base": "gone.yaml"}, "gone.yaml: no such file"),
+        ({"base": 3}, "base: give the name"),
+        ({"base": "own.yaml"}, "builds on itself"),
+    ],
+)
+def test_a_wrong_base_is_named(tmp_path, document, message):
+    with pytest.raises(UserError, match=message):
+        load_workflow(write(tmp_path, "own.yaml", document))
+
+
+def test_samples_by_domain(tmp_path):
+    document = {"base": str(SMOKE), "evaluation": {"samples_per_prompt": {"arithmetic": 3}}}
+    assert load_workflow(write(tmp_path, "a.yaml", document)).evaluation.samples_of("arithmetic") == 3
+    document["evaluation"] = {"samples_per_prompt": {"code": 3}}
+    with pytest.raises(UserError, match="no number for the domain 'arithmetic' of 'problems'"):
+        load_workflow(write(tmp_path, "b.yaml", document))
