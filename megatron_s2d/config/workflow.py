@@ -105,6 +105,9 @@ class WorkflowConfig(Config):
     table: TableConfig | None = Field(None, description="the paper's table that the arms are rows of")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
     num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
+    hang_seconds: float | None = Field(
+        3600, gt=0, description="a rank that makes no progress for so long shows where it stands and ends; null: never"
+    )
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
 
     @pydantic.model_validator(mode="after")

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_s2d.artifacts import StageDirectory, append_line, format_seconds, truncate_jsonl_after
+from megatron_s2d.parallel.heartbeat import beat
 
 _TAIL_BYTES = 1 << 16
 
@@ -65,7 +66,7 @@ class MetricsLog:
 
 
 class Timer:
-    """Wall-clock seconds of named sections between two laps."""
+    """Wall-clock seconds of named sections between two laps; the end of each is a sign of life of the rank."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -79,12 +80,14 @@ class Timer:
             yield
         finally:
             self._sections[name] = self._sections.get(name, 0.0) + time.perf_counter() - start
+            beat()
 
     def lap(self) -> dict[str, float]:
         """``seconds`` since the last lap and ``seconds_<section>`` of each section; the next lap starts at zero."""
         now = time.perf_counter()
         result = {"seconds": now - self._start} | {f"seconds_{name}": took for name, took in self._sections.items()}
         self._start, self._sections = now, {}
+        beat()
         return result
 
 

@@ -22,6 +22,7 @@ import torch
 from megatron_s2d.artifacts import StageDirectory, directory_lock, file_digest, tree_digest
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.parallel.heartbeat import watched
 from megatron_s2d.parallel.layout import (
     Layout,
     build_layout,
@@ -35,7 +36,7 @@ from megatron_s2d.stages.table import STAGES
 from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.outcomes import Outcome
 from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.ranks import Rank
+from megatron_s2d.workflow.ranks import Rank, heartbeat_path
 
 LOG_NAME = "log.txt"
 _LOCK_WAIT_SECONDS = 60.0
@@ -63,6 +64,11 @@ def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, aske
 
 def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
     """Run ``job`` on this rank; collective over the layout's ranks. The directory is marked finished at the end."""
+    with watched(heartbeat_path(job, torch.distributed.get_rank()), config.hang_seconds):
+        _execute(config, job, run_dir, layout, stop)
+
+
+def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
     started = time.perf_counter()
     directory = job.directory
     inputs = {id_.removeprefix("stages/"): StageDirectory(run_dir / id_) for id_ in job.inputs}

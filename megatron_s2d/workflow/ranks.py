@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.parallel.heartbeat import stacks_left
 from megatron_s2d.workflow.outcomes import Outcome
 from megatron_s2d.workflow.plan import Job
 
@@ -23,6 +24,11 @@ class Rank:
     rank: int
     world_size: int
     rendezvous: Path
+
+
+def heartbeat_path(job: Job, rank: int) -> Path:
+    """File of the signs of life of ``rank`` in ``job``."""
+    return job.directory.path / f"rank{rank}-heartbeat.txt"
 
 
 class ProcessServer:
@@ -47,7 +53,7 @@ class ProcessServer:
             process = self._context.Process(target=_body, args=arguments, daemon=True)
             process.start()
             sender.close()
-            started.append(RankProcess(process, receiver))
+            started.append(RankProcess(process, receiver, heartbeat_path(job, rank)))
         return started
 
 
@@ -61,8 +67,8 @@ def _body(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: 
 class RankProcess:
     """A started rank."""
 
-    def __init__(self, process: BaseProcess, pipe: Connection):
-        self._process, self._pipe = process, pipe
+    def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path):
+        self._process, self._pipe, self._heartbeat = process, pipe, heartbeat
         self._said: Outcome | None = None
 
     @property
@@ -79,11 +85,11 @@ class RankProcess:
             except EOFError:
                 pass
         if self._said is None and code is not None:
-            why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            self._said = Outcome(
-                "crash", f"a process ended with {why}{hint}; the same command goes on from its checkpoint"
-            )
+            why = f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
+            why += " (out of memory?)" if code == -signal.SIGKILL else ""
+            if stacks_left(self._heartbeat):
+                why = f"made no progress for hang_seconds; where it stood is in {self._heartbeat}"
+            self._said = Outcome("crash", f"a process {why}; the same command goes on from its checkpoint")
         return self._said
 
     def ask_to_stop(self) -> None:

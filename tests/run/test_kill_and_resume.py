@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from s2d import ROOT, SMOKE, environment, metrics, processes_of, s2d, start, wait_for
@@ -74,6 +75,25 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 3 and "ended with signal 9" in output
     assert not processes_of(run_dir)
+
+
+def test_a_rank_that_hangs_is_found_by_the_others(tmp_path):
+    """One of two ranks is frozen: the other waits for it in vain, shows where, and the run ends."""
+    run_dir = tmp_path / "hang"
+    settings = ["parallel={tensor_model_parallel_size: 2}", "num_workers=1", "hang_seconds=6"]
+    run = start("run", SMOKE, "--out", run_dir, *(part for setting in settings for part in ("--set", setting)))
+    job = run_dir / "stages/teacher_base"
+    wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3)
+    ranks = [pid for pid in processes_of(job) if pid != run.pid and any_open(pid, "rank1-heartbeat.txt")]
+    os.kill(ranks[0], signal.SIGSTOP)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 3 and "made no progress for hang_seconds" in output, output
+    assert "Thread" in (job / "rank0-heartbeat.txt").read_text()
+    assert not processes_of(run_dir)
+
+
+def any_open(pid: int, name: str) -> bool:
+    return any(os.readlink(link).endswith(name) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
 
 def test_two_runs_of_one_directory_do_not_mix(tmp_path):
