@@ -32,6 +32,7 @@ class CheckpointConfig(Config):
 
     interval_steps: int = Field(50, ge=1, description="updates between two checkpoints")
     keep: int = Field(2, ge=1, description="resumable checkpoints kept while the stage runs")
+    in_background: bool = Field(False, description="write while training goes on, from a copy in host memory")
 
 
 class SamplingConfig(Config):

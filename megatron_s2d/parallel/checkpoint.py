@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ device.prepare()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
@@ -53,17 +57,122 @@ def save_checkpoint(
     ``chunks`` are the bare models; ``trainable`` adds the optimizer state. Raises ``UserError`` when the disk is full
     or not writable; then ``directory`` does not exist and whatever was saved before is untouched.
     """
-    temporary = directory.with_name(directory.name + ".partial")
-    failure = _on_rank_zero(lambda: _fresh_directory(temporary, directory))
-    if failure is None:
-        failure = _everyone(lambda: _save_shards(temporary, chunks, layout, trainable))
-        if failure is not None and shutil.disk_usage(directory.parent).free < _NEARLY_FULL_BYTES:
+    start_saving(directory, chunks, layout, model_spec=model_spec, position=position, trainable=trainable).finish()
+
+
+def start_saving(
+    directory: Path,
+    chunks: list[torch.nn.Module],
+    layout: Layout,
+    *,
+    model_spec: dict[str, Any],
+    position: dict[str, Any],
+    trainable: TrainableModel | None = None,
+    in_background: bool = False,
+) -> Saving:
+    """As ``save_checkpoint``, up to the point where files are written; ``finish`` makes the checkpoint appear.
+
+    in_background: a thread writes a copy of the state as it is now, while training goes on.
+    """
+    saving = Saving(directory, model_spec, position)
+    saving.start(chunks, layout, trainable, in_background)
+    return saving
+
+
+class Saving:
+    """A checkpoint that is being written; one at a time in a process."""
+
+    def __init__(self, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]):
+        self._directory, self._model_spec, self._position = directory, model_spec, position
+        self._temporary = directory.with_name(directory.name + ".partial")
+        self._request: AsyncRequest | None = None
+        self._failure: str | None = None  # known to this rank
+        self._thread: threading.Thread | None = None
+
+    def start(
+        self,
+        chunks: list[torch.nn.Module],
+        layout: Layout,
+        trainable: TrainableModel | None,
+        in_background: bool,
+    ) -> None:
+        """Agree on who writes what, and write it or begin to; collective."""
+        failure = _on_rank_zero(lambda: _fresh_directory(self._temporary, self._directory))
+        if failure is None:
+            failure = _everyone(lambda: self._prepare(chunks, layout, trainable, in_background))
+        if failure is not None:
+            self._give_up(failure)
+        if in_background:
+            self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write()
+
+    def is_written(self) -> bool:
+        """Whether ``finish`` would not wait; the same answer on every rank. Collective."""
+        waiting = torch.tensor([int(self._thread is not None and self._thread.is_alive())], device=device.device())
+        dist.all_reduce(waiting)
+        return not waiting.item()
+
+    def finish(self) -> None:
+        """Wait for the files, then let the checkpoint appear; collective. Raises ``UserError`` as ``save_checkpoint``."""
+        if self._thread is not None:
+            self._thread.join()
+        failure = _agreed(self._failure)
+        if failure is None:
+            failure = _everyone(self._finalize)
+        if failure is None:
+            failure = _on_rank_zero(
+                lambda: _appear(self._temporary, self._directory, self._model_spec, self._position)
+            )
+        if failure is not None:
+            self._give_up(failure)
+
+    def _prepare(
+        self, chunks: list[torch.nn.Module], layout: Layout, trainable: TrainableModel | None, in_background: bool
+    ) -> None:
+        # The writer reports through a queue; the default one lives in a manager process whose start takes seconds,
+        # which a writer in this process does not need.
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = queue.Queue()
+        with layout.active():
+            state = _sharded_state(chunks, trainable, loading=False)
+            if in_background:
+                _copy_what_training_changes(state)
+            self._request = dist_checkpointing.save(
+                state,
+                str(self._temporary),
+                content_metadata=_METADATA,
+                verify_integrity=True,
+                async_sharded_save=True,
+                async_strategy="mcore",
+            )
+            self._arguments = list(self._request.async_fn_args)
+            if self._request.preload_fn is not None:
+                self._arguments[1] = self._request.preload_fn()  # off the GPU
+
+    def _write(self) -> None:
+        if self._request.async_fn is not None:
+            self._failure = _failure_of(
+                lambda: self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+            )
+
+    def _finalize(self) -> None:
+        for function in self._request.finalize_fns:
+            function()
+
+    def _give_up(self, failure: str) -> None:
+        if shutil.disk_usage(self._directory.parent).free < _NEARLY_FULL_BYTES:
             failure = "no space left on the disk"  # torch's writer says that in words of its own
-    if failure is None:
-        failure = _on_rank_zero(lambda: _finish(temporary, directory, model_spec, position))
-    if failure is not None:
-        _on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise UserError(f"{directory}: checkpoint not saved ({failure}); earlier checkpoints are intact")
+        _on_rank_zero(lambda: shutil.rmtree(self._temporary, ignore_errors=True))
+        raise UserError(f"{self._directory}: checkpoint not saved ({failure}); earlier checkpoints are intact")
+
+
+def _copy_what_training_changes(state: dict[str, Any]) -> None:
+    """Tensors on the CPU are the live ones (those on a GPU are copied off it before anything is written)."""
+    for leaf in nested_values(state):
+        if isinstance(leaf, (ShardedTensor, ShardedTensorFactory)) and leaf.data.device.type == "cpu":
+            leaf.data = leaf.data.clone()
 
 
 def load_checkpoint(
@@ -143,22 +252,6 @@ def _sharded_state(
     return state
 
 
-def _save_shards(
-    directory: Path, chunks: list[torch.nn.Module], layout: Layout, trainable: TrainableModel | None
-) -> None:
-    # The saver reports through a queue; the default one lives in a manager process whose start takes seconds, which a
-    # save that runs in this process does not need.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-    with layout.active():
-        dist_checkpointing.save(
-            _sharded_state(chunks, trainable, loading=False),
-            str(directory),
-            content_metadata=_METADATA,
-            verify_integrity=True,
-        )
-
-
 def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], directory: Path) -> None:
     weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in loaded.items()}
     missing, unexpected = chunk.load_state_dict(weights, strict=False)
@@ -206,7 +299,7 @@ def _fresh_directory(temporary: Path, directory: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _finish(temporary: Path, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]) -> None:
+def _appear(temporary: Path, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]) -> None:
     for name, content in (("model_spec.json", model_spec), ("position.json", position)):
         (temporary / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
@@ -220,12 +313,19 @@ def _finish(temporary: Path, directory: Path, model_spec: dict[str, Any], positi
 
 def _everyone(action) -> str | None:
     """Run ``action`` on every rank; the first failure, on whichever rank, as one line on all."""
-    problem = None
+    return _agreed(_failure_of(action))
+
+
+def _failure_of(action) -> str | None:
     try:
         action()
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         logging.getLogger(__name__).debug("save failed", exc_info=True)
-        problem = _one_line(error)
+        return _one_line(error)
+    return None
+
+
+def _agreed(problem: str | None) -> str | None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((text for text in problems if text is not None), None)

@@ -24,6 +24,7 @@ from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.objectives.terms import Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import RolloutEngine
+from megatron_s2d.train.checkpoints import Checkpoints
 from megatron_s2d.train.metrics import MetricsLog, Timer
 from megatron_s2d.train.policy import Policy
 
@@ -89,7 +90,8 @@ def train(
     ``policy`` is ready to train and holds the stage's starting weights. Raises ``Stopped``, and ``UserError`` for a
     loss or gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays good.
     """
-    position = resume(policy, stage)
+    checkpoints = Checkpoints(policy, stage, settings.checkpoint)
+    position = checkpoints.resume()
     updates = position["updates"]
     if engine is not None:
         engine.push(policy.chunks, updates)
@@ -120,29 +122,14 @@ def train(
         log.write(step, summarise(reports, data.metrics, tokens, timer.lap()))
         write_examples(stage, data.examples)
         stopping = agree(settings.stop())
+        checkpoints.poll()
         if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            save(policy, stage, {"step": step, "updates": updates}, settings.checkpoint.keep)
+            checkpoints.save({"step": step, "updates": updates})
         if stopping and step < settings.steps:
+            checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
+    checkpoints.finish()
     log.close()
-
-
-def resume(policy: Policy, stage: StageDirectory) -> dict[str, Any]:
-    """Load the newest checkpoint of the stage into ``policy`` and return its position; at the start, zeros."""
-    found = stage.checkpoints()
-    if not found:
-        return {"step": 0, "updates": 0}
-    return policy.load(found[-1], with_optimizer=True)
-
-
-def save(policy: Policy, stage: StageDirectory, position: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of ``position`` and drop old ones; collective."""
-    target = stage.checkpoint_path(position["step"])
-    if not target.exists():
-        policy.save(target, position, with_optimizer=True)
-    if dist.get_rank() == 0:
-        stage.retain_checkpoints(keep)
-    dist.barrier()
 
 
 def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch) -> UpdateBatch:

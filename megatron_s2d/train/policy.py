@@ -36,7 +36,7 @@ from megatron_s2d.objectives.terms import (
     unpack_metrics,
 )
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.checkpoint import load_checkpoint, save_checkpoint
+from megatron_s2d.parallel.checkpoint import Saving, load_checkpoint, start_saving
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.step import TrainableModel, forward_only
 from megatron_s2d.records import Sample
@@ -211,13 +211,20 @@ class Policy:
 
     def save(self, directory: Path, position: dict[str, Any], *, with_optimizer: bool) -> None:
         """Write a checkpoint that appears whole or not at all; collective."""
-        save_checkpoint(
+        self.start_saving(directory, position, with_optimizer=with_optimizer).finish()
+
+    def start_saving(
+        self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, in_background: bool = False
+    ) -> Saving:
+        """See ``parallel.checkpoint.start_saving``; collective."""
+        return start_saving(
             directory,
             self.chunks,
             self.layout,
             model_spec=self.spec.to_dict(),
             position=position,
             trainable=self.trainable if with_optimizer else None,
+            in_background=in_background,
         )
 
     def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:

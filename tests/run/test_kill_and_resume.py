@@ -36,17 +36,19 @@ def count_rows(path) -> int:
 
 
 def test_kill_9_again_and_again(unbroken, tmp_path):
-    """Killed inside base training, GRPO, and the bridge, each between two checkpoints."""
+    """Killed inside base training, GRPO, and the bridge, each between two checkpoints, some written in the background."""
     run_dir = tmp_path / "killed"
+    background = [f"stages.{stage}.checkpoint.in_background=true" for stage in ("teacher_base", "opd")]
+    settings = [part for setting in background for part in ("--set", setting)]
     for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
-        run = start("run", SMOKE, "--out", run_dir)
+        run = start("run", SMOKE, "--out", run_dir, *settings)
         wait_for(lambda: count_rows(run_dir / job / "metrics.jsonl") >= rows or run.poll() is not None)  # noqa: B023
         assert run.poll() is None, run.stdout.read()
         run.send_signal(signal.SIGKILL)
         run.wait()
         wait_for(lambda: not processes_of(run_dir), timeout=10)
         assert not (run_dir / job / "finished.json").exists(), "the job ended before the kill: use fewer rows"
-    finished = s2d("run", SMOKE, "--out", run_dir)
+    finished = s2d("run", SMOKE, "--out", run_dir, *settings)
     assert finished.returncode == 0, finished.stderr
     lineage = json.loads((run_dir / "stages/opd/lineage.json").read_text())
     assert len(lineage["resumed"]) == 1

@@ -64,6 +64,23 @@ def test_training_goes_on_bit_for_bit(layout, tmp_path):
         assert torch.equal(mine, theirs)
 
 
+def test_a_checkpoint_in_the_background_holds_the_state_of_its_start(layout, tmp_path):
+    unbroken = trainee(layout)
+    expected = [step(unbroken, number) for number in range(6)]
+    first = trainee(layout)
+    assert [step(first, number) for number in range(3)] == expected[:3]
+    saving = first.start_saving(
+        tmp_path / "c", {"step": 3, "updates": 3}, with_optimizer=True, in_background=True
+    )
+    assert [step(first, number) for number in range(3, 6)] == expected[3:]
+    assert not (tmp_path / "c").exists()
+    saving.finish()
+    assert saving.is_written()
+    second = trainee(layout)
+    assert second.load(tmp_path / "c", with_optimizer=True) == {"step": 3, "updates": 3}
+    assert [step(second, number) for number in range(3, 6)] == expected[3:]
+
+
 def test_weights_alone_load_from_either_kind(layout, tmp_path):
     policy = trainee(layout)
     step(policy, 0)
@@ -113,11 +130,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(layout, small_disk):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_leaves_the_last_checkpoint(layout, small_disk, in_background):
     policy = trainee(layout)
     policy.save(small_disk / "first", {"step": 1, "updates": 1}, with_optimizer=False)
     step(policy, 0)
     with pytest.raises(UserError, match="no space left on the disk.*earlier checkpoints are intact"):
-        policy.save(small_disk / "second", {"step": 2, "updates": 2}, with_optimizer=True)
+        position = {"step": 2, "updates": 2}
+        policy.start_saving(
+            small_disk / "second", position, with_optimizer=True, in_background=in_background
+        ).finish()
     assert os.listdir(small_disk) == ["first"]
     assert policy.load(small_disk / "first") == {"step": 1, "updates": 1}
