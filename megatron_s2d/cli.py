@@ -126,6 +126,12 @@ def _add_run(commands) -> None:
     )
     _add_config(command)
     command.add_argument("--dry-run", action="store_true", help="check everything and print the plan; run nothing")
+    command.add_argument(
+        "--elastic",
+        action="store_true",
+        help="under torchrun or srun: as many data-parallel replicas as there are ranks, whatever the config says; so a "
+        "job that lost a node goes on with the others",
+    )
 
 
 def _add_plan(commands) -> None:
@@ -149,13 +155,15 @@ def _load(options: argparse.Namespace):
 def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         return _plan(options)
-    from megatron_s2d.parallel.launch import is_launched
+    from megatron_s2d.parallel.launch import is_launched, launched_world_size
 
     if is_launched():
         from megatron_s2d.workflow.launched import run_workflow
     else:
         from megatron_s2d.workflow.run import run_workflow
     config, run_dir = _load(options)
+    if options.elastic:
+        config = config.with_world_size(launched_world_size())
     run_workflow(config, run_dir, _console())
     return None
 

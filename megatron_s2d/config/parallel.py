@@ -33,6 +33,13 @@ class ParallelConfig(Config):
             )
         return self
 
+    def with_world_size(self, world_size: int) -> ParallelConfig:
+        """The layout with as many data-parallel replicas as ``world_size`` ranks hold; ``ValueError`` if not whole ones."""
+        replica = self.world_size // self.data_parallel_size
+        if world_size % replica:
+            raise ValueError(f"{world_size} ranks are no whole number of replicas of {replica} ranks each")
+        return ParallelConfig(**self.model_dump() | {"data_parallel_size": world_size // replica})
+
     @property
     def world_size(self) -> int:
         """Number of ranks that this layout occupies."""

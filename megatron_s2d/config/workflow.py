@@ -123,6 +123,22 @@ class WorkflowConfig(Config):
                 )
         return self
 
+    def with_world_size(self, world_size: int) -> WorkflowConfig:
+        """The workflow with data-parallel replicas of student and teachers on ``world_size`` ranks; nothing else changes.
+
+        Raises ``UserError`` where a replica does not fit.
+        """
+        others = self.teacher_parallel
+        try:
+            if isinstance(others, dict):
+                others = {stage: layout.with_world_size(world_size) for stage, layout in others.items()}
+            elif others is not None:
+                others = others.with_world_size(world_size)
+            changed = {"parallel": self.parallel.with_world_size(world_size), "teacher_parallel": others}
+        except ValueError as error:  # pydantic's are
+            raise UserError(f"--elastic: {error}; start another number of ranks") from None
+        return self.model_copy(update=changed)
+
     def frozen_parallel(self, stage_name: str) -> ParallelConfig:
         """The layout of a stage's model where it serves as a teacher or reference."""
         if isinstance(self.teacher_parallel, dict):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from megatron_s2d.config.base import UserError
+
 
 def is_launched() -> bool:
     """Whether a launcher started this process as one of several ranks."""
@@ -13,6 +15,13 @@ def is_launched() -> bool:
 def launched_rank() -> int:
     """This process's rank, as the launcher counts."""
     return int(os.environ["RANK"])
+
+
+def launched_world_size() -> int:
+    """How many ranks the launcher started; ``UserError`` without one."""
+    if not is_launched():
+        raise UserError("--elastic takes the number of ranks from torchrun or srun; start s2d under one of them")
+    return int(os.environ["WORLD_SIZE"])
 
 
 def local_rank() -> int:

@@ -141,7 +141,7 @@ def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, 
 
 
 def test_the_workflow_runs_under_torchrun_and_goes_on_from_another_layout(unbroken, tmp_path):
-    """Stopped on one rank, resumed by torchrun with two data-parallel ranks."""
+    """Stopped on one rank, resumed by torchrun with two, which become data-parallel replicas."""
     run_dir = tmp_path / "torchrun"
     run = start("run", SMOKE, "--out", run_dir)
     wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 25)
@@ -157,8 +157,7 @@ def test_the_workflow_runs_under_torchrun_and_goes_on_from_another_layout(unbrok
             str(SMOKE),
             "--out",
             str(run_dir),
-            "--set",
-            "parallel.data_parallel_size=2",
+            "--elastic",
         ],
         capture_output=True,
         text=True,
