@@ -1,0 +1,54 @@
+"""A hundred kills, each just before an operation on a file of the run: nothing is lost and nothing is done twice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from s2d import ROOT, SMOKE, environment, metrics, s2d
+
+PROGRAM = Path(__file__).with_name("killed_run.py")
+
+
+def killed_run(run_dir, seed, kills, timeout):
+    done = subprocess.run(
+        [sys.executable, PROGRAM, SMOKE, run_dir, str(seed), str(kills)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return int(done.stdout.split()[-1])
+
+
+def assert_equals(run_dir, unbroken):
+    finished = s2d("run", SMOKE, "--out", run_dir)  # everything is there: only the report is written
+    assert finished.returncode == 0, finished.stderr
+    assert (run_dir / "ledger.json").read_bytes() == (unbroken / "ledger.json").read_bytes()
+    for path in sorted([*unbroken.glob("stages/*/"), *unbroken.glob("evaluations/*/")]):
+        job = str(path.relative_to(unbroken))
+        mine = metrics(run_dir, job)
+        assert [row["step"] for row in mine] == list(range(1, len(mine) + 1)), job
+        assert mine == metrics(unbroken, job), job
+        if job.startswith("evaluations"):
+            rows = [(folder / job / "evaluation.jsonl").read_bytes() for folder in (run_dir, unbroken)]
+            assert rows[0] == rows[1], job
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(unbroken, tmp_path):
+    kills, runs = 0, 0
+    while kills < 100:
+        runs += 1
+        run_dir = tmp_path / f"run{runs}"
+        kills += killed_run(run_dir, seed=runs, kills=100 - kills, timeout=1500)
+        assert_equals(run_dir, unbroken)
+    print(f"{kills} kills over {runs} runs")
+
+
+def test_a_few_kills(unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    assert killed_run(run_dir, seed=7, kills=8, timeout=300) == 8
+    assert_equals(run_dir, unbroken)
