@@ -223,6 +223,8 @@ class ScoredResponses:
         gate = SignGate(settings.lambda_high, settings.lambda_base, settings.fallback, settings.interp_beta)
         gated = sg_opd_gate(verifier, teacher, student, reference, gate)
         metrics = {f"gate/{name}": value for name, value in gated.counts.fractions().items()}
+        places = np.concatenate([np.arange(int(mask.sum())) for mask in masks])
+        metrics |= fractions_by_position(gated.agreement, places)
         values = gated.advantages
         if settings.stability_clip is not None:
             weights = stability_weight(teacher - student, clip=settings.stability_clip)
@@ -245,6 +247,21 @@ class ScoredResponses:
                 "supervised_weight": [*[0.0] * len(samples), *anchor_weights],
             },
         )
+
+
+def fractions_by_position(agreement: np.ndarray, places: np.ndarray) -> dict[str, float]:
+    """Shares of consensus and conflict among tokens 0, 1, 2-3, 4-7, ... of their responses, as ``kl_by_position``.
+
+    agreement: [n], 1, -1 or 0; places: [n] of the tokens in their responses.
+    """
+    bins = np.ceil(np.log2(places + 1)).astype(int)
+    counts = np.bincount(bins)
+    found = {}
+    for kind, name in ((1, "consensus"), (-1, "conflict")):
+        shares = np.bincount(bins, weights=agreement == kind) / np.maximum(counts, 1)
+        firsts = [0, *(2**power for power in range(len(counts) - 1))]
+        found |= {f"gate_{name}_at/{first}": float(share) for first, share, n in zip(firsts, shares, counts) if n}
+    return found
 
 
 def token_factors(

@@ -16,7 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 
 Rows = Sequence[Mapping[str, Any]]
-_POSITION = "kl_at/"
+# metrics by place in the response: prefix -> title
+_POSITIONS = {
+    "kl_at/": "KL by token of the response",
+    "gate_consensus_at/": "consensus by token of the response",
+    "gate_conflict_at/": "conflict by token of the response",
+}
 _LINES = {
     "importance ratio, trainer / engine": {
         "importance_ratio_max": (ORANGE, "max"),
@@ -45,8 +50,8 @@ _LINES = {
 def plot_diagnostics(rows: Rows) -> bytes | None:
     """A figure of the panels that have something to show; None where there is none."""
     panels = [name for name, lines in _LINES.items() if any(_varies(rows, key) for key in lines)]
-    positions = sorted({int(key.removeprefix(_POSITION)) for row in rows for key in row if key.startswith(_POSITION)})
-    count = len(panels) + bool(positions)
+    positions = {prefix: places for prefix in _POSITIONS if (places := _places(rows, prefix))}
+    count = len(panels) + len(positions)
     if not count:
         return None
     columns = min(4, count)
@@ -54,9 +59,13 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
     figure = Figure(figsize=(2.9 * columns, 2.0 * height), layout="constrained")
     for place, name in enumerate(panels, 1):
         _draw_lines(figure.add_subplot(height, columns, place), rows, name)
-    if positions:
-        _draw_positions(figure.add_subplot(height, columns, count), rows, positions)
+    for place, prefix in enumerate(positions, len(panels) + 1):
+        _draw_positions(figure.add_subplot(height, columns, place), rows, prefix, positions[prefix])
     return as_png(figure)
+
+
+def _places(rows: Rows, prefix: str) -> list[int]:
+    return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
 
 
 def _varies(rows: Rows, key: str) -> bool:
@@ -75,19 +84,19 @@ def _draw_lines(axes: Axes, rows: Rows, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def _draw_positions(axes: Axes, rows: Rows, positions: list[int]) -> None:
-    """Mean KL of tokens at each place of the response, in the first and in the last quarter of the steps."""
+def _draw_positions(axes: Axes, rows: Rows, prefix: str, positions: list[int]) -> None:
+    """Mean over tokens at each place of the response, in the first and in the last quarter of the steps."""
     quarter = max(1, len(rows) // 4)
     for part, color, label in ((rows[:quarter], GREY, "first quarter"), (rows[-quarter:], BLUE, "last quarter")):
         means = []
         for first in positions:
-            values = [row[f"{_POSITION}{first}"] for row in part if row.get(f"{_POSITION}{first}") is not None]
+            values = [row[f"{prefix}{first}"] for row in part if row.get(f"{prefix}{first}") is not None]
             means.append(np.mean(values) if values else np.nan)
         axes.plot(range(len(positions)), means, color=color, marker=".", linewidth=1.2, label=label)
     names = [str(first) if first < 2 else f"{first}-{2 * first - 1}" for first in positions]
     axes.set_xticks(range(len(positions)), names, fontsize=6.5, rotation=45)
     axes.legend(frameon=False, fontsize=6.5)
-    _finish(axes, "KL by token of the response")
+    _finish(axes, _POSITIONS[prefix])
 
 
 def _finish(axes: Axes, title: str) -> None:

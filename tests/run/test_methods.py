@@ -68,6 +68,8 @@ def test_the_gate_and_the_phases_of_teacher_sampling(run_dir):
     for row in rows:
         parts = [row[f"gate/{name}_fraction"] for name in ("consensus", "conflict", "neutral")]
         assert sum(parts) == pytest.approx(1.0) and 0 <= row["gate/stability_clipped_fraction"] <= 1
+        by_place = [value for key, value in row.items() if key.startswith("gate_conflict_at/")]
+        assert min(by_place) <= row["gate/conflict_fraction"] <= max(by_place)
     assert [row["anchor_alpha"] for row in rows] == pytest.approx([1.0, 1.0, 0.55, 0.0])
     assert rows[3]["anchor_kept"] == 0 and any(row["anchor_kept"] > 0 for row in rows[:3])
 
