@@ -126,6 +126,11 @@ def _add_run(commands) -> None:
     )
     _add_config(command)
     command.add_argument("--dry-run", action="store_true", help="check everything and print the plan; run nothing")
+    command.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="run this stage only, with its evaluation; its inputs must be finished, and no report is written",
+    )
 
 
 def _add_plan(commands) -> None:
@@ -156,7 +161,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         from megatron_s2d.workflow.run import run_workflow
     config, run_dir = _load(options)
-    run_workflow(config, run_dir, _console())
+    run_workflow(config, run_dir, _console(), options.stage)
     return None
 
 
