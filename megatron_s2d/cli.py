@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_cache(commands)
     _add_convert(commands)
+    _add_launch(commands)
     return parser
 
 
@@ -95,8 +96,7 @@ def _command(commands, name: str, run, text: str, example: str) -> argparse.Argu
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run)
+    _finish_command(command, run)
     return command
 
 
@@ -319,9 +319,13 @@ def _add_convert(commands) -> None:
     from megatron_s2d.conversion import cli
 
     cli.add_parser(commands)
-    command = commands.choices["convert"]
+    _finish_command(commands.choices["convert"], _convert)
+
+
+def _finish_command(command: argparse.ArgumentParser, run) -> None:
+    """What a command gets that another folder has described."""
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=_convert)
+    command.set_defaults(run=run)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -329,6 +333,13 @@ def _convert(options: argparse.Namespace) -> None:
 
     _quiet_libraries()
     cli.run(options)
+
+
+def _add_launch(commands) -> None:
+    from megatron_s2d.launchers import cli
+
+    cli.add_parser(commands)
+    _finish_command(commands.choices["launch"], cli.run)
 
 
 if __name__ == "__main__":
