@@ -2,7 +2,7 @@
 # A SLURM of two nodes on one machine, to try launchers on: slurmctld, two slurmd, munged. Needs root and the packages
 # (on Debian: apt-get install slurm-wlm munge). No accounting, no cgroups: jobs get CPUs by count, not by force.
 #
-#   slurm_cluster.sh up DIR     # state, logs and slurm.conf lie in DIR; then: export SLURM_CONF=DIR/slurm.conf
+#   slurm_cluster.sh up DIR [PORT]   # state, logs and slurm.conf lie in DIR; then: export SLURM_CONF=DIR/slurm.conf
 #   slurm_cluster.sh start DIR NODE | kill DIR NODE      # one node's daemon: kill loses its jobs, as a power cut does
 #   slurm_cluster.sh down DIR
 #
@@ -14,6 +14,7 @@ usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 action=$1 directory=$(mkdir -p "$2" && cd "$2" && pwd)
 config=$directory/slurm.conf
 nodes="node1 node2"
+hosts_mark="# slurm_cluster.sh"
 export SLURM_CONF=$config
 
 need() {
@@ -61,6 +62,7 @@ munge_up() {
         chmod 400 /etc/munge/munge.key
     fi
     runuser -u munge -- /usr/sbin/munged
+    touch "$directory/munged"
 }
 
 write_config() {
@@ -88,6 +90,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+EnforcePartLimits=ALL
 ReturnToService=2
 SlurmctldPidFile=$directory/slurmctld.pid
 SlurmdPidFile=$directory/slurmd.%n.pid
@@ -107,7 +110,7 @@ END
         number=$((number + 1))
         echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=4 RealMemory=4000" >>"$config"
         # `scontrol show hostnames` gives names that ranks must be able to look up.
-        grep -q " $node$" /etc/hosts || echo "127.0.0.1 $node" >>/etc/hosts
+        grep -q "^127.0.0.1 $node " /etc/hosts || echo "127.0.0.1 $node $hosts_mark" >>/etc/hosts
     done
     cat >>"$config" <<END
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=60 State=UP PriorityTier=1
@@ -118,7 +121,7 @@ END
 up() {
     need
     munge_up
-    write_config "${SLURM_TEST_PORT:-16817}"
+    write_config "$1"
     PATH=$PATH:/usr/sbin slurmctld -c -f "$config"
     for node in $nodes; do start_node "$node"; done
     for _ in $(seq 60); do
@@ -134,14 +137,18 @@ down() {
     for node in $nodes; do kill_node "$node"; done
     if runs slurmctld; then kill "$(pid_of slurmctld)"; fi
     for _ in $(seq 60); do
-        runs slurmctld || return 0
+        runs slurmctld || break
         sleep 0.5
     done
-    kill -9 "$(pid_of slurmctld)"
+    if runs slurmctld; then kill -9 "$(pid_of slurmctld)"; fi
+    if [ -e "$directory/munged" ]; then kill "$(cat /run/munge/munged.pid)" && rm "$directory/munged"; fi
+    # Written in place: in a container the file is a mount that cannot be replaced.
+    others=$(grep -v "$hosts_mark\$" /etc/hosts || true)
+    echo "$others" >/etc/hosts
 }
 
 case $action in
-    up) up ;;
+    up) up "${3:-16817}" ;;
     down) down ;;
     start) start_node "${3:?a node}" ;;
     kill) kill_node "${3:?a node}" ;;
