@@ -80,7 +80,7 @@ def _slurm_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
         partition=settings.partition,
         qos=settings.qos,
         constraint=settings.constraint,
-        job_name_prefix="",
+        job_name_prefix=f"{launch.workflow.name}-",
         time=str(settings.time_limit_minutes),
         nodes=task.nodes,
         ntasks_per_node=task.processes_per_node,

@@ -32,23 +32,23 @@ start_node() {
     PATH=$PATH:/usr/sbin slurmd -N "$1" -f "$config"
 }
 
-# The daemon and every step of the node's jobs, with their processes.
+# The daemon, the step daemons, so that they report nothing, and all processes of the node's jobs.
 kill_node() {
-    local pid
+    local pid parent processes
     pid=$(pid_of "slurmd.$1")
     [ -z "$pid" ] || kill -9 "$pid" 2>/dev/null || true
-    for pid in $(pgrep -f "^slurmstepd: \[" || true); do
-        # A step daemon names its node only in its environment.
-        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "SLURMD_NODENAME=$1"; then
-            kill_tree "$pid"
-        fi
+    processes=$(processes_of "$1")
+    for pid in $processes; do
+        parent=$(ps -o ppid= -p "$pid" || true)
+        if [ -n "$parent" ] && [ "$(ps -o comm= -p "$parent")" = slurmstepd ]; then kill -9 "$parent" || true; fi
     done
+    for pid in $processes; do kill -9 "$pid" 2>/dev/null || true; done
 }
 
-kill_tree() {
-    local child
-    for child in $(pgrep -P "$1" || true); do kill_tree "$child"; done
-    kill -9 "$1" 2>/dev/null || true
+processes_of() {
+    local found
+    found=$(grep -lzx "SLURMD_NODENAME=$1" /proc/[0-9]*/environ 2>/dev/null || true)
+    [ -z "$found" ] || grep -lzxF "SLURM_CONF=$config" $found 2>/dev/null | cut -d / -f 3 || true
 }
 
 munge_up() {

@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ TWO_RANKS = ["--set", "parallel.data_parallel_size=2"]
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A working directory that wants quoting."""
-    directory = tmp_path / "it's $HOME, a 100% place"
+    directory = tmp_path / "it's $HOME a 100% place"
     directory.mkdir()
     monkeypatch.chdir(directory)
     return directory
@@ -237,9 +238,13 @@ def test_the_documented_cluster_file_is_valid(tmp_path):
 def test_nemo_run_writes_the_same_ranks_into_its_jobs(tmp_path, monkeypatch):
     pytest.importorskip("nemo_run", reason="NeMo-Run is not installed (the extra `launch`)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     arguments = ["--nodes", "2", *TWO_RANKS, "--cluster-set", "partition=main", "--cluster-set", "sbatch=[--mem=0]"]
-    assert main(["launch", "nemo-run", str(SMOKE), "--out", "run", "--dry-run", *arguments]) == 0
+    # A process of its own: NeMo-Run reads the home directory when it is imported, and standard input.
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_s2d.cli", "launch", "nemo-run", SMOKE, "--out", "run", "--dry-run", *arguments],
+        env={**os.environ, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"run"} and {path.name for path in Path("run").iterdir()} == {"launch"}
     (directory,) = Path("run/launch").iterdir()
     (job,) = directory.glob("nemo/experiments/smoke/*/opd_sbatch.sh")
