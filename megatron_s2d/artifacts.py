@@ -199,19 +199,23 @@ def tree_digest(directory: str | Path) -> str:
 
 @contextlib.contextmanager
 def directory_lock(
-    directory: str | Path, *, wait_seconds: float = 0.0, announce: Callable[[str], None] | None = None
+    directory: str | Path,
+    *,
+    shared: bool = False,
+    wait_seconds: float = 0.0,
+    announce: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Hold ``directory`` (made if missing) for this process; the kernel releases the lock when the process ends.
 
-    Another holder is waited for up to ``wait_seconds`` after one message to ``announce``, then it is a ``UserError``
-    naming the holder.
+    ``shared``: beside other shared holders. Another holder is waited for up to ``wait_seconds`` after one message to
+    ``announce``, then it is a ``UserError`` naming the holder.
     """
     path = Path(directory) / LOCK_NAME
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(descriptor, path, wait_seconds, announce)
+        _acquire(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path, wait_seconds, announce)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -219,11 +223,13 @@ def directory_lock(
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, wait_seconds: float, announce: Callable[[str], None] | None) -> None:
+def _acquire(
+    descriptor: int, kind: int, path: Path, wait_seconds: float, announce: Callable[[str], None] | None
+) -> None:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"

@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_cache(commands)
     _add_convert(commands)
+    _add_launch(commands)
     return parser
 
 
@@ -95,8 +96,7 @@ def _command(commands, name: str, run, text: str, example: str) -> argparse.Argu
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run)
+    _finish_command(command, run)
     return command
 
 
@@ -132,6 +132,11 @@ def _add_run(commands) -> None:
         help="under torchrun or srun: as many data-parallel replicas as there are ranks, whatever the config says; so a "
         "job that lost a node goes on with the others",
     )
+    command.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="run this stage only, with its evaluation; its inputs must be finished, and no report is written",
+    )
 
 
 def _add_plan(commands) -> None:
@@ -164,7 +169,7 @@ def _run(options: argparse.Namespace) -> None:
     config, run_dir = _load(options)
     if options.elastic:
         config = config.with_world_size(launched_world_size())
-    run_workflow(config, run_dir, _console())
+    run_workflow(config, run_dir, _console(), options.stage)
     return None
 
 
@@ -322,9 +327,13 @@ def _add_convert(commands) -> None:
     from megatron_s2d.conversion import cli
 
     cli.add_parser(commands)
-    command = commands.choices["convert"]
+    _finish_command(commands.choices["convert"], _convert)
+
+
+def _finish_command(command: argparse.ArgumentParser, run) -> None:
+    """What a command gets that another folder has described."""
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=_convert)
+    command.set_defaults(run=run)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -332,6 +341,13 @@ def _convert(options: argparse.Namespace) -> None:
 
     _quiet_libraries()
     cli.run(options)
+
+
+def _add_launch(commands) -> None:
+    from megatron_s2d.launchers import cli
+
+    cli.add_parser(commands)
+    _finish_command(commands.choices["launch"], cli.run)
 
 
 if __name__ == "__main__":

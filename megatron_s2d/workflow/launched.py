@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_s2d.artifacts import directory_lock, format_seconds
+from megatron_s2d.artifacts import format_seconds
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.outcomes import Interrupted
 from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.preflight import Preflight, check_workflow
+from megatron_s2d.workflow.preflight import Preflight
 from megatron_s2d.workflow.process import StopOnSignal, execute
-from megatron_s2d.workflow.run import finish, prepare
+from megatron_s2d.workflow.run import finish, prepared
 
 
-def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> None:
+def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None = None) -> None:
     """As ``workflow.run.run_workflow``, collective over the launcher's ranks, which must be as many as the layout's."""
     started = time.perf_counter()
     torch.set_num_threads(config.threads_per_rank)
@@ -34,7 +34,7 @@ def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> Non
     stop = StopOnSignal()
     console.quiet = dist.get_rank() != 0
     with contextlib.ExitStack() as stack:
-        jobs, checked = _decide(config, run_dir, console, stack)
+        jobs, checked = _decide(config, run_dir, console, stage, stack)
         for job in jobs:
             if not job.is_pending:
                 continue
@@ -44,21 +44,20 @@ def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> Non
             except Stopped as stopped:
                 raise Interrupted(f"{job.id}: {stopped}; the same command goes on from here") from None
             console.print(f"{job.id}: done in {format_seconds(time.perf_counter() - began)}", highlight=False)
-        if checked is not None:
+        if checked is not None and stage is None:
             finish(config, run_dir, jobs, checked, time.perf_counter() - started, console)
         shutdown_distributed()
 
 
 def _decide(
-    config: WorkflowConfig, run_dir: Path, console: Console, stack: contextlib.ExitStack
+    config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None, stack: contextlib.ExitStack
 ) -> tuple[list[Job], Preflight | None]:
-    """The plan of rank 0 on every rank; what it found wrong is raised everywhere. The lock is held until ``stack``."""
+    """The plan of rank 0 on every rank; what it found wrong is raised everywhere. The locks are held until ``stack``."""
     checked, message = None, [None, None]
     if dist.get_rank() == 0:
         try:
-            stack.enter_context(directory_lock(run_dir, wait_seconds=30.0, announce=console.print))
-            checked = check_workflow(config, run_dir / "tokenizer")
-            message = [prepare(config, run_dir, console), None]
+            jobs, checked = stack.enter_context(prepared(config, run_dir, console, stage))
+            message = [jobs, None]
         except UserError as error:
             message = [None, str(error)]
     dist.broadcast_object_list(message, src=0)

@@ -41,25 +41,61 @@ _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0
 
 
-def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console) -> Path:
-    """Run what is not done yet, and write the report; returns its path. The same call goes on after any interruption.
+def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None = None) -> None:
+    """Run what is not done yet, and write the report. The same call goes on after any interruption.
 
-    Raises ``UserError`` (with the run's state intact), ``Interrupted``, or ``JobCrashed``.
+    With ``stage`` only that stage runs, with its evaluation and gates, and no report is written. Raises ``UserError``
+    (with the run's state intact), ``Interrupted``, or ``JobCrashed``.
     """
     started = time.perf_counter()
-    with directory_lock(run_dir, wait_seconds=_LOCK_WAIT_SECONDS, announce=console.print):
-        server = ProcessServer()
-        server.warm_up()
-        checked = check_workflow(config, run_dir / "tokenizer")
-        jobs = prepare(config, run_dir, console)
+    server = ProcessServer()
+    server.warm_up()
+    with prepared(config, run_dir, console, stage) as (jobs, checked):
         if any(job.is_pending for job in jobs):
             _Runner(config, run_dir, jobs, checked.totals, server, console).run()
-        return finish(config, run_dir, jobs, checked, time.perf_counter() - started, console)
+        if stage is None:
+            finish(config, run_dir, jobs, checked, time.perf_counter() - started, console)
 
 
-def prepare(config: WorkflowConfig, run_dir: Path, console: Console) -> list[Job]:
-    """The plan; directories of jobs that changed are moved aside, with the reason."""
-    jobs = make_plan(config, run_dir)
+@contextlib.contextmanager
+def prepared(
+    config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None
+) -> Iterator[tuple[list[Job], Preflight]]:
+    """The jobs of this run and what preflight found; other runs are kept away until the block ends.
+
+    A whole run has the run directory for itself. Runs of single stages share it, one run a stage; the list then holds
+    that stage's jobs, and the finished ones.
+    """
+    patience = {"wait_seconds": _LOCK_WAIT_SECONDS, "announce": console.print}
+    if stage is None:
+        with directory_lock(run_dir, **patience):
+            checked = check_workflow(config, run_dir / "tokenizer")
+            yield _supersede(make_plan(config, run_dir), config, run_dir, console), checked
+        return
+    running = run_dir / ".running"
+    with directory_lock(run_dir, shared=True, **patience), directory_lock(running / stage, **patience):
+        with directory_lock(running, **patience):
+            checked = check_workflow(config, run_dir / "tokenizer")
+            jobs = _supersede(_only(make_plan(config, run_dir), stage), config, run_dir, console)
+        yield jobs, checked
+
+
+def _only(jobs: list[Job], stage: str) -> list[Job]:
+    """The jobs of ``stage``, of which the inputs must be finished, and all finished ones."""
+    own = [job for job in jobs if job.stage == stage]
+    if not own:
+        names = ", ".join(job.stage for job in jobs if job.is_stage)
+        raise UserError(f"--stage {stage}: no such stage among those that the arms need ({names})")
+    done = [job for job in jobs if job.stage != stage and not job.is_pending]
+    available = {job.id for job in [*own, *done]}
+    missing = [name for job in own for name in job.inputs if name not in available]
+    if missing:
+        raise UserError(f"--stage {stage}: its input {missing[0]} is not finished; run that stage first")
+    return [*done, *own]
+
+
+def _supersede(jobs: list[Job], config: WorkflowConfig, run_dir: Path, console: Console) -> list[Job]:
+    """``jobs``; directories of those that changed are moved aside, with the reason."""
     for job in jobs:
         if job.action == "rerun":
             console.print(f"{job.id}: runs again, {job.reason}", markup=False, highlight=False, soft_wrap=True)
@@ -197,5 +233,8 @@ def report_again(run_dir: Path, console: Console) -> None:
     if missing:
         raise UserError(f"{run_dir}: {missing[0]} is not finished ({len(missing)} in all); run the workflow first")
     results = run_dir / "results.json"
-    seconds = read_json(results)["wall_seconds"] if results.exists() else 0.0
+    # Stages that ran one by one, such as jobs of a cluster, leave no time of the whole but their own.
+    seconds = sum(job.directory.finished()["seconds"] for job in jobs)
+    if results.exists():
+        seconds = read_json(results)["wall_seconds"]
     finish(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)

@@ -1,0 +1,105 @@
+"""``s2d launch local | slurm | nemo-run``: arguments and printed results. Parsing needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.launchers import local, nemo, slurm
+from megatron_s2d.launchers.config import load_launch
+from megatron_s2d.launchers.job import Launch, plan_launch
+
+_EXAMPLES = """examples:
+  s2d launch local configs/smoke.yaml --processes-per-node 2 --set parallel.data_parallel_size=2
+  s2d launch slurm my.yaml --nodes 4 --cluster cluster.yaml --dry-run
+  s2d launch slurm my.yaml --nodes 4 --cluster cluster.yaml --cluster-set time_limit_minutes=60
+  s2d launch slurm my.yaml --per-stage --cluster cluster.yaml
+  s2d launch nemo-run my.yaml --executor slurm --nodes 4 --cluster cluster.yaml
+
+The same command goes on with a run that was interrupted. docs/launch.md has the keys of a cluster file."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``launch`` to the main command's sub-commands; the parsed arguments go to ``run``."""
+    command = subparsers.add_parser(
+        "launch",
+        help="run a workflow on many ranks: here, through SLURM, or through NeMo-Run",
+        description="Run a workflow on many ranks: on this machine, through SLURM, or through NeMo-Run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("launcher", choices=("local", "slurm", "nemo-run"))
+    command.add_argument("config", type=Path, metavar="CONFIG", help="workflow file (YAML)")
+    command.add_argument("--nodes", type=int, metavar="N", help="default 1, or the cluster file's")
+    command.add_argument(
+        "--processes-per-node", type=int, metavar="K", help="ranks, each with a GPU; default: layout / nodes"
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME-of-the-config)")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key of the workflow; may be repeated",
+    )
+    command.add_argument("--cluster", type=Path, metavar="FILE", help="partition, time limit, container ... (YAML)")
+    command.add_argument(
+        "--cluster-set",
+        action="append",
+        default=[],
+        dest="cluster_overrides",
+        metavar="KEY=VALUE",
+        help="set a key of the cluster file; may be repeated",
+    )
+    command.add_argument("--per-stage", action="store_true", help="slurm: a job a stage, each after its inputs'")
+    command.add_argument(
+        "--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="write scripts and resolved configuration to DIR/launch; start nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out a parsed command; returns the exit code. Errors are ``UserError``."""
+    launch = _plan(options)
+    actions = {"local": _local, "slurm": _slurm, "nemo-run": _nemo_run}
+    code = actions[options.launcher](launch, options)
+    if options.dry_run:
+        print(f"written to {launch.directory}; nothing was started")
+    return code
+
+
+def _plan(options: argparse.Namespace) -> Launch:
+    workflow = load_workflow(options.config, options.overrides)
+    named = {"nodes": options.nodes, "processes_per_node": options.processes_per_node}
+    chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
+    # NeMo-Run's tasks are the stages; on this machine one run does them all.
+    per_stage = options.launcher == "nemo-run" or (options.per_stage and options.launcher == "slurm")
+    chosen += ["per_stage=true"] if per_stage else ["per_stage=false"] if options.launcher == "local" else []
+    settings = load_launch(options.cluster, [*options.cluster_overrides, *chosen])
+    return plan_launch(workflow, settings, options.out or Path("runs") / workflow.name)
+
+
+def _local(launch: Launch, options: argparse.Namespace) -> int:
+    local.write(launch)
+    return 0 if options.dry_run else local.run(launch)
+
+
+def _slurm(launch: Launch, options: argparse.Namespace) -> int:
+    slurm.write(launch)
+    if not options.dry_run:
+        for task, number in slurm.submit(launch).items():
+            print(f"{task}: job {number}")
+        print(f"scripts and logs: {launch.directory}")
+    return 0
+
+
+def _nemo_run(launch: Launch, options: argparse.Namespace) -> int:
+    if options.dry_run:
+        nemo.write(launch, options.executor)
+    else:
+        print(f"scripts and logs: {nemo.run(launch, options.executor)}")
+    return 0

@@ -1,0 +1,99 @@
+"""What a launcher must know about a cluster and a job: one small YAML beside the workflow. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config, UserError, apply_overrides, load_yaml, parse
+from megatron_s2d.config.workflow import WorkflowConfig
+
+OneLine = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
+
+
+class ContainerConfig(Config):
+    """A container that every rank runs in, through pyxis and enroot (``srun --container-image``)."""
+
+    image: OneLine = Field(description="an image of a registry, or a .sqsh file")
+    mounts: list[OneLine] = Field(
+        default_factory=list,
+        description="source:target[:flags], as pyxis takes them; the working and the run directory are mounted anyway",
+    )
+
+
+class LaunchConfig(Config):
+    """Where ranks run, and what becomes of a job that is stopped."""
+
+    nodes: int | None = Field(None, ge=1, description="by default 1")
+    processes_per_node: int | None = Field(None, ge=1, description="ranks; by default what the layout needs / nodes")
+    gpus_per_node: int | None = Field(
+        None, ge=0, description="by default one for each process; 0: nodes without GPUs, or a site that counts otherwise"
+    )
+    cpus_per_process: int | None = Field(None, ge=1, description="by default what the site gives")
+    time_limit_minutes: int = Field(240, ge=1, description="of one job; a longer run takes several, see `requeue`")
+    partition: OneLine | None = None
+    account: OneLine | None = None
+    qos: OneLine | None = None
+    constraint: OneLine | None = None
+    sbatch: list[OneLine] = Field(
+        default_factory=list, description="further options of sbatch, such as `--mem=0` or `--reservation=name`"
+    )
+    container: ContainerConfig | None = None
+    python: OneLine | None = Field(None, description="by default this one; in a container `python3`")
+    setup: list[str] = Field(default_factory=list, description="bash lines that every rank runs first, say module load")
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        default_factory=dict, description="variables of every rank"
+    )
+    signal_seconds: int = Field(
+        300, ge=1, le=65535, description="before the time limit: ranks finish their step, save a checkpoint, and end"
+    )
+    requeue: bool = Field(True, description="a job that was stopped at its time limit goes back into the queue")
+    max_requeues: int = Field(100, ge=0, description="so that a run that gets nowhere ends")
+    restarts: int = Field(2, ge=0, description="times that a job starts its ranks again, on its nodes, after a crash")
+    per_stage: bool = Field(False, description="one job a stage, each after the stages that it reads from")
+
+    @pydantic.field_validator("sbatch")
+    @classmethod
+    def _options(cls, lines: list[str]) -> list[str]:
+        for line in lines:
+            if not line.startswith("-"):
+                raise ValueError(f"'{line}' is not an option: write it as on sbatch's command line, such as --mem=0")
+        return lines
+
+    @pydantic.model_validator(mode="after")
+    def _time_to_save(self) -> LaunchConfig:
+        if self.signal_seconds >= 60 * self.time_limit_minutes:
+            raise ValueError(
+                f"signal_seconds {self.signal_seconds} is not below the time limit of {self.time_limit_minutes} minutes"
+            )
+        return self
+
+
+def load_launch(path: Path | None, overrides: list[str]) -> LaunchConfig:
+    """Settings of the file (or the defaults) with overrides ``key=value``; a problem is a one-line ``UserError``."""
+    document = apply_overrides({} if path is None else load_yaml(path), overrides)
+    return parse(LaunchConfig, document, "launch settings" if path is None else str(path))
+
+
+def resolve(launch: LaunchConfig, workflow: WorkflowConfig) -> LaunchConfig:
+    """``launch`` with nodes, processes and GPUs filled in; they must give the workflow's layout its ranks."""
+    world_size = workflow.parallel.world_size
+    nodes = launch.nodes or 1
+    processes = launch.processes_per_node or max(1, world_size // nodes)
+    if nodes * processes != world_size:
+        raise UserError(
+            f"{nodes} nodes x {processes} processes are {nodes * processes} ranks, but the layout of the workflow takes "
+            f"{world_size}: {_remedy(workflow, nodes * processes)}"
+        )
+    gpus = processes if launch.gpus_per_node is None else launch.gpus_per_node
+    return launch.model_copy(update={"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus})
+
+
+def _remedy(workflow: WorkflowConfig, ranks: int) -> str:
+    replica = workflow.parallel.world_size // workflow.parallel.data_parallel_size
+    if ranks % replica == 0 and workflow.teacher_parallel is None:
+        return f"add --set parallel.data_parallel_size={ranks // replica}"
+    return f"choose nodes and processes whose product is {workflow.parallel.world_size}, or change `parallel`"

@@ -1,0 +1,105 @@
+"""The stages as tasks of a NeMo-Run experiment, on this machine or through SLURM. The one place that imports nemo_run.
+
+Ranks run the same scripts as without NeMo-Run. Its own sbatch template requeues a job after every failure, up to
+``max_requeues`` times: it does not read exit codes, as ``slurm`` does, and does not start ranks again within a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.launchers import scripts
+from megatron_s2d.launchers.job import Launch, Task, write_launch
+from megatron_s2d.workflow.plan import make_plan
+
+Executor = Literal["local", "slurm"]
+
+
+def write(launch: Launch, executor: Executor) -> None:
+    """Write the scripts of a rank, and what NeMo-Run makes of the tasks."""
+    with _experiment(launch, executor) as experiment:
+        experiment.dryrun(log=False, exist_ok=True, delete_exp_dir=False)
+
+
+def run(launch: Launch, executor: Executor) -> Path:
+    """Start the experiment: SLURM's jobs are submitted, local ones run to their end. Returns NeMo-Run's directory.
+
+    Raises ``UserError`` when a local task left its stage unfinished.
+    """
+    with _experiment(launch, executor) as experiment:
+        experiment.run(detach=executor == "slurm")
+    if executor == "local":
+        missing = [job.id for job in make_plan(launch.workflow, launch.run_dir) if job.is_pending]
+        if missing:
+            raise UserError(f"{missing[0]} did not finish; see its log below {_base(launch)}")
+    return _base(launch)
+
+
+def _base(launch: Launch) -> Path:
+    return launch.directory / "nemo"
+
+
+@contextlib.contextmanager
+def _experiment(launch: Launch, executor: Executor) -> Iterator[Any]:
+    """The experiment, entered, with a task for every task of the launch."""
+    try:
+        import nemo_run
+    except ImportError as error:
+        raise UserError(
+            f"NeMo-Run cannot be imported ({error}): pip install 'megatron-s2d[launch]', or use `s2d launch slurm`"
+        ) from error
+    write_launch(launch, {"rank.sh": scripts.rank_script(launch), "local.sh": scripts.local_script(launch)})
+    title, base = launch.workflow.name, str(_base(launch))
+    with nemo_run.Experiment(title, base_dir=base, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+        make = _local_executor if executor == "local" else _slurm_executor
+        script = launch.directory / ("local.sh" if executor == "local" else "rank.sh")
+        for task in launch.tasks():
+            command = nemo_run.Script(inline=f"exec bash {shlex.quote(str(script))} {shlex.join(task.arguments)}\n")
+            experiment.add(command, make(nemo_run, launch, task), name=task.name, dependencies=list(task.after))
+        yield experiment
+
+
+def _local_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
+    if task.nodes != 1:
+        raise UserError(f"the local executor has one node, not {task.nodes}: leave --nodes out, or --executor slurm")
+    return nemo_run.LocalExecutor(packager=nemo_run.Packager())
+
+
+def _slurm_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
+    """NeMo-Run's description of what ``scripts.sbatch_script`` writes."""
+    settings = launch.settings
+    if " " in str(launch.run_dir):
+        raise UserError(f"{launch.run_dir}: NeMo-Run does not quote paths; choose a run directory without spaces")
+    return nemo_run.SlurmExecutor(
+        account=settings.account,
+        partition=settings.partition,
+        qos=settings.qos,
+        constraint=settings.constraint,
+        job_name_prefix=f"{launch.workflow.name}-",
+        time=str(settings.time_limit_minutes),
+        nodes=task.nodes,
+        ntasks_per_node=task.processes_per_node,
+        gpus_per_node=task.gpus_per_node or None,
+        cpus_per_task=settings.cpus_per_process,
+        signal=scripts.signal_option(launch),
+        retries=settings.max_requeues if settings.requeue else 0,
+        container_image=settings.container.image if settings.container else None,
+        container_mounts=launch.mounts if settings.container else [],
+        additional_parameters=_additional(settings.sbatch),
+        # Unquoted on purpose: the job's script expands them.
+        env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": scripts.MASTER_PORT},
+        # NeMo-Run writes below the experiment's own directory and copies nothing there for a local tunnel.
+        tunnel=nemo_run.LocalTunnel(job_dir=str(_base(launch) / "experiments")),
+        packager=nemo_run.Packager(),
+    )
+
+
+def _additional(options: list[str]) -> dict[str, Any]:
+    """``--name=value`` and ``--flag`` as NeMo-Run takes them."""
+    pairs = [option.lstrip("-").partition("=") for option in options]
+    return {name: value if separator else True for name, separator, value in pairs}

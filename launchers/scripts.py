@@ -1,0 +1,164 @@
+"""Bash scripts of a launch, as text. What a reader may want to change by hand stands near their top. No torch here.
+
+    submit.sh --sbatch--> NN-TASK.sbatch --srun, once a rank--> rank.sh --> s2d run workflow.json --out RUN_DIR
+    local.sh --torchrun, once a rank--> s2d run workflow.json --out RUN_DIR
+
+srun starts the ranks itself, without torchrun between: torchrun kills ranks 30 seconds after it passed a signal on,
+which is too short for a large checkpoint, and hides their exit codes, which say whether a run can go on.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from megatron_s2d.launchers.job import Launch, Task
+
+# 20000 to 31999: below the ports that kernels hand out. Jobs that share a head node rarely meet.
+MASTER_PORT = "$((20000 + SLURM_JOB_ID % 12000))"
+
+
+def rank_script(launch: Launch) -> str:
+    """What srun starts for every rank (inside the container, where there is one); its arguments are those of s2d."""
+    return f"""#!/bin/bash
+# One rank of {launch.workflow.name}: srun starts this once for each process, with the arguments of `s2d`.
+{_preamble(launch)}
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+exec {shlex.quote(launch.python)} -m megatron_s2d.cli "$@"
+"""
+
+
+def local_script(launch: Launch) -> str:
+    """All ranks on this machine, by torchrun; its arguments are those of s2d."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.settings.processes_per_node}"]
+    return f"""#!/bin/bash
+# All ranks of {launch.workflow.name} on this machine; the arguments are those of `s2d`.
+{_preamble(launch)}
+exec {shlex.join([launch.python, *torchrun])} -m megatron_s2d.cli "$@"
+"""
+
+
+def sbatch_script(launch: Launch, task: Task) -> str:
+    """The job of one task."""
+    settings = launch.settings
+    command = " \\\n        ".join([*srun_words(launch, task), shlex.join(task.arguments)])
+    attempts = " ".join(str(number) for number in range(settings.restarts + 1))
+    title = f"{launch.workflow.name}, {task.name}: {task.nodes} nodes x {task.processes_per_node} processes"
+    return f"""#!/bin/bash
+# {title}. Written by `s2d launch slurm`.
+{chr(10).join(f"#SBATCH {option}" for option in sbatch_options(launch, task))}
+
+set -uo pipefail
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT={MASTER_PORT}
+export MASTER_ADDR MASTER_PORT
+
+# Set by scancel, and by SLURM when it takes the nodes away, after which it requeues the job itself.
+cancelled=
+trap 'cancelled=yes' TERM
+
+# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal, before
+# it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
+for attempt in {attempts}; do
+    {command}
+    code=$?
+    case $code in 0 | 1 | 2 | 130 | 138) break ;; esac
+    [ -z "$cancelled" ] || break
+    echo "attempt $attempt: the ranks ended with code $code" >&2
+done
+{_requeue(launch)}
+exit "$code"
+"""
+
+
+def _requeue(launch: Launch) -> str:
+    if not launch.settings.requeue:
+        return ""
+    return f"""
+case $code in 130 | 138)
+    if [ -z "$cancelled" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {launch.settings.max_requeues} ]; then
+        echo "stopped before the time limit: back into the queue" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
+"""
+
+
+def sbatch_options(launch: Launch, task: Task) -> list[str]:
+    """Options of sbatch, quoted as its script lines want them; those of the user come last and win."""
+    settings = launch.settings
+    logs = str(launch.directory).replace("%", "%%") + f"/{_file_name(task.name).replace('%', '%%')}-%j.log"
+    named = {
+        "job-name": f"{launch.workflow.name}-{task.name}",
+        "nodes": task.nodes,
+        "ntasks-per-node": task.processes_per_node,
+        "gpus-per-node": task.gpus_per_node or None,
+        "cpus-per-task": settings.cpus_per_process,
+        "time": settings.time_limit_minutes,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "signal": signal_option(launch),
+        "chdir": launch.working_dir,
+        "output": logs,
+    }
+    options = [f"--{name}={shlex.quote(str(value))}" for name, value in named.items() if value is not None]
+    return [*options, "--open-mode=append", "--requeue" if settings.requeue else "--no-requeue", *settings.sbatch]
+
+
+def signal_option(launch: Launch) -> str:
+    """When SLURM tells the ranks to save: USR1 goes to the job's steps, not to its script."""
+    return f"USR1@{launch.settings.signal_seconds}"
+
+
+def srun_words(launch: Launch, task: Task) -> list[str]:
+    """srun with its options, one quoted word an item, up to the arguments of s2d."""
+    settings = launch.settings
+    # When one rank is lost the others cannot go on; they get a minute to say why.
+    words = ["srun", "--wait=60"]
+    if settings.cpus_per_process:  # srun does not take it over from sbatch
+        words.append(f"--cpus-per-task={settings.cpus_per_process}")
+    if settings.container:
+        words += [
+            f"--container-image={shlex.quote(settings.container.image)}",
+            f"--container-mounts={shlex.quote(','.join(launch.mounts))}",
+            f"--container-workdir={shlex.quote(str(launch.working_dir))}",
+        ]
+    return [*words, f"bash {shlex.quote(str(launch.directory / 'rank.sh'))}"]
+
+
+def sbatch_name(number: int, task: Task) -> str:
+    """File name of a task's job."""
+    return f"{number:02d}-{_file_name(task.name)}.sbatch"
+
+
+def submit_script(launch: Launch) -> str:
+    """Submits every task after those that it depends on, and prints names and job numbers."""
+    lines, variables = [], {}
+    for number, task in enumerate(launch.tasks(), 1):
+        variables[task.name] = f"job_{number}"
+        depends = ":".join(f"${variables[name]}" for name in task.after)
+        options = f'--dependency="afterok:{depends}" --kill-on-invalid-dep=yes ' if depends else ""
+        lines.append(f"job_{number}=$(submit {options}{shlex.quote(sbatch_name(number, task))})")
+        lines.append(f'echo {shlex.quote(task.name)} "$job_{number}"')
+    return f"""#!/bin/bash
+# Submits the jobs of {launch.workflow.name} and prints the name and number of each.
+set -euo pipefail
+cd {shlex.quote(str(launch.directory))}
+submit() {{ sbatch --parsable "$@" | cut -d ';' -f 1; }}
+
+{chr(10).join(lines)}
+"""
+
+
+def _preamble(launch: Launch) -> str:
+    """Working directory, variables and set-up of a rank."""
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in launch.settings.environment.items()]
+    lines = ["set -eo pipefail", f"cd {shlex.quote(str(launch.working_dir))}", *exports, *launch.settings.setup]
+    return "\n".join(lines)
+
+
+def _file_name(task: str) -> str:
+    return task.replace("/", "_")

@@ -1,0 +1,255 @@
+"""Launchers on a real SLURM of two nodes: what is killed, preempted or out of time goes on, with an unbroken result."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from s2d import ROOT, environment, metrics, s2d
+
+WORKFLOW = Path(__file__).with_name("slurm.yaml")
+CLUSTER_SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
+JOBS = ["stages/student_base", "stages/student_grpo", "evaluations/student_grpo"]
+CLUSTER_FILE = """
+gpus_per_node: 0
+time_limit_minutes: 10
+sbatch: [--exclusive]
+environment: {GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: "1", PYTHONWARNINGS: ignore}
+"""
+
+
+class Cluster:
+    """The running SLURM, and launches on it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.file = directory / "cluster.yaml"
+        self.file.write_text(CLUSTER_FILE)
+
+    def script(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+        command = [str(CLUSTER_SCRIPT), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done
+
+    def launch(self, run_dir: Path, *arguments: str) -> dict[str, int]:
+        """Submit the test's workflow; task -> job number."""
+        done = launch("slurm", run_dir, "--cluster", self.file, "--nodes", "2", *arguments)
+        assert done.returncode == 0, done.stderr
+        lines = [line.rpartition(": job ") for line in done.stdout.splitlines() if ": job " in line]
+        return {name: int(number) for name, _, number in lines}
+
+    def state(self, job: int) -> str:
+        shown = slurm("scontrol", "show", "job", str(job)).stdout
+        return shown.partition("JobState=")[2].split()[0]
+
+    def restarts(self, job: int) -> int:
+        return int(slurm("scontrol", "show", "job", str(job)).stdout.partition("Restarts=")[2].split()[0])
+
+    def finish(self, job: int, run_dir: Path, timeout: float = 420) -> None:
+        """Wait until the job has succeeded."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wait(lambda: self.state(job) in ends, run_dir, timeout)
+        assert self.state(job) == "COMPLETED", logs(run_dir)
+
+
+def slurm(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess:
+    launcher, run_dir, *others = arguments
+    return s2d("launch", launcher, WORKFLOW, "--out", run_dir, *others, timeout=300)
+
+
+def wait(condition, run_dir: Path, timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out\n{logs(run_dir)}"
+        time.sleep(0.2)
+
+
+def logs(run_dir: Path) -> str:
+    found = sorted((run_dir / "launch").glob("*/*.log"))
+    return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in found)
+
+
+def rows(run_dir: Path, job: str) -> int:
+    path = run_dir / job / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def assert_equals(run_dir: Path, unbroken: Path) -> None:
+    """The same numbers in every step, every step once, and the same use of labels."""
+    for job in JOBS:
+        assert metrics(run_dir, job) == metrics(unbroken, job), job
+    for job in JOBS[:2]:
+        steps = [row["step"] for row in metrics(run_dir, job)]
+        assert steps == list(range(1, len(steps) + 1)), job
+    evaluation = "evaluations/student_grpo/evaluation.jsonl"
+    assert (run_dir / evaluation).read_bytes() == (unbroken / evaluation).read_bytes()
+    assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((unbroken / "ledger.json").read_text())
+    assert not (run_dir / "stages/superseded").exists() and (run_dir / "report.html").exists()
+
+
+def resumes(run_dir: Path, job: str) -> int:
+    return len(json.loads((run_dir / job / "lineage.json").read_text())["resumed"])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name, path=path)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (on Debian: apt-get install slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons need root")
+    directory = tmp_path_factory.mktemp("slurm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = 15000 + probe.getsockname()[1] % 4000
+    running = Cluster(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(directory / "slurm.conf"))
+        try:
+            running.script("up", directory, port)
+            yield running
+        finally:
+            running.script("down", directory, check=False)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """An unbroken run of two ranks on this machine, through torchrun."""
+    run_dir = tmp_path_factory.mktemp("here") / "run"
+    done = launch("local", run_dir, "--processes-per-node", "2")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_a_job_on_two_nodes_equals_the_run_on_this_machine(cluster, here, tmp_path):
+    run_dir = tmp_path / "it's a 100% run"
+    job = cluster.launch(run_dir)["run"]
+    cluster.finish(job, run_dir)
+    assert_equals(run_dir, here)
+    assert cluster.restarts(job) == 0 and resumes(run_dir, "stages/student_base") == 0
+    assert (run_dir / "launch").is_dir() and "done in" in logs(run_dir)
+
+
+def started(cluster: Cluster, run_dir: Path, *arguments: str) -> int:
+    """A job in the midst of base training."""
+    job = cluster.launch(run_dir, *arguments)["run"]
+    wait(lambda: rows(run_dir, "stages/student_base") >= 15, run_dir)
+    return job
+
+
+@pytest.mark.slow
+def test_a_lost_node_requeues_the_job(cluster, here, tmp_path):
+    run_dir = tmp_path / "node"
+    job = started(cluster, run_dir)
+    cluster.script("kill", cluster.directory, "node2")
+    assert not (run_dir / "stages/student_base/finished.json").exists()
+    wait(lambda: cluster.state(job) == "PENDING", run_dir)
+    cluster.script("start", cluster.directory, "node2")
+    cluster.finish(job, run_dir)
+    assert cluster.restarts(job) == 1 and resumes(run_dir, "stages/student_base") >= 1
+    assert_equals(run_dir, here)
+
+
+@pytest.mark.slow
+def test_a_killed_step_starts_again_within_the_job(cluster, here, tmp_path):
+    run_dir = tmp_path / "step"
+    job = started(cluster, run_dir)
+    slurm("scancel", "--signal=KILL", f"{job}.0")
+    cluster.finish(job, run_dir)
+    assert cluster.restarts(job) == 0 and resumes(run_dir, "stages/student_base") == 1
+    assert "attempt 0: the ranks ended with code" in logs(run_dir)
+    assert_equals(run_dir, here)
+
+
+@pytest.mark.slow
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(cluster, here, tmp_path):
+    run_dir = tmp_path / "preempted"
+    job = started(cluster, run_dir)
+    options = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log"]
+    urgent = int(slurm("sbatch", "--parsable", *options, "--wrap", "srun sleep 2").stdout)
+    cluster.finish(urgent, run_dir)
+    cluster.finish(job, run_dir)
+    assert cluster.restarts(job) == 1 and resumes(run_dir, "stages/student_base") == 1
+    assert_equals(run_dir, here)
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled_and_another_goes_on(cluster, here, tmp_path):
+    run_dir = tmp_path / "cancelled"
+    job = started(cluster, run_dir)
+    slurm("scancel", str(job))
+    wait(lambda: not slurm("squeue", "--noheader").stdout, run_dir)
+    assert cluster.state(job) == "CANCELLED" and cluster.restarts(job) == 0
+    job = cluster.launch(run_dir)["run"]
+    cluster.finish(job, run_dir)
+    assert resumes(run_dir, "stages/student_base") == 1
+    assert_equals(run_dir, here)
+
+
+@pytest.mark.slow
+def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next(cluster, tmp_path):
+    """SLURM looks at limits twice a minute and signals up to a minute early, so the stage must last longer than that."""
+    longer = ["--set", "stages.student_base.steps=2000", "--set", "stages.student_base.checkpoint.interval_steps=1000"]
+    limit = ["--cluster-set", "time_limit_minutes=3", "--cluster-set", "signal_seconds=30"]
+    run_dir = tmp_path / "limit"
+    job = cluster.launch(run_dir, *longer, *limit)["run"]
+    wait(lambda: cluster.restarts(job) == 1, run_dir, 400)
+    stopped = rows(run_dir, "stages/student_base")
+    checkpoints = sorted((run_dir / "stages/student_base/checkpoints").glob("step_*"))
+    assert 0 < stopped < 2000 and int(checkpoints[-1].name.removeprefix("step_")) == stopped
+    assert "back into the queue" in logs(run_dir)
+    cluster.finish(job, run_dir, timeout=900)
+    assert resumes(run_dir, "stages/student_base") >= 1
+    unbroken = tmp_path / "unbroken"
+    done = launch("local", unbroken, *longer)
+    assert done.returncode == 0, done.stderr
+    assert_equals(run_dir, unbroken)
+
+
+@pytest.mark.slow
+def test_a_job_for_every_stage_gives_the_same_run(cluster, here, tmp_path):
+    run_dir = tmp_path / "stages"
+    jobs = cluster.launch(run_dir, "--per-stage")
+    assert list(jobs) == ["student_base", "student_grpo", "report"]
+    cluster.finish(jobs["report"], run_dir)
+    assert_equals(run_dir, here)
+    assert list(cluster.launch(run_dir, "--per-stage", "--dry-run")) == []
+    plans = [json.loads(path.read_text()) for path in (run_dir / "launch").glob("*/processes.json")]
+    assert ["report"] in [[task["name"] for task in plan] for plan in plans], "what is finished is not submitted again"
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_tried_again_and_stops_the_stages_after_it(cluster, tmp_path):
+    run_dir = tmp_path / "mistake"
+    wrong = ["--set", "stages.student_base.optimizer={lr: 1.0e+30, grad_clip: 0}"]
+    jobs = cluster.launch(run_dir, "--per-stage", *wrong)
+    wait(lambda: not slurm("squeue", "--noheader").stdout, run_dir)
+    assert cluster.state(jobs["student_base"]) == "FAILED", logs(run_dir)
+    assert cluster.state(jobs["student_grpo"]) == cluster.state(jobs["report"]) == "CANCELLED"
+    assert "attempt 0" not in logs(run_dir) and "error: " in logs(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_nemo_run_experiment_gives_the_same_run(executor, request, here, tmp_path):
+    pytest.importorskip("nemo_run", reason="NeMo-Run is not installed (the extra `launch`)")
+    run_dir = tmp_path / "nemo"
+    if executor == "local":
+        done = launch("nemo-run", run_dir, "--executor", "local", "--processes-per-node", "2")
+    else:
+        cluster = request.getfixturevalue("cluster")
+        done = launch("nemo-run", run_dir, "--nodes", "2", "--cluster", cluster.file)
+        wait(lambda: not slurm("squeue", "--noheader").stdout, run_dir, 420)
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "report.html").exists(), done.stdout
+    assert_equals(run_dir, here)

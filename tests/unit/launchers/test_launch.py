@@ -1,0 +1,258 @@
+"""What ``s2d launch`` writes, and what its scripts do, with stand-ins for the programs that they call."""
+
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_s2d.cli import main
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.launchers.config import LaunchConfig, load_launch, resolve
+
+ROOT = Path(__file__).resolve().parents[3]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+TWO_RANKS = ["--set", "parallel.data_parallel_size=2"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory that wants quoting."""
+    directory = tmp_path / "it's $HOME a 100% place"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def dry_run(launcher: str, *arguments: str) -> Path:
+    """The directory that a dry run has written."""
+    assert main(["launch", launcher, str(SMOKE), "--out", "my run", "--dry-run", *arguments]) == 0
+    (directory,) = Path("my run/launch").iterdir()
+    return directory.absolute()
+
+
+def program(folder: Path, name: str, body: str) -> Path:
+    """An executable bash script."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def run_script(path: Path, *arguments: str, bin_dir: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": f"{bin_dir}:{os.environ['PATH']}", **variables}
+    return subprocess.run(["bash", str(path), *arguments], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_writes_scripts_and_configuration_and_nothing_else(place):
+    directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--per-stage")
+    assert all(name.startswith("my run/launch/") for name in files(place))
+    for script in [*directory.glob("*.sh"), *directory.glob("*.sbatch")]:
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0, script
+    # What a rank reads is the resolved workflow, overrides included.
+    assert load_workflow(directory / "workflow.json") == load_workflow(SMOKE, ["parallel.data_parallel_size=2"])
+    settings = json.loads((directory / "launch.json").read_text())
+    assert (settings["nodes"], settings["processes_per_node"], settings["gpus_per_node"]) == (2, 1, 1)
+    stages = {name.removeprefix("resolved/stages/").removesuffix(".json") for name in files(directory) if "/stages/" in name}
+    processes = {task["name"]: task for task in json.loads((directory / "processes.json").read_text())}
+    assert set(processes) == {*stages, "report"}
+    assert processes["opd"]["after"] == ["forward_kl", "rl_teacher"] and processes["opd"]["command"][-1] == "opd"
+    assert [rank["node"] for rank in processes["opd"]["ranks"]] == [0, 1]
+    assert [rank["node"] for rank in processes["report"]["ranks"]] == [0]
+    assert json.loads((directory / "resolved/stages/opd.json").read_text())["config"]["stage"]["steps"] == 6
+
+
+def test_the_same_launch_is_written_to_the_same_place_and_another_elsewhere(place):
+    first = dry_run("slurm", "--nodes", "2", *TWO_RANKS)
+    before = {name: (first / name).read_bytes() for name in files(first)}
+    assert dry_run("slurm", "--nodes", "2", *TWO_RANKS) == first
+    assert main(["launch", "slurm", str(SMOKE), "--out", "my run", "--dry-run", "--set", "seed=5"]) == 0
+    assert len(list(Path("my run/launch").iterdir())) == 2
+    assert {name: (first / name).read_bytes() for name in files(first)} == before
+
+
+def options_of(script: Path) -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
+    pairs = [shlex.split(line)[0].partition("=") for line in lines]
+    return {name: value for name, _, value in pairs}
+
+
+def test_the_job_asks_for_what_the_cluster_file_says(place):
+    (place / "cluster.yaml").write_text(
+        "{time_limit_minutes: 90, partition: batch, account: a1, qos: high, constraint: h200, cpus_per_process: 8, "
+        "signal_seconds: 600, sbatch: [--mem=0], container: {image: 'registry#image:1', mounts: ['/data:/data:ro']}}"
+    )
+    directory = dry_run("slurm", "--cluster", "cluster.yaml", *TWO_RANKS, "--cluster-set", "partition=main")
+    options = options_of(directory / "01-run.sbatch")
+    wanted = {"--time": "90", "--partition": "main", "--account": "a1", "--qos": "high", "--constraint": "h200"}
+    wanted |= {"--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2", "--cpus-per-task": "8"}
+    wanted |= {"--signal": "USR1@600", "--mem": "0", "--requeue": "", "--chdir": str(place)}
+    assert options.items() >= wanted.items()
+    assert options["--output"] == str(directory).replace("%", "%%") + "/run-%j.log"
+    bin_dir = place / "bin"
+    program(bin_dir, "scontrol", "echo head; echo other")
+    program(bin_dir, "srun", 'printf "%s\\n" "$MASTER_ADDR" "$MASTER_PORT" "$@"')
+    done = run_script(directory / "01-run.sbatch", bin_dir=bin_dir, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
+    run_dir = place / "my run"
+    assert done.stdout.splitlines() == [
+        "head", "20007", "--wait=60", "--cpus-per-task=8", "--container-image=registry#image:1",
+        f"--container-mounts={place}:{place},{run_dir}:{run_dir},/data:/data:ro", f"--container-workdir={place}",
+        "bash", f"{directory}/rank.sh", "run", f"{directory}/workflow.json", "--out", str(run_dir),
+    ]  # fmt: skip
+
+
+def test_a_place_that_cannot_be_mounted_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    container = ["--cluster-set", "container={image: x}"]
+    assert main(["launch", "slurm", str(SMOKE), "--out", "a:b", "--dry-run", *container]) == 1
+    assert "cannot be mounted" in capsys.readouterr().err
+
+
+def test_a_rank_knows_its_place_and_its_arguments(place):
+    python = program(place / "bin", "my python", 'printf "%s\\n" "$PWD" "$RANK/$WORLD_SIZE/$LOCAL_RANK" "$A" "$B" "$@"')
+    chosen = {"python": str(python), "environment": {"A": "it's"}, "setup": ["export B='$HOME'"]}
+    (place / "cluster.yaml").write_text(json.dumps(chosen))
+    directory = dry_run("slurm", "--cluster", "cluster.yaml")
+    variables = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    done = run_script(directory / "rank.sh", "run", "a b", bin_dir=place / "bin", **variables)
+    assert done.stdout.splitlines() == [str(place), "3/4/1", "it's", "$HOME", "-m", "megatron_s2d.cli", "run", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarted", "expected", "starts", "requeued"),
+    [
+        ("0", 0, 0, 1, False),
+        ("1", 0, 1, 1, False),  # the user's mistake
+        ("3 0", 0, 0, 2, False),  # a crash, then success
+        ("137 3 139", 0, 139, 3, False),
+        ("130", 0, 130, 1, True),
+        ("137 138", 4, 138, 2, True),
+        ("130", 5, 130, 1, False),  # max_requeues
+    ],
+)
+def test_what_a_job_does_after_its_ranks_have_ended(place, codes, restarted, expected, starts, requeued):
+    directory = dry_run("slurm", "--cluster-set", "max_requeues=5")
+    bin_dir = place / "bin"
+    (place / "codes").write_text(codes.replace(" ", "\n") + "\n")
+    program(bin_dir, "srun", f"cd {shlex.quote(str(place))}; echo start; code=$(head -1 codes); sed -i 1d codes; exit $code")
+    program(bin_dir, "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_RESTART_COUNT": str(restarted)}
+    done = run_script(directory / "01-run.sbatch", bin_dir=bin_dir, **variables)
+    assert done.returncode == expected
+    assert done.stdout.splitlines() == ["start"] * starts + ["requeue 7"] * requeued
+
+
+def test_a_cancelled_job_is_not_requeued(place):
+    directory = dry_run("slurm")
+    program(place / "bin", "srun", "kill -TERM $PPID; exit 130")
+    program(place / "bin", "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
+    done = run_script(directory / "01-run.sbatch", bin_dir=place / "bin", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
+    assert done.returncode == 130 and "requeue" not in done.stdout
+
+
+def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
+    counter = shlex.quote(str(place / "count"))
+    body = f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})));cluster"'
+    program(place / "bin", "sbatch", body)
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+    assert main(["launch", "slurm", str(SMOKE), "--out", "my run", "--per-stage"]) == 0
+    shown = capsys.readouterr().out
+    numbers = dict(re.findall(r"^(\S+): job (\d+)$", shown, re.MULTILINE))
+    assert list(numbers) == [
+        "teacher_base", "student_base", "rl_teacher", "cache", "forward_kl", "opd", "stage3", "student_grpo", "report"
+    ]  # fmt: skip
+    calls = {line.split()[-1].partition("-")[2].removesuffix(".sbatch"): line for line in (place / "count").read_text().splitlines()}
+    after = f"afterok:{numbers['forward_kl']}:{numbers['rl_teacher']} "
+    assert after in calls["opd"] and "--kill-on-invalid-dep=yes" in calls["opd"]
+    assert "dependency" not in calls["teacher_base"]
+    assert all(number in calls["report"] for name, number in numbers.items() if name != "report")
+
+
+def test_a_refusal_of_sbatch_is_one_line(place, monkeypatch, capsys):
+    program(place / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+    assert main(["launch", "slurm", str(SMOKE), "--out", "my run"]) == 1
+    assert capsys.readouterr().err == "error: sbatch refused a job: sbatch: error: invalid partition\n"
+
+
+def test_the_local_script_starts_torchrun(place):
+    python = program(place / "bin", "python", 'printf "%s\\n" "$@"')
+    chosen = ["--cluster-set", f"python={json.dumps(str(python))}"]
+    directory = dry_run("local", "--processes-per-node", "2", *TWO_RANKS, *chosen)
+    done = run_script(directory / "local.sh", "run", "x y", bin_dir=place / "bin")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert done.stdout.splitlines() == [*torchrun, "-m", "megatron_s2d.cli", "run", "x y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slurm", "--nodes", "3"], "3 nodes x 1 processes are 3 ranks, but the layout of the workflow takes 1: add "
+         "--set parallel.data_parallel_size=3"),
+        (["slurm", "--nodes", "0"], "nodes: "),
+        (["local", "--nodes", "2", *TWO_RANKS], "local means one node"),
+        (["slurm", "--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["slurm", "--cluster-set", "partitoin=x"], "did you mean 'partition'"),
+        (["slurm", "--cluster-set", "time_limit_minutes=5"], "signal_seconds 300 is not below the time limit"),
+        (["slurm", "--cluster-set", "sbatch=[mem=0]"], "not an option"),
+        (["slurm", "--cluster-set", "environment={A-B: x}"], "environment"),
+        (["slurm", "--set", "stages.opd.stpes=3"], "did you mean 'steps'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_is_written(place, capsys, arguments, message):
+    launcher, *others = arguments
+    assert main(["launch", launcher, str(SMOKE), "--out", "my run", *others]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not Path("my run").exists()
+
+
+def test_sizes_follow_the_layout():
+    workflow = load_workflow(SMOKE, ["parallel.data_parallel_size=4"])
+    found = resolve(LaunchConfig(nodes=2), workflow)
+    assert (found.nodes, found.processes_per_node, found.gpus_per_node) == (2, 2, 2)
+    assert resolve(LaunchConfig(processes_per_node=4, gpus_per_node=0), workflow).gpus_per_node == 0
+    shared = load_workflow(SMOKE, ["parallel.data_parallel_size=4", "teacher_parallel={data_parallel_size: 4}"])
+    with pytest.raises(UserError, match="whose product is 4"):
+        resolve(LaunchConfig(nodes=3), shared)
+
+
+def test_the_documented_cluster_file_is_valid(tmp_path):
+    block = re.search(r"```yaml\n(# cluster.yaml.*?)```", (ROOT / "docs" / "launch.md").read_text(), re.DOTALL)
+    (tmp_path / "cluster.yaml").write_text(block[1])
+    documented = load_launch(tmp_path / "cluster.yaml", [])
+    assert documented.model_fields_set == set(LaunchConfig.model_fields), "every key is shown"
+
+
+def test_nemo_run_writes_the_same_ranks_into_its_jobs(tmp_path, monkeypatch):
+    pytest.importorskip("nemo_run", reason="NeMo-Run is not installed (the extra `launch`)")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--nodes", "2", *TWO_RANKS, "--cluster-set", "partition=main", "--cluster-set", "sbatch=[--mem=0]"]
+    # A process of its own: NeMo-Run reads the home directory when it is imported, and standard input.
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_s2d.cli", "launch", "nemo-run", SMOKE, "--out", "run", "--dry-run", *arguments],
+        env={**os.environ, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"run"} and {path.name for path in Path("run").iterdir()} == {"launch"}
+    (directory,) = Path("run/launch").iterdir()
+    (job,) = directory.glob("nemo/experiments/smoke/*/opd_sbatch.sh")
+    text = job.read_text()
+    for line in ("--signal=USR1@300", "--nodes=2", "--partition=main", "--ntasks-per-node=1", "--mem=0"):
+        assert f"#SBATCH {line}\n" in text
+    assert "export MASTER_ADDR=$head_node_ip" in text
+    assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
+    (script,) = directory.glob("nemo/experiments/smoke/*/scripts/opd.sh")
+    assert f"exec bash {tmp_path}/{directory}/rank.sh run " in script.read_text()
+    assert len(list(directory.glob("nemo/experiments/smoke/*/*_sbatch.sh"))) == 9
