@@ -28,6 +28,9 @@ class LaunchConfig(Config):
     """Where ranks run, and what becomes of a job that is stopped."""
 
     nodes: int | None = Field(None, ge=1, description="by default 1")
+    min_nodes: int | None = Field(
+        None, ge=1, description="slurm: go on with as few nodes when others are lost; data-parallel replicas follow"
+    )
     processes_per_node: int | None = Field(None, ge=1, description="ranks; by default what the layout needs / nodes")
     gpus_per_node: int | None = Field(
         None, ge=0, description="by default one for each process; 0: nodes without GPUs, or a site that counts otherwise"
@@ -88,6 +91,11 @@ def resolve(launch: LaunchConfig, workflow: WorkflowConfig) -> LaunchConfig:
             f"{nodes} nodes x {processes} processes are {nodes * processes} ranks, but the layout of the workflow takes "
             f"{world_size}: {_remedy(workflow, nodes * processes)}"
         )
+    if launch.min_nodes is not None:
+        if launch.min_nodes > nodes:
+            raise UserError(f"min_nodes {launch.min_nodes} is above the {nodes} nodes of the job")
+        for fewer in range(launch.min_nodes, nodes):
+            workflow.with_world_size(fewer * processes)
     gpus = processes if launch.gpus_per_node is None else launch.gpus_per_node
     return launch.model_copy(update={"nodes": nodes, "processes_per_node": processes, "gpus_per_node": gpus})
 

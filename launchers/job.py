@@ -74,6 +74,8 @@ class Launch:
             "gpus_per_node": self.settings.gpus_per_node,
         }
         run = ("run", str(self.workflow_path), "--out", str(self.run_dir))
+        if self.settings.min_nodes is not None:
+            run = (*run, "--elastic")
         if not self.settings.per_stage:
             return [Task("run", run, **size)]
         pending = {job.stage for job in self.jobs if job.is_pending}

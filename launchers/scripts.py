@@ -91,7 +91,7 @@ def sbatch_options(launch: Launch, task: Task) -> list[str]:
     logs = str(launch.directory).replace("%", "%%") + f"/{_file_name(task.name).replace('%', '%%')}-%j.log"
     named = {
         "job-name": f"{launch.workflow.name}-{task.name}",
-        "nodes": task.nodes,
+        "nodes": task.nodes if settings.min_nodes is None or task.nodes == 1 else f"{settings.min_nodes}-{task.nodes}",
         "ntasks-per-node": task.processes_per_node,
         "gpus-per-node": task.gpus_per_node or None,
         "cpus-per-task": settings.cpus_per_process,

@@ -161,6 +161,22 @@ def test_a_lost_node_requeues_the_job(cluster, here, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_node_that_stays_away_leaves_its_work_to_the_other(cluster, here, tmp_path):
+    """Two data-parallel replicas become one: the same steps on the same samples, sums in another order."""
+    run_dir = tmp_path / "shrunk"
+    job = started(cluster, run_dir, "--cluster-set", "min_nodes=1")
+    cluster.script("kill", cluster.directory, "node2")
+    try:
+        cluster.finish(job, run_dir)
+    finally:
+        cluster.script("start", cluster.directory, "node2")
+    assert cluster.restarts(job) >= 1 and resumes(run_dir, "stages/student_base") >= 1
+    for mine, expected in zip(metrics(run_dir, JOBS[0]), metrics(here, JOBS[0]), strict=True):
+        assert mine["step"] == expected["step"] and mine["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((here / "ledger.json").read_text())
+
+
+@pytest.mark.slow
 def test_a_killed_step_starts_again_within_the_job(cluster, here, tmp_path):
     run_dir = tmp_path / "step"
     job = started(cluster, run_dir)

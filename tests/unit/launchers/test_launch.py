@@ -55,6 +55,17 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
+def test_a_job_that_may_shrink_asks_for_a_range_of_nodes(place):
+    directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--cluster-set", "min_nodes=1")
+    text = (directory / "01-run.sbatch").read_text()
+    assert "#SBATCH --nodes=1-2\n" in text and "--elastic" in text
+    workflow = load_workflow(SMOKE, ["parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}"])
+    with pytest.raises(UserError, match="1 ranks are no whole number of replicas"):
+        resolve(LaunchConfig(nodes=4, min_nodes=1), workflow)
+    with pytest.raises(UserError, match="min_nodes 5 is above the 4 nodes"):
+        resolve(LaunchConfig(nodes=4, min_nodes=5), workflow)
+
+
 def test_a_dry_run_writes_scripts_and_configuration_and_nothing_else(place):
     directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--per-stage")
     assert all(name.startswith("my run/launch/") for name in files(place))
