@@ -92,7 +92,7 @@ def _slurm_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
         container_mounts=launch.mounts if settings.container else [],
         additional_parameters=_additional(settings.sbatch),
         # Unquoted on purpose: the job's script expands them.
-        env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": scripts.MASTER_PORT},
+        env_vars={"MASTER_ADDR": "$head_node", "MASTER_PORT": scripts.MASTER_PORT},
         # NeMo-Run writes below the experiment's own directory and copies nothing there for a local tunnel.
         tunnel=nemo_run.LocalTunnel(job_dir=str(_base(launch) / "experiments")),
         packager=nemo_run.Packager(),

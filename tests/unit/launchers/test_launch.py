@@ -262,8 +262,8 @@ def test_nemo_run_writes_the_same_ranks_into_its_jobs(tmp_path, monkeypatch):
     text = job.read_text()
     for line in ("--signal=USR1@300", "--nodes=2", "--partition=main", "--ntasks-per-node=1", "--mem=0"):
         assert f"#SBATCH {line}\n" in text
-    assert "export MASTER_ADDR=$head_node_ip" in text
+    assert "export MASTER_ADDR=$head_node\n" in text
     assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
-    (script,) = directory.glob("nemo/experiments/smoke/*/scripts/opd.sh")
-    assert f"exec bash {tmp_path}/{directory}/rank.sh run " in script.read_text()
+    (script,) = directory.glob("nemo/experiments/smoke/*/opd/scripts/opd.sh")
+    assert f"exec bash {tmp_path}/{directory}/rank.sh run {tmp_path}/{directory}/workflow.json " in script.read_text()
     assert len(list(directory.glob("nemo/experiments/smoke/*/*_sbatch.sh"))) == 9
