@@ -45,7 +45,7 @@ class StageMemory:
 
     pipeline_rank: int
     held: tuple[Held, ...]
-    phases: Mapping[str, Mapping[str, int]]  # generate, score, train, update -> purpose -> bytes
+    phases: Mapping[str, Mapping[str, int]]  # prefill, decode, score, train, update -> purpose -> bytes
 
     @property
     def held_total(self) -> int:
@@ -221,7 +221,7 @@ def _forward_peak(part: Part, build: Build, tokens: int) -> int:
     return int(tokens * build.bytes_per_value * (3 * spec.hidden_size + 4 * width))
 
 
-def generate_phase(
+def generate_phases(
     part: Part,
     build: Build,
     *,
@@ -230,22 +230,25 @@ def generate_phase(
     prompt_length: int,
     sampling: SamplingConfig,
     rollout: RolloutConfig,
-) -> dict[str, int]:
-    """The in-process engine on one data rank; ``prompts``: distinct ones among the ``requests``."""
+) -> dict[str, dict[str, int]]:
+    """``prefill`` and ``decode`` of the in-process engine on one data rank; ``prompts``: distinct ones."""
     size, length = build.bytes_per_value, prompt_length + sampling.max_response_tokens
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // length))
     distinct = max(1, min(prompts, rows))
-    per_layer = 2 * rows * part.kv * size
-    # Room is doubled when it is used up, one layer after the other: the last layer's old room is the most beside all.
-    cache = per_layer * length * part.num_layers + per_layer * length // 2
-    found = {
-        "KV cache": cache,
-        "activations": _forward_peak(part, build, max(distinct * prompt_length, rows)),
-        "rollout buffers": sampling.max_response_tokens * rows * (8 + 4 + 1) + _UNIFORM_BLOCK * rows * 8,
+    column = 2 * part.kv * size  # of one row and layer
+    buffers = sampling.max_response_tokens * rows * (8 + 4 + 1) + _UNIFORM_BLOCK * rows * 8
+    prefill = {
+        "KV cache": distinct * prompt_length * column * part.num_layers,
+        "activations": _forward_peak(part, build, distinct * prompt_length),
+        "rollout buffers": buffers,
     }
-    if part.is_last:
-        found["sampling"] = rows * _sampling_bytes(part, build, sampling)
-    return found
+    decode = {
+        # Room is doubled when it is used up, layer after layer: the last layer's old room is there beside all new.
+        "KV cache": rows * column * (length * part.num_layers + length // 2),
+        "rollout buffers": buffers,
+        "sampling": rows * _sampling_bytes(part, build, sampling) if part.is_last else 0,
+    }
+    return {"prefill": prefill, "decode": decode}
 
 
 def _sampling_bytes(part: Part, build: Build, sampling: SamplingConfig) -> int:
