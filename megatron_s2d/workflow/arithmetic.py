@@ -230,6 +230,11 @@ def parts(spec: ModelSpec, parallel: ParallelConfig) -> list[Part]:
     return [Part(spec, parallel, stage) for stage in range(parallel.pipeline_model_parallel_size)]
 
 
+def model_flops(spec: ModelSpec, tokens: float, context: float) -> float:
+    """Operations of one forward pass through all layers of the whole model; the output layer is left out."""
+    return spec.num_layers * Part(spec, ParallelConfig(), 0).layer_flops(tokens, context)
+
+
 def _aligned(counts: Sequence[int], ranks: int) -> int:
     multiple = math.lcm(ranks, _BUCKET_ALIGNMENT)
     end = 0

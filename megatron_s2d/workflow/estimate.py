@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part, parts
+from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
 
 _CHUNK_BYTES = {True: 1 << 30, False: 128 << 20}  # of logits, on a GPU and on a CPU: kl/fused.py
 _CHUNKS_PER_WEIGHT_PRODUCT = 4  # on a GPU: kl/fused.py
 _BLOCK_ELEMENTS = 1 << 18  # of logits whose statistics a CPU computes together: kl/statistics.py
 _BYTES_PER_POSITION = 50  # ids, labels, masks, positions and half a dozen float32 columns: data/packing.py
+_ROWS_PER_SUPPORT_CHUNK = 1024  # stages/teachers.py
 _UNIFORM_BLOCK = 256  # positions whose random numbers are drawn together: rollout/batching.py
 
 
@@ -112,6 +113,7 @@ class TeacherStates:
     top_k: int = 0
     sharded: bool = False  # cut like the student's sequence, where both have one layout
     own_copy: bool = False  # the output layer's rows, where the layouts differ or the teacher is a cache
+    has_states: bool = True  # false where top-k tokens come from a cache
 
     @property
     def is_dense(self) -> bool:
@@ -124,7 +126,7 @@ class TeacherStates:
         found = 0
         if self.kind == "logits":
             found += tokens * 4 * (self.spec.vocab_size + part.vocabulary)
-        else:
+        elif self.has_states:
             found += tokens * size * self.spec.hidden_size // (part.sequence_shards if self.sharded else 1)
         if self.kind == "topk":
             found += tokens * (12 * self.top_k + 4)
@@ -262,19 +264,7 @@ def _sampling_bytes(part: Part, build: Build, sampling: SamplingConfig) -> int:
     return vocabulary * per_column + part.vocabulary * size
 
 
-# -------------------------------------------------------------------------------- a whole stage
-
-
-def fullest(spec: ModelSpec, parallel: ParallelConfig, memory_of) -> StageMemory:
-    """The largest ``memory_of(part)`` over the pipeline stages."""
-    return max((memory_of(part) for part in parts(spec, parallel)), key=lambda found: found.total)
-
-
-def most_frozen(
-    spec: ModelSpec, parallel: ParallelConfig, build: Build, role: str, model: str, stage: int | None, copies: int = 1
-) -> Held:
-    """A frozen model's weights: on ``stage`` where it shares the trained model's layout, else its fullest rank."""
-    found: Sequence[Part] = parts(spec, parallel)
-    if stage is not None:
-        return frozen(found[stage], build, role, model, copies)
-    return max((frozen(part, build, role, model, copies) for part in found), key=lambda held: held.total)
+def support_bytes(part: Part, teacher: ModelSpec) -> int:
+    """Bytes while the tokens of a top-k support are chosen: logits of both sides, and the teacher's rows in float32."""
+    logits = _ROWS_PER_SUPPORT_CHUNK * part.vocabulary * 4
+    return 3 * logits + part.vocabulary * teacher.hidden_size * 4
