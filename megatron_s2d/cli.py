@@ -126,6 +126,7 @@ def _add_run(commands) -> None:
     )
     _add_config(command)
     command.add_argument("--dry-run", action="store_true", help="check everything and print the plan; run nothing")
+    command.set_defaults(gpu=None, num_gpus=None, assume=[])
 
 
 def _add_plan(commands) -> None:
@@ -133,10 +134,20 @@ def _add_plan(commands) -> None:
         commands,
         "plan",
         _plan,
-        "Check a workflow and print what would run: stages, sizes, layout, estimated memory (same as run --dry-run).",
-        "s2d plan configs/quickstart.yaml",
+        "Check a workflow and print what would run: stages, sizes, labels, memory of a rank; for a named GPU also time, "
+        "traffic and the layout that fits and should be fastest.",
+        "s2d plan configs/quickstart.yaml --gpu h200 --num-gpus 8",
     )
     _add_config(command)
+    command.add_argument("--gpu", metavar="NAME", help="h200, h100, a100-80, b200 or l40s; nothing runs on it")
+    command.add_argument("--num-gpus", type=int, metavar="N", help="propose a layout for N of them")
+    command.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace an assumption of the estimate, for example --assume matmul_efficiency=0.6; may be repeated",
+    )
 
 
 def _load(options: argparse.Namespace):
@@ -164,13 +175,16 @@ def _plan(options: argparse.Namespace) -> None:
     import tempfile
 
     from megatron_s2d.workflow.plan import make_plan
+    from megatron_s2d.workflow.plan_cost import machine_of, print_cost
     from megatron_s2d.workflow.plan_table import print_plan
     from megatron_s2d.workflow.preflight import check_workflow
 
+    machine = machine_of(options.gpu, options.num_gpus, options.assume)
     config, run_dir = _load(options)
     with tempfile.TemporaryDirectory() as scratch:
         checked = check_workflow(config, Path(scratch))
     print_plan(checked, make_plan(config, run_dir), run_dir, _console())
+    print_cost(checked, machine, options.num_gpus, _console())
 
 
 # ---------------------------------------------------------------------------------------------------- eval

@@ -35,6 +35,7 @@ from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
 from megatron_s2d.workflow.stage_estimate import StageShape, stage_memory, stage_shape
 
+
 @dataclasses.dataclass(frozen=True)
 class Preflight:
     """What the checks found."""
