@@ -17,7 +17,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.workflow.arithmetic import Build, model_flops
 from megatron_s2d.workflow.estimate import Workload, workload
 from megatron_s2d.workflow.stage_estimate import BYTES, StageShape, frozen_roles
-from megatron_s2d.workflow.timing import Machine, Placed, Traffic
+from megatron_s2d.workflow.timing import Machine, Placed, Traffic, added, repeated, total_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,33 +51,33 @@ def stage_time(
         parallel = config.frozen_parallel(stage.teacher)
     build = Build(BYTES[config.precision], True, config.models[model].recompute)
     student = Placed(specs[model], parallel, build, machine)
-    seconds = _generation(config, stage, shape, student)
+    seconds, traffic = _generation(config, stage, shape, student)
     if isinstance(stage, TeacherCacheConfig):
         work = _work(shape, shape.requests, stage, parallel)
         seconds["score"] = student.score_seconds(work, outputs=stage.kind != "hidden")
-        return StageTime(seconds, _times(student.pass_traffic(work, trains=False), work.num_micro_batches),
-                         shape.requests * shape.length, 0.0)  # fmt: skip
-    work = _work(shape, shape.responses, stage, parallel)
-    teacher, traffic = None, {}
+        traffic = added(traffic, repeated(student.pass_traffic(work, trains=False), work.num_micro_batches))
+        return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
+    work, teacher = _work(shape, shape.responses, stage, parallel), None
+    exact = isinstance(stage, OpdConfig) and stage.granularity != "sampled"
     for role, other, layout in frozen_roles(config, name):
         spec = specs[config.model_of(other)]
         scorer = Placed(spec, layout, dataclasses.replace(build, recompute="none"), machine)
-        exact = isinstance(stage, OpdConfig) and stage.granularity != "sampled"
-        at = _work(shape, shape.responses, stage, layout)
-        seconds[f"{role} forward"] = seconds.get(f"{role} forward", 0.0) + shape.updates * scorer.score_seconds(
-            at, outputs=not exact
-        )
+        at, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
+        seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(at, outputs=not exact)
+        passes = repeated(scorer.pass_traffic(at, trains=False), at.num_micro_batches * shape.updates)
+        traffic = added(traffic, passes)
         if exact:
             teacher = spec
-            if layout != parallel:
-                traffic |= _travel(role, spec, shape, build, parallel)
+        if exact and layout != parallel:
+            travel = _travel(role, spec, shape, build, parallel)
+            phase = f"{role} states travel"
+            seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
+            traffic = added(traffic, travel)
     if shape.updates > 1 and shape.requests:
         seconds["old log-probabilities"] = shape.updates * student.score_seconds(work, outputs=True)
     for phase, value in student.train_seconds(work, teacher).items():
         seconds[phase] = shape.updates * value
-    if traffic:
-        seconds["teacher states"] = sum(item.seconds(machine) for item in traffic.values())
-    traffic |= _times(student.train_traffic(work), shape.updates)
+    traffic = added(traffic, repeated(student.train_traffic(work), shape.updates))
     tokens = shape.updates * shape.responses * shape.length
     flops = 3 * model_flops(specs[model], tokens, shape.length / 2)
     flops += 3 * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])
@@ -95,17 +95,21 @@ def _work(shape: StageShape, responses: int, stage, parallel: ParallelConfig) ->
     )
 
 
-def _generation(config: WorkflowConfig, stage, shape: StageShape, student: Placed) -> dict[str, float]:
+def _generation(
+    config: WorkflowConfig, stage, shape: StageShape, student: Placed
+) -> tuple[dict[str, float], dict[str, Traffic]]:
     if not shape.requests:
-        return {}
+        return {}, {}
     data, rollout = student.parallel.data_parallel_size, config.rollout
     requests, prompts = -(-shape.requests // data), -(-shape.prompts // data)
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // shape.length))
     batches = math.ceil(requests / rows)
-    return {
+    decode = student.decode_seconds(requests / batches, shape.prompt_length, shape.response_length)
+    seconds = {
         "prefill": student.prefill_seconds(max(prompts, batches), shape.prompt_length),
-        "decode": batches * student.decode_seconds(requests / batches, shape.prompt_length, shape.response_length),
+        "decode": batches * decode,
     }
+    return seconds, repeated(student.decode_traffic(requests / batches, shape.response_length), batches)
 
 
 def _travel(
@@ -118,10 +122,4 @@ def _travel(
     return {
         f"{role} states": Traffic(states, shape.updates, world),
         f"{role} output layer": Traffic(weight, shape.updates, world),
-    }
-
-
-def _times(traffic: Mapping[str, Traffic], count: int) -> dict[str, Traffic]:
-    return {
-        name: Traffic(item.bytes_sent * count, item.calls * count, item.span) for name, item in traffic.items()
     }

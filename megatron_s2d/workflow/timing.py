@@ -66,6 +66,23 @@ def total_seconds(traffic: Mapping[str, Traffic], machine: Machine) -> float:
     return sum(item.seconds(machine) for item in traffic.values())
 
 
+def repeated(traffic: Mapping[str, Traffic], count: float) -> dict[str, Traffic]:
+    """The same, ``count`` times."""
+    return {name: Traffic(item.bytes_sent * count, item.calls * count, item.span) for name, item in traffic.items()}
+
+
+def added(*parts: Mapping[str, Traffic]) -> dict[str, Traffic]:
+    """Kind by kind; the span is the widest."""
+    found: dict[str, Traffic] = {}
+    for part in parts:
+        for name, item in part.items():
+            old = found.get(name, Traffic(0.0, 0.0, 1))
+            found[name] = Traffic(
+                old.bytes_sent + item.bytes_sent, old.calls + item.calls, max(old.span, item.span)
+            )
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Placed:
     """A model at a layout on a machine."""
@@ -131,11 +148,19 @@ class Placed:
 
     def train_traffic(self, work: Workload) -> dict[str, Traffic]:
         """Of one whole update."""
-        each = self.pass_traffic(work, trains=True)
-        count = work.num_micro_batches
-        return {
-            name: Traffic(item.bytes_sent * count, item.calls * count, item.span) for name, item in each.items()
-        } | self.update_traffic()
+        return repeated(self.pass_traffic(work, trains=True), work.num_micro_batches) | self.update_traffic()
+
+    def decode_traffic(self, rows: float, tokens: float) -> dict[str, Traffic]:
+        """Of ``tokens`` decoding steps of ``rows`` responses on one stage: two all-reduces a layer, and hidden states."""
+        part, size = self.part, self.build.bytes_per_value
+        hidden = rows * self.spec.hidden_size * size
+        found = {}
+        if part.tensor > 1:
+            calls = tokens * (2 * part.num_layers + 1)
+            found["tensor"] = Traffic(calls * hidden * 2 * (part.tensor - 1) / part.tensor, calls, part.tensor)
+        if self.parallel.pipeline_model_parallel_size > 1:
+            found["pipeline"] = Traffic(tokens * hidden, tokens, self.world)
+        return found
 
     # ------------------------------------------------------------------------------ seconds
 
@@ -199,9 +224,6 @@ class Placed:
         base = max(weights * size / self.machine.memory_rate, products / self.machine.flops)
         cached = 2 * rows * (prompt + response / 2) * part.kv * size * part.num_layers
         each = base + cached / self.machine.memory_rate
-        if part.tensor > 1:
-            calls = 2 * part.num_layers + 1
-            sent = calls * rows * spec.hidden_size * size * 2 * (part.tensor - 1) / part.tensor
-            each += Traffic(sent, calls, part.tensor).seconds(self.machine)
+        each += total_seconds(self.decode_traffic(rows, 1), self.machine)
         stages = self.parallel.pipeline_model_parallel_size
         return response * stages * each
