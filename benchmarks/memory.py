@@ -46,13 +46,13 @@ from megatron_s2d.workflow.estimate import (
 )
 
 DENSE = {
-    "family": "qwen3", "num_layers": 8, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
+    "family": "qwen3", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
     "num_query_groups": 4, "head_dim": 40, "vocab_size": 8000, "max_position_embeddings": 1024, "rope_theta": 1e4,
 }  # fmt: skip
 MOE = DENSE | {"family": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 192}
 TIED = DENSE | {"tie_word_embeddings": True, "vocab_size": 30_000}
 LLAMA = DENSE | {"family": "llama"}
-TEACHER = DENSE | {"num_layers": 4, "hidden_size": 384, "ffn_hidden_size": 1024}
+TEACHER = DENSE | {"num_layers": 2, "hidden_size": 384, "ffn_hidden_size": 1024}
 
 
 @dataclasses.dataclass(frozen=True)

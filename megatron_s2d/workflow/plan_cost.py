@@ -56,7 +56,7 @@ def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None
 def memory_table(checked: Preflight, machine: Machine | None) -> Table:
     """One row a stage: what models hold by role, what the fullest phase adds by purpose."""
     where = "a CPU rank" if machine is None else f"one {machine.gpu.name}"
-    columns = ["stage", "models hold", "of that: weights, gradients, optimizer", "fullest phase adds", "peak"]
+    columns = ["stage", "models hold", "of that: weights, gradients, optimizer", "each phase adds (fullest first)", "peak"]
     if machine is not None:
         columns.append("fits")
     table = Table(*columns, title=f"Estimated memory of {where} (docs/preflight.md)", show_lines=True)
@@ -66,9 +66,11 @@ def memory_table(checked: Preflight, machine: Machine | None) -> Table:
             held.append(f"{item.role} {human_bytes(item.total)}")
             trained = f", {human_bytes(item.gradients)}, {human_bytes(item.optimizer)}" if item.gradients else ""
             parts.append(f"{item.role} {human_bytes(item.weights)}{trained}")
-        phase = memory.peak_phase
-        adds = [f"{phase}:"] if phase else []
-        adds += [f"{purpose} {human_bytes(value)}" for purpose, value in memory.phases.get(phase, {}).items() if value]
+        sums = {phase: sum(values.values()) for phase, values in memory.phases.items()}
+        adds = []
+        for phase in sorted((phase for phase in sums if sums[phase]), key=lambda phase: -sums[phase]):
+            purposes = [f"{what} {human_bytes(value)}" for what, value in memory.phases[phase].items() if value]
+            adds.append(f"{phase} {human_bytes(sums[phase])}: {', '.join(purposes)}")
         row = [name, "\n".join(held), "\n".join(parts), "\n".join(adds), human_bytes(memory.total)]
         if machine is not None:
             row.append(_fits(memory.total, machine))
@@ -89,7 +91,8 @@ def _time_table(checked: Preflight, times: dict[str, StageTime], machine: Machin
         if not time.total:
             continue
         parts = sorted(time.seconds.items(), key=lambda item: -item[1])
-        where = ", ".join(f"{phase} {100 * value / time.total:.0f} %" for phase, value in parts if value >= 0.01 * time.total)
+        shown = [(phase, value / time.total) for phase, value in parts if value >= 0.01 * time.total]
+        where = ", ".join(f"{phase} {100 * share:.0f} %" for phase, share in shown)
         mfu = f"{100 * time.mfu(machine, ranks):.1f} %" if time.flops else "-"
         table.add_row(name, f"{time.total:.3g}", where, f"{time.tokens / time.total:,.0f}", mfu)
     return table

@@ -8,8 +8,8 @@ import json
 import pytest
 
 CASES = {
-    1: ["dense", "dense-full", "dense-bf16", "moe", "opd", "generate"],
-    2: ["tp2sp", "tp2sp-full", "pp2", "dp2", "dp2-bf16", "ep2", "opd-tp2sp", "generate-tp2"],
+    1: ["dense-full", "dense-bf16", "moe", "opd", "generate"],
+    2: ["tp2sp", "pp2", "dp2", "ep2"],
 }
 
 
