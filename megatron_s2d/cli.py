@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
     _add_plan(commands)
+    _add_sweep(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_report(commands)
@@ -185,6 +186,38 @@ def _plan(options: argparse.Namespace) -> None:
         checked = check_workflow(config, Path(scratch))
     print_plan(checked, make_plan(config, run_dir), run_dir, _console())
     print_cost(checked, machine, options.num_gpus, _console())
+
+
+def _add_sweep(commands) -> None:
+    command = _command(
+        commands,
+        "sweep",
+        _sweep,
+        "Run a grid of workflows, or go on with one, and put their results in one table with contrasts and power laws.",
+        "s2d sweep configs/sweeps/label_budget.yaml --dry-run",
+    )
+    command.add_argument("sweep", type=Path, metavar="SWEEP", help="sweep file (YAML)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (default: runs/NAME-of-the-sweep)")
+    command.add_argument("--dry-run", action="store_true", help="list the points with their checks; run nothing")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from megatron_s2d.config.sweep import load_sweep
+    from megatron_s2d.workflow.sweep import FAILURE_NAME, print_points, run_sweep
+
+    sweep = load_sweep(options.sweep)
+    out = options.out or Path("runs") / sweep.name
+    if options.dry_run:
+        print_points(sweep, out, _console())
+        return 0
+    from megatron_s2d.workflow.sweep_report import write_sweep
+    from megatron_s2d.workflow.sweep_results import collect_sweep
+
+    points, names = run_sweep(sweep, out, _console())
+    failed = {name: (out / name / FAILURE_NAME).read_text(encoding="utf-8").strip() for name in names}
+    page = write_sweep(collect_sweep(sweep, out, points, failed), out, _console())
+    print(f"report: {page}")
+    return _EXIT_ERROR if failed else 0
 
 
 # ---------------------------------------------------------------------------------------------------- eval
