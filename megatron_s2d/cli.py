@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_sweep(commands)
+    _add_simulate(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_report(commands)
@@ -218,6 +219,25 @@ def _sweep(options: argparse.Namespace) -> int:
     page = write_sweep(collect_sweep(sweep, out, points, failed), out, _console())
     print(f"report: {page}")
     return _EXIT_ERROR if failed else 0
+
+
+def _add_simulate(commands) -> None:
+    command = _command(
+        commands,
+        "simulate",
+        _simulate,
+        "Predict seconds, tokens a second and memory of on-policy distillation on many GPUs from measured kernel times "
+        "and bandwidths, or from data sheets and printed assumptions.",
+        "s2d simulate configs/simulations/llama_70b_to_8b.yaml --out runs/prediction",
+    )
+    command.add_argument("simulation", type=Path, metavar="SIMULATION", help="simulation file (YAML)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="write tables and plots there")
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.simulate import load_simulation, print_simulation
+
+    print_simulation(load_simulation(options.simulation), options.out, _console())
 
 
 # ---------------------------------------------------------------------------------------------------- eval

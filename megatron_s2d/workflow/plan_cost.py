@@ -49,7 +49,8 @@ def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None
         found = propose(checked, machine, num_gpus)
         console.print(_proposal_table(found, num_gpus, machine))
         console.print(f"fastest: {found[0].as_yaml()}", markup=False, highlight=False, soft_wrap=True)
-    for line in assumptions(machine, checked.config.precision):
+    lengths = "lengths: every response runs into its limit; evaluations are left out of the times"
+    for line in [*assumptions(machine, checked.config.precision), lengths]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -140,9 +141,8 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
         f"assumed: {100 * taken.matmul_efficiency:.0f} % of the peak in products, {100 * taken.memory_efficiency:.0f} % "
         f"of the memory's rate in decoding, {100 * taken.link_efficiency:.0f} % of links, "
         f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
-        f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps; "
-        "every response runs into its limit",
-        "layers: Transformer Engine's, counted from their source, not measured; evaluations are left out of the times",
+        f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps",
+        "memory: layers are Transformer Engine's, counted from their source, not measured on a GPU",
     ]
     if precision == "float32":
         lines.append("precision is float32: its products are slower than the bf16 peak that is used here")
