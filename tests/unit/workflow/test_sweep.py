@@ -47,7 +47,7 @@ def sweep_file(tmp_path, **changes) -> Path:
 
 @pytest.fixture
 def console():
-    return Console(file=io.StringIO(), width=200)
+    return Console(file=io.StringIO(), width=400)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,9 @@ def finished_run(point, run_dir, console):
         job.directory.finish({"key": job.key, "seconds": 10.0, "outputs": {}, "peak_memory": 1 << 30})
         if job.is_stage:
             speed = 100.0 if ranks == 1 else 180.0
+            seconds = 200 / speed  # a step has 200 tokens
             rows = [
-                {"step": n, "loss": 2 / labels, "seconds": 2.0 if n > 1 else 9.0, "tokens_per_second": speed}
+                {"step": n, "loss": 2 / labels, "seconds": seconds if n > 1 else 9.0, "tokens_per_second": speed}
                 for n in range(1, 5)
             ]
             job.directory.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
