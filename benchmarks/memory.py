@@ -1,4 +1,4 @@
-"""Memory of a training step on a CPU beside the estimate of ``s2d plan``: tensors that are held, and the peak of a step.
+"""Memory of a training step on a CPU beside the estimate of ``s2d plan``: what is held, and the peak of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --cases dense dense-full dense-bf16 ... [--json OUT]
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/memory.py --cases tp2sp pp2 dp2 ep2
@@ -298,7 +298,8 @@ def main() -> None:
             fullest = max((item for item in everyone if item["stage"] == stage), key=lambda item: item["peak"])
             rows.append(row_of(name, fullest))
     if dist.get_rank() == 0:
-        print("| case | stage | held, MiB | error | peak beyond, MiB | error | together |\n|---|---|---|---|---|---|---|")
+        print("| case | stage | held, MiB | error | peak beyond, MiB | error | together |")
+        print("|---|---|---|---|---|---|---|")
         for row in rows:
             print(
                 f"| {row['case']} | {row['stage']} | {row['held'] / 2**20:.1f} | {100 * row['held_error']:+.1f} % "

@@ -136,8 +136,8 @@ def _add_plan(commands) -> None:
         commands,
         "plan",
         _plan,
-        "Check a workflow and print what would run: stages, sizes, labels, memory of a rank; for a named GPU also time, "
-        "traffic and the layout that fits and should be fastest.",
+        "Check a workflow and print what would run: stages, sizes, labels, memory of a rank; for a named GPU also "
+        "time, traffic and the layout that fits and should be fastest.",
         "s2d plan configs/quickstart.yaml --gpu h200 --num-gpus 8",
     )
     _add_config(command)

@@ -46,7 +46,7 @@ class AssumptionsConfig(Config):
     matmul_efficiency: float = Field(0.5, gt=0, le=1, description="share of the dense bf16 peak that layers reach")
     memory_efficiency: float = Field(0.7, gt=0, le=1, description="share of the memory bandwidth that decoding reaches")
     link_efficiency: float = Field(0.7, gt=0, le=1, description="share of a link's bandwidth that collectives reach")
-    network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one direction")
+    network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one way")
     gpus_per_node: int = Field(8, ge=1, description="GPUs that share the fast links")
     latency: float = Field(10e-6, ge=0, description="seconds that a collective takes however little it moves")
     reserved_memory: int = Field(

@@ -1,4 +1,4 @@
-"""The file that ``s2d simulate`` takes: two models, a layout each, a cluster, and what was measured of it. No torch here."""
+"""The file that ``s2d simulate`` takes: two models, a layout each, a cluster, and what was measured. No torch here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class SimulationConfig(Config):
     parallel: ShareConfig = Field(ShareConfig(), description="of the student")
     teacher_parallel: ShareConfig | None = Field(None, description="by default the student's; both share all GPUs")
     engine_tensor_parallel_size: int | None = Field(
-        None, ge=1, description="of servers beside the trainer, on the same GPUs; null: the trainer's own weights sample"
+        None, ge=1, description="of servers beside the trainer, on the same GPUs; null: the trainer itself samples"
     )
     scaling: Literal["strong", "weak"] = Field("strong", description="weak: prompts_per_step grows with the GPUs")
     prompts_per_step: int = Field(128, ge=1, description="at the smallest number of GPUs, where scaling is weak")

@@ -68,7 +68,7 @@ class FitConfig(Config):
 
     x: str = Field(description="an axis with numbers for values, or `parameters`: the size of the arm's model")
     y: Literal["accuracy", "error", "loss"] = Field(
-        "error", description="avg@k, one minus it, or the mean training loss over the last tenth of the arm's last stage"
+        "error", description="avg@k, one minus it, or the mean loss over the last tenth of the arm's last stage"
     )
     arm: str
 
@@ -110,7 +110,7 @@ class SweepConfig(Config):
             self._need_numbers(f"fits.{index}.x", fit.x)
         for index, item in enumerate(self.efficiency):
             if item.axis not in self.grid:
-                raise ValueError(f"efficiency.{index}.axis: the grid has no '{item.axis}' (it has {', '.join(self.grid)})")
+                raise ValueError(f"efficiency.{index}.axis: the grid has no '{item.axis}' ({', '.join(self.grid)})")
         return self
 
     def _need_numbers(self, where: str, axis: str) -> None:

@@ -1,6 +1,7 @@
-"""What a plan costs, as tables for a terminal: memory by role and phase, time, traffic, a proposed layout. No torch here.
+"""What a plan costs, as tables for a terminal: memory by role and phase, time, traffic, a proposed layout.
 
-Everything is printed with what it assumes; nothing here was measured on the GPU that is named.
+Everything is printed with what it assumes; nothing here was measured on the GPU that is named. No torch
+here.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None
 def memory_table(checked: Preflight, machine: Machine | None) -> Table:
     """One row a stage: what models hold by role, what the fullest phase adds by purpose."""
     where = "a CPU rank" if machine is None else f"one {machine.gpu.name}"
-    columns = ["stage", "models hold", "of that: weights, gradients, optimizer", "each phase adds (fullest first)", "peak"]
+    columns = ["stage", "models hold", "of that: weights, gradients, optimizer", "each phase adds", "peak"]
     if machine is not None:
         columns.append("fits")
     table = Table(*columns, title=f"Estimated memory of {where} (docs/preflight.md)", show_lines=True)
@@ -110,7 +111,7 @@ def _traffic_table(times: dict[str, StageTime]) -> Table:
 
 def _proposal_table(found: list[Proposal], num_gpus: int, machine: Machine) -> Table:
     title = f"Layouts of {num_gpus} x {machine.gpu.name} that fit: {len(found)}; the fastest by this model"
-    table = Table("TP", "PP", "CP", "EP", "DP", "recompute", "micro-batch", "whole run", "peak", "in stage", title=title)
+    table = Table("TP", "PP", "CP", "EP", "DP", "recompute", "micro-batch", "run", "peak", "in stage", title=title)
     for item in found[:_SHOWN_PROPOSALS]:
         parallel = item.parallel
         sizes = (
@@ -137,9 +138,9 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
     fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "no"
     lines = [
         f"data sheet: {gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
-        f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, {gpu.link_bandwidth / 1e9:.0f} GB/s to the node, one way",
-        f"assumed: {100 * taken.matmul_efficiency:.0f} % of the peak in products, {100 * taken.memory_efficiency:.0f} % "
-        f"of the memory's rate in decoding, {100 * taken.link_efficiency:.0f} % of links, "
+        f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, {gpu.link_bandwidth / 1e9:.0f} GB/s in the node, one way",
+        f"assumed: {100 * taken.matmul_efficiency:.0f} % of the peak in products, "
+        f"{100 * taken.memory_efficiency:.0f} % of the memory's rate in decoding, {100 * taken.link_efficiency:.0f} % of links, "
         f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
         f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps",
         "memory: layers are Transformer Engine's, counted from their source, not measured on a GPU",

@@ -1,4 +1,4 @@
-"""The plan of a run as tables for a terminal: what runs and why, models, prompts, labels, fingerprints. No torch here."""
+"""The plan of a run as tables for a terminal: what runs and why, models, prompts, labels. No torch here."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from megatron_s2d.config.base import UserError, parse, load_yaml
+from megatron_s2d.config.base import UserError, load_yaml, parse
 from megatron_s2d.config.hardware import gpu_of
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
@@ -103,7 +103,7 @@ def predict(config: SimulationConfig) -> list[Prediction]:
     student, teacher = config.student.resolve(), config.teacher.resolve()
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
-            f"teacher and student have vocabularies of {teacher.vocab_size} and {student.vocab_size}; they must share one"
+            f"teacher and student have vocabularies of {teacher.vocab_size} and {student.vocab_size}: they must share one"
         )
     found = []
     for count in sorted(config.num_gpus):
@@ -129,9 +129,8 @@ class _Step:
         sizes = share.model_dump()
         replica = share.tensor_model_parallel_size * share.pipeline_model_parallel_size
         try:
-            parallel = ParallelConfig(
-                **sizes, data_parallel_size=self.count // replica, sequence_parallel=share.tensor_model_parallel_size > 1
-            )
+            sharded = share.tensor_model_parallel_size > 1
+            parallel = ParallelConfig(**sizes, data_parallel_size=self.count // replica, sequence_parallel=sharded)
             check_layout(spec, parallel)
         except (UserError, ValueError) as error:
             text = str(error).splitlines()[0]

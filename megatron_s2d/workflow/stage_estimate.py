@@ -1,7 +1,7 @@
-"""What a stage of a workflow needs of one rank: its shape (responses, lengths), and its memory from that. No torch here.
+"""What a stage of a workflow needs of one rank: its shape (responses, lengths), and from that its memory.
 
 The shape is the worst case that the settings allow: every response as long as ``sampling.max_response_tokens``, every
-prompt as long as the longest. Memory of the host and of a server beside the trainer are left out.
+prompt as long as the longest. Memory of the host and of a server beside the trainer are left out. No torch here.
 """
 
 from __future__ import annotations

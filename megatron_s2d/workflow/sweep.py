@@ -54,7 +54,7 @@ def run_here(point: Point, run_dir: Path, console: Console) -> None:
 
 
 def points_of(sweep: SweepConfig) -> list[Point]:
-    """Every point, seeds innermost; a mistake in the workflow or in a grid key is a ``UserError`` that names the point."""
+    """Every point, seeds innermost; a mistake in workflow or grid is a ``UserError`` that names the point."""
     found = []
     for choice in sweep.choices():
         settings = dict(sweep.set)

@@ -39,11 +39,11 @@ def _main(results: SweepResults) -> Sheet:
     columns = [*axes, "seed", "arm", "avg@k, %", "k", "problems", "parameters", "ranks", "tokens/s", "MFU"]
     rows = []
     for row in results.rows:
+        peak = "n/a" if row.peak_memory is None else human_bytes(row.peak_memory)
         rows.append([
             *(row.point.choice[axis] for axis in axes), str(row.point.seed), row.arm, percent(row.accuracy),
             str(row.k), str(row.accuracy.num_problems), f"{row.parameters:,}", str(row.ranks),
-            f"{row.tokens_per_second:,.0f}", _mfu(row), "n/a" if row.peak_memory is None else human_bytes(row.peak_memory),
-            format_seconds(row.wall_seconds),
+            f"{row.tokens_per_second:,.0f}", _mfu(row), peak, format_seconds(row.wall_seconds),
         ])  # fmt: skip
     notes = [
         "avg@k with one standard error over problems. tokens/s, MFU and wall time: all stages that lead to the arm, "

@@ -178,7 +178,7 @@ def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     first = evaluations[0]
     for other in evaluations[1:]:
         if set(other.problem_ids) != set(first.problem_ids):
-            raise UserError(f"{first.source} and {other.source} are on different problems: give them one evaluation set")
+            raise UserError(f"{first.source} and {other.source} are on different problems: evaluate on one set")
     ordered = [first, *(other.of_problems(first.problem_ids) for other in evaluations[1:])]
     return dataclasses.replace(
         first,

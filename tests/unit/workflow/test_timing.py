@@ -55,7 +55,7 @@ def test_gradients_travel_once_and_weights_come_back():
 
 
 def test_tensor_parallel_traffic_by_hand():
-    """All-reduces: two a layer each way, the embedding's, and the two of the loss; a ring sends 2 (T - 1) / T of each."""
+    """All-reduces: two a layer each way, the embedding's, two of the loss; a ring sends 2 (T - 1) / T of each."""
     work = Workload(MicroBatch(1024, 1024, 1024), 1)
     found = placed(tensor_model_parallel_size=4).pass_traffic(work, trains=True)["tensor"]
     assert found.calls == 32 * 4 + 3
