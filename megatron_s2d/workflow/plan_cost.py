@@ -138,9 +138,11 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
     fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "no"
     lines = [
         f"data sheet: {gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
-        f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, {gpu.link_bandwidth / 1e9:.0f} GB/s in the node, one way",
+        f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, "
+        f"{gpu.link_bandwidth / 1e9:.0f} GB/s one way in the node",
         f"assumed: {100 * taken.matmul_efficiency:.0f} % of the peak in products, "
-        f"{100 * taken.memory_efficiency:.0f} % of the memory's rate in decoding, {100 * taken.link_efficiency:.0f} % of links, "
+        f"{100 * taken.memory_efficiency:.0f} % of the memory's rate in decoding, "
+        f"{100 * taken.link_efficiency:.0f} % of links, "
         f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
         f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps",
         "memory: layers are Transformer Engine's, counted from their source, not measured on a GPU",

@@ -103,7 +103,8 @@ def predict(config: SimulationConfig) -> list[Prediction]:
     student, teacher = config.student.resolve(), config.teacher.resolve()
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
-            f"teacher and student have vocabularies of {teacher.vocab_size} and {student.vocab_size}: they must share one"
+            f"teacher and student have {teacher.vocab_size} and {student.vocab_size} tokens: "
+            "they must share one vocabulary"
         )
     found = []
     for count in sorted(config.num_gpus):

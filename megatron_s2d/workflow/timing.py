@@ -2,8 +2,8 @@
 
 Operations are counted (``arithmetic.py``) and divided by the peak that is assumed to be reached, decoding reads
 weights, keys and values at the memory's bandwidth, a pipeline idles while it fills and drains (1F1B), and no
-communication is hidden behind computation, because the training step hides none (``parallel/step.py``: no overlapped reduction). Bytes
-are those that one rank sends, of ring algorithms. Left out: input, grading, checkpoints, stragglers.
+communication is hidden behind computation, because the training step hides none (``parallel/step.py``: no overlapped
+reduction). Bytes are those that one rank sends, of ring algorithms. Left out: input, grading, checkpoints, stragglers.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Placed:
         return repeated(self.pass_traffic(work, trains=True), work.num_micro_batches) | self.update_traffic()
 
     def decode_traffic(self, rows: float, tokens: float) -> dict[str, Traffic]:
-        """Of ``tokens`` steps of decoding ``rows`` responses on one stage: two all-reduces a layer, and hidden states."""
+        """Of ``tokens`` steps of decoding ``rows`` responses on one stage: two all-reduces a layer, hidden states."""
         part, size = self.part, self.build.bytes_per_value
         hidden = rows * self.spec.hidden_size * size
         found = {}

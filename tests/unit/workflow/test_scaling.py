@@ -140,7 +140,7 @@ def test_impossible_measurements_and_layouts_are_one_line(simulation):
     with pytest.raises(UserError, match="1024 GPUs leave 128 data ranks for 64 responses"):
         predict(simulation.model_copy(update={"prompts_per_step": 8}))
     other = simulation.student.model_copy(update={"preset": "qwen3-8b"})
-    with pytest.raises(UserError, match="they must share one"):
+    with pytest.raises(UserError, match="must share one vocabulary"):
         predict(simulation.model_copy(update={"student": other}))
 
 

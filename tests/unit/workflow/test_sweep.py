@@ -61,7 +61,7 @@ def done(tmp_path_factory):
 
 
 def finished_run(point, run_dir, console):
-    """What a run leaves, with numbers by rule: errors 8 / labels, losses 2 / labels, 100 tokens/s (180 on two ranks)."""
+    """What a run leaves, with numbers by rule: errors 8 / labels, losses 2 / labels, 100 tokens/s or 180."""
     labels, ranks = int(point.choice["labels"]), point.config.parallel.world_size
     for job in make_plan(point.config, run_dir):
         job.directory.begin(job.resolved, job.inputs, {})
