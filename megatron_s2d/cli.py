@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
     _add_plan(commands)
+    _add_sweep(commands)
+    _add_simulate(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_report(commands)
@@ -137,6 +139,7 @@ def _add_run(commands) -> None:
         metavar="NAME",
         help="run this stage only, with its evaluation; its inputs must be finished, and no report is written",
     )
+    command.set_defaults(gpu=None, num_gpus=None, assume=[])
 
 
 def _add_plan(commands) -> None:
@@ -144,10 +147,20 @@ def _add_plan(commands) -> None:
         commands,
         "plan",
         _plan,
-        "Check a workflow and print what would run: stages, sizes, layout, estimated memory (same as run --dry-run).",
-        "s2d plan configs/quickstart.yaml",
+        "Check a workflow and print what would run: stages, sizes, labels, memory of a rank; for a named GPU also "
+        "time, traffic and the layout that fits and should be fastest.",
+        "s2d plan configs/quickstart.yaml --gpu h200 --num-gpus 8",
     )
     _add_config(command)
+    command.add_argument("--gpu", metavar="NAME", help="h200, h100, a100-80, b200 or l40s; nothing runs on it")
+    command.add_argument("--num-gpus", type=int, metavar="N", help="propose a layout for N of them")
+    command.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace an assumption of the estimate, for example --assume matmul_efficiency=0.6; may be repeated",
+    )
 
 
 def _load(options: argparse.Namespace):
@@ -177,13 +190,67 @@ def _plan(options: argparse.Namespace) -> None:
     import tempfile
 
     from megatron_s2d.workflow.plan import make_plan
+    from megatron_s2d.workflow.plan_cost import machine_of, print_cost
     from megatron_s2d.workflow.plan_table import print_plan
     from megatron_s2d.workflow.preflight import check_workflow
 
+    machine = machine_of(options.gpu, options.num_gpus, options.assume)
     config, run_dir = _load(options)
     with tempfile.TemporaryDirectory() as scratch:
         checked = check_workflow(config, Path(scratch))
     print_plan(checked, make_plan(config, run_dir), run_dir, _console())
+    print_cost(checked, machine, options.num_gpus, _console())
+
+
+def _add_sweep(commands) -> None:
+    command = _command(
+        commands,
+        "sweep",
+        _sweep,
+        "Run a grid of workflows, or go on with one, and put their results in one table with contrasts and power laws.",
+        "s2d sweep configs/sweeps/label_budget.yaml --dry-run",
+    )
+    command.add_argument("sweep", type=Path, metavar="SWEEP", help="sweep file (YAML)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (default: runs/NAME-of-the-sweep)")
+    command.add_argument("--dry-run", action="store_true", help="list the points with their checks; run nothing")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from megatron_s2d.config.sweep import load_sweep
+    from megatron_s2d.workflow.sweep import FAILURE_NAME, print_points, run_sweep
+
+    sweep = load_sweep(options.sweep)
+    out = options.out or Path("runs") / sweep.name
+    if options.dry_run:
+        print_points(sweep, out, _console())
+        return 0
+    from megatron_s2d.workflow.sweep_report import write_sweep
+    from megatron_s2d.workflow.sweep_results import collect_sweep
+
+    points, names = run_sweep(sweep, out, _console())
+    failed = {name: (out / name / FAILURE_NAME).read_text(encoding="utf-8").strip() for name in names}
+    page = write_sweep(collect_sweep(sweep, out, points, failed), out, _console())
+    print(f"report: {page}")
+    return _EXIT_ERROR if failed else 0
+
+
+def _add_simulate(commands) -> None:
+    command = _command(
+        commands,
+        "simulate",
+        _simulate,
+        "Predict seconds, tokens a second and memory of on-policy distillation on many GPUs from measured kernel times "
+        "and bandwidths, or from data sheets and printed assumptions.",
+        "s2d simulate configs/simulations/llama_70b_to_8b.yaml --out runs/prediction",
+    )
+    command.add_argument("simulation", type=Path, metavar="SIMULATION", help="simulation file (YAML)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="write tables and plots there")
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.simulate import load_simulation, print_simulation
+
+    print_simulation(load_simulation(options.simulation), options.out, _console())
 
 
 # ---------------------------------------------------------------------------------------------------- eval

@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import types
+from pathlib import Path
 
 import torch
 
@@ -67,6 +68,15 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend for ``device()``."""
     return "nccl" if capabilities().cuda else "gloo"
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has used: allocated on its GPU, or resident (the high-water mark) on a CPU."""
+    if capabilities().cuda:
+        return torch.cuda.max_memory_allocated()
+    # ru_maxrss would begin with the parent's.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The plan of a run as tables for a terminal: what runs and why, models, layout, memory. No torch here."""
+"""The plan of a run as tables for a terminal: what runs and why, models, prompts, labels. No torch here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
 
@@ -54,21 +55,31 @@ def print_plan(checked: Preflight, jobs: list[Job], run_dir: Path, console: Cons
         does = job.action if job.action in ("run", "reuse") else f"{job.action}: {job.reason}"
         table.add_row(job.id, kind, config.model_of(job.stage), steps, inputs, does)
     console.print(table)
-    memory = Table(
-        "stage",
-        "weights",
-        "gradients",
-        "optimizer",
-        "frozen",
-        "activations",
-        "keys, values",
-        "total",
-        title="Estimated memory of one rank (not measured)",
-    )
-    for name, found in checked.memory.items():
-        parts = (found.weights, found.gradients, found.optimizer, found.frozen, found.activations, found.cache)
-        memory.add_row(name, *(human_bytes(value) for value in (*parts, found.total)))
-    console.print(memory)
+    console.print(_labels(checked))
+    for line in _fingerprints(checked):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _labels(checked: Preflight) -> Table:
+    """Which stage uses which labels, and what all of them cost together."""
+    entries = checked.ledger.entries(checked.stages)
+    used = {key for entry in entries if entry.labels_used for key in checked.ledger.keys(entry.prompts)}
+    table = Table("stage", "prompts", "number", "labels", "note", title=f"Labels: {len(used)} distinct ones are used")
+    for entry in entries:
+        labels = "used" if entry.labels_used else "not used"
+        table.add_row(entry.stage, entry.prompts, str(entry.num_prompts), labels, entry.note)
+    return table
+
+
+def _fingerprints(checked: Preflight) -> list[str]:
+    """Digests by which two runs see whether their tokens mean the same."""
+    tokenizer = checked.tokenizer
+    sizes = ", ".join(f"{name} {spec.vocab_size}" for name, spec in checked.specs.items())
+    return [
+        f"tokenizer fingerprint  {tokenizer_fingerprint(tokenizer)}",
+        f"template fingerprint   {template_fingerprint(tokenizer)}",
+        f"vocabulary: tokenizer {len(tokenizer)}, models {sizes}",
+    ]
 
 
 def human_bytes(count: float) -> str:

@@ -1,7 +1,7 @@
-"""Everything a run can get wrong that can be found without a GPU, and what it will need: checks, sizes, memory.
+"""Everything a run can get wrong that can be found without a GPU: checks of data, labels, lengths and layout.
 
-No torch here (reading a published tokenizer or checkpoint loads it). What only a running job can show, such as the true peak of
-activations, is left to it; the memory figures are an estimate, and say so.
+What it will need is estimated from here (``stage_estimate.py``). No torch here (reading a published tokenizer or
+checkpoint loads it).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megatron_s2d.config.algorithm import (
     PretrainedConfig,
     SupervisedConfig,
     TeacherCacheConfig,
-    TrainingStageConfig,
 )
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
@@ -29,29 +28,13 @@ from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
-from megatron_s2d.models.families import check_layout, padded_vocab_size
+from megatron_s2d.models.families import check_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import check_labels
+from megatron_s2d.workflow.estimate import StageMemory
 from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
-
-_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank, by what they hold."""
-
-    weights: int  # trained model
-    gradients: int  # float32 buffers
-    optimizer: int  # Adam's moments and, in bfloat16, float32 masters, sharded over data ranks
-    frozen: int  # weights of teachers and references
-    activations: int  # of one micro-batch
-    cache: int  # keys and values while sampling
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+from megatron_s2d.workflow.stage_estimate import StageShape, stage_memory, stage_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +49,13 @@ class Preflight:
     dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_tokens
     duplicates: Mapping[str, int]  # entry -> rows whose id came before, left out
     totals: Mapping[str, int]  # job id -> rounds, of evaluations and caches
-    memory: Mapping[str, MemoryEstimate]  # stage -> estimate
+    shapes: Mapping[str, StageShape]  # stage -> its sizes over all data ranks
+
+    def memory(self, *, on_gpu: bool) -> dict[str, StageMemory]:
+        """Stage -> memory of the rank that needs most."""
+        return {
+            name: stage_memory(self.config, name, self.specs, self.shapes[name], on_gpu=on_gpu) for name in self.stages
+        }
 
     @property
     def ledger(self) -> Ledger:
@@ -103,11 +92,11 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
             _check_length(config, f"evaluation of {name}", name, specs, prompts[entry], evaluation.sampling)
     for index, gate in enumerate(config.gates):
         _check_graded(prompts[gate.prompts], f"gates.{index}.prompts: '{gate.prompts}'")
-    memory = {name: estimate_memory(config, name, specs, prompts) for name in stages}
+    shapes = {name: stage_shape(config, name, prompts, tokenizer) for name in stages}
     dropped = {name: found.dropped_too_long for name, found in sets.items()}
     duplicates = {name: found.dropped_duplicates for name, found in sets.items()}
     totals = _totals(config, stages, prompts)
-    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, memory)
+    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, shapes)
     found.ledger.check(stages)
     return found
 
@@ -276,65 +265,3 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
         problems = min(gate.num_prompts, len(prompts[gate.prompts]))
         totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.problems_per_round)
     return totals
-
-
-def estimate_memory(
-    config: WorkflowConfig,
-    name: str,
-    specs: Mapping[str, ModelSpec],
-    prompts: Mapping[str, Sequence[Prompt]],
-) -> MemoryEstimate:
-    """Bytes of one rank while stage ``name`` runs."""
-    stage, parallel = config.stages[name], config.parallel
-    spec, size = specs[config.model_of(name)], _BYTES[config.precision]
-    own = parameters_per_rank(spec, config)
-    trained = own if isinstance(stage, TrainingStageConfig) else 0
-    frozen = sum(
-        parameters_per_rank(specs[config.model_of(other)], config)
-        for relation, other in stage.inputs().items()
-        if relation.partition(".")[0] in ("teacher", "reference")
-        and not (relation.startswith("reference") and _unused_reference(stage))
-    )
-    if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0 and stage.reference is None:
-        frozen += own
-    per_token = spec.hidden_size * spec.num_layers * size // parallel.pipeline_model_parallel_size
-    factor = {"none": 34, "selective": 24, "full": 4}[config.models[config.model_of(name)].recompute]
-    activations = stage.micro_batch.max_tokens * per_token * factor // (2 * parallel.tensor_model_parallel_size)
-    cache = 0
-    if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
-        longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
-        longest += stage.sampling.max_response_tokens
-        tokens = min(config.rollout.max_batch_tokens, config.rollout.max_batch_size * longest)
-        shards = parallel.pipeline_model_parallel_size * min(parallel.tensor_model_parallel_size, spec.num_query_groups)
-        cache = 2 * tokens * spec.kv_size * spec.num_layers * size // shards
-    return MemoryEstimate(
-        weights=trained * size,
-        gradients=trained * 4,
-        optimizer=trained * (8 + (4 if size == 2 else 0)) // parallel.data_parallel_size,
-        frozen=frozen * size,
-        activations=activations if trained else activations // 8,
-        cache=cache,
-    )
-
-
-def _unused_reference(stage: Any) -> bool:
-    return (isinstance(stage, OpdConfig) and stage.reward_scale == 1.0 and stage.gate is None) or (
-        isinstance(stage, GrpoConfig) and stage.kl_coefficient == 0
-    )
-
-
-def parameters_per_rank(spec: ModelSpec, config: WorkflowConfig) -> int:
-    """Parameters on the fullest rank: layers over pipeline and tensor ranks, experts over expert ranks, and one end."""
-    parallel = config.parallel
-    tensor = parallel.tensor_model_parallel_size
-    embedding = padded_vocab_size(spec.vocab_size, tensor) * spec.hidden_size // tensor
-    ends = 1 if spec.tie_word_embeddings or parallel.pipeline_model_parallel_size > 1 else 2
-    attention = spec.hidden_size * (2 * spec.query_size + 2 * spec.kv_size) // tensor
-    norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
-    if spec.num_experts:
-        experts = 3 * spec.hidden_size * spec.moe_ffn_hidden_size * spec.num_experts
-        mlp = spec.hidden_size * spec.num_experts + experts // parallel.expert_model_parallel_size
-    else:
-        mlp = 3 * spec.hidden_size * spec.ffn_hidden_size // tensor
-    layers = spec.num_layers // parallel.pipeline_model_parallel_size
-    return ends * embedding + spec.hidden_size + layers * (attention + norms + mlp)

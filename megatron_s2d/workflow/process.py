@@ -22,6 +22,7 @@ import torch
 from megatron_s2d.artifacts import StageDirectory, directory_lock, file_digest, tree_digest
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.parallel import device
 from megatron_s2d.parallel.heartbeat import watched
 from megatron_s2d.parallel.layout import (
     Layout,
@@ -81,10 +82,12 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
         STAGES[context.stage.type](context)
     else:
         _evaluate(context, job)
-    torch.distributed.barrier()
+    peak = torch.tensor(device.peak_memory(), device=device.device())
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     if context.is_writer:
         seconds = time.perf_counter() - started
-        directory.finish({"key": job.key, "seconds": seconds, "outputs": _outputs(directory)})
+        summary = {"key": job.key, "seconds": seconds, "outputs": _outputs(directory), "peak_memory": int(peak)}
+        directory.finish(summary)
         shutil.rmtree(directory.checkpoints_path, ignore_errors=True)
 
 

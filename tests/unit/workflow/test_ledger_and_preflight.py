@@ -6,7 +6,7 @@ import pytest
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
-from megatron_s2d.workflow.preflight import check_workflow, parameters_per_rank
+from megatron_s2d.workflow.preflight import check_workflow
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 
@@ -91,10 +91,3 @@ def test_wrong_configurations_name_file_key_and_remedy(override, message):
     with pytest.raises(UserError, match=message) as error:
         load_workflow(SMOKE, [override])
     assert "\n" not in str(error.value)
-
-
-def test_parameters_per_rank_add_up(cache):
-    config = load_workflow(SMOKE)
-    spec = check(cache).specs["teacher"]
-    padding = (32 - 25) * spec.hidden_size * 2
-    assert parameters_per_rank(spec, config) == spec.num_parameters + padding

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.workflow.plan import make_plan
+from megatron_s2d.workflow.simulate import load_simulation, predict
+from megatron_s2d.workflow.sweep import points_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -25,10 +28,17 @@ def pretend(run_dir, *overrides, unfinished=()):
 
 PARTS = ("stages.yaml", "sizes.yaml")  # what tables build on
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in PARTS)
+OTHER_KINDS = {
+    "sweeps": lambda path: points_of(load_sweep(path)),
+    "simulations": lambda path: predict(load_simulation(path)),
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: "-".join(path.relative_to(ROOT / "configs").parts))
 def test_every_shipped_config_is_valid(path):
+    if path.parent.name in OTHER_KINDS:
+        assert OTHER_KINDS[path.parent.name](path)
+        return
     config = load_workflow(path)
     assert config.arms and config.stage_order()
 

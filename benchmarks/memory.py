@@ -1,0 +1,314 @@
+"""Memory of a training step on a CPU beside the estimate of ``s2d plan``: what is held, and the peak of a step.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --cases dense dense-full dense-bf16 ... [--json OUT]
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/memory.py --cases tp2sp pp2 dp2 ep2
+
+Held: the storages of parameters, gradient buffers and optimizer state, walked and added. Peak: the largest sum of what
+PyTorch's CPU allocator had given out beyond that, over the events of one step (or generation) that the profiler
+records, copies inside of operators included. One row a case and pipeline stage; a case runs where its layout has as
+many ranks as were started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
+from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.train.policy import Policy
+from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
+from megatron_s2d.workflow.estimate import (
+    TeacherStates,
+    Workload,
+    frozen,
+    generate_phases,
+    train_phase,
+    trained,
+    update_phase,
+)
+
+DENSE = {
+    "family": "qwen3", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
+    "num_query_groups": 4, "head_dim": 40, "vocab_size": 8000, "max_position_embeddings": 1024, "rope_theta": 1e4,
+}  # fmt: skip
+MOE = DENSE | {"family": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 192}
+TIED = DENSE | {"tie_word_embeddings": True, "vocab_size": 30_000}
+LLAMA = DENSE | {"family": "llama"}
+TEACHER = DENSE | {"num_layers": 2, "hidden_size": 384, "ffn_hidden_size": 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, how it is cut, and what it trains on."""
+
+    model: dict
+    layout: str = ""  # such as tp2sp, pp2, dp2, ep2; one rank where empty
+    precision: str = "float32"
+    recompute: str = "none"
+    rows: int = 8  # samples of an update
+    length: int = 192
+    max_tokens: int = 10**6
+    does: str = "supervised"  # or opd, generate
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep)(\d)", self.layout)}
+        return ParallelConfig(
+            tensor_model_parallel_size=sizes.get("tp", 1),
+            pipeline_model_parallel_size=sizes.get("pp", 1),
+            expert_model_parallel_size=sizes.get("ep", 1),
+            data_parallel_size=sizes.get("dp", 1) * (1 if "tp" in sizes else sizes.get("ep", 1)),
+            sequence_parallel="sp" in self.layout,
+        )
+
+
+CASES = {
+    "dense": Case(DENSE),
+    "dense-full": Case(DENSE, recompute="full"),
+    "dense-selective": Case(DENSE, recompute="selective"),
+    "dense-bf16": Case(DENSE, precision="bfloat16"),
+    "dense-bf16-full": Case(DENSE, precision="bfloat16", recompute="full"),
+    "tied": Case(TIED),
+    "llama": Case(LLAMA),
+    "moe": Case(MOE),
+    "moe-bf16": Case(MOE, precision="bfloat16"),
+    "opd": Case(DENSE, does="opd"),
+    "opd-batches": Case(DENSE, does="opd", max_tokens=400),
+    "generate": Case(DENSE, does="generate", rows=64, length=128),
+    "generate-bf16": Case(DENSE, does="generate", rows=64, length=128, precision="bfloat16"),
+    "tp2": Case(DENSE, "tp2"),
+    "tp2sp": Case(DENSE, "tp2sp"),
+    "tp2sp-full": Case(DENSE, "tp2sp", recompute="full"),
+    "pp2": Case(DENSE, "pp2", max_tokens=400),
+    "dp2": Case(DENSE, "dp2"),
+    "dp2-bf16": Case(DENSE, "dp2", precision="bfloat16"),
+    "ep2": Case(MOE, "ep2"),
+    "moe-tp2sp": Case(MOE, "tp2spep2"),
+    "opd-tp2sp": Case(DENSE, "tp2sp", does="opd"),
+    "generate-tp2": Case(DENSE, "tp2", does="generate", rows=64, length=128),
+}
+
+
+def samples(case: Case) -> list[Sample]:
+    """Rows of one length, the second half of each a response."""
+    rng = np.random.default_rng(0)
+    found = []
+    for index in range(case.rows):
+        found.append(
+            Sample(
+                id=str(index), prompt_id=str(index), group=index, domain="test", seed=index,
+                token_ids=rng.integers(0, case.model["vocab_size"], case.length),
+                response_mask=np.arange(case.length) >= case.length // 2, temperature=1.0, finish_reason="stop",
+            )
+        )  # fmt: skip
+    return found
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held_tensors(policy: Policy) -> Iterator[torch.Tensor]:
+    """Parameters, and of a trainable policy gradient buffers, master weights and Adam's moments."""
+    for chunk in policy.chunks:
+        yield from chunk.parameters()
+    if policy.trainable is None:
+        return
+    for chunk in policy.trainable.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            yield buffer.param_data
+            yield buffer.grad_data
+    wrapped = policy.trainable.optimizer
+    for optimizer in getattr(wrapped, "chained_optimizers", [wrapped]):
+        for group in optimizer.shard_fp32_from_float16_groups:
+            yield from (tensor for tensor in group if tensor is not None)
+        for state in optimizer.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Largest number of bytes allocated at one time during ``run``, beyond what was there before.
+
+    What is allocated and not seen to be freed is left out: gloo frees its copies in threads that no profiler watches.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes, open_ = [], {}
+    for time, pointer, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+        if size > 0:
+            open_[pointer] = (time, size)
+        elif pointer in open_:
+            begin, size = open_.pop(pointer)
+            changes += [(begin, size), (time, -size)]
+    current = peak = 0
+    for _, size in sorted(changes):
+        current += size
+        peak = max(peak, current)
+    return peak
+
+
+def _allocations(events: Iterable) -> Iterator[tuple[int, int, int]]:
+    """(nanoseconds, address, bytes) of every allocation, negative where it is freed."""
+    for event in events:
+        if event.tag.name == "Allocation":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def build_policy(model: dict, case: Case, layout, seed: int = 1) -> Policy:
+    """A model of the case at its layout."""
+    options = ModelConfig(recompute=case.recompute, **model)
+    return Policy(
+        options.resolve(), layout, precision=case.precision, max_tokens=case.max_tokens, seed=seed, options=options
+    )
+
+
+def measure(case: Case) -> dict[str, object]:
+    """Bytes held and peak bytes of this rank, measured and estimated."""
+    layout = build_layout(case.parallel)
+    policy = build_policy(case.model, case, layout)
+    part = Part(policy.spec, case.parallel, layout.pipeline_rank)
+    build = Build(4 if case.precision == "float32" else 2, fused=False, recompute=case.recompute)
+    if case.does == "generate":
+        held, estimate = [frozen(part, build, "student")], generate_estimate(case, part, build)
+        step = generation(case, policy, layout)
+        step()
+    else:
+        policy.prepare_training(OptimizerConfig(), 10)
+        held = [trained(part, build)]
+        step, work, states, teacher = training(case, policy, layout)
+        step()
+        train = train_phase(part, build, work, on_gpu=False, teacher=states)
+        estimate = max(train, update_phase(part, build, on_gpu=False), key=lambda found: sum(found.values()))
+        if teacher is not None:
+            held.append(frozen(Part(teacher.spec, case.parallel, part.stage), build, "teacher"))
+            policy_tensors = [*held_tensors(policy), *held_tensors(teacher)]
+    tensors = list(held_tensors(policy))
+    if case.does == "opd":
+        tensors = policy_tensors
+    return {
+        "stage": part.stage,
+        "held": storages(tensors),
+        "held_estimate": sum(item.total for item in held),
+        "peak": peak_bytes(step),
+        "peak_estimate": sum(estimate.values()),
+        "parts": estimate,
+    }
+
+
+def training(case: Case, policy: Policy, layout):
+    """(one update as a function, its workload, what the estimate needs of a teacher, the teacher)."""
+    batch = samples(case)
+    column = "divergence_weight" if case.does == "opd" else "supervised_weight"
+    columns = {column: [1e-3] * len(batch)}
+    teacher = source = states = None
+    objective = supervised_objective()
+    if case.does == "opd":
+        teacher = build_policy(TEACHER, case, layout, seed=2)
+        teacher.freeze()
+        source = FullTeacher(policy, ByDomain({None: teacher}))
+        states = TeacherStates("hidden", teacher.spec, sharded=case.parallel.sequence_parallel)
+        objective = divergence_objective("reverse_kl")
+    count = sum(len(sample.token_ids) for sample in batch)
+
+    def step() -> None:
+        update = UpdateBatch(batch, columns)
+        batches = policy.pack(batch, columns)
+        distributions = source.distributions(update, batches) if source else None
+        policy.forward_backward(batches, objective, distributions, num_tokens=count)
+        policy.optim_step()
+
+    packed = policy.pack(batch, columns)
+    largest = max(packed, key=lambda item: item.token_ids.numel())
+    shape = MicroBatch(largest.token_ids.numel(), largest.token_ids.shape[1], int(largest.response_mask.sum()))
+    return step, Workload(shape, len(packed)), states, teacher
+
+
+def generation(case: Case, policy: Policy, layout) -> Callable[[], object]:
+    """A function that answers ``rows`` prompts, four times each, with responses of full length."""
+    engine = MegatronEngine(policy.chunks, policy.spec.vocab_size, layout)
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_new_tokens=case.length // 2, stop_token_ids=(), temperature=1.0)
+    prompts = [
+        Prompt(str(i), rng.integers(0, policy.spec.vocab_size, case.length // 2), "", "test", None, None)
+        for i in range(case.rows // 4)
+    ]
+    requests = [Request(f"{p.id}/{k}", p, 4 * i + k, i, params) for i, p in enumerate(prompts) for k in range(4)]
+    return lambda: engine.generate(requests)
+
+
+def generate_estimate(case: Case, part: Part, build: Build) -> dict[str, int]:
+    """The estimate of ``generation``."""
+    half = case.length // 2
+    phases = generate_phases(
+        part, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
+        sampling=SamplingConfig(max_response_tokens=half), rollout=RolloutConfig(),
+    )  # fmt: skip
+    return max(phases.values(), key=lambda found: sum(found.values()))
+
+
+def error(estimate: float, measured: float) -> float:
+    """Relative error of an estimate."""
+    return estimate / measured - 1
+
+
+def row_of(name: str, found: dict) -> dict[str, object]:
+    """A case's measurement with its three errors: of what is held, of the peak beyond it, of both together."""
+    total = found["held"] + found["peak"]
+    estimate = found["held_estimate"] + found["peak_estimate"]
+    return {"case": name} | found | {
+        "held_error": error(found["held_estimate"], found["held"]),
+        "peak_error": error(found["peak_estimate"], found["peak"]),
+        "total_error": error(estimate, total),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all with as many ranks as started")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    initialize_distributed()
+    names = arguments.cases or [name for name in CASES if CASES[name].parallel.world_size == dist.get_world_size()]
+    rows = []
+    for name in names:
+        everyone: list[dict] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, measure(CASES[name]))
+        for stage in range(CASES[name].parallel.pipeline_model_parallel_size):
+            fullest = max((item for item in everyone if item["stage"] == stage), key=lambda item: item["peak"])
+            rows.append(row_of(name, fullest))
+    if dist.get_rank() == 0:
+        print("| case | stage | held, MiB | error | peak beyond, MiB | error | together |")
+        print("|---|---|---|---|---|---|---|")
+        for row in rows:
+            print(
+                f"| {row['case']} | {row['stage']} | {row['held'] / 2**20:.1f} | {100 * row['held_error']:+.1f} % "
+                f"| {row['peak'] / 2**20:.1f} | {100 * row['peak_error']:+.1f} % | {100 * row['total_error']:+.1f} % |"
+            )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""GPUs as their data sheets have them, and what an estimate assumes beyond them. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from pydantic import Field
+
+from megatron_s2d.config.base import Config, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Data-sheet numbers of one GPU. Rates are peaks: dense products, bytes in one direction."""
+
+    name: str
+    memory: int  # bytes, the sheet's gigabytes as 10^9
+    bf16_flops: float  # per second, dense
+    fp8_flops: float | None  # per second, dense; None where there is no FP8
+    memory_bandwidth: float  # bytes per second
+    link_bandwidth: float  # bytes per second to the other GPUs of the node, one direction
+
+
+GPUS = {
+    "h200": Gpu("NVIDIA H200 SXM", 141 * 10**9, 989e12, 1979e12, 4.8e12, 450e9),
+    "h100": Gpu("NVIDIA H100 SXM", 80 * 10**9, 989e12, 1979e12, 3.35e12, 450e9),
+    "a100-80": Gpu("NVIDIA A100 SXM 80 GB", 80 * 10**9, 312e12, None, 2.039e12, 300e9),
+    "b200": Gpu("NVIDIA B200 (HGX)", 180 * 10**9, 2250e12, 4500e12, 8.0e12, 900e9),
+    "l40s": Gpu("NVIDIA L40S", 48 * 10**9, 362e12, 733e12, 0.864e12, 32e9),
+}
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU called ``name``; ``UserError`` with the known ones."""
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    close = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise UserError(f"unknown GPU '{name}' ({hint}known: {', '.join(GPUS)})")
+
+
+class AssumptionsConfig(Config):
+    """What turns peaks into times. None of the defaults was measured; a measured value takes a default's place."""
+
+    matmul_efficiency: float = Field(0.5, gt=0, le=1, description="share of the dense bf16 peak that layers reach")
+    memory_efficiency: float = Field(0.7, gt=0, le=1, description="share of the memory bandwidth that decoding reaches")
+    link_efficiency: float = Field(0.7, gt=0, le=1, description="share of a link's bandwidth that collectives reach")
+    network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one way")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs that share the fast links")
+    latency: float = Field(10e-6, ge=0, description="seconds that a collective takes however little it moves")
+    reserved_memory: int = Field(
+        8 * 2**30, ge=0, description="bytes for the CUDA context, communication buffers and fragmentation"
+    )

@@ -1,0 +1,90 @@
+"""The file that ``s2d simulate`` takes: two models, a layout each, a cluster, and what was measured. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config
+from megatron_s2d.config.hardware import AssumptionsConfig
+from megatron_s2d.config.model import ModelConfig
+
+
+class MatmulTime(Config):
+    """A measured bf16 product [m, k] x [k, n] on one GPU."""
+
+    m: int = Field(ge=1)
+    n: int = Field(ge=1)
+    k: int = Field(ge=1)
+    seconds: float = Field(gt=0)
+
+
+class KlTime(Config):
+    """A measured ``linear_divergence`` with gradients on one GPU, as ``benchmarks/kl.py --device cuda`` reports it."""
+
+    tokens: int = Field(ge=1)
+    vocab: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    teacher_hidden: int = Field(ge=1)
+    seconds: float = Field(gt=0)
+
+
+class MeasuredConfig(Config):
+    """What was measured; each takes the place of a data-sheet number times an assumed efficiency."""
+
+    matmuls: list[MatmulTime] = Field(default_factory=list, description="their total operations over their total time")
+    kl: KlTime | None = None
+    memory_bandwidth: float | None = Field(None, gt=0, description="bytes per second that decoding reads")
+    node_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU within a node, one way")
+    network_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU to other nodes, one way")
+    latency: float | None = Field(None, ge=0, description="seconds of a collective that moves next to nothing")
+
+
+class ShareConfig(Config):
+    """How one model is cut; data ranks take what is left of the GPUs."""
+
+    tensor_model_parallel_size: int = Field(8, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    expert_model_parallel_size: int = Field(1, ge=1)
+
+
+class SimulationConfig(Config):
+    """On-policy distillation of a large teacher into a small student, step by step, on more and more GPUs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    gpu: str
+    num_gpus: list[int] = Field(min_length=1, description="the sizes to predict")
+    teacher: ModelConfig
+    student: ModelConfig
+    parallel: ShareConfig = Field(ShareConfig(), description="of the student")
+    teacher_parallel: ShareConfig | None = Field(None, description="by default the student's; both share all GPUs")
+    engine_tensor_parallel_size: int | None = Field(
+        None, ge=1, description="of servers beside the trainer, on the same GPUs; null: the trainer itself samples"
+    )
+    scaling: Literal["strong", "weak"] = Field("strong", description="weak: prompts_per_step grows with the GPUs")
+    prompts_per_step: int = Field(128, ge=1, description="at the smallest number of GPUs, where scaling is weak")
+    responses_per_prompt: int = Field(8, ge=1)
+    prompt_tokens: int = Field(512, ge=1, description="mean")
+    response_tokens: int = Field(8192, ge=1, description="mean")
+    longest_response_tokens: int | None = Field(None, ge=1, description="the step waits for it; by default the mean")
+    micro_batch_tokens: int = Field(16384, ge=1)
+    max_batch_size: int = Field(256, ge=1, description="responses that one engine decodes together")
+    assumptions: AssumptionsConfig = AssumptionsConfig()
+    measured: MeasuredConfig = MeasuredConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _sizes_fit(self) -> SimulationConfig:
+        for share in (self.parallel, self.teacher_parallel or self.parallel):
+            size = share.tensor_model_parallel_size * share.pipeline_model_parallel_size
+            for count in self.num_gpus:
+                if count % size:
+                    raise ValueError(f"num_gpus: {count} is not a multiple of tensor x pipeline = {size}")
+        engine = self.engine_tensor_parallel_size
+        if engine is not None and any(count % engine for count in self.num_gpus):
+            raise ValueError(f"engine_tensor_parallel_size {engine} does not divide every number of GPUs")
+        if (self.longest_response_tokens or self.response_tokens) < self.response_tokens:
+            raise ValueError("longest_response_tokens is below response_tokens, which is the mean")
+        return self

@@ -1,0 +1,27 @@
+"""The memory estimate of ``s2d plan`` beside what torch allocates: held within 2 %, the whole within 10 %.
+
+The bars of docs/preflight.md are 10 % and 20 %; the closer ones here say when an estimate no longer follows the code.
+"""
+
+import json
+
+import pytest
+
+CASES = {
+    1: ["dense-full", "dense-bf16", "moe", "opd", "generate"],
+    2: ["tp2sp", "pp2", "dp2", "ep2"],
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", CASES)
+def test_estimates_agree_with_what_is_allocated(tmp_path, run_ranks, ranks):
+    output = tmp_path / "rows.json"
+    run_ranks("memory_worker.py", ranks, "--cases", *CASES[ranks], "--json", output)
+    rows = json.loads(output.read_text())
+    assert {row["case"] for row in rows} == set(CASES[ranks])
+    for row in rows:
+        assert abs(row["held_error"]) < 0.02, row
+        assert abs(row["peak_error"]) < 0.15, row
+        assert abs(row["total_error"]) < 0.10, row
+        assert row["peak"] > 0.2 * row["held"], row  # otherwise the whole would say nothing of the peak
