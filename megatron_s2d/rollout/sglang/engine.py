@@ -296,7 +296,7 @@ class SglangEngine:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
         tolerance = self._settings.probe_tolerance or _TOLERANCES[self._dtype]
         try:
-            gap = probes.gap(self._pool, server, samples, expected, self._label)
+            gap = probes.gap(self._pool, server, self._spec, samples, expected, self._label)
         except (BadReply, UserError) as error:
             return float("nan"), str(error)
         if not gap <= tolerance:

@@ -40,9 +40,11 @@ def probe_samples(spec: ModelSpec) -> list[Sample]:
     ]
 
 
-def scored_tokens(sequence: np.ndarray, reply: GenerateReply) -> np.ndarray:
+def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -> np.ndarray:
     """[length] float32: log-probability of each given token at temperature 1, 0 for the first; may be ``BadReply``."""
-    ids, scored = sequence.tolist(), reply.meta_info.input_token_logprobs
+    # SGLang scores the last token of a vocabulary rightly, but names it 0.
+    ids = [0 if token == vocab_size - 1 else token for token in sequence.tolist()]
+    scored = reply.meta_info.input_token_logprobs
     if reply.output_ids or len(scored) != len(ids):
         raise BadReply(f"{len(scored)} scores of {len(ids)} tokens, and {len(reply.output_ids)} new tokens")
     if scored[0][0] is not None or scored[0][1] != ids[0]:
@@ -50,12 +52,15 @@ def scored_tokens(sequence: np.ndarray, reply: GenerateReply) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.float32), checked_log_probs(scored[1:], ids[1:])])
 
 
-def gap(pool: Pool, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray], label: str) -> float:
+def gap(
+    pool: Pool, server: Server, spec: ModelSpec, samples: Sequence[Sample], expected: Sequence[np.ndarray], label: str
+) -> float:
     """Largest difference, in nats, between ``server`` and the trainer's ``expected``; ``BadReply`` on another label."""
     sequences = [sample.token_ids for sample in samples]
     worst = 0.0
     for sequence, reply, wanted in zip(sequences, pool.score(server, sequences), expected, strict=True):
         if reply.meta_info.weight_version != label:
             raise BadReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
-        worst = max(worst, float(np.abs(scored_tokens(sequence, reply) - wanted)[1:].max()))
+        found = scored_tokens(sequence, reply, spec.vocab_size)
+        worst = max(worst, float(np.abs(found - wanted)[1:].max()))
     return worst

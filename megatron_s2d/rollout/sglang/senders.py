@@ -15,15 +15,16 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 import torch
 import torch.distributed as dist
+import torch.multiprocessing  # also registers with ForkingPickler how tensors are handed over
 from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
-from torch.multiprocessing import reductions
 
 from megatron_s2d.artifacts import disk_errors
 from megatron_s2d.config.base import UserError
@@ -111,7 +112,7 @@ class TensorSender:
             torch.multiprocessing.set_sharing_strategy("file_system")
         buffer = io.BytesIO()
         owned = [(name, tensor.clone()) for name, tensor in bucket]
-        reductions.ForkingPickler(buffer).dump(owned)
+        ForkingPickler(buffer).dump(owned)
         text = base64.b64encode(buffer.getvalue()).decode("ascii")
         counts = servers.ranks()
 
