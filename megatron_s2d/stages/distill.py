@@ -66,8 +66,9 @@ def run_opd(context: StageContext) -> None:
     references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
     policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
-    engine = context.engine(policy)
-    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    model = context.config.model_of(context.name)
+    engine = context.engine(policy, model)
+    params = context.sampling(stage.sampling, model)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with Graders() as graders:
         sampler = Sampler(
@@ -294,7 +295,8 @@ class TeacherAnchors:
         samplers = {}
         for domain, policy in teachers.policies.items():
             policy.to_device()
-            engine = context.engine(policy)
+            name = stage.teacher if domain is None else stage.teacher[domain]
+            engine = context.engine(policy, context.config.model_of(name))
             samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
         return cls(stage, samplers, schedule)
 

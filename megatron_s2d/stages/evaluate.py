@@ -40,7 +40,8 @@ def run_evaluation(
     """
     partial = context.directory.path / _PARTIAL_NAME
     policy = context.frozen(context.name)
-    params = context.sampling(sampling, context.config.model_of(context.name))
+    model = context.config.model_of(context.name)
+    params = context.sampling(sampling, model)
     rounds = [prompts[i : i + problems_per_round] for i in range(0, len(prompts), problems_per_round)]
     done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
     dist.barrier()
@@ -48,7 +49,7 @@ def run_evaluation(
         truncate_jsonl_after(partial, last=done)
     log, timer = open_log(context.directory, done, None), Timer()
     with Graders() as graders:
-        sampler = Sampler(policy, context.engine(policy), params, seed, context.tokenizer, graders)
+        sampler = Sampler(policy, context.engine(policy, model), params, seed, context.tokenizer, graders)
         for number, part in enumerate(rounds[done:], start=done + 1):
             samples = sampler.sample(part, samples_per_prompt, 0)
             if context.is_writer:

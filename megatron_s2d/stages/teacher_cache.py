@@ -37,8 +37,9 @@ def run_teacher_cache(context: StageContext) -> None:
     """Generate, score, write round by round; then join the rounds."""
     stage: TeacherCacheConfig = context.stage
     teacher = context.frozen(stage.teacher)
-    engine = context.engine(teacher)
-    params = context.sampling(stage.sampling, context.config.model_of(stage.teacher))
+    model = context.config.model_of(stage.teacher)
+    engine = context.engine(teacher, model)
+    params = context.sampling(stage.sampling, model)
     sampler = Sampler(teacher, engine, params, context.seed, context.tokenizer)
     prompts = context.prompts(stage.prompts)
     header = cache_header(context, stage, teacher)

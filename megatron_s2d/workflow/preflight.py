@@ -7,8 +7,10 @@ activations, is left to it; the memory figures are an estimate, and say so.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,7 @@ class Preflight:
 
 def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     """Load tokenizer and data, check every stage; the first problem is a one-line ``UserError``."""
+    _check_engine(config)
     tokenizer = load_tokenizer(config.tokenizer, tokenizer_cache)
     stages = needed_stages(config)
     used_models = {config.model_of(name) for name in stages}
@@ -107,6 +110,30 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, memory)
     found.ledger.check(stages)
     return found
+
+
+def _check_engine(config: WorkflowConfig) -> None:
+    """Servers that can be started or attached to, before anything is loaded."""
+    sglang = config.rollout.sglang
+    for name in sglang.urls:
+        if name not in config.models:
+            raise UserError(f"rollout.sglang.urls: '{name}' is not among `models` ({', '.join(config.models)})")
+    if config.rollout.engine != "sglang":
+        return
+    if sglang.urls and config.num_workers > 1:
+        raise UserError(
+            f"num_workers is {config.num_workers}, but the servers of rollout.sglang.urls hold one model at a time: "
+            "set num_workers to 1, or leave urls out to have servers started for each stage"
+        )
+    if set(sglang.urls) >= set(config.models):
+        return
+    if sglang.python is not None and shutil.which(sglang.python) is None:
+        raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")
+    if sglang.python is None and importlib.util.find_spec("sglang") is None:
+        raise UserError(
+            "rollout.engine is sglang, but sglang is not installed: install megatron-s2d[sglang], name an interpreter "
+            "that has it in rollout.sglang.python, or give addresses of servers in rollout.sglang.urls"
+        )
 
 
 def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
@@ -281,7 +308,7 @@ def estimate_memory(
     factor = {"none": 34, "selective": 24, "full": 4}[config.models[config.model_of(name)].recompute]
     activations = stage.micro_batch.max_tokens * per_token * factor // (2 * parallel.tensor_model_parallel_size)
     cache = 0
-    if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
+    if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)) and config.rollout.engine == "megatron":
         longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
         longest += stage.sampling.max_response_tokens
         tokens = min(config.rollout.max_batch_tokens, config.rollout.max_batch_size * longest)

@@ -71,10 +71,11 @@ def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, sto
         directory.begin(job.resolved, job.inputs, {"seed": context.seed})
     torch.distributed.barrier()
     seed_everything(context.seed)
-    if job.is_stage:
-        STAGES[context.stage.type](context)
-    else:
-        _evaluate(context, job)
+    with contextlib.closing(context):
+        if job.is_stage:
+            STAGES[context.stage.type](context)
+        else:
+            _evaluate(context, job)
     torch.distributed.barrier()
     if context.is_writer:
         seconds = time.perf_counter() - started
