@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 import httpx
 import numpy as np
@@ -105,16 +105,8 @@ class Pool:
             if progress is not None:
                 progress(len(outcome.samples) + len(outcome.failures), len(requests))
 
-        refused: UserError | None = None
         async with self._client() as client:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    for place, request in enumerate(requests):
-                        tasks.create_task(work(client, place, request))
-            except* UserError as errors:
-                refused = errors.exceptions[0]
-        if refused is not None:
-            raise refused
+            await _together(work(client, place, request) for place, request in enumerate(requests))
         return outcome
 
     async def _sample(self, client: httpx.AsyncClient, request: Request, first: int, expected: Expected) -> Sample:
@@ -128,8 +120,7 @@ class Pool:
                 tokenizer=expected.tokenizer,
             )
 
-        rids = (f"{request.id}~{uuid.uuid4().hex[:12]}" for _ in range(self._settings.attempts))
-        bodies = (generate_body(request, rid) for rid in rids)
+        bodies = (generate_body(request) for _ in range(self._settings.attempts))
         try:
             return await self._try(client, bodies, first, checked)
         except ShortContext as error:
@@ -165,7 +156,7 @@ class Pool:
             server.problem = f"the connection failed ({type(error).__name__})"
             raise BadReply(server.problem) from None
         except httpx.TimeoutException:
-            await self._after_silence(client, server, body.get("rid"))
+            await self._after_silence(client, server, body["rid"])
             raise BadReply(f"no answer within {self._settings.request_seconds:g} seconds") from None
         except httpx.HTTPError as error:
             raise BadReply(f"{type(error).__name__}: {error}") from None
@@ -175,26 +166,46 @@ class Pool:
             raise BadReply(f"status {reply.status_code}: {reply.text[:200]}")
         return reply.content
 
-    async def _after_silence(self, client: httpx.AsyncClient, server: Server, rid: str | None) -> None:
+    async def _after_silence(self, client: httpx.AsyncClient, server: Server, rids: str | list[str]) -> None:
         """Have the try forgotten whose answer nobody waits for; a server that does not even do that hangs."""
-        body = {"rid": rid} if rid is not None else {"rid": "", "abort_all": True}
         try:
-            await client.post(f"{server.url}/abort_request", json=body, timeout=_ABORT_SECONDS)
+            for rid in [rids] if isinstance(rids, str) else rids:
+                await client.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=_ABORT_SECONDS)
         except httpx.HTTPError:
             server.problem = "it hangs"
 
-    def score(self, server: Server, sequences: Sequence[np.ndarray], *, top_k: int = 0) -> list[GenerateReply]:
+    def score_all[Result](
+        self, sequences: Sequence[np.ndarray], checked: Callable[[int, GenerateReply], Result], *, top_k: int = 0
+    ) -> tuple[dict[int, Result], list[str]]:
+        """``checked`` replies by the place of their sequence, over all servers, and the reasons of those that failed.
+
+        Tries are bounded as in ``generate``; ``checked`` raises ``BadReply`` for a reply that it does not take.
+        """
+        found: dict[int, Result] = {}
+        reasons: list[str] = []
+
+        async def work(client: httpx.AsyncClient, room: asyncio.Semaphore, place: int) -> None:
+            async with room:
+                try:
+                    bodies = (score_body([sequences[place]], top_k) for _ in range(self._settings.attempts))
+                    found[place] = await self._try(client, bodies, place, lambda content: checked(place, _replies(content, 1)[0]))
+                except (BadReply, _Unavailable) as error:
+                    reasons.append(str(error))
+
+        async def ask() -> None:
+            room = asyncio.Semaphore(self._settings.concurrency * len(self.servers))
+            async with self._client() as client:
+                await _together(work(client, room, place) for place in range(len(sequences)))
+
+        asyncio.run(ask())
+        return found, sorted(set(reasons))
+
+    def score(self, server: Server, sequences: Sequence[np.ndarray]) -> list[GenerateReply]:
         """The parsed replies of ``server`` to a request that scores ``sequences``; ``BadReply`` where it has none."""
 
         async def ask() -> list[GenerateReply]:
-            def checked(content: bytes) -> list[GenerateReply]:
-                replies = parse_replies(content)
-                if len(replies) != len(sequences):
-                    raise BadReply(f"{len(replies)} replies to {len(sequences)} sequences")
-                return replies
-
             async with self._client() as client:
-                return checked(await self._post(client, server, score_body(sequences, top_k)))
+                return _replies(await self._post(client, server, score_body(sequences)), len(sequences))
 
         return asyncio.run(ask())
 
@@ -205,3 +216,23 @@ class Pool:
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=False,  # a proxy of the environment is not for servers of the run
         )
+
+
+def _replies(content: bytes, count: int) -> list[GenerateReply]:
+    replies = parse_replies(content)
+    if len(replies) != count:
+        raise BadReply(f"{len(replies)} replies to {count} sequences")
+    return replies
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all; the first ``UserError`` ends the others and is raised."""
+    refused: UserError | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for work in works:
+                tasks.create_task(work)
+    except* UserError as errors:
+        refused = errors.exceptions[0]
+    if refused is not None:
+        raise refused

@@ -12,6 +12,7 @@ Left out: responses that go on over an update (a push waits for an idle server),
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 import uuid
@@ -31,7 +32,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
-from megatron_s2d.rollout.sglang import probes
+from megatron_s2d.rollout.sglang import probes, scoring
 from megatron_s2d.rollout.sglang.client import Expected, Outcome, Pool, Server
 from megatron_s2d.rollout.sglang.control import PushFailed, Servers, finish
 from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
@@ -116,16 +117,21 @@ class SglangEngine:
         )
         self._check_same_requests(requests)
         samples: dict[int, Sample] = {}
-        for recovery in range(self._settings.recoveries + 1):
-            reasons = self._ask(requests, samples, progress)
-            if not reasons:
-                return self._to_replica([samples[place] for place in range(len(requests))] if self._speaks else [])
-            if recovery < self._settings.recoveries:
-                self._recover()
-        raise UserError(
-            f"the SGLang servers gave no sample for some requests, after {self._settings.recoveries} recoveries too "
-            f"({reasons[0]}); see the servers' logs in {self._directory}"
-        )
+        self._with_recoveries(lambda: self._ask(requests, samples, progress))
+        return self._to_replica([samples[place] for place in range(len(requests))] if self._speaks else [])
+
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """log pi of every sample's response tokens at temperature 1, [length] float32 each (0 elsewhere), on all ranks.
+
+        The same samples on all ranks. Raises ``UserError`` as ``generate`` does, and for samples of a temperature.
+        """
+        found = self._scored(samples, scoring.score)
+        return [np.where(sample.response_mask, found[place], 0.0) for place, sample in enumerate(samples)]
+
+    def top_tokens(self, samples: Sequence[Sample], k: int) -> list[scoring.TopTokens]:
+        """The k likeliest tokens at every position of every sample, on all ranks; otherwise as ``score``."""
+        found = self._scored(samples, functools.partial(scoring.top_tokens, k=k))
+        return [found[place] for place in range(len(samples))]
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
@@ -147,6 +153,41 @@ class SglangEngine:
             shutil.rmtree(self._directory / "weights", ignore_errors=True)
 
     # ------------------------------------------------------------------ requests
+
+    def _with_recoveries(self, ask: Callable[[], list[str]]) -> None:
+        """Ask, and recover, until ``ask`` returns no reasons of failures; they are the same on all ranks."""
+        for recovery in range(self._settings.recoveries + 1):
+            reasons = ask()
+            if not reasons:
+                return
+            if recovery < self._settings.recoveries:
+                self._recover()
+        raise UserError(
+            f"the SGLang servers left some requests unanswered, after {self._settings.recoveries} recoveries too "
+            f"({reasons[0]}); see the servers' logs in {self._directory}"
+        )
+
+    def _scored(self, samples: Sequence[Sample], score: Callable[..., tuple[dict[int, Any], list[str]]]) -> dict:
+        """Place -> score; rank 0 asks for all."""
+        scoring.check_temperature(samples)
+        sequences = [sample.token_ids for sample in samples]
+        found: dict[int, Any] = {}
+
+        def ask_missing() -> tuple[dict[int, Any], list[str], dict[str, str]]:
+            missing = [place for place in range(len(samples)) if place not in found]
+            part = [sequences[place] for place in missing]
+            scores, reasons = score(self._pool, part, self._label, self._spec.vocab_size)
+            return {missing[place]: value for place, value in scores.items()}, reasons, self._pool.problems
+
+        def ask() -> list[str]:
+            scores, reasons, problems = from_first(ask_missing)
+            found.update(scores)
+            for server in self._pool.servers:
+                server.problem = problems.get(server.url, "")
+            return reasons
+
+        self._with_recoveries(ask)
+        return found
 
     @property
     def _speaks(self) -> bool:

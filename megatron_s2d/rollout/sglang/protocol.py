@@ -8,6 +8,7 @@ allowed token happens to be a stop token has ended ("stop"; SGLang says "length"
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -67,8 +68,8 @@ class GenerateReply(_Reply):
     meta_info: _Meta
 
 
-def generate_body(request: Request, rid: str) -> dict[str, Any]:
-    """The body of POST /generate for one response."""
+def generate_body(request: Request) -> dict[str, Any]:
+    """The body of POST /generate for one response; every call has a request id of its own."""
     params = request.params
     sampling: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
@@ -86,18 +87,23 @@ def generate_body(request: Request, rid: str) -> dict[str, Any]:
     if params.stop_strings:
         sampling["stop"] = list(params.stop_strings)
     token_ids = request.prompt.token_ids.tolist()
-    return {"rid": rid, "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
+    return {"rid": f"{request.id}~{_unique()}", "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
 
 
 def score_body(sequences: Sequence[np.ndarray], top_k: int = 0) -> dict[str, Any]:
     """The body of POST /generate that scores given tokens and generates none."""
     body = {
+        "rid": [f"score~{_unique()}" for _ in sequences],
         "input_ids": [sequence.tolist() for sequence in sequences],
         "sampling_params": {"max_new_tokens": 0, "temperature": 0.0, "ignore_eos": True},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
     return body | ({"top_logprobs_num": top_k} if top_k else {})
+
+
+def _unique() -> str:
+    return uuid.uuid4().hex[:16]
 
 
 def parse_reply(content: bytes) -> GenerateReply:

@@ -44,6 +44,7 @@ class FakeServer:
     def __init__(self, embedding: np.ndarray, weight_version: str = "default", port: int = 0):
         self.embedding, self.weight_version = embedding, weight_version
         self.faults: collections.deque[str] = collections.deque()
+        self.score_faults: collections.deque[str] = collections.deque()  # of coming requests that score
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
         self.released = threading.Event()  # lets requests go that hang
@@ -109,7 +110,7 @@ class FakeServer:
 
     def generate(self, body: dict) -> tuple[int, bytes]:
         if isinstance(body["input_ids"][0], list):
-            return 200, json.dumps([self.score(ids) for ids in body["input_ids"]]).encode()
+            return self.scores(body)
         fault = self.faults.popleft() if self.faults else None
         if fault == "die":
             os._exit(9)
@@ -151,6 +152,28 @@ class FakeServer:
                 time.sleep(0.3)
         return 200, json.dumps(reply).encode()
 
+    def scores(self, body: dict) -> tuple[int, bytes]:
+        k = body.get("top_logprobs_num", 0)
+        replies = [self.score(ids, k) for ids in body["input_ids"]]
+        fault = self.score_faults.popleft() if self.score_faults else None
+        meta = replies[0]["meta_info"]
+        match fault:
+            case "500":
+                return 500, b"the reason"
+            case "shifted":
+                meta["input_token_logprobs"] = meta["input_token_logprobs"][1:] + meta["input_token_logprobs"][:1]
+            case "fewer":
+                meta["input_token_logprobs"].pop()
+            case "nan":
+                meta["input_token_logprobs"][1][0] = float("nan")
+            case "capped":
+                meta["input_top_logprobs"] = [row and row[: k - 1] for row in meta["input_top_logprobs"]]
+            case "stale":
+                meta["weight_version"] = "older"
+            case "fewer replies":
+                replies.pop()
+        return 200, json.dumps(replies).encode()
+
     def meta(self, ids: list[int]) -> dict:
         return {"id": "x", "prompt_tokens": len(ids), "weight_version": self.weight_version, "e2e_latency": 0.1}
 
@@ -175,7 +198,7 @@ class FakeServer:
         meta = self.meta(ids) | {"completion_tokens": len(output), "finish_reason": reason}
         return {"text": "", "output_ids": output, "meta_info": meta | {"output_token_logprobs": scored}}
 
-    def score(self, ids: list[int]) -> dict:
+    def score(self, ids: list[int], k: int = 0) -> dict:
         table = log_prob_table(self.embedding)
         last = len(self.embedding) - 1
         shown = [0 if token == last else token for token in ids]
@@ -184,6 +207,10 @@ class FakeServer:
             [float(table[ids[place - 1], ids[place]]), shown[place], None] for place in range(1, len(ids))
         ]
         meta = self.meta(ids) | {"completion_tokens": 0, "finish_reason": {"type": "length", "length": 0}}
+        if k:
+            rows = [table[token] for token in ids[:-1]]
+            best = [[[float(row[token]), int(token), None] for token in np.argsort(-row)[:k]] for row in rows]
+            meta["input_top_logprobs"] = [None, *best]
         return {"text": "", "output_ids": [], "meta_info": meta | {"input_token_logprobs": scored}}
 
 

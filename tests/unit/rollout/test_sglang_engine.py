@@ -208,6 +208,49 @@ def test_a_prompt_that_would_harm_a_server_is_refused_here(chunks, layout, serve
         engine.generate([dataclasses.replace(request, prompt=prompt)])
 
 
+def test_given_tokens_are_scored_with_the_pushed_weights(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = engine.generate(make_requests())
+    change(chunks)
+    engine.push(chunks, 1)
+    for found, expected in zip(engine.score(samples), toy_score(chunks)(samples), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    table = log_prob_table(embedding_of(chunks))
+    for sample, top in zip(samples, engine.top_tokens(samples, 4), strict=True):
+        for place in range(1, len(sample.token_ids)):
+            row = table[sample.token_ids[place - 1]]
+            assert top.ids[place].tolist() == np.argsort(-row)[:4].tolist()
+            assert top.log_probs[place] == pytest.approx(np.sort(row)[::-1][:4], rel=1e-5)
+            assert top.log_tail[place] == pytest.approx(np.log(1 - np.exp(np.sort(row)[::-1][:4]).sum()), abs=1e-3)
+    whole = engine.top_tokens(samples, VOCAB_SIZE)
+    assert all(np.isneginf(top.log_tail[1:]).all() for top in whole)
+
+
+@pytest.mark.parametrize("fault", ["500", "shifted", "fewer", "nan", "stale", "fewer replies"])
+def test_a_wrong_score_is_asked_for_again(chunks, layout, servers, tmp_path, fault):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = engine.generate(make_requests())
+    servers[0].score_faults.extend([fault] * 2)
+    for found, expected in zip(engine.score(samples), toy_score(chunks)(samples), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_server_that_caps_the_likeliest_tokens_is_named(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    samples = engine.generate(make_requests())
+    for server in servers:
+        server.score_faults.extend(["capped"] * 1000)
+    with pytest.raises(UserError, match="3 likeliest tokens instead of 4: does the server cap them"):
+        engine.top_tokens(samples, 4)
+
+
+def test_samples_of_a_temperature_are_not_scored(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = [dataclasses.replace(sample, temperature=0.7) for sample in engine.generate(make_requests())]
+    with pytest.raises(UserError, match="sampled at temperature 0.7"):
+        engine.score(samples)
+
+
 def test_tensors_and_groups_stay_on_this_machine():
     with pytest.raises(UserError, match="http://10.0.0.2:30000 is another machine"):
         refuse_remote(["http://localhost:1", "http://10.0.0.2:30000"])
