@@ -113,24 +113,7 @@ class StageContext:
         """
         rollout = self.config.rollout
         if rollout.engine == "sglang":
-            urls = rollout.sglang.urls.get(model_name, ())
-            if urls and any(name == model_name for name, _ in self._engines):
-                raise UserError(
-                    f"stage {self.name} samples from two sets of weights of the model '{model_name}', and the servers "
-                    "of rollout.sglang.urls hold one: leave the model out there to have servers started"
-                )
-            engine = SglangEngine(
-                policy.chunks,
-                policy.spec,
-                policy.layout,
-                policy.score,
-                rollout,
-                self.directory.path / "sglang" / f"{len(self._engines)}-{model_name}",
-                urls=urls,
-                tokenizer=self.tokenizer,
-            )
-            self._engines.append((model_name, engine))
-            return engine
+            return self.served(policy, model_name)
         return MegatronEngine(
             policy.chunks,
             policy.spec.vocab_size,
@@ -139,6 +122,33 @@ class StageContext:
             max_batch_size=rollout.max_batch_size,
             max_batch_tokens=rollout.max_batch_tokens,
         )
+
+    def served(self, policy: Policy, model_name: str, *, release: bool = False) -> SglangEngine:
+        """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
+
+        release: the policy itself waits in host memory whenever nothing is pushed.
+        """
+        rollout = self.config.rollout
+        urls = rollout.sglang.urls.get(model_name, ())
+        if urls and any(name == model_name for name, _ in self._engines):
+            raise UserError(
+                f"stage {self.name} needs servers for two sets of weights of the model '{model_name}', and those of "
+                "rollout.sglang.urls hold one: leave the model out there to have servers started"
+            )
+        directory = self.directory.path / "sglang" / f"{len(self._engines)}-{model_name}"
+        engine = SglangEngine(
+            policy.chunks,
+            policy.spec,
+            policy.layout,
+            policy.score,
+            rollout,
+            directory,
+            urls=urls,
+            tokenizer=self.tokenizer,
+            on_device=functools.partial(policy.on_device, release=release),
+        )
+        self._engines.append((model_name, engine))
+        return engine
 
     def close(self) -> None:
         """End the engines, and with them the servers that they started."""

@@ -21,7 +21,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 Action = Literal["run", "resume", "reuse", "rerun"]
 
 # Fields of a stage that do not change its result beyond rounding, or only name it.
-_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse")
+_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine")
 
 
 @dataclasses.dataclass(frozen=True)

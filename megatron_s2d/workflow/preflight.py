@@ -118,7 +118,8 @@ def _check_engine(config: WorkflowConfig) -> None:
     for name in sglang.urls:
         if name not in config.models:
             raise UserError(f"rollout.sglang.urls: '{name}' is not among `models` ({', '.join(config.models)})")
-    if config.rollout.engine != "sglang":
+    served = [name for name, stage in config.stages.items() if getattr(stage, "teacher_engine", "") == "sglang"]
+    if config.rollout.engine != "sglang" and not served:
         return
     if sglang.urls and config.num_workers > 1:
         raise UserError(
@@ -131,8 +132,8 @@ def _check_engine(config: WorkflowConfig) -> None:
         raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")
     if sglang.python is None and importlib.util.find_spec("sglang") is None:
         raise UserError(
-            "rollout.engine is sglang, but sglang is not installed: install megatron-s2d[sglang], name an interpreter "
-            "that has it in rollout.sglang.python, or give addresses of servers in rollout.sglang.urls"
+            "SGLang servers are asked for, but sglang is not installed: install megatron-s2d[sglang], name an "
+            "interpreter that has it in rollout.sglang.python, or give addresses of servers in rollout.sglang.urls"
         )
 
 

@@ -185,10 +185,13 @@ class Pool:
         reasons: list[str] = []
 
         async def work(client: httpx.AsyncClient, room: asyncio.Semaphore, place: int) -> None:
+            def one(content: bytes) -> Result:
+                return checked(place, _replies(content, 1)[0])
+
             async with room:
                 try:
                     bodies = (score_body([sequences[place]], top_k) for _ in range(self._settings.attempts))
-                    found[place] = await self._try(client, bodies, place, lambda content: checked(place, _replies(content, 1)[0]))
+                    found[place] = await self._try(client, bodies, place, one)
                 except (BadReply, _Unavailable) as error:
                     reasons.append(str(error))
 

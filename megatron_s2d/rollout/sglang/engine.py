@@ -11,6 +11,7 @@ Left out: responses that go on over an update (a push waits for an idle server),
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -73,16 +74,18 @@ class SglangEngine:
         *,
         urls: Sequence[str] = (),
         tokenizer: Decoder | None = None,
+        on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
 
         ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
-        ``tokenizer`` is needed for stop strings. Raises ``UserError`` on every rank where one rank cannot go on.
+        ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
+        ``UserError`` on every rank where one rank cannot go on.
         """
         self.version = 0
         self._chunks, self._spec, self._layout, self._score = chunks, spec, layout, score
         self._settings, self._max_tokens = settings.sglang, settings.max_batch_tokens
-        self._directory, self._tokenizer = directory, tokenizer
+        self._directory, self._tokenizer, self._on_device = directory, tokenizer, on_device
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_first = dist.get_rank() == 0
         self._tag = from_first(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
@@ -242,11 +245,18 @@ class SglangEngine:
 
     def _start_servers(self) -> list[str]:
         """Addresses of new servers, which begin with the current weights."""
-        for bucket, last in self._buckets():
-            if self._is_first:
-                self._disk.write(bucket, f"{self._tag}-start", last=last)
+        failure = ""
+        with self._on_device():
+            for bucket, last in self._buckets():  # to the end on every rank, as in _send
+                if self._is_first and not failure:
+                    try:
+                        self._disk.write(bucket, f"{self._tag}-start", last=last)
+                    except UserError as error:
+                        failure = str(error)
 
         def start() -> list[str]:
+            if failure:
+                raise UserError(failure)
             self._processes = [self._start(number) for number in range(self._settings.replicas)]
             self._wait(self._processes)
             return [process.url for process in self._processes]
@@ -309,11 +319,12 @@ class SglangEngine:
 
     def _push_to(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem. ``UserError`` where no server is left."""
-        started = time.perf_counter()
-        size, failure = self._send([server.url for server in servers])
-        seconds = time.perf_counter() - started
         samples = probes.probe_samples(self._spec)
-        expected = self._score(samples)
+        with self._on_device():
+            started = time.perf_counter()
+            size, failure = self._send([server.url for server in servers])
+            seconds = time.perf_counter() - started
+            expected = self._score(samples)
 
         def test() -> dict[str, tuple[float, str]]:
             return {server.url: self._test(server, samples, expected) for server in servers}
@@ -357,7 +368,7 @@ class SglangEngine:
                 if self._is_first and not failure:
                     try:
                         self._sender.send(servers, bucket, self._label, last=last)
-                    except PushFailed as error:
+                    except (PushFailed, UserError) as error:
                         failure = str(error)
                         self._sender.forget()
             try:

@@ -87,7 +87,8 @@ def generate_body(request: Request) -> dict[str, Any]:
     if params.stop_strings:
         sampling["stop"] = list(params.stop_strings)
     token_ids = request.prompt.token_ids.tolist()
-    return {"rid": f"{request.id}~{_unique()}", "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
+    rid = f"{request.id}~{_unique()}"
+    return {"rid": rid, "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
 
 
 def score_body(sequences: Sequence[np.ndarray], top_k: int = 0) -> dict[str, Any]:
