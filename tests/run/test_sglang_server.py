@@ -150,17 +150,17 @@ def test_greedy_responses_are_those_of_the_engine_in_the_process(policy, attach)
 
 def test_stops_are_those_of_the_engine_in_the_process(policy, attach, tokenizer):
     """Stop tokens and strings, also where they come with the last token that is allowed."""
-    texts = [tokenizer.decode([token]) for token in (6, 13)]
+    inside = MegatronEngine(policy.chunks, VOCAB_SIZE, policy.layout, tokenizer=tokenizer)
+    free = inside.generate(make_requests(prompts=6, groups=1, temperature=0.0, stop_token_ids=()))
+    token, other = (int(sample.token_ids[sample.prompt_length + place]) for sample, place in zip(free, (1, 2), strict=False))
     requests = []
     for limit in (1, 2, 3, 8):
-        requests += make_requests(prompts=6, groups=1, temperature=0.0, max_new_tokens=limit, stop_token_ids=(EOS, 4))
-        requests += make_requests(
-            prompts=6, groups=1, temperature=0.0, max_new_tokens=limit, stop_strings=tuple(texts), stop_token_ids=()
-        )
+        shared = {"prompts": 6, "groups": 1, "temperature": 0.0, "max_new_tokens": limit}
+        requests += make_requests(**shared, stop_token_ids=(EOS, token))
+        requests += make_requests(**shared, stop_token_ids=(), stop_strings=(tokenizer.decode([other]),))
     served = attach().generate(requests)
-    inside = MegatronEngine(policy.chunks, VOCAB_SIZE, policy.layout, tokenizer=tokenizer).generate(requests)
     assert {sample.finish_reason for sample in served} == {"stop", "length"}
-    for one, other in zip(served, inside, strict=True):
+    for one, other in zip(served, inside.generate(requests), strict=True):
         assert (one.token_ids.tolist(), one.finish_reason) == (other.token_ids.tolist(), other.finish_reason)
 
 
@@ -186,14 +186,31 @@ def test_first_tokens_come_with_their_probabilities(policy, attach):
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi squared
 
 
+def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
+    engine = attach()
+    samples = engine.generate(make_requests())
+    expected = policy.score(samples)
+    for found, wanted in zip(engine.score(samples), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+    for sample, top in zip(samples, engine.top_tokens(samples, 5), strict=True):
+        with torch.no_grad():
+            logits = policy.chunks[0](torch.from_numpy(sample.token_ids)[None], None, None)[0, :-1, :VOCAB_SIZE]
+        best = torch.log_softmax(logits.double(), 1).topk(5)
+        assert top.log_probs[1:] == pytest.approx(best.values.numpy(), abs=1e-4)
+        assert (top.ids[1:] == best.indices.numpy()).mean() > 0.99  # but for ties
+        rest = np.log1p(-best.values.exp().sum(1).numpy())
+        assert top.log_tail[1:] == pytest.approx(rest, abs=1e-2)
+
+
 def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [url, tmp_path, tmp_path / "out.json"]
-    finished = subprocess.run(
-        [*command, str(Path(__file__).with_name("sglang_layout_worker.py")), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    with open(tmp_path / "log", "w+") as log:  # not a pipe, which torch's shared-memory daemon would hold open
+        finished = subprocess.run(
+            [*command, str(Path(__file__).with_name("sglang_layout_worker.py")), *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=300,
+        )  # fmt: skip
+    assert finished.returncode == 0, (tmp_path / "log").read_text()[-4000:]
     results = json.loads((tmp_path / "out.json").read_text())
     assert len(results) == 9
     for case, found in results.items():

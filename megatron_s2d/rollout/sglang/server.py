@@ -55,6 +55,7 @@ class ServerProcess:
         else:
             added["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
+            command.append("--sleep-on-idle")  # or it would take the cores from the trainer
             command += ["--max-total-tokens", str(max_tokens)]
         if settings.deterministic:
             command.append("--enable-deterministic-inference")
