@@ -152,27 +152,26 @@ class Pool:
         """The content of a reply of status 200; everything else is ``BadReply``, or ``UserError`` where it is 4xx."""
         try:
             reply = await client.post(f"{server.url}/generate", json=body)
-        except (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-            server.problem = f"the connection failed ({type(error).__name__})"
-            raise BadReply(server.problem) from None
         except httpx.TimeoutException:
-            await self._after_silence(client, server, body["rid"])
+            await self._abort(client, server, body["rid"], "it hangs")
             raise BadReply(f"no answer within {self._settings.request_seconds:g} seconds") from None
         except httpx.HTTPError as error:
-            raise BadReply(f"{type(error).__name__}: {error}") from None
+            reason = f"the connection failed ({type(error).__name__})"
+            await self._abort(client, server, body["rid"], reason)
+            raise BadReply(reason) from None
         if 400 <= reply.status_code < 500:
             raise UserError(f"{server.url} refused a request: {reply.text[:300]}")
         if reply.status_code != 200:
             raise BadReply(f"status {reply.status_code}: {reply.text[:200]}")
         return reply.content
 
-    async def _after_silence(self, client: httpx.AsyncClient, server: Server, rids: str | list[str]) -> None:
-        """Have the try forgotten whose answer nobody waits for; a server that does not even do that hangs."""
+    async def _abort(self, client: httpx.AsyncClient, server: Server, rids: str | list[str], reason: str) -> None:
+        """Have the try forgotten whose answer nobody waits for; a server that does not even do that has a problem."""
         try:
             for rid in [rids] if isinstance(rids, str) else rids:
                 await client.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=_ABORT_SECONDS)
         except httpx.HTTPError:
-            server.problem = "it hangs"
+            server.problem = reason
 
     def score_all[Result](
         self, sequences: Sequence[np.ndarray], checked: Callable[[int, GenerateReply], Result], *, top_k: int = 0

@@ -139,7 +139,7 @@ class SglangEngine:
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
         self._chunks, self.version = chunks, version
-        self._push_to(self._pool.servers)
+        self._push_to(self._reachable(self._pool.servers))
 
     def metrics(self) -> dict[str, float]:
         """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
@@ -286,25 +286,31 @@ class SglangEngine:
             raise
 
     def _recover(self) -> None:
-        """Start servers anew that are gone or hang, and push the current weights to all that had a problem."""
-
-        def restart() -> list[str]:
-            fresh = []
-            for number, process in enumerate(self._processes):
-                server = self._pool.servers[number]
-                if server.problem and not (process.is_alive and is_healthy(server.url)):
-                    print(f"SGLang server {number} is started anew: {server.problem}", flush=True)
-                    process.close()
-                    self._processes[number] = self._start(number)
-                    fresh.append(self._processes[number])
-            self._wait(fresh)
-            return [process.url for process in self._processes]
-
-        for server, url in zip(self._pool.servers, from_first(restart), strict=False):
-            server.url = url
+        """Mend the servers that had a problem: start those anew that are gone, give all the current weights."""
         troubled = [server for server in self._pool.servers if server.problem]
         if troubled:
-            self._push_to(troubled)
+            self._push_to(self._reachable(troubled))
+
+    def _reachable(self, servers: Sequence[Server]) -> list[Server]:
+        """Those of ``servers`` that answer, started anew where they were started here and are gone or hang."""
+
+        def look() -> list[tuple[str, bool]]:
+            answering = [not server.problem or is_healthy(server.url) for server in self._pool.servers]
+            fresh = {}
+            for number, process in enumerate(self._processes):
+                if not answering[number]:
+                    print(f"SGLang server {number} is started anew: {self._pool.servers[number].problem}", flush=True)
+                    process.close()
+                    fresh[number] = self._processes[number] = self._start(number)
+            self._wait(list(fresh.values()))
+            urls = [fresh[n].url if n in fresh else server.url for n, server in enumerate(self._pool.servers)]
+            return [(url, answers or n in fresh) for n, (url, answers) in enumerate(zip(urls, answering, strict=True))]
+
+        found = from_first(look)
+        for server, (url, _) in zip(self._pool.servers, found, strict=True):
+            server.url = url
+        answering = {url for url, answers in found if answers}
+        return [server for server in servers if server.url in answering]
 
     def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
         """Buckets of the current weights, and whether each is the last."""
@@ -332,7 +338,7 @@ class SglangEngine:
         found = from_first(test)
         for server in servers:
             server.problem = found[server.url][1]
-        self._last = Push(seconds, size, max(gap for gap, _ in found.values()))
+        self._last = Push(seconds, size, max((gap for gap, _ in found.values()), default=float("nan")))
         if self._is_first:
             print(
                 f"weights {self._label} to {len(servers)} server(s) by {self._settings.sync}: {size / 1e9:.4f} GB in "

@@ -100,6 +100,8 @@ class FakeServer:
             return 500, b"broken"
         if fault == "hang":
             self.released.wait(30)
+        if fault == "drop":
+            raise ConnectionAbortedError
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":

@@ -20,13 +20,13 @@ from megatron_s2d.rollout.sglang.client import Expected, Pool  # noqa: E402
 
 VOCAB_SIZE, EOS = 19, 3
 EXPECTED = Expected("v7", 7, VOCAB_SIZE)
-SETTINGS = SglangConfig(attempts=3, request_seconds=1.0, concurrency=8)
+SETTINGS = SglangConfig(attempts=3, request_seconds=30.0, concurrency=8)
+IMPATIENT = SETTINGS.model_copy(update={"request_seconds": 2.0})
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(client, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(client, "_ABORT_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -171,9 +171,18 @@ def test_a_server_that_goes_away_is_left_out_and_its_requests_go_elsewhere(serve
     requests = make_requests()
     _, clean = ask(servers, requests)
     servers[0].faults.extend(["drop"] * 1000)
+    servers[0].control_faults["/abort_request"] = "drop"
     pool, outcome = ask(servers, requests)
     assert same(outcome.samples, clean.samples)
     assert "connection failed" in pool.problems[servers[0].url]
+
+
+def test_a_connection_that_breaks_is_no_reason_to_leave_a_server_out(servers):
+    requests = make_requests()
+    _, clean = ask(servers, requests)
+    servers[0].faults.append("drop")
+    pool, outcome = ask(servers, requests)
+    assert same(outcome.samples, clean.samples) and not pool.problems
 
 
 def test_without_servers_every_request_fails_with_the_reason(servers):
@@ -189,18 +198,19 @@ def test_a_try_that_hangs_is_aborted_and_the_request_answered_once(servers):
     requests = make_requests(prompts=2, groups=2)
     _, clean = ask(servers, requests)
     servers[0].faults.append("hang")
-    pool, outcome = ask(servers, requests)
+    pool, outcome = ask(servers, requests, IMPATIENT)
     assert same(outcome.samples, clean.samples) and not pool.problems
     hung = {body["rid"] for body in posts(servers[0])} & {body["rid"] for body in posts(servers[0], "/abort_request")}
     assert len(hung) == 1
 
 
-def test_a_server_that_hangs_altogether_is_left_out(servers):
+def test_a_server_that_hangs_altogether_is_left_out(servers, monkeypatch):
+    monkeypatch.setattr(client, "_ABORT_SECONDS", 0.3)
     requests = make_requests(prompts=2, groups=2)
     _, clean = ask(servers, requests)
     servers[0].faults.extend(["hang"] * 100)
     servers[0].control_faults["/abort_request"] = "hang"
-    pool, outcome = ask(servers, requests)
+    pool, outcome = ask(servers, requests, IMPATIENT)
     assert same(outcome.samples, clean.samples)
     assert pool.problems == {servers[0].url: "it hangs"}
 
