@@ -248,6 +248,9 @@ class OpdConfig(TrainingStageConfig):
 
     type: Literal["opd"] = "opd"
     teacher: ByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
+    teacher_engine: Literal["trainer", "sglang"] = Field(
+        "trainer", description="who scores with the teacher: the trainer, or SGLang servers (granularity sampled)"
+    )
     prompts: str | list[str] = Field(description="entries of `data`, or `entry/half`; labels are used with `gate` only")
     label_reuse: Literal["refuse", "allow"] = Field(
         "allow", description="refuse: an error where `gate` or `teacher_sampling` would use labels a second time"
@@ -300,6 +303,14 @@ class OpdConfig(TrainingStageConfig):
             raise ValueError("granularity topk is defined for reverse_kl and forward_kl; use granularity: full")
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError("prompts_per_step must be a multiple of updates_per_step")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _served_teacher_fits(self) -> OpdConfig:
+        if self.teacher_engine == "sglang" and (self.granularity != "sampled" or self.sampling.temperature != 1.0):
+            raise ValueError("teacher_engine: sglang needs granularity: sampled and sampling.temperature 1")
+        if self.teacher_engine == "sglang" and self.teacher_sampling is not None:
+            raise ValueError("teacher_engine: sglang does not go with teacher_sampling; let the trainer score")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -65,11 +65,73 @@ class MicroBatchConfig(Config):
     max_tokens: int = Field(16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)")
 
 
+class SglangConfig(Config):
+    """SGLang servers that sample responses (docs/rollouts.md)."""
+
+    urls: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="entry of `models` -> addresses of servers that run already; for the others servers are started",
+    )
+    replicas: int = Field(1, ge=1, description="servers to start for a model")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one started server")
+    first_gpu: int = Field(0, ge=0, description="started servers take the GPUs from this one on")
+    python: str | None = Field(
+        None, description="interpreter that has sglang, where it is in an environment of its own; null: this one"
+    )
+    arguments: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server")
+    deterministic: bool = Field(
+        False, description="SGLang's deterministic inference: per-request seeds count. Needs a GPU; slower"
+    )
+    sync: Literal["disk", "distributed", "tensor"] = Field(
+        "disk",
+        description="how weights reach the servers: disk: through files; distributed: over a process group (NCCL or "
+        "gloo); tensor: through shared memory, servers on this machine only",
+    )
+    bucket_bytes: int = Field(512 * 2**20, ge=1, description="weights that travel together")
+    probe_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference, in nats, between server and trainer on the probe sequences after a push; "
+        "null: 1e-4 in float32, 0.5 in bfloat16",
+    )
+    concurrency: int = Field(256, ge=1, description="requests in flight at one server")
+    attempts: int = Field(4, ge=1, description="tries of one request before the servers are looked after")
+    recoveries: int = Field(2, ge=0, description="times that servers are restarted or updated again in one round")
+    request_seconds: float = Field(600.0, gt=0, description="time limit of one request")
+    start_seconds: float = Field(900.0, gt=0, description="time limit of a server's start")
+
+    @pydantic.field_validator("urls")
+    @classmethod
+    def _urls(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for model, urls in value.items():
+            for url in urls:
+                if not url.startswith(("http://", "https://")):
+                    raise ValueError(f"urls.{model}: '{url}' is not an address; write it like http://127.0.0.1:30000")
+            if not urls or len(set(urls)) < len(urls):
+                raise ValueError(f"urls.{model}: give at least one address, each once")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _seeds(self) -> SglangConfig:
+        if self.deterministic and self.urls:
+            raise ValueError("deterministic is a setting of started servers; start yours with the option instead")
+        return self
+
+
 class RolloutConfig(Config):
     """The engine that samples responses."""
 
-    engine: Literal["megatron"] = Field("megatron", description="megatron: the trained model itself, in this process")
+    engine: Literal["megatron", "sglang"] = Field(
+        "megatron", description="megatron: the trained model itself, in this process; sglang: servers"
+    )
     max_batch_size: int = Field(1024, ge=1, description="responses that are generated together")
     max_batch_tokens: int = Field(
         262_144, ge=1, description="bound of responses x (prompt + response) tokens in a batch: keys and values held"
     )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="stop with an error when the mean KL between engine and trainer (rollout_kl), in nats a token, "
+        "exceeds it",
+    )
+    sglang: SglangConfig = SglangConfig()

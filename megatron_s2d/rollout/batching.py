@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.records import PolicySpan, Sample
-from megatron_s2d.rollout.engine import Request
+from megatron_s2d.records import Sample
+from megatron_s2d.rollout.engine import Request, sample_of
 from megatron_s2d.rollout.sampling import BatchParams, uniforms
 
 _UNIFORM_BLOCK = 256  # response positions whose random numbers are drawn at once
@@ -147,30 +147,7 @@ class Responses:
             raise UserError(f"the model's outputs are not finite (sample {first.id}): its weights are broken")
         reasons = np.where(first_stop <= limits, "stop", "length").tolist()
         return [
-            _sample(request, tokens[row, :length], log_probs[row, :length], reason, version)
+            sample_of(request, tokens[row, :length], log_probs[row, :length], reason, version)
             for row, (request, length, reason) in enumerate(zip(self._requests, lengths.tolist(), reasons, strict=True))
         ]
 
-
-def _sample(request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, version: int) -> Sample:
-    prompt = request.prompt.token_ids
-    start = len(prompt)
-    token_ids = np.concatenate([prompt, response])
-    length = len(token_ids)
-    mask = np.zeros(length, dtype=np.bool_)
-    mask[start:] = True
-    rollout_log_probs = np.zeros(length, dtype=np.float32)
-    rollout_log_probs[start:] = log_probs
-    return Sample(
-        id=request.id,
-        prompt_id=request.prompt.id,
-        group=request.group,
-        domain=request.prompt.domain,
-        seed=request.seed,
-        token_ids=token_ids,
-        response_mask=mask,
-        temperature=request.params.temperature,
-        finish_reason=reason,
-        rollout_log_probs=rollout_log_probs,
-        policy_spans=(PolicySpan(start, length, version),),
-    )

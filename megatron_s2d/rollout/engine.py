@@ -18,9 +18,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import LEAST_TEMPERATURE
-from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.records import PolicySpan, Prompt, Sample
 
 # Called with (finished requests, all requests of the call) from time to time.
 ProgressCallback = Callable[[int, int], None]
@@ -83,6 +85,10 @@ class RolloutEngine(Protocol):
         """Use the current weights of the live model ``chunks`` from the next ``generate`` on, as ``version``."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What the last push measured, for the step's row."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; it is not used afterwards."""
         ...
@@ -95,3 +101,64 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, group: int) -> int:
     """
     text = f"{run_seed}\x1f{step}\x1f{prompt_id}\x1f{group}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def check_requests(
+    requests: Sequence[Request], *, vocab_size: int, max_positions: int, has_tokenizer: bool
+) -> None:
+    """Refuse, with a ``UserError`` that names the prompt, what a model of these sizes cannot continue."""
+    known: set[int] = set()  # prompts that were looked at; the requests of a group share one
+    for request in requests:
+        prompt, params = request.prompt, request.params
+        length = len(prompt.token_ids)
+        if length + params.max_new_tokens > max_positions:
+            raise UserError(
+                f"prompt {prompt.id} has {length} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
+                f"the model's {max_positions} positions: shorten the prompt or the response"
+            )
+        if params.stop_strings and not has_tokenizer:
+            raise UserError("stop_strings need a tokenizer, and this engine has none: use stop_token_ids")
+        if id(prompt) in known:
+            continue
+        known.add(id(prompt))
+        if length == 0:
+            raise UserError(f"prompt {prompt.id} is empty: there is nothing to continue")
+        if prompt.token_ids.min() < 0 or prompt.token_ids.max() >= vocab_size:
+            raise UserError(
+                f"prompt {prompt.id} has token ids outside the model's vocabulary of {vocab_size}: "
+                "was it made with another tokenizer?"
+            )
+
+
+def requests_digest(requests: Sequence[Request]) -> int:
+    """A number of 63 bits that is equal for equal requests."""
+    digest = hashlib.blake2b(digest_size=8)
+    for request in requests:
+        digest.update(f"{request.id}\x1f{request.seed}\x1f{request.params}".encode())
+        digest.update(request.prompt.token_ids.tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def sample_of(request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, version: int) -> Sample:
+    """The record of a response: tokens [R] int64 and their log-probabilities [R] float32."""
+    prompt = request.prompt.token_ids
+    start = len(prompt)
+    token_ids = np.concatenate([prompt, response])
+    length = len(token_ids)
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[start:] = True
+    rollout_log_probs = np.zeros(length, dtype=np.float32)
+    rollout_log_probs[start:] = log_probs
+    return Sample(
+        id=request.id,
+        prompt_id=request.prompt.id,
+        group=request.group,
+        domain=request.prompt.domain,
+        seed=request.seed,
+        token_ids=token_ids,
+        response_mask=mask,
+        temperature=request.params.temperature,
+        finish_reason=reason,
+        rollout_log_probs=rollout_log_probs,
+        policy_spans=(PolicySpan(start, length, version),),
+    )

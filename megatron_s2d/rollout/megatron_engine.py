@@ -17,7 +17,6 @@ batches through the stages, virtual pipeline stages, context parallelism.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.batching import ActiveRows, PromptTable, Responses, plan_batches
-from megatron_s2d.rollout.engine import ProgressCallback, Request
+from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.sampling import sample_tokens
 
 # A batch is shrunk when this share of its rows, or less, is still alive: copying the kept keys and values costs about
@@ -89,6 +88,10 @@ class MegatronEngine:
         if len(chunks) != 1 or chunks[0] is not self._chunk:
             raise ValueError("this engine generates with the model it was built on and was pushed another one")
         self.version = version
+
+    def metrics(self) -> dict[str, float]:
+        """A push moves nothing."""
+        return {}
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -227,37 +230,18 @@ class MegatronEngine:
             chunk.train(was_training)
 
     def _check(self, requests: list[Request]) -> None:
-        known: set[int] = set()  # prompts that were looked at; the requests of a group share one
-        for request in requests:
-            prompt, params = request.prompt, request.params
-            length = len(prompt.token_ids)
-            if length + params.max_new_tokens > self._chunk.max_sequence_length:
-                raise UserError(
-                    f"prompt {prompt.id} has {length} tokens; with max_new_tokens {params.max_new_tokens} that exceeds "
-                    f"the model's {self._chunk.max_sequence_length} positions: shorten the prompt or the response"
-                )
-            if params.stop_strings and self._tokenizer is None:
-                raise UserError("stop_strings need a tokenizer, and this engine has none: use stop_token_ids")
-            if id(prompt) in known:
-                continue
-            known.add(id(prompt))
-            if length == 0:
-                raise UserError(f"prompt {prompt.id} is empty: there is nothing to continue")
-            if prompt.token_ids.min() < 0 or prompt.token_ids.max() >= self._vocab_size:
-                raise UserError(
-                    f"prompt {prompt.id} has token ids outside the model's vocabulary of {self._vocab_size}: "
-                    "was it made with another tokenizer?"
-                )
+        check_requests(
+            requests,
+            vocab_size=self._vocab_size,
+            max_positions=self._chunk.max_sequence_length,
+            has_tokenizer=self._tokenizer is not None,
+        )
         if not self._is_alone:
             self._check_same_requests(requests)
 
     def _check_same_requests(self, requests: list[Request]) -> None:
         """Ranks that decode different requests would wait for each other forever."""
-        digest = hashlib.blake2b(digest_size=8)
-        for request in requests:
-            digest.update(f"{request.id}\x1f{request.seed}\x1f{request.params}".encode())
-            digest.update(request.prompt.token_ids.tobytes())
-        number = int.from_bytes(digest.digest(), "big") >> 1
+        number = requests_digest(requests)
         extremes = torch.tensor([number, -number], device=self._device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._layout.groups.mp)
         if extremes.tolist() != [number, -number]:

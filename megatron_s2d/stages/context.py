@@ -25,6 +25,7 @@ from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import Policy
 
@@ -41,6 +42,7 @@ class StageContext:
     tokenizer_cache: Path
     stop: Callable[[], bool] = lambda: False
     _other_layouts: dict[ParallelConfig, Layout] = dataclasses.field(default_factory=dict)
+    _engines: list[tuple[str, RolloutEngine]] = dataclasses.field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
@@ -69,7 +71,8 @@ class StageContext:
     def settings(self) -> LoopSettings:
         """How the loop runs this stage."""
         tensorboard = self.directory.path / "tensorboard" if self.config.tensorboard else None
-        return LoopSettings(self.stage.steps, self.stage.checkpoint, self.stop, tensorboard)
+        max_kl = self.config.rollout.max_kl
+        return LoopSettings(self.stage.steps, self.stage.checkpoint, self.stop, tensorboard, max_rollout_kl=max_kl)
 
     def spec(self, model_name: str) -> ModelSpec:
         """The architecture of an entry of ``models``."""
@@ -107,9 +110,14 @@ class StageContext:
         policy.freeze()
         return policy
 
-    def engine(self, policy: Policy) -> RolloutEngine:
-        """The engine that generates with the live weights of ``policy``."""
+    def engine(self, policy: Policy, model_name: str) -> RolloutEngine:
+        """The engine that generates with the weights of ``policy``, an entry of ``models``; collective.
+
+        It holds the weights as they are now, and later ones after ``push``. ``close`` ends it.
+        """
         rollout = self.config.rollout
+        if rollout.engine == "sglang":
+            return self.served(policy, model_name)
         return MegatronEngine(
             policy.chunks,
             policy.spec.vocab_size,
@@ -118,6 +126,38 @@ class StageContext:
             max_batch_size=rollout.max_batch_size,
             max_batch_tokens=rollout.max_batch_tokens,
         )
+
+    def served(self, policy: Policy, model_name: str, *, release: bool = False) -> SglangEngine:
+        """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
+
+        release: the policy itself waits in host memory whenever nothing is pushed.
+        """
+        rollout = self.config.rollout
+        urls = rollout.sglang.urls.get(model_name, ())
+        if urls and any(name == model_name for name, _ in self._engines):
+            raise UserError(
+                f"stage {self.name} needs servers for two sets of weights of the model '{model_name}', and those of "
+                "rollout.sglang.urls hold one: leave the model out there to have servers started"
+            )
+        directory = self.directory.path / "sglang" / f"{len(self._engines)}-{model_name}"
+        engine = SglangEngine(
+            policy.chunks,
+            policy.spec,
+            policy.layout,
+            policy.score,
+            rollout,
+            directory,
+            urls=urls,
+            tokenizer=self.tokenizer,
+            on_device=functools.partial(policy.on_device, release=release),
+        )
+        self._engines.append((model_name, engine))
+        return engine
+
+    def close(self) -> None:
+        """End the engines, and with them the servers that they started."""
+        while self._engines:
+            self._engines.pop()[1].close()
 
     def sampling(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
         """Parameters for the engine, with the stop tokens of tokenizer and model."""

@@ -24,6 +24,7 @@ from megatron_s2d.objectives.distill import (
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.stages.cached import CachedTeacher, open_cache
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
@@ -35,7 +36,7 @@ from megatron_s2d.stages.rollouts import (
 )
 from megatron_s2d.stages.supervised import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher, TopKTeacher
+from megatron_s2d.stages.teachers import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
 from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.policy import Policy
 from megatron_s2d.verify import Graders
@@ -63,11 +64,13 @@ def run_opd(context: StageContext) -> None:
     stage: OpdConfig = context.stage
     policy = context.start_policy(beta=stage.beta)
     teachers = ByDomain.load(stage.teacher, context.frozen)
+    scorers = _served(context, stage, teachers) if stage.teacher_engine == "sglang" else teachers
     references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
     policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
-    engine = context.engine(policy)
-    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    model = context.config.model_of(context.name)
+    engine = context.engine(policy, model)
+    params = context.sampling(stage.sampling, model)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with Graders() as graders:
         sampler = Sampler(
@@ -76,7 +79,7 @@ def run_opd(context: StageContext) -> None:
         stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
         if stage.granularity == "sampled":
             anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
-            source = ScoredResponses(stage, stream, sampler, teachers, references, anchors)
+            source = ScoredResponses(stage, stream, sampler, scorers, references, anchors)
             teacher = None
         else:
             source = StudentResponses(stage, stream, sampler, teachers, _cached_samples(context, stage))
@@ -85,6 +88,16 @@ def run_opd(context: StageContext) -> None:
         objective = objective_of(stage)
         train(policy, source, objective, context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(policy)
+
+
+def _served(context: StageContext, stage: OpdConfig, teachers: ByDomain) -> ServedTeachers:
+    """Servers with the teachers' weights, proven against the teachers themselves; these then wait in host memory."""
+    names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
+    engines: dict[str, SglangEngine] = {}
+    for domain, name in names.items():
+        if name not in engines:
+            engines[name] = context.served(teachers.policies[domain], context.config.model_of(name), release=True)
+    return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
 
 def needs_reference(stage: OpdConfig) -> bool:
@@ -162,7 +175,7 @@ class ScoredResponses:
     stage: OpdConfig
     stream: PromptStream
     sampler: Sampler
-    teachers: ByDomain
+    teachers: ByDomain | ServedTeachers
     references: ByDomain | None
     anchors: TeacherAnchors | None
 
@@ -265,7 +278,7 @@ def fractions_by_position(agreement: np.ndarray, places: np.ndarray) -> dict[str
 
 
 def token_factors(
-    stage: OpdConfig, samples: Sequence[Sample], policy: Policy, teachers: ByDomain
+    stage: OpdConfig, samples: Sequence[Sample], policy: Policy, teachers: ByDomain | ServedTeachers
 ) -> dict[str, np.ndarray]:
     """Sample id -> factor of each token [length], of mean 1 over the response tokens of the step; empty without any."""
     if stage.token_weighting == "none":
@@ -311,7 +324,8 @@ class TeacherAnchors:
         samplers = {}
         for domain, policy in teachers.policies.items():
             policy.to_device()
-            engine = context.engine(policy)
+            name = stage.teacher if domain is None else stage.teacher[domain]
+            engine = context.engine(policy, context.config.model_of(name))
             samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
         return cls(stage, samplers, schedule)
 

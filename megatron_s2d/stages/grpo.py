@@ -32,11 +32,11 @@ from megatron_s2d.verify import Graders
 def run_grpo(context: StageContext) -> None:
     """Sample groups, verify, update."""
     stage: GrpoConfig = context.stage
-    policy = context.start_policy()
+    policy, model = context.start_policy(), context.config.model_of(context.name)
     reference = _reference(context, stage)
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
-    engine = context.engine(policy)
-    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    engine = context.engine(policy, model)
+    params = context.sampling(stage.sampling, model)
     with Graders() as graders:
         sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders)
         stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)

@@ -39,8 +39,9 @@ def run_teacher_cache(context: StageContext) -> None:
     """Generate, keep, score, write round by round; then join the rounds."""
     stage: TeacherCacheConfig = context.stage
     teacher = context.frozen(stage.teacher)
-    engine = context.engine(teacher)
-    params = context.sampling(stage.sampling, context.config.model_of(stage.teacher))
+    model = context.config.model_of(stage.teacher)
+    engine = context.engine(teacher, model)
+    params = context.sampling(stage.sampling, model)
     prompts = context.prompts(stage.prompts)
     header = cache_header(context, stage, teacher)
     rounds = [prompts[i : i + stage.prompts_per_round] for i in range(0, len(prompts), stage.prompts_per_round)]

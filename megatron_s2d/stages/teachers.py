@@ -23,6 +23,7 @@ from megatron_s2d.kl.reshard import redistribute_output_layer
 from megatron_s2d.kl.teachers import GeometricTarget, HiddenStates, TeacherSource, TopK
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.train.policy import Policy, gather_dicts
 
 _ROWS_PER_CHUNK = 1024  # positions whose whole logits exist at a time while a support is chosen
@@ -86,6 +87,30 @@ class ByDomain:
                 own = [batches[place] for place in places]
                 for place, source in zip(places, _states(policy, student, update, own, domain), strict=True):
                     found[place] = source
+        return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ServedTeachers:
+    """``ByDomain`` for scores alone, from servers that hold the teachers' weights."""
+
+    engines: Mapping[str | None, SglangEngine]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether domains have models of their own."""
+        return None not in self.engines
+
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """See ``ByDomain.score``; at temperature 1."""
+        found: list[np.ndarray | None] = [None] * len(samples)
+        for domain in sorted({sample.domain for sample in samples}):
+            places = [place for place, sample in enumerate(samples) if sample.domain == domain]
+            engine = self.engines.get(domain if self.is_routed else None)
+            if engine is None:
+                raise UserError(f"there is no teacher for the domain '{domain}'")
+            for place, score in zip(places, engine.score([samples[place] for place in places]), strict=True):
+                found[place] = score
         return found
 
 

@@ -73,6 +73,7 @@ class LoopSettings:
     stop: Callable[[], bool] = lambda: False  # asked after every step on rank 0
     tensorboard: Path | None = None
     max_kl: float | None = None  # largest mean KL to the teacher, in nats a token; beyond it the run is stopped
+    max_rollout_kl: float | None = None  # largest mean KL between engine and trainer, in nats a token; likewise
 
 
 def train(
@@ -112,6 +113,7 @@ def train(
                 report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
                 report |= {} if teacher is None else teacher.metrics()
                 check_kl(report, settings.max_kl, step)
+                check_rollout_kl(report, settings.max_rollout_kl, step)
                 report["grad_norm"] = policy.optim_step()
             reports.append(report | {"learning_rate": learning_rate})
             updates += 1
@@ -119,7 +121,8 @@ def train(
             with timer.section("push"):
                 engine.push(policy.chunks, updates)
         tokens = sum(update.num_tokens for update in data.updates)
-        log.write(step, summarise(reports, data.metrics, tokens, timer.lap()))
+        measured = dict(data.metrics) | ({} if engine is None else engine.metrics())
+        log.write(step, summarise(reports, measured, tokens, timer.lap()))
         write_examples(stage, data.examples)
         stopping = agree(settings.stop())
         checkpoints.poll()
@@ -150,6 +153,16 @@ def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> Non
         raise UserError(
             f"step {step}: the KL to the teacher is {report['kl']:.3g} nats a token, above max_kl {limit}: lower the "
             "learning rate, or start from a longer warm-up"
+        )
+
+
+def check_rollout_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
+    """Stop a run whose samples come from another distribution than the trained one, before the update."""
+    if limit is not None and report.get("rollout_kl", 0.0) > limit:
+        raise UserError(
+            f"step {step}: trainer and engine differ by a KL of {report['rollout_kl']:.3g} nats a token "
+            f"(rollout_kl), above rollout.max_kl {limit}: are precision, weights and model settings of the servers "
+            "those of the trainer? See probe_gap in metrics.jsonl and the servers' logs"
         )
 
 

@@ -2,7 +2,7 @@
 
 Follows ``models/build.py``. Two builds of a layer differ in what they keep: ``local`` (Megatron's linear layers with
 PyTorch's norm, rotation and attention; also what a CPU runs, and what ``benchmarks/memory.py`` measures) and ``fused``
-(Transformer Engine; counted from its source, not measured). The counting is that of Korthikanti et al. 2022 (section
+(Transformer Engine; counted as its layers are described, not measured). The counting is that of Korthikanti et al. 2022 (section
 4), for gated MLPs, grouped queries, normalised queries and keys, and mixtures of experts. No torch here.
 """
 

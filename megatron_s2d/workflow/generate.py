@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -56,10 +57,15 @@ def generate(request: GenerateRequest, console: Console) -> None:
     if request.max_response_tokens is not None:
         update["max_response_tokens"] = request.max_response_tokens
     params = context.sampling(config.evaluation.sampling.model_copy(update=update), config.model_of(stage))
-    with Graders() as graders:
+    with Graders() as graders, contextlib.closing(context):
         labelled = all(prompt.verifier is not None for prompt in prompts)
         sampler = Sampler(
-            policy, context.engine(policy), params, request.seed, context.tokenizer, graders if labelled else None
+            policy,
+            context.engine(policy, config.model_of(stage)),
+            params,
+            request.seed,
+            context.tokenizer,
+            graders if labelled else None,
         )
         samples = sampler.sample(prompts, request.num_samples, 0)
     for place, prompt in enumerate(prompts):

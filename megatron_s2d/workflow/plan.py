@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_s2d.artifacts import StageDirectory, file_digest, json_digest
-from megatron_s2d.config.algorithm import TrainingStageConfig
+from megatron_s2d.config.algorithm import GrpoConfig, OpdConfig, TeacherCacheConfig, TrainingStageConfig
 from megatron_s2d.config.base import UserError, dump
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -21,7 +21,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 Action = Literal["run", "resume", "reuse", "rerun"]
 
 # Fields of a stage that do not change its result beyond rounding, or only name it.
-_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse")
+_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
     for number, gate in enumerate(config.gates):
         inputs = {f"stages/{gate.stage}": jobs[f"stages/{gate.stage}"].key}
         entry = gate.prompts.partition("/")[0]
-        resolved = _common(config) | {"data": {entry: digests[entry]}}
+        resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
         resolved |= {"gate": {"prompts": gate.prompts, "k": gate.samples_per_prompt, "num_prompts": gate.num_prompts}}
         resolved |= {"sampling": dump(config.evaluation.sampling)}
         _add(jobs, run_dir, f"gates/{number}-{gate.stage}", gate.stage, number, resolved, inputs, 0)
@@ -121,11 +121,18 @@ def _common(config: WorkflowConfig) -> dict[str, Any]:
     }
 
 
+def _engine(config: WorkflowConfig) -> dict[str, Any]:
+    """What of the engine decides a result: servers draw other random numbers than the trainer."""
+    rollout = config.rollout
+    return {} if rollout.engine == "megatron" else {"engine": [rollout.engine, rollout.sglang.deterministic]}
+
+
 def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _UNESSENTIAL}
     used = {entry.partition("/")[0] for entry in stage.entries}
-    resolved = _common(config) | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
+    sampled = _engine(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
+    resolved = _common(config) | sampled | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
     if any("/" in entry for entry in stage.entries):
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:
@@ -137,7 +144,8 @@ def _resolved_evaluation(config: WorkflowConfig, digests: Mapping[str, str]) -> 
     entries = {entry.partition("/")[0] for entry in config.evaluation.entries}
     settings = dump(config.evaluation)
     del settings["problems_per_round"]
-    return _common(config) | {"evaluation": settings, "data": {entry: digests[entry] for entry in sorted(entries)}}
+    data = {entry: digests[entry] for entry in sorted(entries)}
+    return _common(config) | _engine(config) | {"evaluation": settings, "data": data}
 
 
 def _add(

@@ -145,7 +145,7 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
         f"{100 * taken.link_efficiency:.0f} % of links, "
         f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
         f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps",
-        "memory: layers are Transformer Engine's, counted from their source, not measured on a GPU",
+        "memory: layers are Transformer Engine's, counted as described, not measured on a GPU",
     ]
     if precision == "float32":
         lines.append("precision is float32: its products are slower than the bf16 peak that is used here")

@@ -7,8 +7,10 @@ checkpoint loads it).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ class Preflight:
 
 def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     """Load tokenizer and data, check every stage; the first problem is a one-line ``UserError``."""
+    _check_engine(config)
     tokenizer = load_tokenizer(config.tokenizer, tokenizer_cache)
     stages = needed_stages(config)
     used_models = {config.model_of(name) for name in stages}
@@ -99,6 +102,31 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, shapes)
     found.ledger.check(stages)
     return found
+
+
+def _check_engine(config: WorkflowConfig) -> None:
+    """Servers that can be started or attached to, before anything is loaded."""
+    sglang = config.rollout.sglang
+    for name in sglang.urls:
+        if name not in config.models:
+            raise UserError(f"rollout.sglang.urls: '{name}' is not among `models` ({', '.join(config.models)})")
+    served = [name for name, stage in config.stages.items() if getattr(stage, "teacher_engine", "") == "sglang"]
+    if config.rollout.engine != "sglang" and not served:
+        return
+    if sglang.urls and config.num_workers > 1:
+        raise UserError(
+            f"num_workers is {config.num_workers}, but the servers of rollout.sglang.urls hold one model at a time: "
+            "set num_workers to 1, or leave urls out to have servers started for each stage"
+        )
+    if set(sglang.urls) >= set(config.models):
+        return
+    if sglang.python is not None and shutil.which(sglang.python) is None:
+        raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")
+    if sglang.python is None and importlib.util.find_spec("sglang") is None:
+        raise UserError(
+            "SGLang servers are asked for, but sglang is not installed: install megatron-s2d[sglang], name an "
+            "interpreter that has it in rollout.sglang.python, or give addresses of servers in rollout.sglang.urls"
+        )
 
 
 def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:

@@ -78,10 +78,11 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
         directory.begin(job.resolved, job.inputs, {"seed": context.seed})
     torch.distributed.barrier()
     seed_everything(context.seed)
-    if job.is_stage:
-        STAGES[context.stage.type](context)
-    else:
-        _evaluate(context, job)
+    with contextlib.closing(context):
+        if job.is_stage:
+            STAGES[context.stage.type](context)
+        else:
+            _evaluate(context, job)
     peak = torch.tensor(device.peak_memory(), device=device.device())
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     if context.is_writer:

@@ -169,7 +169,7 @@ class _Stage:
         )
 
     def _generation(self, part: Part) -> dict[str, dict[str, int]]:
-        if not self.shape.requests:
+        if not self.shape.requests or self.config.rollout.engine != "megatron":  # a server's memory is its own
             return {}
         data = part.parallel.data_parallel_size
         return generate_phases(
@@ -269,6 +269,8 @@ def frozen_roles(config: WorkflowConfig, name: str) -> list[tuple[str, str, Para
         for relation, other in stage.inputs().items():
             role = relation.partition(".")[0]
             place = (role, other, config.frozen_parallel(other))
+            if role == "teacher" and stage.teacher_engine == "sglang":
+                continue
             if (role == "teacher" or (role == "reference" and uses_reference(stage))) and place not in found:
                 found.append(place)
     return found

@@ -1,0 +1,73 @@
+"""Control requests to several servers at the same time, from one thread each."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+_SECONDS = 1800.0  # loading a large checkpoint takes minutes
+
+
+class PushFailed(Exception):
+    """A server did not take the weights; it may hold a mixture of old and new ones."""
+
+
+class Servers:
+    """Use as a context manager; requests that still wait at its end are not waited for."""
+
+    def __init__(self, urls: Sequence[str]):
+        self.urls = list(urls)
+        self._client = httpx.Client(timeout=_SECONDS, trust_env=False)
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.urls)), thread_name_prefix="weight push")
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def post(self, path: str, body: dict[str, Any] | Callable[[int], dict[str, Any]]) -> list[Future[None]]:
+        """POST to every server; each result is None, or ``PushFailed``. ``body`` may depend on the server's place."""
+        bodies = [body(place) if callable(body) else body for place in range(len(self.urls))]
+        return [
+            self._threads.submit(self._post, url, path, content) for url, content in zip(self.urls, bodies, strict=True)
+        ]
+
+    def _post(self, url: str, path: str, body: dict[str, Any]) -> None:
+        try:
+            reply = self._client.post(url + path, json=body)
+        except httpx.HTTPError as error:
+            raise PushFailed(f"{url}{path}: {type(error).__name__}") from None
+        if reply.status_code != 200:
+            raise PushFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
+
+    def ranks(self) -> list[int]:
+        """Ranks of each server: its tensor times its pipeline parallelism."""
+        found = []
+        for url in self.urls:
+            try:
+                info = self._client.get(f"{url}/server_info").json()
+                found.append(int(info["tp_size"]) * int(info["pp_size"]))
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                raise PushFailed(f"{url}/server_info: {type(error).__name__}: {error}") from None
+        return found
+
+
+def finish(futures: Sequence[Future[None]]) -> None:
+    """Wait for all; raise the first failure."""
+    concurrent.futures.wait(futures)
+    for future in futures:
+        future.result()
+
+
+def first_failure(futures: Sequence[Future[None]]) -> PushFailed | None:
+    """The failure of a request that has ended, if one has failed."""
+    for future in futures:
+        if future.done() and (error := future.exception()) is not None:
+            return error if isinstance(error, PushFailed) else PushFailed(f"{type(error).__name__}: {error}")
+    return None

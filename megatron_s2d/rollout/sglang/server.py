@@ -1,0 +1,118 @@
+"""SGLang server processes on this machine: started, watched, killed with everything they started.
+
+Servers bind to the loopback interface. Their output goes to a log file; an error names it. Left out: weights after the
+start (``sync.py``), requests (``client.py``).
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.training import SglangConfig
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.launch import child_environment
+
+_HOST = "127.0.0.1"
+_FOLDER = Path(__file__).parent
+_STOP_SECONDS = 20.0
+# SGLang keeps a few positions of the context for itself, and would cut the longest responses short.
+_SPARE_POSITIONS = 8
+
+
+class ServerProcess:
+    """One server; it ends at ``close``, and also when this process ends in whatever way."""
+
+    def __init__(
+        self, settings: SglangConfig, model: Path, log: Path, *, number: int, weight_version: str, positions: int,
+        dtype: str, max_tokens: int,
+    ):
+        """Start (``wait`` says when it is ready).
+
+        model: Hugging Face directory. number: of the replica, which decides its GPUs. weight_version: what the server
+        reports until weights are pushed. positions: of the model. max_tokens: keys and values held, on a CPU.
+        """
+        self.log = log
+        port = _free_port()
+        self.url = f"http://{_HOST}:{port}"
+        cuda = device.capabilities().cuda
+        command = [
+            settings.python or sys.executable, "-m", "sglang.launch_server",
+            "--model-path", str(model), "--host", _HOST, "--port", str(port),
+            "--dtype", dtype, "--weight-version", weight_version,
+            "--context-length", str(positions + _SPARE_POSITIONS),
+            "--tensor-parallel-size", str(settings.tensor_parallel_size),
+        ]  # fmt: skip
+        added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        if cuda:
+            command += ["--base-gpu-id", str(settings.first_gpu + number * settings.tensor_parallel_size)]
+        else:
+            added["SGLANG_USE_CPU_ENGINE"] = "1"
+            command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
+            command.append("--sleep-on-idle")  # or it would take the cores from the trainer
+            command += ["--max-total-tokens", str(max_tokens)]
+        if settings.deterministic:
+            command.append("--enable-deterministic-inference")
+        command += settings.arguments
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_FOLDER / "watch.py"), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=child_environment(added, None if cuda else _FOLDER / "cpu_stand_in"),
+            )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs; one that hangs does."""
+        return self._process.poll() is None
+
+    def wait(self, deadline: float) -> None:
+        """Until the server answers; ``UserError`` when it has ended or ``time.monotonic()`` is past ``deadline``."""
+        while not is_healthy(self.url):
+            if not self.is_alive:
+                raise UserError(f"the SGLang server ended while it started ({_last_words(self.log)}); see {self.log}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the SGLang server is not ready after rollout.sglang.start_seconds; see {self.log}, or allow more"
+                )
+            time.sleep(0.25)
+
+    def close(self) -> None:
+        """End the server and its children."""
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def is_healthy(url: str, seconds: float = 20.0) -> bool:
+    """Whether the server at ``url`` is started and generates; the check is one token."""
+    try:
+        return httpx.get(f"{url}/health_generate", timeout=seconds).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _last_words(log: Path) -> str:
+    """The last line of the log that names an error, or else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it printed nothing"])[-1][:300]

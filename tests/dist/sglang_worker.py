@@ -1,0 +1,116 @@
+"""The served engine at several layouts over toy servers of rank 0, in one start of four ranks; results go to a file.
+
+Started by test_sglang_layouts.py through torchrun. Requests fail on the way, so that ranks have to recover together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "rollout"))
+from fake_sglang import FakeServer, log_prob_table  # noqa: E402
+
+from megatron_s2d.config.base import UserError  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
+from megatron_s2d.models.build import build_model  # noqa: E402
+from megatron_s2d.models.weights import export_weights  # noqa: E402
+from megatron_s2d.parallel import layout as layouts  # noqa: E402
+from megatron_s2d.records import Prompt  # noqa: E402
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
+from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine, from_all, from_first  # noqa: E402
+
+VOCAB_SIZE = 27
+CASES = {
+    "tiny-llama/one": {},
+    "tiny-llama/tp2": {"tensor_model_parallel_size": 2},
+    "tiny-llama/tp2pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tiny-moe/one": {},
+    "tiny-moe/ep2pp2": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tiny-moe/ep4tp2sp": {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+}
+
+
+def requests() -> list[Request]:
+    params = SamplingParams(6, (3,))
+    generator = np.random.default_rng(1)
+    found = []
+    for number in range(6):
+        prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
+        for group in range(2):
+            seed = sample_seed(1, 0, prompt.id, group)
+            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+    return found
+
+
+def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
+    layout = layouts.build_layout(parallel)
+    spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.1)
+    chunks = build_model(spec, layout, seed=3)
+
+    def score(samples):
+        embedding = dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"]
+        table = log_prob_table(embedding.numpy()).astype(np.float32)
+        pairs = [(sample.token_ids[:-1], sample.token_ids[1:]) for sample in samples]
+        return [np.concatenate([np.zeros(1, np.float32), table[pair]]) for pair in pairs]
+
+    servers = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)] if dist.get_rank() == 0 else []
+    urls = from_first(lambda: [server.url for server in servers])
+    settings = RolloutConfig(engine="sglang", sglang=SglangConfig(attempts=2, bucket_bytes=20_000, recoveries=3))
+    engine = SglangEngine(chunks, spec, layout, score, settings, directory, urls=urls)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(1.5)
+    engine.push(chunks, 4)
+    for server in servers:
+        server.faults.extend(["stale", "nan", "500", "malformed"])
+    cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.data_size]  # the first of four data ranks has nothing to ask
+    mine = np.split(np.arange(12), cuts)[layout.data_rank]
+    samples = engine.generate([requests()[place] for place in mine])
+    faults_left = from_first(lambda: sum(len(server.faults) for server in servers))
+    for server in servers:
+        server.control_faults["/update_weights_from_disk"] = "500"
+    try:
+        engine.push(chunks, 5)
+        refused = ""
+    except UserError as error:
+        refused = str(error)
+    engine.close()
+    for server in servers:
+        server.close()
+    everyone = from_all({sample.id: [sample.token_ids.tolist(), sample.finish_reason] for sample in samples})
+    merged: dict = {}
+    for part in everyone:
+        for name, sample in part.items():
+            assert merged.setdefault(name, sample) == sample
+    wrong = max(from_all(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
+                for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
+    return {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    client._FIRST_PAUSE_SECONDS = 0.01
+    layouts.initialize_distributed()
+    output = Path(sys.argv[1])
+    results = {}
+    for name, fields in CASES.items():
+        taken = fields.get("tensor_model_parallel_size", 1) * fields.get("pipeline_model_parallel_size", 1)
+        parallel = ParallelConfig(**fields, data_parallel_size=4 // taken)
+        results[name] = run(name.partition("/")[0], parallel, output.parent / name.replace("/", "-"))
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    layouts.shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Pushes from a training layout of two ranks to a running SGLang server and compares log-probabilities.
+
+Started by test_sglang_server.py through torchrun: address, directory, output file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sglang_model import change, make_policy, make_requests, rollout_gap, rollout_settings  # noqa: E402
+
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.parallel import layout as layouts  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine, from_all  # noqa: E402
+
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {"data_parallel_size": 2},
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    url, directory, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    layouts.initialize_distributed()
+    results = {}
+    for name, fields in LAYOUTS.items():
+        policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
+        for sync in ("disk", "distributed", "tensor"):
+            engine = SglangEngine(
+                policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync), directory / name / sync,
+                urls=[url],
+            )  # fmt: skip
+            change(policy, 0.01)
+            engine.push(policy.chunks, 1)
+            mine = make_requests()[policy.layout.data_rank :: policy.layout.data_size]
+            samples = engine.generate(mine)
+            merged = [sample for part in from_all(samples) for sample in part]
+            results[f"{name}/{sync}"] = {
+                "gap": rollout_gap(policy, merged),
+                "probe_gap": engine.metrics()["probe_gap"],
+                "samples": len({sample.id for sample in merged}),
+            }
+            engine.close()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    layouts.shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

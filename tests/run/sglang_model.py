@@ -1,0 +1,57 @@
+"""The model, requests and comparisons that the tests with a real SGLang server share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.train.policy import Policy
+
+VOCAB_SIZE = 25  # of the embedded task's tokenizer
+EOS = 1
+SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.25)
+
+
+def make_policy(layout: Layout) -> Policy:
+    """Wide initial weights, so that distributions are far from uniform; the same at every layout."""
+    return Policy(SPEC, layout, precision="float32", max_tokens=2048, seed=3)
+
+
+def change(policy: Policy, amount: float) -> None:
+    """Move every weight, the same way at every layout."""
+    with torch.no_grad():
+        for parameter in policy.chunks[0].parameters():
+            parameter.mul_(1 + amount).add_(amount / 10)
+
+
+def rollout_settings(sync: str = "disk", **settings) -> RolloutConfig:
+    return RolloutConfig(
+        engine="sglang", max_batch_tokens=16_384, sglang=SglangConfig(sync=sync, bucket_bytes=40_000, **settings)
+    )
+
+
+def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:
+    params = SamplingParams(**{"max_new_tokens": 10, "stop_token_ids": (EOS,), **params})
+    generator = np.random.default_rng(2)
+    found = []
+    for number in range(prompts):
+        # The last token of the vocabulary is among them: SGLang reports its id wrongly.
+        token_ids = np.append(generator.integers(0, VOCAB_SIZE, 3 + number), VOCAB_SIZE - 1)
+        prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
+        for group in range(groups):
+            seed = sample_seed(1, 0, prompt.id, group)
+            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+    return found
+
+
+def rollout_gap(policy: Policy, samples: list[Sample]) -> float:
+    """Largest difference, in nats, between the engine's log-probabilities and the trainer's."""
+    pairs = zip(samples, policy.score(samples), strict=True)
+    return max(float(np.abs(sample.rollout_log_probs - score)[sample.response_mask].max()) for sample, score in pairs)

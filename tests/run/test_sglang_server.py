@@ -1,0 +1,251 @@
+"""Rollouts from a real SGLang server on this machine, which is started once; skipped where sglang is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None, reason="sglang is not installed (extra `sglang`)"
+)
+
+torch = pytest.importorskip("torch")
+
+import httpx  # noqa: E402
+from s2d import metrics, s2d  # noqa: E402
+from sglang_model import (  # noqa: E402
+    EOS,
+    SPEC,
+    VOCAB_SIZE,
+    change,
+    make_policy,
+    make_requests,
+    rollout_gap,
+    rollout_settings,
+)
+
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+
+WORKFLOW = """
+name: served
+seed: 1
+tokenizer: task:modular_arithmetic
+precision: float32
+lengths: {max_prompt_tokens: 16}
+models:
+  student: {preset: tiny-student}
+data:
+  corpus: {type: task, split: corpus, num_operations: 2}
+  pool: {type: task, split: pool, num_operations: 2, num_prompts: 64}
+  problems: {type: task, split: eval, num_operations: 2, num_prompts: 32}
+rollout: {engine: sglang, max_kl: 1.0e-6}
+stages:
+  base: {type: supervised, model: student, data: corpus, steps: 40, batch_size: 64, optimizer: {lr: 5.0e-3}}
+  grpo:
+    type: grpo
+    init: base
+    prompts: pool
+    steps: 3
+    prompts_per_step: 8
+    responses_per_prompt: 4
+    sampling: &sampling {temperature: 1.0, max_response_tokens: 8}
+    optimizer: {lr: 1.0e-3}
+arms: {grpo: grpo}
+evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
+"""
+
+
+@pytest.fixture(scope="module")
+def policy():
+    initialize_distributed()
+    return make_policy(build_layout(ParallelConfig()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer("task:modular_arithmetic", tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def started(policy, tokenizer, tmp_path_factory):
+    """An engine with the server that it started, which the tests below attach to as well."""
+    begun = time.perf_counter()
+    engine = SglangEngine(
+        policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(), tmp_path_factory.mktemp("sglang"),
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    print(f"the server was ready after {time.perf_counter() - begun:.0f} s")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(started) -> str:
+    return started._pool.servers[0].url
+
+
+@pytest.fixture
+def attach(policy, tokenizer, url, tmp_path):
+    """attach(settings): an engine on the running server."""
+    found = []
+
+    def make(sync: str = "disk", **settings) -> SglangEngine:
+        found.append(
+            SglangEngine(
+                policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(sync, **settings),
+                tmp_path / str(len(found)), urls=[url], tokenizer=tokenizer,
+            )  # fmt: skip
+        )
+        return found[-1]
+
+    yield make
+    for engine in found:
+        engine.close()
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
+def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
+    engine = attach(sync)
+    before = engine.generate(make_requests())
+    assert rollout_gap(policy, before) < 1e-4
+    for version in (1, 2):
+        change(policy, 0.02)
+        engine.push(policy.chunks, version)
+        assert engine.metrics()["probe_gap"] < 1e-4
+        samples = engine.generate(make_requests())
+        assert rollout_gap(policy, samples) < 1e-4
+        assert {span.version for sample in samples for span in sample.policy_spans} == {version}
+    assert rollout_gap(policy, before) > 1e-2  # the pushes mattered
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.7}, {"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.6}])
+def test_log_probs_are_those_of_the_temperature_before_filters(policy, attach, params):
+    assert rollout_gap(policy, attach().generate(make_requests(**params))) < 1e-4
+
+
+def test_greedy_responses_are_those_of_the_engine_in_the_process(policy, attach):
+    requests = make_requests(prompts=12, groups=1, temperature=0.0)
+    served = attach().generate(requests)
+    inside = MegatronEngine(policy.chunks, VOCAB_SIZE, policy.layout).generate(requests)
+    for one, other in zip(served, inside, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.finish_reason == other.finish_reason
+        assert one.rollout_log_probs == pytest.approx(other.rollout_log_probs, abs=1e-4)
+
+
+def test_stops_are_those_of_the_engine_in_the_process(policy, attach, tokenizer):
+    """Stop tokens and strings, also where they come with the last token that is allowed."""
+    inside = MegatronEngine(policy.chunks, VOCAB_SIZE, policy.layout, tokenizer=tokenizer)
+    free = inside.generate(make_requests(prompts=6, groups=1, temperature=0.0, stop_token_ids=()))
+    token, other = (int(sample.token_ids[sample.prompt_length + place]) for sample, place in zip(free, (1, 2), strict=False))
+    requests = []
+    for limit in (1, 2, 3, 8):
+        shared = {"prompts": 6, "groups": 1, "temperature": 0.0, "max_new_tokens": limit}
+        requests += make_requests(**shared, stop_token_ids=(EOS, token))
+        requests += make_requests(**shared, stop_token_ids=(), stop_strings=(tokenizer.decode([other]),))
+    served = attach().generate(requests)
+    assert {sample.finish_reason for sample in served} == {"stop", "length"}
+    for one, other in zip(served, inside.generate(requests), strict=True):
+        assert (one.token_ids.tolist(), one.finish_reason) == (other.token_ids.tolist(), other.finish_reason)
+
+
+def test_the_longest_response_that_fits_is_not_cut(attach):
+    (request,) = make_requests(prompts=1, groups=1)
+    room = SPEC.max_position_embeddings - len(request.prompt.token_ids)
+    (sample,) = attach().generate(make_requests(prompts=1, groups=1, max_new_tokens=room, stop_token_ids=()))
+    assert sample.response_length == room and sample.finish_reason == "length"
+
+
+def test_first_tokens_come_with_their_probabilities(policy, attach):
+    requests = make_requests(prompts=1, groups=600, max_new_tokens=1, stop_token_ids=())
+    samples = attach().generate(requests)
+    counts = np.bincount([sample.token_ids[-1] for sample in samples], minlength=VOCAB_SIZE)
+    prompt = samples[0].token_ids[:-1]
+    with torch.no_grad():
+        logits = policy.chunks[0](torch.from_numpy(prompt)[None], None, None)[0, -1, :VOCAB_SIZE].double()
+    expected = torch.softmax(logits, 0).numpy() * len(samples)
+    large = expected >= 5
+    statistic = float(((counts - expected)[large] ** 2 / expected[large]).sum())
+    degrees = int(large.sum()) - 1
+    assert large.sum() > 4
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi squared
+
+
+def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
+    engine = attach()
+    samples = engine.generate(make_requests())
+    expected = policy.score(samples)
+    for found, wanted in zip(engine.score(samples), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+    for sample, top in zip(samples, engine.top_tokens(samples, 5), strict=True):
+        with torch.no_grad():
+            logits = policy.chunks[0](torch.from_numpy(sample.token_ids)[None], None, None)[0, :-1, :VOCAB_SIZE]
+        best = torch.log_softmax(logits.double(), 1).topk(5)
+        assert top.log_probs[1:] == pytest.approx(best.values.numpy(), abs=1e-4)
+        assert (top.ids[1:] == best.indices.numpy()).mean() > 0.99  # but for ties
+        rest = np.log1p(-best.values.exp().sum(1).numpy())
+        assert top.log_tail[1:] == pytest.approx(rest, abs=1e-2)
+
+
+def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [url, tmp_path, tmp_path / "out.json"]
+    with open(tmp_path / "log", "w+") as log:  # not a pipe, which torch's shared-memory daemon would hold open
+        finished = subprocess.run(
+            [*command, str(Path(__file__).with_name("sglang_layout_worker.py")), *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=300,
+        )  # fmt: skip
+    assert finished.returncode == 0, (tmp_path / "log").read_text()[-4000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert len(results) == 9
+    for case, found in results.items():
+        assert found["gap"] < 1e-4 and found["probe_gap"] < 1e-4 and found["samples"] == 12, case
+
+
+def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
+    config = yaml.safe_load(WORKFLOW)
+    config["rollout"]["sglang"] = {"urls": {"student": [url]}}
+    path = tmp_path / "served.yaml"
+    path.write_text(yaml.safe_dump(config))
+    finished = s2d("run", path, "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    rows = metrics(tmp_path / "run", "stages/grpo")
+    assert len(rows) == 3
+    for row in rows:
+        assert row["rollout_kl"] < 1e-6 and row["probe_gap"] < 1e-4 and row["push_gb_per_second"] > 0
+    assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started):
+    """Kills the server of this file, so it comes last."""
+    requests = make_requests(prompts=8, groups=4, temperature=0.0, max_new_tokens=200, stop_token_ids=())
+    change(policy, 0.02)
+    started.push(policy.chunks, 77)
+    clean = started.generate(requests)
+    (process,), (server,) = started._processes, started._pool.servers
+    old = server.url
+    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {old.rpartition(':')[2]} "  # the server, not its watch
+    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
+    threading.Timer(0.2, os.kill, (int(pid), signal.SIGKILL)).start()
+    again = started.generate(requests)
+    assert server.url != old and started._processes[0] is not process
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(old)
+    assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]
+    assert rollout_gap(policy, again) < 1e-4 and {s.policy_spans[0].version for s in again} == {77}

@@ -1,0 +1,230 @@
+"""A server that speaks SGLang's protocol over a toy model, and misbehaves on command.
+
+The toy model: the log-probability of a token after another is that of ``softmax(E E^T)`` with E the embedding of the
+weights that the server was last given, so that a push that did not happen shows. ``python fake_sglang.py`` takes the
+options of ``sglang.launch_server`` that matter; POST /fault {"kind", "count"} queues faults of coming /generate
+requests.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+
+
+def read_embedding(directory: Path) -> np.ndarray:
+    """E [V, d] float32 of a directory of safetensors files, without torch."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    content = (directory / index["weight_map"]["model.embed_tokens.weight"]).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    info = json.loads(content[8 : 8 + length])["model.embed_tokens.weight"]
+    assert info["dtype"] == "F32"
+    start, stop = (8 + length + offset for offset in info["data_offsets"])
+    return np.frombuffer(content[start:stop], dtype=np.float32).reshape(info["shape"])
+
+
+def log_prob_table(embedding: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """[V, V] float64: row p holds log pi(. | p)."""
+    logits = (embedding.astype(np.float64) @ embedding.T.astype(np.float64)) * 50.0 / temperature
+    logits -= logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+class FakeServer:
+    """Listens on a free port of the loopback interface; ``close`` ends it."""
+
+    def __init__(self, embedding: np.ndarray, weight_version: str = "default", port: int = 0):
+        self.embedding, self.weight_version = embedding, weight_version
+        self.faults: collections.deque[str] = collections.deque()
+        self.score_faults: collections.deque[str] = collections.deque()  # of coming requests that score
+        self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
+        self.log: list[tuple[str, dict]] = []  # path and body of every POST
+        self.released = threading.Event()  # lets requests go that hang
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.answer(*fake.get(self.path))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+                fake.log.append((self.path, body))
+                try:
+                    self.answer(*fake.post(self.path, body))
+                except ConnectionAbortedError:
+                    self.close_connection = True
+                    self.connection.close()
+
+            def answer(self, status: int, content: bytes):
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
+                except (BrokenPipeError, ConnectionResetError, ValueError):
+                    self.close_connection = True  # the client has given up
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        if path == "/server_info":
+            return 200, b'{"tp_size": 1, "pp_size": 1}'
+        return 200, b""
+
+    def post(self, path: str, body: dict) -> tuple[int, bytes]:
+        if path == "/generate":
+            return self.generate(body)
+        fault = self.control_faults.get(path)
+        if fault == "500":
+            return 500, b"broken"
+        if fault == "hang":
+            self.released.wait(30)
+        if fault == "drop":
+            raise ConnectionAbortedError
+        if path == "/fault":
+            self.faults.extend([body["kind"]] * body.get("count", 1))
+        if path == "/update_weights_from_disk":
+            self.weight_version = body["weight_version"]
+            if fault != "ignore":
+                self.embedding = read_embedding(Path(body["model_path"]))
+        return 200, b'{"success": true, "message": ""}'
+
+    def generate(self, body: dict) -> tuple[int, bytes]:
+        if isinstance(body["input_ids"][0], list):
+            return self.scores(body)
+        fault = self.faults.popleft() if self.faults else None
+        if fault == "die":
+            os._exit(9)
+        if fault == "drop":
+            raise ConnectionAbortedError
+        if fault == "hang":
+            self.released.wait(30)
+        if fault in ("500", "503", "400"):
+            return int(fault), b"the reason"
+        reply = self.response(body)
+        meta = reply["meta_info"]
+        match fault:
+            case "malformed":
+                return 200, json.dumps(reply).encode()[:-10]
+            case "no field":
+                del meta["weight_version"]
+            case "fewer log-probs":
+                meta["output_token_logprobs"].pop()
+            case "nan":
+                meta["output_token_logprobs"][0][0] = float("nan")
+            case "other token":
+                meta["output_token_logprobs"][0][1] += 1
+            case "positive":
+                meta["output_token_logprobs"][0][0] = 0.5
+            case "stale":
+                meta["weight_version"] = "older"
+            case "abort":
+                meta["finish_reason"] = {"type": "abort", "message": "out of memory"}
+            case "prompt":
+                meta["prompt_tokens"] += 1
+            case "vocabulary":
+                reply["output_ids"][0] = len(self.embedding)
+            case "short":
+                reply["output_ids"], meta["output_token_logprobs"] = reply["output_ids"][:1], meta[
+                    "output_token_logprobs"
+                ][:1]
+                meta["completion_tokens"], meta["finish_reason"] = 1, {"type": "length", "length": 1}
+            case "slow":
+                time.sleep(0.3)
+        return 200, json.dumps(reply).encode()
+
+    def scores(self, body: dict) -> tuple[int, bytes]:
+        k = body.get("top_logprobs_num", 0)
+        replies = [self.score(ids, k) for ids in body["input_ids"]]
+        fault = self.score_faults.popleft() if self.score_faults else None
+        meta = replies[0]["meta_info"]
+        match fault:
+            case "500":
+                return 500, b"the reason"
+            case "shifted":
+                meta["input_token_logprobs"] = meta["input_token_logprobs"][1:] + meta["input_token_logprobs"][:1]
+            case "fewer":
+                meta["input_token_logprobs"].pop()
+            case "nan":
+                meta["input_token_logprobs"][1][0] = float("nan")
+            case "capped":
+                meta["input_top_logprobs"] = [row and row[: k - 1] for row in meta["input_top_logprobs"]]
+            case "stale":
+                meta["weight_version"] = "older"
+            case "fewer replies":
+                replies.pop()
+        return 200, json.dumps(replies).encode()
+
+    def meta(self, ids: list[int]) -> dict:
+        return {"id": "x", "prompt_tokens": len(ids), "weight_version": self.weight_version, "e2e_latency": 0.1}
+
+    def response(self, body: dict) -> dict:
+        ids, params = body["input_ids"], body["sampling_params"]
+        table = log_prob_table(self.embedding, params["temperature"] or 1.0)
+        generator = np.random.default_rng(params["sampling_seed"])
+        output: list[int] = []
+        reason = {"type": "length", "length": params["max_new_tokens"]}
+        last = ids[-1]
+        scored = []
+        while len(output) < params["max_new_tokens"]:
+            row = np.exp(table[last])
+            token = int(generator.choice(len(row), p=row / row.sum()))
+            scored.append([float(table[last, token]), token, None])
+            output.append(token)
+            last = token
+            # As SGLang does: the limit is looked at before the stop tokens.
+            if len(output) < params["max_new_tokens"] and token in params.get("stop_token_ids", []):
+                reason = {"type": "stop", "matched": token}
+                break
+        meta = self.meta(ids) | {"completion_tokens": len(output), "finish_reason": reason}
+        return {"text": "", "output_ids": output, "meta_info": meta | {"output_token_logprobs": scored}}
+
+    def score(self, ids: list[int], k: int = 0) -> dict:
+        table = log_prob_table(self.embedding)
+        last = len(self.embedding) - 1
+        shown = [0 if token == last else token for token in ids]
+        scored = [[None, shown[0], None]]
+        scored += [
+            [float(table[ids[place - 1], ids[place]]), shown[place], None] for place in range(1, len(ids))
+        ]
+        meta = self.meta(ids) | {"completion_tokens": 0, "finish_reason": {"type": "length", "length": 0}}
+        if k:
+            rows = [table[token] for token in ids[:-1]]
+            best = [[[float(row[token]), int(token), None] for token in np.argsort(-row)[:k]] for row in rows]
+            meta["input_top_logprobs"] = [None, *best]
+        return {"text": "", "output_ids": [], "meta_info": meta | {"input_token_logprobs": scored}}
+
+
+def main() -> None:
+    options = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    if "--fail-at-start" in sys.argv:
+        print("Traceback ...\nRuntimeError: no such device")
+        sys.exit(1)
+    server = FakeServer(read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"]))
+    print(f"serving {server.url}", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

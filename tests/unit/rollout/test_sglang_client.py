@@ -1,0 +1,235 @@
+"""Requests to servers that misbehave: every reply is checked, nothing is lost or counted twice, tries are bounded."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+pytest.importorskip("httpx")
+
+from fake_sglang import FakeServer, log_prob_table  # noqa: E402
+
+from megatron_s2d.config.base import UserError  # noqa: E402
+from megatron_s2d.config.training import SglangConfig  # noqa: E402
+from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
+from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.client import Expected, Pool  # noqa: E402
+
+VOCAB_SIZE, EOS = 19, 3
+EXPECTED = Expected("v7", 7, VOCAB_SIZE)
+SETTINGS = SglangConfig(attempts=3, request_seconds=30.0, concurrency=8)
+IMPATIENT = SETTINGS.model_copy(update={"request_seconds": 2.0})
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "_FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def servers():
+    embedding = np.random.default_rng(0).normal(0, 0.1, (VOCAB_SIZE, 6)).astype(np.float32)
+    found = [FakeServer(embedding, "v7") for _ in range(2)]
+    yield found
+    for server in found:
+        server.close()
+
+
+def make_requests(prompts=4, groups=3, **params) -> list[Request]:
+    params = SamplingParams(**{"max_new_tokens": 6, "stop_token_ids": (EOS,), **params})
+    generator = np.random.default_rng(1)
+    found = []
+    for number in range(prompts):
+        prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
+        found += [
+            Request(f"p{number}#{group}@0", prompt, number, sample_seed(1, 0, prompt.id, group), params)
+            for group in range(groups)
+        ]
+    return found
+
+
+def ask(servers, requests, settings=SETTINGS, progress=None):
+    pool = Pool([server.url for server in servers], settings)
+    return pool, pool.generate(requests, EXPECTED, progress)
+
+
+def posts(server, path="/generate") -> list[dict]:
+    return [body for where, body in server.log if where == path]
+
+
+def same(left, right) -> bool:
+    """Samples equal in everything; places too."""
+    return left.keys() == right.keys() and all(
+        a.id == b.id
+        and a.token_ids.tolist() == b.token_ids.tolist()
+        and a.rollout_log_probs.tolist() == b.rollout_log_probs.tolist()
+        and a.finish_reason == b.finish_reason
+        for a, b in ((left[place], right[place]) for place in left)
+    )
+
+
+def test_a_sample_is_what_the_server_said_under_the_request_that_asked(servers):
+    requests = make_requests(groups=10)
+    steps = []
+    _, outcome = ask(servers, requests, progress=lambda done, total: steps.append((done, total)))
+    assert sorted(outcome.samples) == list(range(40)) and not outcome.failures
+    assert steps[-1] == (40, 40) and len(steps) == 40
+    table = log_prob_table(servers[0].embedding)
+    for place, sample in outcome.samples.items():
+        request, start = requests[place], len(requests[place].prompt.token_ids)
+        assert (sample.id, sample.seed, sample.group) == (request.id, request.seed, request.group)
+        assert sample.token_ids[:start].tolist() == request.prompt.token_ids.tolist()
+        expected = table[sample.token_ids[start - 1 : -1], sample.token_ids[start:]]
+        assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
+        assert sample.policy_spans == (PolicySpan(start, len(sample.token_ids), 7),)
+        assert sample.response_mask.tolist() == [False] * start + [True] * (len(sample.token_ids) - start)
+    reasons = collections.Counter(sample.finish_reason for sample in outcome.samples.values())
+    assert reasons["stop"] and reasons["length"]
+
+
+def test_the_samples_of_a_group_go_to_one_server_with_seeds_of_their_own(servers):
+    ask(servers, make_requests())
+    seen = [collections.Counter(tuple(body["input_ids"]) for body in posts(server)) for server in servers]
+    assert not seen[0].keys() & seen[1].keys()
+    assert [sorted(counter.values()) for counter in seen] == [[3, 3], [3, 3]]
+    bodies = [body for server in servers for body in posts(server)]
+    assert len({body["sampling_params"]["sampling_seed"] for body in bodies}) == 12
+    assert len({body["rid"] for body in bodies}) == 12
+
+
+def test_a_stop_token_at_the_very_limit_is_a_stop(servers):
+    # SGLang itself calls this "length", and the verifier would count the response as truncated.
+    requests = make_requests(groups=12, max_new_tokens=2)
+    _, outcome = ask(servers, requests)
+    last = [sample for sample in outcome.samples.values() if sample.response_length == 2]
+    ended = [sample for sample in last if sample.token_ids[-1] == EOS]
+    assert ended and len(ended) < len(last)
+    assert {sample.finish_reason for sample in ended} == {"stop"}
+    assert {sample.finish_reason for sample in last if sample.token_ids[-1] != EOS} == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("500", "status 500"),
+        ("503", "status 503"),
+        ("malformed", "EOF"),
+        ("no field", "weight_version"),
+        ("fewer log-probs", "log-probabilities for"),
+        ("nan", "is nan"),
+        ("positive", "is 0.5"),
+        ("other token", "where token"),
+        ("abort", "out of memory"),
+        ("prompt", "prompt tokens"),
+        ("vocabulary", "vocabulary"),
+    ],
+)
+def test_a_bad_reply_is_asked_for_again_and_bounded(servers, fault, word):
+    requests = make_requests()
+    _, clean = ask(servers, requests)
+    servers[0].faults.extend([fault] * 3)
+    pool, outcome = ask(servers, requests)
+    assert same(outcome.samples, clean.samples) and not outcome.failures and not pool.problems
+
+    for server in servers:
+        server.log.clear()
+        server.faults.extend([fault] * 1000)
+    _, outcome = ask(servers, requests)
+    assert not outcome.samples and sorted(outcome.failures) == list(range(12))
+    assert all(word in reason and "\n" not in reason for reason in outcome.failures.values())
+    assert sum(len(posts(server)) for server in servers) == 12 * SETTINGS.attempts
+
+
+def test_what_the_server_refuses_is_an_error_at_once(servers):
+    servers[0].faults.extend(["400"] * 100)
+    with pytest.raises(UserError, match="refused a request: the reason"):
+        ask(servers, make_requests())
+
+
+def test_a_response_cut_short_is_an_error_that_names_the_context(servers):
+    servers[0].faults.append("short")
+    with pytest.raises(UserError, match="1 tokens of 6: the server's context is too short"):
+        ask(servers, make_requests(stop_token_ids=()))
+
+
+def test_a_server_with_other_weights_gets_no_more_requests(servers):
+    requests = make_requests()
+    _, clean = ask(servers, requests)
+    servers[0].log.clear()
+    servers[0].faults.extend(["stale"] * 1000)
+    settings = SETTINGS.model_copy(update={"concurrency": 1})
+    pool, outcome = ask(servers, requests, settings)
+    assert same(outcome.samples, clean.samples)
+    assert "'older' instead of 'v7'" in pool.problems[servers[0].url]
+    assert len(posts(servers[0])) <= 2  # what was under way when the first answer came
+
+
+def test_a_server_that_goes_away_is_left_out_and_its_requests_go_elsewhere(servers):
+    requests = make_requests()
+    _, clean = ask(servers, requests)
+    servers[0].faults.extend(["drop"] * 1000)
+    servers[0].control_faults["/abort_request"] = "drop"
+    pool, outcome = ask(servers, requests)
+    assert same(outcome.samples, clean.samples)
+    assert "connection failed" in pool.problems[servers[0].url]
+
+
+def test_a_connection_that_breaks_is_no_reason_to_leave_a_server_out(servers):
+    requests = make_requests()
+    _, clean = ask(servers, requests)
+    servers[0].faults.append("drop")
+    pool, outcome = ask(servers, requests)
+    assert same(outcome.samples, clean.samples) and not pool.problems
+
+
+def test_without_servers_every_request_fails_with_the_reason(servers):
+    requests = make_requests()
+    for server in servers:
+        server.close()
+    pool, outcome = ask(servers, requests)
+    assert not outcome.samples and len(outcome.failures) == 12 and len(pool.problems) == 2
+    assert all("connection failed" in reason for reason in outcome.failures.values())
+
+
+def test_a_try_that_hangs_is_aborted_and_the_request_answered_once(servers):
+    requests = make_requests(prompts=2, groups=2)
+    _, clean = ask(servers, requests)
+    servers[0].faults.append("hang")
+    pool, outcome = ask(servers, requests, IMPATIENT)
+    assert same(outcome.samples, clean.samples) and not pool.problems
+    hung = {body["rid"] for body in posts(servers[0])} & {body["rid"] for body in posts(servers[0], "/abort_request")}
+    assert len(hung) == 1
+
+
+def test_a_server_that_hangs_altogether_is_left_out(servers, monkeypatch):
+    monkeypatch.setattr(client, "_ABORT_SECONDS", 0.3)
+    requests = make_requests(prompts=2, groups=2)
+    _, clean = ask(servers, requests)
+    servers[0].faults.extend(["hang"] * 100)
+    servers[0].control_faults["/abort_request"] = "hang"
+    pool, outcome = ask(servers, requests, IMPATIENT)
+    assert same(outcome.samples, clean.samples)
+    assert pool.problems == {servers[0].url: "it hangs"}
+
+
+def test_no_more_requests_are_in_flight_than_allowed(servers):
+    servers[0].faults.extend(["slow"] * 1000)
+    settings = SETTINGS.model_copy(update={"concurrency": 2})
+    busy, most = 0, 0
+    original = servers[0].generate
+
+    def counted(body):
+        nonlocal busy, most
+        busy += 1
+        most = max(most, busy)
+        try:
+            return original(body)
+        finally:
+            busy -= 1
+
+    servers[0].generate = counted
+    ask(servers[:1], make_requests(prompts=3, groups=3), settings)
+    assert most == 2

@@ -1,0 +1,358 @@
+"""The served engine over a toy server: weights are pushed and proven, faults and restarts cost no sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import httpx  # noqa: E402
+from fake_sglang import FakeServer, log_prob_table, read_embedding  # noqa: E402
+
+from megatron_s2d.config.base import UserError  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
+from megatron_s2d.models.build import build_model  # noqa: E402
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
+from megatron_s2d.models.weights import export_weights  # noqa: E402
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
+from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.senders import refuse_remote  # noqa: E402
+
+VOCAB_SIZE = 27
+SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
+SETTINGS = SglangConfig(attempts=2, request_seconds=30.0, start_seconds=60.0)
+
+
+@pytest.fixture(scope="module")
+def layout():
+    initialize_distributed()
+    return build_layout(ParallelConfig())
+
+
+@pytest.fixture
+def chunks(layout):
+    return build_model(SPEC, layout, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client, "_FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def servers():
+    found = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)]
+    yield found
+    for server in found:
+        server.close()
+
+
+def embedding_of(chunks) -> np.ndarray:
+    return chunks[0].embedding.word_embeddings.weight.detach()[:VOCAB_SIZE].numpy()
+
+
+def toy_score(chunks):
+    """The trainer's own forward, for the toy model."""
+
+    def score(samples):
+        table = log_prob_table(embedding_of(chunks)).astype(np.float32)
+        found = []
+        for sample in samples:
+            values = np.zeros(len(sample.token_ids), np.float32)
+            values[1:] = table[sample.token_ids[:-1], sample.token_ids[1:]]
+            found.append(np.where(sample.response_mask, values, 0))
+        return found
+
+    return score
+
+
+def make_engine(chunks, layout, directory, servers=(), **settings) -> SglangEngine:
+    rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
+    urls = [server.url for server in servers]
+    return SglangEngine(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls)
+
+
+def make_requests(prompts=4, groups=3) -> list[Request]:
+    params = SamplingParams(6, (3,))
+    generator = np.random.default_rng(1)
+    found = []
+    for number in range(prompts):
+        prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
+        for group in range(groups):
+            seed = sample_seed(1, 0, prompt.id, group)
+            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+    return found
+
+
+def change(chunks) -> None:
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.add_(0.05)
+
+
+def tokens(samples) -> list[list[int]]:
+    return [sample.token_ids.tolist() for sample in samples]
+
+
+def gap(chunks, samples) -> float:
+    pairs = zip(samples, toy_score(chunks)(samples), strict=True)
+    return max(float(np.abs(sample.rollout_log_probs - score).max()) for sample, score in pairs)
+
+
+def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_path, capsys):
+    engine = make_engine(chunks, layout, tmp_path, servers, bucket_bytes=4000)
+    first = engine.generate(make_requests())
+    assert gap(chunks, first) < 1e-5
+    change(chunks)
+    engine.push(chunks, 5)
+    second = engine.generate(make_requests())
+    assert gap(chunks, second) < 1e-5 < gap(chunks, first)
+    assert {span for sample in second for span in sample.policy_spans} == {
+        PolicySpan(sample.prompt_length, len(sample.token_ids), 5) for sample in second
+    }
+    assert engine.metrics()["probe_gap"] < 1e-5 and engine.metrics()["push_gb_per_second"] > 0
+    assert "GB/s" in capsys.readouterr().out
+    paths = [path for path, _ in servers[0].log if path != "/generate"]
+    assert paths == ["/pause_generation", "/update_weights_from_disk", "/continue_generation"] * 2
+    engine.close()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, bucket_bytes=4000)
+    engine.push(chunks, 1)
+    (directory,) = (tmp_path / "weights").iterdir()  # the older version is gone
+    checkpoint = HfCheckpoint(directory)
+    assert checkpoint.spec == dataclasses.replace(SPEC) and len(checkpoint.shards) > 3
+    for name, tensor in export_weights(chunks, SPEC, layout):
+        assert torch.equal(checkpoint.read(name), tensor), name
+    engine.close()
+
+
+def test_the_servers_of_another_run_do_not_share_its_versions(chunks, layout, servers, tmp_path):
+    one, other = (make_engine(chunks, layout, tmp_path / name, servers) for name in "ab")
+    with pytest.raises(UserError, match="instead of"):
+        one._settings = one._settings.model_copy(update={"recoveries": 0})
+        one.generate(make_requests())
+    assert len(other.generate(make_requests())) == 12
+
+
+def test_a_server_that_says_it_updated_and_did_not_gets_no_requests(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    servers[0].control_faults["/update_weights_from_disk"] = "ignore"
+    change(chunks)
+    engine.push(chunks, 1)
+    servers[0].log.clear()
+    samples = engine.generate(make_requests())
+    assert gap(chunks, samples) < 1e-5
+    assert not [path for path, _ in servers[0].log if path == "/generate"]
+    # It is given the weights again with the next push, and used.
+    servers[0].control_faults.clear()
+    engine.push(chunks, 2)
+    engine.generate(make_requests())
+    assert [path for path, _ in servers[0].log if path == "/generate"]
+
+
+@pytest.mark.parametrize("fault", ["500", "ignore"])
+def test_a_push_that_reaches_no_server_is_an_error(chunks, layout, servers, tmp_path, fault):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    change(chunks)
+    for server in servers:
+        server.control_faults["/update_weights_from_disk"] = fault
+    with pytest.raises(UserError, match="no SGLang server holds the current weights") as error:
+        engine.push(chunks, 1)
+    assert ("status 500" if fault == "500" else "nats") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_with_stale_weights_is_updated_again(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    clean = engine.generate(make_requests())
+    for server in servers:
+        server.weight_version = "restored from somewhere"
+        server.embedding = np.zeros_like(server.embedding)
+    again = engine.generate(make_requests())
+    assert tokens(again) == tokens(clean) and gap(chunks, again) < 1e-5
+
+
+def test_requests_that_keep_failing_stop_with_one_line(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=1)
+    for server in servers:
+        server.faults.extend(["nan"] * 1000)
+    with pytest.raises(UserError, match="after 1 recoveries too.*is nan") as error:
+        engine.generate(make_requests())
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_prompt_that_would_harm_a_server_is_refused_here(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    request = make_requests()[0]
+    prompt = dataclasses.replace(request.prompt, token_ids=np.array([1, VOCAB_SIZE]))
+    with pytest.raises(UserError, match="outside the model's vocabulary"):
+        engine.generate([dataclasses.replace(request, prompt=prompt)])
+
+
+def test_given_tokens_are_scored_with_the_pushed_weights(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = engine.generate(make_requests())
+    change(chunks)
+    engine.push(chunks, 1)
+    for found, expected in zip(engine.score(samples), toy_score(chunks)(samples), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    table = log_prob_table(embedding_of(chunks))
+    for sample, top in zip(samples, engine.top_tokens(samples, 4), strict=True):
+        for place in range(1, len(sample.token_ids)):
+            row = table[sample.token_ids[place - 1]]
+            assert top.ids[place].tolist() == np.argsort(-row)[:4].tolist()
+            assert top.log_probs[place] == pytest.approx(np.sort(row)[::-1][:4], rel=1e-5)
+            assert top.log_tail[place] == pytest.approx(np.log(1 - np.exp(np.sort(row)[::-1][:4]).sum()), abs=1e-3)
+    whole = engine.top_tokens(samples, VOCAB_SIZE)
+    assert all(np.isneginf(top.log_tail[1:]).all() for top in whole)
+
+
+@pytest.mark.parametrize("fault", ["500", "shifted", "fewer", "nan", "stale", "fewer replies"])
+def test_a_wrong_score_is_asked_for_again(chunks, layout, servers, tmp_path, fault):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = engine.generate(make_requests())
+    servers[0].score_faults.extend([fault] * 2)
+    for found, expected in zip(engine.score(samples), toy_score(chunks)(samples), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_server_that_caps_the_likeliest_tokens_is_named(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    samples = engine.generate(make_requests())
+    for server in servers:
+        server.score_faults.extend(["capped"] * 1000)
+    with pytest.raises(UserError, match="3 likeliest tokens instead of 4: does the server cap them"):
+        engine.top_tokens(samples, 4)
+
+
+def test_samples_of_a_temperature_are_not_scored(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    samples = [dataclasses.replace(sample, temperature=0.7) for sample in engine.generate(make_requests())]
+    with pytest.raises(UserError, match="sampled at temperature 0.7"):
+        engine.score(samples)
+
+
+def test_tensors_and_groups_stay_on_this_machine():
+    with pytest.raises(UserError, match="http://10.0.0.2:30000 is another machine"):
+        refuse_remote(["http://localhost:1", "http://10.0.0.2:30000"])
+
+
+# ---------------------------------------------------------------- servers that the engine starts
+
+
+@pytest.fixture
+def interpreter(tmp_path) -> Path:
+    """A program that takes the place of the interpreter with sglang and starts the toy server."""
+    path = tmp_path / "interpreter"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_sglang.py")} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def processes(word: str) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", "--", word], capture_output=True, text=True, check=False).stdout.split()
+    return [int(number) for number in found if int(number) != os.getpid()]
+
+
+def test_servers_are_started_with_the_weights_and_end_with_the_engine(chunks, layout, interpreter, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
+    samples = engine.generate(make_requests())
+    assert gap(chunks, samples) < 1e-5
+    assert len(processes(str(tmp_path / "engine"))) == 4  # two servers, each with its watch
+    assert "serving" in (tmp_path / "engine" / "server-1.log").read_text()
+    engine.close()
+    assert not processes(str(tmp_path / "engine"))
+
+
+def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(chunks, layout, interpreter, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter))
+    change(chunks)
+    engine.push(chunks, 1)
+    clean = engine.generate(make_requests())
+    (server,) = engine._pool.servers
+    old = server.url
+    for kind, count in (("slow", 4), ("die", 1)):
+        httpx.post(f"{old}/fault", json={"kind": kind, "count": count})
+    again = engine.generate(make_requests())
+    assert server.url != old
+    assert tokens(again) == tokens(clean) and [s.id for s in again] == [r.id for r in make_requests()]
+    assert gap(chunks, again) < 1e-5
+    engine.close()
+
+
+def test_one_of_two_servers_dies_and_is_back_with_the_next_push(chunks, layout, interpreter, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
+    clean = engine.generate(make_requests())
+    old = [server.url for server in engine._pool.servers]
+    httpx.post(f"{old[1]}/fault", json={"kind": "die"})
+    assert tokens(engine.generate(make_requests())) == tokens(clean)  # the other one answered
+    assert [bool(server.problem) for server in engine._pool.servers] == [False, True]
+    change(chunks)
+    engine.push(chunks, 1)
+    assert not engine._pool.problems and [server.url == url for server, url in zip(engine._pool.servers, old)] == [
+        True, False
+    ]  # fmt: skip
+    samples = engine.generate(make_requests())
+    assert gap(chunks, samples) < 1e-5
+    engine.close()
+
+
+def test_an_attached_server_that_is_gone_does_not_hold_up_a_push(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    servers[0].close()
+    engine.generate(make_requests())
+    change(chunks)
+    engine.push(chunks, 1)
+    assert gap(chunks, engine.generate(make_requests())) < 1e-5
+    assert list(engine._pool.problems) == [servers[0].url]
+
+
+def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interpreter, tmp_path):
+    with pytest.raises(UserError, match="ended while it started .RuntimeError: no such device.") as error:
+        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), arguments=["--fail-at-start"])
+    assert "\n" not in str(error.value) and "server-0.log" in str(error.value)
+
+
+def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
+    embedding = np.zeros((VOCAB_SIZE, 4), np.float32)
+    info = {"dtype": "F32", "shape": [VOCAB_SIZE, 4], "data_offsets": [0, embedding.nbytes]}
+    text = json.dumps({"model.embed_tokens.weight": info}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + embedding.tobytes())
+    index = {"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_embedding(tmp_path).shape == (VOCAB_SIZE, 4)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from megatron_s2d.config.training import SglangConfig\n"
+        "from megatron_s2d.rollout.sglang.server import ServerProcess\n"
+        f"server = ServerProcess(SglangConfig(python={str(interpreter)!r}), Path({str(tmp_path)!r}),\n"
+        f"    Path({str(tmp_path / 'log')!r}), number=0, weight_version='x', positions=8, dtype='float32', max_tokens=9)\n"
+        "server.wait(time.monotonic() + 60); print('ready', flush=True); time.sleep(100)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout.readline() == "ready\n"
+    assert processes(f"--model-path {tmp_path}")
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while processes(f"--model-path {tmp_path}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes(f"--model-path {tmp_path}")
