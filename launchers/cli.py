@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from megatron_s2d.config.workflow import load_workflow
@@ -74,12 +75,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> Launch:
     workflow = load_workflow(options.config, options.overrides)
-    named = {"nodes": options.nodes, "processes_per_node": options.processes_per_node}
-    chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
-    # NeMo-Run's tasks are the stages; on this machine one run does them all.
-    per_stage = options.launcher == "nemo-run" or (options.per_stage and options.launcher == "slurm")
-    chosen += ["per_stage=true"] if per_stage else ["per_stage=false"] if options.launcher == "local" else []
-    settings = load_launch(options.cluster, [*options.cluster_overrides, *chosen])
+    # NeMo-Run's tasks are the stages; on this machine one run does them all, whatever the cluster's file says.
+    here = options.launcher == "local" or (options.launcher == "nemo-run" and options.executor == "local")
+    per_stage = True if options.launcher == "nemo-run" else False if here else options.per_stage or None
+    chosen = {
+        "nodes": 1 if here and options.nodes is None else options.nodes,
+        "processes_per_node": options.processes_per_node,
+        "per_stage": per_stage,
+    }
+    named = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    settings = load_launch(options.cluster, [*options.cluster_overrides, *named])
     return plan_launch(workflow, settings, options.out or Path("runs") / workflow.name)
 
 

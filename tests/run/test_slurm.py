@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from s2d import ROOT, environment, metrics, s2d
+from s2d import metrics, s2d, start
 
 WORKFLOW = Path(__file__).with_name("slurm.yaml")
 CLUSTER_SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
@@ -253,6 +254,20 @@ def test_a_mistake_is_not_tried_again_and_stops_the_stages_after_it(cluster, tmp
     assert cluster.state(jobs["student_base"]) == "FAILED", logs(run_dir)
     assert cluster.state(jobs["student_grpo"]) == cluster.state(jobs["report"]) == "CANCELLED"
     assert "attempt 0" not in logs(run_dir) and "error: " in logs(run_dir)
+
+
+@pytest.mark.slow
+def test_a_local_launch_that_is_stopped_saves_and_goes_on(here, tmp_path):
+    run_dir = tmp_path / "stopped"
+    running = start("launch", "local", WORKFLOW, "--out", run_dir)
+    wait(lambda: rows(run_dir, "stages/student_base") >= 15, run_dir)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 130 and "the same command goes on" in output
+    saved = sorted((run_dir / "stages/student_base/checkpoints").glob("step_*"))[-1].name
+    assert int(saved.removeprefix("step_")) == rows(run_dir, "stages/student_base")
+    assert launch("local", run_dir).returncode == 0
+    assert_equals(run_dir, here)
 
 
 @pytest.mark.slow

@@ -200,7 +200,9 @@ def test_a_refusal_of_sbatch_is_one_line(place, monkeypatch, capsys):
 def test_the_local_script_starts_torchrun(place):
     python = program(place / "bin", "python", 'printf "%s\\n" "$@"')
     chosen = ["--cluster-set", f"python={json.dumps(str(python))}"]
-    directory = dry_run("local", "--processes-per-node", "2", *TWO_RANKS, *chosen)
+    (place / "cluster.yaml").write_text("{nodes: 4, per_stage: true, partition: batch}")  # of no concern here
+    directory = dry_run("local", "--cluster", "cluster.yaml", "--processes-per-node", "2", *TWO_RANKS, *chosen)
+    assert [task["name"] for task in json.loads((directory / "processes.json").read_text())] == ["run"]
     done = run_script(directory / "local.sh", "run", "x y", bin_dir=place / "bin")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert done.stdout.splitlines() == [*torchrun, "-m", "megatron_s2d.cli", "run", "x y"]
