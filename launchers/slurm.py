@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.launchers import scripts
-from megatron_s2d.launchers.job import Launch, write_launch
+from megatron_s2d.launchers.config import load_launch
+from megatron_s2d.launchers.job import Launch, plan_launch, write_launch
+from megatron_s2d.workflow.sweep import Point
 
 
 def write(launch: Launch) -> None:
@@ -17,6 +23,19 @@ def write(launch: Launch) -> None:
         for number, task in enumerate(launch.tasks(), 1)
     }
     write_launch(launch, {"rank.sh": scripts.rank_script(launch), "submit.sh": scripts.submit_script(launch), **jobs})
+
+
+def submitter(cluster: Path | None, overrides: list[str]) -> Callable[[Point, Path, Console], None]:
+    """What submits a point of a sweep as a job of its own, for ``workflow.sweep.run_sweep``."""
+    settings = load_launch(cluster, overrides)
+
+    def submit_point(point: Point, run_dir: Path, console: Console) -> None:
+        launch = plan_launch(point.config, settings, run_dir)
+        write(launch)
+        for task, number in submit(launch).items():
+            console.print(f"  {task}: job {number}", markup=False, highlight=False)
+
+    return submit_point
 
 
 def submit(launch: Launch) -> dict[str, int]:

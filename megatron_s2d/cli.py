@@ -213,22 +213,36 @@ def _add_sweep(commands) -> None:
     command.add_argument("sweep", type=Path, metavar="SWEEP", help="sweep file (YAML)")
     command.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (default: runs/NAME-of-the-sweep)")
     command.add_argument("--dry-run", action="store_true", help="list the points with their checks; run nothing")
+    command.add_argument(
+        "--submit", action="store_true", help="a SLURM job for every point that is not finished; see also --collect"
+    )
+    command.add_argument("--collect", action="store_true", help="run nothing: the table of what is finished")
+    command.add_argument("--cluster", type=Path, metavar="FILE", help="of --submit: partition, time limit ... (YAML)")
+    command.add_argument(
+        "--cluster-set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the cluster file"
+    )
 
 
 def _sweep(options: argparse.Namespace) -> int:
     from megatron_s2d.config.sweep import load_sweep
-    from megatron_s2d.workflow.sweep import FAILURE_NAME, print_points, run_sweep
+    from megatron_s2d.workflow.sweep import failures, points_of, print_points, run_sweep
 
     sweep = load_sweep(options.sweep)
     out = options.out or Path("runs") / sweep.name
     if options.dry_run:
         print_points(sweep, out, _console())
         return 0
+    if options.submit:
+        from megatron_s2d.launchers.slurm import submitter
+
+        run_sweep(sweep, out, _console(), submitter(options.cluster, options.cluster_set))
+        print(f"when the jobs are done: s2d sweep {options.sweep} --out {out} --collect")
+        return 0
     from megatron_s2d.workflow.sweep_report import write_sweep
     from megatron_s2d.workflow.sweep_results import collect_sweep
 
-    points, names = run_sweep(sweep, out, _console())
-    failed = {name: (out / name / FAILURE_NAME).read_text(encoding="utf-8").strip() for name in names}
+    points = points_of(sweep) if options.collect else run_sweep(sweep, out, _console())
+    failed = failures(points, out)
     page = write_sweep(collect_sweep(sweep, out, points, failed), out, _console())
     print(f"report: {page}")
     return _EXIT_ERROR if failed else 0

@@ -43,7 +43,8 @@ class Point:
 
 
 RunPoint = Callable[[Point, Path, Console], None]
-"""Brings a point's run to its end in the directory given, or raises ``UserError`` or ``JobCrashed``."""
+"""Brings a point's run to its end in the directory given (or sees to it that another machine will), or raises
+``UserError`` or ``JobCrashed``."""
 
 
 def run_here(point: Point, run_dir: Path, console: Console) -> None:
@@ -83,13 +84,10 @@ def _check_names(sweep: SweepConfig, points: list[Point]) -> None:
                 raise UserError(f"efficiency: the workflow has no stage '{item.stage}'")
 
 
-def run_sweep(
-    sweep: SweepConfig, out: Path, console: Console, run_point: RunPoint = run_here
-) -> tuple[list[Point], list[str]]:
-    """Run what is not finished; returns all points and the names of those that failed. An interruption ends it."""
+def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoint = run_here) -> list[Point]:
+    """Run what is not finished; returns all points. An interruption ends it."""
     points = points_of(sweep)
     atomic_write_json(out / "sweep.json", dump(sweep))
-    failed = []
     for number, point in enumerate(points, 1):
         run_dir = out / point.name
         head = f"[{number}/{len(points)}] {point.name}"
@@ -105,8 +103,17 @@ def run_sweep(
             run_dir.mkdir(parents=True, exist_ok=True)
             marker.write_text(f"{error}\n", encoding="utf-8")
             console.print(f"{head}: FAILED: {error}", markup=False, highlight=False, soft_wrap=True)
-            failed.append(point.name)
-    return points, failed
+    return points
+
+
+def failures(points: list[Point], out: Path) -> dict[str, str]:
+    """Points that have no result, with the reason."""
+    found = {}
+    for point in points:
+        marker = out / point.name / FAILURE_NAME
+        if not is_finished(point, out / point.name):
+            found[point.name] = marker.read_text(encoding="utf-8").strip() if marker.exists() else "not finished"
+    return found
 
 
 def is_finished(point: Point, run_dir: Path) -> bool:

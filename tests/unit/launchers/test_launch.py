@@ -190,6 +190,22 @@ def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
     assert all(number in calls["report"] for name, number in numbers.items() if name != "report")
 
 
+def test_a_sweep_submits_a_job_for_every_point(place, monkeypatch, capsys):
+    counter = shlex.quote(str(place / "count"))
+    program(place / "bin", "sbatch", f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})))"')
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+    grid = {"labels": {"key": "data.pool.num_prompts", "values": [64, 128]}}
+    Path("sweep.yaml").write_text(json.dumps({"name": "two", "base": str(SMOKE), "grid": grid}))
+    assert main(["sweep", "sweep.yaml", "--submit", "--cluster-set", "partition=small", "--out", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "run: job 101" in shown and "run: job 102" in shown and "--collect" in shown
+    scripts = sorted(Path("out").glob("*/launch/*/01-run.sbatch"))
+    assert [path.parts[1] for path in scripts] == ["labels-128_seed-1", "labels-64_seed-1"]
+    assert all("--partition=small" in path.read_text() for path in scripts)
+    assert main(["sweep", "sweep.yaml", "--collect", "--out", "out"]) == 1
+    assert "not finished" in capsys.readouterr().out + Path("out/results.md").read_text()
+
+
 def test_a_refusal_of_sbatch_is_one_line(place, monkeypatch, capsys):
     program(place / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")

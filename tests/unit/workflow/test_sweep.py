@@ -15,7 +15,7 @@ from megatron_s2d.config.base import UserError, dump
 from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.workflow.outcomes import Interrupted
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.sweep import points_of, print_points, run_sweep
+from megatron_s2d.workflow.sweep import failures, points_of, print_points, run_sweep
 from megatron_s2d.workflow.sweep_report import write_sweep
 from megatron_s2d.workflow.sweep_results import collect_sweep
 
@@ -55,8 +55,8 @@ def done(tmp_path_factory):
     """(sweep, directory) with every point finished."""
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load_sweep(sweep_file(folder))
-    _, failed = run_sweep(sweep, folder / "out", Console(file=io.StringIO()), finished_run)
-    assert not failed
+    points = run_sweep(sweep, folder / "out", Console(file=io.StringIO()), finished_run)
+    assert not failures(points, folder / "out")
     return sweep, folder / "out"
 
 
@@ -105,13 +105,13 @@ def test_failures_are_listed_and_the_rest_goes_on(tmp_path, console):
             raise UserError("no room")
         finished_run(point, run_dir, console)
 
-    points, failed = run_sweep(sweep, out, console, run)
-    assert len(ran) == 12 and failed == ["labels-128_layout-one_seed-1", "labels-128_layout-one_seed-2"]
-    assert (out / failed[0] / "failure.txt").read_text() == "no room\n"
+    failed = failures(run_sweep(sweep, out, console, run), out)
+    names = ["labels-128_layout-one_seed-1", "labels-128_layout-one_seed-2"]
+    assert len(ran) == 12 and failed == dict.fromkeys(names, "no room")
     # The same command again runs what failed, and nothing that is finished.
     ran.clear()
-    _, failed = run_sweep(sweep, out, console, lambda *a: (ran.append(a[0].name), finished_run(*a)))
-    assert sorted(ran) == ["labels-128_layout-one_seed-1", "labels-128_layout-one_seed-2"] and not failed
+    points = run_sweep(sweep, out, console, lambda *a: (ran.append(a[0].name), finished_run(*a)))
+    assert sorted(ran) == names and not failures(points, out)
     assert not (out / ran[0] / "failure.txt").exists()
 
 
