@@ -192,7 +192,7 @@ def test_the_local_script_starts_torchrun(place):
     (place / "cluster.yaml").write_text("{nodes: 4, per_stage: true, partition: batch}")  # of no concern here
     directory = dry_run("local", "--cluster", "cluster.yaml", "--processes-per-node", "2", *TWO_RANKS, *chosen)
     assert [task["name"] for task in json.loads((directory / "processes.json").read_text())] == ["run"]
-    done = run_script(directory / "local.sh", "run", "x y", bin_dir=place / "bin")
+    done = run_script(directory / "local.sh", "2", "run", "x y", bin_dir=place / "bin")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert done.stdout.splitlines() == [*torchrun, "-m", "megatron_s2d.cli", "run", "x y"]
 
