@@ -1,7 +1,7 @@
 """All ranks on this machine through torchrun. No torch here.
 
-``s2d run`` starts several ranks by itself, too; this is for trying what a cluster does, and for the variables and set-up
-lines of a cluster's file.
+``s2d run`` starts several ranks by itself, too; this is for trying what a cluster does, and for the variables and
+set-up lines of a cluster's file.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def _experiment(launch: Launch, executor: Executor) -> Iterator[Any]:
         ) from error
     write_launch(launch, {"rank.sh": scripts.rank_script(launch), "local.sh": scripts.local_script(launch)})
     title, base = launch.workflow.name, str(_base(launch))
-    with nemo_run.Experiment(title, base_dir=base, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+    with nemo_run.Experiment(
+        title, base_dir=base, enable_goodbye_message=False, skip_status_at_exit=True
+    ) as experiment:
         for task in launch.tasks():
             if executor == "local":
                 made, words = _local_executor(nemo_run, task), ["local.sh", str(task.processes_per_node)]

@@ -59,8 +59,8 @@ export MASTER_ADDR MASTER_PORT
 cancelled=
 trap 'cancelled=yes' TERM
 
-# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal, before
-# it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
+# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal,
+# before it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
 for attempt in {attempts}; do
     {command}
     code=$?

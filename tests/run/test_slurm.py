@@ -213,7 +213,7 @@ def test_a_cancelled_job_stays_cancelled_and_another_goes_on(cluster, here, tmp_
 
 @pytest.mark.slow
 def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next(cluster, tmp_path):
-    """SLURM looks at limits twice a minute and signals up to a minute early, so the stage must last longer than that."""
+    """SLURM signals up to a minute early, so the stage must last longer than that."""
     longer = ["--set", "stages.student_base.steps=2000", "--set", "stages.student_base.checkpoint.interval_steps=1000"]
     limit = ["--cluster-set", "time_limit_minutes=3", "--cluster-set", "signal_seconds=30"]
     run_dir = tmp_path / "limit"
