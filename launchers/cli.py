@@ -55,9 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="set a key of the cluster file; may be repeated",
     )
     command.add_argument("--per-stage", action="store_true", help="slurm: a job a stage, each after its inputs'")
-    command.add_argument(
-        "--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)"
-    )
+    command.add_argument("--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)")
     command.add_argument(
         "--dry-run", action="store_true", help="write scripts and resolved configuration to DIR/launch; start nothing"
     )

@@ -33,7 +33,9 @@ class LaunchConfig(Config):
     )
     processes_per_node: int | None = Field(None, ge=1, description="ranks; by default what the layout needs / nodes")
     gpus_per_node: int | None = Field(
-        None, ge=0, description="by default one for each process; 0: nodes without GPUs, or a site that counts otherwise"
+        None,
+        ge=0,
+        description="by default one for each process; 0: nodes without GPUs, or a site that counts otherwise",
     )
     cpus_per_process: int | None = Field(None, ge=1, description="by default what the site gives")
     time_limit_minutes: int = Field(240, ge=1, description="of one job; a longer run takes several, see `requeue`")
@@ -88,7 +90,7 @@ def resolve(launch: LaunchConfig, workflow: WorkflowConfig) -> LaunchConfig:
     processes = launch.processes_per_node or max(1, world_size // nodes)
     if nodes * processes != world_size:
         raise UserError(
-            f"{nodes} nodes x {processes} processes are {nodes * processes} ranks, but the layout of the workflow takes "
+            f"{nodes} nodes x {processes} processes are {nodes * processes} ranks, but the workflow's layout takes "
             f"{world_size}: {_remedy(workflow, nodes * processes)}"
         )
     if launch.min_nodes is not None:

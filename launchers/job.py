@@ -129,7 +129,11 @@ def processes(launch: Launch) -> list[dict]:
                 "command": [launch.python, "-m", "megatron_s2d.cli", *task.arguments],
                 "environment": launch.settings.environment,
                 "ranks": [
-                    {"rank": rank, "node": rank // task.processes_per_node, "local_rank": rank % task.processes_per_node}
+                    {
+                        "rank": rank,
+                        "node": rank // task.processes_per_node,
+                        "local_rank": rank % task.processes_per_node,
+                    }
                     for rank in ranks
                 ],
             }

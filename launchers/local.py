@@ -1,7 +1,7 @@
 """All ranks on this machine through torchrun. No torch here.
 
-``s2d run`` starts several ranks by itself, too; this is for trying what a cluster does, and for the variables and set-up
-lines of a cluster's file.
+``s2d run`` starts several ranks by itself, too; this is for trying what a cluster does, and for the variables and
+set-up lines of a cluster's file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(launch: Launch) -> int:
     SIGTERM and Ctrl-C become one SIGTERM to torchrun, which passes it on to the ranks: they save a checkpoint.
     """
     (task,) = launch.tasks()
-    command = ["bash", str(launch.directory / "local.sh"), *task.arguments]
+    command = ["bash", str(launch.directory / "local.sh"), str(task.processes_per_node), *task.arguments]
     process = subprocess.Popen(command, start_new_session=True)
     asked: list[int] = []
 

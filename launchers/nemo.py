@@ -55,16 +55,21 @@ def _experiment(launch: Launch, executor: Executor) -> Iterator[Any]:
         ) from error
     write_launch(launch, {"rank.sh": scripts.rank_script(launch), "local.sh": scripts.local_script(launch)})
     title, base = launch.workflow.name, str(_base(launch))
-    with nemo_run.Experiment(title, base_dir=base, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
-        make = _local_executor if executor == "local" else _slurm_executor
-        script = launch.directory / ("local.sh" if executor == "local" else "rank.sh")
+    with nemo_run.Experiment(
+        title, base_dir=base, enable_goodbye_message=False, skip_status_at_exit=True
+    ) as experiment:
         for task in launch.tasks():
-            command = nemo_run.Script(inline=f"exec bash {shlex.quote(str(script))} {shlex.join(task.arguments)}\n")
-            experiment.add(command, make(nemo_run, launch, task), name=task.name, dependencies=list(task.after))
+            if executor == "local":
+                made, words = _local_executor(nemo_run, task), ["local.sh", str(task.processes_per_node)]
+            else:
+                made, words = _slurm_executor(nemo_run, launch, task), ["rank.sh"]
+            command = shlex.join([str(launch.directory / words[0]), *words[1:], *task.arguments])
+            script = nemo_run.Script(inline=f"exec bash {command}\n")
+            experiment.add(script, made, name=task.name, dependencies=list(task.after))
         yield experiment
 
 
-def _local_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
+def _local_executor(nemo_run: Any, task: Task) -> Any:
     if task.nodes != 1:
         raise UserError(f"the local executor has one node, not {task.nodes}: leave --nodes out, or --executor slurm")
     return nemo_run.LocalExecutor(packager=nemo_run.Packager())

@@ -28,12 +28,14 @@ exec {shlex.quote(launch.python)} -m megatron_s2d.cli "$@"
 
 
 def local_script(launch: Launch) -> str:
-    """All ranks on this machine, by torchrun; its arguments are those of s2d."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.settings.processes_per_node}"]
+    """A task's ranks on this machine, by torchrun; its arguments are their number and those of s2d."""
     return f"""#!/bin/bash
-# All ranks of {launch.workflow.name} on this machine; the arguments are those of `s2d`.
+# Ranks of {launch.workflow.name} on this machine: their number, then the arguments of `s2d`.
 {_preamble(launch)}
-exec {shlex.join([launch.python, *torchrun])} -m megatron_s2d.cli "$@"
+processes=$1
+shift
+exec {shlex.quote(launch.python)} -m torch.distributed.run --standalone --nproc-per-node="$processes" \\
+    -m megatron_s2d.cli "$@"
 """
 
 
@@ -57,8 +59,8 @@ export MASTER_ADDR MASTER_PORT
 cancelled=
 trap 'cancelled=yes' TERM
 
-# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal, before
-# it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
+# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal,
+# before it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
 for attempt in {attempts}; do
     {command}
     code=$?

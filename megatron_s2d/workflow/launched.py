@@ -52,7 +52,7 @@ def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage:
 def _decide(
     config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None, stack: contextlib.ExitStack
 ) -> tuple[list[Job], Preflight | None]:
-    """The plan of rank 0 on every rank; what it found wrong is raised everywhere. The locks are held until ``stack``."""
+    """The plan of rank 0 on every rank; what it found wrong is raised everywhere. ``stack`` holds the locks."""
     checked, message = None, [None, None]
     if dist.get_rank() == 0:
         try:

@@ -27,7 +27,8 @@ from megatron_s2d.parallel import layout as layouts  # noqa: E402
 from megatron_s2d.records import Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine, from_all, from_first  # noqa: E402
+from megatron_s2d.rollout.sglang.collective import from_all, from_first  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
 
 VOCAB_SIZE = 27
 CASES = {

@@ -17,7 +17,8 @@ from sglang_model import change, make_policy, make_requests, rollout_gap, rollou
 
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.parallel import layout as layouts  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine, from_all  # noqa: E402
+from megatron_s2d.rollout.sglang.collective import from_all  # noqa: E402
+from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

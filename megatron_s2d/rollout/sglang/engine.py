@@ -35,6 +35,7 @@ from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.sglang import probes, scoring
 from megatron_s2d.rollout.sglang.client import Expected, Outcome, Pool, Server
+from megatron_s2d.rollout.sglang.collective import from_all, from_first
 from megatron_s2d.rollout.sglang.control import PushFailed, Servers, finish
 from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
 from megatron_s2d.rollout.sglang.senders import (
@@ -99,7 +100,7 @@ class SglangEngine:
             refuse_remote(urls)
         self._pool = Pool(urls or self._start_servers(), self._settings)
         try:
-            self._push_to(self._pool.servers)
+            self._update(self._pool.servers)
         except UserError:
             self.close()
             raise
@@ -139,7 +140,7 @@ class SglangEngine:
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
         self._chunks, self.version = chunks, version
-        self._push_to(self._reachable(self._pool.servers))
+        self._update(self._pool.servers)
 
     def metrics(self) -> dict[str, float]:
         """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
@@ -286,16 +287,36 @@ class SglangEngine:
             raise
 
     def _recover(self) -> None:
-        """Mend the servers that had a problem: start those anew that are gone, give all the current weights."""
+        """Give the current weights to the servers that had a problem."""
         troubled = [server for server in self._pool.servers if server.problem]
         if troubled:
-            self._push_to(self._reachable(troubled))
+            self._update(troubled)
+
+    def _update(self, servers: Sequence[Server]) -> None:
+        """Push the current weights to ``servers``, starting those anew that are gone, until all hold them.
+
+        ``recoveries`` times again; ``UserError`` where no server of the pool holds them then.
+        """
+        for _ in range(self._settings.recoveries + 1):
+            reachable = self._reachable(servers)
+            if reachable:
+                self._push_to(reachable)
+            servers = [server for server in {*servers, *reachable} if server.problem]
+            if not servers or not reachable:
+                break
+        if len(self._pool.problems) == len(self._pool.servers):
+            reasons = "; ".join(f"{url}: {problem}" for url, problem in self._pool.problems.items())
+            raise UserError(f"no SGLang server holds the current weights ({reasons}); see the logs in {self._directory}")
 
     def _reachable(self, servers: Sequence[Server]) -> list[Server]:
-        """Those of ``servers`` that answer, started anew where they were started here and are gone or hang."""
+        """Those of ``servers`` that answer, and servers of this run that were gone, or hung, and are started anew."""
 
-        def look() -> list[tuple[str, bool]]:
-            answering = [not server.problem or is_healthy(server.url) for server in self._pool.servers]
+        def look() -> tuple[list[bool], dict[int, str]]:
+            answering = [
+                (number >= len(self._processes) or self._processes[number].is_alive)
+                and (not server.problem or is_healthy(server.url))
+                for number, server in enumerate(self._pool.servers)
+            ]
             fresh = {}
             for number, process in enumerate(self._processes):
                 if not answering[number]:
@@ -303,14 +324,17 @@ class SglangEngine:
                     process.close()
                     fresh[number] = self._processes[number] = self._start(number)
             self._wait(list(fresh.values()))
-            urls = [fresh[n].url if n in fresh else server.url for n, server in enumerate(self._pool.servers)]
-            return [(url, answers or n in fresh) for n, (url, answers) in enumerate(zip(urls, answering, strict=True))]
+            return answering, {number: process.url for number, process in fresh.items()}
 
-        found = from_first(look)
-        for server, (url, _) in zip(self._pool.servers, found, strict=True):
-            server.url = url
-        answering = {url for url, answers in found if answers}
-        return [server for server in servers if server.url in answering]
+        answering, fresh = from_first(look)
+        for number, url in fresh.items():
+            server = self._pool.servers[number]
+            server.url, server.problem = url, "it was started anew and has no weights yet"
+        return [
+            server
+            for number, server in enumerate(self._pool.servers)
+            if number in fresh or (answering[number] and server in servers)
+        ]
 
     def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
         """Buckets of the current weights, and whether each is the last."""
@@ -324,7 +348,7 @@ class SglangEngine:
         yield held, True
 
     def _push_to(self, servers: Sequence[Server]) -> None:
-        """Push to ``servers`` and test them; those that fail get a problem. ``UserError`` where no server is left."""
+        """Push to ``servers`` and test them; those that fail get a problem."""
         samples = probes.probe_samples(self._spec)
         with self._on_device():
             started = time.perf_counter()
@@ -337,8 +361,9 @@ class SglangEngine:
 
         found = from_first(test)
         for server in servers:
-            server.problem = found[server.url][1]
-        self._last = Push(seconds, size, max((gap for gap, _ in found.values()), default=float("nan")))
+            problem = found[server.url][1]
+            server.problem = failure if problem and failure.startswith(server.url) else problem
+        self._last = Push(seconds, size, max(gap for gap, _ in found.values()))
         if self._is_first:
             print(
                 f"weights {self._label} to {len(servers)} server(s) by {self._settings.sync}: {size / 1e9:.4f} GB in "
@@ -346,9 +371,6 @@ class SglangEngine:
                 *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
                 flush=True,
             )
-        if len(self._pool.problems) == len(self._pool.servers):
-            reason = failure or next(iter(self._pool.problems.values()))
-            raise UserError(f"no SGLang server holds the current weights ({reason}); see the logs in {self._directory}")
 
     def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
@@ -382,27 +404,3 @@ class SglangEngine:
             except PushFailed as error:
                 failure = failure or str(error)
         return size, from_first(lambda: failure)
-
-
-def from_first[Result](action: Callable[[], Result]) -> Result:
-    """The result of ``action``, which rank 0 carries out, on all ranks; so is its ``UserError``. Collective."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except UserError as error:
-            box[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
-
-
-def from_all[Value](value: Value) -> list[Value]:
-    """Every rank's ``value``, on all ranks; collective."""
-    if dist.get_world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found

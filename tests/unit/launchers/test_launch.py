@@ -75,7 +75,9 @@ def test_a_dry_run_writes_scripts_and_configuration_and_nothing_else(place):
     assert load_workflow(directory / "workflow.json") == load_workflow(SMOKE, ["parallel.data_parallel_size=2"])
     settings = json.loads((directory / "launch.json").read_text())
     assert (settings["nodes"], settings["processes_per_node"], settings["gpus_per_node"]) == (2, 1, 1)
-    stages = {name.removeprefix("resolved/stages/").removesuffix(".json") for name in files(directory) if "/stages/" in name}
+    stages = {
+        name.removeprefix("resolved/stages/").removesuffix(".json") for name in files(directory) if "/stages/" in name
+    }
     processes = {task["name"]: task for task in json.loads((directory / "processes.json").read_text())}
     assert set(processes) == {*stages, "report"}
     assert processes["opd"]["after"] == ["forward_kl", "rl_teacher"] and processes["opd"]["command"][-1] == "opd"
@@ -156,7 +158,9 @@ def test_what_a_job_does_after_its_ranks_have_ended(place, codes, restarted, exp
     directory = dry_run("slurm", "--cluster-set", "max_requeues=5")
     bin_dir = place / "bin"
     (place / "codes").write_text(codes.replace(" ", "\n") + "\n")
-    program(bin_dir, "srun", f"cd {shlex.quote(str(place))}; echo start; code=$(head -1 codes); sed -i 1d codes; exit $code")
+    program(
+        bin_dir, "srun", f"cd {shlex.quote(str(place))}; echo start; code=$(head -1 codes); sed -i 1d codes; exit $code"
+    )
     program(bin_dir, "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_RESTART_COUNT": str(restarted)}
     done = run_script(directory / "01-run.sbatch", bin_dir=bin_dir, **variables)
@@ -183,7 +187,10 @@ def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
     assert list(numbers) == [
         "teacher_base", "student_base", "rl_teacher", "cache", "forward_kl", "opd", "stage3", "student_grpo", "report"
     ]  # fmt: skip
-    calls = {line.split()[-1].partition("-")[2].removesuffix(".sbatch"): line for line in (place / "count").read_text().splitlines()}
+    calls = {
+        line.split()[-1].partition("-")[2].removesuffix(".sbatch"): line
+        for line in (place / "count").read_text().splitlines()
+    }
     after = f"afterok:{numbers['forward_kl']}:{numbers['rl_teacher']} "
     assert after in calls["opd"] and "--kill-on-invalid-dep=yes" in calls["opd"]
     assert "dependency" not in calls["teacher_base"]
@@ -219,7 +226,7 @@ def test_the_local_script_starts_torchrun(place):
     (place / "cluster.yaml").write_text("{nodes: 4, per_stage: true, partition: batch}")  # of no concern here
     directory = dry_run("local", "--cluster", "cluster.yaml", "--processes-per-node", "2", *TWO_RANKS, *chosen)
     assert [task["name"] for task in json.loads((directory / "processes.json").read_text())] == ["run"]
-    done = run_script(directory / "local.sh", "run", "x y", bin_dir=place / "bin")
+    done = run_script(directory / "local.sh", "2", "run", "x y", bin_dir=place / "bin")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert done.stdout.splitlines() == [*torchrun, "-m", "megatron_s2d.cli", "run", "x y"]
 
@@ -227,7 +234,7 @@ def test_the_local_script_starts_torchrun(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slurm", "--nodes", "3"], "3 nodes x 1 processes are 3 ranks, but the layout of the workflow takes 1: add "
+        (["slurm", "--nodes", "3"], "3 nodes x 1 processes are 3 ranks, but the workflow's layout takes 1: add "
          "--set parallel.data_parallel_size=3"),
         (["slurm", "--nodes", "0"], "nodes: "),
         (["local", "--nodes", "2", *TWO_RANKS], "local means one node"),
@@ -269,12 +276,19 @@ def test_nemo_run_writes_the_same_ranks_into_its_jobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--nodes", "2", *TWO_RANKS, "--cluster-set", "partition=main", "--cluster-set", "sbatch=[--mem=0]"]
     # A process of its own: NeMo-Run reads the home directory when it is imported, and standard input.
+    command = [sys.executable, "-m", "megatron_s2d.cli", "launch", "nemo-run", str(SMOKE), "--out", "run", "--dry-run"]
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_s2d.cli", "launch", "nemo-run", SMOKE, "--out", "run", "--dry-run", *arguments],
-        env={**os.environ, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [*command, *arguments],
+        env={**os.environ, "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"run"} and {path.name for path in Path("run").iterdir()} == {"launch"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run"} and {path.name for path in Path("run").iterdir()} == {
+        "launch"
+    }
     (directory,) = Path("run/launch").iterdir()
     (job,) = directory.glob("nemo/experiments/smoke/*/opd_sbatch.sh")
     text = job.read_text()

@@ -1,0 +1,34 @@
+"""What one rank does or knows, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_s2d.config.base import UserError
+
+
+def from_first[Result](action: Callable[[], Result]) -> Result:
+    """The result of ``action``, which rank 0 carries out, on all ranks; so is its ``UserError``. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def from_all[Value](value: Value) -> list[Value]:
+    """Every rank's ``value``, on all ranks; collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
