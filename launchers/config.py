@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from megatron_s2d.config.base import Config, UserError, apply_overrides, load_yaml, parse
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -30,6 +30,10 @@ class LaunchConfig(Config):
     nodes: int | None = Field(None, ge=1, description="by default 1")
     min_nodes: int | None = Field(
         None, ge=1, description="slurm: go on with as few nodes when others are lost; data-parallel replicas follow"
+    )
+    server_nodes: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="slurm: entry of `models` -> further nodes, whose GPUs run SGLang servers that the run samples from",
     )
     processes_per_node: int | None = Field(None, ge=1, description="ranks; by default what the layout needs / nodes")
     gpus_per_node: int | None = Field(

@@ -18,6 +18,7 @@ from megatron_s2d.artifacts import atomic_write_json, atomic_write_text, json_di
 from megatron_s2d.config.base import UserError, dump
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.launchers.config import LaunchConfig, resolve
+from megatron_s2d.launchers.servers import with_servers
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import check_workflow
 
@@ -94,6 +95,7 @@ def plan_launch(workflow: WorkflowConfig, settings: LaunchConfig, run_dir: Path)
     Raises ``UserError`` for anything that would fail in the job and can be seen before it is queued.
     """
     settings = resolve(settings, workflow)
+    workflow = with_servers(workflow, settings)
     with tempfile.TemporaryDirectory() as scratch:
         check_workflow(workflow, Path(scratch))
     run_dir, working_dir = run_dir.absolute(), Path.cwd()
@@ -128,6 +130,7 @@ def processes(launch: Launch) -> list[dict]:
             | {
                 "command": [launch.python, "-m", "megatron_s2d.cli", *task.arguments],
                 "environment": launch.settings.environment,
+                "server_nodes": launch.settings.server_nodes,
                 "ranks": [
                     {
                         "rank": rank,

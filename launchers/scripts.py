@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 
+from megatron_s2d.launchers import servers
 from megatron_s2d.launchers.job import Launch, Task
 
 # 20000 to 31999: below the ports that kernels hand out. Jobs that share a head node rarely meet.
@@ -42,7 +43,12 @@ exec {shlex.quote(launch.python)} -m torch.distributed.run --standalone --nproc-
 def sbatch_script(launch: Launch, task: Task) -> str:
     """The job of one task."""
     settings = launch.settings
-    command = " \\\n        ".join([*srun_words(launch, task), shlex.join(task.arguments)])
+    words = [*srun_words(launch, task), shlex.join(task.arguments)]
+    if settings.server_nodes:
+        count = task.nodes * task.processes_per_node
+        words[1:1] = [f"--nodes={task.nodes} --ntasks={count}", f'--nodelist="$(nodes 0 {task.nodes})"']
+        words.append('"${urls[@]}"')
+    command = " \\\n        ".join(words)
     attempts = " ".join(str(number) for number in range(settings.restarts + 1))
     title = f"{launch.workflow.name}, {task.name}: {task.nodes} nodes x {task.processes_per_node} processes"
     return f"""#!/bin/bash
@@ -55,6 +61,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT={MASTER_PORT}
 export MASTER_ADDR MASTER_PORT
 
+{_servers(launch)}
 # Set by scancel, and by SLURM when it takes the nodes away, after which it requeues the job itself.
 cancelled=
 trap 'cancelled=yes' TERM
@@ -71,6 +78,19 @@ done
 {_requeue(launch)}
 exit "$code"
 """
+
+
+def _servers(launch: Launch) -> str:
+    settings = launch.settings
+    if not settings.server_nodes:
+        return ""
+    script = str(launch.directory / "server.sh")
+    return servers.server_lines(launch.workflow, settings, script, " ".join(["srun", *container_words(launch)])) + "\n"
+
+
+def server_script(launch: Launch) -> str:
+    """What srun starts for every SGLang server on nodes of its own."""
+    return servers.server_script(launch.workflow, launch.python, _preamble(launch))
 
 
 def _requeue(launch: Launch) -> str:
@@ -91,9 +111,12 @@ def sbatch_options(launch: Launch, task: Task) -> list[str]:
     """Options of sbatch, quoted as its script lines want them; those of the user come last and win."""
     settings = launch.settings
     logs = str(launch.directory).replace("%", "%%") + f"/{_file_name(task.name).replace('%', '%%')}-%j.log"
+    nodes = task.nodes + sum(settings.server_nodes.values())
+    if settings.min_nodes is not None and task.nodes > 1:
+        nodes = f"{settings.min_nodes}-{task.nodes}"
     named = {
         "job-name": f"{launch.workflow.name}-{task.name}",
-        "nodes": task.nodes if settings.min_nodes is None or task.nodes == 1 else f"{settings.min_nodes}-{task.nodes}",
+        "nodes": nodes,
         "ntasks-per-node": task.processes_per_node,
         "gpus-per-node": task.gpus_per_node or None,
         "cpus-per-task": settings.cpus_per_process,
@@ -122,13 +145,20 @@ def srun_words(launch: Launch, task: Task) -> list[str]:
     words = ["srun", "--wait=60"]
     if settings.cpus_per_process:  # srun does not take it over from sbatch
         words.append(f"--cpus-per-task={settings.cpus_per_process}")
-    if settings.container:
-        words += [
-            f"--container-image={shlex.quote(settings.container.image)}",
-            f"--container-mounts={shlex.quote(','.join(launch.mounts))}",
-            f"--container-workdir={shlex.quote(str(launch.working_dir))}",
-        ]
+    words += container_words(launch)
     return [*words, f"bash {shlex.quote(str(launch.directory / 'rank.sh'))}"]
+
+
+def container_words(launch: Launch) -> list[str]:
+    """srun's options for the container, if there is one."""
+    container = launch.settings.container
+    if container is None:
+        return []
+    return [
+        f"--container-image={shlex.quote(container.image)}",
+        f"--container-mounts={shlex.quote(','.join(launch.mounts))}",
+        f"--container-workdir={shlex.quote(str(launch.working_dir))}",
+    ]
 
 
 def sbatch_name(number: int, task: Task) -> str:

@@ -22,7 +22,10 @@ def write(launch: Launch) -> None:
         scripts.sbatch_name(number, task): scripts.sbatch_script(launch, task)
         for number, task in enumerate(launch.tasks(), 1)
     }
-    write_launch(launch, {"rank.sh": scripts.rank_script(launch), "submit.sh": scripts.submit_script(launch), **jobs})
+    files = {"rank.sh": scripts.rank_script(launch), "submit.sh": scripts.submit_script(launch), **jobs}
+    if launch.settings.server_nodes:
+        files["server.sh"] = scripts.server_script(launch)
+    write_launch(launch, files)
 
 
 def submitter(cluster: Path | None, overrides: list[str]) -> Callable[[Point, Path, Console], None]:

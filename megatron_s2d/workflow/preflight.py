@@ -118,7 +118,7 @@ def _check_engine(config: WorkflowConfig) -> None:
             f"num_workers is {config.num_workers}, but the servers of rollout.sglang.urls hold one model at a time: "
             "set num_workers to 1, or leave urls out to have servers started for each stage"
         )
-    if set(sglang.urls) >= set(config.models):
+    if set(sglang.urls) >= {config.model_of(name) for name in needed_stages(config)}:
         return
     if sglang.python is not None and shutil.which(sglang.python) is None:
         raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")

@@ -15,15 +15,13 @@ from pathlib import Path
 import httpx
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.config.training import SglangConfig
+from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.launch import child_environment
 
 _HOST = "127.0.0.1"
 _FOLDER = Path(__file__).parent
 _STOP_SECONDS = 20.0
-# SGLang keeps a few positions of the context for itself, and would cut the longest responses short.
-_SPARE_POSITIONS = 8
 
 
 class ServerProcess:
@@ -46,7 +44,7 @@ class ServerProcess:
             settings.python or sys.executable, "-m", "sglang.launch_server",
             "--model-path", str(model), "--host", _HOST, "--port", str(port),
             "--dtype", dtype, "--weight-version", weight_version,
-            "--context-length", str(positions + _SPARE_POSITIONS),
+            "--context-length", str(positions + SERVER_SPARE_POSITIONS),
             "--tensor-parallel-size", str(settings.tensor_parallel_size),
         ]  # fmt: skip
         added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}

@@ -197,6 +197,79 @@ def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
     assert all(number in calls["report"] for name, number in numbers.items() if name != "report")
 
 
+@pytest.fixture
+def served(place) -> Path:
+    """A workflow that samples from servers of a model with a checkpoint."""
+    write_tiny_checkpoint(place / "my model")
+    document = {
+        "base": str(SMOKE),
+        "models": {"student": {"path": "my model"}},
+        "arms": {"direct": "student_grpo"},
+        "contrasts": [],
+        "num_workers": 1,
+        "rollout": {"engine": "sglang", "sglang": {"tensor_parallel_size": 2, "arguments": ["--mem-fraction-static", "0.8"]}},
+    }
+    path = place / "served.yaml"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def write_tiny_checkpoint(directory: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_s2d.config.hf_config import hf_config_from_spec
+    from megatron_s2d.config.model import ModelConfig
+    from megatron_s2d.models.families import hf_tensor_shapes
+
+    spec = ModelConfig(preset="tiny-student", vocab_size=25).resolve()
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "float32")))
+    save_file({name: torch.zeros(shape) for name, shape in hf_tensor_shapes(spec)}, directory / "model.safetensors")
+
+
+def test_servers_get_nodes_of_their_own(place, served):
+    """The job's script with stand-ins for srun and scontrol: who is started where, and which addresses the run gets."""
+    arguments = ["--cluster-set", "server_nodes={student: 2}", "--cluster-set", "gpus_per_node=4"]
+    assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
+    (directory,) = Path("run/launch").iterdir()
+    script = directory.absolute() / "01-run.sbatch"
+    assert "#SBATCH --nodes=3\n" in script.read_text()
+    program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\n'")
+    program(place / "bin", "srun", f"printf '%s|' \"$@\" >>{shlex.quote(str(place / 'calls'))}; echo >>{shlex.quote(str(place / 'calls'))}")
+    program(place / "bin", "curl", f"echo \"curl ${{@: -1}}\" >>{shlex.quote(str(place / 'calls'))}")
+    done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
+    assert done.returncode == 0, done.stderr
+    calls = (place / "calls").read_text().splitlines()
+    (serving,) = [line for line in calls if "server.sh" in line]
+    (training,) = [line for line in calls if "rank.sh" in line]
+    assert "--nodes=2|--ntasks=4|--ntasks-per-node=2|--nodelist=b,c|" in serving and f"{place / 'my model'}|520|" in serving
+    assert "--nodes=1 --ntasks=1".replace(" ", "|") in training and "--nodelist=a|" in training
+    addresses = ",".join(f"http://{host}:{port}" for host in "bc" for port in (30000, 30001))
+    assert f"--set|rollout.sglang.urls.student=[{addresses}]|" in training
+    waited = [line for line in calls if line.startswith("curl ")]
+    assert waited == [f"curl {address}/health" for address in addresses.split(",")]
+    assert calls.index(training) > calls.index(waited[-1])
+    program(place / "bin", "my python", 'printf "%s\n" "$@"')
+    text = (directory / "server.sh").read_text()
+    assert "--host \"$SLURMD_NODENAME\"" in text and "--mem-fraction-static 0.8" in text and "trap '' USR1" in text
+    assert subprocess.run(["bash", "-n", directory / "server.sh"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--cluster-set", "server_nodes={teacher: 1}"], "model 'teacher' has no `path`"),
+        (["--cluster-set", "server_nodes={pupil: 1}"], "'pupil' is not among `models`"),
+        (["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.engine=megatron"], "samples without servers"),
+        (["--cluster-set", "server_nodes={student: 1}", "--per-stage"], "leave per_stage and min_nodes out"),
+    ],
+)
+def test_nodes_for_servers_that_cannot_be_are_refused(place, served, changes, message, capsys):
+    assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *changes]) == 1
+    assert message in capsys.readouterr().err and not Path("run").exists()
+
+
 def test_a_sweep_submits_a_job_for_every_point(place, monkeypatch, capsys):
     counter = shlex.quote(str(place / "count"))
     program(place / "bin", "sbatch", f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})))"')
