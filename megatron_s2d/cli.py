@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Sparse-to-dense post-training on Megatron-Core: GRPO teachers, forward-KL warm-up, on-policy "
         "distillation, and their control arms, as one resumable run.",
         epilog="examples:\n  s2d run configs/quickstart.yaml\n  s2d run configs/quickstart.yaml --dry-run\n"
+        "  s2d launch slurm configs/quickstart.yaml --dry-run\n"
         "  s2d eval runs/quickstart --arm rl_teacher_bridge\n  s2d doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -232,6 +232,33 @@ def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path):
+    config = yaml.safe_load(WORKFLOW)
+    shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "prompts_per_step", "sampling", "optimizer")}
+    config["stages"]["teacher"] = {"like": "base", "steps": 60}
+    config["stages"]["opd"] = shared | {
+        "type": "opd", "init": "base", "teacher": "teacher", "granularity": "sampled", "steps": 3,
+        "responses_per_prompt": 2,
+    }  # fmt: skip
+    config["arms"] = {"opd": "opd"}
+    rows = {}
+    for engine in ("trainer", "sglang"):
+        config["stages"]["opd"]["teacher_engine"] = engine
+        config["rollout"] = {"sglang": {"urls": {"student": [url]}}}
+        path = tmp_path / f"{engine}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        finished = s2d("run", path, "--out", tmp_path / engine)
+        assert finished.returncode == 0, finished.stderr
+        rows[engine] = metrics(tmp_path / engine, "stages/opd")
+    assert len(rows["sglang"]) == 3
+    for one, other in zip(rows["trainer"], rows["sglang"], strict=True):
+        assert one["response_length"] == other["response_length"]
+        for name in ("loss", "advantage_mean", "advantage_abs_mean", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], abs=1e-4), name
+    assert any(row["advantage_abs_mean"] > 0.01 for row in rows["trainer"])
+
+
+@pytest.mark.slow
 def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started):
     """Kills the server of this file, so it comes last."""
     requests = make_requests(prompts=8, groups=4, temperature=0.0, max_new_tokens=200, stop_token_ids=())
