@@ -275,11 +275,15 @@ def row_of(name: str, found: dict) -> dict[str, object]:
     """A case's measurement with its three errors: of what is held, of the peak beyond it, of both together."""
     total = found["held"] + found["peak"]
     estimate = found["held_estimate"] + found["peak_estimate"]
-    return {"case": name} | found | {
-        "held_error": error(found["held_estimate"], found["held"]),
-        "peak_error": error(found["peak_estimate"], found["peak"]),
-        "total_error": error(estimate, total),
-    }
+    return (
+        {"case": name}
+        | found
+        | {
+            "held_error": error(found["held_estimate"], found["held"]),
+            "peak_error": error(found["peak_estimate"], found["peak"]),
+            "total_error": error(estimate, total),
+        }
+    )
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     NN-TASK.sbatch --srun, once a server--> server.sh --> sglang.launch_server
                    --srun, once a rank----> rank.sh   --> s2d run ... --set rollout.sglang.urls.MODEL=[...]
 
-Servers start with a model's published weights and get the trained ones from the trainer, which checks that they hold them.
+Servers start with a model's published weights and get the trained ones from the trainer, which checks that they hold
+them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def servers_per_node(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
 def server_script(workflow: WorkflowConfig, python: str, preamble: str) -> str:
     """What srun starts for every server; its arguments are the model's directory and positions."""
     size = workflow.rollout.sglang.tensor_parallel_size
-    dtype = workflow.precision
+    dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.arguments)
     return f"""#!/bin/bash
 # One SGLang server of {workflow.name}: the directory of its model, then the positions it needs.
 {preamble}
@@ -55,7 +56,7 @@ trap '' USR1 # the signal before the time limit is for the ranks
 export SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1
 exec {shlex.quote(python)} -m sglang.launch_server --model-path "$1" --context-length "$2" --dtype {dtype} \\
     --host "$SLURMD_NODENAME" --port $(({PORT} + SLURM_LOCALID)) \\
-    --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {shlex.join(workflow.rollout.sglang.arguments)}
+    --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {further}
 """
 
 
@@ -65,13 +66,16 @@ def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, 
     lines = [
         f"# The first {first} nodes train; servers on the others end with the job.",
         'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "nodes() { local IFS=,; echo \"${hosts[*]:$1:$2}\"; }",
+        'nodes() { local IFS=,; echo "${hosts[*]:$1:$2}"; }',
         "urls=() all=()",
         "serve() { # model, directory, positions, first node, number of nodes",
         "    local host list=()",
-        f'    {srun} --nodes="$5" --ntasks=$(($5 * {per_node})) --ntasks-per-node={per_node} --nodelist="$(nodes "$4" "$5")" \\',
+        f'    {srun} --nodes="$5" --ntasks=$(($5 * {per_node})) --ntasks-per-node={per_node} \\',
+        '        --nodelist="$(nodes "$4" "$5")" \\',
         f'        bash {shlex.quote(script)} "$2" "$3" &',
-        f'    for host in "${{hosts[@]:$4:$5}}"; do for port in {{{PORT}..{PORT + per_node - 1}}}; do list+=("http://$host:$port"); done; done',
+        '    for host in "${hosts[@]:$4:$5}"; do',
+        f'        for port in {{{PORT}..{PORT + per_node - 1}}}; do list+=("http://$host:$port"); done',
+        "    done",
         '    all+=("${list[@]}")',
         '    urls+=(--set "rollout.sglang.urls.$1=[$(IFS=,; echo "${list[*]}")]")',
         "}",

@@ -28,7 +28,9 @@ class TaskSource(Config):
     modulus: int = Field(17, ge=3, le=997)
     num_operations: int = Field(4, ge=1, le=16)
     operators: tuple[Literal["+", "-", "*"], ...] = Field(
-        ("+", "-", "*"), min_length=1, description="which a problem may have; the numbering of problems stays that of all"
+        ("+", "-", "*"),
+        min_length=1,
+        description="which a problem may have; the numbering of problems stays that of all",
     )
     domain: str = Field("arithmetic", description="routes to a teacher and is reported separately")
     world_seed: int = Field(0, ge=0, description="of the corpus's misconceptions")

@@ -69,5 +69,7 @@ class TableConfig(Config):
                 )
             groups = {column.group for column in self.columns if column.group is not None}
             if isinstance(row.arm, dict) and set(row.arm) != groups:
-                raise ValueError(f"row '{row.label}': give an arm for each group of columns ({', '.join(sorted(groups))})")
+                raise ValueError(
+                    f"row '{row.label}': give an arm for each group of columns ({', '.join(sorted(groups))})"
+                )
         return self

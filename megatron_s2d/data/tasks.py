@@ -170,9 +170,10 @@ def _work(
     current, results = values, []
     for step in range(operators.shape[1]):
         operator, operand = operators[:, step], operands[:, step]
-        true = np.select(
-            [operator == 0, operator == 1], [current + operand, current - operand], current * operand
-        ) % modulus
+        true = (
+            np.select([operator == 0, operator == 1], [current + operand, current - operand], current * operand)
+            % modulus
+        )
         if noise is not None:
             source, rng = noise
             fixed = _misconceptions(source)[operator, current, operand - 1]

@@ -122,9 +122,7 @@ class Saving:
         if failure is None:
             failure = _everyone(self._finalize)
         if failure is None:
-            failure = _on_rank_zero(
-                lambda: _appear(self._temporary, self._directory, self._model_spec, self._position)
-            )
+            failure = _on_rank_zero(lambda: _appear(self._temporary, self._directory, self._model_spec, self._position))
         if failure is not None:
             self._give_up(failure)
 
@@ -239,9 +237,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{directory}/{name}: damaged ({error})") from None
 
 
-def _sharded_state(
-    chunks: list[torch.nn.Module], trainable: TrainableModel | None, *, loading: bool
-) -> dict[str, Any]:
+def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | None, *, loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for index, chunk in enumerate(chunks):
         sharded = chunk.sharded_state_dict(prefix=_MODEL_PREFIX)

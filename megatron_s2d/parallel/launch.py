@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_s2d.config.base import UserError
+
 # A server that a rank starts has process groups of its own and must not take these for its own place.
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-from megatron_s2d.config.base import UserError
 
 
 def is_launched() -> bool:

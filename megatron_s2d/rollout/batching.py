@@ -150,4 +150,3 @@ class Responses:
             sample_of(request, tokens[row, :length], log_probs[row, :length], reason, version)
             for row, (request, length, reason) in enumerate(zip(self._requests, lengths.tolist(), reasons, strict=True))
         ]
-

@@ -103,9 +103,7 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, group: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def check_requests(
-    requests: Sequence[Request], *, vocab_size: int, max_positions: int, has_tokenizer: bool
-) -> None:
+def check_requests(requests: Sequence[Request], *, vocab_size: int, max_positions: int, has_tokenizer: bool) -> None:
     """Refuse, with a ``UserError`` that names the prompt, what a model of these sizes cannot continue."""
     known: set[int] = set()  # prompts that were looked at; the requests of a group share one
     for request in requests:

@@ -208,9 +208,7 @@ def score_phase(part: Part, build: Build, work: Workload, *, on_gpu: bool, state
     if states:
         return found | {"teacher states": states}
     if part.is_last:
-        found["KL workspace"] = output_workspace(
-            part, build, work.batch, on_gpu=on_gpu, teacher=None, training=False
-        )
+        found["KL workspace"] = output_workspace(part, build, work.batch, on_gpu=on_gpu, teacher=None, training=False)
     return found
 
 

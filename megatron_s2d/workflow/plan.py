@@ -132,7 +132,9 @@ def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str
     settings = {key: value for key, value in dump(stage).items() if key not in _UNESSENTIAL}
     used = {entry.partition("/")[0] for entry in stage.entries}
     sampled = _engine(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
-    resolved = _common(config) | sampled | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
+    resolved = (
+        _common(config) | sampled | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
+    )
     if any("/" in entry for entry in stage.entries):
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:

@@ -148,7 +148,9 @@ def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> 
     if path is None:
         for stage in starts:
             if isinstance(config.stages[stage], PretrainedConfig):
-                raise UserError(f"stages.{stage}: model '{name}' has no `path`, from which pretrained weights would come")
+                raise UserError(
+                    f"stages.{stage}: model '{name}' has no `path`, from which pretrained weights would come"
+                )
     elif starts:
         from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # loads torch
 

@@ -96,9 +96,7 @@ def workflow_seconds(
     return found
 
 
-def _candidates(
-    checked: Preflight, machine: Machine, num_gpus: int
-) -> Iterator[tuple[WorkflowConfig, str, int]]:
+def _candidates(checked: Preflight, machine: Machine, num_gpus: int) -> Iterator[tuple[WorkflowConfig, str, int]]:
     longest = max(shape.length for shape in checked.shapes.values())
     for parallel in layouts(checked.specs, num_gpus, machine.assumptions.gpus_per_node):
         updates = [shape.responses for shape in checked.shapes.values() if shape.responses]

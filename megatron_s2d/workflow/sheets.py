@@ -69,9 +69,7 @@ def write_sheets(
     atomic_write_text(out / f"{stem}.md", f"# {title}\n\n{description}\n\n{text}\n{images}")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     pictures = {name: base64.b64encode(png).decode("ascii") for name, png in plots.items()}
-    page = environment.from_string(_PAGE).render(
-        title=title, description=description, sheets=sheets, pictures=pictures
-    )
+    page = environment.from_string(_PAGE).render(title=title, description=description, sheets=sheets, pictures=pictures)
     atomic_write_text(out / f"{stem}.html", page)
     return out / f"{stem}.html"
 

@@ -86,9 +86,7 @@ def stage_shape(
     if isinstance(stage, OpdConfig):
         live = round(stage.on_policy_fraction * live)
     responses = stage.prompts_per_step * stage.responses_per_prompt // stage.updates_per_step
-    return StageShape(
-        responses, stage.updates_per_step, live * stage.responses_per_prompt, live, longest, limit
-    )
+    return StageShape(responses, stage.updates_per_step, live * stage.responses_per_prompt, live, longest, limit)
 
 
 def _longest_solution(

@@ -26,9 +26,7 @@ def write_sweep(results: SweepResults, out: Path, console: Console) -> Path:
     sheets = [_main(results), _contrasts(results), _fits(results), *_efficiency(results), _failures(results)]
     shown = [sheet for sheet in sheets if sheet.rows or sheet.notes]
     atomic_write_text(out / "results.csv", _csv(results))
-    page = write_sheets(
-        out, "results", results.sweep.name, results.sweep.description, shown, _plots(results)
-    )
+    page = write_sheets(out, "results", results.sweep.name, results.sweep.description, shown, _plots(results))
     for sheet in shown:
         sheet.print(console)
     return page

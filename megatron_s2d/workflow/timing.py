@@ -77,9 +77,7 @@ def added(*parts: Mapping[str, Traffic]) -> dict[str, Traffic]:
     for part in parts:
         for name, item in part.items():
             old = found.get(name, Traffic(0.0, 0.0, 1))
-            found[name] = Traffic(
-                old.bytes_sent + item.bytes_sent, old.calls + item.calls, max(old.span, item.span)
-            )
+            found[name] = Traffic(old.bytes_sent + item.bytes_sent, old.calls + item.calls, max(old.span, item.span))
     return found
 
 

@@ -10,7 +10,14 @@ pytest.importorskip("torch")
 
 pytestmark = pytest.mark.dist
 
-CASES = ("tiny-llama/one", "tiny-llama/tp2", "tiny-llama/tp2pp2", "tiny-moe/one", "tiny-moe/ep2pp2", "tiny-moe/ep4tp2sp")
+CASES = (
+    "tiny-llama/one",
+    "tiny-llama/tp2",
+    "tiny-llama/tp2pp2",
+    "tiny-moe/one",
+    "tiny-moe/ep2pp2",
+    "tiny-moe/ep4tp2sp",
+)
 
 
 @pytest.fixture(scope="module")

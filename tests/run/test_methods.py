@@ -102,7 +102,10 @@ def test_published_weights_are_evaluated_and_taught_from_as_they_are(run_dir, tm
     (tmp_path / "published.yaml").write_text(yaml.safe_dump(config))
     finished = s2d("run", tmp_path / "published.yaml", "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
-    rows = [(path / "evaluation.jsonl").read_text() for path in (run_dir / "evaluations/fkl", tmp_path / "run/evaluations/published")]
+    rows = [
+        (path / "evaluation.jsonl").read_text()
+        for path in (run_dir / "evaluations/fkl", tmp_path / "run/evaluations/published")
+    ]
     assert rows[0] == rows[1]
     assert metrics(tmp_path / "run", "stages/from_published")[0]["teacher_kl"] == 0
 

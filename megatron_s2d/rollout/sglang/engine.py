@@ -198,9 +198,7 @@ class SglangEngine:
         """Whether this rank sends the requests of its replica."""
         return self._layout.groups.mp.rank() == 0
 
-    def _ask(
-        self, requests: list[Request], samples: dict[int, Sample], progress: ProgressCallback | None
-    ) -> list[str]:
+    def _ask(self, requests: list[Request], samples: dict[int, Sample], progress: ProgressCallback | None) -> list[str]:
         """Add samples of requests that have none; returns reasons of failures, of all replicas and on all ranks."""
         outcome, refused = Outcome({}, {}), ""
         missing = [place for place in range(len(requests)) if place not in samples]
@@ -306,7 +304,9 @@ class SglangEngine:
                 break
         if len(self._pool.problems) == len(self._pool.servers):
             reasons = "; ".join(f"{url}: {problem}" for url, problem in self._pool.problems.items())
-            raise UserError(f"no SGLang server holds the current weights ({reasons}); see the logs in {self._directory}")
+            raise UserError(
+                f"no SGLang server holds the current weights ({reasons}); see the logs in {self._directory}"
+            )
 
     def _reachable(self, servers: Sequence[Server]) -> list[Server]:
         """Those of ``servers`` that answer, and servers of this run that were gone, or hung, and are started anew."""
@@ -339,9 +339,7 @@ class SglangEngine:
     def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
         """Buckets of the current weights, and whether each is the last."""
         held: Bucket | None = None
-        for bucket in export_buckets(
-            self._chunks, self._spec, self._layout, bucket_bytes=self._settings.bucket_bytes
-        ):
+        for bucket in export_buckets(self._chunks, self._spec, self._layout, bucket_bytes=self._settings.bucket_bytes):
             if held is not None:
                 yield held, False
             held = bucket

@@ -28,8 +28,16 @@ class ServerProcess:
     """One server; it ends at ``close``, and also when this process ends in whatever way."""
 
     def __init__(
-        self, settings: SglangConfig, model: Path, log: Path, *, number: int, weight_version: str, positions: int,
-        dtype: str, max_tokens: int,
+        self,
+        settings: SglangConfig,
+        model: Path,
+        log: Path,
+        *,
+        number: int,
+        weight_version: str,
+        positions: int,
+        dtype: str,
+        max_tokens: int,
     ):
         """Start (``wait`` says when it is ready).
 

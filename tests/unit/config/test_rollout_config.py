@@ -69,7 +69,9 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             check_workflow(workflow(rollout, **others), tmp_path)
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else real(name, *rest)
+    )
     for config in (workflow({"engine": "sglang"}), workflow({}, {"teacher_engine": "sglang"})):
         with pytest.raises(UserError, match="sglang is not installed"):
             check_workflow(config, tmp_path)

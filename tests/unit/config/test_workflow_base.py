@@ -21,7 +21,9 @@ def test_what_merges_and_what_replaces(tmp_path):
     write(tmp_path, "small.yaml", {"models": {"student": {"preset": "tiny-llama"}}, "stages": {"opd": {"steps": 3}}})
     stages = {"opd": {"optimizer": {"lr": 0.5}}, "student_base": {"seed": 7}}
     path = write(
-        tmp_path, "own.yaml", {"base": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages}
+        tmp_path,
+        "own.yaml",
+        {"base": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages},
     )
     before, after = load_workflow(SMOKE), load_workflow(path)
     assert after.models["student"].num_layers is None and after.models["teacher"] == before.models["teacher"]

@@ -207,7 +207,10 @@ def served(place) -> Path:
         "arms": {"direct": "student_grpo"},
         "contrasts": [],
         "num_workers": 1,
-        "rollout": {"engine": "sglang", "sglang": {"tensor_parallel_size": 2, "arguments": ["--mem-fraction-static", "0.8"]}},
+        "rollout": {
+            "engine": "sglang",
+            "sglang": {"tensor_parallel_size": 2, "arguments": ["--mem-fraction-static", "0.8"]},
+        },
     }
     path = place / "served.yaml"
     path.write_text(json.dumps(document))
@@ -236,14 +239,21 @@ def test_servers_get_nodes_of_their_own(place, served):
     script = directory.absolute() / "01-run.sbatch"
     assert "#SBATCH --nodes=3\n" in script.read_text()
     program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\n'")
-    program(place / "bin", "srun", f"printf '%s|' \"$@\" >>{shlex.quote(str(place / 'calls'))}; echo >>{shlex.quote(str(place / 'calls'))}")
-    program(place / "bin", "curl", f"echo \"curl ${{@: -1}}\" >>{shlex.quote(str(place / 'calls'))}")
+    program(
+        place / "bin",
+        "srun",
+        f"printf '%s|' \"$@\" >>{shlex.quote(str(place / 'calls'))}; echo >>{shlex.quote(str(place / 'calls'))}",
+    )
+    program(place / "bin", "curl", f'echo "curl ${{@: -1}}" >>{shlex.quote(str(place / "calls"))}')
     done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
     calls = (place / "calls").read_text().splitlines()
     (serving,) = [line for line in calls if "server.sh" in line]
     (training,) = [line for line in calls if "rank.sh" in line]
-    assert "--nodes=2|--ntasks=4|--ntasks-per-node=2|--nodelist=b,c|" in serving and f"{place / 'my model'}|520|" in serving
+    assert (
+        "--nodes=2|--ntasks=4|--ntasks-per-node=2|--nodelist=b,c|" in serving
+        and f"{place / 'my model'}|520|" in serving
+    )
     assert "--nodes=1 --ntasks=1".replace(" ", "|") in training and "--nodelist=a|" in training
     addresses = ",".join(f"http://{host}:{port}" for host in "bc" for port in (30000, 30001))
     assert f"--set|rollout.sglang.urls.student=[{addresses}]|" in training
@@ -252,7 +262,7 @@ def test_servers_get_nodes_of_their_own(place, served):
     assert calls.index(training) > calls.index(waited[-1])
     program(place / "bin", "my python", 'printf "%s\n" "$@"')
     text = (directory / "server.sh").read_text()
-    assert "--host \"$SLURMD_NODENAME\"" in text and "--mem-fraction-static 0.8" in text and "trap '' USR1" in text
+    assert '--host "$SLURMD_NODENAME"' in text and "--mem-fraction-static 0.8" in text and "trap '' USR1" in text
     assert subprocess.run(["bash", "-n", directory / "server.sh"]).returncode == 0
 
 

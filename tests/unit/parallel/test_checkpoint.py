@@ -69,9 +69,7 @@ def test_a_checkpoint_in_the_background_holds_the_state_of_its_start(layout, tmp
     expected = [step(unbroken, number) for number in range(6)]
     first = trainee(layout)
     assert [step(first, number) for number in range(3)] == expected[:3]
-    saving = first.start_saving(
-        tmp_path / "c", {"step": 3, "updates": 3}, with_optimizer=True, in_background=True
-    )
+    saving = first.start_saving(tmp_path / "c", {"step": 3, "updates": 3}, with_optimizer=True, in_background=True)
     assert [step(first, number) for number in range(3, 6)] == expected[3:]
     assert not (tmp_path / "c").exists()
     saving.finish()
@@ -137,8 +135,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(layout, small_disk, in_backgroun
     step(policy, 0)
     with pytest.raises(UserError, match="no space left on the disk.*earlier checkpoints are intact"):
         position = {"step": 2, "updates": 2}
-        policy.start_saving(
-            small_disk / "second", position, with_optimizer=True, in_background=in_background
-        ).finish()
+        policy.start_saving(small_disk / "second", position, with_optimizer=True, in_background=in_background).finish()
     assert os.listdir(small_disk) == ["first"]
     assert policy.load(small_disk / "first") == {"step": 1, "updates": 1}

@@ -146,9 +146,10 @@ class FakeServer:
             case "vocabulary":
                 reply["output_ids"][0] = len(self.embedding)
             case "short":
-                reply["output_ids"], meta["output_token_logprobs"] = reply["output_ids"][:1], meta[
-                    "output_token_logprobs"
-                ][:1]
+                reply["output_ids"], meta["output_token_logprobs"] = (
+                    reply["output_ids"][:1],
+                    meta["output_token_logprobs"][:1],
+                )
                 meta["completion_tokens"], meta["finish_reason"] = 1, {"type": "length", "length": 1}
             case "slow":
                 time.sleep(0.3)
@@ -205,9 +206,7 @@ class FakeServer:
         last = len(self.embedding) - 1
         shown = [0 if token == last else token for token in ids]
         scored = [[None, shown[0], None]]
-        scored += [
-            [float(table[ids[place - 1], ids[place]]), shown[place], None] for place in range(1, len(ids))
-        ]
+        scored += [[float(table[ids[place - 1], ids[place]]), shown[place], None] for place in range(1, len(ids))]
         meta = self.meta(ids) | {"completion_tokens": 0, "finish_reason": {"type": "length", "length": 0}}
         if k:
             rows = [table[token] for token in ids[:-1]]
@@ -221,7 +220,9 @@ def main() -> None:
     if "--fail-at-start" in sys.argv:
         print("Traceback ...\nRuntimeError: no such device")
         sys.exit(1)
-    server = FakeServer(read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"]))
+    server = FakeServer(
+        read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"])
+    )
     print(f"serving {server.url}", flush=True)
     threading.Event().wait()
 

@@ -156,12 +156,22 @@ def test_the_tiny_table_has_the_same_rows_and_methods(table):
     for name, stage in full.stages.items():
         other = tiny.stages[name]
         assert stage.type == other.type or {stage.type, other.type} <= methods and stage.type == "pretrained"
-        for key in ("reward_scale", "granularity", "gate", "divergence", "on_policy_fraction", "alpha", "verified_only"):
+        for key in (
+            "reward_scale",
+            "granularity",
+            "gate",
+            "divergence",
+            "on_policy_fraction",
+            "alpha",
+            "verified_only",
+        ):
             assert getattr(stage, key, None) == getattr(other, key, None), (name, key)
 
 
 def test_every_row_of_the_papers_is_there():
-    rows = {str(table): len(yaml.safe_load((CONFIGS / "papers" / table).read_text())["table"]["rows"]) for table in TABLES}
+    rows = {
+        str(table): len(yaml.safe_load((CONFIGS / "papers" / table).read_text())["table"]["rows"]) for table in TABLES
+    }
     assert rows == {
         "g-opd/table1.yaml": 3, "g-opd/table2.yaml": 9, "g-opd/table3.yaml": 9, "g-opd/table8.yaml": 6,
         "s2d/table1.yaml": 3, "s2d/table2.yaml": 15, "s2d/table3.yaml": 3, "s2d/table4.yaml": 6, "s2d/table5.yaml": 6,
