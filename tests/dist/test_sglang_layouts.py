@@ -1,4 +1,4 @@
-"""The served engine gives the same samples from every training layout, with faults on the way that ranks mend together."""
+"""The served engine gives the same samples from every training layout, with faults that the ranks mend together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ pytest.importorskip("torch")
 
 pytestmark = pytest.mark.dist
 
-CASES = ("tiny-llama/one", "tiny-llama/tp2", "tiny-llama/tp2pp2", "tiny-moe/one", "tiny-moe/ep2pp2", "tiny-moe/ep4tp2sp")
+CASES = [f"tiny-llama/{name}" for name in ("one", "tp2", "tp2pp2")]
+CASES += [f"tiny-moe/{name}" for name in ("one", "ep2pp2", "ep4tp2sp")]
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_stops_are_those_of_the_engine_in_the_process(policy, attach, tokenizer)
     """Stop tokens and strings, also where they come with the last token that is allowed."""
     inside = MegatronEngine(policy.chunks, VOCAB_SIZE, policy.layout, tokenizer=tokenizer)
     free = inside.generate(make_requests(prompts=6, groups=1, temperature=0.0, stop_token_ids=()))
-    token, other = (int(sample.token_ids[sample.prompt_length + place]) for sample, place in zip(free, (1, 2), strict=False))
+    token, other = (int(free[place].token_ids[free[place].prompt_length + place + 1]) for place in (0, 1))
     requests = []
     for limit in (1, 2, 3, 8):
         shared = {"prompts": 6, "groups": 1, "temperature": 0.0, "max_new_tokens": limit}

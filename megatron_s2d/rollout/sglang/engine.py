@@ -306,7 +306,7 @@ class SglangEngine:
                 break
         if len(self._pool.problems) == len(self._pool.servers):
             reasons = "; ".join(f"{url}: {problem}" for url, problem in self._pool.problems.items())
-            raise UserError(f"no SGLang server holds the current weights ({reasons}); see the logs in {self._directory}")
+            raise UserError(f"no SGLang server holds the current weights ({reasons}); see logs in {self._directory}")
 
     def _reachable(self, servers: Sequence[Server]) -> list[Server]:
         """Those of ``servers`` that answer, and servers of this run that were gone, or hung, and are started anew."""

@@ -221,7 +221,8 @@ def main() -> None:
     if "--fail-at-start" in sys.argv:
         print("Traceback ...\nRuntimeError: no such device")
         sys.exit(1)
-    server = FakeServer(read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"]))
+    embedding = read_embedding(Path(options["--model-path"]))
+    server = FakeServer(embedding, options["--weight-version"], int(options["--port"]))
     print(f"serving {server.url}", flush=True)
     threading.Event().wait()
 
