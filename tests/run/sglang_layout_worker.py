@@ -36,8 +36,8 @@ def main() -> None:
         policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
         for sync in ("disk", "distributed", "tensor"):
             engine = SglangEngine(
-                policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync), directory / name / sync,
-                urls=[url],
+                policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync),
+                directory / name / sync, urls=[url],
             )  # fmt: skip
             change(policy, 0.01)
             engine.push(policy.chunks, 1)
