@@ -15,6 +15,8 @@ from megatron_s2d.config.base import Config
 from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, OptimizerConfig, SamplingConfig
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+Truncated = Literal["keep", "mask"]
+TRUNCATED = "mask: a response that ran into max_response_tokens gives no gradient (its reward still counts in its group)"
 
 
 class StageConfig(Config):
@@ -134,6 +136,7 @@ class GrpoConfig(TrainingStageConfig):
     reference: str | None = Field(None, description="stage of the reference; by default the start of this stage")
     normalize_by_std: bool = Field(True, description="false: the Dr. GRPO advantage")
     aggregation: Aggregation = "token_mean"
+    truncated_responses: Truncated = Field("keep", description=TRUNCATED)
     dynamic_sampling_rounds: int = Field(
         0, ge=0, description="extra rounds that refill groups whose rewards are all equal (DAPO); 0 is off"
     )
@@ -290,6 +293,7 @@ class OpdConfig(TrainingStageConfig):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     aggregation: Aggregation = "token_mean"
+    truncated_responses: Truncated = Field("keep", description=TRUNCATED)
     importance: ImportanceConfig = ImportanceConfig()
 
     @pydantic.model_validator(mode="after")

@@ -163,7 +163,7 @@ class StudentResponses:
         factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
         updates = []
         for part in split_updates(samples, stage.updates_per_step):
-            weights = policy_weights(part, stage.aggregation, stage.sampling)
+            weights = policy_weights(part, stage)
             updates.append(UpdateBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
         return StepData(updates, metrics, shown)
 
@@ -248,7 +248,7 @@ class ScoredResponses:
     def _update(
         self, samples: list[Sample], anchors: list[Sample], alpha: float, factors: Mapping[str, np.ndarray]
     ) -> UpdateBatch:
-        own = with_factors(samples, policy_weights(samples, self.stage.aggregation, self.stage.sampling), factors)
+        own = with_factors(samples, policy_weights(samples, self.stage), factors)
         if self.anchors is None:
             return UpdateBatch(samples, {"policy_weight": own})
         lengths = [anchor.response_length for anchor in anchors]

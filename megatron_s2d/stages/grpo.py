@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_s2d.config.algorithm import GrpoConfig
+from megatron_s2d.config.algorithm import GrpoConfig, OpdConfig
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.advantages import (
     group_relative,
@@ -92,7 +92,7 @@ class GradedGroups:
         metrics |= {"zero_variance_fraction": zero_variance, "samples_drawn": float(len(drawn))}
         updates = split_updates(samples, stage.updates_per_step)
         batches = [
-            UpdateBatch(part, {"policy_weight": policy_weights(part, stage.aggregation, stage.sampling)})
+            UpdateBatch(part, {"policy_weight": policy_weights(part, stage)})
             for part in updates
         ]
         return StepData(batches, metrics, examples(step, samples, prompts, self.sampler.tokenizer))
@@ -161,7 +161,11 @@ def split_updates(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     return [[sample for sample in samples if place[sample.group] == part] for part in range(parts)]
 
 
-def policy_weights(samples: Sequence[Sample], aggregation: str, sampling) -> np.ndarray:
-    """Weight of every response token of each sample, with the update's normaliser folded in."""
-    lengths = [sample.response_length for sample in samples]
-    return token_weights(lengths, aggregation, ResponseCounts.of(lengths), sampling.max_response_tokens)
+def policy_weights(samples: Sequence[Sample], stage: GrpoConfig | OpdConfig) -> np.ndarray:
+    """Weight of every response token of each sample, with the update's normaliser folded in.
+
+    Responses that ran into the length limit weigh nothing, and are not counted, with ``truncated_responses: mask``.
+    """
+    masks = stage.truncated_responses == "mask"
+    lengths = [0 if masks and sample.finish_reason == "length" else sample.response_length for sample in samples]
+    return token_weights(lengths, stage.aggregation, ResponseCounts.of(lengths), stage.sampling.max_response_tokens)

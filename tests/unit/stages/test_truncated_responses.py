@@ -1,0 +1,32 @@
+"""Responses that ran into the length limit, kept and left out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megatron_s2d.config.algorithm import OpdConfig
+from megatron_s2d.records import Sample
+from megatron_s2d.stages.grpo import policy_weights
+
+
+def sample(length, finish_reason):
+    return Sample(
+        id=f"{length}", prompt_id="p", group=0, domain="d", seed=0, token_ids=np.arange(length + 2),
+        response_mask=np.arange(length + 2) >= 2, temperature=1.0, finish_reason=finish_reason,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_masked_responses_weigh_nothing_and_are_not_counted(aggregation):
+    stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", aggregation=aggregation)
+    samples = [sample(4, "stop"), sample(10, "length"), sample(6, "stop")]
+    masked = policy_weights(samples, stage.model_copy(update={"truncated_responses": "mask"}))
+    ended = policy_weights([samples[0], samples[2]], stage)
+    assert masked.tolist() == [ended[0], 0.0, ended[1]]
+    assert policy_weights(samples, stage)[1] > 0
+
+
+def test_nothing_ended_gives_no_gradient():
+    stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", truncated_responses="mask")
+    assert not policy_weights([sample(4, "length"), dataclasses.replace(sample(5, "length"))], stage).any()
