@@ -133,7 +133,11 @@ up() {
 }
 
 down() {
-    scancel --state=RUNNING,PENDING --user=root 2>/dev/null || true
+    scancel --user=root 2>/dev/null || true
+    for _ in $(seq 20); do  # step daemons end with their jobs
+        [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+        sleep 0.5
+    done
     for node in $nodes; do kill_node "$node"; done
     if runs slurmctld; then kill "$(pid_of slurmctld)"; fi
     for _ in $(seq 60); do
