@@ -29,7 +29,8 @@ class LaunchConfig(Config):
 
     nodes: int | None = Field(None, ge=1, description="by default 1")
     min_nodes: int | None = Field(
-        None, ge=1, description="slurm: go on with as few nodes when others are lost; data-parallel replicas follow"
+        None, ge=1, description="slurm: after a crash, go on within the job on the nodes that are left, if these are as many; "
+        "data-parallel replicas follow"
     )
     server_nodes: dict[str, PositiveInt] = Field(
         default_factory=dict,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 
 from megatron_s2d.launchers import servers
+from megatron_s2d.launchers.config import LaunchConfig
 from megatron_s2d.launchers.job import Launch, Task
 
 # 20000 to 31999: below the ports that kernels hand out. Jobs that share a head node rarely meet.
@@ -48,6 +49,9 @@ def sbatch_script(launch: Launch, task: Task) -> str:
         count = task.nodes * task.processes_per_node
         words[1:1] = [f"--nodes={task.nodes} --ntasks={count}", f'--nodelist="$(nodes 0 {task.nodes})"']
         words.append('"${urls[@]}"')
+    if settings.min_nodes is not None:
+        count = f"$((${{#hosts[@]}} * {task.processes_per_node}))"
+        words[1:1] = [f'--nodes="${{#hosts[@]}}" --ntasks={count}', '--nodelist="$(IFS=,; echo "${hosts[*]}")"']
     command = " \\\n        ".join(words)
     attempts = " ".join(str(number) for number in range(settings.restarts + 1))
     title = f"{launch.workflow.name}, {task.name}: {task.nodes} nodes x {task.processes_per_node} processes"
@@ -74,14 +78,30 @@ for attempt in {attempts}; do
     case $code in 0 | 1 | 2 | 130 | 138) break ;; esac
     [ -z "$cancelled" ] || break
     echo "attempt $attempt: the ranks ended with code $code" >&2
-done
+{_survivors(settings)}done
 {_requeue(launch)}
 exit "$code"
 """
 
 
+def _survivors(settings: LaunchConfig) -> str:
+    """Between two attempts of a job that may shrink: the nodes that still start something."""
+    if settings.min_nodes is None:
+        return ""
+    return f"""    survivors=()
+    for host in "${{hosts[@]}}"; do
+        timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$host" true && survivors+=("$host")
+    done
+    hosts=("${{survivors[@]}}")
+    echo "nodes left: ${{hosts[*]}}" >&2
+    [ "${{#hosts[@]}}" -ge {settings.min_nodes} ] || break
+"""
+
+
 def _servers(launch: Launch) -> str:
     settings = launch.settings
+    if settings.min_nodes is not None:
+        return 'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
     if not settings.server_nodes:
         return ""
     script = str(launch.directory / "server.sh")
@@ -112,8 +132,9 @@ def sbatch_options(launch: Launch, task: Task) -> list[str]:
     settings = launch.settings
     logs = str(launch.directory).replace("%", "%%") + f"/{_file_name(task.name).replace('%', '%%')}-%j.log"
     nodes = task.nodes + sum(settings.server_nodes.values())
-    if settings.min_nodes is not None and task.nodes > 1:
-        nodes = f"{settings.min_nodes}-{task.nodes}"
+    requeue = ["--requeue" if settings.requeue else "--no-requeue"]
+    if settings.min_nodes is not None:
+        requeue.append("--no-kill")
     named = {
         "job-name": f"{launch.workflow.name}-{task.name}",
         "nodes": nodes,
@@ -130,7 +151,7 @@ def sbatch_options(launch: Launch, task: Task) -> list[str]:
         "output": logs,
     }
     options = [f"--{name}={shlex.quote(str(value))}" for name, value in named.items() if value is not None]
-    return [*options, "--open-mode=append", "--requeue" if settings.requeue else "--no-requeue", *settings.sbatch]
+    return [*options, "--open-mode=append", *requeue, *settings.sbatch]
 
 
 def signal_option(launch: Launch) -> str:

@@ -55,10 +55,19 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_job_that_may_shrink_asks_for_a_range_of_nodes(place):
+def test_a_job_that_may_shrink_goes_on_with_the_nodes_that_are_left(place):
     directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--cluster-set", "min_nodes=1")
     text = (directory / "01-run.sbatch").read_text()
-    assert "#SBATCH --nodes=1-2\n" in text and "--elastic" in text
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --no-kill\n" in text and "--elastic" in text
+    calls = shlex.quote(str(place / "calls"))
+    program(place / "bin", "scontrol", "printf 'a\\nb\\n'")
+    # The first start of the ranks fails, and node b answers no more.
+    body = f'echo "$@" >>{calls}; case "$*" in *rank.sh*) [ $(wc -l <{calls}) -gt 1 ] || exit 3 ;; *nodelist=b*) exit 1 ;; esac'
+    program(place / "bin", "srun", body)
+    done = run_script(directory / "01-run.sbatch", bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="7")
+    assert done.returncode == 0 and "nodes left: a\n" in done.stderr, done.stderr
+    starts = [line for line in (place / "calls").read_text().splitlines() if "rank.sh" in line]
+    assert "--nodes=2 --ntasks=2 --nodelist=a,b " in starts[0] and "--nodes=1 --ntasks=1 --nodelist=a " in starts[1]
     workflow = load_workflow(SMOKE, ["parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}"])
     with pytest.raises(UserError, match="1 ranks are no whole number of replicas"):
         resolve(LaunchConfig(nodes=4, min_nodes=1), workflow)
