@@ -90,7 +90,7 @@ def _survivors(settings: LaunchConfig) -> str:
         return ""
     return f"""    survivors=()
     for host in "${{hosts[@]}}"; do
-        timeout 60 srun --nodes=1 --ntasks=1 --nodelist="$host" true && survivors+=("$host")
+        timeout 60 srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true && survivors+=("$host")
     done
     hosts=("${{survivors[@]}}")
     echo "nodes left: ${{hosts[*]}}" >&2
