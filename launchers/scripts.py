@@ -51,7 +51,9 @@ def sbatch_script(launch: Launch, task: Task) -> str:
         words.append('"${urls[@]}"')
     if settings.min_nodes is not None:
         count = f"$((${{#hosts[@]}} * {task.processes_per_node}))"
-        words[1:1] = [f'--nodes="${{#hosts[@]}}" --ntasks={count}', '--nodelist="$(IFS=,; echo "${hosts[*]}")"']
+        # --overlap: the step of an attempt that lost a node holds its places for a while
+        hosts = '--nodelist="$(IFS=,; echo "${hosts[*]}")"'
+        words[1:1] = ["--overlap", f'--nodes="${{#hosts[@]}}" --ntasks={count}', hosts]
     command = " \\\n        ".join(words)
     attempts = " ".join(str(number) for number in range(settings.restarts + 1))
     title = f"{launch.workflow.name}, {task.name}: {task.nodes} nodes x {task.processes_per_node} processes"
