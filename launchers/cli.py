@@ -22,7 +22,8 @@ The same command goes on with a run that was interrupted. docs/launch.md has the
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``launch`` to the main command's sub-commands; the parsed arguments go to ``run``."""
+    """Add ``launch`` to the main command's sub-commands; the parsed arguments, with those of
+    every command that takes a workflow, go to ``run``."""
     command = subparsers.add_parser(
         "launch",
         help="run a workflow on many ranks: here, through SLURM, or through NeMo-Run",
@@ -31,20 +32,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("launcher", choices=("local", "slurm", "nemo-run"))
-    command.add_argument("config", type=Path, metavar="CONFIG", help="workflow file (YAML)")
     command.add_argument("--nodes", type=int, metavar="N", help="default 1, or the cluster file's")
     command.add_argument(
         "--processes-per-node", type=int, metavar="K", help="ranks, each with a GPU; default: layout / nodes"
     )
-    command.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME-of-the-config)")
+    add_cluster(command)
+    command.add_argument("--per-stage", action="store_true", help="slurm: a job a stage, each after its inputs'")
+    command.add_argument("--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)")
     command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="override a key of the workflow; may be repeated",
+        "--dry-run", action="store_true", help="write scripts and resolved configuration to DIR/launch; start nothing"
     )
+
+
+def add_cluster(command: argparse.ArgumentParser) -> None:
+    """Options that name the cluster, of every command that submits."""
     command.add_argument("--cluster", type=Path, metavar="FILE", help="partition, time limit, container ... (YAML)")
     command.add_argument(
         "--cluster-set",
@@ -53,11 +54,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="cluster_overrides",
         metavar="KEY=VALUE",
         help="set a key of the cluster file; may be repeated",
-    )
-    command.add_argument("--per-stage", action="store_true", help="slurm: a job a stage, each after its inputs'")
-    command.add_argument("--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)")
-    command.add_argument(
-        "--dry-run", action="store_true", help="write scripts and resolved configuration to DIR/launch; start nothing"
     )
 
 

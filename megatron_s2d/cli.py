@@ -204,6 +204,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _add_sweep(commands) -> None:
+    from megatron_s2d.launchers.cli import add_cluster
+
     command = _command(
         commands,
         "sweep",
@@ -218,10 +220,7 @@ def _add_sweep(commands) -> None:
         "--submit", action="store_true", help="a SLURM job for every point that is not finished; see also --collect"
     )
     command.add_argument("--collect", action="store_true", help="run nothing: the table of what is finished")
-    command.add_argument("--cluster", type=Path, metavar="FILE", help="of --submit: partition, time limit ... (YAML)")
-    command.add_argument(
-        "--cluster-set", action="append", default=[], metavar="KEY=VALUE", help="set a key of the cluster file"
-    )
+    add_cluster(command)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -236,7 +235,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.submit:
         from megatron_s2d.launchers.slurm import submitter
 
-        run_sweep(sweep, out, _console(), submitter(options.cluster, options.cluster_set))
+        run_sweep(sweep, out, _console(), submitter(options.cluster, options.cluster_overrides))
         print(f"when the jobs are done: s2d sweep {options.sweep} --out {out} --collect")
         return 0
     from megatron_s2d.workflow.sweep_report import write_sweep
@@ -429,6 +428,7 @@ def _add_launch(commands) -> None:
     from megatron_s2d.launchers import cli
 
     cli.add_parser(commands)
+    _add_config(commands.choices["launch"])
     _finish_command(commands.choices["launch"], cli.run)
 
 

@@ -43,23 +43,6 @@ _MODEL_PREFIX = "model."
 _NEARLY_FULL_BYTES = 1 << 20
 
 
-def save_checkpoint(
-    directory: Path,
-    chunks: list[torch.nn.Module],
-    layout: Layout,
-    *,
-    model_spec: dict[str, Any],
-    position: dict[str, Any],
-    trainable: TrainableModel | None = None,
-) -> None:
-    """Write a checkpoint to ``directory`` (which must not exist); collective.
-
-    ``chunks`` are the bare models; ``trainable`` adds the optimizer state. Raises ``UserError`` when the disk is full
-    or not writable; then ``directory`` does not exist and whatever was saved before is untouched.
-    """
-    start_saving(directory, chunks, layout, model_spec=model_spec, position=position, trainable=trainable).finish()
-
-
 def start_saving(
     directory: Path,
     chunks: list[torch.nn.Module],
@@ -70,9 +53,12 @@ def start_saving(
     trainable: TrainableModel | None = None,
     in_background: bool = False,
 ) -> Saving:
-    """As ``save_checkpoint``, up to the point where files are written; ``finish`` makes the checkpoint appear.
+    """Begin a checkpoint in ``directory`` (which must not exist); its ``finish`` makes it appear. Collective.
 
-    in_background: a thread writes a copy of the state as it is now, while training goes on.
+    ``chunks`` are the bare models; ``trainable`` adds the optimizer state. in_background: a thread writes a copy of the
+    state as it is now, while training goes on; otherwise the files are written when this returns. Raises ``UserError``,
+    here or from ``finish``, when the disk is full or not writable; then ``directory`` does not exist and whatever was
+    saved before is untouched.
     """
     saving = Saving(directory, model_spec, position)
     saving.start(chunks, layout, trainable, in_background)
@@ -103,7 +89,7 @@ class Saving:
         if failure is not None:
             self._give_up(failure)
         if in_background:
-            self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=self._write_or_note, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write()
@@ -115,7 +101,7 @@ class Saving:
         return not waiting.item()
 
     def finish(self) -> None:
-        """Wait for the files, then let the checkpoint appear; collective. Raises ``UserError`` as ``save_checkpoint``."""
+        """Wait for the files, then let the checkpoint appear; collective. Raises as ``start_saving``."""
         if self._thread is not None:
             self._thread.join()
         failure = _agreed(self._failure)
@@ -154,6 +140,12 @@ class Saving:
             self._failure = _failure_of(
                 lambda: self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
             )
+
+    def _write_or_note(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # the boundary of a thread: ``finish`` reports it on every rank
+            self._failure = f"{type(error).__name__}: {_one_line(error)}"
 
     def _finalize(self) -> None:
         for function in self._request.finalize_fns:

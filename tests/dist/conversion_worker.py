@@ -21,7 +21,7 @@ from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_weights, import_weights
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.checkpoint import load_checkpoint, save_checkpoint
+from megatron_s2d.parallel.checkpoint import load_checkpoint, start_saving
 from megatron_s2d.parallel.step import TrainableModel, forward_only
 
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # isort: skip
@@ -114,13 +114,13 @@ def check_model(directory: Path) -> dict:
         tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
         equal = tensors.keys() == source.tensors.keys()
         found["exported"][name] = equal and all(torch.equal(tensors[key], source.read(key)) for key in tensors)
-        save_checkpoint(
+        start_saving(
             directory / "saved" / name,
             live,
             layout,
             model_spec=spec.to_dict(),
             position={"step": 0, "updates": 0},
-        )
+        ).finish()
         converted = build_model(spec, layout)
         load_checkpoint(directory / "megatron", converted, layout, model_spec=spec.to_dict())
         found["converted"][name] = same_parameters(live, converted)
@@ -138,15 +138,15 @@ def reshard(directory: Path, spec, tokens) -> dict:
     trainable.forward_backward(forward_step, [(tokens, None)])
     trainable.update()
     position = {"step": 1, "updates": 1}
-    save_checkpoint(
+    start_saving(
         directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable
-    )
+    ).finish()
     digests = {"tp2pp2": weights(chunks, spec, layout)}
     layout = make_layout("tp1")
     chunks = build_model(spec, layout)
     load_checkpoint(directory / "a", chunks, layout, model_spec=spec.to_dict())
     digests["tp1"] = weights(chunks, spec, layout)
-    save_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position)
+    start_saving(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
     layout = make_layout("tp4")
     chunks = build_model(spec, layout)
     load_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict())

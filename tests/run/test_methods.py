@@ -26,7 +26,9 @@ def losses(run_dir, stage, name="loss"):
 
 def test_every_arm_was_measured(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
-    assert len(arms) == 26 and all(arm["num_problems"] == 8 for arm in arms.values())
+    assert len(arms) == 26 and all(arm["num_problems"] == 12 for arm in arms.values())
+    rows = [json.loads(line) for line in (run_dir / "evaluations/opd/evaluation.jsonl").read_text().splitlines()]
+    assert [(row["domain"], len(row["rewards"])) for row in rows] == [("arithmetic", 2)] * 8 + [("products", 3)] * 4
 
 
 @pytest.mark.parametrize(

@@ -118,14 +118,14 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
     """The table of global tensors against ``sharded_state_dict`` of a live model."""
     from megatron_s2d.models.build import build_model
     from megatron_s2d.parallel import layout as layouts
-    from megatron_s2d.parallel.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_s2d.parallel.checkpoint import load_checkpoint, start_saving
 
     preset, fields = MODELS[name]
     spec = ModelConfig(preset=preset, **fields).resolve()
     layouts.initialize_distributed()
     layout = layouts.build_layout(ParallelConfig())
     chunks = build_model(spec, layout, seed=4)
-    save_checkpoint(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position={"step": 7, "updates": 7})
+    start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position={"step": 7, "updates": 7}).finish()
     entries = MegatronReader(tmp_path / "trained").entries
     expected: dict[str, set] = {}
     for piece in pieces(spec):
@@ -155,7 +155,7 @@ def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
     from megatron_s2d.data.tokenizer import load_tokenizer
     from megatron_s2d.models.build import build_model
     from megatron_s2d.parallel import layout as layouts
-    from megatron_s2d.parallel.checkpoint import save_checkpoint
+    from megatron_s2d.parallel.checkpoint import start_saving
 
     tokenizer = load_tokenizer("task:modular_arithmetic", tmp_path)
     spec = ModelConfig(preset="tiny-student").resolve(len(tokenizer))
@@ -163,7 +163,7 @@ def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
     layout = layouts.build_layout(ParallelConfig())
     chunks = build_model(spec, layout, seed=4)
     position = {"step": 7, "updates": 7}
-    save_checkpoint(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position=position)
+    start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
     done = convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf", assets=tmp_path / "modular_arithmetic")
     assert not done.notes
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import TaskSource
 from megatron_s2d.data.prompts import corpus_documents, load_prompts, split_halves
-from megatron_s2d.data.tasks import check_answer
+from megatron_s2d.data.tasks import check_answer, task_prompts
 from megatron_s2d.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 
 
@@ -62,6 +62,16 @@ def test_the_same_settings_give_the_same_prompts(tokenizer):
     first, again = (_prompts(tokenizer, split="eval", num_prompts=50, seed=3) for _ in range(2))
     assert [(p.id, p.text, p.answer) for p in first] == [(p.id, p.text, p.answer) for p in again]
     assert {p.text for p in first} != {p.text for p in _prompts(tokenizer, split="eval", num_prompts=50, seed=4)}
+
+
+def test_problems_of_some_operators_have_no_others(tokenizer):
+    sums = task_prompts(TaskSource(split="pool", num_prompts=50, operators=("+", "-"), domain="sums"), tokenizer)
+    products = task_prompts(TaskSource(split="pool", num_prompts=50, operators=("*",)), tokenizer)
+    assert all("*" not in prompt.text and prompt.domain == "sums" for prompt in sums)
+    assert all("+" not in prompt.text and "-" not in prompt.text for prompt in products)
+    assert {prompt.domain for prompt in products} == {"arithmetic"}
+    with pytest.raises(UserError, match="problems are asked for"):
+        task_prompts(TaskSource(split="pool", num_prompts=60_000, operators=("*",)), tokenizer)
 
 
 def test_a_document_depends_on_its_number_only(tokenizer):

@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
@@ -77,6 +78,19 @@ def test_a_checkpoint_in_the_background_holds_the_state_of_its_start(layout, tmp
     second = trainee(layout)
     assert second.load(tmp_path / "c", with_optimizer=True) == {"step": 3, "updates": 3}
     assert [step(second, number) for number in range(3, 6)] == expected[3:]
+
+
+@pytest.mark.parametrize("error", [KeyError("gone"), OSError("gone")])
+def test_a_writer_that_fails_in_the_background_is_noticed(layout, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    policy = trainee(layout)
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multithread", fail)
+    saving = policy.start_saving(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=False, in_background=True)
+    with pytest.raises(UserError, match="checkpoint not saved .*gone"):
+        saving.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_alone_load_from_either_kind(layout, tmp_path):
