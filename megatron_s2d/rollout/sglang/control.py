@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 
 _SECONDS = 1800.0  # loading a large checkpoint takes minutes
+_IDLE_SECONDS = 60.0
 
 
 class PushFailed(Exception):
@@ -45,6 +47,25 @@ class Servers:
             raise PushFailed(f"{url}{path}: {type(error).__name__}") from None
         if reply.status_code != 200:
             raise PushFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
+
+    def release_memory(self) -> dict[str, str]:
+        """Have every server give its GPU memory back; address -> why one did not."""
+        futures = {url: self._threads.submit(self._release_memory, url) for url in self.urls}
+        concurrent.futures.wait(futures.values())
+        return {url: str(error) for url, future in futures.items() if (error := future.exception()) is not None}
+
+    def _release_memory(self, url: str) -> None:
+        # A server that is not idle does not survive the request; its caches can be emptied only when it is.
+        deadline = time.monotonic() + _IDLE_SECONDS
+        while True:
+            try:
+                self._post(url, "/flush_cache", {})
+                break
+            except PushFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        self._post(url, "/release_memory_occupation", {})
 
     def ranks(self) -> list[int]:
         """Ranks of each server: its tensor times its pipeline parallelism."""

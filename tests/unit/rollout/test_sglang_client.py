@@ -16,7 +16,9 @@ from megatron_s2d.config.training import SglangConfig  # noqa: E402
 from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.client import Expected, Pool  # noqa: E402
+from megatron_s2d.rollout.sglang.client import Pool  # noqa: E402
+from megatron_s2d.rollout.sglang.generation import Generation  # noqa: E402
+from megatron_s2d.rollout.sglang.protocol import Expected, Partial  # noqa: E402
 
 VOCAB_SIZE, EOS = 19, 3
 EXPECTED = Expected("v7", 7, VOCAB_SIZE)
@@ -53,7 +55,7 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
 
 def ask(servers, requests, settings=SETTINGS, progress=None):
     pool = Pool([server.url for server in servers], settings)
-    return pool, pool.generate(requests, EXPECTED, progress)
+    return pool, Generation(pool, requests, EXPECTED, progress=progress).result()
 
 
 def posts(server, path="/generate") -> list[dict]:
