@@ -26,6 +26,7 @@ from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
 from megatron_s2d.rollout.sglang.engine import SglangEngine
+from megatron_s2d.stages.rollouts import PromptStream, Rounds, Sampler
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import Policy
 
@@ -153,6 +154,21 @@ class StageContext:
         )
         self._engines.append((model_name, engine))
         return engine
+
+    def rounds(
+        self, stream: PromptStream, sampler: Sampler, prompts_per_step: int | None = None, *, announces: bool = True
+    ) -> Rounds:
+        """What the stage's steps train on; see ``Rounds``. prompts_per_step: None for those of the stage."""
+        stage, rollout = self.stage, self.config.rollout
+        return Rounds(
+            stream,
+            sampler,
+            stage.prompts_per_step if prompts_per_step is None else prompts_per_step,
+            stage.responses_per_prompt,
+            stage.steps,
+            rollout.sglang.oversampling if rollout.engine == "sglang" else 1.0,
+            announces,
+        )
 
     def close(self) -> None:
         """End the engines, and with them the servers that they started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
 from megatron_s2d.stages.rollouts import (
     PromptStream,
+    Rounds,
     Sampler,
     examples,
     response_metrics,
@@ -79,10 +81,12 @@ def run_opd(context: StageContext) -> None:
         stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
         if stage.granularity == "sampled":
             anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
-            source = ScoredResponses(stage, stream, sampler, scorers, references, anchors)
+            source = ScoredResponses(stage, context.rounds(stream, sampler), scorers, references, anchors)
             teacher = None
         else:
-            source = StudentResponses(stage, stream, sampler, teachers, _cached_samples(context, stage))
+            live = round(stage.on_policy_fraction * stage.prompts_per_step)
+            rounds = context.rounds(stream, sampler, live)
+            source = StudentResponses(stage, rounds, teachers, _cached_samples(context, stage))
             teacher = _distributions(stage, policy, teachers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
@@ -139,19 +143,21 @@ class StudentResponses:
     """Responses whose tokens are compared with whole distributions; a share may come from a teacher cache (GKD)."""
 
     stage: OpdConfig
-    stream: PromptStream
-    sampler: Sampler
+    rounds: Rounds
     teachers: ByDomain  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """See ``train.loop.SampleSource``."""
+        self.rounds.resume(position)
 
     def step(self, step: int) -> StepData:
         """Sample; nothing is scored, for the loss asks for distributions."""
         stage = self.stage
-        live = round(stage.on_policy_fraction * stage.prompts_per_step)
-        prompts = self.stream.of_step(step)[:live]
-        samples = self.sampler.sample(prompts, stage.responses_per_prompt, step) if live else []
+        live, sampler = self.rounds.prompts_per_step, self.rounds.sampler
+        prompts, samples = self.rounds.take(step) if live else ([], [])
         metrics = response_metrics(samples) if samples else {}
-        shown = examples(step, samples, prompts, self.sampler.tokenizer) if samples else []
+        shown = examples(step, samples, prompts, sampler.tokenizer) if samples else []
         others = stage.prompts_per_step - live
         if others:
             count = others * stage.responses_per_prompt
@@ -160,12 +166,12 @@ class StudentResponses:
                 dataclasses.replace(sample, id=f"{sample.id}~cached", group=live + place // stage.responses_per_prompt)
                 for place, sample in enumerate(cached)
             ]
-        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, sampler.policy, self.teachers)
         updates = []
         for part in split_updates(samples, stage.updates_per_step):
             weights = policy_weights(part, stage)
             updates.append(UpdateBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
-        return StepData(updates, metrics, shown)
+        return StepData(updates, metrics, shown, self.rounds.position())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,30 +179,33 @@ class ScoredResponses:
     """Responses whose sampled tokens carry an advantage: OPD, G-OPD, and with a gate SG-OPD."""
 
     stage: OpdConfig
-    stream: PromptStream
-    sampler: Sampler
+    rounds: Rounds
     teachers: ByDomain | ServedTeachers
     references: ByDomain | None
     anchors: TeacherAnchors | None
 
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """See ``train.loop.SampleSource``."""
+        self.rounds.resume(position)
+
     def step(self, step: int) -> StepData:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
-        prompts = self.stream.of_step(step)
-        samples = self.sampler.sample(prompts, stage.responses_per_prompt, step)
+        prompts, samples = self.rounds.take(step)
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
-        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, self.rounds.sampler.policy, self.teachers)
         parts = split_updates(samples, stage.updates_per_step)
         anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.of_step(step, prompts)
         updates = [
             self._update(part, extra, anchored.get("anchor_alpha", 0.0), factors)
             for part, extra in zip(parts, anchors, strict=True)
         ]
-        return StepData(updates, metrics | gated | anchored, examples(step, samples, prompts, self.sampler.tokenizer))
+        shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
+        return StepData(updates, metrics | gated | anchored, shown, self.rounds.position())
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
-        students = self.sampler.policy.score(samples)
+        students = self.rounds.sampler.policy.score(samples)
         teachers = self.teachers.score(samples)
         references = [None] * len(samples) if self.references is None else self.references.score(samples)
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class StepData:
     updates: Sequence[UpdateBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
+    position: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
 
 
 class SampleSource(Protocol):
@@ -49,6 +50,10 @@ class SampleSource(Protocol):
 
     def step(self, step: int) -> StepData:
         """The samples of ``step`` (counted from 1); a function of the step and the weights. Collective."""
+        ...
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Go on after the step whose ``StepData.position`` this is; empty at the start."""
         ...
 
 
@@ -94,6 +99,7 @@ def train(
     checkpoints = Checkpoints(policy, stage, settings.checkpoint)
     position = checkpoints.resume()
     updates = position["updates"]
+    source.resume(position)
     if engine is not None:
         engine.push(policy.chunks, updates)
     log = open_log(stage, position["step"], settings.tensorboard)
@@ -101,6 +107,9 @@ def train(
     for step in range(position["step"] + 1, settings.steps + 1):
         with timer.section("samples"):
             data = source.step(step)
+            if engine is not None:
+                engine.rest()
+        stale = staleness(data.updates, updates)
         with timer.section("score"):
             batches_of_step = [with_old_log_probs(policy, objective, update) for update in data.updates]
         reports = []
@@ -121,13 +130,13 @@ def train(
             with timer.section("push"):
                 engine.push(policy.chunks, updates)
         tokens = sum(update.num_tokens for update in data.updates)
-        measured = dict(data.metrics) | ({} if engine is None else engine.metrics())
+        measured = dict(data.metrics) | stale | ({} if engine is None else engine.metrics())
         log.write(step, summarise(reports, measured, tokens, timer.lap()))
         write_examples(stage, data.examples)
         stopping = agree(settings.stop())
         checkpoints.poll()
         if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            checkpoints.save({"step": step, "updates": updates})
+            checkpoints.save(dict(data.position) | {"step": step, "updates": updates})
         if stopping and step < settings.steps:
             checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
@@ -145,6 +154,19 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
         dataclasses.replace(sample, old_log_probs=values) for sample, values in zip(update.samples, scores, strict=True)
     ]
     return dataclasses.replace(update, samples=samples)
+
+
+def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
+    """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
+
+    version: of the weights at the step's beginning.
+    """
+    spans = [span for update in updates for sample in update.samples for span in sample.policy_spans]
+    if not spans:
+        return {}
+    ages = np.array([version - span.version for span in spans])
+    tokens = np.array([span.stop - span.start for span in spans])
+    return {"staleness": float((ages * tokens).sum() / tokens.sum()), "staleness_max": float(ages.max())}
 
 
 def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:

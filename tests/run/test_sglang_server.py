@@ -96,7 +96,7 @@ def started(policy, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(started) -> str:
-    return started._pool.servers[0].url
+    return started._fleet.pool.servers[0].url
 
 
 @pytest.fixture
@@ -273,13 +273,13 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     change(policy, 0.02)
     started.push(policy.chunks, 77)
     clean = started.generate(requests)
-    (process,), (server,) = started._processes, started._pool.servers
+    (process,), (server,) = started._fleet._processes, started._fleet.pool.servers
     old = server.url
     pattern = f"^[^ ]+ -m sglang.launch_server .*--port {old.rpartition(':')[2]} "  # the server, not its watch
     (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
     threading.Timer(0.2, os.kill, (int(pid), signal.SIGKILL)).start()
     again = started.generate(requests)
-    assert server.url != old and started._processes[0] is not process
+    assert server.url != old and started._fleet._processes[0] is not process
     with pytest.raises(httpx.ConnectError):
         httpx.get(old)
     assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]

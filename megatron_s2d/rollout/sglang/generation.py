@@ -1,9 +1,9 @@
 """Responses from the servers of a pool, on a thread of its own, so that the trainer may work meanwhile.
 
-A request goes to a server by its prompt, so that the responses of a group share the prompt's keys and values there. Nothing
-is lost or counted twice: a response is taken once, under the place of its request, and a try that was given up is
-aborted. A generation that is interrupted keeps the beginnings of responses, each token with the version of its weights;
-later weights go on from them.
+A request goes to a server by its prompt, so that the responses of a group share the prompt's keys and values there.
+Nothing is lost or counted twice: a response is taken once, under the place of its request, and a try that was given up
+is aborted. A generation that is interrupted keeps the beginnings of responses, each token with the version of its
+weights; later weights go on from them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Generation:
                 return
 
     def result(self) -> Outcome:
-        """Wait for the end. Raises ``UserError`` for a request that the servers refuse or that a context is too short for."""
+        """Wait for the end. Raises ``UserError`` for a request that is refused or that a context is too short for."""
         self._thread.join()
         if self._error is not None:
             raise self._error

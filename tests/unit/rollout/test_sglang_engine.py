@@ -287,7 +287,7 @@ def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(c
     change(chunks)
     engine.push(chunks, 1)
     clean = engine.generate(make_requests())
-    (server,) = engine._pool.servers
+    (server,) = engine._fleet.pool.servers
     old = server.url
     for kind, count in (("slow", 4), ("die", 1)):
         httpx.post(f"{old}/fault", json={"kind": kind, "count": count})
@@ -301,14 +301,14 @@ def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(c
 def test_one_of_two_servers_dies_and_is_back_with_the_next_push(chunks, layout, interpreter, tmp_path):
     engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
     clean = engine.generate(make_requests())
-    old = [server.url for server in engine._pool.servers]
+    old = [server.url for server in engine._fleet.pool.servers]
     httpx.post(f"{old[1]}/fault", json={"kind": "die"})
     assert tokens(engine.generate(make_requests())) == tokens(clean)  # the other one answered
-    assert [bool(server.problem) for server in engine._pool.servers] == [False, True]
+    assert [bool(server.problem) for server in engine._fleet.pool.servers] == [False, True]
     change(chunks)
     engine.push(chunks, 1)
-    new = [server.url for server in engine._pool.servers]
-    assert not engine._pool.problems and new[0] == old[0] and new[1] != old[1]
+    new = [server.url for server in engine._fleet.pool.servers]
+    assert not engine._fleet.pool.problems and new[0] == old[0] and new[1] != old[1]
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     engine.close()
@@ -321,7 +321,7 @@ def test_an_attached_server_that_is_gone_does_not_hold_up_a_push(chunks, layout,
     change(chunks)
     engine.push(chunks, 1)
     assert gap(chunks, engine.generate(make_requests())) < 1e-5
-    assert list(engine._pool.problems) == [servers[0].url]
+    assert list(engine._fleet.pool.problems) == [servers[0].url]
 
 
 def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interpreter, tmp_path):
