@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class FakeServer:
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
         self.released = threading.Event()  # lets requests go that hang
+        self.token_seconds: Callable[[dict], float] = lambda body: 0.0  # time that a token of a request takes
+        self.aborted: set[str] = set()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,7 +80,10 @@ class FakeServer:
                 except (BrokenPipeError, ConnectionResetError, ValueError):
                     self.close_connection = True  # the client has given up
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 256  # of connections that come at the same time; beyond it they wait a second
+
+        self._http = Listener(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
@@ -102,6 +108,8 @@ class FakeServer:
             self.released.wait(30)
         if fault == "drop":
             raise ConnectionAbortedError
+        if path == "/abort_request":
+            self.aborted.add(body["rid"])
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":
@@ -188,7 +196,13 @@ class FakeServer:
         reason = {"type": "length", "length": params["max_new_tokens"]}
         last = ids[-1]
         scored = []
+        seconds = self.token_seconds(body)
         while len(output) < params["max_new_tokens"]:
+            if seconds:
+                time.sleep(seconds)
+                if body["rid"] in self.aborted:
+                    reason = {"type": "abort", "message": "Aborted"}
+                    break
             row = np.exp(table[last])
             token = int(generator.choice(len(row), p=row / row.sum()))
             scored.append([float(table[last, token]), token, None])

@@ -356,3 +356,124 @@ def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
     while processes(f"--model-path {tmp_path}") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes(f"--model-path {tmp_path}")
+
+
+# ---------------------------------------------------------------------- beside training, carried over, resting
+
+
+def spans(samples) -> set[tuple[int, ...]]:
+    return {tuple(span.version for span in sample.policy_spans) for sample in samples}
+
+
+def split_gap(tables, samples) -> float:
+    """Largest difference from the log-probabilities under the weights that a sample's spans name."""
+    worst = 0.0
+    for sample in samples:
+        for span in sample.policy_spans:
+            places = np.arange(span.start, span.stop)
+            expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
+            worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))
+    return worst
+
+
+def long_requests() -> list[Request]:
+    return [
+        dataclasses.replace(request, params=SamplingParams(8, ())) for request in make_requests(prompts=2, groups=2)
+    ]
+
+
+@pytest.mark.parametrize("ahead", ["wait", "continue"])
+def test_what_the_next_step_needs_is_generated_while_the_trainer_works(chunks, layout, servers, tmp_path, ahead):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead=ahead)
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    for server in servers:
+        server.token_seconds = lambda body: 0.1
+    engine.begin(long_requests())
+    time.sleep(0.45)
+    change(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.push(chunks, 1)
+    samples = engine.generate(long_requests())
+    assert [sample.id for sample in samples] == [request.id for request in long_requests()]
+    assert spans(samples) == ({(0,)} if ahead == "wait" else {(0, 1)})
+    assert split_gap(tables, samples) < 1e-5
+    with pytest.raises(RuntimeError, match="other requests"):
+        engine.begin(long_requests())
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_generation_beside_the_trainer_is_off_unless_asked_for(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    engine.begin(long_requests())
+    asked = [body["rid"] for server in servers for path, body in server.log if path == "/generate"]
+    assert all(isinstance(rid, list) for rid in asked)  # the probes of the push alone
+    engine.close()
+
+
+def test_a_server_that_dies_beside_the_trainer_costs_no_sample(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead="continue")
+    for server in servers:
+        server.token_seconds = lambda body: 0.05
+    servers[0].faults.extend(["drop"] * 100)
+    servers[0].control_faults["/abort_request"] = "drop"
+    engine.begin(make_requests())
+    time.sleep(0.2)
+    servers[0].faults.clear()
+    servers[0].control_faults.clear()
+    engine.push(chunks, 1)
+    samples = engine.generate(make_requests())
+    assert [sample.id for sample in samples] == [request.id for request in make_requests()]
+    assert not engine._fleet.pool.problems
+    engine.close()
+
+
+def test_a_refused_request_beside_the_trainer_is_an_error_when_it_is_asked_for(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead="wait")
+    servers[0].faults.append("400")
+    engine.begin(make_requests())
+    engine.push(chunks, 1)
+    with pytest.raises(UserError, match="refused a request"):
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_groups_that_are_late_are_carried_over_whole(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers[:1])
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    servers[0].token_seconds = lambda body: 0.15 if len(body["input_ids"]) in (2, 5, 6, 7, 8) else 0.0
+    requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=4, groups=3)]
+    first = engine.generate(requests, num_groups=2)
+    assert [sample.group for sample in first] == [1] * 3 + [2] * 3
+    change(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.push(chunks, 1)
+    servers[0].token_seconds = lambda body: 0.0
+    rest = [request for request in requests if request.group in (0, 3)]
+    second = engine.generate(rest, num_groups=2)
+    assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
+    assert (0, 1) in spans(second) and split_gap(tables, first + second) < 1e-5
+    engine.close()
+
+
+def test_servers_rest_between_generation_and_push(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, release_memory=True)
+    for server in servers:
+        server.log.clear()
+    engine.rest()
+    engine.rest()
+    engine.push(chunks, 1)
+    assert gap(chunks, engine.generate(make_requests())) < 1e-5
+    control = [(path, body.get("tags")) for path, body in servers[0].log if path != "/generate"]
+    assert control == [
+        ("/flush_cache", None),
+        ("/release_memory_occupation", None),
+        ("/resume_memory_occupation", ["weights", "cuda_graph"]),
+        ("/pause_generation", None),
+        ("/update_weights_from_disk", None),
+        ("/resume_memory_occupation", ["kv_cache"]),
+        ("/continue_generation", None),
+    ]
+    engine.rest()
+    assert gap(chunks, engine.generate(make_requests())) < 1e-5  # the weights come back without a push, too
+    engine.close()
