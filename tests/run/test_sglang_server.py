@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -38,6 +39,7 @@ from sglang_model import (  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
 from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
 
@@ -124,6 +126,17 @@ def attach(policy, tokenizer, url, tmp_path):
         engine.close()
 
 
+def span_gap(policy, samples, version: int) -> float:
+    """Largest difference from the trainer's log-probabilities where ``version`` wrote the tokens."""
+    worst = 0.0
+    for sample, score in zip(samples, policy.score(samples), strict=True):
+        for span in sample.policy_spans:
+            if span.version == version:
+                places = slice(span.start, span.stop)
+                worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - score[places]).max()))
+    return worst
+
+
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
 def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
     engine = attach(sync)
@@ -208,6 +221,87 @@ def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
         assert (top.ids[1:] == best.indices.numpy()).mean() > 0.99  # but for ties
         rest = np.log1p(-best.values.exp().sum(1).numpy())
         assert top.log_tail[1:] == pytest.approx(rest, abs=1e-2)
+
+
+@pytest.mark.parametrize("ahead", ["wait", "continue"])
+def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy, attach, ahead):
+    engine = attach(ahead=ahead)
+    requests = make_requests(prompts=3, groups=2, max_new_tokens=100, stop_token_ids=())
+    engine.generate(make_requests())  # so that what comes next starts at once
+    engine.begin(requests)
+    time.sleep(0.3)
+    old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
+    change(policy, 0.02)
+    engine.push(policy.chunks, old_version + 1)
+    samples = engine.generate(requests)
+    assert [sample.id for sample in samples] == [request.id for request in requests]
+    assert {sample.response_length for sample in samples} == {100}
+    versions = {span.version for sample in samples for span in sample.policy_spans}
+    if ahead == "continue":
+        assert versions == {old_version, old_version + 1}
+    else:
+        assert versions == {old_version}
+    gaps = {old_version + 1: span_gap(policy, samples, old_version + 1)}
+    with torch.no_grad():
+        for parameter, values in zip(policy.chunks[0].parameters(), old, strict=True):
+            parameter.copy_(values)
+    gaps[old_version] = span_gap(policy, samples, old_version)
+    assert max(gaps.values()) < 1e-4, gaps
+    engine.push(policy.chunks, old_version)
+
+
+def test_the_first_groups_to_be_complete_are_taken_and_the_others_carried_over(policy, attach):
+    engine = attach()
+    requests = make_requests(prompts=4, groups=2, max_new_tokens=150, stop_token_ids=())
+    requests = [
+        request if request.group in (0, 3) else dataclasses.replace(request, params=SamplingParams(3, ()))
+        for request in requests
+    ]
+    first = engine.generate(requests, num_groups=2)
+    assert {sample.group for sample in first} == {1, 2}
+    rest = engine.generate([request for request in requests if request.group in (0, 3)], num_groups=2)
+    assert sorted(sample.id for sample in first + rest) == sorted(request.id for request in requests)
+    assert rollout_gap(policy, first + rest) < 1e-4
+
+
+def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
+    engine = attach(release_memory=True)
+    for version in (1, 2):
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.rest()
+        change(policy, 0.01)
+        engine.push(policy.chunks, version)
+    engine.rest()
+    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
+def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, tmp_path):
+    settings = rollout_settings(replicas=2, router=True, recoveries=1)
+    engine = SglangEngine(
+        policy.chunks, SPEC, policy.layout, policy.score, settings, tmp_path, tokenizer=tokenizer
+    )  # fmt: skip
+    try:
+        fleet = engine._fleet
+        workers = f"{fleet.pool.router.url}/workers"
+        servers = fleet.pool.servers
+        samples = engine.generate(make_requests(prompts=12, groups=2))
+        assert rollout_gap(policy, samples) < 1e-4
+        assert {worker["url"] for worker in httpx.get(workers).json()["workers"]} == {s.url for s in servers}
+        change(policy, 0.02)
+        engine.push(policy.chunks, 3)
+        assert rollout_gap(policy, engine.generate(make_requests(prompts=12, groups=2))) < 1e-4
+        counts = [json.loads(httpx.get(f"{s.url}/server_info").text)["internal_states"][0] for s in servers]
+        assert len(counts) == 2
+        # A server that missed an update gets no traffic.
+        servers[1].problem = "it missed an update"
+        fleet._route()
+        assert [worker["url"] for worker in httpx.get(workers).json()["workers"]] == [servers[0].url]
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.push(policy.chunks, 4)
+        assert len(httpx.get(workers).json()["workers"]) == 2
+    finally:
+        engine.close()
 
 
 def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
