@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -331,6 +332,37 @@ def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
     for row in rows:
         assert row["rollout_kl"] < 1e-6 and row["probe_gap"] < 1e-4 and row["push_gb_per_second"] > 0
     assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
+
+
+def outward_address() -> str | None:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        return None if probe.getsockname()[0].startswith("127.") else probe.getsockname()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(outward_address() is None, reason="this machine has no address but loopback")
+def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
+    """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
+    where = (policy.chunks, SPEC, policy.layout, policy.score)
+    settings = rollout_settings(arguments=["--host", "0.0.0.0"])
+    first = SglangEngine(*where, settings, tmp_path / "first", tokenizer=tokenizer)
+    try:
+        port = first._fleet.pool.servers[0].url.rpartition(":")[2]
+        urls = [f"http://{outward_address()}:{port}"]
+        engine = SglangEngine(
+            *where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer
+        )
+        change(policy, 0.02)
+        engine.push(policy.chunks, 5)
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.close()
+    finally:
+        first.close()
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ class Fleet:
         ]
         self._last = Push(0.0, 0, 0.0)
         self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
-        if urls and self._settings.sync != "disk":
+        if urls and self._settings.sync == "tensor":
             refuse_remote(urls)
         self.pool = Pool(urls or self._start_servers(), self._settings)
         try:

@@ -12,6 +12,7 @@ import datetime
 import io
 import json
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Sequence
@@ -165,14 +166,14 @@ class BroadcastSender:
             self._group = None
 
     def _join(self, servers: Servers) -> None:
-        counts = servers.ranks()
+        counts, host = servers.ranks(), own_address(servers.urls)
         world_size, backend, seconds = 1 + sum(counts), device.backend(), datetime.timedelta(seconds=_GROUP_SECONDS)
-        store = dist.TCPStore(_HOST, 0, world_size, True, seconds, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, world_size, True, seconds, wait_for_workers=False)
         self._name = f"weights-{uuid.uuid4().hex[:12]}"
 
         def body(place: int) -> dict[str, Any]:
             return {
-                "master_address": _HOST,
+                "master_address": host,
                 "master_port": store.port,
                 "rank_offset": 1 + sum(counts[:place]),
                 "world_size": world_size,
@@ -199,11 +200,29 @@ class BroadcastSender:
         finish(joined)
 
 
+def own_address(urls: Sequence[str]) -> str:
+    """Address under which the servers at ``urls`` reach this machine: loopback where all of them are on it."""
+    remote = [httpx.URL(url) for url in urls if not _is_local(url)]
+    if not remote:
+        return _HOST
+    try:
+        target = socket.getaddrinfo(remote[0].host, remote[0].port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(target[4])  # sends nothing; the system chooses the interface
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise PushFailed(f"{remote[0]}: no way to that machine ({error})") from None
+
+
 def refuse_remote(urls: Sequence[str]) -> None:
-    """Weights by tensor or group are offered on this machine's loopback interface only."""
+    """Shared memory is of one machine."""
     for url in urls:
-        if httpx.URL(url).host not in (_HOST, "localhost"):
+        if not _is_local(url):
             raise UserError(
-                f"rollout.sglang.urls: {url} is another machine, which only sync: disk reaches (through a directory "
-                "that both see); set rollout.sglang.sync: disk"
+                f"rollout.sglang.urls: {url} is another machine, which sync: tensor does not reach; set "
+                "rollout.sglang.sync: distributed, or disk (through a directory that both see)"
             )
+
+
+def _is_local(url: str) -> bool:
+    return httpx.URL(url).host in (_HOST, "localhost")

@@ -31,8 +31,9 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed  #
 from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.control import PushFailed  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.senders import refuse_remote  # noqa: E402
+from megatron_s2d.rollout.sglang.senders import own_address, refuse_remote  # noqa: E402
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
@@ -250,9 +251,16 @@ def test_samples_of_a_temperature_are_not_scored(chunks, layout, servers, tmp_pa
         engine.score(samples)
 
 
-def test_tensors_and_groups_stay_on_this_machine():
+def test_tensors_stay_on_this_machine():
     with pytest.raises(UserError, match="http://10.0.0.2:30000 is another machine"):
         refuse_remote(["http://localhost:1", "http://10.0.0.2:30000"])
+
+
+def test_a_group_is_met_where_its_servers_reach_the_trainer():
+    assert own_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    assert own_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
+    with pytest.raises(PushFailed, match="no way to that machine"):
+        own_address(["http://no-such-machine.invalid:1"])
 
 
 # ---------------------------------------------------------------- servers that the engine starts
