@@ -44,6 +44,7 @@ from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
 from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 WORKFLOW = """
 name: served
 seed: 1
@@ -390,6 +391,36 @@ def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp
         for name in ("loss", "advantage_mean", "advantage_abs_mean", "grad_norm"):
             assert other[name] == pytest.approx(one[name], abs=1e-4), name
     assert any(row["advantage_abs_mean"] > 0.01 for row in rows["trainer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["off", "continue"])
+def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
+    """Statistically: other random numbers, so every arm within four standard errors, and rewards that rise alike."""
+    config = {"base": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
+    truncate = {"importance": {"mode": "truncate"}}
+    config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
+    found = {}
+    for engine in ("megatron", "sglang"):
+        config["rollout"] = {"engine": engine, "max_kl": 0.01, "sglang": {"ahead": ahead, "oversampling": 1.25}}
+        if ahead == "off":
+            config["rollout"]["sglang"]["oversampling"] = 1.0
+        path = tmp_path / f"{engine}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        finished = s2d("run", path, "--out", tmp_path / engine)
+        assert finished.returncode == 0, finished.stderr
+        found[engine] = json.loads((tmp_path / engine / "results.json").read_text())["arms"]
+        print(engine, ahead, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in found[engine].items()})
+    for name, arm in found["megatron"].items():
+        other = found["sglang"][name]
+        error = (arm["std_err"] ** 2 + other["std_err"] ** 2) ** 0.5
+        assert abs(arm["avg_at_k"] - other["avg_at_k"]) < 4 * error, name
+    rewards = {
+        engine: [row["reward"] for row in metrics(tmp_path / engine, "stages/rl_teacher")] for engine in found
+    }
+    assert all(np.mean(row[-2:]) > np.mean(row[:2]) for row in rewards.values()), rewards
+    rows = metrics(tmp_path / "sglang", "stages/rl_teacher")
+    assert all(row["staleness_max"] == 0 for row in rows) if ahead == "off" else rows[-1]["staleness_max"] >= 1
 
 
 @pytest.mark.slow

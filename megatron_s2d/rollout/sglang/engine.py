@@ -133,6 +133,11 @@ class SglangEngine:
         """Of the weights that the servers hold."""
         return self._fleet.version
 
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of the servers."""
+        return [server.url for server in self._fleet.pool.servers]
+
     # ------------------------------------------------------------------ RolloutEngine
 
     def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
