@@ -16,6 +16,7 @@ liger-kernel==0.8.5`` beside it, on a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -274,7 +275,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     for name in arguments.variants:
         variant = VARIANTS[name]
         for chunk in arguments.chunk if variant.in_chunks else [None]:
-            run = (lambda run=variant.run, chunk=chunk: run(operands, chunk))
+            run = functools.partial(variant.run, operands, chunk)
             try:
                 hidden, weight = run()
             except torch.OutOfMemoryError:
@@ -295,7 +296,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
         if device == "cpu":
             peak = extra_bytes_in_own_process(arguments, name, chunk or arguments.chunk[0], arguments.peak_tokens)
         else:
-            peak = extra_bytes(lambda run=VARIANTS[name].run, chunk=chunk: run(many, chunk), many, device)
+            peak = extra_bytes(functools.partial(VARIANTS[name].run, many, chunk), many, device)
         rows.append(
             {
                 "row": "variant", "name": name, "device": device, "vocab": arguments.vocab, "tokens": arguments.tokens,
@@ -392,7 +393,7 @@ def main() -> None:
     if arguments.peak_of:
         operands = Operands.random(arguments.tokens, arguments.vocab, tuple(arguments.hidden), "cpu", torch.float32)
         run = VARIANTS[arguments.peak_of].run
-        print(extra_bytes(lambda: run(operands, arguments.chunk[0]), operands, "cpu"))
+        print(extra_bytes(functools.partial(run, operands, arguments.chunk[0]), operands, "cpu"))
         return
     arguments.variants = arguments.variants or default_variants(arguments.device)
     rows = []

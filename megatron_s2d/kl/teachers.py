@@ -105,9 +105,7 @@ class Projection:
         if self.mixed:
             operands = (self.hidden[block], self.weight.t())
             if not isinstance(self.temperature, torch.Tensor):  # the product divides on its way out
-                return torch.addmm(
-                    out, *operands, beta=0, alpha=1 / self.temperature, out_dtype=out.dtype, out=out
-                )
+                return torch.addmm(out, *operands, beta=0, alpha=1 / self.temperature, out_dtype=out.dtype, out=out)
             torch.mm(*operands, out_dtype=out.dtype, out=out)
         else:
             torch.mm(self.hidden[block], self.weight.t(), out=out)

@@ -67,7 +67,7 @@ def test_float64_equals_autograd(names, beta, mode):
 @pytest.mark.parametrize("mode", ["fused", "recompute"])
 @pytest.mark.parametrize("kept", [2, 3, 100])
 def test_chunks_that_share_a_product(monkeypatch, kept, mode):
-    """As on a GPU: the gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
+    """As on a GPU: gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
     monkeypatch.setitem(fused._CHUNKS_PER_PRODUCT, "cpu", kept)
     problem = make_problem(rows=23)
     found = computed(problem, ALL, None, mode=mode)
