@@ -109,7 +109,8 @@ def needs_reference(stage: OpdConfig) -> bool:
 def objective_of(stage: OpdConfig) -> Objective:
     """The stage's loss."""
     if stage.granularity != "sampled":
-        return divergence_objective(stage.divergence, tail=stage.tail if stage.granularity == "topk" else None)
+        tail = stage.tail if stage.granularity == "topk" else None
+        return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
     surrogate = Surrogate(
         clip_low=stage.clip_low,
         clip_high=stage.clip_high,
@@ -157,7 +158,12 @@ class StudentResponses:
             count = others * stage.responses_per_prompt
             cached = self.cached((step - 1) * count, count)
             samples = samples + [
-                dataclasses.replace(sample, id=f"{sample.id}~cached", group=live + place // stage.responses_per_prompt)
+                dataclasses.replace(
+                    sample,
+                    id=f"{sample.id}~cached",
+                    group=live + place // stage.responses_per_prompt,
+                    rollout_log_probs=None,  # the teacher's
+                )
                 for place, sample in enumerate(cached)
             ]
         factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
