@@ -266,6 +266,36 @@ def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp
     assert any(row["advantage_abs_mean"] > 0.01 for row in rows["trainer"])
 
 
+def server_pid(url: str) -> int:
+    """Of the process behind ``url``, not of its watch."""
+    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {url.rpartition(':')[2]} "
+    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
+    return int(pid)
+
+
+@pytest.mark.slow
+def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, attach, url):
+    """A scheduler that gets no processor time still runs it when the weights come; SGLang would end itself then."""
+    engine = attach()
+    command = ["pgrep", "-P", str(server_pid(url)), "-f", "sglang::scheduler"]
+    scheduler = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
+    os.kill(scheduler, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/generate", json=body, timeout=1.0)
+        os.kill(scheduler, signal.SIGCONT)
+        time.sleep(0.02)  # it begins
+        os.kill(scheduler, signal.SIGSTOP)
+        time.sleep(6.0)  # the server notices that nobody waits
+        threading.Timer(1.0, os.kill, (scheduler, signal.SIGCONT)).start()
+        engine.push(policy.chunks, 3)
+    finally:
+        os.kill(scheduler, signal.SIGCONT)
+    assert started._processes[0].is_alive and not engine._pool.problems
+    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+
+
 @pytest.mark.slow
 def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started):
     """Kills the server of this file, so it comes last."""
@@ -275,9 +305,7 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     clean = started.generate(requests)
     (process,), (server,) = started._processes, started._pool.servers
     old = server.url
-    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {old.rpartition(':')[2]} "  # the server, not its watch
-    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
-    threading.Timer(0.2, os.kill, (int(pid), signal.SIGKILL)).start()
+    threading.Timer(0.2, os.kill, (server_pid(old), signal.SIGKILL)).start()
     again = started.generate(requests)
     assert server.url != old and started._processes[0] is not process
     with pytest.raises(httpx.ConnectError):

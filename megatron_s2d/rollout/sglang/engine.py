@@ -49,6 +49,8 @@ from megatron_s2d.rollout.sglang.senders import (
 from megatron_s2d.rollout.sglang.server import ServerProcess, is_healthy
 
 Score = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
+_HEALTH_CHECKS = 3  # of a server in trouble, before it counts as one that hangs
+_IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
@@ -314,7 +316,7 @@ class SglangEngine:
         def look() -> tuple[list[bool], dict[int, str]]:
             answering = [
                 (number >= len(self._processes) or self._processes[number].is_alive)
-                and (not server.problem or is_healthy(server.url))
+                and (not server.problem or is_healthy(server.url, checks=_HEALTH_CHECKS))
                 for number, server in enumerate(self._pool.servers)
             ]
             fresh = {}
@@ -387,6 +389,9 @@ class SglangEngine:
         with Servers(urls if self._is_first else []) as servers:
             try:
                 finish(servers.post("/pause_generation", {"mode": "abort"}))
+                # A request that its sender gave up may still be running, and SGLang ends itself where it is asked to
+                # forget the keys and values of old weights then: wait until nothing runs.
+                finish(servers.post(f"/flush_cache?timeout={_IDLE_SECONDS}", {}))
             except PushFailed as error:
                 failure = str(error)
             for bucket, last in self._buckets():  # to the end on every rank, because making buckets is collective

@@ -46,6 +46,7 @@ class FakeServer:
         self.faults: collections.deque[str] = collections.deque()
         self.score_faults: collections.deque[str] = collections.deque()  # of coming requests that score
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
+        self.health_faults: collections.deque[str] = collections.deque()  # of coming health checks
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
         self.released = threading.Event()  # lets requests go that hang
         fake = self
@@ -90,12 +91,16 @@ class FakeServer:
     def get(self, path: str) -> tuple[int, bytes]:
         if path == "/server_info":
             return 200, b'{"tp_size": 1, "pp_size": 1}'
+        if path == "/health_generate" and self.health_faults:
+            return int(self.health_faults.popleft()), b""
         return 200, b""
 
     def post(self, path: str, body: dict) -> tuple[int, bytes]:
         if path == "/generate":
             return self.generate(body)
         fault = self.control_faults.get(path)
+        if fault == "400":
+            return 400, b"refused"
         if fault == "500":
             return 500, b"broken"
         if fault == "hang":
@@ -105,6 +110,7 @@ class FakeServer:
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":
+            self.seen_versions = sorted(path.name for path in Path(body["model_path"]).parent.iterdir())
             self.weight_version = body["weight_version"]
             if fault != "ignore":
                 self.embedding = read_embedding(Path(body["model_path"]))

@@ -129,7 +129,8 @@ def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_pat
     assert engine.metrics()["probe_gap"] < 1e-5 and engine.metrics()["push_gb_per_second"] > 0
     assert "GB/s" in capsys.readouterr().out
     paths = [path for path, _ in servers[0].log if path != "/generate"]
-    assert paths == ["/pause_generation", "/update_weights_from_disk", "/continue_generation"] * 2
+    push = ["/pause_generation", "/flush_cache?timeout=120", "/update_weights_from_disk", "/continue_generation"]
+    assert paths == push * 2
     engine.close()
     assert not (tmp_path / "weights").exists()
 
@@ -197,6 +198,45 @@ def test_requests_that_keep_failing_stop_with_one_line(chunks, layout, servers, 
     with pytest.raises(UserError, match="after 1 recoveries too.*is nan") as error:
         engine.generate(make_requests())
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_weights_come_only_once_nothing_runs(chunks, layout, servers, tmp_path):
+    """SGLang ends itself when it has to forget old keys and values and a request still runs."""
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    for server in servers:
+        server.log.clear()
+        server.control_faults["/flush_cache?timeout=120"] = "400"
+    with pytest.raises(UserError, match="no SGLang server holds the current weights .*flush_cache"):
+        engine.push(chunks, 1)
+    assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
+
+
+def test_weights_stay_until_every_server_has_read_newer_ones(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    engine.push(chunks, 1)
+    assert len(servers[0].seen_versions) == 2  # the older ones, and those that are read now
+    (kept,) = (path.name for path in (tmp_path / "weights").iterdir())
+    servers[1].control_faults["/update_weights_from_disk"] = "500"
+    for version in (2, 3, 4):  # servers that are in trouble may still read; older versions do not pile up
+        engine.push(chunks, version)
+        assert len(list((tmp_path / "weights").iterdir())) == 2
+    servers[1].control_faults.clear()
+    engine.push(chunks, 4)
+    assert len({kept, *(path.name for path in (tmp_path / "weights").iterdir())}) == 2
+
+
+def test_a_slow_server_is_not_given_up(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    servers[0].weight_version = "another"  # so that it is looked after
+    servers[0].health_faults.extend(["503", "503"])
+    engine.generate(make_requests())
+    engine.push(chunks, 1)
+    assert not engine._pool.problems and not servers[0].health_faults
+    servers[0].weight_version = "another"
+    servers[0].health_faults.extend(["503"] * 3)
+    engine.generate(make_requests())
+    engine.push(chunks, 2)
+    assert list(engine._pool.problems) == [servers[0].url]
 
 
 def test_a_prompt_that_would_harm_a_server_is_refused_here(chunks, layout, servers, tmp_path):
