@@ -34,6 +34,7 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.sglang import probes, scoring
+from megatron_s2d.rollout.sglang.checks import Checks, Needs
 from megatron_s2d.rollout.sglang.client import Expected, Outcome, Pool, Server
 from megatron_s2d.rollout.sglang.collective import from_all, from_first
 from megatron_s2d.rollout.sglang.control import PushFailed, Servers, finish
@@ -76,10 +77,13 @@ class SglangEngine:
         directory: Path,
         *,
         urls: Sequence[str] = (),
+        needs: Needs = Needs(),
         tokenizer: Decoder | None = None,
         on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
+
+        Then each server shows that it can do what the stage ``needs``, at its temperature and length.
 
         ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
         ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
@@ -98,11 +102,21 @@ class SglangEngine:
             self._settings.sync
         ]
         self._last = Push(0.0, 0, 0.0)
+        self._checks = Checks(
+            spec,
+            needs,
+            self._settings,
+            dtype=str(self._dtype).removeprefix("torch."),
+            tokenizer=tokenizer,
+            attached=bool(urls),
+        )
         if urls and self._settings.sync != "disk":
             refuse_remote(urls)
         self._pool = Pool(urls or self._start_servers(), self._settings)
         try:
             self._update(self._pool.servers)
+            with on_device():
+                self._checks.rehearse(self._pool.servers, self._label, score, self._tolerance)
         except UserError:
             self.close()
             raise
@@ -299,7 +313,7 @@ class SglangEngine:
         """
         for _ in range(self._settings.recoveries + 1):
             reachable = self._reachable(servers)
-            if reachable:
+            if reachable := self._checks.comparable(reachable):
                 self._push_to(reachable)
             servers = [server for server in {*servers, *reachable} if server.problem]
             if not servers or not reachable:
@@ -347,6 +361,10 @@ class SglangEngine:
             held = bucket
         yield held, True
 
+    @property
+    def _tolerance(self) -> float:
+        return self._settings.probe_tolerance or _TOLERANCES[self._dtype]
+
     def _push_to(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem."""
         samples = probes.probe_samples(self._spec)
@@ -374,13 +392,13 @@ class SglangEngine:
 
     def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
-        tolerance = self._settings.probe_tolerance or _TOLERANCES[self._dtype]
         try:
             gap = probes.gap(self._pool, server, self._spec, samples, expected, self._label)
         except (BadReply, UserError) as error:
             return float("nan"), str(error)
-        if not gap <= tolerance:
-            return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats (allowed: {tolerance:g})"
+        if not gap <= self._tolerance:
+            allowed = f"(allowed: {self._tolerance:g})"
+            return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats {allowed}"
         return gap, ""
 
     def _send(self, urls: list[str]) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
+from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_s2d.models.build import build_model  # noqa: E402
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
 from megatron_s2d.models.weights import export_weights  # noqa: E402
@@ -31,6 +32,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed  #
 from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.checks import Needs  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
 from megatron_s2d.rollout.sglang.senders import refuse_remote  # noqa: E402
 
@@ -71,9 +73,9 @@ def toy_score(chunks):
     """The trainer's own forward, for the toy model."""
 
     def score(samples):
-        table = log_prob_table(embedding_of(chunks)).astype(np.float32)
         found = []
         for sample in samples:
+            table = log_prob_table(embedding_of(chunks), sample.temperature or 1.0).astype(np.float32)
             values = np.zeros(len(sample.token_ids), np.float32)
             values[1:] = table[sample.token_ids[:-1], sample.token_ids[1:]]
             found.append(np.where(sample.response_mask, values, 0))
@@ -82,10 +84,14 @@ def toy_score(chunks):
     return score
 
 
-def make_engine(chunks, layout, directory, servers=(), **settings) -> SglangEngine:
+def make_engine(
+    chunks, layout, directory, servers=(), needs=Needs(), tokenizer=None, **settings
+) -> SglangEngine:
     rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
     urls = [server.url for server in servers]
-    return SglangEngine(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls)
+    return SglangEngine(
+        chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
+    )
 
 
 def make_requests(prompts=4, groups=3) -> list[Request]:
@@ -293,6 +299,96 @@ def test_samples_of_a_temperature_are_not_scored(chunks, layout, servers, tmp_pa
 def test_tensors_and_groups_stay_on_this_machine():
     with pytest.raises(UserError, match="http://10.0.0.2:30000 is another machine"):
         refuse_remote(["http://localhost:1", "http://10.0.0.2:30000"])
+
+
+# ---------------------------------------------------------------- what a server must be
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer("task:modular_arithmetic", tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"is_generation": False}}, "serves embeddings"),
+        ({"model": {"preferred_sampling_params": {"temperature": 0.6, "min_p": 0.1}}}, r"of its own .*\(min_p\)"),
+        ({"info": {"max_req_input_len": 90}}, "room for sequences of 94 tokens, and the stage has some of 100.* 108"),
+        ({"info": {"dtype": "bfloat16"}}, "has dtype bfloat16, and the trainer computes in float32"),
+        ({"info": {"dtype": "auto", "quantization": "fp8"}}, "has quantization fp8"),
+    ],
+)
+def test_a_server_that_differs_is_named_before_it_gets_weights(chunks, layout, servers, tmp_path, fields, message):
+    for name, value in fields.items():
+        setattr(servers[1], name, value)
+    with pytest.raises(UserError, match=message) as error:
+        make_engine(chunks, layout, tmp_path, servers, needs=Needs(max_length=100))
+    assert servers[1].url in str(error.value) and "\n" not in str(error.value)
+    assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
+
+
+@pytest.mark.parametrize("size", [VOCAB_SIZE - 1, VOCAB_SIZE + 1])
+def test_a_server_of_another_vocabulary_is_named(chunks, layout, servers, tmp_path, size):
+    servers[0].embedding = np.zeros((size, 4), np.float32)
+    with pytest.raises(UserError, match=f"vocabulary of another size than the model's {VOCAB_SIZE}"):
+        make_engine(chunks, layout, tmp_path, servers)
+
+
+def test_a_precision_may_differ_where_the_tolerance_is_given(chunks, layout, servers, tmp_path):
+    servers[0].info = {"dtype": "bfloat16"}
+    make_engine(chunks, layout, tmp_path, servers, probe_tolerance=0.1)
+
+
+class OtherTokenizer:
+    """As ``tokenizer``, but for the ids of two tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text):
+        return {"input_ids": [{9: 10, 10: 9}.get(token, token) for token in self.tokenizer(text)["input_ids"]]}
+
+
+def test_tokenizer_and_template_are_compared(chunks, layout, servers, tmp_path, tokenizer):
+    for server in servers:
+        server.tokenizer, server.template = tokenizer, ""
+    needs = Needs(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
+    make_engine(chunks, layout, tmp_path, servers, needs, tokenizer).close()
+    servers[1].template = "3 "
+    with pytest.raises(UserError, match="another chat template"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+    servers[1].template, servers[1].tokenizer = None, OtherTokenizer(tokenizer)
+    with pytest.raises(UserError, match=r"another tokenizer .*'7 8' is \[10, 9\] there and \[9, 10\] here"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+    servers[1].tokenizer = None
+    with pytest.raises(UserError, match="no tokenizer, which stop strings need"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+
+
+def test_the_temperature_is_proven_before_the_first_step(chunks, layout, servers, tmp_path):
+    needs = Needs(params=SamplingParams(6, (3,), temperature=0.7))
+    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    servers[1].original_log_probs = True
+    for tolerance in (None, 50.0):  # a wide one does not hide it
+        with pytest.raises(UserError, match="at temperature 0.7 .*those of temperature 1") as error:
+            make_engine(chunks, layout, tmp_path, servers, needs, probe_tolerance=tolerance)
+        assert servers[1].url in str(error.value)
+    # At temperature 1 both are the same.
+    make_engine(chunks, layout, tmp_path, servers, Needs(params=SamplingParams(6, (3,)))).close()
+
+
+def test_caps_of_a_teachers_server_are_found_before_the_first_step(chunks, layout, servers, tmp_path):
+    needs = Needs(max_length=60, top_k=8)
+    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    servers[0].cap = 7
+    with pytest.raises(UserError, match="60 tokens, with the 8 likeliest at each, and did not: .* 7 likeliest tokens"):
+        make_engine(chunks, layout, tmp_path, servers, needs)
+    servers[0].cap, servers[0].longest = None, 59
+    for top_k in (0, 8):
+        with pytest.raises(UserError, match="sequences of 60 tokens.* longer than the model's context") as error:
+            make_engine(chunks, layout, tmp_path, servers, dataclasses.replace(needs, top_k=top_k))
+    assert servers[0].url in str(error.value)
 
 
 # ---------------------------------------------------------------- servers that the engine starts
