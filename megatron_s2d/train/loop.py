@@ -152,7 +152,7 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
 
 
 def comparable(objective: Objective, update: UpdateBatch, place: int) -> UpdateBatch:
-    """``update``, the step's number ``place``, without the engine's log-probabilities where nothing can be said of them.
+    """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
 
     They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of
     the step's first update.

@@ -95,7 +95,7 @@ class Checks:
         return [server for server in servers if server.url not in problems]
 
     def rehearse(self, servers: Sequence[Server], label: str, score: Score, tolerance: float) -> None:
-        """Have every server without a problem do once what the stage needs; ``UserError`` where one does not; collective.
+        """Have every server without a problem do once what the stage needs, or raise ``UserError``; collective.
 
         score: the trainer's log-probabilities of samples, collective.
         """
@@ -247,10 +247,10 @@ class Checks:
         # In bfloat16 the tolerance is wide; of the two the right temperature is the nearer one.
         is_of_one = temperature not in (0.0, 1.0) and gap.mean() > gap_at_one.mean()
         if is_of_one or not gap.max() <= tolerance:
-            hint = ": they are those of temperature 1 (is SGLANG_RETURN_ORIGINAL_LOGPROB set there?)" if is_of_one else ""
+            hint = ": they are those of temperature 1; is SGLANG_RETURN_ORIGINAL_LOGPROB set there?"
             raise UserError(
                 f"{url} samples at temperature {temperature:g} with log-probabilities up to {gap.max():.1e} nats from "
-                f"the trainer's (allowed: {tolerance:g}){hint}"
+                f"the trainer's (allowed: {tolerance:g})" + (hint if is_of_one else "")
             )
 
     def score_longest(self, url: str, label: str) -> None:

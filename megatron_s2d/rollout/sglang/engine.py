@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import shutil
 import time
 import uuid
@@ -36,7 +35,7 @@ from megatron_s2d.rollout.engine import ProgressCallback, Request, check_request
 from megatron_s2d.rollout.sglang import probes, scoring
 from megatron_s2d.rollout.sglang.checks import Checks, Needs
 from megatron_s2d.rollout.sglang.client import Expected, Outcome, Pool, Server
-from megatron_s2d.rollout.sglang.collective import from_all, from_first
+from megatron_s2d.rollout.sglang.collective import from_all, from_first, to_group
 from megatron_s2d.rollout.sglang.control import PushFailed, Servers, finish
 from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
 from megatron_s2d.rollout.sglang.senders import (
@@ -138,7 +137,8 @@ class SglangEngine:
         self._check_same_requests(requests)
         samples: dict[int, Sample] = {}
         self._with_recoveries(lambda: self._ask(requests, samples, progress))
-        return self._to_replica([samples[place] for place in range(len(requests))] if self._speaks else [])
+        answered = [samples[place] for place in range(len(requests))] if self._speaks else []
+        return to_group(answered, self._layout.groups.mp)
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """log pi of every sample's response tokens at temperature 1, [length] float32 each (0 elsewhere), on all ranks.
@@ -148,10 +148,32 @@ class SglangEngine:
         found = self._scored(samples, scoring.score)
         return [np.where(sample.response_mask, found[place], 0.0) for place, sample in enumerate(samples)]
 
-    def top_tokens(self, samples: Sequence[Sample], k: int) -> list[scoring.TopTokens]:
-        """The k likeliest tokens at every position of every sample, on all ranks; otherwise as ``score``."""
-        found = self._scored(samples, functools.partial(scoring.top_tokens, k=k))
-        return [found[place] for place in range(len(samples))]
+    def top_tokens(
+        self, samples: Sequence[Sample], k: int, layout: Layout | None = None
+    ) -> list[scoring.TopTokens]:
+        """The k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
+
+        Each model replica of ``layout`` (by default that of the served model) brings its own samples. Temperature and
+        errors as in ``score``.
+        """
+        scoring.check_temperature(samples)
+        group = (layout or self._layout).groups.mp
+        found: dict[int, scoring.TopTokens] = {}
+
+        def ask() -> list[str]:
+            missing = [place for place in range(len(samples)) if place not in found]
+            reasons, refused = [], ""
+            if group.rank() == 0 and missing:
+                part = [samples[place].token_ids for place in missing]
+                try:
+                    tokens, reasons = scoring.top_tokens(self._pool, part, self._label, self._spec.vocab_size, k)
+                    found.update({missing[place]: value for place, value in tokens.items()})
+                except UserError as error:
+                    refused = str(error)
+            return self._agree(refused, reasons)
+
+        self._with_recoveries(ask)
+        return to_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
@@ -225,7 +247,11 @@ class SglangEngine:
             except UserError as error:
                 refused = str(error)
         samples.update({missing[place]: sample for place, sample in outcome.samples.items()})
-        everyone = from_all((refused, self._pool.problems, sorted(set(outcome.failures.values()))))
+        return self._agree(refused, sorted(set(outcome.failures.values())))
+
+    def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
+        """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
+        everyone = from_all((refused, self._pool.problems, reasons))
         for said, _, _ in everyone:
             if said:
                 raise UserError(said)
@@ -242,14 +268,6 @@ class SglangEngine:
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
             if extremes.tolist() != [number, -number]:
                 raise RuntimeError("the ranks of one model replica were given different requests")
-
-    def _to_replica(self, samples: list[Sample]) -> list[Sample]:
-        group = self._layout.groups.mp
-        if group.size() == 1:
-            return samples
-        box = [samples]
-        dist.broadcast_object_list(box, group=group, group_src=0)
-        return box[0]
 
     # ------------------------------------------------------------------ servers and weights
 
