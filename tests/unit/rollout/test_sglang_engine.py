@@ -316,6 +316,7 @@ def tokenizer(tmp_path_factory):
     ("fields", "message"),
     [
         ({"model": {"is_generation": False}}, "serves embeddings"),
+        ({"model": {"architectures": ["LlamaForCausalLM"]}}, "a LlamaForCausalLM, and the model is a Qwen3ForCausalLM"),
         ({"model": {"preferred_sampling_params": {"temperature": 0.6, "min_p": 0.1}}}, r"of its own .*\(min_p\)"),
         ({"info": {"max_req_input_len": 90}}, "room for sequences of 94 tokens, and the stage has some of 100.* 108"),
         ({"info": {"dtype": "bfloat16"}}, "has dtype bfloat16, and the trainer computes in float32"),
