@@ -159,8 +159,10 @@ def plan_micro_batches(
 
 
 def _refuse_gaps(name: str, samples: Sequence[Sample], weights: Mapping[str, Sequence[float | np.ndarray]]) -> None:
-    """Some samples have ``name``: those without it may take part in the supervised term only."""
-    columns = [weights[column] for column in weights if column != "supervised_weight"]
+    """Some samples have ``name``: those without it may take part only in terms that can do without."""
+    # What the engine said is used by the policy term; a divergence measures it where it is there.
+    without = {"supervised_weight"} | ({"divergence_weight"} if name == "rollout_log_probs" else set())
+    columns = [weights[column] for column in weights if column not in without]
     for place, sample in enumerate(samples):
         if getattr(sample, name) is None and any(np.any(column[place]) for column in columns):
             raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
@@ -194,6 +196,8 @@ def _build(
         for place, row in enumerate(rows):
             if getattr(row, name) is not None:
                 values[place, : len(row.token_ids)] = getattr(row, name)
+            elif name == "rollout_log_probs":
+                values[place] = np.nan
         columns[name] = values
     for name, values in weights.items():
         columns[name] = np.zeros((num_rows, longest), dtype=np.float32)

@@ -25,6 +25,7 @@ from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.sglang.checks import Needs
 from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.stages.rollouts import PromptStream, Rounds, Sampler
 from megatron_s2d.train.loop import LoopSettings
@@ -111,14 +112,14 @@ class StageContext:
         policy.freeze()
         return policy
 
-    def engine(self, policy: Policy, model_name: str) -> RolloutEngine:
-        """The engine that generates with the weights of ``policy``, an entry of ``models``; collective.
+    def engine(self, policy: Policy, model_name: str, params: SamplingParams) -> RolloutEngine:
+        """The engine that generates with the weights of ``policy``, an entry of ``models``, by ``params``; collective.
 
         It holds the weights as they are now, and later ones after ``push``. ``close`` ends it.
         """
         rollout = self.config.rollout
         if rollout.engine == "sglang":
-            return self.served(policy, model_name)
+            return self.served(policy, model_name, Needs(self._longest(policy, params), params=params))
         return MegatronEngine(
             policy.chunks,
             policy.spec.vocab_size,
@@ -128,7 +129,22 @@ class StageContext:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
-    def served(self, policy: Policy, model_name: str, *, release: bool = False) -> SglangEngine:
+    def served_teacher(
+        self, policy: Policy, model_name: str, params: SamplingParams, top_k: int
+    ) -> SglangEngine:
+        """Servers that score responses by ``params`` with the weights of ``policy``, which waits in host memory.
+
+        top_k: how many likeliest tokens will be asked for at each token; 0 for none.
+        """
+        needs = Needs(self._longest(policy, params), top_k=top_k)
+        return self.served(policy, model_name, needs, release=True)
+
+    def _longest(self, policy: Policy, params: SamplingParams) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        longest = self.config.lengths.max_prompt_tokens + params.max_new_tokens
+        return min(longest, policy.spec.max_position_embeddings)
+
+    def served(self, policy: Policy, model_name: str, needs: Needs, *, release: bool = False) -> SglangEngine:
         """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
 
         release: the policy itself waits in host memory whenever nothing is pushed.
@@ -149,6 +165,7 @@ class StageContext:
             rollout,
             directory,
             urls=urls,
+            needs=needs,
             tokenizer=self.tokenizer,
             on_device=functools.partial(policy.on_device, release=release),
         )

@@ -25,6 +25,7 @@ from megatron_s2d.objectives.distill import (
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.stages.cached import CachedTeacher, open_cache
 from megatron_s2d.stages.context import StageContext
@@ -36,6 +37,7 @@ from megatron_s2d.stages.rollouts import (
     examples,
     response_metrics,
 )
+from megatron_s2d.stages.served import ServedTopK
 from megatron_s2d.stages.supervised import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
@@ -66,13 +68,13 @@ def run_opd(context: StageContext) -> None:
     stage: OpdConfig = context.stage
     policy = context.start_policy(beta=stage.beta)
     teachers = ByDomain.load(stage.teacher, context.frozen)
-    scorers = _served(context, stage, teachers) if stage.teacher_engine == "sglang" else teachers
+    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    scorers = _served(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
     references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
     policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
     model = context.config.model_of(context.name)
-    engine = context.engine(policy, model)
-    params = context.sampling(stage.sampling, model)
+    engine = context.engine(policy, model, params)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with Graders() as graders:
         sampler = Sampler(
@@ -86,21 +88,25 @@ def run_opd(context: StageContext) -> None:
         else:
             live = round(stage.on_policy_fraction * stage.prompts_per_step)
             rounds = context.rounds(stream, sampler, live)
-            source = StudentResponses(stage, rounds, teachers, _cached_samples(context, stage))
-            teacher = _distributions(stage, policy, teachers, references)
+            source = StudentResponses(stage, rounds, scorers, _cached_samples(context, stage))
+            teacher = _distributions(stage, policy, scorers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
         train(policy, source, objective, context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(policy)
 
 
-def _served(context: StageContext, stage: OpdConfig, teachers: ByDomain) -> ServedTeachers:
+def _served(
+    context: StageContext, stage: OpdConfig, teachers: ByDomain, params: SamplingParams
+) -> ServedTeachers:
     """Servers with the teachers' weights, proven against the teachers themselves; these then wait in host memory."""
     names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
     engines: dict[str, SglangEngine] = {}
     for domain, name in names.items():
         if name not in engines:
-            engines[name] = context.served(teachers.policies[domain], context.config.model_of(name), release=True)
+            policy = teachers.policies[domain]
+            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.granularity == "topk" else 0
+            engines[name] = context.served_teacher(policy, context.config.model_of(name), params, top_k)
     return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
 
@@ -113,7 +119,8 @@ def needs_reference(stage: OpdConfig) -> bool:
 def objective_of(stage: OpdConfig) -> Objective:
     """The stage's loss."""
     if stage.granularity != "sampled":
-        return divergence_objective(stage.divergence, tail=stage.tail if stage.granularity == "topk" else None)
+        tail = stage.tail if stage.granularity == "topk" else None
+        return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
     surrogate = Surrogate(
         clip_low=stage.clip_low,
         clip_high=stage.clip_high,
@@ -124,7 +131,11 @@ def objective_of(stage: OpdConfig) -> Objective:
     return policy_distillation_objective(surrogate, anchor=stage.teacher_sampling is not None)
 
 
-def _distributions(stage: OpdConfig, policy: Policy, teachers: ByDomain, references: ByDomain | None) -> Teacher:
+def _distributions(
+    stage: OpdConfig, policy: Policy, teachers: ByDomain | ServedTeachers, references: ByDomain | None
+) -> Teacher:
+    if isinstance(teachers, ServedTeachers):
+        return ServedTopK(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.tail)
     if stage.granularity == "topk":
         return TopKTeacher(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.support, stage.tail)
     return FullTeacher(policy, teachers, references, stage.reward_scale)
@@ -144,7 +155,7 @@ class StudentResponses:
 
     stage: OpdConfig
     rounds: Rounds
-    teachers: ByDomain  # asked for scores only where tokens are weighted by them
+    teachers: ByDomain | ServedTeachers  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
 
     def resume(self, position: Mapping[str, Any]) -> None:
@@ -163,7 +174,12 @@ class StudentResponses:
             count = others * stage.responses_per_prompt
             cached = self.cached((step - 1) * count, count)
             samples = samples + [
-                dataclasses.replace(sample, id=f"{sample.id}~cached", group=live + place // stage.responses_per_prompt)
+                dataclasses.replace(
+                    sample,
+                    id=f"{sample.id}~cached",
+                    group=live + place // stage.responses_per_prompt,
+                    rollout_log_probs=None,  # the teacher's
+                )
                 for place, sample in enumerate(cached)
             ]
         factors = token_factors(stage, samples, sampler.policy, self.teachers)
@@ -334,7 +350,7 @@ class TeacherAnchors:
         for domain, policy in teachers.policies.items():
             policy.to_device()
             name = stage.teacher if domain is None else stage.teacher[domain]
-            engine = context.engine(policy, context.config.model_of(name))
+            engine = context.engine(policy, context.config.model_of(name), params)
             samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
         return cls(stage, samplers, schedule)
 

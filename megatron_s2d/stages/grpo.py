@@ -37,8 +37,8 @@ def run_grpo(context: StageContext) -> None:
     policy, model = context.start_policy(), context.config.model_of(context.name)
     reference = _reference(context, stage)
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
-    engine = context.engine(policy, model)
     params = context.sampling(stage.sampling, model)
+    engine = context.engine(policy, model, params)
     with Graders() as graders:
         sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders)
         stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)

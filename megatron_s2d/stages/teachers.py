@@ -104,7 +104,7 @@ class ByDomain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedTeachers:
-    """``ByDomain`` for scores alone, from servers that hold the teachers' weights."""
+    """``ByDomain`` from servers that hold the teachers' weights; likeliest tokens are in ``served.py``."""
 
     engines: Mapping[str | None, SglangEngine]
 
@@ -113,14 +113,19 @@ class ServedTeachers:
         """Whether domains have models of their own."""
         return None not in self.engines
 
+    def engine_of(self, domain: str) -> SglangEngine:
+        """The servers of the teacher of ``domain``."""
+        engine = self.engines.get(domain if self.is_routed else None)
+        if engine is None:
+            raise UserError(f"there is no teacher for the domain '{domain}'")
+        return engine
+
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """See ``ByDomain.score``; at temperature 1."""
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            engine = self.engines.get(domain if self.is_routed else None)
-            if engine is None:
-                raise UserError(f"there is no teacher for the domain '{domain}'")
+            engine = self.engine_of(domain)
             for place, score in zip(places, engine.score([samples[place] for place in places]), strict=True):
                 found[place] = score
         return found

@@ -21,6 +21,7 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.kl.teachers import TeacherSource
+from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import RolloutEngine
@@ -111,7 +112,10 @@ def train(
                 engine.rest()
         stale = staleness(data.updates, updates)
         with timer.section("score"):
-            batches_of_step = [with_old_log_probs(policy, objective, update) for update in data.updates]
+            batches_of_step = [
+                with_old_log_probs(policy, objective, comparable(objective, update, place))
+                for place, update in enumerate(data.updates)
+            ]
         reports = []
         for update in batches_of_step:
             with timer.section("teacher"):
@@ -169,6 +173,18 @@ def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
     return {"staleness": float((ages * tokens).sum() / tokens.sum()), "staleness_max": float(ages.max())}
 
 
+def comparable(objective: Objective, update: UpdateBatch, place: int) -> UpdateBatch:
+    """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
+
+    They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of
+    the step's first update.
+    """
+    if place == 0 or "old_log_probs" in objective.columns:
+        return update
+    samples = [dataclasses.replace(sample, rollout_log_probs=None) for sample in update.samples]
+    return dataclasses.replace(update, samples=samples)
+
+
 def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
     """Stop a run that diverges from its teacher, before the update."""
     if limit is not None and report["kl"] > limit:
@@ -191,9 +207,12 @@ def check_rollout_kl(report: Mapping[str, float], limit: float | None, step: int
 def summarise(
     reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
 ) -> dict[str, float]:
-    """One row of metrics: the mean over the step's updates, what the source measured, and speed."""
-    names = dict.fromkeys(name for report in reports for name in report)
-    row = {name: float(np.mean([report[name] for report in reports if name in report])) for name in names}
+    """One row of metrics: the mean over the step's updates (of extremes the extreme), the source's, and speed."""
+    row = {}
+    for name in dict.fromkeys(name for report in reports for name in report):
+        combine = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
+        row[name] = float(combine([report[name] for report in reports if name in report]))
+    row = {name: value for name, value in row.items() if value or not name.startswith(GAP_PREFIX)}
     return row | dict(samples) | {"tokens_per_second": tokens / times["seconds"]} | dict(times)
 
 

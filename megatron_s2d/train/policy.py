@@ -29,6 +29,7 @@ from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import ModelSpec, padded_vocab_size
+from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import (
     Metric,
     Objective,
@@ -333,7 +334,7 @@ class Policy:
         return {
             name: metric.value()
             for name, metric in reduced.items()
-            if float(metric.denominator) > 0 or not name.startswith(POSITION_PREFIX)
+            if float(metric.denominator) > 0 or not name.startswith((POSITION_PREFIX, GAP_PREFIX))
         }
 
     def _metrics_of(

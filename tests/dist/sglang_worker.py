@@ -78,6 +78,14 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.data_size]  # the first of four data ranks has nothing to ask
     mine = np.split(np.arange(12), cuts)[layout.data_rank]
     samples = engine.generate([requests()[place] for place in mine])
+    for server in servers:
+        server.score_faults.extend(["nan", "capped", "stale"])
+    likeliest = engine.top_tokens(samples, 3)  # of this replica's own samples
+    table = log_prob_table(dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"].numpy())
+    best = [np.argsort(-table[sample.token_ids[:-1]], axis=1)[:, :3] for sample in samples]
+    top_agree = len(likeliest) == len(samples) and all(
+        np.array_equal(top.ids[1:], ids) for top, ids in zip(likeliest, best, strict=True)
+    )
     faults_left = from_first(lambda: sum(len(server.faults) for server in servers))
     for server in servers:
         server.control_faults["/update_weights_from_disk"] = "500"
@@ -97,7 +105,8 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
             assert merged.setdefault(name, sample) == sample
     wrong = max(from_all(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
                 for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
-    return {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left} | beside
+    return beside | {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left,
+                     "top_agree": from_all(top_agree)}  # fmt: skip
 
 
 def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:

@@ -34,6 +34,7 @@ def test_samples_and_weights_are_those_of_one_rank(results, case):
     assert found["samples"] == expected["samples"]
     assert found["gap"] < 1e-5
     assert found["faults_left"] < 8  # the faults were met
+    assert found["top_agree"] == [True] * 4  # each replica has the likeliest tokens of its own samples
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -37,12 +38,17 @@ from sglang_model import (  # noqa: E402
     rollout_settings,
 )
 
+from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.data.packing import UpdateBatch  # noqa: E402
 from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
 from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
 from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.checks import Checks, Needs  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.stages.served import ServedTopK  # noqa: E402
+from megatron_s2d.stages.teachers import ByDomain, ServedTeachers, TopKTeacher  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = """
@@ -69,7 +75,10 @@ stages:
     responses_per_prompt: 4
     sampling: &sampling {temperature: 1.0, max_response_tokens: 8}
     optimizer: {lr: 1.0e-3}
-arms: {grpo: grpo}
+  opd:
+    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, prompts_per_step: 4, responses_per_prompt: 2,
+     updates_per_step: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
+arms: {opd: opd}
 evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
 """
 
@@ -108,7 +117,7 @@ def attach(policy, tokenizer, url, tmp_path):
     """attach(settings): an engine on the running server."""
     found = []
 
-    def make(sync: str = "disk", **settings) -> SglangEngine:
+    def make(sync: str = "disk", needs: Needs = Needs(), other_tokenizer=None, **settings) -> SglangEngine:
         found.append(
             SglangEngine(
                 policy.chunks,
@@ -118,7 +127,8 @@ def attach(policy, tokenizer, url, tmp_path):
                 rollout_settings(sync, **settings),
                 tmp_path / str(len(found)),
                 urls=[url],
-                tokenizer=tokenizer,
+                needs=needs,
+                tokenizer=other_tokenizer or tokenizer,
             )  # fmt: skip
         )
         return found[-1]
@@ -157,6 +167,42 @@ def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
 @pytest.mark.parametrize("params", [{"temperature": 0.7}, {"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.6}])
 def test_log_probs_are_those_of_the_temperature_before_filters(policy, attach, params):
     assert rollout_gap(policy, attach().generate(make_requests(**params))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, {"temperature": 1.3, "stop_strings": ("= 7",)}],
+)
+def test_the_server_is_found_able_to_do_what_a_stage_needs(attach, params):
+    longest = SPEC.max_position_embeddings
+    attach(needs=Needs(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
+
+
+def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, url, tmp_path):
+    other = load_tokenizer("task:modular_arithmetic/13", tmp_path)
+    with pytest.raises(UserError, match="another tokenizer than the trainer: '.*' is .* there and .* here"):
+        attach(other_tokenizer=other)
+    with pytest.raises(UserError, match="has room for sequences of 518 tokens, and the stage has some of 600"):
+        attach(needs=Needs(600))
+    with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
+        Checks(
+            dataclasses.replace(SPEC, max_position_embeddings=4096), Needs(4000, top_k=2), rollout_settings().sglang,
+            dtype="float32", tokenizer=None, attached=True,
+        ).score_longest(url, "any")  # fmt: skip
+    for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
+        checks = Checks(
+            dataclasses.replace(SPEC, vocab_size=size), Needs(), rollout_settings().sglang, dtype="float32",
+            tokenizer=tokenizer, attached=True,
+        )  # fmt: skip
+        with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
+            checks.compare(url)
+    with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
+        Checks(SPEC, Needs(), rollout_settings().sglang, dtype="bfloat16", tokenizer=None, attached=True).compare(url)
+    tokenizer_here = copy.deepcopy(tokenizer)
+    tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
+    with pytest.raises(UserError, match="another chat template"):
+        attach(other_tokenizer=tokenizer_here)
+    assert rollout_gap(policy, attach().generate(make_requests())) < 1e-4
 
 
 def test_greedy_responses_are_those_of_the_engine_in_the_process(policy, attach):
@@ -306,6 +352,19 @@ def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy,
         engine.close()
 
 
+def test_a_served_teachers_top_k_is_that_of_the_teacher_in_the_trainer(policy, attach):
+    samples = attach().generate(make_requests(prompts=6, groups=2))
+    engine = attach(needs=Needs(40, top_k=6))
+    batches, update = policy.pack(samples, {}), UpdateBatch(samples, {})
+    served = ServedTopK(policy, ServedTeachers({None: engine}), 6, "bucket").distributions(update, batches)
+    inside = TopKTeacher(policy, ByDomain({None: policy}), 6, "teacher", "bucket").distributions(update, batches)
+    for batch, one, other in zip(batches, served, inside, strict=True):
+        rows = batch.response_mask
+        assert rows.any() and (one.ids[rows] == other.ids[rows]).float().mean() > 0.99  # but for ties
+        assert torch.allclose(one.log_probs[rows], other.log_probs[rows].float(), atol=1e-4)
+        assert torch.allclose(one.log_tail_mass[rows].exp(), other.log_tail_mass[rows].float().exp(), atol=1e-5)
+
+
 def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [url, tmp_path, tmp_path / "out.json"]
@@ -332,6 +391,9 @@ def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
     assert len(rows) == 3
     for row in rows:
         assert row["rollout_kl"] < 1e-6 and row["probe_gap"] < 1e-4 and row["push_gb_per_second"] > 0
+    for row in rows + metrics(tmp_path / "run", "stages/opd"):
+        assert row["rollout_gap_mean"] <= row["rollout_gap_max"] < 1e-4
+        assert sum(share for name, share in row.items() if name.startswith("rollout_gap_at/")) == pytest.approx(1)
     assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
 
 
@@ -367,14 +429,16 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path):
+@pytest.mark.parametrize(
+    "method", [{"granularity": "sampled"}, {"granularity": "topk", "support": "teacher", "top_k": 6}]
+)
+def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path, method):
     config = yaml.safe_load(WORKFLOW)
     shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "prompts_per_step", "sampling", "optimizer")}
     config["stages"]["teacher"] = {"like": "base", "steps": 60}
     config["stages"]["opd"] = shared | {
-        "type": "opd", "init": "base", "teacher": "teacher", "granularity": "sampled", "steps": 3,
-        "responses_per_prompt": 2,
-    }  # fmt: skip
+        "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "responses_per_prompt": 2,
+    } | method  # fmt: skip
     config["arms"] = {"opd": "opd"}
     rows = {}
     for engine in ("trainer", "sglang"):
@@ -388,9 +452,39 @@ def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp
     assert len(rows["sglang"]) == 3
     for one, other in zip(rows["trainer"], rows["sglang"], strict=True):
         assert one["response_length"] == other["response_length"]
-        for name in ("loss", "advantage_mean", "advantage_abs_mean", "grad_norm"):
+        for name in ("loss", "grad_norm", "kl", *[name for name in one if "advantage" in name or "captured" in name]):
             assert other[name] == pytest.approx(one[name], abs=1e-4), name
-    assert any(row["advantage_abs_mean"] > 0.01 for row in rows["trainer"])
+    assert any(abs(row["kl"]) > 0.01 for row in rows["trainer"])
+
+
+def server_pid(url: str) -> int:
+    """Of the process behind ``url``, not of its watch."""
+    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {url.rpartition(':')[2]} "
+    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
+    return int(pid)
+
+
+@pytest.mark.slow
+def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, attach, url):
+    """A scheduler that gets no processor time still runs it when the weights come; SGLang would end itself then."""
+    engine = attach()
+    command = ["pgrep", "-P", str(server_pid(url)), "-f", "sglang::scheduler"]
+    scheduler = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
+    os.kill(scheduler, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/generate", json=body, timeout=1.0)
+        os.kill(scheduler, signal.SIGCONT)
+        time.sleep(0.02)  # it begins
+        os.kill(scheduler, signal.SIGSTOP)
+        time.sleep(6.0)  # the server notices that nobody waits
+        threading.Timer(1.0, os.kill, (scheduler, signal.SIGCONT)).start()
+        engine.push(policy.chunks, 3)
+    finally:
+        os.kill(scheduler, signal.SIGCONT)
+    assert started._fleet._processes[0].is_alive and not engine._fleet.pool.problems
+    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
 
 
 @pytest.mark.slow
@@ -432,9 +526,7 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     clean = started.generate(requests)
     (process,), (server,) = started._fleet._processes, started._fleet.pool.servers
     old = server.url
-    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {old.rpartition(':')[2]} "  # the server, not its watch
-    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
-    threading.Timer(0.2, os.kill, (int(pid), signal.SIGKILL)).start()
+    threading.Timer(0.2, os.kill, (server_pid(old), signal.SIGKILL)).start()
     again = started.generate(requests)
     assert server.url != old and started._fleet._processes[0] is not process
     with pytest.raises(httpx.ConnectError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import httpx
 
 _SECONDS = 1800.0  # loading a large checkpoint takes minutes
-_IDLE_SECONDS = 60.0
+IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 
 
 class PushFailed(Exception):
@@ -56,15 +55,7 @@ class Servers:
 
     def _release_memory(self, url: str) -> None:
         # A server that is not idle does not survive the request; its caches can be emptied only when it is.
-        deadline = time.monotonic() + _IDLE_SECONDS
-        while True:
-            try:
-                self._post(url, "/flush_cache", {})
-                break
-            except PushFailed:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        self._post(url, f"/flush_cache?timeout={IDLE_SECONDS}", {})
         self._post(url, "/release_memory_occupation", {})
 
     def ranks(self) -> list[int]:

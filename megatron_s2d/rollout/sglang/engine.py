@@ -11,7 +11,6 @@ interrupts them and lets them go on with the new weights.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.sglang import scoring
+from megatron_s2d.rollout.sglang.checks import Needs
 from megatron_s2d.rollout.sglang.client import Pool
-from megatron_s2d.rollout.sglang.collective import from_all, from_first
+from megatron_s2d.rollout.sglang.collective import from_all, from_first, to_group
 from megatron_s2d.rollout.sglang.fleet import Fleet, Score
 from megatron_s2d.rollout.sglang.generation import Generation, Outcome
 from megatron_s2d.rollout.sglang.protocol import Decoder, Expected, Partial
@@ -103,10 +103,13 @@ class SglangEngine:
         directory: Path,
         *,
         urls: Sequence[str] = (),
+        needs: Needs = Needs(),
         tokenizer: Decoder | None = None,
         on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
+
+        Then each server shows that it can do what the stage ``needs``, at its temperature and length.
 
         ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
         ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
@@ -121,6 +124,7 @@ class SglangEngine:
             settings,
             directory,
             urls=urls,
+            needs=needs,
             tokenizer=tokenizer,
             on_device=on_device,
         )
@@ -172,7 +176,7 @@ class SglangEngine:
         samples, carried = work.split() if self._speaks else ([], {})
         if num_groups is not None:
             self._carried = carried
-        return self._to_replica(samples)
+        return to_group(samples, self._layout.groups.mp)
 
     def rest(self) -> None:
         """With ``release_memory``: the servers give their GPU memory back until the next push."""
@@ -186,10 +190,30 @@ class SglangEngine:
         found = self._scored(samples, scoring.score)
         return [np.where(sample.response_mask, found[place], 0.0) for place, sample in enumerate(samples)]
 
-    def top_tokens(self, samples: Sequence[Sample], k: int) -> list[scoring.TopTokens]:
-        """The k likeliest tokens at every position of every sample, on all ranks; otherwise as ``score``."""
-        found = self._scored(samples, functools.partial(scoring.top_tokens, k=k))
-        return [found[place] for place in range(len(samples))]
+    def top_tokens(self, samples: Sequence[Sample], k: int, layout: Layout | None = None) -> list[scoring.TopTokens]:
+        """The k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
+
+        Each model replica of ``layout`` (by default that of the served model) brings its own samples. Temperature and
+        errors as in ``score``.
+        """
+        scoring.check_temperature(samples)
+        group, fleet = (layout or self._layout).groups.mp, self._fleet
+        found: dict[int, scoring.TopTokens] = {}
+
+        def ask() -> list[str]:
+            missing = [place for place in range(len(samples)) if place not in found]
+            reasons, refused = [], ""
+            if group.rank() == 0 and missing:
+                part = [samples[place].token_ids for place in missing]
+                try:
+                    tokens, reasons = scoring.top_tokens(fleet.pool, part, fleet.label, self._spec.vocab_size, k)
+                    found.update({missing[place]: value for place, value in tokens.items()})
+                except UserError as error:
+                    refused = str(error)
+            return self._agree(refused, reasons)
+
+        self._with_recoveries(ask)
+        return to_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
@@ -264,6 +288,10 @@ class SglangEngine:
             except UserError as error:
                 refused = str(error)
         reasons = sorted(set(outcome.failures.values())) or ["no answer"] if self._lacks(work) else []
+        return self._agree(refused, reasons)
+
+    def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
+        """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
         everyone = from_all((refused, self._fleet.pool.problems, reasons))
         for said, _, _ in everyone:
             if said:
@@ -305,11 +333,3 @@ class SglangEngine:
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
             if extremes.tolist() != [number, -number]:
                 raise RuntimeError("the ranks of one model replica were given different requests")
-
-    def _to_replica(self, samples: list[Sample]) -> list[Sample]:
-        group = self._layout.groups.mp
-        if group.size() == 1:
-            return samples
-        box = [samples]
-        dist.broadcast_object_list(box, group=group, group_src=0)
-        return box[0]

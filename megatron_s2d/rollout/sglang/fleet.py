@@ -27,9 +27,10 @@ from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.sglang import probes
+from megatron_s2d.rollout.sglang.checks import Checks, Needs
 from megatron_s2d.rollout.sglang.client import Pool, Server
 from megatron_s2d.rollout.sglang.collective import from_first
-from megatron_s2d.rollout.sglang.control import PushFailed, Servers, finish
+from megatron_s2d.rollout.sglang.control import IDLE_SECONDS, PushFailed, Servers, finish
 from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
 from megatron_s2d.rollout.sglang.senders import (
     BroadcastSender,
@@ -42,6 +43,7 @@ from megatron_s2d.rollout.sglang.senders import (
 from megatron_s2d.rollout.sglang.server import Router, ServerProcess, is_healthy
 
 Score = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
+_HEALTH_CHECKS = 3  # of a server in trouble, before it counts as one that hangs
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
@@ -67,10 +69,14 @@ class Fleet:
         directory: Path,
         *,
         urls: Sequence[str] = (),
+        needs: Needs = Needs(),
         tokenizer: Decoder | None = None,
         on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them."""
+        """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
+
+        Then each server shows that it can do what the stage ``needs``.
+        """
         self.version = 0
         self.directory = directory
         self._chunks, self._spec, self._layout, self._score = chunks, spec, layout, score
@@ -86,6 +92,14 @@ class Fleet:
         ]
         self._last = Push(0.0, 0, 0.0)
         self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
+        self._checks = Checks(
+            spec,
+            needs,
+            self._settings,
+            dtype=str(self._dtype).removeprefix("torch."),
+            tokenizer=tokenizer,
+            attached=bool(urls),
+        )
         if urls and self._settings.sync == "tensor":
             refuse_remote(urls)
         self.pool = Pool(urls or self._start_servers(), self._settings)
@@ -93,6 +107,8 @@ class Fleet:
             if self._settings.router:
                 self.pool.router = Server(from_first(self._start_router))
             self._update(self.pool.servers)
+            with on_device():
+                self._checks.rehearse(self.pool.servers, self.label, score, self._tolerance)
         except UserError:
             self.close()
             raise
@@ -207,7 +223,7 @@ class Fleet:
         """
         for _ in range(self._settings.recoveries + 1 if servers else 0):
             reachable = self._reachable(servers)
-            if reachable:
+            if reachable := self._checks.comparable(reachable):
                 self._push_to(reachable)
             servers = [server for server in {*servers, *reachable} if server.problem]
             if not servers or not reachable:
@@ -238,7 +254,7 @@ class Fleet:
         def look() -> tuple[list[bool], dict[int, str]]:
             answering = [
                 (number >= len(self._processes) or self._processes[number].is_alive)
-                and (not server.problem or is_healthy(server.url))
+                and (not server.problem or is_healthy(server.url, checks=_HEALTH_CHECKS))
                 for number, server in enumerate(self.pool.servers)
             ]
             fresh = {}
@@ -269,6 +285,10 @@ class Fleet:
             held = bucket
         yield held, True
 
+    @property
+    def _tolerance(self) -> float:
+        return self._settings.probe_tolerance or _TOLERANCES[self._dtype]
+
     def _push_to(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem."""
         samples = probes.probe_samples(self._spec)
@@ -296,13 +316,13 @@ class Fleet:
 
     def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
-        tolerance = self._settings.probe_tolerance or _TOLERANCES[self._dtype]
         try:
             gap = probes.gap(self.pool, server, self._spec, samples, expected, self.label)
         except (BadReply, UserError) as error:
             return float("nan"), str(error)
-        if not gap <= tolerance:
-            return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats (allowed: {tolerance:g})"
+        if not gap <= self._tolerance:
+            allowed = f"(allowed: {self._tolerance:g})"
+            return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats {allowed}"
         return gap, ""
 
     def _send(self, urls: list[str]) -> tuple[int, str]:
@@ -313,6 +333,9 @@ class Fleet:
             try:
                 finish(sleepers.post("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}))
                 finish(servers.post("/pause_generation", {"mode": "abort"}))
+                # A request that its sender gave up may still be running, and SGLang ends itself where it is asked to
+                # forget the keys and values of old weights then: wait until nothing runs.
+                finish(servers.post(f"/flush_cache?timeout={IDLE_SECONDS}", {}))
             except PushFailed as error:
                 failure = str(error)
             for bucket, last in self._buckets():  # to the end on every rank, because making buckets is collective

@@ -56,8 +56,10 @@ class DiskSender:
     """Writes a Hugging Face directory, one file a bucket, and has the servers read it under the same path."""
 
     def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
-        """``directory`` holds one version at a time; ``tokenizer`` may be None."""
+        """``directory`` holds one version between pushes; ``tokenizer`` may be None."""
         self._parent, self._spec, self._tokenizer = directory, spec, tokenizer
+        self._path: Path | None = None  # being written
+        self._count = 0
         self._weight_map: dict[str, str] = {}
         self._num_bytes = self._num_files = 0
         self.complete: Path | None = None  # the last version that was written whole
@@ -68,13 +70,15 @@ class DiskSender:
         if last:
             body = {"model_path": str(self.complete.resolve()), "weight_version": label, "flush_cache": True}
             finish(servers.post("/update_weights_from_disk", body))
+            self._keep(self.complete)
 
     def write(self, bucket: Bucket, label: str, *, last: bool) -> None:
-        """One more file of version ``label``; with the last one the directory is ``complete`` and older ones go."""
-        path = self._parent / label
+        """One more file of version ``label``; with the last one the directory is ``complete``."""
+        if self._path is None:
+            # Another name with every try: a server that was given up may still read what an earlier one left.
+            self._path, self._count = self._parent / f"{label}.{self._count}", self._count + 1
+        path = self._path
         with disk_errors(path):
-            if not self._weight_map and path.exists():
-                shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             name = f"model-{self._num_files:05d}.safetensors"
             # Cloned, because the tensors of a bucket are views of one, which the format does not allow.
@@ -92,15 +96,21 @@ class DiskSender:
         (path / "config.json").write_text(json.dumps(hf_config_from_spec(self._spec, dtype)), encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
-        for other in self._parent.iterdir():
-            if other != path:
-                shutil.rmtree(other)
-        self.complete = path
+        self._keep(path, self.complete)
+        self.complete, self._path = path, None
         self.forget()
 
+    def _keep(self, *paths: Path | None) -> None:
+        """Remove the other versions: all but the newest once every server has read that, all but two before."""
+        for other in self._parent.iterdir():
+            if other not in paths:
+                shutil.rmtree(other)
+
     def forget(self) -> None:
-        """Begin a new directory with the next bucket."""
-        self._weight_map, self._num_bytes, self._num_files = {}, 0, 0
+        """Begin a new directory with the next bucket; one that is not complete goes."""
+        if self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+        self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
 
 
 class TensorSender:

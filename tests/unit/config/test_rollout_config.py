@@ -87,11 +87,17 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
 
 def test_a_served_teacher_has_conditions():
     for change, message in [
-        ({"granularity": "full"}, "needs granularity: sampled"),
+        ({"granularity": "full"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk", "support": "union"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_tokens": 8}},
+         "sampling.temperature 1"),
         ({"sampling": {"temperature": 0.7, "max_response_tokens": 8}}, "sampling.temperature 1"),
     ]:
         with pytest.raises(UserError, match=message):
             workflow({}, {"teacher_engine": "sglang"} | change)
+    for change in ({}, {"granularity": "topk", "support": "teacher", "divergence": "forward_kl"}):
+        assert workflow({}, {"teacher_engine": "sglang"} | change).stages["opd"].teacher_engine == "sglang"
 
 
 @pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"oversampling": 1.5}])

@@ -47,7 +47,15 @@ class FakeServer:
         self.faults: collections.deque[str] = collections.deque()
         self.score_faults: collections.deque[str] = collections.deque()  # of coming requests that score
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
+        self.health_faults: collections.deque[str] = collections.deque()  # of coming health checks
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
+        self.info = {"tp_size": 1, "pp_size": 1}
+        self.model: dict = {"is_generation": True, "preferred_sampling_params": None}
+        self.tokenizer = None  # None: the server tokenizes nothing
+        self.template = None
+        self.original_log_probs = False  # of sampled tokens at temperature 1, whatever they are sampled at
+        self.cap: int | None = None  # of likeliest tokens
+        self.longest: int | None = None  # prompt
         self.released = threading.Event()  # lets requests go that hang
         self.token_seconds: Callable[[dict], float] = lambda body: 0.0  # time that a token of a request takes
         self.aborted: set[str] = set()
@@ -95,13 +103,19 @@ class FakeServer:
 
     def get(self, path: str) -> tuple[int, bytes]:
         if path == "/server_info":
-            return 200, b'{"tp_size": 1, "pp_size": 1}'
+            return 200, json.dumps(self.info | {"skip_tokenizer_init": self.tokenizer is None}).encode()
+        if path == "/model_info":
+            return 200, json.dumps(self.model).encode()
+        if path == "/health_generate" and self.health_faults:
+            return int(self.health_faults.popleft()), b""
         return 200, b""
 
     def post(self, path: str, body: dict) -> tuple[int, bytes]:
         if path == "/generate":
             return self.generate(body)
         fault = self.control_faults.get(path)
+        if fault == "400":
+            return 400, b"refused"
         if fault == "500":
             return 500, b"broken"
         if fault == "hang":
@@ -110,16 +124,32 @@ class FakeServer:
             raise ConnectionAbortedError
         if path == "/abort_request":
             self.aborted.add(body["rid"])
+        if path == "/v1/chat/completions":
+            return self.chat(body)
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":
+            self.seen_versions = sorted(path.name for path in Path(body["model_path"]).parent.iterdir())
             self.weight_version = body["weight_version"]
             if fault != "ignore":
                 self.embedding = read_embedding(Path(body["model_path"]))
         return 200, b'{"success": true, "message": ""}'
 
+    def chat(self, body: dict) -> tuple[int, bytes]:
+        if self.template is None:
+            return 400, b"no template"
+        ids = self.tokenizer(self.template + body["messages"][0]["content"])["input_ids"]
+        return 200, json.dumps({"choices": [{"prompt_token_ids": ids}]}).encode()
+
     def generate(self, body: dict) -> tuple[int, bytes]:
+        if wanted := body.get("token_ids_logprob"):
+            return (200, b"{}") if max(wanted) < len(self.embedding) else (400, b"out-of-vocabulary token id")
+        if "text" in body:
+            rows = [self.tokenizer(text)["input_ids"] for text in body["text"]]
+            return self.scores({"input_ids": rows})
         if isinstance(body["input_ids"][0], list):
+            if self.longest is not None and max(map(len, body["input_ids"])) > self.longest:
+                return 400, b"the input is longer than the model's context length"
             return self.scores(body)
         fault = self.faults.popleft() if self.faults else None
         if fault == "die":
@@ -164,7 +194,7 @@ class FakeServer:
         return 200, json.dumps(reply).encode()
 
     def scores(self, body: dict) -> tuple[int, bytes]:
-        k = body.get("top_logprobs_num", 0)
+        k = min(body.get("top_logprobs_num", 0), self.cap or len(self.embedding))
         replies = [self.score(ids, k) for ids in body["input_ids"]]
         fault = self.score_faults.popleft() if self.score_faults else None
         meta = replies[0]["meta_info"]
@@ -205,7 +235,8 @@ class FakeServer:
                     break
             row = np.exp(table[last])
             token = int(generator.choice(len(row), p=row / row.sum()))
-            scored.append([float(table[last, token]), token, None])
+            reported = log_prob_table(self.embedding) if self.original_log_probs else table
+            scored.append([float(reported[last, token]), token, None])
             output.append(token)
             last = token
             # As SGLang does: the limit is looked at before the stop tokens.
