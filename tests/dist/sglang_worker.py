@@ -112,16 +112,17 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
 def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
     """Responses that are begun, interrupted by a push and gone on with; then with half of the groups carried over."""
     settings = SglangConfig(bucket_bytes=20_000, ahead="continue")
+    held = set()
     for server in servers:
         server.control_faults.clear()
-        server.token_seconds = lambda body: 0.1
+        server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
     engine = SglangEngine(
         chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings), directory / "beside", urls=urls
     )
     own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
     tables = {0: table_of(chunks, spec, layout)}
     engine.begin(own)
-    time.sleep(0.3)
+    from_first(lambda: wait_for(lambda: len(held) == 12))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.9)
@@ -136,8 +137,6 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     first = engine.generate(again, num_groups=half)
     taken = {sample.id for sample in first}
     rest = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
-    for server in servers:
-        server.token_seconds = lambda body: 0.0
     engine.close()
     return {
         "begun": sorted({sample.id for part in from_all(samples) for sample in part}),
@@ -146,6 +145,13 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
         "carried": sorted({sample.id for part in from_all([*first, *rest]) for sample in part}),
         "half": from_all(len(taken) == half * 2),
     }
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def table_of(chunks, spec, layout) -> np.ndarray:

@@ -47,6 +47,6 @@ def test_a_push_that_fails_is_the_same_error_on_every_rank(results, case):
 def test_responses_go_on_over_a_push_and_from_one_step_to_the_next(results, case):
     found = results[case]
     assert len(found["begun"]) == 12 and found["begun_gap"] < 1e-5
-    assert found["mixed"] > 0  # some were interrupted with tokens
+    assert found["mixed"] == 12  # all were interrupted with tokens
     assert found["carried"] == [f"{name}again" for name in found["begun"]]
     assert all(found["half"])

@@ -57,7 +57,8 @@ class FakeServer:
         self.cap: int | None = None  # of likeliest tokens
         self.longest: int | None = None  # prompt
         self.released = threading.Event()  # lets requests go that hang
-        self.token_seconds: Callable[[dict], float] = lambda body: 0.0  # time that a token of a request takes
+        # holds(body, n): whether a request waits before its n-th token, until it is aborted or no longer held
+        self.holds: Callable[[dict, int], bool] = lambda body, n: False
         self.aborted: set[str] = set()
         fake = self
 
@@ -226,13 +227,12 @@ class FakeServer:
         reason = {"type": "length", "length": params["max_new_tokens"]}
         last = ids[-1]
         scored = []
-        seconds = self.token_seconds(body)
         while len(output) < params["max_new_tokens"]:
-            if seconds:
-                time.sleep(seconds)
-                if body["rid"] in self.aborted:
-                    reason = {"type": "abort", "message": "Aborted"}
-                    break
+            while self.holds(body, len(output)) and body["rid"] not in self.aborted:
+                time.sleep(0.01)
+            if body.get("rid") in self.aborted:
+                reason = {"type": "abort", "message": "Aborted"}
+                break
             row = np.exp(table[last])
             token = int(generator.choice(len(row), p=row / row.sum()))
             reported = log_prob_table(self.embedding) if self.original_log_probs else table
