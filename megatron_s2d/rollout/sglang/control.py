@@ -58,6 +58,18 @@ class Servers:
         self._post(url, f"/flush_cache?timeout={IDLE_SECONDS}", {})
         self._post(url, "/release_memory_occupation", {})
 
+    def digests(self) -> dict[str, str]:
+        """Address -> digest of the weights that a server holds, for servers that can give one (on a GPU)."""
+        futures = {url: self._threads.submit(self._digest, url) for url in self.urls}
+        return {url: found for url, future in futures.items() if (found := future.result())}
+
+    def _digest(self, url: str) -> str:
+        try:
+            reply = self._client.post(f"{url}/weights_checker", json={"action": "checksum"})
+            return reply.json().get("per_engine_checksum", "") if reply.status_code == 200 else ""
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return ""
+
     def ranks(self) -> list[int]:
         """Ranks of each server: its tensor times its pipeline parallelism."""
         found = []

@@ -7,6 +7,7 @@ until a later push succeeds. Servers of this run that are gone are started anew.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import shutil
@@ -299,7 +300,10 @@ class Fleet:
             expected = self._score(samples)
 
         def test() -> dict[str, tuple[float, str]]:
-            return {server.url: self._test(server, samples, expected) for server in servers}
+            found = {server.url: self._test(server, samples, expected) for server in servers}
+            for url, problem in _odd_digests([url for url, (_, problem) in found.items() if not problem]).items():
+                found[url] = (found[url][0], problem)
+            return found
 
         found = from_first(test)
         for server in servers:
@@ -353,3 +357,20 @@ class Fleet:
             except PushFailed as error:
                 failure = failure or str(error)
         return size, from_first(lambda: failure)
+
+
+def _odd_digests(urls: Sequence[str]) -> dict[str, str]:
+    """Address -> problem of servers whose weights are not those of the majority, bit by bit, where they can tell."""
+    if len(urls) < 2:
+        return {}
+    with Servers(urls) as servers:
+        digests = servers.digests()
+    counts = collections.Counter(digests.values())
+    common = max(counts, key=counts.__getitem__, default="")
+    if 2 * counts[common] <= len(digests):
+        common = ""  # no majority: nobody knows which are right
+    return {
+        url: "the digest of its weights is not that of the other servers"
+        for url, digest in digests.items()
+        if digest != common
+    }

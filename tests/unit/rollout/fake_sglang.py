@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class FakeServer:
         # holds(body, n): whether a request waits before its n-th token, until it is aborted or no longer held
         self.holds: Callable[[dict, int], bool] = lambda body, n: False
         self.aborted: set[str] = set()
+        self.digests: Iterator[str] = iter(())  # that it gives of its weights, one after the other
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -123,6 +124,9 @@ class FakeServer:
             self.released.wait(30)
         if fault == "drop":
             raise ConnectionAbortedError
+        if path == "/weights_checker":
+            digest = next(self.digests, None)
+            return (400, b"no CUDA") if digest is None else (200, json.dumps({"per_engine_checksum": digest}).encode())
         if path == "/abort_request":
             self.aborted.add(body["rid"])
         if path == "/v1/chat/completions":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -137,9 +138,23 @@ def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_pat
     assert "GB/s" in capsys.readouterr().out
     paths = [path for path, _ in servers[0].log if path != "/generate"]
     push = ["/pause_generation", "/flush_cache?timeout=120", "/update_weights_from_disk", "/continue_generation"]
-    assert paths == push * 2
+    assert paths == [*push, "/weights_checker"] * 2
     engine.close()
     assert not (tmp_path / "weights").exists()
+
+
+def test_replicas_whose_digests_differ_get_the_weights_again(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    servers[0].digests, servers[1].digests = itertools.repeat("a"), itertools.chain(["b"], itertools.repeat("a"))
+    for server in servers:
+        server.log.clear()
+    engine.push(chunks, 1)
+    assert not engine._fleet.pool.problems and next(servers[1].digests) == "a"
+    for server in servers:
+        assert [path for path, _ in server.log].count("/update_weights_from_disk") == 2
+    servers[1].digests = itertools.repeat("c")
+    with pytest.raises(UserError, match="digest of its weights is not that of the other servers"):
+        engine.push(chunks, 2)
 
 
 def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp_path):
@@ -627,6 +642,7 @@ def test_servers_rest_between_generation_and_push(chunks, layout, servers, tmp_p
         ("/update_weights_from_disk", None),
         ("/resume_memory_occupation", ["kv_cache"]),
         ("/continue_generation", None),
+        ("/weights_checker", None),
     ]
     engine.rest()
     assert gap(chunks, engine.generate(make_requests())) < 1e-5  # the weights come back without a push, too
