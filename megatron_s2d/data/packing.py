@@ -72,6 +72,36 @@ class MicroBatch:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Deal:
+    """A micro-batch before it is built: which samples, and the shape [rows, length] that they are padded to."""
+
+    indices: tuple[int, ...]
+    length: int
+    domain: str | None
+
+    @property
+    def rows(self) -> int:
+        """A micro-batch without samples has one row of padding."""
+        return max(1, len(self.indices))
+
+
+def deal(
+    samples: Sequence[Sample], *, max_tokens: int, data_size: int = 1, multiple: int = 1, by_domain: bool = False
+) -> list[list[Deal]]:
+    """The micro-batches of every data rank, the same number for each; arguments as in ``pack``."""
+    found: list[list[Deal]] = [[] for _ in range(data_size)]
+    for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
+        chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
+        lengths = [len(samples[place].token_ids) for place in chosen]
+        plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+        for dealt, batches in zip(found, plan, strict=True):
+            for rows in batches:
+                longest = _padded(max((lengths[row] for row in rows), default=1), multiple)
+                dealt.append(Deal(tuple(chosen[row] for row in rows), longest, domain))
+    return found
+
+
 def pack(
     samples: Sequence[Sample],
     *,
@@ -92,15 +122,8 @@ def pack(
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
-    found = []
-    for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
-        chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
-        lengths = [len(samples[place].token_ids) for place in chosen]
-        plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
-        for rows in plan[data_rank]:
-            indices = [chosen[row] for row in rows]
-            found.append(_build(samples, weights, present, indices, multiple, domain, device))
-    return found
+    dealt = deal(samples, max_tokens=max_tokens, data_size=data_size, multiple=multiple, by_domain=by_domain)
+    return [_build(samples, weights, present, batch, device) for batch in dealt[data_rank]]
 
 
 def plan_micro_batches(
@@ -151,14 +174,11 @@ def _build(
     samples: Sequence[Sample],
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
-    indices: list[int],
-    multiple: int,
-    domain: str | None,
+    batch: Deal,
     device: torch.device | str,
 ) -> MicroBatch:
+    indices, num_rows, longest = batch.indices, batch.rows, batch.length
     rows = [samples[index] for index in indices]
-    num_rows = max(1, len(rows))
-    longest = _padded(max((len(row.token_ids) for row in rows), default=1), multiple)
     token_ids = np.zeros((num_rows, longest), dtype=np.int64)
     padding = np.ones((num_rows, longest), dtype=bool)
     mask = np.zeros((num_rows, longest), dtype=bool)
@@ -185,7 +205,7 @@ def _build(
     if any(value != temperatures[0] for value in temperatures):
         temperature = torch.tensor(temperatures, dtype=torch.float32, device=device).repeat(longest)
     return MicroBatch(
-        indices=tuple(indices),
+        indices=indices,
         token_ids=torch.from_numpy(token_ids).to(device),
         padding_mask=torch.from_numpy(padding).to(device),
         labels=_to_positions(token_ids, device),
@@ -194,7 +214,7 @@ def _build(
         temperature=temperature,
         columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
         num_tokens=int((~padding).sum()),
-        domain=domain,
+        domain=batch.domain,
     )
 
 

@@ -36,6 +36,7 @@ class Layout:
 
     config: ParallelConfig
     groups: ProcessGroupCollection
+    last_stage_ranks: tuple[tuple[int, ...], ...]  # [data rank][tensor rank] -> global rank that holds the output layer
     _globals: dict[str, object] = dataclasses.field(repr=False)
 
     @property
@@ -138,7 +139,8 @@ def build_layout(config: ParallelConfig) -> Layout:
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
-    layout = Layout(config, ProcessGroupCollection.use_mpu_process_groups(), _snapshot())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layout = Layout(config, groups, _last_stage_ranks(config, groups), _snapshot())
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
@@ -146,6 +148,17 @@ def build_layout(config: ParallelConfig) -> Layout:
     if before.get("_TENSOR_MODEL_PARALLEL_GROUP") is not None:
         _install(before)
     return layout
+
+
+def _last_stage_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
+    places: list[tuple[int, int, int]] = [(0, 0, 0)] * config.world_size
+    dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.tp.rank()))
+    rank_at = {place: rank for rank, place in enumerate(places)}
+    last = config.pipeline_model_parallel_size - 1
+    return tuple(
+        tuple(rank_at[last, data, tensor] for tensor in range(config.tensor_model_parallel_size))
+        for data in range(config.data_parallel_size)
+    )
 
 
 def seed_everything(seed: int) -> None:
