@@ -185,14 +185,18 @@ def test_the_loss_by_hand():
     assert output_workspace(part, Build(2, fused=True), batch, on_gpu=True, teacher=teacher) == expected
 
 
-def test_teacher_states_are_those_of_the_whole_update():
+def test_teacher_states_wait_in_host_memory():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     large = ModelConfig(preset="llama-3.3-70b").resolve()
     part, build = Part(spec, ParallelConfig(), 0), Build(2, fused=True)
     work = workload(64, 4096, 3072, max_tokens=8192, parallel=ParallelConfig(data_parallel_size=2))
     assert work == Workload(MicroBatch(8192, 4096, 6144), 16)
-    found = train_phase(part, build, work, on_gpu=True, teacher=TeacherStates("hidden", large))
-    assert found["teacher states"] == 32 * 4096 * 8192 * 2
+    teacher = TeacherStates("hidden", large)
+    assert train_phase(part, build, work, on_gpu=True, teacher=teacher)["teacher states"] == 0
+    # A CPU computes in that memory: the responses of the whole update, shared by tensor ranks.
+    assert train_phase(part, build, work, on_gpu=False, teacher=teacher)["teacher states"] == 32 * 3072 * 8192 * 2
+    half = Part(spec, ParallelConfig(tensor_model_parallel_size=2), 0)
+    assert train_phase(half, build, work, on_gpu=False, teacher=teacher)["teacher states"] == 16 * 3072 * 8192 * 2
 
 
 def test_keys_and_values_by_hand():
