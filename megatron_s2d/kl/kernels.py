@@ -50,7 +50,8 @@ def statistics(
         )  # fmt: skip
     if "target" in plan.columns:
         found[:, -1] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
-    return found[:, [_STATISTICS.index(name) for name in plan.columns]].double(), True
+    # An index by list would be copied from the host.
+    return torch.stack([found[:, _STATISTICS.index(name)] for name in plan.columns], dim=1).double(), True
 
 
 def divergence_sums(
@@ -78,12 +79,11 @@ def logits_gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     masked: bool,
-    dtype: torch.dtype,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns] in ``dtype``, as ``statistics.logits_gradient``."""
-    delta = z if dtype == z.dtype else torch.empty(z.shape, dtype=dtype, device=z.device)
+    """d(sum of cotangent * output)/dz of a shard, as ``statistics.logits_gradient``."""
     if not z.numel():
-        return delta
+        return out
     row = _GradientConstants(merged, cotangents, plan, torch.float32)
     zero = torch.zeros_like(row.max_z)
     values = [getattr(row, name, None) for name in _CONSTANTS]
@@ -92,14 +92,14 @@ def logits_gradient(
     teacher = y if row.forward is not None or row.reverse is not None or row.mixture is not None else None
     block = _block(z, _BLOCK)
     _gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
-        z, z if teacher is None else teacher, delta, table, table if target is None else target,
-        z.stride(0), (z if teacher is None else teacher).stride(0), delta.stride(0), plan.beta or 0.0, z.shape[1],
+        z, z if teacher is None else teacher, out, table, table if target is None else target,
+        z.stride(0), (z if teacher is None else teacher).stride(0), out.stride(0), plan.beta or 0.0, z.shape[1],
         WIDTH=len(_CONSTANTS) + 1, HAS_TEACHER=teacher is not None, FORWARD=row.forward is not None,
         REVERSE=row.reverse is not None, ENTROPY=row.entropy is not None, FACTOR=row.level is not None,
         KIND=_KINDS[plan.mixture] if row.mixture is not None else 0,
         HIT="log_probs" in cotangents, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return delta
+    return out
 
 
 def _block(z: torch.Tensor, largest: int) -> int:
@@ -194,45 +194,64 @@ def _statistics_kernel(
     w_x = tl.full([], 0.0, tl.float32)
     y_at_k = tl.full([], 0.0, tl.float32)
     z_at_j = tl.full([], 0.0, tl.float32)
+    k = tl.full([], -1, tl.int32)
+    j = tl.full([], -1, tl.int32)
     for start in range(0, COLUMNS, BLOCK):
         columns = start + lanes
         z = tl.load(z_ptr + row * z_stride + columns, mask=columns < COLUMNS, other=-infinity)
         best = tl.max(z, 0)
         grown = best > m
-        own = lanes == tl.where(grown, tl.argmax(z, 0), -1)
-        m_new = tl.maximum(m, best)
-        m_safe = tl.where(m_new == -infinity, 0.0, m_new)
-        dz = tl.where(m == -infinity, 0.0, m - m_safe)
-        scale = tl.exp(dz)
-        joined = tl.where(m > -infinity, tl.where(grown, scale, 0.0), 0.0)
-        a = z - m_safe
-        pa = tl.where(own, 0.0, tl.exp(a))
         if HAS_TEACHER:
             y = tl.load(y_ptr + row * y_stride + columns, mask=columns < COLUMNS, other=-infinity)
             best_y = tl.max(y, 0)
             grown_y = best_y > n
-            own_y = lanes == tl.where(grown_y, tl.argmax(y, 0), -1)
-            n_new = tl.maximum(n, best_y)
-            n_safe = tl.where(n_new == -infinity, 0.0, n_new)
-            dy = tl.where(n == -infinity, 0.0, n - n_safe)
-            scale_y = tl.exp(dy)
-            joined_y = tl.where(n > -infinity, tl.where(grown_y, scale_y, 0.0), 0.0)
+        else:
+            y = z
+            best_y = best
+            grown_y = grown
+        if grown | grown_y:  # a few times a row; all other blocks only add
+            own = lanes == tl.where(grown, tl.argmax(z, 0), -1)
+            m_new = tl.maximum(m, best)
+            m_safe = tl.where(m_new == -infinity, 0.0, m_new)
+            dz = tl.where(m == -infinity, 0.0, m - m_safe)
+            scale = tl.exp(dz)
+            joined = tl.where(m > -infinity, tl.where(grown, scale, 0.0), 0.0)
+            if HAS_TEACHER:
+                own_y = lanes == tl.where(grown_y, tl.argmax(y, 0), -1)
+                n_new = tl.maximum(n, best_y)
+                n_safe = tl.where(n_new == -infinity, 0.0, n_new)
+                dy = tl.where(n == -infinity, 0.0, n - n_safe)
+                scale_y = tl.exp(dy)
+                joined_y = tl.where(n > -infinity, tl.where(grown_y, scale_y, 0.0), 0.0)
+                u = scale * (u + ta * (dz - dy))
+                u_x = scale * (u_x + ta_x * (dz - dy)) + _times(joined, dz - (y_at_k - n_safe))
+                w = scale_y * (w + tb * (dy - dz))
+                w_x = scale_y * (w_x + tb_x * (dy - dz)) + _times(joined_y, dy - (z_at_j - m_safe))
+                tb = scale_y * tb
+                tb_x = scale_y * tb_x + joined_y
+                y_at_k = tl.where(grown, tl.sum(tl.where(own, y, 0.0), 0), y_at_k)
+                z_at_j = tl.where(grown_y, tl.sum(tl.where(own_y, z, 0.0), 0), z_at_j)
+                n = n_new
+            e = scale * (e + ta * dz)
+            e_x = scale * (e_x + ta_x * dz) + _times(joined, dz)
+            ta = scale * ta
+            ta_x = scale * ta_x + joined
+            m = m_new
+            k = tl.where(grown, start + tl.argmax(z, 0), k)
+            if HAS_TEACHER:
+                j = tl.where(grown_y, start + tl.argmax(y, 0), j)
+        m_safe = tl.where(m == -infinity, 0.0, m)
+        a = z - m_safe
+        pa = tl.where(columns == k, 0.0, tl.exp(a))
+        if HAS_TEACHER:
+            n_safe = tl.where(n == -infinity, 0.0, n)
             difference = (y - z) - (n_safe - m_safe)
-            pb = tl.where(own_y, 0.0, tl.exp(y - n_safe))
-            u = scale * (u + ta * (dz - dy)) - _times(pa, difference)
-            u_x = scale * (u_x + ta_x * (dz - dy)) + _times(joined, dz - (y_at_k - n_safe))
-            w = scale_y * (w + tb * (dy - dz)) + _times(pb, difference)
-            w_x = scale_y * (w_x + tb_x * (dy - dz)) + _times(joined_y, dy - (z_at_j - m_safe))
-            tb = scale_y * tb + pb
-            tb_x = scale_y * tb_x + joined_y
-            y_at_k = tl.where(grown, tl.sum(tl.where(own, y, 0.0), 0), y_at_k)
-            z_at_j = tl.where(grown_y, tl.sum(tl.where(own_y, z, 0.0), 0), z_at_j)
-            n = n_new
-        e = scale * (e + ta * dz) + _times(pa, a)
-        e_x = scale * (e_x + ta_x * dz) + _times(joined, dz)
-        ta = scale * ta + pa
-        ta_x = scale * ta_x + joined
-        m = m_new
+            pb = tl.where(columns == j, 0.0, tl.exp(y - n_safe))
+            u -= _times(pa, difference)
+            w += _times(pb, difference)
+            tb += pb
+        e += _times(pa, a)
+        ta += pa
     out = out_ptr + row * WIDTH
     tl.store(out, m)
     tl.store(out + 1, tl.sum(ta, 0) + ta_x)

@@ -103,7 +103,10 @@ class Projection:
         if out.shape[1] == 0:
             return out
         if self.mixed:
-            torch.mm(self.hidden[block], self.weight.t(), out_dtype=out.dtype, out=out)
+            operands = (self.hidden[block], self.weight.t())
+            if not isinstance(self.temperature, torch.Tensor):  # the product divides on its way out
+                return torch.addmm(out, *operands, beta=0, alpha=1 / self.temperature, out_dtype=out.dtype, out=out)
+            torch.mm(*operands, out_dtype=out.dtype, out=out)
         else:
             torch.mm(self.hidden[block], self.weight.t(), out=out)
         return over_temperature(out, self.temperature, block)

@@ -26,10 +26,10 @@ def exchange(
 ) -> None:
     """Send ``sent`` and fill ``received``, both in host memory (``device.host_empty``).
 
-    sent: rows [n, d] by the rank that they go to. received: by the rank that they come from, blocks [m, d] that its rows
-    fill one after the other. A rank may be its own partner. partners: the most ranks that any one sends to or receives
-    from; it and ``bucket_bytes`` are the same on all ranks. With NCCL the default group must have had a collective
-    before, for ranks without a partner take no part.
+    sent: rows [n, d] by the rank that they go to. received: by the rank that they come from, blocks [m, d] that its
+    rows fill one after the other. A rank may be its own partner. partners: the most ranks that any one sends to or
+    receives from; it and ``bucket_bytes`` are the same on all ranks. With NCCL the default group must have had a
+    collective before, for ranks without a partner take no part.
     """
     own = dist.get_rank()
     if own in sent:

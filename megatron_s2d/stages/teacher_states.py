@@ -224,7 +224,7 @@ def _runs(*columns: np.ndarray) -> Iterator[slice]:
 class OutputLayers:
     """Output layers of frozen models cut like the student's: cut once, and at most one on the device at a time.
 
-    A model that stays on the device has its own there for good. Models that take turns on it keep theirs in host memory.
+    A model that stays on the device has its own there for good. Those of models that take turns wait in host memory.
     """
 
     def __init__(self) -> None:

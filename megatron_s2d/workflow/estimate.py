@@ -18,7 +18,7 @@ from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
 
 _CHUNK_BYTES = {True: 1 << 30, False: 128 << 20}  # of logits, on a GPU and on a CPU: kl/fused.py
-_CHUNKS_PER_WEIGHT_PRODUCT = 4  # on a GPU: kl/fused.py
+_CHUNKS_PER_PRODUCT = 4  # on a GPU: kl/fused.py
 _BLOCK_ELEMENTS = 1 << 18  # of logits whose statistics a CPU computes together: kl/statistics.py
 _BYTES_PER_POSITION = 50  # ids, labels, masks, positions and half a dozen float32 columns: data/packing.py
 _ROWS_PER_SUPPORT_CHUNK = 1024  # stages/teachers.py
@@ -202,8 +202,8 @@ def output_workspace(
     gradients = 0
     if training:
         gradients = hidden * size * (rows + batch.tokens) + part.vocabulary * hidden * 4
-        if on_gpu:  # gradients by logits, collected and then joined for one product
-            gradients += 2 * min(_CHUNKS_PER_WEIGHT_PRODUCT * chunk, rows) * columns * size
+        if on_gpu:  # gradients by logits, collected for one product
+            gradients += min(_CHUNKS_PER_PRODUCT * chunk, rows) * columns * size
     statistics = 0
     if not on_gpu:
         block = min(chunk * columns, max(_BLOCK_ELEMENTS, columns))

@@ -181,7 +181,7 @@ def test_the_loss_by_hand():
     rows = 1024 * 2**20 // (4 * 128256 * 2) // 128 * 128  # of a chunk
     expected = 2 * rows * 128256 * 4 + 2 * 1024 * (4096 + 8192)  # logits, operands
     expected += 2 * 4096 * (1024 + 2048) + 4 * 128256 * 4096  # gradients of hidden states and weight
-    expected += 2 * 2 * 1024 * 128256  # gradients by logits, collected and joined
+    expected += 2 * 1024 * 128256  # gradients by logits
     assert output_workspace(part, Build(2, fused=True), batch, on_gpu=True, teacher=teacher) == expected
 
 
