@@ -1,7 +1,7 @@
 """Teachers of other layouts on four ranks: where their states go, and what training on them gives; writes JSON.
 
-Started by test_teacher_states.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of layouts as
-in training_worker.py. Beside the product stands the plain way: every rank is given the states of all samples.
+Started by test_teacher_states.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of layouts
+as in training_worker.py. Beside the product stands the plain way: every rank is given the states of all samples.
 """
 
 from __future__ import annotations
