@@ -3,9 +3,10 @@
     python benchmarks/kl.py --device cpu --json OUT
     python benchmarks/kl.py --device cuda --json OUT     (about a minute on an H200 by design; not run yet)
 
-Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients by number of tokens, and the relative errors of both
-gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All variants start from the same
-hidden states and weights and end with the gradients of both; those that work in chunks run at every ``--chunk``.
+Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients by number of tokens, and the
+relative errors of both gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All
+variants start from the same hidden states and weights and end with the gradients of both; those that work in chunks run
+at every ``--chunk``.
 ``ratio``: the bars, each variant at its fastest chunk. ``accuracy``: float32 logits of confident models against float64.
 
 Times are minima over interleaved rounds; on a CPU process CPU time with one thread, on a GPU between CUDA events. Peak
