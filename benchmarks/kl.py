@@ -3,9 +3,10 @@
     python benchmarks/kl.py --device cpu --json OUT
     python benchmarks/kl.py --device cuda --json OUT     (about a minute on an H200 by design; not run yet)
 
-Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients, and the relative errors of both
-gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All variants start from the same
-hidden states and weights and end with the gradients of both; those that work in chunks run at every ``--chunk``.
+Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients by number of tokens, and the
+relative errors of both gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All
+variants start from the same hidden states and weights and end with the gradients of both; those that work in chunks run
+at every ``--chunk``.
 ``ratio``: the bars, each variant at its fastest chunk. ``accuracy``: float32 logits of confident models against float64.
 
 Times are minima over interleaved rounds; on a CPU process CPU time with one thread, on a GPU between CUDA events. Peak
@@ -266,7 +267,7 @@ def gathers_per_chunk(operands: Operands, chunk: int, variant: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """The rows of the variants at one vocabulary; a variant that does not fit into memory has no row."""
+    """The rows of the variants at one vocabulary; what does not fit into memory has no row, or no peak."""
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.bfloat16
     sizes = (arguments.vocab, tuple(arguments.hidden), device, dtype)
     operands = Operands.random(arguments.tokens, *sizes)
@@ -291,17 +292,23 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
             del hidden, weight
     best = interleaved_minima(runs, device, arguments.repeats)
     rows = []
-    many = Operands.random(arguments.peak_tokens, *sizes) if device != "cpu" else None
     for (name, chunk), row in found.items():
-        if device == "cpu":
-            peak = extra_bytes_in_own_process(arguments, name, chunk or arguments.chunk[0], arguments.peak_tokens)
-        else:
-            peak = extra_bytes(functools.partial(VARIANTS[name].run, many, chunk), many, device)
+        peaks = {}
+        for tokens in arguments.peak_tokens:
+            if device == "cpu":
+                peaks[tokens] = extra_bytes_in_own_process(arguments, name, chunk or arguments.chunk[0], tokens)
+                continue
+            many = Operands.random(tokens, *sizes)
+            try:
+                peaks[tokens] = extra_bytes(functools.partial(VARIANTS[name].run, many, chunk), many, device)
+            except torch.OutOfMemoryError:
+                print(f"{name} with {tokens} tokens does not fit into memory", file=sys.stderr)
+            del many
         rows.append(
             {
                 "row": "variant", "name": name, "device": device, "vocab": arguments.vocab, "tokens": arguments.tokens,
                 "hidden": arguments.hidden[0], "teacher_hidden": arguments.hidden[1], "chunk": chunk,
-                "seconds": best[name, chunk], "peak_bytes": peak, "peak_tokens": arguments.peak_tokens, **row,
+                "seconds": best[name, chunk], "peak_bytes": peaks, **row,
             }
         )  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
@@ -321,13 +328,18 @@ def ratios(rows: Sequence[dict], device: str) -> list[dict[str, object]]:
         }  # fmt: skip
         if None in fastest.values():
             continue
-        ratio = fastest[name][field] / fastest[other][field]
-        found.append(
-            {
-                "row": "ratio", "vocab": vocab, "name": name, "to": other, "of": field, "ratio": ratio, "bar": bar,
-                "met": ratio <= bar, "chunk": fastest[name]["chunk"], "chunk_of_other": fastest[other]["chunk"],
-            }
-        )  # fmt: skip
+        pairs = {None: (fastest[name][field], fastest[other][field])}
+        if field == "peak_bytes":
+            common = fastest[name][field].keys() & fastest[other][field].keys()
+            pairs = {tokens: (fastest[name][field][tokens], fastest[other][field][tokens]) for tokens in sorted(common)}
+        for tokens, (own, theirs) in pairs.items():
+            found.append(
+                {
+                    "row": "ratio", "vocab": vocab, "name": name, "to": other, "of": field, "tokens": tokens,
+                    "ratio": own / theirs, "bar": bar, "met": own / theirs <= bar, "chunk": fastest[name]["chunk"],
+                    "chunk_of_other": fastest[other]["chunk"],
+                }
+            )  # fmt: skip
     return found
 
 
@@ -378,7 +390,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="default: 512 on a CPU, 8192 on a GPU")
     parser.add_argument("--hidden", type=int, nargs=2, help="student and teacher; default 256 512, on a GPU 4096 8192")
     parser.add_argument("--chunk", type=int, nargs="+", help="tokens; default 256 on a CPU, 512 to 4096 on a GPU")
-    parser.add_argument("--peak-tokens", type=int, help="of the peak memory; default 4096 on a CPU, 8192 on a GPU")
+    parser.add_argument(
+        "--peak-tokens", type=int, nargs="+", help="of the peak memory; default 4096 on a CPU, 8192 and 32768 on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all that the device has")
     parser.add_argument("--peak-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
@@ -388,7 +402,7 @@ def main() -> None:
     arguments.tokens = arguments.tokens or (512 if on_cpu else 8192)
     arguments.hidden = arguments.hidden or ([256, 512] if on_cpu else [4096, 8192])
     arguments.chunk = arguments.chunk or ([256] if on_cpu else [512, 1024, 2048, 4096])
-    arguments.peak_tokens = arguments.peak_tokens or (4096 if on_cpu else 8192)
+    arguments.peak_tokens = arguments.peak_tokens or ([4096] if on_cpu else [8192, 32768])
     vocabularies, arguments.vocab = arguments.vocab, arguments.vocab[0]
     if arguments.peak_of:
         operands = Operands.random(arguments.tokens, arguments.vocab, tuple(arguments.hidden), "cpu", torch.float32)

@@ -77,6 +77,12 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return host_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
 
 
+def wait() -> None:
+    """Until the device has done what it was asked to: before the host reads memory that the device writes."""
+    if capabilities().cuda:
+        torch.cuda.current_stream().synchronize()
+
+
 def backend() -> str:
     """The torch.distributed backend for ``device()``."""
     return "nccl" if capabilities().cuda else "gloo"

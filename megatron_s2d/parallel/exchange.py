@@ -33,6 +33,7 @@ def exchange(
     """
     own = dist.get_rank()
     if own in sent:
+        device.wait()  # the only copy that the host makes itself
         _fill(received[own], 0, sent[own])
     sent = {rank: rows for rank, rows in sent.items() if rank != own}
     totals = {rank: sum(map(len, blocks)) for rank, blocks in received.items() if rank != own}

@@ -81,7 +81,9 @@ def models(scenario: str, student_layout, teacher_layout):
     batch = samples(2 if scenario == "few_samples" else 13)
     batch = [dataclasses.replace(s, temperature=(1.0, 0.7)[i % 3 == 0]) for i, s in enumerate(batch)]
     student = policy("tiny-student", student_layout, 5)
-    teachers = {None: policy("tiny-teacher", teacher_layout, 4)}
+    # Other micro-batches than the student's, so that rows of one come from several; of one layout they are the same.
+    max_tokens = 40 if teacher_layout is student_layout else 23
+    teachers = {None: policy("tiny-teacher", teacher_layout, 4, max_tokens)}
     if scenario == "by_domain":
         batch = [dataclasses.replace(s, domain=("test", "other")[i % 2]) for i, s in enumerate(batch)]
         student.packs_by_domain = True

@@ -43,16 +43,18 @@ def test_accuracy_rows_meet_their_bar():
 
 
 def test_ratios_compare_each_at_its_fastest():
-    row = {"vocab": 10, "peak_bytes": 8, "hidden_gradient_error": 1e-3, "weight_gradient_error": 1e-3}
+    row = {"vocab": 10, "peak_bytes": {3: 8, 5: 9}, "hidden_gradient_error": 1e-3, "weight_gradient_error": 1e-3}
     rows = [
         row | {"name": "linear_divergence", "chunk": 1, "seconds": 2.0},
-        row | {"name": "linear_divergence", "chunk": 2, "seconds": 1.2, "peak_bytes": 4},
+        row | {"name": "linear_divergence", "chunk": 2, "seconds": 1.2, "peak_bytes": {3: 4, 5: 4}},
         row | {"name": "matrix_products", "chunk": None, "seconds": 1.0},
-        row | {"name": "kept_logits_chunked", "chunk": 1, "seconds": 3.0, "peak_bytes": 10},
+        row | {"name": "kept_logits_chunked", "chunk": 1, "seconds": 3.0, "peak_bytes": {3: 10, 5: 40, 7: 80}},
     ]
-    found = {(row["to"], row["of"]): row for row in kl.ratios(rows, "cuda")}
+    ratios = kl.ratios(rows, "cuda")
+    found = {(row["to"], row["of"]): row for row in ratios if row["tokens"] in (None, 3)}
     assert found["matrix_products", "seconds"]["ratio"] == pytest.approx(1.2)
     assert found["matrix_products", "seconds"]["met"] and found["matrix_products", "seconds"]["chunk"] == 2
     assert found["kept_logits_chunked", "peak_bytes"]["ratio"] == pytest.approx(0.4)
     assert not found["kept_logits_chunked", "peak_bytes"]["met"]
-    assert len(found) == 3  # nothing is said of what was not measured
+    assert [row["ratio"] for row in ratios if row["tokens"] == 5] == [pytest.approx(0.1)]
+    assert len(ratios) == 4  # nothing is said of what was not measured
