@@ -501,7 +501,7 @@ def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
             config["rollout"]["sglang"]["oversampling"] = 1.0
         path = tmp_path / f"{engine}.yaml"
         path.write_text(yaml.safe_dump(config))
-        finished = s2d("run", path, "--out", tmp_path / engine)
+        finished = s2d("run", path, "--out", tmp_path / engine, timeout=1500)
         assert finished.returncode == 0, finished.stderr
         found[engine] = json.loads((tmp_path / engine / "results.json").read_text())["arms"]
         print(engine, ahead, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in found[engine].items()})
