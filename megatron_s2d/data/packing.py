@@ -1,17 +1,22 @@
-"""Samples to micro-batches: dealt to data-parallel ranks by a token budget, padded, and shifted to labels (only here).
+"""Samples to micro-batches: dealt to data ranks by a token budget, laid out, and shifted to labels (only here).
 
 Every rank holds the samples of the whole update and computes the same plan, so denominators are global by construction
-and nothing here communicates. A micro-batch is padded at the end of each row: attention is causal, so no token sees the
-padding. Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the
-position that PREDICTS token ``s + 1`` of row ``b``.
+and nothing here communicates. A micro-batch has one of two layouts:
 
-Left out: sequences laid end to end and context parallelism, which need Transformer Engine.
+    padded   a row a sequence, padded at its end; attention is causal, so no token sees the padding
+    packed   one row, the sequences end to end; what is missing to a multiple follows as a sequence of padding
+
+Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the position that
+PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing.
+
+Left out: context parallelism.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +44,11 @@ class UpdateBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward pass of one data-parallel rank; N = S * B."""
+    """One forward pass of one data-parallel rank; N = S * B, and B = 1 where it is packed."""
 
-    indices: tuple[int, ...]  # rows' positions in the samples that were packed; a batch without any has one padding row
+    indices: tuple[int, ...]  # sequences' places in the samples; a batch without any is padding
+    lengths: tuple[int, ...]  # tokens of each sequence
+    bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
     token_ids: torch.Tensor  # [B, S] int64
     padding_mask: torch.Tensor  # [B, S] bool, True at padding
     labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
@@ -57,17 +64,31 @@ class MicroBatch:
         """(sequence, batch)."""
         return self.token_ids.shape[1], self.token_ids.shape[0]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, the padding at the end of a packed batch being one."""
+        if self.bounds is None:
+            return self.token_ids.shape[1]
+        return max([*self.lengths, self.token_ids.numel() - sum(self.lengths)])
+
+    def positions(self) -> list[slice]:
+        """Where each sequence's tokens are among the N positions."""
+        if self.bounds is None:
+            rows = self.token_ids.shape[0]
+            return [slice(row, row + length * rows, rows) for row, length in enumerate(self.lengths)]
+        ends = np.cumsum(self.lengths).tolist()
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
     def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
         """``values`` [N, ...] of positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
 
         The inverse of the shift to labels.
         """
-        values = values.view(*self.shape, *values.shape[1:])
-        lengths = (~self.padding_mask).sum(dim=1).tolist()
         found = []
-        for row, length in enumerate(lengths[: len(self.indices)]):
-            sample = values.new_zeros(length, *values.shape[2:])
-            sample[1:] = values[: length - 1, row]
+        for place in self.positions():
+            own = values[place]
+            sample = torch.zeros_like(own)
+            sample[1:] = own[:-1]
             found.append(sample)
         return found
 
@@ -80,14 +101,15 @@ def pack(
     data_rank: int = 0,
     data_size: int = 1,
     multiple: int = 1,
+    packed: bool = False,
     by_domain: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
 
-    max_tokens: rows times padded length of one micro-batch (a longer sample gets its own). multiple: what the padded
-    length is a multiple of, for sequence parallelism. by_domain: no micro-batch holds two domains. weights: as in
-    ``UpdateBatch``.
+    max_tokens: of one micro-batch, padding included (a longer sample gets its own). multiple: what its length S is a
+    multiple of, for sequence parallelism and FP8. packed: sequences end to end. by_domain: no micro-batch holds two
+    domains. weights: as in ``UpdateBatch``.
     """
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
@@ -96,26 +118,32 @@ def pack(
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
         chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[place].token_ids) for place in chosen]
-        plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+        plan = plan_micro_batches(
+            lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple, packed=packed
+        )
         for rows in plan[data_rank]:
             indices = [chosen[row] for row in rows]
-            found.append(_build(samples, weights, present, indices, multiple, domain, device))
+            found.append(_build(samples, weights, present, indices, multiple, packed, domain, device))
     return found
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1
+    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1, packed: bool = False
 ) -> list[list[list[int]]]:
-    """Indices of samples by data rank and micro-batch. Samples of like length share a micro-batch; ranks get like work.
+    """Indices of samples by data rank and micro-batch, longest first; ranks get like work.
 
-    Deterministic. Where there are fewer samples than ranks, some micro-batches are empty.
+    Padded, samples of like length share a micro-batch; packed, a sample goes where it fits first. Deterministic. Where
+    there are fewer samples than ranks, some micro-batches are empty.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    size = _packed_size if packed else _padded_size
     batches: list[list[int]] = []
     for index in order:
-        # The first sample of a micro-batch is its longest.
-        if batches and (len(batches[-1]) + 1) * _padded(lengths[batches[-1][0]], multiple) <= max_tokens:
-            batches[-1].append(index)
+        open_ones = batches if packed else batches[-1:]
+        for batch in open_ones:
+            if size([lengths[other] for other in [*batch, index]], multiple) <= max_tokens:
+                batch.append(index)
+                break
         else:
             batches.append([index])
     rounds = max(1, -(-len(batches) // data_size))
@@ -126,7 +154,7 @@ def plan_micro_batches(
             continue
         half = len(batches[largest]) // 2
         batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-    cost = [len(batch) * _padded(lengths[batch[0]], multiple) if batch else 0 for batch in batches]
+    cost = [size([lengths[index] for index in batch], multiple) for batch in batches]
     by_cost = sorted(range(len(batches)), key=lambda i: (-cost[i], i))
     dealt: list[list[list[int]]] = [[] for _ in range(data_size)]
     for place, index in enumerate(by_cost):
@@ -147,59 +175,101 @@ def _padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
+def _padded_size(lengths: Sequence[int], multiple: int) -> int:
+    return len(lengths) * _padded(max(lengths, default=0), multiple)
+
+
+def _packed_size(lengths: Sequence[int], multiple: int) -> int:
+    return _padded(sum(lengths), multiple)
+
+
 def _build(
     samples: Sequence[Sample],
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
     indices: list[int],
     multiple: int,
+    packed: bool,
     domain: str | None,
     device: torch.device | str,
 ) -> MicroBatch:
     rows = [samples[index] for index in indices]
-    num_rows = max(1, len(rows))
-    longest = _padded(max((len(row.token_ids) for row in rows), default=1), multiple)
-    token_ids = np.zeros((num_rows, longest), dtype=np.int64)
-    padding = np.ones((num_rows, longest), dtype=bool)
-    mask = np.zeros((num_rows, longest), dtype=bool)
-    for place, row in enumerate(rows):
-        length = len(row.token_ids)
-        token_ids[place, :length] = row.token_ids
-        padding[place, :length] = False
-        mask[place, :length] = row.response_mask
-    mask[:, 0] = False  # nothing predicts the first token
+    grid = _Grid.of([len(row.token_ids) for row in rows], multiple, packed)
+    masks = [_predicted(row.response_mask) for row in rows]
+    token_ids = grid.fill(np.int64, [row.token_ids for row in rows])
     columns = {}
     for name in present:
-        values = np.zeros((num_rows, longest), dtype=np.float32)
-        for place, row in enumerate(rows):
-            if getattr(row, name) is not None:
-                values[place, : len(row.token_ids)] = getattr(row, name)
-        columns[name] = values
+        given = [getattr(row, name) for row in rows]
+        columns[name] = grid.fill(np.float32, [0.0 if values is None else values for values in given])
     for name, values in weights.items():
-        columns[name] = np.zeros((num_rows, longest), dtype=np.float32)
-        for place, index in enumerate(indices):
-            length = len(samples[index].token_ids)
-            columns[name][place, :length] = np.where(mask[place, :length], values[index], 0.0)
+        own = [np.where(mask, values[index], 0.0) for index, mask in zip(indices, masks, strict=True)]
+        columns[name] = grid.fill(np.float32, own)
     temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
-        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device).repeat(longest)
+        spread = grid.fill(np.float32, temperatures, elsewhere=1.0)
+        temperature = torch.from_numpy(spread.T.reshape(-1)).to(device)
+    positions = [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]
     return MicroBatch(
         indices=tuple(indices),
+        lengths=grid.lengths,
+        bounds=torch.tensor(grid.bounds, dtype=torch.int32, device=device) if packed else None,
         token_ids=torch.from_numpy(token_ids).to(device),
-        padding_mask=torch.from_numpy(padding).to(device),
-        labels=_to_positions(token_ids, device),
-        response_mask=_to_positions(mask, device),
-        response_positions=_to_positions(np.where(mask, mask.cumsum(axis=1) - 1, 0), device),
+        padding_mask=torch.from_numpy(grid.fill(np.bool_, [False] * len(rows), elsewhere=True)).to(device),
+        labels=grid.by_predictor(token_ids, device),
+        response_mask=grid.by_predictor(grid.fill(np.bool_, masks), device),
+        response_positions=grid.by_predictor(grid.fill(np.int64, positions), device),
         temperature=temperature,
-        columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
-        num_tokens=int((~padding).sum()),
+        columns=TokenColumns(**{name: grid.by_predictor(values, device) for name, values in columns.items()}),
+        num_tokens=sum(grid.lengths),
         domain=domain,
     )
 
 
-def _to_positions(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """[B, S] by token -> [S * B] by the position that predicts it."""
-    shifted = np.zeros_like(values.T)
-    shifted[:-1] = values.T[1:]
-    return torch.from_numpy(shifted.reshape(-1)).to(device)
+def _predicted(response_mask: np.ndarray) -> np.ndarray:
+    """The mask without a sequence's first token, which nothing predicts."""
+    mask = response_mask.copy()
+    mask[:1] = False
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Where the tokens of a micro-batch's sequences stand in arrays [B, S]."""
+
+    lengths: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]  # row and column of each sequence's first token
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], multiple: int, packed: bool) -> _Grid:
+        """A batch without sequences is one row of padding."""
+        if packed:
+            ends = np.cumsum([0, *lengths]).tolist()
+            return cls(tuple(lengths), tuple((0, end) for end in ends[:-1]), (1, _padded(max(1, ends[-1]), multiple)))
+        places = tuple((row, 0) for row in range(len(lengths)))
+        return cls(tuple(lengths), places, (max(1, len(lengths)), _padded(max(lengths, default=1), multiple)))
+
+    @property
+    def bounds(self) -> list[int]:
+        """Of a packed batch: where each sequence begins, padding included, and the end."""
+        starts = [column for _, column in self.places]
+        if sum(self.lengths) < self.shape[1]:
+            starts.append(sum(self.lengths))
+        return [*starts, self.shape[1]]
+
+    def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
+        """[B, S] with each sequence's ``values`` ([length], or one for all its tokens) at its tokens."""
+        filled = np.full(self.shape, elsewhere, dtype=dtype)
+        for (row, column), length, own in zip(self.places, self.lengths, values, strict=True):
+            filled[row, column : column + length] = own
+        return filled
+
+    def by_predictor(self, values: np.ndarray, device: torch.device | str) -> torch.Tensor:
+        """[B, S] by token -> [S * B] by the position that predicts it; 0 where a position predicts nothing."""
+        shifted = np.zeros_like(values.T)
+        shifted[:-1] = values.T[1:]
+        for row, column in self.places:
+            if column:
+                shifted[column - 1, row] = 0
+        return torch.from_numpy(shifted.reshape(-1)).to(device)

@@ -99,10 +99,10 @@ def _empty(header) -> dict[str, torch.Tensor]:
 
 def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
     """Positions [response tokens] int64 in the flat [S * B] order, sample by sample in the batch's order."""
-    num_rows = batch.shape[1]
+    everywhere = torch.arange(batch.labels.numel())
     parts = [
-        (torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1) * num_rows + place
-        for place, index in enumerate(batch.indices)
+        everywhere[place][torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1]
+        for place, index in zip(batch.positions(), batch.indices, strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 

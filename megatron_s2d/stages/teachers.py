@@ -147,12 +147,11 @@ def _travelling_states(policy: Policy, samples: Sequence[Sample]) -> dict[int, t
 
 
 def _at_positions(batch: MicroBatch, states: Sequence[torch.Tensor], policy: Policy) -> torch.Tensor:
-    """[S * B, d] from [length, d] a row; the inverse of ``MicroBatch.per_sample``."""
-    sequence, rows = batch.shape
-    whole = torch.zeros(sequence, rows, policy.spec.hidden_size, dtype=policy.output_weight_dtype)
-    for row, state in enumerate(states):
-        whole[: len(state) - 1, row] = state[1:]
-    return whole.flatten(0, 1).to(device.device())
+    """[S * B, d] from [length, d] a sequence; the inverse of ``MicroBatch.per_sample``."""
+    whole = torch.zeros(batch.labels.numel(), policy.spec.hidden_size, dtype=policy.output_weight_dtype)
+    for place, state in zip(batch.positions(), states, strict=True):
+        whole[place][:-1] = state[1:]
+    return whole.to(device.device())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

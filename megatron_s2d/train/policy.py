@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.packing import MicroBatch, pack
 from megatron_s2d.kl.fused import linear_divergence
@@ -40,6 +41,10 @@ from megatron_s2d.parallel.checkpoint import Saving, load_checkpoint, start_savi
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.step import TrainableModel, forward_only
 from megatron_s2d.records import Sample
+
+device.prepare()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 POSITION_PREFIX = "kl_at/"  # of the metrics that give the KL by position in the response
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,27 +71,34 @@ class Policy:
         *,
         precision: str,
         max_tokens: int,
+        packed: bool = False,
         seed: int | None = None,
         options: ModelConfig | None = None,
         beta: float | None = None,
+        fp8: Fp8Config | None = None,
     ):
         """Build the model; its weights are drawn with ``seed``, or left for ``load`` to fill (None).
 
-        max_tokens: budget of a micro-batch. options: recomputation and router loss. beta: of a mixed divergence.
+        max_tokens: budget of a micro-batch. packed: its sequences are laid end to end, without padding. options:
+        recomputation and router loss. beta: of a mixed divergence. fp8: the layers compute in FP8.
         """
         self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
+        self._packed, self._fp8 = packed, fp8
         extra = (
             {}
             if options is None
             else {"recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff}
         )
-        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, **extra)
+        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, fp8=fp8, **extra)
         self.trainable: TrainableModel | None = None
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
-    def prepare_training(self, optimizer: OptimizerConfig, total_updates: int) -> None:
-        """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them."""
-        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates)
+    def prepare_training(self, optimizer: OptimizerConfig, total_updates: int, *, offload: bool = False) -> None:
+        """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them.
+
+        offload: see ``TrainableModel``.
+        """
+        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates, offload=offload)
 
     def freeze(self) -> None:
         """Take the parameters out of differentiation."""
@@ -125,7 +137,8 @@ class Policy:
             max_tokens=self.max_tokens,
             data_rank=self.layout.data_rank,
             data_size=self.layout.data_size,
-            multiple=self.layout.tensor_size if self.layout.config.sequence_parallel else 1,
+            multiple=self._multiple,
+            packed=self._packed,
             by_domain=self.packs_by_domain,
             device=device.device(),
         )
@@ -217,27 +230,33 @@ class Policy:
         self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, in_background: bool = False
     ) -> Saving:
         """See ``parallel.checkpoint.start_saving``; collective."""
-        return start_saving(
-            directory,
-            self.chunks,
-            self.layout,
-            model_spec=self.spec.to_dict(),
-            position=position,
-            trainable=self.trainable if with_optimizer else None,
-            in_background=in_background,
-        )
+        trainable = self.trainable if with_optimizer else None
+        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+            return start_saving(
+                directory,
+                self.chunks,
+                self.layout,
+                model_spec=self.spec.to_dict(),
+                position=position,
+                trainable=trainable,
+                in_background=in_background,
+            )
 
     def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:
         """Load a checkpoint of this model, written at any layout; returns its position; collective."""
-        return load_checkpoint(
-            directory,
-            self.chunks,
-            self.layout,
-            model_spec=self.spec.to_dict(),
-            trainable=self.trainable if with_optimizer else None,
-        )
+        trainable = self.trainable if with_optimizer else None
+        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+            return load_checkpoint(
+                directory, self.chunks, self.layout, model_spec=self.spec.to_dict(), trainable=trainable
+            )
 
     # ------------------------------------------------------------------ inside
+
+    @property
+    def _multiple(self) -> int:
+        """What the length of a micro-batch is a multiple of: every rank's tokens fill the blocks of an FP8 recipe."""
+        shards = self.layout.tensor_size if self.layout.config.sequence_parallel else 1
+        return shards * (1 if self._fp8 is None else RECIPES[self._fp8.recipe].tokens)
 
     @property
     def is_leader(self) -> bool:
@@ -288,6 +307,7 @@ class Policy:
             None,
             None,
             padding_mask=padding,
+            packed_seq_params=_packed_sequences(item.batch),
             output_processor=self._output,
             output_processor_context=item,
         )
@@ -352,6 +372,19 @@ class Policy:
             values = objective.token_kl(outputs, columns)
             found |= kl_by_position(values, batch.response_positions[rows], self.spec.max_position_embeddings)
         return found
+
+
+def _packed_sequences(batch: MicroBatch) -> PackedSeqParams | None:
+    """The bounds of a packed micro-batch in Megatron's form; None for a padded one."""
+    if batch.bounds is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.bounds,
+        cu_seqlens_kv=batch.bounds,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
+    )
 
 
 def kl_by_position(values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:

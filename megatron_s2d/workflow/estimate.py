@@ -95,12 +95,13 @@ def trained(part: Part, build: Build, model: str = "", role: str = "student") ->
     buffers = part.buffers()
     elements = sum(count for count, _ in buffers)
     share = sum(count / ranks for count, ranks in buffers)
-    return Held(role, model, elements * size, elements * 4, round(share * (12 if size == 2 else 8)))
+    weights = elements * size + part.fp8_copies(build)
+    return Held(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
 
 
 def frozen(part: Part, build: Build, role: str, model: str = "", copies: int = 1) -> Held:
     """Weights alone."""
-    return Held(role, model, copies * part.parameters * build.bytes_per_value)
+    return Held(role, model, copies * (part.parameters * build.bytes_per_value + part.fp8_copies(build)))
 
 
 @dataclasses.dataclass(frozen=True)

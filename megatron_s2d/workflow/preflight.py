@@ -26,6 +26,7 @@ from megatron_s2d.config.algorithm import (
 )
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.precision import check_shapes
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
@@ -132,10 +133,12 @@ def _check_engine(config: WorkflowConfig) -> None:
 def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
     try:
         spec = config.models[name].resolve(vocab_size)
-        check_layout(spec, config.parallel)
-        for stage in config.stages:
-            if config.model_of(stage) == name:
-                check_layout(spec, config.frozen_parallel(stage))
+        frozen = [config.frozen_parallel(stage) for stage in config.stages if config.model_of(stage) == name]
+        for layout in [config.parallel, *frozen]:
+            check_layout(spec, layout)
+        if config.fp8 is not None:
+            for layout in [config.parallel, *(frozen if config.fp8.frozen_models else [])]:
+                check_shapes(config.fp8, spec, layout)
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
     return spec
