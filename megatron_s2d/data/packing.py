@@ -7,14 +7,15 @@ and nothing here communicates. A micro-batch has one of two layouts:
     packed   one row, the sequences end to end; what is missing to a multiple follows as a sequence of padding
 
 Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the position that
-PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing.
-
-Left out: context parallelism.
+PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing. Context-parallel ranks hold parts
+of packed sequences (``parallel/context.py``), each of which is padded so that it can be cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.objectives.terms import TokenColumns
+from megatron_s2d.parallel.context import held_positions, pieces
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
@@ -44,19 +46,26 @@ class UpdateBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward pass of one data-parallel rank; N = S * B, and B = 1 where it is packed."""
+    """One forward pass of one data-parallel rank; N = S * B, and B = 1 where it is packed.
+
+    With context parallelism arrays by position are this rank's: N = S / ranks.
+    """
 
     indices: tuple[int, ...]  # sequences' places in the samples; a batch without any is padding
     lengths: tuple[int, ...]  # tokens of each sequence
+    starts: tuple[int, ...]  # of each sequence among all S positions, where packed
     bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
-    token_ids: torch.Tensor  # [B, S] int64
-    padding_mask: torch.Tensor  # [B, S] bool, True at padding
+    longest: int  # tokens of the longest sequence, with padding
+    held: torch.Tensor | None  # [context ranks, N] int64, the positions that each holds; None for a single one
+    context_rank: int
+    token_ids: torch.Tensor  # [B, S] int64 (with context parallelism [1, N])
+    padding_mask: torch.Tensor  # as token_ids, bool, True at padding
     labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
     response_mask: torch.Tensor  # [N] bool, True where the predicted token is part of a response
     response_positions: torch.Tensor  # [N] int64, place of the predicted token in its response; 0 elsewhere
     temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
     columns: TokenColumns  # [N] each
-    num_tokens: int  # without padding
+    num_tokens: int  # of this rank, without padding
     domain: str | None  # of all rows, where samples were packed by domain
 
     @property
@@ -65,22 +74,31 @@ class MicroBatch:
         return self.token_ids.shape[1], self.token_ids.shape[0]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, the padding at the end of a packed batch being one."""
-        if self.bounds is None:
-            return self.token_ids.shape[1]
-        return max([*self.lengths, self.token_ids.numel() - sum(self.lengths)])
+    def num_positions(self) -> int:
+        """S * B, over all context ranks."""
+        return self.labels.numel() * (1 if self.held is None else len(self.held))
 
     def positions(self) -> list[slice]:
-        """Where each sequence's tokens are among the N positions."""
+        """Where each sequence's tokens are among all positions."""
         if self.bounds is None:
             rows = self.token_ids.shape[0]
             return [slice(row, row + length * rows, rows) for row, length in enumerate(self.lengths)]
-        ends = np.cumsum(self.lengths).tolist()
-        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+        return [slice(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This context rank's [N, ...] of values of all positions."""
+        return whole if self.held is None else whole[self.held[self.context_rank].to(whole.device)]
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Values of all positions from ``parts`` [N, ...], one of each context rank."""
+        if self.held is None:
+            return parts[0]
+        whole = parts[0].new_zeros(self.num_positions, *parts[0].shape[1:])
+        whole[self.held.flatten()] = torch.cat(list(parts))
+        return whole
 
     def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """``values`` [N, ...] of positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
+        """``values`` of all positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
 
         The inverse of the shift to labels.
         """
@@ -102,15 +120,22 @@ def pack(
     data_size: int = 1,
     multiple: int = 1,
     packed: bool = False,
+    context_rank: int = 0,
+    context_size: int = 1,
     by_domain: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
 
-    max_tokens: of one micro-batch, padding included (a longer sample gets its own). multiple: what its length S is a
-    multiple of, for sequence parallelism and FP8. packed: sequences end to end. by_domain: no micro-batch holds two
-    domains. weights: as in ``UpdateBatch``.
+    max_tokens: of one micro-batch on one context rank, padding included (a longer sample gets its own). multiple: what
+    its length there is a multiple of, for sequence parallelism and FP8. packed: sequences end to end; context
+    parallelism needs it. by_domain: no micro-batch holds two domains. weights: as in ``UpdateBatch``.
     """
+    if context_size > 1 and not packed:
+        raise UserError(
+            f"context_parallel_size {context_size} cuts sequences that lie end to end: set micro_batch.packed to true"
+        )
+    layout = _Arrangement(packed, multiple, context_size, context_rank)
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
@@ -119,12 +144,35 @@ def pack(
         chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[place].token_ids) for place in chosen]
         plan = plan_micro_batches(
-            lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple, packed=packed
+            [layout.padded(length) for length in lengths],
+            data_size=data_size,
+            max_tokens=max_tokens * context_size,
+            multiple=layout.whole_multiple,
+            packed=packed,
         )
         for rows in plan[data_rank]:
             indices = [chosen[row] for row in rows]
-            found.append(_build(samples, weights, present, indices, multiple, packed, domain, device))
+            found.append(_build(samples, weights, present, indices, layout, domain, device))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrangement:
+    """How sequences share a micro-batch."""
+
+    packed: bool
+    multiple: int  # of a context rank's length
+    context_size: int
+    context_rank: int
+
+    @property
+    def whole_multiple(self) -> int:
+        """What the length over all context ranks is a multiple of."""
+        return self.context_size * (self.multiple if self.context_size == 1 else math.lcm(self.multiple, 2))
+
+    def padded(self, length: int) -> int:
+        """Places that a sequence takes."""
+        return _padded(length, pieces(self.context_size))
 
 
 def plan_micro_batches(
@@ -188,13 +236,12 @@ def _build(
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
     indices: list[int],
-    multiple: int,
-    packed: bool,
+    layout: _Arrangement,
     domain: str | None,
     device: torch.device | str,
 ) -> MicroBatch:
     rows = [samples[index] for index in indices]
-    grid = _Grid.of([len(row.token_ids) for row in rows], multiple, packed)
+    grid = _Grid.of([len(row.token_ids) for row in rows], layout)
     masks = [_predicted(row.response_mask) for row in rows]
     token_ids = grid.fill(np.int64, [row.token_ids for row in rows])
     columns = {}
@@ -208,20 +255,25 @@ def _build(
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
         spread = grid.fill(np.float32, temperatures, elsewhere=1.0)
-        temperature = torch.from_numpy(spread.T.reshape(-1)).to(device)
+        temperature = torch.from_numpy(grid.own(spread.T.reshape(-1))).to(device)
     positions = [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]
+    padding = grid.own(grid.fill(np.bool_, [False] * len(rows), elsewhere=True))
     return MicroBatch(
         indices=tuple(indices),
         lengths=grid.lengths,
-        bounds=torch.tensor(grid.bounds, dtype=torch.int32, device=device) if packed else None,
-        token_ids=torch.from_numpy(token_ids).to(device),
-        padding_mask=torch.from_numpy(grid.fill(np.bool_, [False] * len(rows), elsewhere=True)).to(device),
+        starts=tuple(column for _, column in grid.places) if layout.packed else (),
+        bounds=torch.tensor(grid.bounds, dtype=torch.int32, device=device) if layout.packed else None,
+        longest=max(np.diff(grid.bounds).tolist()) if layout.packed else grid.shape[1],
+        held=None if layout.context_size == 1 else torch.from_numpy(grid.held).to(device),
+        context_rank=layout.context_rank,
+        token_ids=torch.from_numpy(grid.own(token_ids)).to(device),
+        padding_mask=torch.from_numpy(padding).to(device),
         labels=grid.by_predictor(token_ids, device),
         response_mask=grid.by_predictor(grid.fill(np.bool_, masks), device),
         response_positions=grid.by_predictor(grid.fill(np.int64, positions), device),
         temperature=temperature,
         columns=TokenColumns(**{name: grid.by_predictor(values, device) for name, values in columns.items()}),
-        num_tokens=sum(grid.lengths),
+        num_tokens=int((~padding).sum()),
         domain=domain,
     )
 
@@ -233,30 +285,42 @@ def _predicted(response_mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Grid:
     """Where the tokens of a micro-batch's sequences stand in arrays [B, S]."""
 
     lengths: tuple[int, ...]
     places: tuple[tuple[int, int], ...]  # row and column of each sequence's first token
     shape: tuple[int, int]
+    layout: _Arrangement
 
     @classmethod
-    def of(cls, lengths: Sequence[int], multiple: int, packed: bool) -> _Grid:
+    def of(cls, lengths: Sequence[int], layout: _Arrangement) -> _Grid:
         """A batch without sequences is one row of padding."""
-        if packed:
-            ends = np.cumsum([0, *lengths]).tolist()
-            return cls(tuple(lengths), tuple((0, end) for end in ends[:-1]), (1, _padded(max(1, ends[-1]), multiple)))
+        if layout.packed:
+            ends = np.cumsum([0, *(layout.padded(length) for length in lengths)]).tolist()
+            places = tuple((0, end) for end in ends[:-1])
+            return cls(tuple(lengths), places, (1, _padded(max(1, ends[-1]), layout.whole_multiple)), layout)
         places = tuple((row, 0) for row in range(len(lengths)))
-        return cls(tuple(lengths), places, (max(1, len(lengths)), _padded(max(lengths, default=1), multiple)))
+        shape = (max(1, len(lengths)), _padded(max(lengths, default=1), layout.multiple))
+        return cls(tuple(lengths), places, shape, layout)
 
     @property
     def bounds(self) -> list[int]:
-        """Of a packed batch: where each sequence begins, padding included, and the end."""
+        """Of a packed batch: where each sequence begins, that of the padding at the end included, and the end."""
+        ends = [column + self.layout.padded(own) for (_, column), own in zip(self.places, self.lengths, strict=True)]
         starts = [column for _, column in self.places]
-        if sum(self.lengths) < self.shape[1]:
-            starts.append(sum(self.lengths))
-        return [*starts, self.shape[1]]
+        filled = max(ends, default=0)
+        return [*starts, *([filled] if filled < self.shape[1] else []), self.shape[1]]
+
+    @functools.cached_property
+    def held(self) -> np.ndarray:
+        """[context ranks, N] the positions of every context rank."""
+        return held_positions(self.bounds, self.layout.context_size)
+
+    def own(self, values: np.ndarray) -> np.ndarray:
+        """The context rank's part of ``values`` [..., S]."""
+        return values if self.layout.context_size == 1 else values[..., self.held[self.layout.context_rank]]
 
     def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
         """[B, S] with each sequence's ``values`` ([length], or one for all its tokens) at its tokens."""
@@ -272,4 +336,4 @@ class _Grid:
         for row, column in self.places:
             if column:
                 shifted[column - 1, row] = 0
-        return torch.from_numpy(shifted.reshape(-1)).to(device)
+        return torch.from_numpy(self.own(shifted.reshape(-1))).to(device)

@@ -60,11 +60,6 @@ def build_model(
     Transformer Engine or the chip lacks what is asked for.
     """
     check_layout(spec, layout.config)
-    if layout.config.context_parallel_size > 1:
-        raise UserError(
-            f"context_parallel_size {layout.config.context_parallel_size}: micro-batches are not cut over context ranks "
-            "yet; set it to 1 and use more tensor ranks with sequence_parallel for long sequences"
-        )
     if fp8 is not None:
         check_fp8(fp8, spec, layout.config)
     config = transformer_config(

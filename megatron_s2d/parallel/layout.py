@@ -55,6 +55,14 @@ class Layout:
         return self.config.pipeline_model_parallel_size
 
     @property
+    def context_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def context_size(self) -> int:
+        return self.config.context_parallel_size
+
+    @property
     def data_rank(self) -> int:
         return self.groups.dp.rank()
 

@@ -98,8 +98,8 @@ def _empty(header) -> dict[str, torch.Tensor]:
 
 
 def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
-    """Positions [response tokens] int64 in the flat [S * B] order, sample by sample in the batch's order."""
-    everywhere = torch.arange(batch.labels.numel())
+    """Positions [response tokens] int64 among all of the batch, sample by sample in the batch's order."""
+    everywhere = torch.arange(batch.num_positions)
     parts = [
         everywhere[place][torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1]
         for place, index in zip(batch.positions(), batch.indices, strict=True)
@@ -108,7 +108,7 @@ def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
 
 
 def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Rows of response tokens at their positions in [S * B, ...]; zeros elsewhere, where nothing is counted."""
-    whole = values.new_zeros(batch.labels.numel(), *values.shape[1:])
+    """Rows of response tokens at their positions in [N, ...]; zeros elsewhere, where nothing is counted."""
+    whole = values.new_zeros(batch.num_positions, *values.shape[1:])
     whole[rows] = values
-    return whole.to(device.device())
+    return batch.part(whole).to(device.device())

@@ -140,18 +140,18 @@ def _travelling_states(policy: Policy, samples: Sequence[Sample]) -> dict[int, t
     found = {}
     for batch, hidden in zip(batches, policy.hidden_states(batches), strict=True):
         if policy.layout.is_last_stage:
-            whole = policy.whole_sequences(hidden)
+            whole = policy.all_positions(batch, policy.whole_sequences(hidden))
             if policy.is_leader:
                 found |= {i: value.cpu() for i, value in zip(batch.indices, batch.per_sample(whole), strict=True)}
     return gather_dicts(found)
 
 
 def _at_positions(batch: MicroBatch, states: Sequence[torch.Tensor], policy: Policy) -> torch.Tensor:
-    """[S * B, d] from [length, d] a sequence; the inverse of ``MicroBatch.per_sample``."""
-    whole = torch.zeros(batch.labels.numel(), policy.spec.hidden_size, dtype=policy.output_weight_dtype)
+    """[N, d] of this rank from [length, d] a sequence; the inverse of ``MicroBatch.per_sample``."""
+    whole = torch.zeros(batch.num_positions, policy.spec.hidden_size, dtype=policy.output_weight_dtype)
     for place, state in zip(batch.positions(), states, strict=True):
         whole[place][:-1] = state[1:]
-    return whole.to(device.device())
+    return batch.part(whole).to(device.device())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ class TopKTeacher:
                 chosen = vocab_parallel_topk(mine, self.k, shard, temperature)[0]
                 best = vocab_parallel_topk(logits, self.k, shard, temperature)[0]
                 counted = batch.response_mask[rows]
-                if student.is_leader:
+                if student.sees_tokens:
                     self._shared += float((chosen.unsqueeze(2) == best.unsqueeze(1)).any(2)[counted].sum())
                     self._counted += int(counted.sum()) * self.k
             parts.append(self._support(logits, chosen, temperature))

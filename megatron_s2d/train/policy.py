@@ -139,6 +139,8 @@ class Policy:
             data_size=self.layout.data_size,
             multiple=self._multiple,
             packed=self._packed,
+            context_rank=self.layout.context_rank,
+            context_size=self.layout.context_size,
             by_domain=self.packs_by_domain,
             device=device.device(),
         )
@@ -187,9 +189,10 @@ class Policy:
         passes = self._passes(batches, (output,), None)
         self._forward_only(passes)
         found = {}
-        if self.is_leader:
+        if self.layout.is_last_stage:
             for item in passes:
-                values = item.batch.per_sample(getattr(item.result, output))
+                whole = self.all_positions(item.batch, getattr(item.result, output))
+                values = item.batch.per_sample(whole) if self.is_leader else ()
                 found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
@@ -206,6 +209,14 @@ class Policy:
     def whole_sequences(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [S * B, d] from this rank's part of the sequence under sequence parallelism."""
         return self.shard.gather(hidden).flatten(0, 1) if self.layout.config.sequence_parallel else hidden
+
+    def all_positions(self, batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+        """Values of all positions from this context rank's [N, ...]; collective over the context ranks."""
+        if batch.held is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.layout.context_size)]
+        dist.all_gather(parts, values.contiguous(), group=self.layout.groups.cp)
+        return batch.joined(parts)
 
     def teacher_states(self, batches: Sequence[MicroBatch]) -> list[HiddenStates | None]:
         """This frozen model's exact distribution at every position of ``batches``, for a student of the same layout."""
@@ -261,6 +272,11 @@ class Policy:
     @property
     def is_leader(self) -> bool:
         """Whether this rank speaks for its data rank: it sees outputs, and no other of the same replica reports."""
+        return self.sees_tokens and self.layout.context_rank == 0
+
+    @property
+    def sees_tokens(self) -> bool:
+        """Whether this rank sees the outputs of tokens that no other rank reports."""
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
     @property
@@ -346,7 +362,7 @@ class Policy:
         none = torch.zeros(0, dtype=torch.int64, device=device.device())
         empty = TokenOutputs(**{name: torch.zeros(0, device=none.device) for name in objective.needs})
         parts = [self._metrics_of(objective, empty, passes[0].batch, none)]
-        if self.is_leader:
+        if self.sees_tokens:
             for item in passes:
                 rows = item.batch.response_mask.nonzero().squeeze(1)
                 outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})
@@ -382,8 +398,12 @@ def _packed_sequences(batch: MicroBatch) -> PackedSeqParams | None:
         qkv_format="thd",
         cu_seqlens_q=batch.bounds,
         cu_seqlens_kv=batch.bounds,
+        # Padding belongs to its sequence and is masked by causality, so these are the same.
+        cu_seqlens_q_padded=batch.bounds,
+        cu_seqlens_kv_padded=batch.bounds,
         max_seqlen_q=batch.longest,
         max_seqlen_kv=batch.longest,
+        pad_between_seqs=False,
     )
 
 

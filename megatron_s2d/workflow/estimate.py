@@ -82,9 +82,10 @@ def workload(
 ) -> Workload:
     """``responses`` of an update over all data ranks, each ``length`` tokens long with its prompt."""
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    context = parallel.context_parallel_size
     length = -(-length // multiple) * multiple
-    on_rank = -(-responses // parallel.data_parallel_size) * length
-    tokens = max(length, min(max_tokens, on_rank))
+    on_rank = -(-responses // parallel.data_parallel_size) * length / context
+    tokens = math.ceil(max(length / context, min(max_tokens, on_rank)))
     batch = MicroBatch(tokens, length, round(tokens * min(1.0, response_length / length)))
     return Workload(batch, math.ceil(on_rank / tokens))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.packing import pack, plan_micro_batches
+from megatron_s2d.parallel.context import held_positions
 from megatron_s2d.records import Sample
 
 
@@ -165,3 +166,34 @@ def test_samples_become_the_same_columns_in_either_layout():
                 rows[index, "policy_weight"] = value.tolist()
         found.append(rows)
     assert found[0] == found[1] and len(found[0]) == 28
+
+
+def test_context_ranks_hold_a_piece_from_either_end_of_every_sequence():
+    """Megatron's own example, and its other rank."""
+    assert held_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert held_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="cannot be cut for 2 context ranks"):
+        held_positions([0, 6], 2)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
+    samples = [sample([5, 6], [7, 8, 9]), sample([9], [4])]
+    weights = {"policy_weight": np.array([0.5, 0.25])}
+    (whole,) = pack(samples, weights=weights, max_tokens=100, packed=True)
+    parts = [
+        pack(samples, weights=weights, max_tokens=100, multiple=multiple, packed=True, context_rank=rank,
+             context_size=size)[0]
+        for rank in range(size)
+    ]  # fmt: skip
+    assert all(part.shape[0] % multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
+    assert sum(part.num_tokens for part in parts) == whole.num_tokens == 7
+    for name in ("labels", "response_mask", "response_positions"):
+        joined = parts[0].joined([getattr(part, name) for part in parts])
+        for mine, expected in zip(parts[0].per_sample(joined), whole.per_sample(getattr(whole, name)), strict=True):
+            assert torch.equal(mine, expected)
+        for part in parts:
+            assert torch.equal(part.part(joined), getattr(part, name))
+    with pytest.raises(UserError, match="set micro_batch.packed to true"):
+        pack(samples, weights=weights, max_tokens=100, context_size=size)
