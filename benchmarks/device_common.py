@@ -84,6 +84,12 @@ def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = No
     policy = Policy(
         spec, layout, precision="bfloat16" if ON_GPU else "float32", packed=True, fp8=fp8, max_tokens=10**9, **options
     )
+    draw_weights(policy)
+    return policy
+
+
+def draw_weights(policy: Policy) -> None:
+    """Normal matrices and norms of one, drawn where the weights are."""
     generator = torch.Generator(device=device.device()).manual_seed(1)
     for chunk in policy.chunks:
         for name, parameter in chunk.named_parameters():
@@ -93,7 +99,6 @@ def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = No
                 else:
                     drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
                     parameter.copy_(drawn.mul_(0.02))
-    return policy
 
 
 def spec_of(preset: str, **changes: Any) -> ModelSpec:

@@ -2,7 +2,8 @@
 
     python benchmarks/training_throughput.py [--json OUT]
 
-One sequence of 4,096 or of 16,384 tokens a micro-batch, four micro-batches an update, supervised loss at every position.
+One sequence of 4,096 or of 16,384 tokens a micro-batch, four or two micro-batches an update, supervised loss at every
+position.
 Shapes are those of Qwen3-1.7B (whole) and Qwen3-8B, of which as many layers are kept as fit with Adam's state beside
 them (``s2d plan``'s estimate, 85 % of the memory). Targets on one H200: MFU of at least 45 % in bf16, FP8 at least 1.3
 times bf16 at the 8B shape. MFU counts 3 x the forward pass's operations, nothing recomputed, against the bf16 peak.
@@ -35,9 +36,6 @@ from megatron_s2d.parallel import device
 from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
 from megatron_s2d.workflow.estimate import Workload, train_phase, trained
 
-MICRO_BATCHES = 4
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model's shape and the length of its sequences."""
@@ -45,6 +43,10 @@ class Case:
     preset: str
     tokens: int
     fp8: str | None = None  # recipe
+
+    @property
+    def micro_batches(self) -> int:
+        return 2 if self.tokens > 4096 else 4
 
 
 GPU_CASES = (
@@ -62,13 +64,13 @@ GPU_CASES = (
 CPU_CASES = (Case("tiny-student", 48), Case("tiny-student", 48, "tensorwise"))
 
 
-def fitting(spec: ModelSpec, tokens: int, fused: bool) -> ModelSpec:
+def fitting(spec: ModelSpec, case: Case, fused: bool) -> ModelSpec:
     """The model with as many layers as are estimated to fit into 85 % of the device's memory, an even number."""
     memory = 0.85 * torch.cuda.get_device_properties(0).total_memory
     for layers in range(spec.num_layers, 0, -2):
         found = dataclasses.replace(spec, num_layers=layers)
         part, build = Part(found, ParallelConfig(), 0), Build(2, fused=fused, fp8=True)
-        work = Workload(MicroBatch(tokens, tokens, tokens), MICRO_BATCHES)
+        work = Workload(MicroBatch(case.tokens, case.tokens, case.tokens), case.micro_batches)
         if trained(part, build).total + sum(train_phase(part, build, work, on_gpu=True).values()) <= memory:
             return found
     return dataclasses.replace(spec, num_layers=1)
@@ -83,14 +85,14 @@ def measure(case: Case, setup: Setup) -> None:
         return
     spec = spec_of(case.preset)
     if ON_GPU:
-        spec = fitting(spec, case.tokens, found.transformer_engine)
+        spec = fitting(spec, case, found.transformer_engine)
     fp8 = None if case.fp8 is None else Fp8Config(recipe=case.fp8)
     policy = random_policy(spec, setup.layout, fp8=fp8)
     policy.max_tokens = case.tokens
     policy.prepare_training(OptimizerConfig(lr=1e-6), 100)
-    samples = random_samples(spec, MICRO_BATCHES, case.tokens)
-    count = MICRO_BATCHES * case.tokens
-    batches = policy.pack(samples, {"supervised_weight": [1 / count] * MICRO_BATCHES})
+    samples = random_samples(spec, case.micro_batches, case.tokens)
+    count = case.micro_batches * case.tokens
+    batches = policy.pack(samples, {"supervised_weight": [1 / count] * len(samples)})
     objective = supervised_objective()
 
     def step() -> None:
