@@ -30,17 +30,29 @@ def collect(parts: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     for path in sorted(parts.glob("*.status.json"), key=lambda path: path.stat().st_mtime_ns):
         status = json.loads(path.read_text(encoding="utf-8"))
         name = status["name"]
-        status["outcome"] = "passed" if status["exit"] == 0 else "out of time" if status["exit"] in _TIMED_OUT else "failed"
-        rows, checks = parts / f"{name}.rows.json", parts / f"{name}.xml"
-        status["rows"] = json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []
+        status["outcome"] = "out of time" if status["exit"] in _TIMED_OUT else "failed" if status["exit"] else "passed"
+        rows, checks, log = (parts / f"{name}.{ending}" for ending in ("rows.json", "xml", "log"))
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        status["rows"] = json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else printed_rows(lines)
         if checks.exists():
             status["checks"] = read_checks(checks)
-        if status["exit"] != 0 and (parts / f"{name}.log").exists():
-            lines = (parts / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        if status["exit"] != 0:
             status["end_of_log"] = lines[-_LOG_LINES:]
         found.append(status)
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"measured": when, "machine": dict(machine), "parts": found}
+
+
+def printed_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that a benchmark printed before it was ended: lines that are JSON objects."""
+    found = []
+    for line in lines:
+        if line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # cut in the middle
+                continue
+    return found
 
 
 def read_checks(path: Path) -> list[dict[str, str]]:
@@ -51,7 +63,7 @@ def read_checks(path: Path) -> list[dict[str, str]]:
         for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
             child = case.find(kind)
             if child is not None:
-                outcome, reason = word, (child.get("message") or "").splitlines()[0] if child.get("message") else ""
+                outcome, reason = word, next(iter((child.get("message") or "").splitlines()), "")
         properties = {item.get("name"): item.get("value") for item in case.iter("property")}
         found.append({"name": case.get("name", ""), "outcome": outcome, "reason": reason, "measured": properties})
     return found

@@ -1,7 +1,8 @@
 """One model and one batch, measured in some precision, and how two measurements differ.
 
 As a script it writes the float32 measurement of a process that sees no GPU: `python parity_case.py OUT`, with
-CUDA_VISIBLE_DEVICES empty. Weights are drawn by name, so they are the same bits in every process.
+CUDA_VISIBLE_DEVICES empty. Weights are drawn by name, so they are the same bits in every process. Its gradients are
+autograd's own: where Transformer Engine is installed, Megatron takes that one's optimizer, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
@@ -64,12 +65,16 @@ def weights_of(batch: list[Sample], column: str) -> dict[str, list[float]]:
     return {column: [1 / sum(sample.response_length for sample in batch)] * len(batch)}
 
 
-def measure(layout: Layout, precision: str, *, fp8: str | None = None, packed: bool = True) -> Measured:
-    """Scores, then loss and gradients of the mean cross-entropy."""
+def measure(
+    layout: Layout, precision: str, *, fp8: str | None = None, packed: bool = True, plain: bool = False
+) -> Measured:
+    """Scores, then loss and gradients of the mean cross-entropy: through Megatron's buffers, or by autograd alone."""
     model, batch = policy(layout, precision, fp8=fp8, packed=packed), samples()
     scores = model.score(batch)
-    model.prepare_training(OptimizerConfig(), 10)
     batches = model.pack(batch, weights_of(batch, "supervised_weight"))
+    if plain:
+        return _by_autograd(model, batches, scores)
+    model.prepare_training(OptimizerConfig(), 10)
     count = sum(len(sample.token_ids) for sample in batch)
     loss = model.forward_backward(batches, supervised_objective(), num_tokens=count)["loss"]
     (chunk,) = model.trainable.chunks
@@ -77,8 +82,21 @@ def measure(layout: Layout, precision: str, *, fp8: str | None = None, packed: b
     return Measured(loss, scores, gradients)
 
 
+def _by_autograd(model: Policy, batches: list[MicroBatch], scores: list[np.ndarray]) -> Measured:
+    objective, (chunk,), total = supervised_objective(), model.chunks, 0.0
+    chunk.train()
+    for item in model._passes(batches, objective.needs, None):
+        item.objective = objective
+        with model.layout.active():
+            loss = model._forward(chunk, item)
+            loss.backward()
+        total += float(loss.detach())
+    return Measured(total, scores, {name: parameter.grad for name, parameter in chunk.named_parameters()})
+
+
 def _local_name(name: str) -> str:
-    """Transformer Engine keeps norms inside the products that follow them."""
+    """Transformer Engine keeps norms inside the products that follow them; Megatron's wrapper has a name as well."""
+    name = name.removeprefix("module.")
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
@@ -121,7 +139,7 @@ def divergence(layout: Layout, student: Policy, teacher: Policy) -> float:
 def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = None) -> np.ndarray:
     """Losses of ``steps`` updates on the batch, which the model comes to know by heart."""
     model, batch = policy(layout, precision, fp8=fp8, max_tokens=10_000), samples()
-    model.prepare_training(OptimizerConfig(lr=5e-4, warmup_steps=10), steps)
+    model.prepare_training(OptimizerConfig(lr=1e-4, warmup_steps=10), steps)
     batches = model.pack(batch, weights_of(batch, "supervised_weight"))
     count = sum(len(sample.token_ids) for sample in batch)
     losses = []
@@ -133,7 +151,8 @@ def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = 
 
 def main() -> None:
     initialize_distributed()
-    torch.save(dataclasses.asdict(measure(build_layout(ParallelConfig()), "float32")), sys.argv[1])
+    found = measure(build_layout(ParallelConfig()), "float32", plain=True)
+    torch.save(dataclasses.asdict(found), sys.argv[1])
 
 
 if __name__ == "__main__":
