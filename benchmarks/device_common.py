@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,19 +63,6 @@ def gpu_here() -> Gpu | None:
     """The data sheet of this process's GPU; None on a CPU and for a GPU that is not in the table."""
     words = set(device.capabilities().device_name.lower().replace("-", " ").split())
     return next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in words), None)
-
-
-def versions() -> dict[str, Any]:
-    """The machine and what ran on it."""
-    import importlib.metadata
-
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "megatron-core", "transformer-engine", "triton", "apex", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"capabilities": dataclasses.asdict(device.capabilities())}
 
 
 def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = None, **options: Any) -> Policy:

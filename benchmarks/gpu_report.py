@@ -10,8 +10,11 @@ checks) beside it, and ``NAME.log``, of which the end is kept where the part fai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import importlib.metadata
 import json
+import platform
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
@@ -128,7 +131,22 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def main(arguments: list[str] | None = None, *, machine: Callable[[], Mapping[str, Any]] | None = None) -> int:
+def machine_here() -> dict[str, Any]:
+    """The machine and what is installed on it."""
+    import torch
+
+    from megatron_s2d.parallel import device
+
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("torch", "megatron-core", "transformer-engine", "triton", "apex", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"capabilities": dataclasses.asdict(device.capabilities())}
+
+
+def main(arguments: list[str] | None = None, *, machine: Callable[[], Mapping[str, Any]] = machine_here) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     collecting = commands.add_parser("collect", help="parts to one file; fails where a part did not pass")
@@ -140,8 +158,6 @@ def main(arguments: list[str] | None = None, *, machine: Callable[[], Mapping[st
     if given.command == "table":
         print(table(json.loads(given.results.read_text(encoding="utf-8"))), end="")
         return 0
-    if machine is None:
-        from device_common import versions as machine  # loads torch
     results = collect(given.parts, machine())
     given.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for part in results["parts"]:
