@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVED := $(VENV)/.installed-sglang
 
 .PHONY: help env quickstart smoke test test-slow test-unit test-dist test-run clean
 .DEFAULT_GOAL := help
@@ -33,6 +34,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
+# The tests talk to a real SGLang server; the quickstart does without these 3 GB.
+$(SERVED): $(STAMP)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,sglang]'
+	@touch $@
+
 env: $(STAMP)
 
 quickstart: env
@@ -41,10 +47,10 @@ quickstart: env
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-test: env
+test: $(SERVED)
 	$(RUN)/python -m pytest -q -m "not slow" --durations=15
 
-test-slow: env
+test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow
 
 test-unit: env
@@ -53,7 +59,7 @@ test-unit: env
 test-dist: env
 	$(RUN)/python -m pytest -q tests/dist
 
-test-run: env
+test-run: $(SERVED)
 	$(RUN)/python -m pytest -q tests/run
 
 clean:

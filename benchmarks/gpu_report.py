@@ -3,8 +3,8 @@
     python benchmarks/gpu_report.py collect PARTS RESULTS.json     (gpu_all.sh does this)
     python benchmarks/gpu_report.py table RESULTS.json             Markdown on standard output
 
-A part is ``NAME.status.json`` (exit code, seconds), with ``NAME.rows.json`` (a benchmark's rows) or ``NAME.xml`` (pytest's
-checks) beside it, and ``NAME.log``, of which the end is kept where the part failed.
+A part is ``NAME.status.json`` (exit code, seconds), with ``NAME.rows.json`` (a benchmark's rows) or ``NAME.xml``
+(pytest's checks) beside it, and ``NAME.log``, of which the end is kept where the part failed.
 """
 
 from __future__ import annotations

@@ -1,32 +1,44 @@
-"""Forward KL of an output layer: time and memory of ``linear_divergence`` beside what people write otherwise.
+"""Divergences at an output layer: time and memory of ``linear_divergence`` beside what people write otherwise.
 
     python benchmarks/kl.py --device cpu --json OUT
-    python benchmarks/kl.py --device cuda --json OUT     (the GPU paths have not been run yet: no figure exists)
+    python benchmarks/kl.py --device cuda --json OUT     (about a minute on an H200 by design; not run yet)
 
-One row per variant: name, vocab, tokens, hidden sizes, chunk rows, peak_bytes beyond operands and gradients, seconds
-and the relative error of the hidden gradient against float64. All variants start from the same hidden states and
-weights and end with the gradients of both. Times are minima over interleaved rounds; on a CPU process CPU time with one thread,
-on a GPU CUDA events. Peak memory on a CPU is that of a process of its own.
+Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients by number of tokens, and the
+relative errors of both gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All
+variants start from the same hidden states and weights and end with the gradients of both; those that work in chunks run
+at every ``--chunk``.
+``ratio``: the bars, each variant at its fastest chunk. ``accuracy``: float32 logits of confident models against float64.
+
+Times are minima over interleaved rounds; on a CPU process CPU time with one thread, on a GPU between CUDA events. Peak
+memory on a CPU is that of a process of its own. liger_kernel is not part of the environment: ``pip install
+liger-kernel==0.8.5`` beside it, on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.logits import vocab_parallel_divergence
+from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.teachers import HiddenStates
+from megatron_s2d.kl.teachers import HiddenStates, Logits
 
 Gradients = tuple[torch.Tensor, torch.Tensor]  # of hidden [N, d] and weight [V, d]
+_EXACT_TOKENS, _EXACT_ROWS = 32, 64  # whose gradients are compared with float64
 
 
 @dataclass
@@ -51,14 +63,18 @@ class Operands:
             normal(vocab, teacher, teacher**-0.5),
         )  # fmt: skip
 
-    def first(self, tokens: int) -> Operands:
-        """The same with fewer tokens."""
-        return Operands(self.hidden[:tokens], self.weight, self.teacher_hidden[:tokens], self.teacher_weight)
+    def of_tokens(self, rows: slice) -> Operands:
+        """The same for some of the tokens."""
+        return Operands(self.hidden[rows], self.weight, self.teacher_hidden[rows], self.teacher_weight)
+
+    def leaves(self) -> Gradients:
+        """The student's hidden states and weight, to be differentiated."""
+        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
 
-def ours(operands: Operands, chunk: int, name: str = "forward_kl") -> Gradients:
-    """``linear_divergence`` with chunks of ``chunk`` tokens."""
-    hidden, weight = (tensor.detach().requires_grad_() for tensor in (operands.hidden, operands.weight))
+def ours(operands: Operands, chunk: int, name: str = "forward_kl", backend: str = "auto") -> Gradients:
+    """``linear_divergence`` with chunks of ``chunk`` tokens; on a GPU with Triton unless ``backend`` is torch."""
+    hidden, weight = operands.leaves()
     loss, _ = linear_divergence(
         hidden,
         weight,
@@ -68,6 +84,7 @@ def ours(operands: Operands, chunk: int, name: str = "forward_kl") -> Gradients:
         beta=0.5 if name == "jsd" else None,
         token_loss=lambda outputs, rows: getattr(outputs, name) / len(hidden),
         chunk_bytes=chunk * len(weight) * 8,
+        backend=backend,
     )
     loss.backward()
     return hidden.grad, weight.grad
@@ -75,7 +92,7 @@ def ours(operands: Operands, chunk: int, name: str = "forward_kl") -> Gradients:
 
 def naive(operands: Operands, chunk: int) -> Gradients:
     """Both logits whole in float32, ``log_softmax`` and ``kl_div``."""
-    hidden, weight = (tensor.detach().requires_grad_() for tensor in (operands.hidden, operands.weight))
+    hidden, weight = operands.leaves()
     student = torch.log_softmax((hidden @ weight.T).float(), -1)
     with torch.no_grad():
         teacher = torch.log_softmax((operands.teacher_hidden @ operands.teacher_weight.T).float(), -1)
@@ -84,7 +101,11 @@ def naive(operands: Operands, chunk: int) -> Gradients:
 
 
 def kept_logits(operands: Operands, chunk: int) -> Gradients:
-    """Both logits kept whole in the dtype of the operands; ``log_softmax`` and the gradient chunk by chunk."""
+    """Both logits kept whole in the dtype of the operands; float32 log-softmax chunk by chunk in plain PyTorch.
+
+    The backward pass makes the softmax again. Its gradient overwrites the student's logits, which is kind to this
+    scheme: as an autograd function it would take a tensor of its own.
+    """
     student = operands.hidden @ operands.weight.T
     teacher = operands.teacher_hidden @ operands.teacher_weight.T
     loss = student.new_zeros((), dtype=torch.float32)
@@ -101,39 +122,88 @@ def kept_logits(operands: Operands, chunk: int) -> Gradients:
 
 
 def products(operands: Operands, chunk: int) -> Gradients:
-    """The four matrix products alone, whole: the floor."""
+    """The four matrix products alone, whole and in the operands' dtype: the floor."""
     student = operands.hidden @ operands.weight.T
-    del_teacher = operands.teacher_hidden @ operands.teacher_weight.T
-    del del_teacher
+    teacher = operands.teacher_hidden @ operands.teacher_weight.T
+    del teacher
     return student @ operands.weight, student.T @ operands.hidden
 
 
-def liger_jsd(operands: Operands, chunk: int) -> Gradients:
-    """Liger-Kernel's fused linear JSD, beta 0.5, float32 accumulation; it chooses its own chunk."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
+def liger_jsd(operands: Operands, chunk: int, accum_dtype: torch.dtype | None = torch.float32) -> Gradients:
+    """Liger-Kernel's fused linear JSD, beta 0.5; it chooses its own chunk. accum_dtype: of the weight's gradient."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    hidden, weight = (tensor.detach().requires_grad_() for tensor in (operands.hidden, operands.weight))
-    LigerFusedLinearJSD(jsd_beta=0.5)(hidden, weight, operands.teacher_hidden, operands.teacher_weight).backward()
+    hidden, weight = operands.leaves()
+    divergence = LigerFusedLinearJSD(jsd_beta=0.5, accum_dtype=accum_dtype)
+    divergence(hidden, weight, operands.teacher_hidden, operands.teacher_weight, None).backward()
     return hidden.grad, weight.grad
 
 
-VARIANTS: dict[str, Callable[[Operands, int], Gradients]] = {
-    "linear_divergence": ours,
-    "naive": naive,
-    "kept_logits_chunked": kept_logits,
-    "matrix_products": products,
-    "linear_divergence_jsd": lambda operands, chunk: ours(operands, chunk, "jsd"),
-    "liger_fused_linear_jsd": liger_jsd,
+@dataclass(frozen=True)
+class Variant:
+    """A way to the gradients, and which divergence they are of (None: of nothing)."""
+
+    run: Callable[[Operands, int], Gradients]
+    divergence: str | None = "forward_kl"
+    in_chunks: bool = True
+    everywhere: bool = True  # among the defaults on a CPU too
+
+
+VARIANTS = {
+    "linear_divergence": Variant(ours),
+    "linear_divergence_torch": Variant(lambda *of: ours(*of, backend="torch"), everywhere=False),
+    "linear_divergence_jsd": Variant(lambda *of: ours(*of, name="jsd"), "jsd"),
+    "naive": Variant(naive, in_chunks=False),
+    "kept_logits_chunked": Variant(kept_logits),
+    "matrix_products": Variant(products, None, in_chunks=False),
+    "liger_fused_linear_jsd": Variant(liger_jsd, "jsd", in_chunks=False, everywhere=False),
+    "liger_fused_linear_jsd_default": Variant(
+        lambda *of: liger_jsd(*of, accum_dtype=None), "jsd", in_chunks=False, everywhere=False
+    ),
 }
-_NOT_FORWARD_KL = ("matrix_products", "linear_divergence_jsd", "liger_fused_linear_jsd")
+
+# device -> (ours, the other, field, largest ratio)
+BARS = {
+    "cpu": [
+        ("linear_divergence", "naive", "seconds", 0.85),
+        ("linear_divergence", "naive", "peak_bytes", 1 / 24),
+        ("linear_divergence", "kept_logits_chunked", "seconds", 0.9),
+    ],
+    "cuda": [
+        ("linear_divergence", "matrix_products", "seconds", 1.25),
+        ("linear_divergence_jsd", "liger_fused_linear_jsd", "seconds", 0.8),
+        ("linear_divergence_jsd", "liger_fused_linear_jsd", "hidden_gradient_error", 1.0),
+        ("linear_divergence_jsd", "liger_fused_linear_jsd", "weight_gradient_error", 1.0),
+        ("linear_divergence", "kept_logits_chunked", "seconds", 0.7),
+        ("linear_divergence", "kept_logits_chunked", "peak_bytes", 0.25),
+    ],
+}  # fmt: skip
 
 
-def exact_hidden_gradient(operands: Operands, tokens: int) -> torch.Tensor:
-    """Of the first 32 tokens, in float64 from the same operands; the mean is over ``tokens``."""
-    few = operands.first(32)
-    z = few.hidden.double() @ few.weight.double().T
-    y = few.teacher_hidden.double() @ few.teacher_weight.double().T
-    return (torch.softmax(z, -1) - torch.softmax(y, -1)) @ few.weight.double() / tokens
+def exact_gradients(operands: Operands, name: str) -> Gradients:
+    """In float64 from the same operands: hidden states' of the first tokens [32, d], the weight's first rows' [64, d].
+
+    The loss is the mean over all tokens.
+    """
+    tokens = len(operands.hidden)
+    weight, teacher_weight = operands.weight.double(), operands.teacher_weight.double()
+    rows = torch.zeros_like(weight[:_EXACT_ROWS])
+    hidden = None
+    for start in range(0, tokens, 256):
+        part = operands.of_tokens(slice(start, start + 256))
+        z = (part.hidden.double() @ weight.T).requires_grad_()
+        y = part.teacher_hidden.double() @ teacher_weight.T
+        outputs = dense_outputs(z, y, (name,), beta=0.5 if name == "jsd" else None)
+        (slope,) = torch.autograd.grad(getattr(outputs, name).sum() / tokens, z)
+        if hidden is None:
+            hidden = slope[:_EXACT_TOKENS] @ weight
+        rows += slope[:, :_EXACT_ROWS].T @ part.hidden.double()
+    return hidden, rows
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((found.double() - expected).norm() / expected.norm())
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
@@ -167,57 +237,149 @@ def peak_resident_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def extra_bytes(variant: str, operands: Operands, chunk: int, device: str) -> int:
+def extra_bytes(run: Callable[[], Gradients], operands: Operands, device: str) -> int:
     """Peak memory of one run beyond the operands and the two gradients."""
     gradients = operands.hidden.nbytes + operands.weight.nbytes
     if device == "cpu":
         before = peak_resident_bytes()
-        VARIANTS[variant](operands, chunk)
+        run()
         return peak_resident_bytes() - before - gradients
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    VARIANTS[variant](operands, chunk)
+    run()
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def extra_bytes_in_own_process(arguments: argparse.Namespace, variant: str, tokens: int) -> int:
+def extra_bytes_in_own_process(arguments: argparse.Namespace, variant: str, chunk: int, tokens: int) -> int:
     """``extra_bytes`` on a CPU, where a process only ever grows."""
     command = [sys.executable, __file__, "--device", "cpu", "--peak-of", variant, "--tokens", str(tokens)]
-    sizes = {"--vocab": [arguments.vocab], "--hidden": arguments.hidden, "--chunk": [arguments.chunk]}
+    sizes = {"--vocab": [arguments.vocab], "--hidden": arguments.hidden, "--chunk": [chunk]}
     command += [str(word) for option, values in sizes.items() for word in (option, *values)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
+def gathers_per_chunk(operands: Operands, chunk: int, variant: str) -> float:
+    """Exchanges between shards that a pass asks for; a lone shard answers them itself (tests count real ones)."""
+    calls = mock.Mock(side_effect=VocabShard.gather)
+    with mock.patch.object(VocabShard, "gather", lambda shard, values: calls(shard, values)):
+        VARIANTS[variant].run(operands, chunk)
+    return calls.call_count / -(-len(operands.hidden) // chunk)
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """The rows of one vocabulary."""
+    """The rows of the variants at one vocabulary; what does not fit into memory has no row, or no peak."""
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    operands = Operands.random(arguments.tokens, arguments.vocab, tuple(arguments.hidden), device, dtype)
-    runs = {name: (lambda run=VARIANTS[name]: run(operands, arguments.chunk)) for name in arguments.variants}
-    exact = exact_hidden_gradient(operands, arguments.tokens)
-    errors = {}
+    sizes = (arguments.vocab, tuple(arguments.hidden), device, dtype)
+    operands = Operands.random(arguments.tokens, *sizes)
+    exact = {name: exact_gradients(operands, name) for name in ("forward_kl", "jsd")}
+    runs, found = {}, {}
     for name in arguments.variants:
-        if name not in _NOT_FORWARD_KL:
-            found = runs[name]()[0][: len(exact)].double()
-            errors[name] = float((found - exact).norm() / exact.norm())
+        variant = VARIANTS[name]
+        for chunk in arguments.chunk if variant.in_chunks else [None]:
+            run = functools.partial(variant.run, operands, chunk)
+            try:
+                hidden, weight = run()
+            except torch.OutOfMemoryError:
+                print(f"{name} at {arguments.vocab} columns does not fit into memory", file=sys.stderr)
+                continue
+            row = {"hidden_gradient_error": None, "weight_gradient_error": None}
+            if variant.divergence is not None:
+                for field, value, wanted in zip(row, (hidden, weight), exact[variant.divergence], strict=True):
+                    row[field] = relative(value[: len(wanted)], wanted)
+            if name.startswith("linear_divergence"):
+                row["gathers_per_chunk"] = gathers_per_chunk(operands, chunk, name)
+            runs[name, chunk], found[name, chunk] = run, row
+            del hidden, weight
     best = interleaved_minima(runs, device, arguments.repeats)
     rows = []
-    for name in arguments.variants:
+    for (name, chunk), row in found.items():
         peaks = {}
         for tokens in arguments.peak_tokens:
             if device == "cpu":
-                peaks[tokens] = extra_bytes_in_own_process(arguments, name, tokens)
-            else:
-                many = Operands.random(tokens, arguments.vocab, tuple(arguments.hidden), device, dtype)
-                peaks[tokens] = extra_bytes(name, many, arguments.chunk, device)
+                peaks[tokens] = extra_bytes_in_own_process(arguments, name, chunk or arguments.chunk[0], tokens)
+                continue
+            many = Operands.random(tokens, *sizes)
+            try:
+                peaks[tokens] = extra_bytes(functools.partial(VARIANTS[name].run, many, chunk), many, device)
+            except torch.OutOfMemoryError:
+                print(f"{name} with {tokens} tokens does not fit into memory", file=sys.stderr)
+            del many
         rows.append(
             {
-                "name": name, "device": device, "vocab": arguments.vocab, "tokens": arguments.tokens,
-                "hidden": arguments.hidden[0], "teacher_hidden": arguments.hidden[1], "chunk": arguments.chunk,
-                "seconds": best[name], "peak_bytes": peaks, "hidden_gradient_error": errors.get(name),
+                "row": "variant", "name": name, "device": device, "vocab": arguments.vocab, "tokens": arguments.tokens,
+                "hidden": arguments.hidden[0], "teacher_hidden": arguments.hidden[1], "chunk": chunk,
+                "seconds": best[name, chunk], "peak_bytes": peaks, **row,
             }
         )  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def ratios(rows: Sequence[dict], device: str) -> list[dict[str, object]]:
+    """The bars whose two variants were measured; both at the chunk that is fastest for them."""
+    found = []
+    for vocab, (name, other, field, bar) in itertools.product(sorted({row["vocab"] for row in rows}), BARS[device]):
+        fastest = {
+            which: min(
+                (row for row in rows if row["vocab"] == vocab and row["name"] == which),
+                key=lambda row: row["seconds"], default=None,
+            )
+            for which in (name, other)
+        }  # fmt: skip
+        if None in fastest.values():
+            continue
+        pairs = {None: (fastest[name][field], fastest[other][field])}
+        if field == "peak_bytes":
+            common = fastest[name][field].keys() & fastest[other][field].keys()
+            pairs = {tokens: (fastest[name][field][tokens], fastest[other][field][tokens]) for tokens in sorted(common)}
+        for tokens, (own, theirs) in pairs.items():
+            found.append(
+                {
+                    "row": "ratio", "vocab": vocab, "name": name, "to": other, "of": field, "tokens": tokens,
+                    "ratio": own / theirs, "bar": bar, "met": own / theirs <= bar, "chunk": fastest[name]["chunk"],
+                    "chunk_of_other": fastest[other]["chunk"],
+                }
+            )  # fmt: skip
+    return found
+
+
+def accuracy(vocab: int, device: str) -> list[dict[str, object]]:
+    """float32 logits of two close models, ever more confident: relative errors of value and gradient; bar 1e-5."""
+    found = []
+    for lead, name in itertools.product((3.0, 15.0, 19.0, 24.0), ("forward_kl", "reverse_kl", "jsd")):
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(1, vocab, generator=generator)
+        y = z + 0.2 * torch.randn(1, vocab, generator=generator)
+        z[0, 77], y[0, 77] = lead, lead + 0.37
+        z, y, beta = z.to(device), y.to(device), 0.3 if name == "jsd" else None
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            leaf, other = z.to(dtype, copy=True).requires_grad_(), y.to(dtype)
+            if dtype == torch.float64:
+                outputs = dense_outputs(leaf, other, (name,), beta=beta)
+            else:
+                outputs = vocab_parallel_divergence(leaf, Logits(other), VocabShard.whole(vocab), (name,), beta=beta)
+            getattr(outputs, name).sum().backward()
+            results.append((getattr(outputs, name).detach(), leaf.grad))
+        errors = [relative(value, wanted) for wanted, value in zip(*results, strict=True)]
+        found.append(
+            {
+                "row": "accuracy", "device": device, "vocab": vocab, "name": name,
+                "p_max": float(torch.softmax(z.double(), -1).max()), "value_error": errors[0],
+                "gradient_error": errors[1], "bar": 1e-5, "met": max(errors) <= 1e-5,
+            }
+        )  # fmt: skip
+    return found
+
+
+def default_variants(device: str) -> list[str]:
+    """Those that the device and what is installed can run."""
+    if device == "cpu":
+        return [name for name, variant in VARIANTS.items() if variant.everywhere]
+    if importlib.util.find_spec("liger_kernel") is None:
+        print("liger_kernel is not installed: its rows are left out", file=sys.stderr)
+        return [name for name in VARIANTS if "liger" not in name]
+    return list(VARIANTS)
 
 
 def main() -> None:
@@ -227,8 +389,10 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[128_256, 151_936])
     parser.add_argument("--tokens", type=int, help="default: 512 on a CPU, 8192 on a GPU")
     parser.add_argument("--hidden", type=int, nargs=2, help="student and teacher; default 256 512, on a GPU 4096 8192")
-    parser.add_argument("--chunk", type=int, help="tokens per chunk; default 256 on a CPU, 2048 on a GPU")
-    parser.add_argument("--peak-tokens", type=int, nargs="*", help="token counts whose peak memory is measured")
+    parser.add_argument("--chunk", type=int, nargs="+", help="tokens; default 256 on a CPU, 512 to 4096 on a GPU")
+    parser.add_argument(
+        "--peak-tokens", type=int, nargs="+", help="of the peak memory; default 4096 on a CPU, 8192 and 32768 on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all that the device has")
     parser.add_argument("--peak-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
@@ -237,22 +401,25 @@ def main() -> None:
     torch.set_num_threads(1 if on_cpu else torch.get_num_threads())
     arguments.tokens = arguments.tokens or (512 if on_cpu else 8192)
     arguments.hidden = arguments.hidden or ([256, 512] if on_cpu else [4096, 8192])
-    arguments.chunk = arguments.chunk or (256 if on_cpu else 2048)
+    arguments.chunk = arguments.chunk or ([256] if on_cpu else [512, 1024, 2048, 4096])
+    arguments.peak_tokens = arguments.peak_tokens or ([4096] if on_cpu else [8192, 32768])
     vocabularies, arguments.vocab = arguments.vocab, arguments.vocab[0]
     if arguments.peak_of:
-        operands = Operands.random(
-            arguments.tokens, arguments.vocab, tuple(arguments.hidden), arguments.device, torch.float32
-        )
-        print(extra_bytes(arguments.peak_of, operands, arguments.chunk, arguments.device))
+        operands = Operands.random(arguments.tokens, arguments.vocab, tuple(arguments.hidden), "cpu", torch.float32)
+        run = VARIANTS[arguments.peak_of].run
+        print(extra_bytes(functools.partial(run, operands, arguments.chunk[0]), operands, "cpu"))
         return
-    if arguments.peak_tokens is None:
-        arguments.peak_tokens = [4096]
-    arguments.variants = arguments.variants or [name for name in VARIANTS if not on_cpu or "liger" not in name]
+    arguments.variants = arguments.variants or default_variants(arguments.device)
     rows = []
     for arguments.vocab in vocabularies:
         rows += measure(arguments)
+    others = ratios(rows, arguments.device)
+    for arguments.vocab in vocabularies:
+        others += accuracy(arguments.vocab, arguments.device)
+    for row in others:
+        print(json.dumps(row), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rows + others, indent=1) + "\n")
 
 
 if __name__ == "__main__":

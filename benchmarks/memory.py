@@ -260,7 +260,7 @@ def training(case: Case, policy: Policy, layout):
         teacher = build_policy(model, case, layout, seed=2)
         teacher.freeze()
         source = FullTeacher(policy, ByDomain({None: teacher}))
-        states = TeacherStates("hidden", teacher.spec, sharded=case.parallel.sequence_parallel)
+        states = TeacherStates("hidden", teacher.spec)
         objective = divergence_objective("reverse_kl")
     count = sum(len(sample.token_ids) for sample in batch)
 

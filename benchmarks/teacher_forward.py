@@ -9,8 +9,20 @@ communication were free.
 
 from __future__ import annotations
 
-import torch
-from device_common import ON_GPU, begin, forward_flops, mfu, random_policy, random_samples, release, seconds_of, spec_of
+import functools
+
+from device_common import (
+    ON_GPU,
+    Setup,
+    begin,
+    forward_flops,
+    mfu,
+    random_policy,
+    random_samples,
+    release,
+    seconds_of,
+    spec_of,
+)
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
@@ -34,36 +46,38 @@ def shard_spec() -> ModelSpec:
     )
 
 
+def measure(spec: ModelSpec, recipe: str | None, setup: Setup) -> None:
+    """Rows of one precision: the pass that exact distributions take, and the one that sampled tokens take."""
+    teacher = random_policy(spec, setup.layout, fp8=None if recipe is None else Fp8Config(recipe=recipe))
+    teacher.freeze()
+    part = Part(spec, ParallelConfig(), 0)
+    for count, length in ((4, 4096), (1, 16384)) if ON_GPU else ((2, 16),):
+        samples = random_samples(spec, count, length)
+        batches, flops = teacher.pack(samples, {}), forward_flops(part, samples)
+        outputs = sum(part.output_flops(int(sample.response_mask[1:].sum())) for sample in samples)
+        steps = {
+            "hidden states": (functools.partial(teacher.hidden_states, batches), flops - outputs),
+            "log-probabilities": (functools.partial(teacher.score, samples), flops),
+        }
+        for gives, (step, operations) in steps.items():
+            seconds = seconds_of(step, setup.repeats)
+            setup.add(
+                gives=gives,
+                sequences=count,
+                length=length,
+                precision=recipe or ("bfloat16" if ON_GPU else "float32"),
+                transformer_engine=device.capabilities().transformer_engine,
+                seconds=seconds,
+                tokens_per_second=count * length / seconds,
+                mfu=mfu(operations, seconds),
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     setup = begin(__doc__.splitlines()[0], arguments, repeats=3)
     spec = shard_spec()
     for recipe in (None, "tensorwise") if device.capabilities().transformer_engine else (None,):
-        teacher = random_policy(spec, setup.layout, fp8=None if recipe is None else Fp8Config(recipe=recipe))
-        teacher.freeze()
-        for count, length in ((4, 4096), (1, 16384)) if ON_GPU else ((2, 16),):
-            samples = random_samples(spec, count, length)
-            batches = teacher.pack(samples, {})
-            for what, step in (
-                ("hidden states", lambda batches=batches: teacher.hidden_states(batches)),
-                ("log-probabilities", lambda samples=samples: teacher.score(samples)),
-            ):
-                seconds = seconds_of(step, setup.repeats)
-                part = Part(spec, ParallelConfig(), 0)
-                flops = forward_flops(part, samples)
-                if what == "hidden states":
-                    flops -= sum(part.output_flops(int(sample.response_mask[1:].sum())) for sample in samples)
-                setup.add(
-                    gives=what,
-                    sequences=count,
-                    length=length,
-                    precision=recipe or ("bfloat16" if ON_GPU else "float32"),
-                    transformer_engine=device.capabilities().transformer_engine,
-                    seconds=seconds,
-                    tokens_per_second=count * length / seconds,
-                    mfu=mfu(flops, seconds),
-                )
-        del teacher
-        torch.cuda.synchronize()
+        measure(spec, recipe, setup)
         release()
 
 

@@ -112,7 +112,7 @@ def _servers(launch: Launch) -> str:
 
 def server_script(launch: Launch) -> str:
     """What srun starts for every SGLang server on nodes of its own."""
-    return servers.server_script(launch.workflow, launch.python, _preamble(launch))
+    return servers.server_script(launch.workflow, launch.settings, launch.python, _preamble(launch))
 
 
 def _requeue(launch: Launch) -> str:

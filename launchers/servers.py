@@ -17,6 +17,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.launchers.config import LaunchConfig
 
 PORT = 30000
+_RENDEZVOUS_PORT = 29400  # of the nodes of one server
 _UNKNOWN = "http://set-by-the-job:30000"
 
 
@@ -33,8 +34,15 @@ def with_servers(workflow: WorkflowConfig, settings: LaunchConfig) -> WorkflowCo
             raise UserError(f"server_nodes: model '{name}' has no `path`; a server starts from a checkpoint")
     if workflow.rollout.engine != "sglang":
         raise UserError("server_nodes: the workflow samples without servers; set rollout.engine: sglang")
-    if workflow.rollout.sglang.sync != "disk":
-        raise UserError("server_nodes: weights reach other machines with rollout.sglang.sync: disk")
+    if workflow.rollout.sglang.sync == "tensor":
+        raise UserError("server_nodes: weights reach other machines with rollout.sglang.sync: disk or distributed")
+    span = nodes_per_server(workflow, settings)
+    for name, count in settings.server_nodes.items():
+        if count % span:
+            raise UserError(
+                f"server_nodes: a server of '{name}' takes {span} nodes ({workflow.rollout.sglang.tensor_parallel_size} "
+                f"GPUs, {settings.gpus_per_node} a node), and {count} is no multiple of that"
+            )
     urls = workflow.rollout.sglang.urls | {name: [_UNKNOWN] for name in settings.server_nodes}
     sglang = workflow.rollout.sglang.model_copy(update={"urls": urls})
     return workflow.model_copy(update={"rollout": workflow.rollout.model_copy(update={"sglang": sglang})})
@@ -45,36 +53,50 @@ def servers_per_node(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
     return max(1, (settings.gpus_per_node or 1) // workflow.rollout.sglang.tensor_parallel_size)
 
 
-def server_script(workflow: WorkflowConfig, python: str, preamble: str) -> str:
-    """What srun starts for every server; its arguments are the model's directory and positions."""
-    size = workflow.rollout.sglang.tensor_parallel_size
+def nodes_per_server(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
+    """Nodes that one server takes: more than one where its ``tensor_parallel_size`` is above the GPUs of a node.
+
+    Raises ``UserError`` where the ranks of a server do not fill its nodes.
+    """
+    size, gpus = workflow.rollout.sglang.tensor_parallel_size, settings.gpus_per_node or 1
+    if size > gpus and size % gpus:
+        raise UserError(
+            f"server_nodes: rollout.sglang.tensor_parallel_size {size} is no multiple of the {gpus} GPUs of a node"
+        )
+    return max(1, size // gpus)
+
+
+def server_script(workflow: WorkflowConfig, settings: LaunchConfig, python: str, preamble: str) -> str:
+    """What srun starts for every server, on each of its nodes: model's directory, positions, and the first node."""
+    size, span = workflow.rollout.sglang.tensor_parallel_size, nodes_per_server(workflow, settings)
+    nodes = f'--nnodes {span} --node-rank "$SLURM_NODEID" --dist-init-addr "$3:{_RENDEZVOUS_PORT}"' if span > 1 else ""
     dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.arguments)
     return f"""#!/bin/bash
-# One SGLang server of {workflow.name}: the directory of its model, then the positions it needs.
+# An SGLang server of {workflow.name}: the directory of its model, the positions it needs, its first node.
 {preamble}
 trap '' USR1 # the signal before the time limit is for the ranks
 export SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1
 exec {shlex.quote(python)} -m sglang.launch_server --model-path "$1" --context-length "$2" --dtype {dtype} \\
     --host "$SLURMD_NODENAME" --port $(({PORT} + SLURM_LOCALID)) \\
-    --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {further}
+    --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {nodes} {further}
 """
 
 
 def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, srun: str) -> str:
     """Part of a job's script: which nodes train, servers on the others, and ``urls``, further arguments of s2d."""
-    per_node, first = servers_per_node(workflow, settings), settings.nodes
+    per_node, first, span = servers_per_node(workflow, settings), settings.nodes, nodes_per_server(workflow, settings)
     lines = [
         f"# The first {first} nodes train; servers on the others end with the job.",
         'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         'nodes() { local IFS=,; echo "${hosts[*]:$1:$2}"; }',
         "urls=() all=()",
         "serve() { # model, directory, positions, first node, number of nodes",
-        "    local host list=()",
-        f'    {srun} --nodes="$5" --ntasks=$(($5 * {per_node})) --ntasks-per-node={per_node} \\',
-        '        --nodelist="$(nodes "$4" "$5")" \\',
-        f'        bash {shlex.quote(script)} "$2" "$3" &',
-        '    for host in "${hosts[@]:$4:$5}"; do',
-        f'        for port in {{{PORT}..{PORT + per_node - 1}}}; do list+=("http://$host:$port"); done',
+        "    local node port list=()",
+        f"    for ((node = $4; node < $4 + $5; node += {span})); do",
+        f"        {srun} --nodes={span} --ntasks={span * per_node} --ntasks-per-node={per_node} \\",
+        f'            --nodelist="$(nodes "$node" {span})" \\',
+        f'            bash {shlex.quote(script)} "$2" "$3" "${{hosts[node]}}" &',
+        f'        for port in {{{PORT}..{PORT + per_node - 1}}}; do list+=("http://${{hosts[node]}}:$port"); done',
         "    done",
         '    all+=("${list[@]}")',
         '    urls+=(--set "rollout.sglang.urls.$1=[$(IFS=,; echo "${list[*]}")]")',

@@ -255,7 +255,9 @@ class OpdConfig(TrainingStageConfig):
     type: Literal["opd"] = "opd"
     teacher: ByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
     teacher_engine: Literal["trainer", "sglang"] = Field(
-        "trainer", description="who scores with the teacher: the trainer, or SGLang servers (granularity sampled)"
+        "trainer",
+        description="who scores with the teacher: the trainer, or SGLang servers (granularity sampled, or topk with "
+        "support teacher)",
     )
     prompts: str | list[str] = Field(description="entries of `data`, or `entry/half`; labels are used with `gate` only")
     label_reuse: Literal["refuse", "allow"] = Field(
@@ -314,9 +316,16 @@ class OpdConfig(TrainingStageConfig):
 
     @pydantic.model_validator(mode="after")
     def _served_teacher_fits(self) -> OpdConfig:
-        if self.teacher_engine == "sglang" and (self.granularity != "sampled" or self.sampling.temperature != 1.0):
-            raise ValueError("teacher_engine: sglang needs granularity: sampled and sampling.temperature 1")
-        if self.teacher_engine == "sglang" and self.teacher_sampling is not None:
+        if self.teacher_engine != "sglang":
+            return self
+        if self.granularity == "full" or (self.granularity == "topk" and self.support != "teacher"):
+            raise ValueError(
+                "teacher_engine: sglang needs granularity: sampled, or topk with support: teacher: a server gives the "
+                "log-probabilities of the given tokens and of its own likeliest ones, and no others"
+            )
+        if self.sampling.temperature != 1.0:
+            raise ValueError("teacher_engine: sglang needs sampling.temperature 1, at which servers score given tokens")
+        if self.teacher_sampling is not None:
             raise ValueError("teacher_engine: sglang does not go with teacher_sampling; let the trainer score")
         return self
 

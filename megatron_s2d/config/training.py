@@ -86,6 +86,22 @@ class SglangConfig(Config):
     deterministic: bool = Field(
         False, description="SGLang's deterministic inference: per-request seeds count. Needs a GPU; slower"
     )
+    router: bool = Field(False, description="put sglang-router in front of the servers; it chooses among replicas")
+    ahead: Literal["off", "wait", "continue"] = Field(
+        "off",
+        description="generate what the next step needs while this one trains, with weights that are one step older "
+        "(off: no). wait: an update waits for these responses; continue: they go on with the new weights",
+    )
+    oversampling: float = Field(
+        1.0,
+        ge=1.0,
+        le=8.0,
+        description="prompts under way for each that a step needs; a step trains on the first to be complete, and the "
+        "others go on in the next one",
+    )
+    release_memory: bool = Field(
+        False, description="servers give their GPU memory back while the trainer works (GPUs shared with it)"
+    )
     sync: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="how weights reach the servers: disk: through files; distributed: over a process group (NCCL or "
@@ -119,6 +135,15 @@ class SglangConfig(Config):
     def _seeds(self) -> SglangConfig:
         if self.deterministic and self.urls:
             raise ValueError("deterministic is a setting of started servers; start yours with the option instead")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _memory(self) -> SglangConfig:
+        if self.release_memory and self.ahead != "off":
+            raise ValueError(
+                "with release_memory the servers have no memory while the trainer works: set ahead: off, or give them "
+                "GPUs of their own"
+            )
         return self
 
 

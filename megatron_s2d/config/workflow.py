@@ -131,6 +131,26 @@ class WorkflowConfig(Config):
                 )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _older_weights(self) -> WorkflowConfig:
+        """What stages must have where responses can come from older weights than those that are trained."""
+        sglang = self.rollout.sglang
+        if self.rollout.engine != "sglang" or (sglang.oversampling == 1.0 and sglang.ahead == "off"):
+            return self
+        for name, stage in self.stages.items():
+            importance, where = getattr(stage, "importance", None), f"stages.{name}"
+            sampled = getattr(stage, "granularity", "sampled") == "sampled"
+            if sampled and importance is not None and importance.mode == "off":
+                raise ValueError(
+                    f"{where}: with rollout.sglang.ahead or oversampling responses come from older weights: set "
+                    "importance.mode to truncate or mask, which corrects for it"
+                )
+            if sglang.oversampling > 1.0 and getattr(stage, "dynamic_sampling_rounds", 0):
+                raise ValueError(f"{where}: dynamic_sampling_rounds goes with rollout.sglang.oversampling: 1 only")
+            if sglang.oversampling > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
+                raise ValueError(f"{where}: on_policy_fraction below 1 goes with rollout.sglang.oversampling: 1 only")
+        return self
+
     def with_world_size(self, world_size: int) -> WorkflowConfig:
         """The workflow with data-parallel replicas of student and teachers on ``world_size`` ranks; nothing else changes.
 

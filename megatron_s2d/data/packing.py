@@ -7,8 +7,8 @@ and nothing here communicates. A micro-batch has one of two layouts:
     packed   one row, the sequences end to end; what is missing to a multiple follows as a sequence of padding
 
 Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the position that
-PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing. Context-parallel ranks hold parts
-of packed sequences (``parallel/context.py``), each of which is padded so that it can be cut.
+PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing. Context-parallel ranks hold
+parts of packed sequences (``parallel/context.py``), each of which is padded so that it can be cut.
 """
 
 from __future__ import annotations
@@ -44,6 +44,86 @@ class UpdateBatch:
         return sum(len(sample.token_ids) for sample in self.samples)
 
 
+@dataclasses.dataclass(frozen=True)
+class Deal:
+    """A micro-batch before it is built: which samples, and where their tokens stand in arrays [rows, length]."""
+
+    indices: tuple[int, ...]  # sequences' places in the samples; without any there is one row of padding
+    lengths: tuple[int, ...]  # tokens of each
+    domain: str | None  # of all, where samples were packed by domain
+    packed: bool = False
+    multiple: int = 1  # of the length on one context rank
+    context_size: int = 1
+
+    @functools.cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Row and column of each sequence's first token."""
+        if not self.packed:
+            return tuple((row, 0) for row in range(len(self.lengths)))
+        ends = np.cumsum([0, *map(self._taken, self.lengths)]).tolist()
+        return tuple((0, end) for end in ends[:-1])
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and their length over all context ranks."""
+        if not self.packed:
+            return max(1, len(self.lengths)), _padded(max(self.lengths, default=1), self.multiple)
+        filled = max(1, sum(map(self._taken, self.lengths)))
+        return 1, _padded(filled, whole_multiple(self.multiple, self.context_size))
+
+    @property
+    def bounds(self) -> list[int]:
+        """Of a packed one: where each sequence begins, that of the padding at the end included, and the end."""
+        filled = sum(map(self._taken, self.lengths))
+        starts = [column for _, column in self.places] + ([filled] if filled < self.shape[1] else [])
+        return [*starts, self.shape[1]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with padding."""
+        return max(np.diff(self.bounds).tolist()) if self.packed else self.shape[1]
+
+    @functools.cached_property
+    def held(self) -> np.ndarray:
+        """[context ranks, N] int64: the positions of every context rank. Positions are in the order [length, rows]."""
+        rows, length = self.shape
+        return held_positions(self.bounds if self.packed else [0, rows * length], self.context_size)
+
+    def positions(self) -> list[slice]:
+        """Where each sequence's tokens are among all positions."""
+        rows = self.shape[0]
+        return [
+            slice(column * rows + row, (column + length) * rows + row - rows + 1, rows)
+            for (row, column), length in zip(self.places, self.lengths, strict=True)
+        ]
+
+    def found_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which context rank holds each of ``positions``, and its number there."""
+        where = np.empty(self.held.size, dtype=np.int64)
+        where[self.held.reshape(-1)] = np.arange(self.held.size)
+        return np.divmod(where[positions], self.held.shape[1])
+
+    def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
+        """[rows, length] with each sequence's ``values`` ([its length], or one for all tokens) at its tokens."""
+        filled = np.full(self.shape, elsewhere, dtype=dtype)
+        for (row, column), length, own in zip(self.places, self.lengths, values, strict=True):
+            filled[row, column : column + length] = own
+        return filled
+
+    def by_predictor(self, values: np.ndarray) -> np.ndarray:
+        """[rows, length] by token -> [positions] by the one that predicts it; 0 where a position predicts nothing."""
+        shifted = np.zeros_like(values.T)
+        shifted[:-1] = values.T[1:]
+        for row, column in self.places:
+            if column:
+                shifted[column - 1, row] = 0
+        return shifted.reshape(-1)
+
+    def _taken(self, length: int) -> int:
+        """Columns that a packed sequence takes."""
+        return _padded(length, pieces(self.context_size))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class MicroBatch:
     """One forward pass of one data-parallel rank; N = S * B, and B = 1 where it is packed.
@@ -51,50 +131,54 @@ class MicroBatch:
     With context parallelism arrays by position are this rank's: N = S / ranks.
     """
 
-    indices: tuple[int, ...]  # sequences' places in the samples; a batch without any is padding
-    lengths: tuple[int, ...]  # tokens of each sequence
-    starts: tuple[int, ...]  # of each sequence among all S positions, where packed
-    bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
-    longest: int  # tokens of the longest sequence, with padding
-    held: torch.Tensor | None  # [context ranks, N] int64, the positions that each holds; None for a single one
+    deal: Deal
     context_rank: int
+    bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
     token_ids: torch.Tensor  # [B, S] int64 (with context parallelism [1, N])
     padding_mask: torch.Tensor  # as token_ids, bool, True at padding
-    labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
+    labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a sequence)
     response_mask: torch.Tensor  # [N] bool, True where the predicted token is part of a response
     response_positions: torch.Tensor  # [N] int64, place of the predicted token in its response; 0 elsewhere
     temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
     columns: TokenColumns  # [N] each
     num_tokens: int  # of this rank, without padding
-    domain: str | None  # of all rows, where samples were packed by domain
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The sequences' places in the samples that were packed."""
+        return self.deal.indices
+
+    @property
+    def domain(self) -> str | None:
+        """Of all sequences, where samples were packed by domain."""
+        return self.deal.domain
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(sequence, batch)."""
+        """(sequence, batch), of this context rank."""
         return self.token_ids.shape[1], self.token_ids.shape[0]
 
     @property
     def num_positions(self) -> int:
         """S * B, over all context ranks."""
-        return self.labels.numel() * (1 if self.held is None else len(self.held))
+        return self.deal.held.size
 
     def positions(self) -> list[slice]:
         """Where each sequence's tokens are among all positions."""
-        if self.bounds is None:
-            rows = self.token_ids.shape[0]
-            return [slice(row, row + length * rows, rows) for row, length in enumerate(self.lengths)]
-        return [slice(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        return self.deal.positions()
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This context rank's [N, ...] of values of all positions."""
-        return whole if self.held is None else whole[self.held[self.context_rank].to(whole.device)]
+        if self.deal.context_size == 1:
+            return whole
+        return whole[torch.from_numpy(self.deal.held[self.context_rank]).to(whole.device)]
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Values of all positions from ``parts`` [N, ...], one of each context rank."""
-        if self.held is None:
+        if self.deal.context_size == 1:
             return parts[0]
         whole = parts[0].new_zeros(self.num_positions, *parts[0].shape[1:])
-        whole[self.held.flatten()] = torch.cat(list(parts))
+        whole[torch.from_numpy(self.deal.held.reshape(-1)).to(whole.device)] = torch.cat(list(parts))
         return whole
 
     def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
@@ -109,6 +193,44 @@ class MicroBatch:
             sample[1:] = own[:-1]
             found.append(sample)
         return found
+
+
+def deal(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    data_size: int = 1,
+    multiple: int = 1,
+    packed: bool = False,
+    context_size: int = 1,
+    by_domain: bool = False,
+) -> list[list[Deal]]:
+    """The micro-batches of every data rank, the same number for each; arguments as in ``pack``."""
+    if context_size > 1 and not packed:
+        raise UserError(
+            f"context_parallel_size {context_size} cuts sequences that lie end to end: set micro_batch.packed to true"
+        )
+    found: list[list[Deal]] = [[] for _ in range(data_size)]
+    for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
+        chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
+        lengths = [len(samples[place].token_ids) for place in chosen]
+        plan = plan_micro_batches(
+            [_padded(length, pieces(context_size)) for length in lengths],
+            data_size=data_size,
+            max_tokens=max_tokens * context_size,
+            multiple=whole_multiple(multiple, context_size),
+            packed=packed,
+        )
+        for dealt, batches in zip(found, plan, strict=True):
+            for rows in batches:
+                indices, own = tuple(chosen[row] for row in rows), tuple(lengths[row] for row in rows)
+                dealt.append(Deal(indices, own, domain, packed, multiple, context_size))
+    return found
+
+
+def whole_multiple(multiple: int, context_size: int) -> int:
+    """What a packed length over all context ranks is a multiple of, so that each rank's is one of ``multiple``."""
+    return multiple if context_size == 1 else context_size * math.lcm(multiple, 2)
 
 
 def pack(
@@ -131,48 +253,14 @@ def pack(
     its length there is a multiple of, for sequence parallelism and FP8. packed: sequences end to end; context
     parallelism needs it. by_domain: no micro-batch holds two domains. weights: as in ``UpdateBatch``.
     """
-    if context_size > 1 and not packed:
-        raise UserError(
-            f"context_parallel_size {context_size} cuts sequences that lie end to end: set micro_batch.packed to true"
-        )
-    layout = _Arrangement(packed, multiple, context_size, context_rank)
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
-    found = []
-    for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
-        chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
-        lengths = [len(samples[place].token_ids) for place in chosen]
-        plan = plan_micro_batches(
-            [layout.padded(length) for length in lengths],
-            data_size=data_size,
-            max_tokens=max_tokens * context_size,
-            multiple=layout.whole_multiple,
-            packed=packed,
-        )
-        for rows in plan[data_rank]:
-            indices = [chosen[row] for row in rows]
-            found.append(_build(samples, weights, present, indices, layout, domain, device))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Arrangement:
-    """How sequences share a micro-batch."""
-
-    packed: bool
-    multiple: int  # of a context rank's length
-    context_size: int
-    context_rank: int
-
-    @property
-    def whole_multiple(self) -> int:
-        """What the length over all context ranks is a multiple of."""
-        return self.context_size * (self.multiple if self.context_size == 1 else math.lcm(self.multiple, 2))
-
-    def padded(self, length: int) -> int:
-        """Places that a sequence takes."""
-        return _padded(length, pieces(self.context_size))
+    dealt = deal(
+        samples, max_tokens=max_tokens, data_size=data_size, multiple=multiple, packed=packed,
+        context_size=context_size, by_domain=by_domain,
+    )  # fmt: skip
+    return [_build(samples, weights, present, batch, context_rank, device) for batch in dealt[data_rank]]
 
 
 def plan_micro_batches(
@@ -212,8 +300,10 @@ def plan_micro_batches(
 
 
 def _refuse_gaps(name: str, samples: Sequence[Sample], weights: Mapping[str, Sequence[float | np.ndarray]]) -> None:
-    """Some samples have ``name``: those without it may take part in the supervised term only."""
-    columns = [weights[column] for column in weights if column != "supervised_weight"]
+    """Some samples have ``name``: those without it may take part only in terms that can do without."""
+    # What the engine said is used by the policy term; a divergence measures it where it is there.
+    without = {"supervised_weight"} | ({"divergence_weight"} if name == "rollout_log_probs" else set())
+    columns = [weights[column] for column in weights if column not in without]
     for place, sample in enumerate(samples):
         if getattr(sample, name) is None and any(np.any(column[place]) for column in columns):
             raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
@@ -235,46 +325,46 @@ def _build(
     samples: Sequence[Sample],
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
-    indices: list[int],
-    layout: _Arrangement,
-    domain: str | None,
+    batch: Deal,
+    context_rank: int,
     device: torch.device | str,
 ) -> MicroBatch:
-    rows = [samples[index] for index in indices]
-    grid = _Grid.of([len(row.token_ids) for row in rows], layout)
+    rows = [samples[index] for index in batch.indices]
     masks = [_predicted(row.response_mask) for row in rows]
-    token_ids = grid.fill(np.int64, [row.token_ids for row in rows])
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        """The context rank's part of ``values`` [..., positions]."""
+        own = values if batch.context_size == 1 else values[..., batch.held[context_rank]]
+        return torch.from_numpy(own).to(device)
+
+    def shifted(dtype: type, values: Sequence[Any]) -> torch.Tensor:
+        return tensor(batch.by_predictor(batch.fill(dtype, values)))
+
     columns = {}
     for name in present:
+        missing = np.nan if name == "rollout_log_probs" else 0.0
         given = [getattr(row, name) for row in rows]
-        columns[name] = grid.fill(np.float32, [0.0 if values is None else values for values in given])
+        columns[name] = shifted(np.float32, [missing if values is None else values for values in given])
     for name, values in weights.items():
-        own = [np.where(mask, values[index], 0.0) for index, mask in zip(indices, masks, strict=True)]
-        columns[name] = grid.fill(np.float32, own)
+        own = [np.where(mask, values[index], 0.0) for index, mask in zip(batch.indices, masks, strict=True)]
+        columns[name] = shifted(np.float32, own)
     temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
-        spread = grid.fill(np.float32, temperatures, elsewhere=1.0)
-        temperature = torch.from_numpy(grid.own(spread.T.reshape(-1))).to(device)
-    positions = [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]
-    padding = grid.own(grid.fill(np.bool_, [False] * len(rows), elsewhere=True))
+        temperature = tensor(batch.fill(np.float32, temperatures, elsewhere=1.0).T.reshape(-1))
+    padding = tensor(batch.fill(np.bool_, [False] * len(rows), elsewhere=True))
     return MicroBatch(
-        indices=tuple(indices),
-        lengths=grid.lengths,
-        starts=tuple(column for _, column in grid.places) if layout.packed else (),
-        bounds=torch.tensor(grid.bounds, dtype=torch.int32, device=device) if layout.packed else None,
-        longest=max(np.diff(grid.bounds).tolist()) if layout.packed else grid.shape[1],
-        held=None if layout.context_size == 1 else torch.from_numpy(grid.held).to(device),
-        context_rank=layout.context_rank,
-        token_ids=torch.from_numpy(grid.own(token_ids)).to(device),
-        padding_mask=torch.from_numpy(padding).to(device),
-        labels=grid.by_predictor(token_ids, device),
-        response_mask=grid.by_predictor(grid.fill(np.bool_, masks), device),
-        response_positions=grid.by_predictor(grid.fill(np.int64, positions), device),
+        deal=batch,
+        context_rank=context_rank,
+        bounds=torch.tensor(batch.bounds, dtype=torch.int32, device=device) if batch.packed else None,
+        token_ids=tensor(batch.fill(np.int64, [row.token_ids for row in rows])),
+        padding_mask=padding,
+        labels=shifted(np.int64, [row.token_ids for row in rows]),
+        response_mask=shifted(np.bool_, masks),
+        response_positions=shifted(np.int64, [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]),
         temperature=temperature,
-        columns=TokenColumns(**{name: grid.by_predictor(values, device) for name, values in columns.items()}),
+        columns=TokenColumns(**columns),
         num_tokens=int((~padding).sum()),
-        domain=domain,
     )
 
 
@@ -283,57 +373,3 @@ def _predicted(response_mask: np.ndarray) -> np.ndarray:
     mask = response_mask.copy()
     mask[:1] = False
     return mask
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Grid:
-    """Where the tokens of a micro-batch's sequences stand in arrays [B, S]."""
-
-    lengths: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]  # row and column of each sequence's first token
-    shape: tuple[int, int]
-    layout: _Arrangement
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], layout: _Arrangement) -> _Grid:
-        """A batch without sequences is one row of padding."""
-        if layout.packed:
-            ends = np.cumsum([0, *(layout.padded(length) for length in lengths)]).tolist()
-            places = tuple((0, end) for end in ends[:-1])
-            return cls(tuple(lengths), places, (1, _padded(max(1, ends[-1]), layout.whole_multiple)), layout)
-        places = tuple((row, 0) for row in range(len(lengths)))
-        shape = (max(1, len(lengths)), _padded(max(lengths, default=1), layout.multiple))
-        return cls(tuple(lengths), places, shape, layout)
-
-    @property
-    def bounds(self) -> list[int]:
-        """Of a packed batch: where each sequence begins, that of the padding at the end included, and the end."""
-        ends = [column + self.layout.padded(own) for (_, column), own in zip(self.places, self.lengths, strict=True)]
-        starts = [column for _, column in self.places]
-        filled = max(ends, default=0)
-        return [*starts, *([filled] if filled < self.shape[1] else []), self.shape[1]]
-
-    @functools.cached_property
-    def held(self) -> np.ndarray:
-        """[context ranks, N] the positions of every context rank."""
-        return held_positions(self.bounds, self.layout.context_size)
-
-    def own(self, values: np.ndarray) -> np.ndarray:
-        """The context rank's part of ``values`` [..., S]."""
-        return values if self.layout.context_size == 1 else values[..., self.held[self.layout.context_rank]]
-
-    def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
-        """[B, S] with each sequence's ``values`` ([length], or one for all its tokens) at its tokens."""
-        filled = np.full(self.shape, elsewhere, dtype=dtype)
-        for (row, column), length, own in zip(self.places, self.lengths, values, strict=True):
-            filled[row, column : column + length] = own
-        return filled
-
-    def by_predictor(self, values: np.ndarray, device: torch.device | str) -> torch.Tensor:
-        """[B, S] by token -> [S * B] by the position that predicts it; 0 where a position predicts nothing."""
-        shifted = np.zeros_like(values.T)
-        shifted[:-1] = values.T[1:]
-        for row, column in self.places:
-            if column:
-                shifted[column - 1, row] = 0
-        return torch.from_numpy(self.own(shifted.reshape(-1))).to(device)

@@ -95,16 +95,18 @@ def gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     backend: ModuleType = torch_backend,
-    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns, in ``dtype`` (default: that of
-    ``z``); may overwrite ``z``."""
-    dtype = dtype or z.dtype
+    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns, written to ``out``.
+
+    out: [C, columns] of any dtype; None: over ``z``, which may be overwritten in any case.
+    """
+    out = z if out is None else out
     ids, owned = target if target is not None else (None, None)
     if isinstance(teacher, SupportChunk):
-        return support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents).to(dtype)
+        return out.copy_(support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents))
     merged, masked = evaluated.merged, evaluated.masked
-    return backend.logits_gradient(z, teacher, ids, owned, merged, cotangents, plan, masked, dtype)
+    return backend.logits_gradient(z, teacher, ids, owned, merged, cotangents, plan, masked, out)
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:

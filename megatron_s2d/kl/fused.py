@@ -45,9 +45,10 @@ from megatron_s2d.kl.teachers import (
 TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
 
 _CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
-# Chunks whose logit gradients are kept for one weight-gradient product: the float32 accumulator is read and written
-# once per product, which at few rows per chunk costs more than the product. On a CPU the gradient overwrites logits.
-_CHUNKS_PER_WEIGHT_PRODUCT = {"cuda": 4, "cpu": 1}
+# Chunks whose logit gradients are kept for one pair of gradient products: the float32 accumulator of the weight's is
+# read and written once per product, which at few rows per chunk costs more than the product. On a CPU the gradient
+# overwrites logits.
+_CHUNKS_PER_PRODUCT = {"cuda": 4, "cpu": 1}
 
 
 def linear_divergence(
@@ -213,7 +214,8 @@ class _Work:
                 value, cotangents = self.differentiate(evaluated.outputs, block)
                 total += value
                 if cotangents and (hidden or weight):
-                    accumulator.add(block, self.logits_gradient(block, z, teacher, target, evaluated, cotangents))
+                    arguments = (block, z, teacher, target, evaluated, cotangents)
+                    accumulator.add(block, self.logits_gradient(*arguments, accumulator.room(block)))
         refuse_infinite(compact)
         self.cotangents: dict[str, torch.Tensor] = {}
         if whole and task.token_loss is not None and self.count:
@@ -227,7 +229,8 @@ class _Work:
         if cotangents:
             for (block, z, teacher, target), kept in zip(self.chunks(), evaluated, strict=True):
                 part = {name: value[block] for name, value in cotangents.items()}
-                accumulator.add(block, self.logits_gradient(block, z, teacher, target, kept, part))
+                arguments = (block, z, teacher, target, kept, part)
+                accumulator.add(block, self.logits_gradient(*arguments, accumulator.room(block)))
         return _Gradients(self._new(()), *accumulator.finish())
 
     def differentiate(self, values: dict[str, torch.Tensor], block: slice) -> tuple[torch.Tensor, dict]:
@@ -248,12 +251,11 @@ class _Work:
         slopes = zip(open_leaves, slopes, strict=True)
         return value.detach(), {name: slope for name, slope in slopes if slope is not None}
 
-    def logits_gradient(self, block, z, teacher, target, evaluated: Evaluated, cotangents: dict) -> torch.Tensor:
-        """Gradient by the raw logits (the student's temperature divides once more)."""
+    def logits_gradient(self, block, z, teacher, target, evaluated: Evaluated, cotangents, out) -> torch.Tensor:
+        """Gradient by the raw logits (the student's temperature divides once more), in ``out`` if that is not None."""
         if isinstance(self.temperature, torch.Tensor) or self.temperature != 1.0:
             cotangents = {k: over_temperature(v.clone(), self.temperature, block) for k, v in cotangents.items()}
-        dtype = self.student.weight.dtype
-        return gradient(z, teacher, target, evaluated, cotangents, self.task.plan, self.task.backend, dtype)
+        return gradient(z, teacher, target, evaluated, cotangents, self.task.plan, self.task.backend, out)
 
     def _new(self, shape) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.student.hidden.device)
@@ -274,45 +276,60 @@ class _Accumulator:
         if weight:
             self.weight = student.weight.new_empty(work.weight_shape, dtype=work.dtype)
             self.weight[self.columns :] = 0.0
-        self.fresh, self.pending, self.kept = True, [], _CHUNKS_PER_WEIGHT_PRODUCT[student.hidden.device.type]
+        self.kept = _CHUNKS_PER_PRODUCT[student.hidden.device.type]
+        self.buffer: torch.Tensor | None = None  # logit gradients of ``kept`` chunks, in the dtype of the products
+        self.fresh, self.begin, self.end = True, 0, 0  # whether nothing was added; rows in the buffer
+
+    def room(self, block: slice) -> torch.Tensor | None:
+        """Where the gradient by the logits of ``block`` belongs; None: over the logits."""
+        student = self.work.student
+        if self.kept == 1 and not student.mixed:
+            return None
+        if self.buffer is None:
+            rows = min(self.kept * self.work.chunk_rows, self.work.count)
+            self.buffer = student.weight.new_empty(rows, self.columns)
+        if block.start != self.end or block.stop - self.begin > len(self.buffer):
+            self._flush()
+            self.begin = block.start
+        self.end = block.stop
+        return self.buffer[block.start - self.begin : block.stop - self.begin]
 
     def add(self, block: slice, delta: torch.Tensor) -> None:
-        """Take one chunk's gradient by logits [C, columns]."""
+        """Take one chunk's gradient by logits [C, columns], which lies where ``room`` said."""
+        if self.buffer is None:
+            self._products(block, delta)
+
+    def _flush(self) -> None:
+        if self.end > self.begin:
+            self._products(slice(self.begin, self.end), self.buffer[: self.end - self.begin])
+        self.begin = self.end
+
+    def _products(self, rows: slice, delta: torch.Tensor) -> None:
         student = self.work.student
         if self.columns == 0:
             return
         if self.hidden is not None:
-            self.hidden[block] = torch.mm(delta, student.weight)
+            if self.hidden.dtype == delta.dtype:
+                torch.mm(delta, student.weight, out=self.hidden[rows])
+            else:
+                self.hidden[rows] = torch.mm(delta, student.weight)
         if self.weight is not None:
-            if self.pending and self.pending[-1][1].stop != block.start:
-                self._flush()
-            self.pending.append((delta if self.kept == 1 or student.mixed else delta.clone(), block))
-            if len(self.pending) == self.kept:
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self.pending:
-            return
-        student, valid = self.work.student, self.weight[: self.columns]
-        rows = slice(self.pending[0][1].start, self.pending[-1][1].stop)
-        delta = self.pending[0][0] if len(self.pending) == 1 else torch.cat([part for part, _ in self.pending])
-        beta = 0.0 if self.fresh else 1.0
-        if student.mixed:
-            torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out_dtype=valid.dtype, out=valid)
-        else:
-            torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out=valid)
-        self.fresh, self.pending = False, []
+            valid, beta = self.weight[: self.columns], 0.0 if self.fresh else 1.0
+            if student.mixed:
+                torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out_dtype=valid.dtype, out=valid)
+            else:
+                torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out=valid)
+            self.fresh = False
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(hidden [N, d] or None, weight [local columns, d] or None)."""
+        self._flush()
         hidden = self.hidden
         if hidden is not None and self.work.rows is not None:
             full = hidden.new_zeros(self.work.num_rows, hidden.shape[1])
             hidden = full.index_copy_(0, self.work.rows, hidden)
-        if self.weight is not None:
-            self._flush()
-            if self.fresh:
-                self.weight.zero_()
+        if self.weight is not None and self.fresh:
+            self.weight.zero_()
         return hidden, self.weight
 
 
@@ -362,7 +379,10 @@ def _scaled(found: _Gradients, upstream: torch.Tensor, task: _Task, weight_dtype
     if hidden is not None:
         hidden = reduce_hidden(hidden.mul_(upstream), task.shard, task.sequence_parallel)
     if weight is not None:
-        weight = weight.mul_(upstream).to(weight_dtype)
+        if weight.is_cuda and weight.dtype != weight_dtype:  # one pass for product and rounding
+            weight = torch.mul(weight, upstream, out=torch.empty_like(weight, dtype=weight_dtype))
+        else:
+            weight = weight.mul_(upstream).to(weight_dtype)
     return hidden, weight
 
 
@@ -380,9 +400,10 @@ def reduce_hidden(partial: torch.Tensor, shard: VocabShard, sequence_parallel: b
 
 def _kept_rows(mask: torch.Tensor | None) -> torch.Tensor | None:
     """Indices of the rows that count; None when all do."""
-    if mask is None or bool(mask.all()):
+    if mask is None:
         return None
-    return mask.nonzero().squeeze(1)
+    rows = mask.nonzero().squeeze(1)  # the host waits for it, once
+    return None if rows.numel() == mask.numel() else rows
 
 
 def _check_shapes(task: _Task, num_rows: int) -> None:

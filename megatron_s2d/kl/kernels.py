@@ -50,7 +50,8 @@ def statistics(
         )  # fmt: skip
     if "target" in plan.columns:
         found[:, -1] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
-    return found[:, [_STATISTICS.index(name) for name in plan.columns]].double(), True
+    # An index by list would be copied from the host.
+    return torch.stack([found[:, _STATISTICS.index(name)] for name in plan.columns], dim=1).double(), True
 
 
 def divergence_sums(
@@ -78,12 +79,11 @@ def logits_gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     masked: bool,
-    dtype: torch.dtype,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns] in ``dtype``, as ``statistics.logits_gradient``."""
-    delta = z if dtype == z.dtype else torch.empty(z.shape, dtype=dtype, device=z.device)
+    """d(sum of cotangent * output)/dz of a shard, as ``statistics.logits_gradient``."""
     if not z.numel():
-        return delta
+        return out
     row = _GradientConstants(merged, cotangents, plan, torch.float32)
     zero = torch.zeros_like(row.max_z)
     values = [getattr(row, name, None) for name in _CONSTANTS]
@@ -92,14 +92,14 @@ def logits_gradient(
     teacher = y if row.forward is not None or row.reverse is not None or row.mixture is not None else None
     block = _block(z, _BLOCK)
     _gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
-        z, z if teacher is None else teacher, delta, table, table if target is None else target,
-        z.stride(0), (z if teacher is None else teacher).stride(0), delta.stride(0), plan.beta or 0.0, z.shape[1],
+        z, z if teacher is None else teacher, out, table, table if target is None else target,
+        z.stride(0), (z if teacher is None else teacher).stride(0), out.stride(0), plan.beta or 0.0, z.shape[1],
         WIDTH=len(_CONSTANTS) + 1, HAS_TEACHER=teacher is not None, FORWARD=row.forward is not None,
         REVERSE=row.reverse is not None, ENTROPY=row.entropy is not None, FACTOR=row.level is not None,
         KIND=_KINDS[plan.mixture] if row.mixture is not None else 0,
         HIT="log_probs" in cotangents, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return delta
+    return out
 
 
 def _block(z: torch.Tensor, largest: int) -> int:
@@ -168,71 +168,76 @@ def _mixture(log_p, log_q, difference, beta, KIND: tl.constexpr):
 
 
 @triton.jit
+def _moved(old, best):
+    """A maximum and that of another block: the new one, the same made finite, the step from the old one to it, exp of
+    the step, and the weight with which a replaced maximum joins the sums."""
+    new = tl.maximum(old, best)
+    finite = tl.where(new == -float("inf"), 0.0, new)
+    step = tl.where(old == -float("inf"), 0.0, old - finite)
+    scale = tl.exp(step)
+    joined = tl.where((old > -float("inf")) & (best > old), scale, 0.0)
+    return new, finite, step, scale, joined
+
+
+@triton.jit
 def _statistics_kernel(
     z_ptr, y_ptr, out_ptr, z_stride, y_stride,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row, online: when a maximum grows, all sums move to the new reference, the cross terms linearly.
 
-    The lanes' sums leave out the running maxima; a maximum that is replaced joins the scalars ``*_x``. In one piece,
-    because its sixteen running values would all have to be handed to and from a part.
+    The lanes' sums leave out the running maxima, at columns k and j; one that is replaced joins the scalars ``*_x``. In
+    one piece, because its sixteen running values would all have to be handed to and from a part.
     """
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
     lanes = tl.arange(0, BLOCK)
-    ta = tl.zeros([BLOCK], tl.float32)
-    e = tl.zeros([BLOCK], tl.float32)
-    u = tl.zeros([BLOCK], tl.float32)
-    tb = tl.zeros([BLOCK], tl.float32)
-    w = tl.zeros([BLOCK], tl.float32)
-    m = tl.full([], -float("inf"), tl.float32)
-    n = tl.full([], -float("inf"), tl.float32)
-    ta_x = tl.full([], 0.0, tl.float32)
-    e_x = tl.full([], 0.0, tl.float32)
-    u_x = tl.full([], 0.0, tl.float32)
-    tb_x = tl.full([], 0.0, tl.float32)
-    w_x = tl.full([], 0.0, tl.float32)
-    y_at_k = tl.full([], 0.0, tl.float32)
-    z_at_j = tl.full([], 0.0, tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    zero = tl.full([], 0.0, tl.float32)
+    ta, e, u, tb, w = zeros, zeros, zeros, zeros, zeros
+    ta_x, e_x, u_x, tb_x, w_x, y_at_k, z_at_j = zero, zero, zero, zero, zero, zero, zero
+    m, n = zero - infinity, zero - infinity
+    k, j = tl.full([], -1, tl.int32), tl.full([], -1, tl.int32)
     for start in range(0, COLUMNS, BLOCK):
         columns = start + lanes
         z = tl.load(z_ptr + row * z_stride + columns, mask=columns < COLUMNS, other=-infinity)
         best = tl.max(z, 0)
-        grown = best > m
-        own = lanes == tl.where(grown, tl.argmax(z, 0), -1)
-        m_new = tl.maximum(m, best)
-        m_safe = tl.where(m_new == -infinity, 0.0, m_new)
-        dz = tl.where(m == -infinity, 0.0, m - m_safe)
-        scale = tl.exp(dz)
-        joined = tl.where(m > -infinity, tl.where(grown, scale, 0.0), 0.0)
-        a = z - m_safe
-        pa = tl.where(own, 0.0, tl.exp(a))
+        grows = best > m
         if HAS_TEACHER:
             y = tl.load(y_ptr + row * y_stride + columns, mask=columns < COLUMNS, other=-infinity)
             best_y = tl.max(y, 0)
-            grown_y = best_y > n
-            own_y = lanes == tl.where(grown_y, tl.argmax(y, 0), -1)
-            n_new = tl.maximum(n, best_y)
-            n_safe = tl.where(n_new == -infinity, 0.0, n_new)
-            dy = tl.where(n == -infinity, 0.0, n - n_safe)
-            scale_y = tl.exp(dy)
-            joined_y = tl.where(n > -infinity, tl.where(grown_y, scale_y, 0.0), 0.0)
+            grows = grows | (best_y > n)
+        if grows:  # a few times a row; all other blocks only add
+            k = tl.where(best > m, start + tl.argmax(z, 0), k)
+            m, m_safe, dz, scale, joined = _moved(m, best)
+            if HAS_TEACHER:
+                j = tl.where(best_y > n, start + tl.argmax(y, 0), j)
+                grown, grown_y = columns == k, columns == j
+                n, n_safe, dy, scale_y, joined_y = _moved(n, best_y)
+                u = scale * (u + ta * (dz - dy))
+                u_x = scale * (u_x + ta_x * (dz - dy)) + _times(joined, dz - (y_at_k - n_safe))
+                w = scale_y * (w + tb * (dy - dz))
+                w_x = scale_y * (w_x + tb_x * (dy - dz)) + _times(joined_y, dy - (z_at_j - m_safe))
+                tb = scale_y * tb
+                tb_x = scale_y * tb_x + joined_y
+                y_at_k = tl.where(k >= start, tl.sum(tl.where(grown, y, 0.0), 0), y_at_k)
+                z_at_j = tl.where(j >= start, tl.sum(tl.where(grown_y, z, 0.0), 0), z_at_j)
+            e = scale * (e + ta * dz)
+            e_x = scale * (e_x + ta_x * dz) + _times(joined, dz)
+            ta = scale * ta
+            ta_x = scale * ta_x + joined
+        m_safe = tl.where(m == -infinity, 0.0, m)
+        a = z - m_safe
+        pa = tl.where(columns == k, 0.0, tl.exp(a))
+        if HAS_TEACHER:
+            n_safe = tl.where(n == -infinity, 0.0, n)
             difference = (y - z) - (n_safe - m_safe)
-            pb = tl.where(own_y, 0.0, tl.exp(y - n_safe))
-            u = scale * (u + ta * (dz - dy)) - _times(pa, difference)
-            u_x = scale * (u_x + ta_x * (dz - dy)) + _times(joined, dz - (y_at_k - n_safe))
-            w = scale_y * (w + tb * (dy - dz)) + _times(pb, difference)
-            w_x = scale_y * (w_x + tb_x * (dy - dz)) + _times(joined_y, dy - (z_at_j - m_safe))
-            tb = scale_y * tb + pb
-            tb_x = scale_y * tb_x + joined_y
-            y_at_k = tl.where(grown, tl.sum(tl.where(own, y, 0.0), 0), y_at_k)
-            z_at_j = tl.where(grown_y, tl.sum(tl.where(own_y, z, 0.0), 0), z_at_j)
-            n = n_new
-        e = scale * (e + ta * dz) + _times(pa, a)
-        e_x = scale * (e_x + ta_x * dz) + _times(joined, dz)
-        ta = scale * ta + pa
-        ta_x = scale * ta_x + joined
-        m = m_new
+            pb = tl.where(columns == j, 0.0, tl.exp(y - n_safe))
+            u -= _times(pa, difference)
+            w += _times(pb, difference)
+            tb += pb
+        e += _times(pa, a)
+        ta += pa
     out = out_ptr + row * WIDTH
     tl.store(out, m)
     tl.store(out + 1, tl.sum(ta, 0) + ta_x)

@@ -66,11 +66,11 @@ def _copy_overlap(start: int, stop: int, rows: torch.Tensor, result: torch.Tenso
 
 
 def redistribute_output_layer(
-    rows: torch.Tensor | None, held: VocabShard | None, wanted: VocabShard, group: dist.ProcessGroup
-) -> torch.Tensor:
+    rows: torch.Tensor | None, held: VocabShard | None, wanted: VocabShard | None, group: dist.ProcessGroup
+) -> torch.Tensor | None:
     """The rows of ``wanted`` [wanted.columns, d] from ranks of ``group`` that hold pieces in another layout.
 
-    rows, held: this rank's piece, or None for both. Every rank of ``group`` calls; each distinct piece is broadcast
+    rows, held: this rank's piece, or None for both. wanted: None for a rank that needs no rows. Every rank of ``group`` calls; each distinct piece is broadcast
     once by the first rank that holds it, so replicas cost nothing and memory stays at one piece beside the result.
     """
     me = None if rows is None else (held.start, held.stop, rows.shape[1], str(rows.dtype).removeprefix("torch."))
@@ -80,7 +80,7 @@ def redistribute_output_layer(
     for rank, piece in enumerate(everyone):
         if piece is not None:
             holders.setdefault(piece, rank)
-    if sum(stop - start for start, stop, _, _ in holders) != wanted.vocab_size:
+    if wanted is not None and sum(stop - start for start, stop, _, _ in holders) != wanted.vocab_size:
         raise UserError(
             f"the group's pieces {sorted(piece[:2] for piece in holders)} do not cut the vocabulary of "
             f"{wanted.vocab_size} into disjoint shards"
@@ -94,9 +94,10 @@ def redistribute_output_layer(
         if rank == dist.get_rank(group):
             piece.copy_(rows[: stop - start])
         dist.broadcast(piece, dist.get_global_rank(group, rank), group=group)
-        if result is None:
-            result = piece.new_empty(wanted.columns, width)
-        _copy_overlap(start, stop, piece, result, wanted)
+        if wanted is not None:
+            if result is None:
+                result = piece.new_empty(wanted.columns, width)
+            _copy_overlap(start, stop, piece, result, wanted)
     return result
 
 

@@ -88,7 +88,7 @@ class VocabShard:
 
 def check_ids(ids: torch.Tensor, vocab_size: int, what: str) -> None:
     """Refuse ids outside the vocabulary: no rank would own them and their terms would silently be missing."""
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):
         raise UserError(
             f"{what} holds ids from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {vocab_size}: "
             "mask such positions with response_mask and give them any valid id"

@@ -288,14 +288,14 @@ def logits_gradient(
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
     masked: bool,
-    dtype: torch.dtype,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns] in ``dtype``; overwrites ``z``.
+    """d(sum of cotangent * output)/dz of a shard, written to ``out`` [C, columns], which may be ``z``.
 
     cotangents: [C] by output name.
     """
     if z.shape[1] == 0:
-        return z.to(dtype)
+        return out
     rows = block_rows(z)
     constants = _GradientConstants(merged, cotangents, plan, z.dtype)
     for start in range(0, z.shape[0], rows):
@@ -304,8 +304,8 @@ def logits_gradient(
         if "log_probs" in cotangents:
             hit = cotangents["log_probs"][block].masked_fill(~owned[block], 0.0).unsqueeze(1)
             delta.scatter_add_(1, target[block].unsqueeze(1), hit)
-        z[block] = delta
-    return z.to(dtype)
+        out[block] = delta
+    return out
 
 
 class _GradientConstants:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -27,6 +28,19 @@ class HiddenStates:
     weight_shard: torch.Tensor  # [>= shard.columns, d_T]: row i is global id shard.start + i
     temperature: Temperature = 1.0  # float, or [N]
     sequence_parallel: bool = False  # hidden is sharded over the student's tensor-parallel group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WaitingStates:
+    """``HiddenStates`` that are somewhere else until the loss reads them, and only of the rows that count.
+
+    The functions are called once in a pass, by all ranks of the shard's group together; what they return is not changed
+    and is let go with the pass.
+    """
+
+    hidden: Callable[[], torch.Tensor]  # -> [R, d_T] of the R rows of response_mask, in their order, on every rank
+    weight_shard: Callable[[], torch.Tensor]  # -> as in HiddenStates
+    temperature: Temperature = 1.0  # float, or [N]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,12 +66,12 @@ class TopK:
 class GeometricTarget:
     """q proportional to teacher^reward_scale * reference^(1 - reward_scale) (G-OPD eq. 12, methods.md M4)."""
 
-    teacher: HiddenStates | Logits
-    reference: HiddenStates | Logits | None  # not used, and not read, at reward_scale 1
+    teacher: HiddenStates | WaitingStates | Logits
+    reference: HiddenStates | WaitingStates | Logits | None  # not used, and not read, at reward_scale 1
     reward_scale: float
 
 
-TeacherSource = HiddenStates | Logits | TopK | GeometricTarget
+TeacherSource = HiddenStates | WaitingStates | Logits | TopK | GeometricTarget
 
 
 def kind_of(teacher: TeacherSource | None) -> str | None:
@@ -89,7 +103,10 @@ class Projection:
         if out.shape[1] == 0:
             return out
         if self.mixed:
-            torch.mm(self.hidden[block], self.weight.t(), out_dtype=out.dtype, out=out)
+            operands = (self.hidden[block], self.weight.t())
+            if not isinstance(self.temperature, torch.Tensor):  # the product divides on its way out
+                return torch.addmm(out, *operands, beta=0, alpha=1 / self.temperature, out_dtype=out.dtype, out=out)
+            torch.mm(*operands, out_dtype=out.dtype, out=out)
         else:
             torch.mm(self.hidden[block], self.weight.t(), out=out)
         return over_temperature(out, self.temperature, block)
@@ -166,6 +183,11 @@ def _dense(source, num_rows: int, rows: torch.Tensor | None, shard: VocabShard, 
         _check_columns(source.shard_logits.shape[1], shard)
         logits, temperature = source.shard_logits.detach(), source.temperature
         return _Stored(logits if rows is None else logits[rows], _rows_of(temperature, rows))
+    if isinstance(source, WaitingStates):
+        hidden, weight = source.hidden(), source.weight_shard()
+        _check_rows(hidden.shape[0], num_rows if rows is None else rows.numel())
+        _check_columns(weight.shape[0], shard)
+        return Projection(hidden, weight[: shard.columns], _rows_of(source.temperature, rows), dtype)
     if not isinstance(source, HiddenStates):
         raise UserError(f"a {type(source).__name__} cannot be part of a full teacher distribution: use HiddenStates")
     hidden = source.hidden.detach()

@@ -93,11 +93,11 @@ def check_fp8(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None
     if not found.cuda:
         raise UserError("fp8 needs a CUDA device and Transformer Engine, and this process has no CUDA: leave fp8 out")
     if not found.transformer_engine:
-        raise UserError("fp8 needs Transformer Engine, which does not import here: install it (docs/gpu.md), or leave it out")
+        raise UserError("fp8 needs Transformer Engine, which does not import here: install it (docs/gpu.md) or do without")
     check_chip(fp8, found.compute_capability, found.device_name)
     if found.cuda_version < recipe.least_cuda:
         wanted, has = (".".join(map(str, version)) for version in (recipe.least_cuda, found.cuda_version))
-        raise UserError(f"fp8.recipe: {fp8.recipe} needs CUDA {wanted}, torch was built for {has}: choose another recipe")
+        raise UserError(f"fp8.recipe: {fp8.recipe} needs CUDA {wanted}, torch was built for {has}: choose another")
     check_shapes(fp8, spec, parallel)
 
 

@@ -16,6 +16,7 @@ import torch
 from megatron_s2d.config.base import UserError
 from megatron_s2d.kl.guards import sampled_reverse_kl, support_metrics
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
+from megatron_s2d.objectives.mismatch import gap_metrics
 from megatron_s2d.objectives.policy import Surrogate, policy_term
 from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns
 
@@ -32,7 +33,7 @@ def cross_entropy_term() -> Term:
     return Term("supervised", "supervised_weight", frozenset({"log_probs"}), frozenset(), values, metrics)
 
 
-def divergence_term(kind: str, *, tail: str | None = None) -> Term:
+def divergence_term(kind: str, *, tail: str | None = None, measure_rollouts: bool = False) -> Term:
     """The divergence ``kind`` (a field of ``TokenOutputs``) by ``divergence_weight``; arguments as below."""
     if kind not in DIVERGENCES:
         raise UserError(
@@ -40,6 +41,7 @@ def divergence_term(kind: str, *, tail: str | None = None) -> Term:
             "(its gradient does not depend on the teacher): use it as the advantage of policy_distillation_objective"
         )
     needs = {kind} if tail is None else {kind, "captured_mass", "student_captured_mass"}
+    needs |= {"log_probs"} if measure_rollouts else set()
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
         return getattr(outputs, kind)
@@ -50,6 +52,8 @@ def divergence_term(kind: str, *, tail: str | None = None) -> Term:
         if tail is not None:
             for name, (total, count) in support_metrics(outputs, active, tail).items():
                 found[name] = Metric(total.to(torch.float64), count.to(torch.float64), "mean")
+        if measure_rollouts and columns.rollout_log_probs is not None:
+            found |= gap_metrics(outputs.log_probs, columns.rollout_log_probs, active)
         return found
 
     return Term(f"divergence_{kind}", "divergence_weight", frozenset(needs), frozenset(), values, metrics)
@@ -60,15 +64,16 @@ def supervised_objective() -> Objective:
     return Objective((cross_entropy_term(),))
 
 
-def divergence_objective(kind: str, *, tail: str | None = None) -> Objective:
+def divergence_objective(kind: str, *, tail: str | None = None, measure_rollouts: bool = False) -> Objective:
     """A divergence to the teacher's distribution at every token: stage 2a, full or top-k OPD, GKD (methods.md M2, M3).
 
     kind: one of ``kl.outputs.DIVERGENCES``. tail: the tail rule where the teacher is a top-k support; it adds the
-    probability mass that the support captures to the metrics. Raises ``UserError`` for the sampled log-ratio.
+    probability mass that the support captures to the metrics. measure_rollouts: the student sampled the tokens, so
+    that the gap between engine and trainer can be measured where its weights are still those that sampled. Raises
+    ``UserError`` for the sampled log-ratio.
     """
-    return Objective(
-        (divergence_term(kind, tail=tail),), kl_metric=kind, token_kl=lambda outputs, _: getattr(outputs, kind)
-    )
+    term = divergence_term(kind, tail=tail, measure_rollouts=measure_rollouts)
+    return Objective((term,), kl_metric=kind, token_kl=lambda outputs, _: getattr(outputs, kind))
 
 
 def policy_distillation_objective(surrogate: Surrogate = Surrogate(), *, anchor: bool = False) -> Objective:

@@ -16,6 +16,7 @@ import torch
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
+from megatron_s2d.objectives.mismatch import gap_metrics, k3
 from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns, refuse_sampled_k1
 
 ImportanceMode = Literal["off", "truncate", "mask"]
@@ -90,15 +91,6 @@ def clipped_surrogate(
     return -advantages * ratio
 
 
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """exp(d) - d - 1 [C], d = ``log_ratio`` = log q - log p at tokens sampled from p: an estimate of KL(p || q).
-
-    Unbiased, never negative; expm1 keeps small values accurate. As a loss on log p its expected gradient on policy is
-    that of KL(q || p), the mass-covering direction: the usual GRPO penalty all the same (methods.md M1).
-    """
-    return torch.expm1(log_ratio) - log_ratio
-
-
 def importance_weight(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, *, mode: ImportanceMode, cap: float
 ) -> torch.Tensor:
@@ -164,13 +156,11 @@ def surrogate_metrics(
 def mismatch_metrics(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor, settings: Surrogate
 ) -> dict[str, Metric]:
-    """The gap between engine and trainer at the same weights, whatever is done about it.
+    """The gap between engine and trainer at the same weights, whatever is done about it (``mismatch.py``).
 
     importance_ratio: pi_old / pi_rollout before any cut. importance_clipped_fraction: of tokens beyond the cap.
-    rollout_kl: the k3 estimate of KL(pi_rollout || pi_old).
     """
-    log_ratio = old_log_probs - rollout_log_probs
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(old_log_probs - rollout_log_probs)
     weight = importance_weight(
         old_log_probs, rollout_log_probs, mode=settings.importance, cap=settings.importance_cap
     )
@@ -179,8 +169,7 @@ def mismatch_metrics(
         "importance_ratio_max": Metric.over(ratio, active, "max"),
         "importance_clipped_fraction": Metric.over(ratio > settings.importance_cap, active),
         "importance_weight_mean": Metric.over(weight, active),
-        "rollout_kl": Metric.over(k3(log_ratio), active),
-    }
+    } | gap_metrics(old_log_probs, rollout_log_probs, active)
 
 
 def reference_term(kl_coefficient: float) -> Term:

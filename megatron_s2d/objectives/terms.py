@@ -49,7 +49,7 @@ class TokenColumns:
     """
 
     old_log_probs: torch.Tensor | None = None  # of the trained model under the weights before the update
-    rollout_log_probs: torch.Tensor | None = None  # as the engine reported them
+    rollout_log_probs: torch.Tensor | None = None  # as the engine reported them; NaN for tokens that it did not sample
     advantages: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None

@@ -36,6 +36,8 @@ class Layout:
 
     config: ParallelConfig
     groups: ProcessGroupCollection
+    # [data rank][context rank x tensor ranks + tensor rank] -> global rank that holds the output layer
+    last_stage_ranks: tuple[tuple[int, ...], ...]
     _globals: dict[str, object] = dataclasses.field(repr=False)
 
     @property
@@ -146,7 +148,8 @@ def build_layout(config: ParallelConfig) -> Layout:
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
-    layout = Layout(config, ProcessGroupCollection.use_mpu_process_groups(), _snapshot())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layout = Layout(config, groups, _last_stage_ranks(config, groups), _snapshot())
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
@@ -154,6 +157,21 @@ def build_layout(config: ParallelConfig) -> Layout:
     if before.get("_TENSOR_MODEL_PARALLEL_GROUP") is not None:
         _install(before)
     return layout
+
+
+def _last_stage_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
+    places: list[tuple[int, ...]] = [()] * config.world_size
+    dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
+    rank_at = {place: rank for rank, place in enumerate(places)}
+    last = config.pipeline_model_parallel_size - 1
+    return tuple(
+        tuple(
+            rank_at[last, data, context, tensor]
+            for context in range(config.context_parallel_size)
+            for tensor in range(config.tensor_model_parallel_size)
+        )
+        for data in range(config.data_parallel_size)
+    )
 
 
 def seed_everything(seed: int) -> None:

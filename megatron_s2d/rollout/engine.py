@@ -77,8 +77,26 @@ class RolloutEngine(Protocol):
 
     version: int  # of the weights in use; written to every sample's policy_spans
 
-    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
-        """One sample per request, in the order of ``requests``."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        progress: ProgressCallback | None = None,
+        *,
+        num_groups: int | None = None,
+    ) -> list[Sample]:
+        """One sample per request, in the order of ``requests``.
+
+        num_groups: return when that many groups are complete, with the samples of these alone; the others are kept as
+        far as they are, and go on when their requests come again. Only served engines can.
+        """
+        ...
+
+    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+        """Say what the next ``generate`` will ask for; an engine that works beside the trainer may begin with it."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing is asked for until the next ``push``: memory that generation needs may be given back."""
         ...
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
@@ -137,8 +155,13 @@ def requests_digest(requests: Sequence[Request]) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
-def sample_of(request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, version: int) -> Sample:
-    """The record of a response: tokens [R] int64 and their log-probabilities [R] float32."""
+def sample_of(
+    request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, versions: int | np.ndarray
+) -> Sample:
+    """The record of a response: tokens [R] int64 and their log-probabilities [R] float32.
+
+    versions: of the weights that wrote the response, or [R] int64 where several did.
+    """
     prompt = request.prompt.token_ids
     start = len(prompt)
     token_ids = np.concatenate([prompt, response])
@@ -158,5 +181,11 @@ def sample_of(request: Request, response: np.ndarray, log_probs: np.ndarray, rea
         temperature=request.params.temperature,
         finish_reason=reason,
         rollout_log_probs=rollout_log_probs,
-        policy_spans=(PolicySpan(start, length, version),),
+        policy_spans=_spans(start, np.broadcast_to(versions, len(response))),
     )
+
+
+def _spans(start: int, versions: np.ndarray) -> tuple[PolicySpan, ...]:
+    """Runs of equal ``versions`` [R] as spans of the tokens from ``start`` on."""
+    bounds = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
+    return tuple(PolicySpan(start + a, start + b, int(versions[a])) for a, b in zip(bounds, bounds[1:]))

@@ -96,12 +96,26 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing is held between calls."""
 
-    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
+    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+        """Nothing: the model generates when it does not train."""
+
+    def rest(self) -> None:
+        """Nothing: between two calls of ``generate`` nothing is held."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        progress: ProgressCallback | None = None,
+        *,
+        num_groups: int | None = None,
+    ) -> list[Sample]:
         """One sample per request, in order, the same on all ranks of the replica; parameters stay trainable.
 
         Raises ``UserError`` for an empty prompt, an unknown token, a prompt and response longer than the model's
         positions, stop strings without a tokenizer, and a model whose outputs are not finite.
         """
+        if num_groups is not None:
+            raise ValueError("the engine in the training process completes all responses of a call")
         requests = list(requests)
         self._check(requests)
         samples: list[Sample | None] = [None] * len(requests)

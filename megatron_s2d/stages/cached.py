@@ -13,9 +13,10 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.data.cache import CacheHeader, TeacherCache, cache_info
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
-from megatron_s2d.kl.teachers import HiddenStates, Logits, TeacherSource, TopK
+from megatron_s2d.kl.teachers import Logits, TeacherSource, TopK, WaitingStates
 from megatron_s2d.parallel import device
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.teacher_states import HostRows
 from megatron_s2d.train.policy import Policy
 
 
@@ -78,9 +79,10 @@ class CachedTeacher:
             _empty(header)
         ]
         rows = _rows(update, batch)
-        spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
         if header.kind == "hidden":
-            return HiddenStates(spread["hidden"], self._weight, temperature=self._temperature)
+            hidden = HostRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
+            return WaitingStates(hidden.read, lambda: self._weight, self._temperature)
+        spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
         if header.kind == "full":
             shard = self._student.shard
             log_probs = spread["log_probs"][:, shard.start : shard.stop]

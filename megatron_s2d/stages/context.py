@@ -25,7 +25,9 @@ from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.sglang.checks import Needs
 from megatron_s2d.rollout.sglang.engine import SglangEngine
+from megatron_s2d.stages.rollouts import PromptStream, Rounds, Sampler
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import Policy
 
@@ -112,14 +114,14 @@ class StageContext:
         policy.freeze()
         return policy
 
-    def engine(self, policy: Policy, model_name: str) -> RolloutEngine:
-        """The engine that generates with the weights of ``policy``, an entry of ``models``; collective.
+    def engine(self, policy: Policy, model_name: str, params: SamplingParams) -> RolloutEngine:
+        """The engine that generates with the weights of ``policy``, an entry of ``models``, by ``params``; collective.
 
         It holds the weights as they are now, and later ones after ``push``. ``close`` ends it.
         """
         rollout = self.config.rollout
         if rollout.engine == "sglang":
-            return self.served(policy, model_name)
+            return self.served(policy, model_name, Needs(self._longest(policy, params), params=params))
         return MegatronEngine(
             policy.chunks,
             policy.spec.vocab_size,
@@ -129,7 +131,22 @@ class StageContext:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
-    def served(self, policy: Policy, model_name: str, *, release: bool = False) -> SglangEngine:
+    def served_teacher(
+        self, policy: Policy, model_name: str, params: SamplingParams, top_k: int
+    ) -> SglangEngine:
+        """Servers that score responses by ``params`` with the weights of ``policy``, which waits in host memory.
+
+        top_k: how many likeliest tokens will be asked for at each token; 0 for none.
+        """
+        needs = Needs(self._longest(policy, params), top_k=top_k)
+        return self.served(policy, model_name, needs, release=True)
+
+    def _longest(self, policy: Policy, params: SamplingParams) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        longest = self.config.lengths.max_prompt_tokens + params.max_new_tokens
+        return min(longest, policy.spec.max_position_embeddings)
+
+    def served(self, policy: Policy, model_name: str, needs: Needs, *, release: bool = False) -> SglangEngine:
         """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
 
         release: the policy itself waits in host memory whenever nothing is pushed.
@@ -150,11 +167,27 @@ class StageContext:
             rollout,
             directory,
             urls=urls,
+            needs=needs,
             tokenizer=self.tokenizer,
             on_device=functools.partial(policy.on_device, release=release),
         )
         self._engines.append((model_name, engine))
         return engine
+
+    def rounds(
+        self, stream: PromptStream, sampler: Sampler, prompts_per_step: int | None = None, *, announces: bool = True
+    ) -> Rounds:
+        """What the stage's steps train on; see ``Rounds``. prompts_per_step: None for those of the stage."""
+        stage, rollout = self.stage, self.config.rollout
+        return Rounds(
+            stream,
+            sampler,
+            stage.prompts_per_step if prompts_per_step is None else prompts_per_step,
+            stage.responses_per_prompt,
+            stage.steps,
+            rollout.sglang.oversampling if rollout.engine == "sglang" else 1.0,
+            announces,
+        )
 
     def close(self) -> None:
         """End the engines, and with them the servers that they started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +25,19 @@ from megatron_s2d.objectives.distill import (
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sglang.engine import SglangEngine
 from megatron_s2d.stages.cached import CachedTeacher, open_cache
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
 from megatron_s2d.stages.rollouts import (
     PromptStream,
+    Rounds,
     Sampler,
     examples,
     response_metrics,
 )
+from megatron_s2d.stages.served import ServedTopK
 from megatron_s2d.stages.supervised import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
@@ -64,13 +68,13 @@ def run_opd(context: StageContext) -> None:
     stage: OpdConfig = context.stage
     policy = context.start_policy(beta=stage.beta)
     teachers = ByDomain.load(stage.teacher, context.frozen)
-    scorers = _served(context, stage, teachers) if stage.teacher_engine == "sglang" else teachers
+    params = context.sampling(stage.sampling, context.config.model_of(context.name))
+    scorers = _served(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
     references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
     policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
     model = context.config.model_of(context.name)
-    engine = context.engine(policy, model)
-    params = context.sampling(stage.sampling, model)
+    engine = context.engine(policy, model, params)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with Graders() as graders:
         sampler = Sampler(
@@ -79,24 +83,30 @@ def run_opd(context: StageContext) -> None:
         stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
         if stage.granularity == "sampled":
             anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
-            source = ScoredResponses(stage, stream, sampler, scorers, references, anchors)
+            source = ScoredResponses(stage, context.rounds(stream, sampler), scorers, references, anchors)
             teacher = None
         else:
-            source = StudentResponses(stage, stream, sampler, teachers, _cached_samples(context, stage))
-            teacher = _distributions(stage, policy, teachers, references)
+            live = round(stage.on_policy_fraction * stage.prompts_per_step)
+            rounds = context.rounds(stream, sampler, live)
+            source = StudentResponses(stage, rounds, scorers, _cached_samples(context, stage))
+            teacher = _distributions(stage, policy, scorers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
         train(policy, source, objective, context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(policy)
 
 
-def _served(context: StageContext, stage: OpdConfig, teachers: ByDomain) -> ServedTeachers:
+def _served(
+    context: StageContext, stage: OpdConfig, teachers: ByDomain, params: SamplingParams
+) -> ServedTeachers:
     """Servers with the teachers' weights, proven against the teachers themselves; these then wait in host memory."""
     names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
     engines: dict[str, SglangEngine] = {}
     for domain, name in names.items():
         if name not in engines:
-            engines[name] = context.served(teachers.policies[domain], context.config.model_of(name), release=True)
+            policy = teachers.policies[domain]
+            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.granularity == "topk" else 0
+            engines[name] = context.served_teacher(policy, context.config.model_of(name), params, top_k)
     return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
 
@@ -109,7 +119,8 @@ def needs_reference(stage: OpdConfig) -> bool:
 def objective_of(stage: OpdConfig) -> Objective:
     """The stage's loss."""
     if stage.granularity != "sampled":
-        return divergence_objective(stage.divergence, tail=stage.tail if stage.granularity == "topk" else None)
+        tail = stage.tail if stage.granularity == "topk" else None
+        return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
     surrogate = Surrogate(
         clip_low=stage.clip_low,
         clip_high=stage.clip_high,
@@ -120,7 +131,11 @@ def objective_of(stage: OpdConfig) -> Objective:
     return policy_distillation_objective(surrogate, anchor=stage.teacher_sampling is not None)
 
 
-def _distributions(stage: OpdConfig, policy: Policy, teachers: ByDomain, references: ByDomain | None) -> Teacher:
+def _distributions(
+    stage: OpdConfig, policy: Policy, teachers: ByDomain | ServedTeachers, references: ByDomain | None
+) -> Teacher:
+    if isinstance(teachers, ServedTeachers):
+        return ServedTopK(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.tail)
     if stage.granularity == "topk":
         return TopKTeacher(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.support, stage.tail)
     return FullTeacher(policy, teachers, references, stage.reward_scale)
@@ -139,33 +154,40 @@ class StudentResponses:
     """Responses whose tokens are compared with whole distributions; a share may come from a teacher cache (GKD)."""
 
     stage: OpdConfig
-    stream: PromptStream
-    sampler: Sampler
-    teachers: ByDomain  # asked for scores only where tokens are weighted by them
+    rounds: Rounds
+    teachers: ByDomain | ServedTeachers  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """See ``train.loop.SampleSource``."""
+        self.rounds.resume(position)
 
     def step(self, step: int) -> StepData:
         """Sample; nothing is scored, for the loss asks for distributions."""
         stage = self.stage
-        live = round(stage.on_policy_fraction * stage.prompts_per_step)
-        prompts = self.stream.of_step(step)[:live]
-        samples = self.sampler.sample(prompts, stage.responses_per_prompt, step) if live else []
+        live, sampler = self.rounds.prompts_per_step, self.rounds.sampler
+        prompts, samples = self.rounds.take(step) if live else ([], [])
         metrics = response_metrics(samples) if samples else {}
-        shown = examples(step, samples, prompts, self.sampler.tokenizer) if samples else []
+        shown = examples(step, samples, prompts, sampler.tokenizer) if samples else []
         others = stage.prompts_per_step - live
         if others:
             count = others * stage.responses_per_prompt
             cached = self.cached((step - 1) * count, count)
             samples = samples + [
-                dataclasses.replace(sample, id=f"{sample.id}~cached", group=live + place // stage.responses_per_prompt)
+                dataclasses.replace(
+                    sample,
+                    id=f"{sample.id}~cached",
+                    group=live + place // stage.responses_per_prompt,
+                    rollout_log_probs=None,  # the teacher's
+                )
                 for place, sample in enumerate(cached)
             ]
-        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, sampler.policy, self.teachers)
         updates = []
         for part in split_updates(samples, stage.updates_per_step):
             weights = policy_weights(part, stage)
             updates.append(UpdateBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
-        return StepData(updates, metrics, shown)
+        return StepData(updates, metrics, shown, self.rounds.position())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,30 +195,33 @@ class ScoredResponses:
     """Responses whose sampled tokens carry an advantage: OPD, G-OPD, and with a gate SG-OPD."""
 
     stage: OpdConfig
-    stream: PromptStream
-    sampler: Sampler
+    rounds: Rounds
     teachers: ByDomain | ServedTeachers
     references: ByDomain | None
     anchors: TeacherAnchors | None
 
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """See ``train.loop.SampleSource``."""
+        self.rounds.resume(position)
+
     def step(self, step: int) -> StepData:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
-        prompts = self.stream.of_step(step)
-        samples = self.sampler.sample(prompts, stage.responses_per_prompt, step)
+        prompts, samples = self.rounds.take(step)
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
-        factors = token_factors(stage, samples, self.sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, self.rounds.sampler.policy, self.teachers)
         parts = split_updates(samples, stage.updates_per_step)
         anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.of_step(step, prompts)
         updates = [
             self._update(part, extra, anchored.get("anchor_alpha", 0.0), factors)
             for part, extra in zip(parts, anchors, strict=True)
         ]
-        return StepData(updates, metrics | gated | anchored, examples(step, samples, prompts, self.sampler.tokenizer))
+        shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
+        return StepData(updates, metrics | gated | anchored, shown, self.rounds.position())
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
-        students = self.sampler.policy.score(samples)
+        students = self.rounds.sampler.policy.score(samples)
         teachers = self.teachers.score(samples)
         references = [None] * len(samples) if self.references is None else self.references.score(samples)
         return [
@@ -325,7 +350,7 @@ class TeacherAnchors:
         for domain, policy in teachers.policies.items():
             policy.to_device()
             name = stage.teacher if domain is None else stage.teacher[domain]
-            engine = context.engine(policy, context.config.model_of(name))
+            engine = context.engine(policy, context.config.model_of(name), params)
             samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
         return cls(stage, samplers, schedule)
 

@@ -53,7 +53,7 @@ def run_evaluation(
         truncate_jsonl_after(partial, last=done)
     log, timer = open_log(context.directory, done, None), Timer()
     with Graders() as graders:
-        sampler = Sampler(policy, context.engine(policy, model), params, seed, context.tokenizer, graders)
+        sampler = Sampler(policy, context.engine(policy, model, params), params, seed, context.tokenizer, graders)
         for number, (part, k) in enumerate(rounds[done:], start=done + 1):
             samples = sampler.sample(part, k, 0)
             if context.is_writer:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.rollouts import (
     PromptStream,
+    Rounds,
     Sampler,
     examples,
     response_metrics,
@@ -35,12 +37,13 @@ def run_grpo(context: StageContext) -> None:
     policy, model = context.start_policy(), context.config.model_of(context.name)
     reference = _reference(context, stage)
     policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
-    engine = context.engine(policy, model)
     params = context.sampling(stage.sampling, model)
+    engine = context.engine(policy, model, params)
     with Graders() as graders:
         sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders)
         stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)
-        source = GradedGroups(stage, stream, sampler, reference)
+        rounds = context.rounds(stream, sampler, announces=not stage.dynamic_sampling_rounds)
+        source = GradedGroups(stage, rounds, reference)
         train(policy, source, objective_of(stage), context.directory, context.settings(), engine=engine)
     context.save_model(policy)
 
@@ -73,9 +76,12 @@ class GradedGroups:
     """The live source: groups of graded responses with their advantages."""
 
     stage: GrpoConfig
-    stream: PromptStream
-    sampler: Sampler
+    rounds: Rounds
     reference: Policy | None
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """See ``train.loop.SampleSource``."""
+        self.rounds.resume(position)
 
     def step(self, step: int) -> StepData:
         """Sample, drop uninformative groups where asked for, score with the reference, compute advantages."""
@@ -95,13 +101,13 @@ class GradedGroups:
             UpdateBatch(part, {"policy_weight": policy_weights(part, stage)})
             for part in updates
         ]
-        return StepData(batches, metrics, examples(step, samples, prompts, self.sampler.tokenizer))
+        shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
+        return StepData(batches, metrics, shown, self.rounds.position())
 
     def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
         """(samples to train on, their prompts, all samples drawn); whole groups, ``prompts_per_step`` of them."""
         stage = self.stage
-        prompts = self.stream.of_step(step)
-        drawn = self.sampler.sample(prompts, stage.responses_per_prompt, step)
+        prompts, drawn = self.rounds.take(step)
         if not stage.dynamic_sampling_rounds:
             return drawn, prompts, drawn
         groups, seen = [drawn], {prompt.id for prompt in prompts}
@@ -109,16 +115,17 @@ class GradedGroups:
         kept = _informative(drawn)
         for round_ in range(1, stage.dynamic_sampling_rounds + 1):
             missing = stage.prompts_per_step - len(kept) // stage.responses_per_prompt
-            more = self.stream.refill(step, round_, seen, missing) if missing else []
+            more = self.rounds.stream.refill(step, round_, seen, missing) if missing else []
             if not more:
                 break
             seen |= {prompt.id for prompt in more}
-            found = self.sampler.sample(more, stage.responses_per_prompt, step)
+            found = self.rounds.sampler.sample(more, stage.responses_per_prompt, step)
             offset = len(all_prompts)
             found = [dataclasses.replace(sample, group=sample.group + offset) for sample in found]
             all_prompts += more
             groups.append(found)
             kept += _informative(found)
+        self.rounds.announce(step + 1)
         drawn = [sample for part in groups for sample in part]
         chosen = {sample.group for sample in kept}
         # Where even the refills do not fill the batch, uninformative groups keep its size; their advantages are zero.

@@ -6,8 +6,10 @@ Shared by GRPO, OPD, the teacher cache and evaluation. Left out: advantages and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +32,15 @@ class PromptStream:
     """Prompts in an order that is shuffled anew every epoch; what a step takes depends on its number only."""
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
-        self.prompts, self._per_step, self._seed = list(prompts), per_step, seed
+        self.prompts, self.per_step, self._seed = list(prompts), per_step, seed
 
     def of_step(self, step: int) -> list[Prompt]:
         """The prompts of ``step`` (counted from 1)."""
-        size = len(self.prompts)
-        places = range((step - 1) * self._per_step, step * self._per_step)
+        return self.slice((step - 1) * self.per_step, step * self.per_step)
+
+    def slice(self, start: int, stop: int) -> list[Prompt]:
+        """The prompts at places ``start`` to ``stop`` of the order."""
+        size, places = len(self.prompts), range(start, stop)
         orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
         return [self.prompts[orders[place // size][place % size]] for place in places]
 
@@ -47,6 +52,23 @@ class PromptStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self.prompts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a group comes from: its seeds are a function of this."""
+
+    prompt_id: str
+    step: int  # that it was begun for
+    repeat: int  # how many groups of the same prompt the step began before
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The requests for one prompt."""
+
+    origin: Origin
+    requests: Sequence[Request]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,34 +89,48 @@ class Sampler:
         step: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
-        """``responses_per_prompt`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place.
+        """``responses_per_prompt`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place."""
+        mine = self.share(self.groups(prompts, responses_per_prompt, step))
+        return self.graded(mine, self.engine.generate(flat(mine), progress))
 
-        A prompt that comes twice in a step makes two groups with different seeds.
-        """
+    def groups(self, prompts: Sequence[Prompt], responses_per_prompt: int, step: int, first: int = 0) -> list[Group]:
+        """The group of each prompt, numbered from ``first``; a prompt that comes twice has different seeds."""
         seen: dict[str, int] = {}
-        requests = []
-        for group, prompt in enumerate(prompts):
+        found = []
+        for place, prompt in enumerate(prompts, start=first):
             repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
-            for index in range(repeat * responses_per_prompt, (repeat + 1) * responses_per_prompt):
-                seed = sample_seed(self.seed, step, prompt.id, index)
-                requests.append(Request(f"{prompt.id}#{index}@{step}", prompt, group, seed, self.params))
-        layout = self.policy.layout
-        mine = _share(len(prompts), layout.data_rank, layout.data_size)
-        first, last = mine.start * responses_per_prompt, mine.stop * responses_per_prompt
-        samples = self.engine.generate(requests[first:last], progress)
-        found: dict[int, Sample] = {}
-        if self.policy.is_leader:
-            if self.graders is not None:
-                samples = self._grade(requests[first:last], samples)
-            found = dict(enumerate(samples, start=first))
-        merged = gather_dicts(found)
-        return [merged[index] for index in range(len(requests))]
+            found.append(self.group(prompt, responses_per_prompt, place, Origin(prompt.id, step, repeat)))
+        return found
 
-    def _grade(self, requests: Sequence[Request], samples: Sequence[Sample]) -> list[Sample]:
+    def group(self, prompt: Prompt, responses_per_prompt: int, place: int, origin: Origin) -> Group:
+        """The requests for ``prompt`` as group ``place``."""
+        requests = []
+        for index in range(origin.repeat * responses_per_prompt, (origin.repeat + 1) * responses_per_prompt):
+            seed = sample_seed(self.seed, origin.step, prompt.id, index)
+            requests.append(Request(f"{prompt.id}#{index}@{origin.step}", prompt, place, seed, self.params))
+        return Group(origin, requests)
+
+    def share[Item](self, items: Sequence[Item]) -> Sequence[Item]:
+        """The consecutive part of ``items`` that this data rank works on."""
+        layout = self.policy.layout
+        count, rank, size = len(items), layout.data_rank, layout.data_size
+        return items[count * rank // size : count * (rank + 1) // size]
+
+    def graded(self, groups: Sequence[Group], samples: Sequence[Sample]) -> list[Sample]:
+        """The samples of this data rank with reward and verdict, joined with those of the others in their order."""
+        found = {}
+        if self.policy.is_leader:
+            prompts = {request.id: request.prompt for request in flat(groups)}
+            graded = samples if self.graders is None else self._grade([prompts[s.id] for s in samples], samples)
+            found = {self.policy.layout.data_rank: graded}
+        merged = gather_dicts(found)
+        return [sample for rank in sorted(merged) for sample in merged[rank]]
+
+    def _grade(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
         """Samples with reward and verdict; a response that did not end is wrong, whatever it holds."""
         ended = [place for place, sample in enumerate(samples) if sample.finish_reason == "stop"]
         texts = [response_text(self.tokenizer, samples[place]) for place in ended]
-        verdicts = self.graders.grade([requests[place].prompt for place in ended], texts)
+        verdicts = self.graders.grade([prompts[place] for place in ended], texts)
         found = dict(zip(ended, verdicts, strict=True))
         truncated = Verdict(0.0, "truncated")
         return [
@@ -103,9 +139,97 @@ class Sampler:
         ]
 
 
-def _share(count: int, rank: int, size: int) -> range:
-    """The consecutive part of ``range(count)`` that ``rank`` of ``size`` works on."""
-    return range(count * rank // size, count * (rank + 1) // size)
+@dataclasses.dataclass(eq=False)
+class Rounds:
+    """The graded responses that each step trains on, to ``prompts_per_step`` prompts.
+
+    The engine is told of the next step's requests as soon as it is done with this one's. With ``oversampling`` above 1
+    more prompts are under way, always as many: a step takes the first that are complete, and the others go on in the
+    next one. Each data rank has its own.
+    """
+
+    stream: PromptStream
+    sampler: Sampler
+    prompts_per_step: int  # the first ones of each step of the stream
+    responses_per_prompt: int
+    steps: int
+    oversampling: float = 1.0
+    announces: bool = True  # False: ``announce`` is called by the source, which asks for more before that
+    _groups: list[Group] = dataclasses.field(default_factory=list)  # of this data rank, for step ``_prepared``
+    _left: list[Group] = dataclasses.field(default_factory=list)  # under way after the last step taken
+    _prepared: int = 0
+
+    def take(self, step: int) -> tuple[list[Prompt], list[Sample]]:
+        """(prompts, their samples, prompt by prompt) of ``step``; a sample's group is the place of its prompt."""
+        self._prepare(step)
+        groups, engine = self._groups, self.sampler.engine
+        if self._num_extra:
+            samples = engine.generate(flat(groups), num_groups=self._num_own)
+            taken = {sample.id for sample in samples}
+            self._left = [group for group in groups if group.requests[0].id not in taken]
+        else:
+            samples = engine.generate(flat(groups))
+        if self.announces:
+            self.announce(step + 1)
+        samples = self.sampler.graded(groups, samples)
+        places = {group: place for place, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
+        samples = [dataclasses.replace(sample, group=places[sample.group]) for sample in samples]
+        return [self._by_id[sample.prompt_id] for sample in samples[:: self.responses_per_prompt]], samples
+
+    def announce(self, step: int) -> None:
+        """Tell the engine what ``step`` will ask for, unless it is beyond the last."""
+        if step <= self.steps:
+            self._prepare(step)
+            self.sampler.engine.begin(flat(self._groups), self._num_own if self._num_extra else None)
+
+    def position(self) -> dict[str, Any]:
+        """What ``resume`` needs to go on after the last step taken. Collective."""
+        if not self._num_extra:
+            return {}
+        policy = self.sampler.policy
+        own = [dataclasses.astuple(group.origin) for group in self._left]
+        merged = gather_dicts({policy.layout.data_rank: own} if policy.is_leader else {})
+        return {"carried": [origin for rank in sorted(merged) for origin in merged[rank]]}
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Begin anew with what was under way at a checkpoint: its tokens so far are not kept, the prompts are."""
+        origins = [Origin(*values) for values in position.get("carried", [])]
+        self._left = [
+            self.sampler.group(self._by_id[origin.prompt_id], self.responses_per_prompt, -1 - place, origin)
+            for place, origin in self.sampler.share(list(enumerate(origins)))
+        ]
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in self.stream.prompts}
+
+    @property
+    def _num_extra(self) -> int:
+        """Prompts under way beyond those of a step, over all data ranks."""
+        return math.ceil(round(self.prompts_per_step * (self.oversampling - 1), 6))
+
+    @property
+    def _num_own(self) -> int:
+        """Prompts of a step on this data rank."""
+        return len(self.sampler.share(range(self.prompts_per_step)))
+
+    def _prepare(self, step: int) -> None:
+        """Set ``_groups`` to what is left of the last step and the new prompts of ``step``."""
+        if self._prepared == step:
+            return
+        first = (step - 1) * self.stream.per_step + (self._num_extra if step > 1 else 0)
+        count = self.prompts_per_step + (self._num_extra if step == 1 else 0)
+        prompts = self.stream.slice(first, first + count)
+        # Numbers of groups differ from those of what is left; without any they are places in the step.
+        groups = self.sampler.groups(prompts, self.responses_per_prompt, step, first if self._num_extra else 0)
+        own, extra = groups[: self.prompts_per_step], groups[self.prompts_per_step :]
+        self._groups = [*self._left, *self.sampler.share(own), *self.sampler.share(extra)]
+        self._prepared = step
+
+
+def flat(groups: Sequence[Group]) -> list[Request]:
+    """The requests of ``groups``, group by group."""
+    return [request for group in groups for request in group.requests]
 
 
 def response_text(tokenizer: Any, sample: Sample) -> str:

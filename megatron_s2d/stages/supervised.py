@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,9 @@ class GivenResponses:
         lengths = [sample.response_length for sample in samples]
         weights = token_weights(lengths, self.aggregation, ResponseCounts.of(lengths), max(lengths))
         return StepData([UpdateBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Nothing: a batch is a function of its step."""
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:

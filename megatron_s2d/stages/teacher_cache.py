@@ -40,8 +40,8 @@ def run_teacher_cache(context: StageContext) -> None:
     stage: TeacherCacheConfig = context.stage
     teacher = context.frozen(stage.teacher)
     model = context.config.model_of(stage.teacher)
-    engine = context.engine(teacher, model)
     params = context.sampling(stage.sampling, model)
+    engine = context.engine(teacher, model, params)
     prompts = context.prompts(stage.prompts)
     header = cache_header(context, stage, teacher)
     rounds = [prompts[i : i + stage.prompts_per_round] for i in range(0, len(prompts), stage.prompts_per_round)]

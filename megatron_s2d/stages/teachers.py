@@ -2,8 +2,8 @@
 
 A teacher gives final hidden states; the loss makes its distribution from them with the teacher's output layer cut like
 the student's. A teacher of another layout scores on its own data ranks, and its hidden states travel to the ranks that
-train on them. Teachers that wait keep their weights in host memory. Left out: cached teachers (``cached.py``) and what
-the distributions are used for (``distill.py``).
+train on them (``teacher_states.py``). Teachers that wait keep their weights in host memory. Left out: cached teachers
+(``cached.py``) and what the distributions are used for (``distill.py``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
-from megatron_s2d.kl.reshard import redistribute_output_layer
-from megatron_s2d.kl.teachers import GeometricTarget, HiddenStates, TeacherSource, TopK
+from megatron_s2d.kl.teachers import GeometricTarget, Projection, TeacherSource, TopK, WaitingStates
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.sglang.engine import SglangEngine
-from megatron_s2d.train.policy import Policy, gather_dicts
+from megatron_s2d.stages.teacher_states import HostRows, OutputLayers, rows_of, travelling_rows
+from megatron_s2d.train.policy import Policy
 
 _ROWS_PER_CHUNK = 1024  # positions whose whole logits exist at a time while a support is chosen
 
@@ -34,6 +34,7 @@ class ByDomain:
     """A model for every domain, or one (under the key ``None``) for all."""
 
     policies: Mapping[str | None, Policy]
+    _output_layers: OutputLayers = dataclasses.field(default_factory=OutputLayers)
 
     @classmethod
     def load(cls, stages: str | Mapping[str, str], load: Callable[[str], Policy]) -> ByDomain:
@@ -52,6 +53,11 @@ class ByDomain:
         """Whether domains have models of their own."""
         return None not in self.policies
 
+    @property
+    def _waits(self) -> bool:
+        """Whether models take turns on the device."""
+        return len(set(map(id, self.policies.values()))) > 1
+
     @contextlib.contextmanager
     def of(self, domain: str) -> Iterator[Policy]:
         """The model of ``domain``, on the device for the length of the block."""
@@ -60,7 +66,7 @@ class ByDomain:
             raise UserError(
                 f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.policies)})"
             )
-        with policy.on_device(release=len(set(map(id, self.policies.values()))) > 1):
+        with policy.on_device(release=self._waits):
             yield policy
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -75,24 +81,30 @@ class ByDomain:
 
     def distributions(
         self, student: Policy, update: UpdateBatch, batches: Sequence[MicroBatch]
-    ) -> list[HiddenStates | None]:
-        """The exact distribution of each micro-batch's model at every position; collective over all ranks.
+    ) -> list[WaitingStates | None]:
+        """The exact distribution of each micro-batch's model at its response tokens; collective over all ranks.
 
         With models by domain a micro-batch must hold one domain (``Policy.pack(by_domain=True)``).
         """
-        found: list[HiddenStates | None] = [None] * len(batches)
+        found: list[WaitingStates | None] = [None] * len(batches)
         for domain in sorted({sample.domain for sample in update.samples}) if self.is_routed else [None]:
             places = [place for place, batch in enumerate(batches) if not self.is_routed or batch.domain == domain]
             with self.of(domain) as policy:
+                weight = self._output_layers.of(policy, student, waits=self._waits)
                 own = [batches[place] for place in places]
-                for place, source in zip(places, _states(policy, student, update, own, domain), strict=True):
-                    found[place] = source
+                if policy.layout is student.layout:
+                    rows = rows_of(policy, own)
+                else:
+                    rows = travelling_rows(policy, student, update.samples, domain, own)
+                for place, item in zip(places, rows, strict=True):
+                    if item is not None:
+                        found[place] = WaitingStates(item.read, weight, batches[place].temperature)
         return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedTeachers:
-    """``ByDomain`` for scores alone, from servers that hold the teachers' weights."""
+    """``ByDomain`` from servers that hold the teachers' weights; likeliest tokens are in ``served.py``."""
 
     engines: Mapping[str | None, SglangEngine]
 
@@ -101,57 +113,22 @@ class ServedTeachers:
         """Whether domains have models of their own."""
         return None not in self.engines
 
+    def engine_of(self, domain: str) -> SglangEngine:
+        """The servers of the teacher of ``domain``."""
+        engine = self.engines.get(domain if self.is_routed else None)
+        if engine is None:
+            raise UserError(f"there is no teacher for the domain '{domain}'")
+        return engine
+
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """See ``ByDomain.score``; at temperature 1."""
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            engine = self.engines.get(domain if self.is_routed else None)
-            if engine is None:
-                raise UserError(f"there is no teacher for the domain '{domain}'")
+            engine = self.engine_of(domain)
             for place, score in zip(places, engine.score([samples[place] for place in places]), strict=True):
                 found[place] = score
         return found
-
-
-def _states(
-    policy: Policy, student: Policy, update: UpdateBatch, batches: Sequence[MicroBatch], domain: str | None
-) -> list[HiddenStates | None]:
-    if policy.layout is student.layout:
-        return policy.teacher_states(batches)
-    chosen = [i for i, sample in enumerate(update.samples) if domain is None or sample.domain == domain]
-    states = _travelling_states(policy, [update.samples[i] for i in chosen])
-    held = (policy.output_weight.detach(), policy.shard) if policy.layout.is_last_stage else (None, None)
-    weight = redistribute_output_layer(*held, student.shard, dist.group.WORLD)
-    if not student.layout.is_last_stage:
-        return [None] * len(batches)
-    place_of = {index: place for place, index in enumerate(chosen)}
-    return [
-        HiddenStates(
-            _at_positions(batch, [states[place_of[i]] for i in batch.indices], policy), weight, batch.temperature
-        )
-        for batch in batches
-    ]
-
-
-def _travelling_states(policy: Policy, samples: Sequence[Sample]) -> dict[int, torch.Tensor]:
-    """Hidden states [length, d] of every sample (entry t predicts token t), on the CPU of every rank."""
-    batches = policy.pack(samples, {})
-    found = {}
-    for batch, hidden in zip(batches, policy.hidden_states(batches), strict=True):
-        if policy.layout.is_last_stage:
-            whole = policy.all_positions(batch, policy.whole_sequences(hidden))
-            if policy.is_leader:
-                found |= {i: value.cpu() for i, value in zip(batch.indices, batch.per_sample(whole), strict=True)}
-    return gather_dicts(found)
-
-
-def _at_positions(batch: MicroBatch, states: Sequence[torch.Tensor], policy: Policy) -> torch.Tensor:
-    """[N, d] of this rank from [length, d] a sequence; the inverse of ``MicroBatch.per_sample``."""
-    whole = torch.zeros(batch.num_positions, policy.spec.hidden_size, dtype=policy.output_weight_dtype)
-    for place, state in zip(batch.positions(), states, strict=True):
-        whole[place][:-1] = state[1:]
-    return batch.part(whole).to(device.device())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +168,7 @@ class TopKTeacher:
     k: int
     support: str
     tail: str
-    _shared: float = 0.0  # tokens that both models have among their k likeliest, over the last call's responses
+    _shared: float | torch.Tensor = 0.0  # tokens among the k likeliest of both models, over the last call's responses
     _counted: int = 0  # response tokens times k
 
     def metrics(self) -> dict[str, float]:
@@ -205,35 +182,42 @@ class TopKTeacher:
     def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         states = self.teachers.distributions(self.student, update, batches)
-        own: Sequence[torch.Tensor | None] = [None] * len(batches)
+        own: Sequence[HostRows | None] = [None] * len(batches)
         self._shared, self._counted = 0.0, 0
         if self.support != "teacher":
-            own = self.student.hidden_states(batches)
+            own = rows_of(self.student, batches)
         if not self.student.layout.is_last_stage:
             return [None] * len(batches)
         return [self._top_k(*parts) for parts in zip(batches, states, own, strict=True)]
 
     @torch.no_grad()
-    def _top_k(self, batch: MicroBatch, state: HiddenStates, own: torch.Tensor | None) -> TopK:
+    def _top_k(self, batch: MicroBatch, state: WaitingStates, own: HostRows | None) -> TopK:
         student, shard = self.student, self.student.shard
-        hidden = student.whole_sequences(state.hidden) if state.sequence_parallel else state.hidden
-        own = None if own is None else student.whole_sequences(own)
-        parts = []
-        for start in range(0, hidden.shape[0], _ROWS_PER_CHUNK):
-            rows = slice(start, start + _ROWS_PER_CHUNK)
-            temperature = batch.temperature[rows] if isinstance(batch.temperature, torch.Tensor) else batch.temperature
-            logits = hidden[rows].float() @ state.weight_shard.float().t()
+        counted = batch.response_mask.nonzero().squeeze(1)
+        temperature = batch.temperature[counted] if isinstance(batch.temperature, torch.Tensor) else batch.temperature
+        teacher = Projection(state.hidden(), state.weight_shard()[: shard.columns], 1.0, torch.float32)
+        mine = None
+        if own is not None:
+            mine = Projection(own.read(), student.output_weight.detach()[: shard.columns], 1.0, torch.float32)
+        width = min(2 * self.k, shard.vocab_size) if self.support == "union" else self.k
+        # Positions that are not counted need distinct ids too.
+        ids = torch.arange(width, device=counted.device).repeat(batch.labels.numel(), 1)
+        log_probs, tail = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
+        for start in range(0, len(counted), _ROWS_PER_CHUNK):
+            rows = slice(start, min(start + _ROWS_PER_CHUNK, len(counted)))
+            sizes = (rows.stop - start, shard.columns)
+            at = temperature[rows] if isinstance(temperature, torch.Tensor) else temperature
+            logits = teacher.logits(rows, torch.empty(sizes, device=counted.device))
             chosen = None
-            if own is not None:
-                mine = own[rows].float() @ student.output_weight.detach().float().t()
-                chosen = vocab_parallel_topk(mine, self.k, shard, temperature)[0]
-                best = vocab_parallel_topk(logits, self.k, shard, temperature)[0]
-                counted = batch.response_mask[rows]
+            if mine is not None:
+                own_logits = mine.logits(rows, torch.empty_like(logits))
+                chosen = vocab_parallel_topk(own_logits, self.k, shard, at)[0]
+                best = vocab_parallel_topk(logits, self.k, shard, at)[0]
                 if student.sees_tokens:
-                    self._shared += float((chosen.unsqueeze(2) == best.unsqueeze(1)).any(2)[counted].sum())
-                    self._counted += int(counted.sum()) * self.k
-            parts.append(self._support(logits, chosen, temperature))
-        ids, log_probs, tail = (torch.cat(values) for values in zip(*parts, strict=True))
+                    self._shared = self._shared + (chosen.unsqueeze(2) == best.unsqueeze(1)).any(2).sum()
+                    self._counted += len(chosen) * self.k
+            places = counted[rows]
+            ids[places], log_probs[places], tail[places] = self._support(logits, chosen, at)
         return TopK(ids, log_probs, tail, tail=self.tail, support=self.support)
 
     def _support(self, logits, chosen, temperature) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.kl.teachers import TeacherSource
+from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import RolloutEngine
@@ -42,6 +43,7 @@ class StepData:
     updates: Sequence[UpdateBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
+    position: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
 
 
 class SampleSource(Protocol):
@@ -49,6 +51,10 @@ class SampleSource(Protocol):
 
     def step(self, step: int) -> StepData:
         """The samples of ``step`` (counted from 1); a function of the step and the weights. Collective."""
+        ...
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Go on after the step whose ``StepData.position`` this is; empty at the start."""
         ...
 
 
@@ -94,6 +100,7 @@ def train(
     checkpoints = Checkpoints(policy, stage, settings.checkpoint)
     position = checkpoints.resume()
     updates = position["updates"]
+    source.resume(position)
     if engine is not None:
         engine.push(policy.chunks, updates)
     log = open_log(stage, position["step"], settings.tensorboard)
@@ -101,8 +108,14 @@ def train(
     for step in range(position["step"] + 1, settings.steps + 1):
         with timer.section("samples"):
             data = source.step(step)
+            if engine is not None:
+                engine.rest()
+        stale = staleness(data.updates, updates)
         with timer.section("score"):
-            batches_of_step = [with_old_log_probs(policy, objective, update) for update in data.updates]
+            batches_of_step = [
+                with_old_log_probs(policy, objective, comparable(objective, update, place))
+                for place, update in enumerate(data.updates)
+            ]
         reports = []
         for update in batches_of_step:
             with timer.section("teacher"):
@@ -121,13 +134,13 @@ def train(
             with timer.section("push"):
                 engine.push(policy.chunks, updates)
         tokens = sum(update.num_tokens for update in data.updates)
-        measured = dict(data.metrics) | ({} if engine is None else engine.metrics())
+        measured = dict(data.metrics) | stale | ({} if engine is None else engine.metrics())
         log.write(step, summarise(reports, measured, tokens, timer.lap()))
         write_examples(stage, data.examples)
         stopping = agree(settings.stop())
         checkpoints.poll()
         if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            checkpoints.save({"step": step, "updates": updates})
+            checkpoints.save(dict(data.position) | {"step": step, "updates": updates})
         if stopping and step < settings.steps:
             checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
@@ -144,6 +157,31 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
     samples = [
         dataclasses.replace(sample, old_log_probs=values) for sample, values in zip(update.samples, scores, strict=True)
     ]
+    return dataclasses.replace(update, samples=samples)
+
+
+def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
+    """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
+
+    version: of the weights at the step's beginning.
+    """
+    spans = [span for update in updates for sample in update.samples for span in sample.policy_spans]
+    if not spans:
+        return {}
+    ages = np.array([version - span.version for span in spans])
+    tokens = np.array([span.stop - span.start for span in spans])
+    return {"staleness": float((ages * tokens).sum() / tokens.sum()), "staleness_max": float(ages.max())}
+
+
+def comparable(objective: Objective, update: UpdateBatch, place: int) -> UpdateBatch:
+    """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
+
+    They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of
+    the step's first update.
+    """
+    if place == 0 or "old_log_probs" in objective.columns:
+        return update
+    samples = [dataclasses.replace(sample, rollout_log_probs=None) for sample in update.samples]
     return dataclasses.replace(update, samples=samples)
 
 
@@ -169,9 +207,12 @@ def check_rollout_kl(report: Mapping[str, float], limit: float | None, step: int
 def summarise(
     reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
 ) -> dict[str, float]:
-    """One row of metrics: the mean over the step's updates, what the source measured, and speed."""
-    names = dict.fromkeys(name for report in reports for name in report)
-    row = {name: float(np.mean([report[name] for report in reports if name in report])) for name in names}
+    """One row of metrics: the mean over the step's updates (of extremes the extreme), the source's, and speed."""
+    row = {}
+    for name in dict.fromkeys(name for report in reports for name in report):
+        combine = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
+        row[name] = float(combine([report[name] for report in reports if name in report]))
+    row = {name: value for name, value in row.items() if value or not name.startswith(GAP_PREFIX)}
     return row | dict(samples) | {"tokens_per_second": tokens / times["seconds"]} | dict(times)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import MicroBatch, pack
+from megatron_s2d.data.packing import Deal, MicroBatch, deal, pack
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.teachers import HiddenStates, TeacherSource
+from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import ModelSpec, padded_vocab_size
+from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import (
     Metric,
     Objective,
@@ -58,7 +60,8 @@ class _Pass:
     objective: Objective | None = None
     outputs: tuple[str, ...] = ()
     teacher: TeacherSource | None = None
-    result: TokenOutputs | torch.Tensor | None = None
+    keep: Callable[[torch.Tensor], Any] | None = None  # what is kept of the hidden states
+    result: Any = None
 
 
 class Policy:
@@ -115,6 +118,9 @@ class Policy:
 
     def _move(self, target: torch.device) -> None:
         for chunk in self.chunks:
+            for module in chunk.modules():
+                # What Transformer Engine keeps of its weights in FP8; it is made again when it is needed.
+                getattr(module, "_fp8_workspaces", {}).clear()
             for parameter in chunk.parameters():
                 if parameter.device.type != target.type:
                     parameter.data = parameter.data.to(target)
@@ -131,19 +137,24 @@ class Policy:
 
     def pack(self, samples: Sequence[Sample], weights: dict[str, np.ndarray]) -> list[MicroBatch]:
         """This data rank's micro-batches of ``samples`` (the same list on every rank)."""
-        return pack(
-            samples,
-            weights=weights,
-            max_tokens=self.max_tokens,
-            data_rank=self.layout.data_rank,
-            data_size=self.layout.data_size,
-            multiple=self._multiple,
-            packed=self._packed,
-            context_rank=self.layout.context_rank,
-            context_size=self.layout.context_size,
-            by_domain=self.packs_by_domain,
-            device=device.device(),
-        )
+        rank, place = self.layout.data_rank, device.device()
+        context = self.layout.context_rank
+        return pack(samples, weights=weights, data_rank=rank, context_rank=context, device=place, **self._packing)
+
+    def deal(self, samples: Sequence[Sample]) -> list[list[Deal]]:
+        """What ``pack`` gives to every data rank."""
+        return deal(samples, **self._packing)
+
+    @property
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "max_tokens": self.max_tokens,
+            "data_size": self.layout.data_size,
+            "multiple": self._multiple,
+            "packed": self._packed,
+            "context_size": self.layout.context_size,
+            "by_domain": self.packs_by_domain,
+        }
 
     def forward_backward(
         self,
@@ -197,12 +208,14 @@ class Policy:
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
 
-    def hidden_states(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor | None]:
-        """Final hidden states of each micro-batch, [S * B, hidden size] (S / T under sequence parallelism).
+    def hidden_states(
+        self, batches: Sequence[MicroBatch], keep: Callable[[int, torch.Tensor], Any] = lambda number, hidden: hidden
+    ) -> list[Any]:
+        """``keep(number, hidden)`` of each micro-batch on ranks of the last stage, as soon as it is there; else None.
 
-        On ranks of the last stage; None on others.
+        hidden: the final hidden states, [S * B, hidden size] (S / T under sequence parallelism), not differentiated.
         """
-        passes = [_Pass(batch) for batch in batches]
+        passes = [_Pass(batch, keep=functools.partial(keep, number)) for number, batch in enumerate(batches)]
         self._forward_only(passes)
         return [item.result for item in passes]
 
@@ -212,26 +225,11 @@ class Policy:
 
     def all_positions(self, batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
         """Values of all positions from this context rank's [N, ...]; collective over the context ranks."""
-        if batch.held is None:
+        if self.layout.context_size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.layout.context_size)]
         dist.all_gather(parts, values.contiguous(), group=self.layout.groups.cp)
         return batch.joined(parts)
-
-    def teacher_states(self, batches: Sequence[MicroBatch]) -> list[HiddenStates | None]:
-        """This frozen model's exact distribution at every position of ``batches``, for a student of the same layout."""
-        states = self.hidden_states(batches)
-        if not self.layout.is_last_stage:
-            return [None] * len(batches)
-        return [
-            HiddenStates(
-                hidden,
-                self.output_weight[: self.shard.columns],
-                temperature=batch.temperature,
-                sequence_parallel=self.layout.config.sequence_parallel,
-            )
-            for hidden, batch in zip(states, batches, strict=True)
-        ]
 
     def save(self, directory: Path, position: dict[str, Any], *, with_optimizer: bool) -> None:
         """Write a checkpoint that appears whole or not at all; collective."""
@@ -332,8 +330,8 @@ class Policy:
         """Megatron's output hook, on the last stage: hidden states [S, B, d] (S / T under sequence parallelism)."""
         item, batch = context, context.batch
         hidden = hidden_states.flatten(0, 1)
-        if not item.outputs:
-            item.result = hidden.detach()
+        if item.keep is not None:
+            item.result = item.keep(hidden.detach())
             return hidden
         objective, columns = item.objective, batch.columns
         token_loss = None
@@ -375,7 +373,7 @@ class Policy:
         return {
             name: metric.value()
             for name, metric in reduced.items()
-            if float(metric.denominator) > 0 or not name.startswith(POSITION_PREFIX)
+            if float(metric.denominator) > 0 or not name.startswith((POSITION_PREFIX, GAP_PREFIX))
         }
 
     def _metrics_of(
@@ -401,8 +399,8 @@ def _packed_sequences(batch: MicroBatch) -> PackedSeqParams | None:
         # Padding belongs to its sequence and is masked by causality, so these are the same.
         cu_seqlens_q_padded=batch.bounds,
         cu_seqlens_kv_padded=batch.bounds,
-        max_seqlen_q=batch.longest,
-        max_seqlen_kv=batch.longest,
+        max_seqlen_q=batch.deal.longest,
+        max_seqlen_kv=batch.deal.longest,
         pad_between_seqs=False,
     )
 

@@ -244,7 +244,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
                 table.add_row(Text(check.name), status, Text(check.found), Text(check.wanted), Text(check.note))
         console.print(table)
     if diagnosis.paths:
-        table = Table("", "in use", "what that costs", title="Paths on this machine", title_justify="left", pad_edge=False)
+        table = Table("", "in use", "what that costs", title="Paths on this machine", title_justify="left")
         for path in diagnosis.paths:
             table.add_row(Text(path.part), Text(path.active), Text(path.cost))
         console.print(table)

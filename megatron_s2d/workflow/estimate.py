@@ -18,10 +18,11 @@ from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
 
 _CHUNK_BYTES = {True: 1 << 30, False: 128 << 20}  # of logits, on a GPU and on a CPU: kl/fused.py
-_CHUNKS_PER_WEIGHT_PRODUCT = 4  # on a GPU: kl/fused.py
+_CHUNKS_PER_PRODUCT = 4  # on a GPU: kl/fused.py
 _BLOCK_ELEMENTS = 1 << 18  # of logits whose statistics a CPU computes together: kl/statistics.py
 _BYTES_PER_POSITION = 50  # ids, labels, masks, positions and half a dozen float32 columns: data/packing.py
 _ROWS_PER_SUPPORT_CHUNK = 1024  # stages/teachers.py
+BUCKET_BYTES = 128 << 20  # of states that travel, in each direction: parallel/exchange.py
 _UNIFORM_BLOCK = 256  # positions whose random numbers are drawn together: rollout/batching.py
 
 
@@ -76,6 +77,11 @@ class Workload:
         """Padded tokens of the update on a data rank."""
         return self.batch.tokens * self.num_micro_batches
 
+    @property
+    def responses(self) -> int:
+        """Tokens of responses among them."""
+        return self.batch.responses * self.num_micro_batches
+
 
 def workload(
     responses: int, length: int, response_length: int, *, max_tokens: int, parallel: ParallelConfig
@@ -113,27 +119,29 @@ class TeacherStates:
     spec: ModelSpec  # of the teacher
     sources: int = 1  # two with a reference beside the teacher
     top_k: int = 0
-    sharded: bool = False  # cut like the student's sequence, where both have one layout
     own_copy: bool = False  # the output layer's rows, where the layouts differ or the teacher is a cache
-    has_states: bool = True  # false where top-k tokens come from a cache
 
     @property
     def is_dense(self) -> bool:
         """Whether the loss makes logits of the teacher's."""
         return self.kind != "topk"
 
-    def size(self, part: Part, build: Build, tokens: int) -> int:
+    def size(self, part: Part, build: Build, work: Workload, *, on_gpu: bool) -> int:
         """Bytes on a rank of the last stage."""
-        size = build.bytes_per_value
         found = 0
         if self.kind == "logits":
-            found += tokens * 4 * (self.spec.vocab_size + part.vocabulary)
-        elif self.has_states:
-            found += tokens * size * self.spec.hidden_size // (part.sequence_shards if self.sharded else 1)
-        if self.kind == "topk":
-            found += tokens * (12 * self.top_k + 4)
-        weight = self.own_copy * part.vocabulary * self.spec.hidden_size * size
+            found = work.tokens * 4 * (self.spec.vocab_size + part.vocabulary)
+        elif self.kind == "topk":
+            found = work.tokens * (12 * self.top_k + 4)
+        else:
+            found = waiting_states(part, build, work, self.spec, on_gpu=on_gpu)
+        weight = self.own_copy * part.vocabulary * self.spec.hidden_size * build.bytes_per_value
         return self.sources * (found + weight)
+
+
+def waiting_states(part: Part, build: Build, work: Workload, teacher: ModelSpec, *, on_gpu: bool) -> int:
+    """Hidden states of an update's responses, shared by tensor ranks: in host memory, which a CPU computes in."""
+    return 0 if on_gpu else work.responses * teacher.hidden_size * build.bytes_per_value // part.tensor
 
 
 # -------------------------------------------------------------------------------- phases
@@ -156,7 +164,7 @@ def train_phase(
     if part.is_last:
         output = output_workspace(part, build, batch, on_gpu=on_gpu, teacher=teacher)
         if teacher is not None:
-            found["teacher states"] = teacher.size(part, build, work.tokens)
+            found["teacher states"] = teacher.size(part, build, work, on_gpu=on_gpu)
     if part.ties_here:
         # The output layer's gradient waits for the embedding's, which comes last.
         backward += part.vocabulary * part.spec.hidden_size * size
@@ -189,14 +197,15 @@ def output_workspace(
         operands += batch.tokens * hidden * size
     if dense and teacher.kind == "hidden":
         width = teacher.spec.hidden_size
-        operands += teacher.sources * (rows * width * (size + widened) + widened * columns * width)
+        copied = size * (on_gpu or tensor > 1)  # one rank on a CPU multiplies what waits in host memory
+        operands += teacher.sources * (rows * width * (copied + widened) + widened * columns * width)
     elif dense:
         operands += rows * columns * 4
     gradients = 0
     if training:
         gradients = hidden * size * (rows + batch.tokens) + part.vocabulary * hidden * 4
-        if on_gpu:  # gradients by logits, collected and then joined for one product
-            gradients += 2 * min(_CHUNKS_PER_WEIGHT_PRODUCT * chunk, rows) * columns * size
+        if on_gpu:  # gradients by logits, collected for one product
+            gradients += min(_CHUNKS_PER_PRODUCT * chunk, rows) * columns * size
     statistics = 0
     if not on_gpu:
         block = min(chunk * columns, max(_BLOCK_ELEMENTS, columns))
@@ -204,10 +213,12 @@ def output_workspace(
     return logits + operands + gradients + statistics
 
 
-def score_phase(part: Part, build: Build, work: Workload, *, on_gpu: bool, states: int = 0) -> dict[str, int]:
-    """Forward passes without gradients. states: bytes of hidden states that are kept of all micro-batches."""
+def score_phase(
+    part: Part, build: Build, work: Workload, *, on_gpu: bool, states: int | None = None
+) -> dict[str, int]:
+    """Forward passes without gradients. states: bytes that are kept of hidden states; None for log-probabilities."""
     found = {"batch": work.tokens * _BYTES_PER_POSITION, "activations": _forward_peak(part, build, work.batch.tokens)}
-    if states:
+    if states is not None:
         return found | {"teacher states": states}
     if part.is_last:
         found["KL workspace"] = output_workspace(part, build, work.batch, on_gpu=on_gpu, teacher=None, training=False)

@@ -61,7 +61,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
         labelled = all(prompt.verifier is not None for prompt in prompts)
         sampler = Sampler(
             policy,
-            context.engine(policy, config.model_of(stage)),
+            context.engine(policy, config.model_of(stage), params),
             params,
             request.seed,
             context.tokenizer,

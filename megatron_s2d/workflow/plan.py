@@ -128,11 +128,19 @@ def _engine(config: WorkflowConfig) -> dict[str, Any]:
     return {} if rollout.engine == "megatron" else {"engine": [rollout.engine, rollout.sglang.deterministic]}
 
 
+def _sampling(config: WorkflowConfig) -> dict[str, Any]:
+    """``_engine`` for a stage that trains on responses: also how old the weights are that they may come from."""
+    sglang = config.rollout.sglang
+    older = {"ahead": sglang.ahead, "oversampling": sglang.oversampling}
+    is_default = config.rollout.engine == "megatron" or older == {"ahead": "off", "oversampling": 1.0}
+    return _engine(config) | ({} if is_default else older)
+
+
 def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _UNESSENTIAL}
     used = {entry.partition("/")[0] for entry in stage.entries}
-    sampled = _engine(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
+    sampled = _sampling(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
     resolved = (
         _common(config) | sampled | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
     )

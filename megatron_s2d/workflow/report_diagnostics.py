@@ -1,4 +1,4 @@
-"""The diagnostics of a training stage as one figure: KL by position, importance ratios, gate, top-k overlap, KL spread.
+"""The diagnostics of a training stage as one figure: KL by position, gap to the engine, ratios, gate, top-k overlap.
 
 Only what the stage recorded is drawn. No torch, no display.
 """
@@ -22,7 +22,14 @@ _POSITIONS = {
     "gate_consensus_at/": "consensus by token of the response",
     "gate_conflict_at/": "conflict by token of the response",
 }
+_GAPS = "rollout_gap_at/"  # shares of tokens by |log pi_trainer - log pi_engine|, named by the least of each bin
+_LEAST_GAP = 3e-8  # where a logarithmic axis begins to show what is smaller
 _LINES = {
+    "gap between trainer and engine, nats": {
+        "rollout_gap_max": (ORANGE, "max"),
+        "rollout_gap_mean": (BLUE, "mean"),
+        "rollout_kl": (GREEN, "KL"),
+    },
     "importance ratio, trainer / engine": {
         "importance_ratio_max": (ORANGE, "max"),
         "importance_ratio_mean": (BLUE, "mean"),
@@ -51,7 +58,8 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
     """A figure of the panels that have something to show; None where there is none."""
     panels = [name for name, lines in _LINES.items() if any(_varies(rows, key) for key in lines)]
     positions = {prefix: places for prefix in _POSITIONS if (places := _places(rows, prefix))}
-    count = len(panels) + len(positions)
+    has_gaps = any(key.startswith(_GAPS) for row in rows for key in row)
+    count = len(panels) + len(positions) + has_gaps
     if not count:
         return None
     columns = min(4, count)
@@ -61,6 +69,8 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
         _draw_lines(figure.add_subplot(height, columns, place), rows, name)
     for place, prefix in enumerate(positions, len(panels) + 1):
         _draw_positions(figure.add_subplot(height, columns, place), rows, prefix, positions[prefix])
+    if has_gaps:
+        _draw_gaps(figure.add_subplot(height, columns, count), rows)
     return as_png(figure)
 
 
@@ -97,6 +107,30 @@ def _draw_positions(axes: Axes, rows: Rows, prefix: str, positions: list[int]) -
     axes.set_xticks(range(len(positions)), names, fontsize=6.5, rotation=45)
     axes.legend(frameon=False, fontsize=6.5)
     _finish(axes, _POSITIONS[prefix])
+
+
+def gap_shares(rows: Rows) -> dict[float, float]:
+    """Least gap of each bin, in nats -> mean share of tokens over the rows that have measured; 0 holds what is smaller.
+
+    Bins that a row does not name are empty in it.
+    """
+    measured = [row for row in rows if any(key.startswith(_GAPS) for key in row)]
+    keys = {key for row in measured for key in row if key.startswith(_GAPS)}
+    shares = {float(key.removeprefix(_GAPS)): sum(row.get(key) or 0.0 for row in measured) for key in keys}
+    return {edge: shares[edge] / len(measured) for edge in sorted(shares)}
+
+
+def _draw_gaps(axes: Axes, rows: Rows) -> None:
+    """Share of tokens by gap, in the first and in the last quarter of the steps; bins are half a decade wide."""
+    quarter = max(1, len(rows) // 4)
+    styles = {"first quarter": {"color": GREY, "alpha": 0.5}, "last quarter": {"fill": False, "edgecolor": BLUE}}
+    for part, (label, style) in zip((rows[:quarter], rows[-quarter:]), styles.items(), strict=True):
+        shares = gap_shares(part)
+        left = np.array([max(edge, _LEAST_GAP) for edge in shares])
+        axes.bar(left, list(shares.values()), width=left * (10**0.5 - 1), align="edge", label=label, **style)
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize=6.5)
+    _finish(axes, "tokens by gap to the engine, nats")
 
 
 def _finish(axes: Axes, title: str) -> None:

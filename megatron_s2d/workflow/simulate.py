@@ -38,7 +38,7 @@ from megatron_s2d.workflow.plan_table import human_bytes
 from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.workflow.sheets import Sheet, write_sheets
 from megatron_s2d.workflow.stage_time import output_flops
-from megatron_s2d.workflow.timing import Machine, Placed, Traffic
+from megatron_s2d.workflow.timing import Machine, Placed, Traffic, travelling
 
 PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync")
 _COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
@@ -211,9 +211,9 @@ class _Step:
             loss = responses * measured.seconds / measured.tokens * wanted / done
         travel = 0.0
         if scorer.parallel != trainer.parallel:
-            # Every rank is given all hidden states (stages/teachers.py).
-            states = 2 * self.teacher.hidden_size * at.tokens * scorer.parallel.data_parallel_size
-            travel = Traffic(states, 1, self.count).seconds(self.machine)
+            places = (scorer.parallel, trainer.parallel)
+            responses = at.responses * scorer.parallel.data_parallel_size
+            travel = travelling(self.teacher, responses, 2, *places).seconds(self.machine)
         passes = ("layers", "tensor, pipeline, expert traffic", "pipeline idle")
         return {
             "teacher forward": scorer.score_seconds(at, outputs=False),
@@ -228,7 +228,7 @@ class _Step:
     def _memory(self, trainer: Placed, scorer: Placed) -> int:
         config, build = self.config, trainer.build
         same = scorer.parallel == trainer.parallel
-        states = TeacherStates("hidden", self.teacher, sharded=same, own_copy=not same)
+        states = TeacherStates("hidden", self.teacher, own_copy=not same)
         teacher = max(frozen(part, build, "teacher").total for part in parts(self.teacher, scorer.parallel))
         engine = self._engine(trainer)
         server = 0

@@ -27,6 +27,7 @@ from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.records import Prompt
 from megatron_s2d.workflow.arithmetic import Build, Part, parts
 from megatron_s2d.workflow.estimate import (
+    BUCKET_BYTES,
     Held,
     StageMemory,
     TeacherStates,
@@ -38,6 +39,7 @@ from megatron_s2d.workflow.estimate import (
     train_phase,
     trained,
     update_phase,
+    waiting_states,
     workload,
 )
 
@@ -189,7 +191,7 @@ class _Stage:
     def _cached(self, part: Part) -> dict[str, int]:
         """Scoring of a round's responses for a cache: all hidden states are there at once."""
         work = self._workload(self.shape.requests)
-        states = 0
+        states = None
         if self.stage.kind != "sampled" and part.is_last:
             states = work.tokens * self.spec.hidden_size * self.build.bytes_per_value // part.sequence_shards
         found = score_phase(part, self.build, work, on_gpu=self.on_gpu, states=states)
@@ -222,7 +224,7 @@ class _Stage:
             cache = self.config.stages[stage.cache]
             kind = {"hidden": "hidden", "full": "logits", "topk": "topk"}[cache.kind]
             spec = self.specs[self.config.model_of(stage.cache)]
-            return TeacherStates(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden", has_states=kind == "hidden")
+            return TeacherStates(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden")
         if not isinstance(stage, OpdConfig) or stage.granularity == "sampled":
             return None
         models = frozen_roles(self.config, self.name)
@@ -232,7 +234,6 @@ class _Stage:
             max((self.specs[self.config.model_of(other)] for _, other, _ in models), key=lambda spec: spec.hidden_size),
             sources=2 if stage.reward_scale != 1.0 else 1,
             top_k=stage.top_k * (2 if stage.support == "union" else 1),
-            sharded=parallel == self.parallel and parallel.sequence_parallel,
             own_copy=parallel != self.parallel,
         )
 
@@ -246,9 +247,11 @@ class _Stage:
             candidates = parts(spec, parallel)
             own = candidates[part.stage] if parallel == self.parallel else candidates[-1]
             at = self._workload(parallel=parallel)
-            states = 0
+            states = None
             if self._teacher_states() is not None and own.is_last:
-                states = at.tokens * spec.hidden_size * self.build.bytes_per_value // own.sequence_shards
+                states = waiting_states(own, self.build, at, spec, on_gpu=self.on_gpu)
+                if parallel != self.parallel:
+                    states += 2 * BUCKET_BYTES
             phase = score_phase(own, self.build, at, on_gpu=self.on_gpu, states=states)
             if getattr(self.stage, "granularity", "") == "topk" and part.is_last:
                 phase["support"] = support_bytes(part, spec)

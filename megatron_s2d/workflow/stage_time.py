@@ -17,7 +17,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.workflow.arithmetic import Build, model_flops
 from megatron_s2d.workflow.estimate import Workload, workload
 from megatron_s2d.workflow.stage_estimate import BYTES, StageShape, frozen_roles
-from megatron_s2d.workflow.timing import Machine, Placed, Traffic, added, repeated, total_seconds
+from megatron_s2d.workflow.timing import Machine, Placed, Traffic, added, repeated, total_seconds, travelling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,9 @@ def stage_time(
         if exact:
             teacher = spec
         if exact and layout != parallel:
-            travel = _travel(role, spec, shape, build, parallel)
+            responses = shape.responses * shape.response_length
+            one = {f"{role} states": travelling(spec, responses, build.bytes_per_value, layout, parallel)}
+            travel = repeated(one, shape.updates)
             phase = f"{role} states travel"
             seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
             traffic = added(traffic, travel)
@@ -110,16 +112,3 @@ def _generation(
         "decode": batches * decode,
     }
     return seconds, repeated(student.decode_traffic(requests / batches, shape.response_length), batches)
-
-
-def _travel(
-    role: str, spec: ModelSpec, shape: StageShape, build: Build, parallel: ParallelConfig
-) -> dict[str, Traffic]:
-    """Hidden states of the whole update to every rank, and the output layer (``stages/teachers.py``)."""
-    states = shape.updates * shape.responses * shape.length * spec.hidden_size * build.bytes_per_value
-    weight = shape.updates * spec.vocab_size * spec.hidden_size * build.bytes_per_value
-    world = parallel.world_size
-    return {
-        f"{role} states": Traffic(states, shape.updates, world),
-        f"{role} output layer": Traffic(weight, shape.updates, world),
-    }

@@ -61,6 +61,17 @@ class Traffic:
         return self.bytes_sent / machine.link(self.span) + self.calls * machine.assumptions.latency
 
 
+def travelling(
+    teacher: ModelSpec, responses: int, bytes_per_value: int, scorer: ParallelConfig, trainer: ParallelConfig
+) -> Traffic:
+    """Hidden states of ``responses`` tokens from a teacher's ranks to a student's: each once, every rank a share.
+
+    What the busier of the two kinds of ranks moves, sent or received (``stages/teacher_states.py``).
+    """
+    ranks = min(at.tensor_model_parallel_size * at.data_parallel_size for at in (scorer, trainer))
+    return Traffic(responses * teacher.hidden_size * bytes_per_value / ranks, 1, trainer.world_size)
+
+
 def total_seconds(traffic: Mapping[str, Traffic], machine: Machine) -> float:
     """Seconds of all kinds one after the other."""
     return sum(item.seconds(machine) for item in traffic.values())

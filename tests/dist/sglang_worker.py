@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,14 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.data_size]  # the first of four data ranks has nothing to ask
     mine = np.split(np.arange(12), cuts)[layout.data_rank]
     samples = engine.generate([requests()[place] for place in mine])
+    for server in servers:
+        server.score_faults.extend(["nan", "capped", "stale"])
+    likeliest = engine.top_tokens(samples, 3)  # of this replica's own samples
+    table = log_prob_table(dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"].numpy())
+    best = [np.argsort(-table[sample.token_ids[:-1]], axis=1)[:, :3] for sample in samples]
+    top_agree = len(likeliest) == len(samples) and all(
+        np.array_equal(top.ids[1:], ids) for top, ids in zip(likeliest, best, strict=True)
+    )
     faults_left = from_first(lambda: sum(len(server.faults) for server in servers))
     for server in servers:
         server.control_faults["/update_weights_from_disk"] = "500"
@@ -86,6 +95,7 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     except UserError as error:
         refused = str(error)
     engine.close()
+    beside = run_beside(chunks, spec, layout, score, servers, urls, mine, directory)
     for server in servers:
         server.close()
     everyone = from_all({sample.id: [sample.token_ids.tolist(), sample.finish_reason] for sample in samples})
@@ -95,7 +105,67 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
             assert merged.setdefault(name, sample) == sample
     wrong = max(from_all(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
                 for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
-    return {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left}
+    return beside | {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left,
+                     "top_agree": from_all(top_agree)}  # fmt: skip
+
+
+def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
+    """Responses that are begun, interrupted by a push and gone on with; then with half of the groups carried over."""
+    settings = SglangConfig(bucket_bytes=20_000, ahead="continue")
+    held = set()
+    for server in servers:
+        server.control_faults.clear()
+        server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
+    engine = SglangEngine(
+        chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings), directory / "beside", urls=urls
+    )
+    own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
+    tables = {0: table_of(chunks, spec, layout)}
+    engine.begin(own)
+    from_first(lambda: wait_for(lambda: len(held) == 12))
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(0.9)
+    engine.push(chunks, 1)
+    tables[1] = table_of(chunks, spec, layout)
+    samples = engine.generate(own)
+    gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
+    mixed = sum(len(sample.policy_spans) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
+    groups = {request.group for request in own}
+    half = (len(groups) + 1) // 2
+    again = [dataclasses.replace(request, id=f"{request.id}again") for request in own]
+    first = engine.generate(again, num_groups=half)
+    taken = {sample.id for sample in first}
+    rest = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
+    engine.close()
+    return {
+        "begun": sorted({sample.id for part in from_all(samples) for sample in part}),
+        "begun_gap": max(from_all(gap)),
+        "mixed": sum(from_all(mixed)),
+        "carried": sorted({sample.id for part in from_all([*first, *rest]) for sample in part}),
+        "half": from_all(len(taken) == half * 2),
+    }
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def table_of(chunks, spec, layout) -> np.ndarray:
+    return log_prob_table(dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"].numpy())
+
+
+def split_gap(tables: dict[int, np.ndarray], sample) -> float:
+    """Largest difference from the log-probabilities under the weights that the sample's spans name."""
+    worst = 0.0
+    for span in sample.policy_spans:
+        places = np.arange(span.start, span.stop)
+        expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
+        worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))
+    return worst
 
 
 def main() -> None:

@@ -34,9 +34,19 @@ def test_samples_and_weights_are_those_of_one_rank(results, case):
     assert found["samples"] == expected["samples"]
     assert found["gap"] < 1e-5
     assert found["faults_left"] < 8  # the faults were met
+    assert found["top_agree"] == [True] * 4  # each replica has the likeliest tokens of its own samples
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_push_that_fails_is_the_same_error_on_every_rank(results, case):
     refused = results[case]["refused"]
     assert len(set(refused)) == 1 and "status 500" in refused[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_responses_go_on_over_a_push_and_from_one_step_to_the_next(results, case):
+    found = results[case]
+    assert len(found["begun"]) == 12 and found["begun_gap"] < 1e-5
+    assert found["mixed"] == 12  # all were interrupted with tokens
+    assert found["carried"] == [f"{name}again" for name in found["begun"]]
+    assert all(found["half"])

@@ -71,6 +71,14 @@ def test_training_moved_the_model(found):
         assert losses[-1] < losses[0] - 1e-3
 
 
+@pytest.mark.dist
+def test_the_gap_to_the_engine_was_measured(found):
+    for scenario in ("grpo", "opd"):
+        first = found[f"tp1/{scenario}"][0]
+        assert 0.01 < first["rollout_gap_mean"] < first["rollout_gap_max"] < 0.11 and first["rollout_kl"] > 1e-5
+        assert sum(share for name, share in first.items() if name.startswith("rollout_gap_at/")) == pytest.approx(1)
+
+
 def _assert_rows_agree(mine: list[dict], reference: list[dict]) -> None:
     assert len(mine) == len(reference)
     for row, expected in zip(mine, reference, strict=True):

@@ -51,13 +51,16 @@ def test_bfloat16_operands_against_float64_of_the_same_operands(name, record_pro
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
     forward = (log_q.exp() * (log_q - log_p)).sum(-1)
     reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
-    slope = log_p.exp() - log_q.exp() if name == "forward_kl" else log_p.exp() * (log_p - log_q - reverse[:, None])
+    slope = log_p.exp() - log_q.exp()
+    if name == "reverse_kl":
+        slope = log_p.exp() * (log_p - log_q - reverse[:, None])
     found = {}
     for backend in ("triton", "torch"):
         leaf = hidden.detach().requires_grad_()
         loss, outputs = linear_divergence(
             leaf, weight, shard=VocabShard.whole(vocab), outputs=(name,),
-            teacher=HiddenStates(teacher_hidden, teacher_weight), token_loss=lambda outputs, rows: getattr(outputs, name), backend=backend,
+            teacher=HiddenStates(teacher_hidden, teacher_weight),
+            token_loss=lambda outputs, rows: getattr(outputs, name), backend=backend,
         )  # fmt: skip
         loss.backward()
         found[f"value {backend}"] = relative(getattr(outputs, name), forward if name == "forward_kl" else reverse)

@@ -51,6 +51,18 @@ def test_exact_sources_agree_up_to_rounding(run_dir, stage, same_as):
         assert losses(run_dir, stage, name) == pytest.approx(losses(run_dir, same_as, name), rel=2e-4, abs=1e-6)
 
 
+def test_every_stage_that_samples_compares_trainer_and_engine(run_dir):
+    """Here both are the same model, so that rounding alone is left; cached and anchoring responses are not compared."""
+    configs = {path.parent.name: json.loads(path.read_text()) for path in run_dir.glob("stages/*/config.json")}
+    sampling = [name for name, config in configs.items() if config["stage"]["type"] in ("grpo", "opd")]
+    assert len(sampling) > 15
+    for name in sampling:
+        for row in metrics(run_dir, f"stages/{name}"):
+            assert row["rollout_gap_mean"] <= row["rollout_gap_max"] < 1e-4 and row["rollout_kl"] < 1e-8, name
+            shares = [share for key, share in row.items() if key.startswith("rollout_gap_at/")]
+            assert sum(shares) == pytest.approx(1) and all(shares), name
+
+
 def test_a_narrow_support_sees_less_than_the_whole_kl(run_dir):
     """The bucketed divergence is a lower bound, on the very same first samples."""
     whole = losses(run_dir, "full", "reverse_kl")[0]

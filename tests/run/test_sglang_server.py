@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,12 +38,19 @@ from sglang_model import (  # noqa: E402
     rollout_settings,
 )
 
+from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.data.packing import UpdateBatch  # noqa: E402
 from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
 from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.checks import Checks, Needs  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.stages.served import ServedTopK  # noqa: E402
+from megatron_s2d.stages.teachers import ByDomain, ServedTeachers, TopKTeacher  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 WORKFLOW = """
 name: served
 seed: 1
@@ -65,7 +75,10 @@ stages:
     responses_per_prompt: 4
     sampling: &sampling {temperature: 1.0, max_response_tokens: 8}
     optimizer: {lr: 1.0e-3}
-arms: {grpo: grpo}
+  opd:
+    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, prompts_per_step: 4, responses_per_prompt: 2,
+     updates_per_step: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
+arms: {opd: opd}
 evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
 """
 
@@ -96,7 +109,7 @@ def started(policy, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(started) -> str:
-    return started._pool.servers[0].url
+    return started._fleet.pool.servers[0].url
 
 
 @pytest.fixture
@@ -104,7 +117,7 @@ def attach(policy, tokenizer, url, tmp_path):
     """attach(settings): an engine on the running server."""
     found = []
 
-    def make(sync: str = "disk", **settings) -> SglangEngine:
+    def make(sync: str = "disk", needs: Needs = Needs(), other_tokenizer=None, **settings) -> SglangEngine:
         found.append(
             SglangEngine(
                 policy.chunks,
@@ -114,7 +127,8 @@ def attach(policy, tokenizer, url, tmp_path):
                 rollout_settings(sync, **settings),
                 tmp_path / str(len(found)),
                 urls=[url],
-                tokenizer=tokenizer,
+                needs=needs,
+                tokenizer=other_tokenizer or tokenizer,
             )  # fmt: skip
         )
         return found[-1]
@@ -122,6 +136,17 @@ def attach(policy, tokenizer, url, tmp_path):
     yield make
     for engine in found:
         engine.close()
+
+
+def span_gap(policy, samples, version: int) -> float:
+    """Largest difference from the trainer's log-probabilities where ``version`` wrote the tokens."""
+    worst = 0.0
+    for sample, score in zip(samples, policy.score(samples), strict=True):
+        for span in sample.policy_spans:
+            if span.version == version:
+                places = slice(span.start, span.stop)
+                worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - score[places]).max()))
+    return worst
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
@@ -142,6 +167,42 @@ def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
 @pytest.mark.parametrize("params", [{"temperature": 0.7}, {"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.6}])
 def test_log_probs_are_those_of_the_temperature_before_filters(policy, attach, params):
     assert rollout_gap(policy, attach().generate(make_requests(**params))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, {"temperature": 1.3, "stop_strings": ("= 7",)}],
+)
+def test_the_server_is_found_able_to_do_what_a_stage_needs(attach, params):
+    longest = SPEC.max_position_embeddings
+    attach(needs=Needs(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
+
+
+def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, url, tmp_path):
+    other = load_tokenizer("task:modular_arithmetic/13", tmp_path)
+    with pytest.raises(UserError, match="another tokenizer than the trainer: '.*' is .* there and .* here"):
+        attach(other_tokenizer=other)
+    with pytest.raises(UserError, match="has room for sequences of 518 tokens, and the stage has some of 600"):
+        attach(needs=Needs(600))
+    with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
+        Checks(
+            dataclasses.replace(SPEC, max_position_embeddings=4096), Needs(4000, top_k=2), rollout_settings().sglang,
+            dtype="float32", tokenizer=None, attached=True,
+        ).score_longest(url, "any")  # fmt: skip
+    for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
+        checks = Checks(
+            dataclasses.replace(SPEC, vocab_size=size), Needs(), rollout_settings().sglang, dtype="float32",
+            tokenizer=tokenizer, attached=True,
+        )  # fmt: skip
+        with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
+            checks.compare(url)
+    with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
+        Checks(SPEC, Needs(), rollout_settings().sglang, dtype="bfloat16", tokenizer=None, attached=True).compare(url)
+    tokenizer_here = copy.deepcopy(tokenizer)
+    tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
+    with pytest.raises(UserError, match="another chat template"):
+        attach(other_tokenizer=tokenizer_here)
+    assert rollout_gap(policy, attach().generate(make_requests())) < 1e-4
 
 
 def test_greedy_responses_are_those_of_the_engine_in_the_process(policy, attach):
@@ -210,6 +271,100 @@ def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
         assert top.log_tail[1:] == pytest.approx(rest, abs=1e-2)
 
 
+@pytest.mark.parametrize("ahead", ["wait", "continue"])
+def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy, attach, ahead):
+    engine = attach(ahead=ahead)
+    requests = make_requests(prompts=3, groups=2, max_new_tokens=100, stop_token_ids=())
+    engine.generate(make_requests())  # so that what comes next starts at once
+    engine.begin(requests)
+    time.sleep(0.3)
+    old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
+    change(policy, 0.02)
+    engine.push(policy.chunks, old_version + 1)
+    samples = engine.generate(requests)
+    assert [sample.id for sample in samples] == [request.id for request in requests]
+    assert {sample.response_length for sample in samples} == {100}
+    versions = {span.version for sample in samples for span in sample.policy_spans}
+    if ahead == "continue":
+        assert versions == {old_version, old_version + 1}
+    else:
+        assert versions == {old_version}
+    gaps = {old_version + 1: span_gap(policy, samples, old_version + 1)}
+    with torch.no_grad():
+        for parameter, values in zip(policy.chunks[0].parameters(), old, strict=True):
+            parameter.copy_(values)
+    gaps[old_version] = span_gap(policy, samples, old_version)
+    assert max(gaps.values()) < 1e-4, gaps
+    engine.push(policy.chunks, old_version)
+
+
+def test_the_first_groups_to_be_complete_are_taken_and_the_others_carried_over(policy, attach):
+    engine = attach()
+    requests = make_requests(prompts=4, groups=2, max_new_tokens=150, stop_token_ids=())
+    requests = [
+        request if request.group in (0, 3) else dataclasses.replace(request, params=SamplingParams(3, ()))
+        for request in requests
+    ]
+    first = engine.generate(requests, num_groups=2)
+    assert {sample.group for sample in first} == {1, 2}
+    rest = engine.generate([request for request in requests if request.group in (0, 3)], num_groups=2)
+    assert sorted(sample.id for sample in first + rest) == sorted(request.id for request in requests)
+    assert rollout_gap(policy, first + rest) < 1e-4
+
+
+def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
+    engine = attach(release_memory=True)
+    for version in (1, 2):
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.rest()
+        change(policy, 0.01)
+        engine.push(policy.chunks, version)
+    engine.rest()
+    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
+def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, tmp_path):
+    settings = rollout_settings(replicas=2, router=True, recoveries=1)
+    engine = SglangEngine(
+        policy.chunks, SPEC, policy.layout, policy.score, settings, tmp_path, tokenizer=tokenizer
+    )  # fmt: skip
+    try:
+        fleet = engine._fleet
+        workers = f"{fleet.pool.router.url}/workers"
+        servers = fleet.pool.servers
+        samples = engine.generate(make_requests(prompts=12, groups=2))
+        assert rollout_gap(policy, samples) < 1e-4
+        assert {worker["url"] for worker in httpx.get(workers).json()["workers"]} == {s.url for s in servers}
+        change(policy, 0.02)
+        engine.push(policy.chunks, 3)
+        assert rollout_gap(policy, engine.generate(make_requests(prompts=12, groups=2))) < 1e-4
+        counts = [json.loads(httpx.get(f"{s.url}/server_info").text)["internal_states"][0] for s in servers]
+        assert len(counts) == 2
+        # A server that missed an update gets no traffic.
+        servers[1].problem = "it missed an update"
+        fleet._route()
+        assert [worker["url"] for worker in httpx.get(workers).json()["workers"]] == [servers[0].url]
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.push(policy.chunks, 4)
+        assert len(httpx.get(workers).json()["workers"]) == 2
+    finally:
+        engine.close()
+
+
+def test_a_served_teachers_top_k_is_that_of_the_teacher_in_the_trainer(policy, attach):
+    samples = attach().generate(make_requests(prompts=6, groups=2))
+    engine = attach(needs=Needs(40, top_k=6))
+    batches, update = policy.pack(samples, {}), UpdateBatch(samples, {})
+    served = ServedTopK(policy, ServedTeachers({None: engine}), 6, "bucket").distributions(update, batches)
+    inside = TopKTeacher(policy, ByDomain({None: policy}), 6, "teacher", "bucket").distributions(update, batches)
+    for batch, one, other in zip(batches, served, inside, strict=True):
+        rows = batch.response_mask
+        assert rows.any() and (one.ids[rows] == other.ids[rows]).float().mean() > 0.99  # but for ties
+        assert torch.allclose(one.log_probs[rows], other.log_probs[rows].float(), atol=1e-4)
+        assert torch.allclose(one.log_tail_mass[rows].exp(), other.log_tail_mass[rows].float().exp(), atol=1e-5)
+
+
 def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [url, tmp_path, tmp_path / "out.json"]
@@ -236,18 +391,54 @@ def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
     assert len(rows) == 3
     for row in rows:
         assert row["rollout_kl"] < 1e-6 and row["probe_gap"] < 1e-4 and row["push_gb_per_second"] > 0
+    for row in rows + metrics(tmp_path / "run", "stages/opd"):
+        assert row["rollout_gap_mean"] <= row["rollout_gap_max"] < 1e-4
+        assert sum(share for name, share in row.items() if name.startswith("rollout_gap_at/")) == pytest.approx(1)
     assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
 
 
+def outward_address() -> str | None:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        return None if probe.getsockname()[0].startswith("127.") else probe.getsockname()[0]
+
+
 @pytest.mark.slow
-def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path):
+@pytest.mark.skipif(outward_address() is None, reason="this machine has no address but loopback")
+def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
+    """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
+    where = (policy.chunks, SPEC, policy.layout, policy.score)
+    settings = rollout_settings(arguments=["--host", "0.0.0.0"])
+    first = SglangEngine(*where, settings, tmp_path / "first", tokenizer=tokenizer)
+    try:
+        port = first._fleet.pool.servers[0].url.rpartition(":")[2]
+        urls = [f"http://{outward_address()}:{port}"]
+        engine = SglangEngine(
+            *where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer
+        )
+        change(policy, 0.02)
+        engine.push(policy.chunks, 5)
+        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+        engine.close()
+    finally:
+        first.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [{"granularity": "sampled"}, {"granularity": "topk", "support": "teacher", "top_k": 6}]
+)
+def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path, method):
     config = yaml.safe_load(WORKFLOW)
     shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "prompts_per_step", "sampling", "optimizer")}
     config["stages"]["teacher"] = {"like": "base", "steps": 60}
     config["stages"]["opd"] = shared | {
-        "type": "opd", "init": "base", "teacher": "teacher", "granularity": "sampled", "steps": 3,
-        "responses_per_prompt": 2,
-    }  # fmt: skip
+        "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "responses_per_prompt": 2,
+    } | method  # fmt: skip
     config["arms"] = {"opd": "opd"}
     rows = {}
     for engine in ("trainer", "sglang"):
@@ -261,9 +452,69 @@ def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp
     assert len(rows["sglang"]) == 3
     for one, other in zip(rows["trainer"], rows["sglang"], strict=True):
         assert one["response_length"] == other["response_length"]
-        for name in ("loss", "advantage_mean", "advantage_abs_mean", "grad_norm"):
+        for name in ("loss", "grad_norm", "kl", *[name for name in one if "advantage" in name or "captured" in name]):
             assert other[name] == pytest.approx(one[name], abs=1e-4), name
-    assert any(row["advantage_abs_mean"] > 0.01 for row in rows["trainer"])
+    assert any(abs(row["kl"]) > 0.01 for row in rows["trainer"])
+
+
+def server_pid(url: str) -> int:
+    """Of the process behind ``url``, not of its watch."""
+    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {url.rpartition(':')[2]} "
+    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
+    return int(pid)
+
+
+@pytest.mark.slow
+def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, attach, url):
+    """A scheduler that gets no processor time still runs it when the weights come; SGLang would end itself then."""
+    engine = attach()
+    command = ["pgrep", "-P", str(server_pid(url)), "-f", "sglang::scheduler"]
+    scheduler = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
+    os.kill(scheduler, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/generate", json=body, timeout=1.0)
+        os.kill(scheduler, signal.SIGCONT)
+        time.sleep(0.02)  # it begins
+        os.kill(scheduler, signal.SIGSTOP)
+        time.sleep(6.0)  # the server notices that nobody waits
+        threading.Timer(1.0, os.kill, (scheduler, signal.SIGCONT)).start()
+        engine.push(policy.chunks, 3)
+    finally:
+        os.kill(scheduler, signal.SIGCONT)
+    assert started._fleet._processes[0].is_alive and not engine._fleet.pool.problems
+    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["off", "continue"])
+def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
+    """Statistically: other random numbers, so every arm within four standard errors, and rewards that rise alike."""
+    config = {"base": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
+    truncate = {"importance": {"mode": "truncate"}}
+    config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
+    found = {}
+    for engine in ("megatron", "sglang"):
+        config["rollout"] = {"engine": engine, "max_kl": 0.01, "sglang": {"ahead": ahead, "oversampling": 1.25}}
+        if ahead == "off":
+            config["rollout"]["sglang"]["oversampling"] = 1.0
+        path = tmp_path / f"{engine}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        finished = s2d("run", path, "--out", tmp_path / engine)
+        assert finished.returncode == 0, finished.stderr
+        found[engine] = json.loads((tmp_path / engine / "results.json").read_text())["arms"]
+        print(engine, ahead, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in found[engine].items()})
+    for name, arm in found["megatron"].items():
+        other = found["sglang"][name]
+        error = (arm["std_err"] ** 2 + other["std_err"] ** 2) ** 0.5
+        assert abs(arm["avg_at_k"] - other["avg_at_k"]) < 4 * error, name
+    rewards = {
+        engine: [row["reward"] for row in metrics(tmp_path / engine, "stages/rl_teacher")] for engine in found
+    }
+    assert all(np.mean(row[-2:]) > np.mean(row[:2]) for row in rewards.values()), rewards
+    rows = metrics(tmp_path / "sglang", "stages/rl_teacher")
+    assert all(row["staleness_max"] == 0 for row in rows) if ahead == "off" else rows[-1]["staleness_max"] >= 1
 
 
 @pytest.mark.slow
@@ -273,13 +524,11 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     change(policy, 0.02)
     started.push(policy.chunks, 77)
     clean = started.generate(requests)
-    (process,), (server,) = started._processes, started._pool.servers
+    (process,), (server,) = started._fleet._processes, started._fleet.pool.servers
     old = server.url
-    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {old.rpartition(':')[2]} "  # the server, not its watch
-    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
-    threading.Timer(0.2, os.kill, (int(pid), signal.SIGKILL)).start()
+    threading.Timer(0.2, os.kill, (server_pid(old), signal.SIGKILL)).start()
     again = started.generate(requests)
-    assert server.url != old and started._processes[0] is not process
+    assert server.url != old and started._fleet._processes[0] is not process
     with pytest.raises(httpx.ConnectError):
         httpx.get(old)
     assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]

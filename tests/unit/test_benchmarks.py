@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps run with tiny models on a CPU, and the GPU script's results become one file and tables."""
+"""The benchmarks of whole steps run with tiny models on a CPU; results of the GPU script become one file and tables."""
 
 import importlib
 import json

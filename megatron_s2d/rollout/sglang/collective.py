@@ -32,3 +32,12 @@ def from_all[Value](value: Value) -> list[Value]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def to_group[Value](values: list[Value], group: dist.ProcessGroup) -> list[Value]:
+    """``values`` of the first rank of ``group``, on all its ranks."""
+    if group.size() == 1:
+        return values
+    box = [values]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 _SECONDS = 1800.0  # loading a large checkpoint takes minutes
+IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 
 
 class PushFailed(Exception):
@@ -45,6 +46,29 @@ class Servers:
             raise PushFailed(f"{url}{path}: {type(error).__name__}") from None
         if reply.status_code != 200:
             raise PushFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
+
+    def release_memory(self) -> dict[str, str]:
+        """Have every server give its GPU memory back; address -> why one did not."""
+        futures = {url: self._threads.submit(self._release_memory, url) for url in self.urls}
+        concurrent.futures.wait(futures.values())
+        return {url: str(error) for url, future in futures.items() if (error := future.exception()) is not None}
+
+    def _release_memory(self, url: str) -> None:
+        # A server that is not idle does not survive the request; its caches can be emptied only when it is.
+        self._post(url, f"/flush_cache?timeout={IDLE_SECONDS}", {})
+        self._post(url, "/release_memory_occupation", {})
+
+    def digests(self) -> dict[str, str]:
+        """Address -> digest of the weights that a server holds, for servers that can give one (on a GPU)."""
+        futures = {url: self._threads.submit(self._digest, url) for url in self.urls}
+        return {url: found for url, future in futures.items() if (found := future.result())}
+
+    def _digest(self, url: str) -> str:
+        try:
+            reply = self._client.post(f"{url}/weights_checker", json={"action": "checksum"})
+            return reply.json().get("per_engine_checksum", "") if reply.status_code == 200 else ""
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return ""
 
     def ranks(self) -> list[int]:
         """Ranks of each server: its tensor times its pipeline parallelism."""

@@ -40,10 +40,14 @@ def probe_samples(spec: ModelSpec) -> list[Sample]:
     ]
 
 
+def named_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """What SGLang calls given tokens: it scores the last token of a vocabulary rightly, but names it 0."""
+    return [0 if token == vocab_size - 1 else token for token in token_ids]
+
+
 def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -> np.ndarray:
     """[length] float32: log-probability of each given token at temperature 1, 0 for the first; may be ``BadReply``."""
-    # SGLang scores the last token of a vocabulary rightly, but names it 0.
-    ids = [0 if token == vocab_size - 1 else token for token in sequence.tolist()]
+    ids = named_ids(sequence.tolist(), vocab_size)
     scored = reply.meta_info.input_token_logprobs
     if reply.output_ids or len(scored) != len(ids):
         raise BadReply(f"{len(scored)} scores of {len(ids)} tokens, and {len(reply.output_ids)} new tokens")

@@ -7,6 +7,7 @@ allowed token happens to be a stop token has ended ("stop"; SGLang says "length"
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import uuid
 from collections.abc import Sequence
@@ -42,6 +43,38 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int]) -> str: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a good reply agrees with."""
+
+    weight_version: str  # that the server reports
+    version: int  # that samples are credited to
+    vocab_size: int
+    tokenizer: Decoder | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Partial:
+    """The beginning of a response; r tokens of it."""
+
+    token_ids: np.ndarray  # [r] int64
+    log_probs: np.ndarray  # [r] float32, of these tokens when they were sampled
+    versions: np.ndarray  # [r] int64, of the weights that sampled them
+
+    @classmethod
+    def empty(cls) -> Partial:
+        """Nothing yet."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+    def with_more(self, token_ids: Sequence[int], log_probs: np.ndarray, version: int) -> Partial:
+        """This and what ``version`` wrote after it."""
+        return Partial(
+            np.concatenate([self.token_ids, np.array(token_ids, dtype=np.int64)]),
+            np.concatenate([self.log_probs, log_probs]),
+            np.concatenate([self.versions, np.full(len(token_ids), version)]),
+        )
+
+
 class _Reply(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="ignore")
 
@@ -53,7 +86,7 @@ class _FinishReason(_Reply):
 
 class _Meta(_Reply):
     finish_reason: _FinishReason
-    prompt_tokens: int
+    prompt_tokens: int = -1  # not said of a request that was given up while it waited
     completion_tokens: int
     weight_version: str
     output_token_logprobs: list[Scored] = []
@@ -68,11 +101,12 @@ class GenerateReply(_Reply):
     meta_info: _Meta
 
 
-def generate_body(request: Request) -> dict[str, Any]:
-    """The body of POST /generate for one response; every call has a request id of its own."""
+def generate_body(request: Request, before: Partial | None = None) -> dict[str, Any]:
+    """The body of POST /generate for one response, or for the rest of it; every call has a request id of its own."""
     params = request.params
+    written = [] if before is None else before.token_ids.tolist()
     sampling: dict[str, Any] = {
-        "max_new_tokens": params.max_new_tokens,
+        "max_new_tokens": params.max_new_tokens - len(written),
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
@@ -86,7 +120,7 @@ def generate_body(request: Request) -> dict[str, Any]:
         sampling["ignore_eos"] = True
     if params.stop_strings:
         sampling["stop"] = list(params.stop_strings)
-    token_ids = request.prompt.token_ids.tolist()
+    token_ids = request.prompt.token_ids.tolist() + written
     rid = f"{request.id}~{_unique()}"
     return {"rid": rid, "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
 
@@ -130,33 +164,62 @@ def _parse(adapter: pydantic.TypeAdapter, content: bytes) -> Any:
         raise BadReply(f"{where + ': ' if where else ''}{first['msg']}") from None
 
 
-def to_sample(
-    request: Request, reply: GenerateReply, *, weight_version: str, version: int, vocab_size: int,
-    tokenizer: Decoder | None,
-) -> Sample:  # fmt: skip
-    """The sample that ``reply`` brings; raises ``BadReply``, ``StaleWeights`` or ``ShortContext``."""
+def to_sample(request: Request, reply: GenerateReply, expected: Expected, before: Partial | None = None) -> Sample:
+    """The sample that ``reply`` completes; raises ``BadReply``, ``StaleWeights`` or ``ShortContext``."""
     meta, ids, params = reply.meta_info, reply.output_ids, request.params
-    if meta.weight_version != weight_version:
-        raise StaleWeights(f"weights '{meta.weight_version}' instead of '{weight_version}'")
     if meta.finish_reason.type == "abort":
+        _check_version(reply, expected)
         raise BadReply(f"the server gave the request up ({meta.finish_reason.message or 'no reason given'})")
-    if meta.prompt_tokens != len(request.prompt.token_ids):
+    before = before or Partial.empty()
+    whole = _checked(request, reply, expected, before)
+    if meta.prompt_tokens != len(request.prompt.token_ids) + len(before.token_ids):
         raise BadReply(f"{meta.prompt_tokens} prompt tokens for a prompt of {len(request.prompt.token_ids)}")
-    if not 1 <= len(ids) <= params.max_new_tokens or meta.completion_tokens != len(ids):
-        raise BadReply(f"{len(ids)} tokens ({meta.completion_tokens} counted) of at most {params.max_new_tokens}")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise BadReply(f"a token outside of the vocabulary of {vocab_size}")
-    log_probs = checked_log_probs(meta.output_token_logprobs, ids)
+    if not ids:
+        raise BadReply("no tokens")
     stops = [place for place, token in enumerate(ids) if token in params.stop_token_ids]
     if stops and stops[0] != len(ids) - 1:
         raise BadReply(f"the response goes on after the stop token {ids[stops[0]]}")
-    ended = bool(stops) or (bool(params.stop_strings) and _contains(tokenizer, ids, params.stop_strings))
+    ended = bool(stops) or (bool(params.stop_strings) and _contains(expected.tokenizer, ids, params.stop_strings))
     if not ended and meta.finish_reason.type == "stop":
         raise BadReply(f"stopped at token {ids[-1]}, which is no stop token of the request")
-    if not ended and len(ids) < params.max_new_tokens:
-        raise ShortContext(f"{len(ids)} tokens of {params.max_new_tokens}: the server's context is too short")
-    response = np.array(ids, dtype=np.int64)
-    return sample_of(request, response, log_probs, "stop" if ended else "length", version)
+    if not ended and len(whole.token_ids) < params.max_new_tokens:
+        raise ShortContext(
+            f"{len(whole.token_ids)} tokens of {params.max_new_tokens}: the server's context is too short"
+        )
+    return sample_of(request, whole.token_ids, whole.log_probs, "stop" if ended else "length", whole.versions)
+
+
+def to_partial(
+    request: Request, reply: GenerateReply, expected: Expected, before: Partial | None = None
+) -> Partial | None:
+    """What there is of a response that was given up; None where nothing can be gone on from.
+
+    A response with stop strings is begun anew: one that begins in these tokens would not be seen in the next ones.
+    """
+    if request.params.stop_strings:
+        return None
+    try:
+        whole = _checked(request, reply, expected, before or Partial.empty())
+    except BadReply:
+        return None
+    room = request.params.max_new_tokens - len(whole.token_ids)
+    return None if not room or set(reply.output_ids) & set(request.params.stop_token_ids) else whole
+
+
+def _checked(request: Request, reply: GenerateReply, expected: Expected, before: Partial) -> Partial:
+    """``before`` and the reply's tokens, which are from the expected weights and scored one by one."""
+    _check_version(reply, expected)
+    meta, ids, most = reply.meta_info, reply.output_ids, request.params.max_new_tokens - len(before.token_ids)
+    if len(ids) > most or meta.completion_tokens != len(ids):
+        raise BadReply(f"{len(ids)} tokens ({meta.completion_tokens} counted) of at most {most}")
+    if ids and (min(ids) < 0 or max(ids) >= expected.vocab_size):
+        raise BadReply(f"a token outside of the vocabulary of {expected.vocab_size}")
+    return before.with_more(ids, checked_log_probs(meta.output_token_logprobs, ids), expected.version)
+
+
+def _check_version(reply: GenerateReply, expected: Expected) -> None:
+    if reply.meta_info.weight_version != expected.weight_version:
+        raise StaleWeights(f"weights '{reply.meta_info.weight_version}' instead of '{expected.weight_version}'")
 
 
 def checked_log_probs(scored: Sequence[Scored], ids: Sequence[int]) -> np.ndarray:

@@ -18,6 +18,8 @@ from megatron_s2d.rollout.sglang.client import Pool
 from megatron_s2d.rollout.sglang.probes import scored_tokens
 from megatron_s2d.rollout.sglang.protocol import BadReply, GenerateReply, StaleWeights
 
+_ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right to about their last digit
+
 
 @dataclasses.dataclass(frozen=True)
 class TopTokens:
@@ -25,7 +27,7 @@ class TopTokens:
 
     ids: np.ndarray  # [length, k] int64; row 0 speaks of nothing and is 0
     log_probs: np.ndarray  # [length, k] float32
-    log_tail: np.ndarray  # [length] float32, log of the mass of all other tokens; -inf where there is none
+    log_tail: np.ndarray  # [length] float32, log of the mass of all other tokens (see ``_log_tail``); -inf for none
 
 
 def check_temperature(samples: Sequence[Sample]) -> None:
@@ -85,8 +87,20 @@ def _top(sequence: np.ndarray, reply: GenerateReply, vocab_size: int, k: int) ->
             raise BadReply(f"likeliest tokens {ids[place].tolist()[:8]} are not different tokens of the vocabulary")
     if (np.diff(log_probs[1:], axis=1) > 0).any():
         raise BadReply("likeliest tokens are not in order")
-    with np.errstate(divide="ignore"):
-        rest = np.log(np.maximum(0.0, 1.0 - np.exp(log_probs.astype(np.float64)).sum(axis=1)))
-    log_tail = np.where(k == vocab_size, -np.inf, rest).astype(np.float32)
+    log_tail = _log_tail(log_probs, vocab_size)
     log_tail[0] = 0.0
     return TopTokens(ids, log_probs, log_tail)
+
+
+def _log_tail(log_probs: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[length] float32: log of the mass beyond the k likeliest tokens, log_probs [length, k] in falling order.
+
+    What float32 log-probabilities leave of 1 is not known below their rounding: a smaller rest counts as that, but not
+    as more than if all other tokens were as likely as the last one. So it is 0 for a whole vocabulary only.
+    """
+    others = vocab_size - log_probs.shape[1]
+    if not others:
+        return np.full(len(log_probs), -np.inf, dtype=np.float32)
+    rest = 1.0 - np.exp(log_probs.astype(np.float64)).sum(axis=1)
+    bound = np.log(others) + log_probs[:, -1]
+    return np.minimum(np.log(np.maximum(rest, _ROUNDING)), bound).astype(np.float32)

@@ -12,6 +12,7 @@ import datetime
 import io
 import json
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Sequence
@@ -55,8 +56,10 @@ class DiskSender:
     """Writes a Hugging Face directory, one file a bucket, and has the servers read it under the same path."""
 
     def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
-        """``directory`` holds one version at a time; ``tokenizer`` may be None."""
+        """``directory`` holds one version between pushes; ``tokenizer`` may be None."""
         self._parent, self._spec, self._tokenizer = directory, spec, tokenizer
+        self._path: Path | None = None  # being written
+        self._count = 0
         self._weight_map: dict[str, str] = {}
         self._num_bytes = self._num_files = 0
         self.complete: Path | None = None  # the last version that was written whole
@@ -67,13 +70,15 @@ class DiskSender:
         if last:
             body = {"model_path": str(self.complete.resolve()), "weight_version": label, "flush_cache": True}
             finish(servers.post("/update_weights_from_disk", body))
+            self._keep(self.complete)
 
     def write(self, bucket: Bucket, label: str, *, last: bool) -> None:
-        """One more file of version ``label``; with the last one the directory is ``complete`` and older ones go."""
-        path = self._parent / label
+        """One more file of version ``label``; with the last one the directory is ``complete``."""
+        if self._path is None:
+            # Another name with every try: a server that was given up may still read what an earlier one left.
+            self._path, self._count = self._parent / f"{label}.{self._count}", self._count + 1
+        path = self._path
         with disk_errors(path):
-            if not self._weight_map and path.exists():
-                shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             name = f"model-{self._num_files:05d}.safetensors"
             # Cloned, because the tensors of a bucket are views of one, which the format does not allow.
@@ -91,15 +96,21 @@ class DiskSender:
         (path / "config.json").write_text(json.dumps(hf_config_from_spec(self._spec, dtype)), encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
-        for other in self._parent.iterdir():
-            if other != path:
-                shutil.rmtree(other)
-        self.complete = path
+        self._keep(path, self.complete)
+        self.complete, self._path = path, None
         self.forget()
 
+    def _keep(self, *paths: Path | None) -> None:
+        """Remove the other versions: all but the newest once every server has read that, all but two before."""
+        for other in self._parent.iterdir():
+            if other not in paths:
+                shutil.rmtree(other)
+
     def forget(self) -> None:
-        """Begin a new directory with the next bucket."""
-        self._weight_map, self._num_bytes, self._num_files = {}, 0, 0
+        """Begin a new directory with the next bucket; one that is not complete goes."""
+        if self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+        self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
 
 
 class TensorSender:
@@ -165,14 +176,14 @@ class BroadcastSender:
             self._group = None
 
     def _join(self, servers: Servers) -> None:
-        counts = servers.ranks()
+        counts, host = servers.ranks(), own_address(servers.urls)
         world_size, backend, seconds = 1 + sum(counts), device.backend(), datetime.timedelta(seconds=_GROUP_SECONDS)
-        store = dist.TCPStore(_HOST, 0, world_size, True, seconds, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, world_size, True, seconds, wait_for_workers=False)
         self._name = f"weights-{uuid.uuid4().hex[:12]}"
 
         def body(place: int) -> dict[str, Any]:
             return {
-                "master_address": _HOST,
+                "master_address": host,
                 "master_port": store.port,
                 "rank_offset": 1 + sum(counts[:place]),
                 "world_size": world_size,
@@ -199,11 +210,29 @@ class BroadcastSender:
         finish(joined)
 
 
+def own_address(urls: Sequence[str]) -> str:
+    """Address under which the servers at ``urls`` reach this machine: loopback where all of them are on it."""
+    remote = [httpx.URL(url) for url in urls if not _is_local(url)]
+    if not remote:
+        return _HOST
+    try:
+        target = socket.getaddrinfo(remote[0].host, remote[0].port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(target[4])  # sends nothing; the system chooses the interface
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise PushFailed(f"{remote[0]}: no way to that machine ({error})") from None
+
+
 def refuse_remote(urls: Sequence[str]) -> None:
-    """Weights by tensor or group are offered on this machine's loopback interface only."""
+    """Shared memory is of one machine."""
     for url in urls:
-        if httpx.URL(url).host not in (_HOST, "localhost"):
+        if not _is_local(url):
             raise UserError(
-                f"rollout.sglang.urls: {url} is another machine, which only sync: disk reaches (through a directory "
-                "that both see); set rollout.sglang.sync: disk"
+                f"rollout.sglang.urls: {url} is another machine, which sync: tensor does not reach; set "
+                "rollout.sglang.sync: distributed, or disk (through a directory that both see)"
             )
+
+
+def _is_local(url: str) -> bool:
+    return httpx.URL(url).host in (_HOST, "localhost")

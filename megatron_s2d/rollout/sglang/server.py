@@ -1,7 +1,7 @@
 """SGLang server processes on this machine: started, watched, killed with everything they started.
 
-Servers bind to the loopback interface. Their output goes to a log file; an error names it. Left out: weights after the
-start (``sync.py``), requests (``client.py``).
+Servers bind to the loopback interface, and so does the router that can stand in front of them. Their output goes to a
+log file; an error names it. Left out: weights after the start (``senders.py``), requests (``client.py``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -22,10 +23,62 @@ from megatron_s2d.parallel.launch import child_environment
 _HOST = "127.0.0.1"
 _FOLDER = Path(__file__).parent
 _STOP_SECONDS = 20.0
+_ROUTER_SECONDS = 60.0
+_HEALTH_SECONDS = 30.0  # the server itself waits for its token for 20 and says so then
 
 
-class ServerProcess:
-    """One server; it ends at ``close``, and also when this process ends in whatever way."""
+class _Process:
+    """A command; it ends at ``close``, and also when this process ends in whatever way."""
+
+    name = "process"
+
+    def __init__(self, command: Sequence[str], log: Path, added: dict[str, str], path: Path | None = None):
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_FOLDER / "watch.py"), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=child_environment(added, path),
+            )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs; one that hangs does."""
+        return self._process.poll() is None
+
+    def is_ready(self) -> bool:
+        """Whether it answers."""
+        raise NotImplementedError
+
+    def wait(self, deadline: float) -> None:
+        """Until it answers; ``UserError`` when it has ended or ``time.monotonic()`` is past ``deadline``."""
+        while not self.is_ready():
+            if not self.is_alive:
+                raise UserError(f"the {self.name} ended while it started ({_last_words(self.log)}); see {self.log}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the {self.name} is not ready after rollout.sglang.start_seconds; see {self.log}, or allow more"
+                )
+            time.sleep(0.25)
+
+    def close(self) -> None:
+        """End it and its children."""
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class ServerProcess(_Process):
+    """One server."""
+
+    name = "SGLang server"
 
     def __init__(
         self,
@@ -44,7 +97,6 @@ class ServerProcess:
         model: Hugging Face directory. number: of the replica, which decides its GPUs. weight_version: what the server
         reports until weights are pushed. positions: of the model. max_tokens: keys and values held, on a CPU.
         """
-        self.log = log
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
         cuda = device.capabilities().cuda
@@ -58,6 +110,7 @@ class ServerProcess:
         added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if cuda:
             command += ["--base-gpu-id", str(settings.first_gpu + number * settings.tensor_parallel_size)]
+            command += ["--enable-memory-saver"] if settings.release_memory else []
         else:
             added["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
@@ -66,49 +119,76 @@ class ServerProcess:
         if settings.deterministic:
             command.append("--enable-deterministic-inference")
         command += settings.arguments
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, str(_FOLDER / "watch.py"), *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=child_environment(added, None if cuda else _FOLDER / "cpu_stand_in"),
-            )
+        super().__init__(command, log, added, None if cuda else _FOLDER / "cpu_stand_in")
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs; one that hangs does."""
-        return self._process.poll() is None
+    def is_ready(self) -> bool:
+        """Whether the server generates."""
+        return is_healthy(self.url)
 
-    def wait(self, deadline: float) -> None:
-        """Until the server answers; ``UserError`` when it has ended or ``time.monotonic()`` is past ``deadline``."""
-        while not is_healthy(self.url):
-            if not self.is_alive:
-                raise UserError(f"the SGLang server ended while it started ({_last_words(self.log)}); see {self.log}")
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"the SGLang server is not ready after rollout.sglang.start_seconds; see {self.log}, or allow more"
-                )
-            time.sleep(0.25)
 
-    def close(self) -> None:
-        """End the server and its children."""
-        self._process.stdin.close()
+class Router(_Process):
+    """sglang-router in front of servers; it sends requests to the ``workers`` that it was given and to no others."""
+
+    name = "sglang-router"
+
+    def __init__(self, settings: SglangConfig, log: Path):
+        """Start without servers (``wait`` says when it is ready)."""
+        port = _free_port()
+        self.url = f"http://{_HOST}:{port}"
+        # Retries, health and circuits are looked after here, where every reply is checked.
+        command = [
+            settings.python or sys.executable, "-m", "sglang_router.launch_router",
+            "--host", _HOST, "--port", str(port),
+            "--prometheus-host", _HOST, "--prometheus-port", str(_free_port()),
+            "--policy", "cache_aware", "--request-timeout-secs", str(int(settings.request_seconds) + 60),
+            "--disable-retries", "--disable-circuit-breaker", "--disable-health-check", "--log-level", "warn",
+        ]  # fmt: skip
+        super().__init__(command, log, {})
+
+    def is_ready(self) -> bool:
+        """Whether the router can be told of servers."""
         try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            return httpx.get(f"{self.url}/workers", timeout=5.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def serve(self, urls: Sequence[str]) -> str:
+        """Send requests to the servers at ``urls`` only; returns why that is not so, if it is not."""
+        deadline, asked = time.monotonic() + _ROUTER_SECONDS, set()
+        try:
+            with httpx.Client(base_url=self.url, timeout=30.0, trust_env=False) as client:
+                while True:
+                    workers = {worker["url"]: worker["id"] for worker in client.get("/workers").json()["workers"]}
+                    if workers.keys() == set(urls):
+                        return ""
+                    if time.monotonic() > deadline:
+                        return f"the router serves {sorted(workers)} instead of {sorted(urls)}"
+                    # Both are carried out later; each is asked for once.
+                    for url in set(urls) - workers.keys() - asked:
+                        client.post("/workers", json={"url": url})
+                    for url in workers.keys() - set(urls) - asked:
+                        client.delete(f"/workers/{workers[url]}")
+                    asked |= workers.keys() ^ set(urls)
+                    time.sleep(0.1)
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            return f"the router does not answer as expected ({type(error).__name__})"
 
 
-def is_healthy(url: str, seconds: float = 20.0) -> bool:
-    """Whether the server at ``url`` is started and generates; the check is one token."""
-    try:
-        return httpx.get(f"{url}/health_generate", timeout=seconds).status_code == 200
-    except httpx.HTTPError:
-        return False
+def is_healthy(url: str, *, checks: int = 1) -> bool:
+    """Whether the server at ``url`` is started and generates; a check is one token.
+
+    checks: how often a server is asked that takes connections and does not answer well, because it hangs or because
+    it (or its machine) is loaded; starting another one would make the latter worse.
+    """
+    for _ in range(checks):
+        try:
+            if httpx.get(f"{url}/health_generate", timeout=_HEALTH_SECONDS, trust_env=False).status_code == 200:
+                return True
+        except httpx.ConnectError:
+            return False
+        except httpx.HTTPError:
+            pass
+    return False
 
 
 def _free_port() -> int:

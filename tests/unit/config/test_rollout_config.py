@@ -33,10 +33,14 @@ evaluation: {prompts: problems, sampling: {max_response_tokens: 8}}
 """
 
 
-def workflow(rollout: dict, opd: dict | None = None, **others) -> WorkflowConfig:
+TRUNCATE = {"mode": "truncate"}
+
+
+def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, **others) -> WorkflowConfig:
     document = yaml.safe_load(WORKFLOW) | {"rollout": rollout} | others
     document["stages"] = {name: {"role": name, **stage} for name, stage in document["stages"].items()}
     document["stages"]["opd"] |= opd or {}
+    document["stages"]["grpo"] |= grpo or {}
     return parse(WorkflowConfig, document, "test.yaml")
 
 
@@ -49,6 +53,8 @@ def workflow(rollout: dict, opd: dict | None = None, **others) -> WorkflowConfig
         ({"urls": {"student": ["http://a:1"]}, "deterministic": True}, "deterministic is a setting of started servers"),
         ({"sync": "carrier pigeon"}, "'disk', 'distributed' or 'tensor'"),
         ({"attempts": 0}, "greater than or equal to 1"),
+        ({"oversampling": 0.5}, "greater than or equal to 1"),
+        ({"release_memory": True, "ahead": "wait"}, "have no memory while the trainer works: set ahead: off"),
         ({"replica": 2}, "did you mean 'replicas'"),
     ],
 )
@@ -81,11 +87,34 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
 
 def test_a_served_teacher_has_conditions():
     for change, message in [
-        ({"granularity": "full"}, "needs granularity: sampled"),
+        ({"granularity": "full"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk", "support": "union"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"granularity": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_tokens": 8}},
+         "sampling.temperature 1"),
         ({"sampling": {"temperature": 0.7, "max_response_tokens": 8}}, "sampling.temperature 1"),
     ]:
         with pytest.raises(UserError, match=message):
             workflow({}, {"teacher_engine": "sglang"} | change)
+    for change in ({}, {"granularity": "topk", "support": "teacher", "divergence": "forward_kl"}):
+        assert workflow({}, {"teacher_engine": "sglang"} | change).stages["opd"].teacher_engine == "sglang"
+
+
+@pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"oversampling": 1.5}])
+def test_responses_of_older_weights_must_be_corrected_for(sglang):
+    rollout = {"engine": "sglang", "sglang": sglang}
+    with pytest.raises(UserError, match="stages.grpo: with rollout.sglang.ahead or oversampling responses come from older"):
+        workflow(rollout)
+    full = {"granularity": "full"}  # needs no correction: a distribution is compared, whoever wrote the tokens
+    workflow(rollout, full, grpo={"importance": TRUNCATE})
+    workflow({"engine": "megatron", "sglang": sglang})
+
+
+def test_oversampling_has_conditions():
+    rollout = {"engine": "sglang", "sglang": {"oversampling": 1.5}}
+    truncate = {"importance": TRUNCATE}
+    with pytest.raises(UserError, match="dynamic_sampling_rounds goes with rollout.sglang.oversampling: 1 only"):
+        workflow(rollout, truncate, grpo=truncate | {"dynamic_sampling_rounds": 2})
 
 
 def test_another_engine_runs_again_what_was_sampled_and_nothing_else(tmp_path):
@@ -98,6 +127,10 @@ def test_another_engine_runs_again_what_was_sampled_and_nothing_else(tmp_path):
             workflow({}, {"teacher_engine": "sglang"}),
         )
     ]
+    ahead = {"engine": "sglang", "sglang": {"ahead": "wait"}}
+    older = workflow(ahead, {"importance": TRUNCATE}, grpo={"importance": TRUNCATE})
     plain, served, same, teacher = keys
+    assert served["stages/base"] == {job.id: job.key for job in make_plan(older, tmp_path)}["stages/base"]
+    assert served["stages/grpo"] != {job.id: job.key for job in make_plan(older, tmp_path)}["stages/grpo"]
     assert {name for name in plain if plain[name] != served[name]} == {"stages/grpo", "stages/opd", "evaluations/opd"}
     assert same == served and teacher == plain

@@ -123,8 +123,8 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
     (batch,) = pack(
         samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True
     )
-    assert batch.indices == (1, 0) and batch.lengths == (4, 2) and batch.shape == (8, 1)
-    assert batch.bounds.tolist() == [0, 4, 6, 8] and batch.bounds.dtype == torch.int32 and batch.longest == 4
+    assert batch.indices == (1, 0) and batch.deal.lengths == (4, 2) and batch.shape == (8, 1)
+    assert batch.bounds.tolist() == [0, 4, 6, 8] and batch.bounds.dtype == torch.int32 and batch.deal.longest == 4
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
     assert batch.padding_mask.tolist() == [[False] * 6 + [True] * 2]
     assert batch.labels.tolist() == [6, 7, 8, 0, 4, 0, 0, 0]
@@ -142,7 +142,7 @@ def test_a_packed_micro_batch_without_samples_is_a_sequence_of_padding():
     batches = [pack([sample([1], [2])], weights={}, max_tokens=10, data_rank=rank, data_size=2, multiple=4, packed=True)
                for rank in (0, 1)]  # fmt: skip
     empty = next(batch for (batch,) in batches if not batch.indices)
-    assert empty.bounds.tolist() == [0, 4] and empty.longest == 4 and empty.num_tokens == 0
+    assert empty.bounds.tolist() == [0, 4] and empty.deal.longest == 4 and empty.num_tokens == 0
     assert empty.padding_mask.all() and empty.per_sample(empty.labels) == []
 
 

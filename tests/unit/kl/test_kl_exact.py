@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kl_problems import ALL, MIXTURES, Problem, combined, make_problem, reference, relative
 
+from megatron_s2d.kl import fused
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence, vocab_parallel_entropy, vocab_parallel_log_probs
 from megatron_s2d.kl.reference import dense_outputs
@@ -61,6 +62,16 @@ def test_float64_equals_autograd(names, beta, mode):
     found = computed(problem, names, beta, mode=mode)
     assert_same(found, reference(problem, names, beta), problem.mask, 1e-13, 1e-12)
     assert bool((found[3][problem.vocab_size :] == 0).all()), "padding rows of the output layer got a gradient"
+
+
+@pytest.mark.parametrize("mode", ["fused", "recompute"])
+@pytest.mark.parametrize("kept", [2, 3, 100])
+def test_chunks_that_share_a_product(monkeypatch, kept, mode):
+    """As on a GPU: gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
+    monkeypatch.setitem(fused._CHUNKS_PER_PRODUCT, "cpu", kept)
+    problem = make_problem(rows=23)
+    found = computed(problem, ALL, None, mode=mode)
+    assert_same(found, reference(problem, ALL, None), problem.mask, 1e-13, 1e-12)
 
 
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])
@@ -222,7 +233,9 @@ def test_no_row_counts():
     assert float(loss) == 0.0 and not hidden.any() and not weight.any() and not outputs.entropy.any()
 
 
-def test_chunk_of_tokens_whose_loss_is_constant_takes_no_gradient():
+@pytest.mark.parametrize("kept", [1, 3])
+def test_chunk_of_tokens_whose_loss_is_constant_takes_no_gradient(monkeypatch, kept):
+    monkeypatch.setitem(fused._CHUNKS_PER_PRODUCT, "cpu", kept)
     problem = make_problem(rows=9, masked=())
 
     def gated(outputs, rows):

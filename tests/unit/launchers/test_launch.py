@@ -257,12 +257,11 @@ def test_servers_get_nodes_of_their_own(place, served):
     done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
     calls = (place / "calls").read_text().splitlines()
-    (serving,) = [line for line in calls if "server.sh" in line]
+    serving = [line for line in calls if "server.sh" in line]
     (training,) = [line for line in calls if "rank.sh" in line]
-    assert (
-        "--nodes=2|--ntasks=4|--ntasks-per-node=2|--nodelist=b,c|" in serving
-        and f"{place / 'my model'}|520|" in serving
-    )
+    for line, node in zip(sorted(serving), "bc", strict=True):
+        assert f"--nodes=1|--ntasks=2|--ntasks-per-node=2|--nodelist={node}|" in line
+        assert f"{place / 'my model'}|520|{node}|" in line
     assert "--nodes=1 --ntasks=1".replace(" ", "|") in training and "--nodelist=a|" in training
     addresses = ",".join(f"http://{host}:{port}" for host in "bc" for port in (30000, 30001))
     assert f"--set|rollout.sglang.urls.student=[{addresses}]|" in training
@@ -275,9 +274,39 @@ def test_servers_get_nodes_of_their_own(place, served):
     assert subprocess.run(["bash", "-n", directory / "server.sh"]).returncode == 0
 
 
+def test_a_server_can_span_nodes(place, served):
+    """Two servers of two nodes each: every node has its rank, and the first one's address is the server's."""
+    arguments = ["--cluster-set", "server_nodes={student: 4}", "--cluster-set", "gpus_per_node=2"]
+    arguments += ["--set", "rollout.sglang.tensor_parallel_size=4"]
+    assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
+    (directory,) = Path("run/launch").iterdir()
+    calls = shlex.quote(str(place / "calls"))
+    program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\nd\\ne\\n'")
+    program(place / "bin", "srun", f"printf '%s|' \"$@\" >>{calls}; echo >>{calls}")
+    program(place / "bin", "curl", "true")
+    script = directory.absolute() / "01-run.sbatch"
+    done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-5]", SLURM_JOB_ID="7")
+    assert done.returncode == 0, done.stderr
+    lines = (place / "calls").read_text().splitlines()
+    serving = sorted(line for line in lines if "server.sh" in line)
+    for line, nodes in zip(serving, ("b,c", "d,e"), strict=True):
+        assert f"--nodes=2|--ntasks=2|--ntasks-per-node=1|--nodelist={nodes}|" in line
+        assert line.endswith(f"|520|{nodes[0]}|")
+    (training,) = [line for line in lines if "rank.sh" in line]
+    assert "--set|rollout.sglang.urls.student=[http://b:30000,http://d:30000]|" in training
+    text = (directory / "server.sh").read_text()
+    assert '--tensor-parallel-size 4 ' in text and '--nnodes 2 --node-rank "$SLURM_NODEID"' in text
+    assert '--dist-init-addr "$3:29400"' in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            ["--cluster-set", "server_nodes={student: 3}", "--cluster-set", "gpus_per_node=1"],
+            "a server of 'student' takes 2 nodes (2 GPUs, 1 a node), and 3 is no multiple",
+        ),
+        (["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.sglang.sync=tensor"], "disk or distributed"),
         (["--cluster-set", "server_nodes={teacher: 1}"], "model 'teacher' has no `path`"),
         (["--cluster-set", "server_nodes={pupil: 1}"], "'pupil' is not among `models`"),
         (["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.engine=megatron"], "samples without servers"),

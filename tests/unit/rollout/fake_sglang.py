@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -46,8 +47,20 @@ class FakeServer:
         self.faults: collections.deque[str] = collections.deque()
         self.score_faults: collections.deque[str] = collections.deque()  # of coming requests that score
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
+        self.health_faults: collections.deque[str] = collections.deque()  # of coming health checks
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
+        self.info = {"tp_size": 1, "pp_size": 1}
+        self.model: dict = {"is_generation": True, "preferred_sampling_params": None}
+        self.tokenizer = None  # None: the server tokenizes nothing
+        self.template = None
+        self.original_log_probs = False  # of sampled tokens at temperature 1, whatever they are sampled at
+        self.cap: int | None = None  # of likeliest tokens
+        self.longest: int | None = None  # prompt
         self.released = threading.Event()  # lets requests go that hang
+        # holds(body, n): whether a request waits before its n-th token, until it is aborted or no longer held
+        self.holds: Callable[[dict, int], bool] = lambda body, n: False
+        self.aborted: set[str] = set()
+        self.digests: Iterator[str] = iter(())  # that it gives of its weights, one after the other
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,7 +90,10 @@ class FakeServer:
                 except (BrokenPipeError, ConnectionResetError, ValueError):
                     self.close_connection = True  # the client has given up
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 256  # of connections that come at the same time; beyond it they wait a second
+
+        self._http = Listener(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
@@ -89,29 +105,56 @@ class FakeServer:
 
     def get(self, path: str) -> tuple[int, bytes]:
         if path == "/server_info":
-            return 200, b'{"tp_size": 1, "pp_size": 1}'
+            return 200, json.dumps(self.info | {"skip_tokenizer_init": self.tokenizer is None}).encode()
+        if path == "/model_info":
+            return 200, json.dumps(self.model).encode()
+        if path == "/health_generate" and self.health_faults:
+            return int(self.health_faults.popleft()), b""
         return 200, b""
 
     def post(self, path: str, body: dict) -> tuple[int, bytes]:
         if path == "/generate":
             return self.generate(body)
         fault = self.control_faults.get(path)
+        if fault == "400":
+            return 400, b"refused"
         if fault == "500":
             return 500, b"broken"
         if fault == "hang":
             self.released.wait(30)
         if fault == "drop":
             raise ConnectionAbortedError
+        if path == "/weights_checker":
+            digest = next(self.digests, None)
+            return (400, b"no CUDA") if digest is None else (200, json.dumps({"per_engine_checksum": digest}).encode())
+        if path == "/abort_request":
+            self.aborted.add(body["rid"])
+        if path == "/v1/chat/completions":
+            return self.chat(body)
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":
+            self.seen_versions = sorted(path.name for path in Path(body["model_path"]).parent.iterdir())
             self.weight_version = body["weight_version"]
             if fault != "ignore":
                 self.embedding = read_embedding(Path(body["model_path"]))
         return 200, b'{"success": true, "message": ""}'
 
+    def chat(self, body: dict) -> tuple[int, bytes]:
+        if self.template is None:
+            return 400, b"no template"
+        ids = self.tokenizer(self.template + body["messages"][0]["content"])["input_ids"]
+        return 200, json.dumps({"choices": [{"prompt_token_ids": ids}]}).encode()
+
     def generate(self, body: dict) -> tuple[int, bytes]:
+        if wanted := body.get("token_ids_logprob"):
+            return (200, b"{}") if max(wanted) < len(self.embedding) else (400, b"out-of-vocabulary token id")
+        if "text" in body:
+            rows = [self.tokenizer(text)["input_ids"] for text in body["text"]]
+            return self.scores({"input_ids": rows})
         if isinstance(body["input_ids"][0], list):
+            if self.longest is not None and max(map(len, body["input_ids"])) > self.longest:
+                return 400, b"the input is longer than the model's context length"
             return self.scores(body)
         fault = self.faults.popleft() if self.faults else None
         if fault == "die":
@@ -156,7 +199,7 @@ class FakeServer:
         return 200, json.dumps(reply).encode()
 
     def scores(self, body: dict) -> tuple[int, bytes]:
-        k = body.get("top_logprobs_num", 0)
+        k = min(body.get("top_logprobs_num", 0), self.cap or len(self.embedding))
         replies = [self.score(ids, k) for ids in body["input_ids"]]
         fault = self.score_faults.popleft() if self.score_faults else None
         meta = replies[0]["meta_info"]
@@ -189,9 +232,15 @@ class FakeServer:
         last = ids[-1]
         scored = []
         while len(output) < params["max_new_tokens"]:
+            while self.holds(body, len(output)) and body["rid"] not in self.aborted:
+                time.sleep(0.01)
+            if body.get("rid") in self.aborted:
+                reason = {"type": "abort", "message": "Aborted"}
+                break
             row = np.exp(table[last])
             token = int(generator.choice(len(row), p=row / row.sum()))
-            scored.append([float(table[last, token]), token, None])
+            reported = log_prob_table(self.embedding) if self.original_log_probs else table
+            scored.append([float(reported[last, token]), token, None])
             output.append(token)
             last = token
             # As SGLang does: the limit is looked at before the stop tokens.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import json
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from megatron_s2d.config.training import SglangConfig  # noqa: E402
 from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.client import Expected, Pool  # noqa: E402
+from megatron_s2d.rollout.sglang.client import Pool  # noqa: E402
+from megatron_s2d.rollout.sglang.generation import Generation  # noqa: E402
+from megatron_s2d.rollout.sglang.protocol import Expected, Partial, parse_reply, to_partial  # noqa: E402
 
 VOCAB_SIZE, EOS = 19, 3
 EXPECTED = Expected("v7", 7, VOCAB_SIZE)
@@ -53,7 +57,7 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
 
 def ask(servers, requests, settings=SETTINGS, progress=None):
     pool = Pool([server.url for server in servers], settings)
-    return pool, pool.generate(requests, EXPECTED, progress)
+    return pool, Generation(pool, requests, EXPECTED, progress=progress).result()
 
 
 def posts(server, path="/generate") -> list[dict]:
@@ -233,3 +237,106 @@ def test_no_more_requests_are_in_flight_than_allowed(servers):
     servers[0].generate = counted
     ask(servers[:1], make_requests(prompts=3, groups=3), settings)
     assert most == 2
+
+
+# ---------------------------------------------------------------------- interrupted, and gone on with
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_interrupted_response_goes_on_with_later_weights(servers):
+    server = servers[0]
+    held = set()
+    server.holds = lambda body, n: n == 3 and not held.add(body["rid"])
+    requests = make_requests(prompts=2, groups=2, stop_token_ids=(), max_new_tokens=8)
+    pool = Pool([server.url], SETTINGS)
+    generation = Generation(pool, requests, EXPECTED)
+    wait_for(lambda: len(held) == 4)
+    generation.interrupt()
+    outcome = generation.result()
+    assert not outcome.samples and not outcome.failures and sorted(outcome.partials) == [0, 1, 2, 3]
+    first = log_prob_table(server.embedding)
+    server.embedding = np.random.default_rng(5).normal(0, 0.1, server.embedding.shape).astype(np.float32)
+    server.weight_version, server.holds = "v8", lambda body, n: False
+    second = log_prob_table(server.embedding)
+    later = Generation(pool, requests, Expected("v8", 8, VOCAB_SIZE), partials=outcome.partials).result()
+    assert sorted(later.samples) == [0, 1, 2, 3]
+    for place, sample in later.samples.items():
+        written, start = len(outcome.partials[place].token_ids), sample.prompt_length
+        assert written == 3 and sample.response_length == 8 and sample.finish_reason == "length"
+        assert sample.policy_spans == (
+            PolicySpan(start, start + written, 7),
+            PolicySpan(start + written, start + 8, 8),
+        )
+        previous, own = sample.token_ids[start - 1 : -1], sample.token_ids[start:]
+        expected = np.concatenate([first[previous, own][:written], second[previous, own][written:]])
+        assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
+    sent = [body for body in posts(server) if body["sampling_params"]["max_new_tokens"] < 8]
+    assert len(sent) == 4  # each asked for what was missing, with what was there in its prompt
+
+
+def test_the_first_groups_to_be_complete_end_the_others(servers):
+    for server in servers:
+        server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
+    requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
+    outcome = Generation(Pool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2).result()
+    assert sorted(outcome.samples) == [0, 1, 4, 5] and not outcome.failures
+    assert set(outcome.partials) <= {2, 3}
+    aborted = [body["rid"] for server in servers for body in posts(server, "/abort_request")]
+    assert {rid.partition("#")[0] for rid in aborted} == {"p1"}
+
+
+def test_a_generation_that_is_interrupted_at_once_loses_nothing(servers):
+    for server in servers:
+        server.holds = lambda body, n: True
+    requests = make_requests()
+    generation = Generation(Pool([server.url for server in servers], SETTINGS), requests, EXPECTED)
+    generation.interrupt()
+    outcome = generation.result()
+    assert not outcome.samples and not outcome.failures
+    generation.interrupt()  # once more is no error
+
+
+def test_a_response_with_stop_strings_begins_anew(servers):
+    class Words:
+        def decode(self, ids):
+            return "x" * len(ids)
+
+    held = set()
+    servers[0].holds = lambda body, n: n == 2 and not held.add(body["rid"])
+    requests = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
+    expected = Expected("v7", 7, VOCAB_SIZE, Words())
+    generation = Generation(Pool([servers[0].url], SETTINGS), requests, expected)
+    wait_for(lambda: held)
+    generation.interrupt()
+    assert not generation.result().partials
+
+
+@pytest.mark.parametrize("ids", [[1, EOS, 2], [1, 99], [1] * 7])
+def test_an_interrupted_reply_is_checked_like_any_other(ids):
+    (request,) = make_requests(prompts=1, groups=1)
+    reply = parse_reply(
+        json.dumps(
+            {
+                "output_ids": ids,
+                "meta_info": {
+                    "finish_reason": {"type": "abort"},
+                    "completion_tokens": len(ids),
+                    "weight_version": "v7",
+                    "output_token_logprobs": [[-1.0, token, None] for token in ids],
+                },
+            }
+        ).encode()
+    )
+    assert to_partial(request, reply, EXPECTED) is None
+    before = Partial.empty().with_more([5], np.array([-2.0], np.float32), 6)
+    reply.output_ids, reply.meta_info.completion_tokens = [4], 1
+    reply.meta_info.output_token_logprobs = [(-1.0, 4, None)]
+    longer = to_partial(request, reply, EXPECTED, before)
+    assert longer.token_ids.tolist() == [5, 4]
+    assert (longer.log_probs.tolist(), longer.versions.tolist()) == ([-2, -1], [6, 7])

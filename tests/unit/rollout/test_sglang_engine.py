@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
+from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_s2d.models.build import build_model  # noqa: E402
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
 from megatron_s2d.models.weights import export_weights  # noqa: E402
@@ -31,8 +33,10 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed  #
 from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.sglang.checks import Needs  # noqa: E402
+from megatron_s2d.rollout.sglang.control import PushFailed  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.senders import refuse_remote  # noqa: E402
+from megatron_s2d.rollout.sglang.senders import own_address, refuse_remote  # noqa: E402
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
@@ -71,9 +75,9 @@ def toy_score(chunks):
     """The trainer's own forward, for the toy model."""
 
     def score(samples):
-        table = log_prob_table(embedding_of(chunks)).astype(np.float32)
         found = []
         for sample in samples:
+            table = log_prob_table(embedding_of(chunks), sample.temperature or 1.0).astype(np.float32)
             values = np.zeros(len(sample.token_ids), np.float32)
             values[1:] = table[sample.token_ids[:-1], sample.token_ids[1:]]
             found.append(np.where(sample.response_mask, values, 0))
@@ -82,10 +86,14 @@ def toy_score(chunks):
     return score
 
 
-def make_engine(chunks, layout, directory, servers=(), **settings) -> SglangEngine:
+def make_engine(
+    chunks, layout, directory, servers=(), needs=Needs(), tokenizer=None, **settings
+) -> SglangEngine:
     rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
     urls = [server.url for server in servers]
-    return SglangEngine(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls)
+    return SglangEngine(
+        chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
+    )
 
 
 def make_requests(prompts=4, groups=3) -> list[Request]:
@@ -129,9 +137,24 @@ def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_pat
     assert engine.metrics()["probe_gap"] < 1e-5 and engine.metrics()["push_gb_per_second"] > 0
     assert "GB/s" in capsys.readouterr().out
     paths = [path for path, _ in servers[0].log if path != "/generate"]
-    assert paths == ["/pause_generation", "/update_weights_from_disk", "/continue_generation"] * 2
+    push = ["/pause_generation", "/flush_cache?timeout=120", "/update_weights_from_disk", "/continue_generation"]
+    assert paths == [*push, "/weights_checker"] * 2
     engine.close()
     assert not (tmp_path / "weights").exists()
+
+
+def test_replicas_whose_digests_differ_get_the_weights_again(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    servers[0].digests, servers[1].digests = itertools.repeat("a"), itertools.chain(["b"], itertools.repeat("a"))
+    for server in servers:
+        server.log.clear()
+    engine.push(chunks, 1)
+    assert not engine._fleet.pool.problems and next(servers[1].digests) == "a"
+    for server in servers:
+        assert [path for path, _ in server.log].count("/update_weights_from_disk") == 2
+    servers[1].digests = itertools.repeat("c")
+    with pytest.raises(UserError, match="digest of its weights is not that of the other servers"):
+        engine.push(chunks, 2)
 
 
 def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp_path):
@@ -199,6 +222,45 @@ def test_requests_that_keep_failing_stop_with_one_line(chunks, layout, servers, 
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_weights_come_only_once_nothing_runs(chunks, layout, servers, tmp_path):
+    """SGLang ends itself when it has to forget old keys and values and a request still runs."""
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    for server in servers:
+        server.log.clear()
+        server.control_faults["/flush_cache?timeout=120"] = "400"
+    with pytest.raises(UserError, match="no SGLang server holds the current weights .*flush_cache"):
+        engine.push(chunks, 1)
+    assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
+
+
+def test_weights_stay_until_every_server_has_read_newer_ones(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    engine.push(chunks, 1)
+    assert len(servers[0].seen_versions) == 2  # the older ones, and those that are read now
+    (kept,) = (path.name for path in (tmp_path / "weights").iterdir())
+    servers[1].control_faults["/update_weights_from_disk"] = "500"
+    for version in (2, 3, 4):  # servers that are in trouble may still read; older versions do not pile up
+        engine.push(chunks, version)
+        assert len(list((tmp_path / "weights").iterdir())) == 2
+    servers[1].control_faults.clear()
+    engine.push(chunks, 4)
+    assert len({kept, *(path.name for path in (tmp_path / "weights").iterdir())}) == 2
+
+
+def test_a_slow_server_is_not_given_up(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    servers[0].weight_version = "another"  # so that it is looked after
+    servers[0].health_faults.extend(["503", "503"])
+    engine.generate(make_requests())
+    engine.push(chunks, 1)
+    assert not engine._fleet.pool.problems and not servers[0].health_faults
+    servers[0].weight_version = "another"
+    servers[0].health_faults.extend(["503"] * 3)
+    engine.generate(make_requests())
+    engine.push(chunks, 2)
+    assert list(engine._fleet.pool.problems) == [servers[0].url]
+
+
 def test_a_prompt_that_would_harm_a_server_is_refused_here(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers)
     request = make_requests()[0]
@@ -220,7 +282,10 @@ def test_given_tokens_are_scored_with_the_pushed_weights(chunks, layout, servers
             row = table[sample.token_ids[place - 1]]
             assert top.ids[place].tolist() == np.argsort(-row)[:4].tolist()
             assert top.log_probs[place] == pytest.approx(np.sort(row)[::-1][:4], rel=1e-5)
-            assert top.log_tail[place] == pytest.approx(np.log(1 - np.exp(np.sort(row)[::-1][:4]).sum()), abs=1e-3)
+            rest = 1 - np.exp(np.sort(row)[::-1][:4]).sum()
+            if rest > 1e-3:
+                assert top.log_tail[place] == pytest.approx(np.log(rest), abs=1e-3)
+            assert np.exp(top.log_tail[place]) == pytest.approx(rest, abs=2e-6)
     whole = engine.top_tokens(samples, VOCAB_SIZE)
     assert all(np.isneginf(top.log_tail[1:]).all() for top in whole)
 
@@ -250,9 +315,107 @@ def test_samples_of_a_temperature_are_not_scored(chunks, layout, servers, tmp_pa
         engine.score(samples)
 
 
-def test_tensors_and_groups_stay_on_this_machine():
+def test_tensors_stay_on_this_machine():
     with pytest.raises(UserError, match="http://10.0.0.2:30000 is another machine"):
         refuse_remote(["http://localhost:1", "http://10.0.0.2:30000"])
+
+
+def test_a_group_is_met_where_its_servers_reach_the_trainer():
+    assert own_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    assert own_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
+    with pytest.raises(PushFailed, match="no way to that machine"):
+        own_address(["http://no-such-machine.invalid:1"])
+
+
+# ---------------------------------------------------------------- what a server must be
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer("task:modular_arithmetic", tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"is_generation": False}}, "serves embeddings"),
+        ({"model": {"architectures": ["LlamaForCausalLM"]}}, "a LlamaForCausalLM, and the model is a Qwen3ForCausalLM"),
+        ({"model": {"preferred_sampling_params": {"temperature": 0.6, "min_p": 0.1}}}, r"of its own .*\(min_p\)"),
+        ({"info": {"max_req_input_len": 90}}, "room for sequences of 94 tokens, and the stage has some of 100.* 108"),
+        ({"info": {"dtype": "bfloat16"}}, "has dtype bfloat16, and the trainer computes in float32"),
+        ({"info": {"dtype": "auto", "quantization": "fp8"}}, "has quantization fp8"),
+    ],
+)
+def test_a_server_that_differs_is_named_before_it_gets_weights(chunks, layout, servers, tmp_path, fields, message):
+    for name, value in fields.items():
+        setattr(servers[1], name, value)
+    with pytest.raises(UserError, match=message) as error:
+        make_engine(chunks, layout, tmp_path, servers, needs=Needs(max_length=100))
+    assert servers[1].url in str(error.value) and "\n" not in str(error.value)
+    assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
+
+
+@pytest.mark.parametrize("size", [VOCAB_SIZE - 1, VOCAB_SIZE + 1])
+def test_a_server_of_another_vocabulary_is_named(chunks, layout, servers, tmp_path, size):
+    servers[0].embedding = np.zeros((size, 4), np.float32)
+    with pytest.raises(UserError, match=f"vocabulary of another size than the model's {VOCAB_SIZE}"):
+        make_engine(chunks, layout, tmp_path, servers)
+
+
+def test_a_precision_may_differ_where_the_tolerance_is_given(chunks, layout, servers, tmp_path):
+    servers[0].info = {"dtype": "bfloat16"}
+    make_engine(chunks, layout, tmp_path, servers, probe_tolerance=0.1)
+
+
+class OtherTokenizer:
+    """As ``tokenizer``, but for the ids of two tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text):
+        return {"input_ids": [{9: 10, 10: 9}.get(token, token) for token in self.tokenizer(text)["input_ids"]]}
+
+
+def test_tokenizer_and_template_are_compared(chunks, layout, servers, tmp_path, tokenizer):
+    for server in servers:
+        server.tokenizer, server.template = tokenizer, ""
+    needs = Needs(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
+    make_engine(chunks, layout, tmp_path, servers, needs, tokenizer).close()
+    servers[1].template = "3 "
+    with pytest.raises(UserError, match="another chat template"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+    servers[1].template, servers[1].tokenizer = None, OtherTokenizer(tokenizer)
+    with pytest.raises(UserError, match=r"another tokenizer .*'7 8' is \[10, 9\] there and \[9, 10\] here"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+    servers[1].tokenizer = None
+    with pytest.raises(UserError, match="no tokenizer, which stop strings need"):
+        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+
+
+def test_the_temperature_is_proven_before_the_first_step(chunks, layout, servers, tmp_path):
+    needs = Needs(params=SamplingParams(6, (3,), temperature=0.7))
+    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    servers[1].original_log_probs = True
+    for tolerance in (None, 50.0):  # a wide one does not hide it
+        with pytest.raises(UserError, match="at temperature 0.7 .*those of temperature 1") as error:
+            make_engine(chunks, layout, tmp_path, servers, needs, probe_tolerance=tolerance)
+        assert servers[1].url in str(error.value)
+    # At temperature 1 both are the same.
+    make_engine(chunks, layout, tmp_path, servers, Needs(params=SamplingParams(6, (3,)))).close()
+
+
+def test_caps_of_a_teachers_server_are_found_before_the_first_step(chunks, layout, servers, tmp_path):
+    needs = Needs(max_length=60, top_k=8)
+    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    servers[0].cap = 7
+    with pytest.raises(UserError, match="60 tokens, with the 8 likeliest at each, and did not: .* 7 likeliest tokens"):
+        make_engine(chunks, layout, tmp_path, servers, needs)
+    servers[0].cap, servers[0].longest = None, 59
+    for top_k in (0, 8):
+        with pytest.raises(UserError, match="sequences of 60 tokens.* longer than the model's context") as error:
+            make_engine(chunks, layout, tmp_path, servers, dataclasses.replace(needs, top_k=top_k))
+    assert servers[0].url in str(error.value)
 
 
 # ---------------------------------------------------------------- servers that the engine starts
@@ -287,7 +450,7 @@ def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(c
     change(chunks)
     engine.push(chunks, 1)
     clean = engine.generate(make_requests())
-    (server,) = engine._pool.servers
+    (server,) = engine._fleet.pool.servers
     old = server.url
     for kind, count in (("slow", 4), ("die", 1)):
         httpx.post(f"{old}/fault", json={"kind": kind, "count": count})
@@ -301,14 +464,14 @@ def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(c
 def test_one_of_two_servers_dies_and_is_back_with_the_next_push(chunks, layout, interpreter, tmp_path):
     engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
     clean = engine.generate(make_requests())
-    old = [server.url for server in engine._pool.servers]
+    old = [server.url for server in engine._fleet.pool.servers]
     httpx.post(f"{old[1]}/fault", json={"kind": "die"})
     assert tokens(engine.generate(make_requests())) == tokens(clean)  # the other one answered
-    assert [bool(server.problem) for server in engine._pool.servers] == [False, True]
+    assert [bool(server.problem) for server in engine._fleet.pool.servers] == [False, True]
     change(chunks)
     engine.push(chunks, 1)
-    new = [server.url for server in engine._pool.servers]
-    assert not engine._pool.problems and new[0] == old[0] and new[1] != old[1]
+    new = [server.url for server in engine._fleet.pool.servers]
+    assert not engine._fleet.pool.problems and new[0] == old[0] and new[1] != old[1]
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     engine.close()
@@ -321,7 +484,7 @@ def test_an_attached_server_that_is_gone_does_not_hold_up_a_push(chunks, layout,
     change(chunks)
     engine.push(chunks, 1)
     assert gap(chunks, engine.generate(make_requests())) < 1e-5
-    assert list(engine._pool.problems) == [servers[0].url]
+    assert list(engine._fleet.pool.problems) == [servers[0].url]
 
 
 def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interpreter, tmp_path):
@@ -356,3 +519,131 @@ def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
     while processes(f"--model-path {tmp_path}") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes(f"--model-path {tmp_path}")
+
+
+# ---------------------------------------------------------------------- beside training, carried over, resting
+
+
+def spans(samples) -> set[tuple[int, ...]]:
+    return {tuple(span.version for span in sample.policy_spans) for sample in samples}
+
+
+def split_gap(tables, samples) -> float:
+    """Largest difference from the log-probabilities under the weights that a sample's spans name."""
+    worst = 0.0
+    for sample in samples:
+        for span in sample.policy_spans:
+            places = np.arange(span.start, span.stop)
+            expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
+            worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))
+    return worst
+
+
+def long_requests() -> list[Request]:
+    return [
+        dataclasses.replace(request, params=SamplingParams(8, ())) for request in make_requests(prompts=2, groups=2)
+    ]
+
+
+@pytest.mark.parametrize("ahead", ["wait", "continue"])
+def test_what_the_next_step_needs_is_generated_while_the_trainer_works(chunks, layout, servers, tmp_path, ahead):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead=ahead)
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    held = set()
+
+    def hold(body, n) -> bool:
+        old = ahead == "continue" and servers[0].weight_version.endswith("-0")
+        return old and n == 3 and not held.add(body["rid"])
+
+    for server in servers:
+        server.holds = hold
+    engine.begin(long_requests())
+    while ahead == "continue" and len(held) < 4:
+        time.sleep(0.01)
+    change(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.push(chunks, 1)
+    samples = engine.generate(long_requests())
+    assert [sample.id for sample in samples] == [request.id for request in long_requests()]
+    assert spans(samples) == ({(0,)} if ahead == "wait" else {(0, 1)})
+    assert split_gap(tables, samples) < 1e-5
+    with pytest.raises(RuntimeError, match="other requests"):
+        engine.begin(long_requests())
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_generation_beside_the_trainer_is_off_unless_asked_for(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    engine.begin(long_requests())
+    asked = [body.get("rid") for server in servers for path, body in server.log if path == "/generate"]
+    assert asked and not any(isinstance(rid, str) for rid in asked)  # checks and probes alone
+    engine.close()
+
+
+def test_a_server_that_dies_beside_the_trainer_costs_no_sample(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead="continue")
+    servers[0].faults.extend(["drop"] * 100)
+    servers[0].control_faults["/abort_request"] = "drop"
+    engine.begin(make_requests())
+    time.sleep(0.2)
+    servers[0].faults.clear()
+    servers[0].control_faults.clear()
+    engine.push(chunks, 1)
+    samples = engine.generate(make_requests())
+    assert [sample.id for sample in samples] == [request.id for request in make_requests()]
+    assert not engine._fleet.pool.problems
+    engine.close()
+
+
+def test_a_refused_request_beside_the_trainer_is_an_error_when_it_is_asked_for(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, ahead="wait")
+    servers[0].faults.append("400")
+    engine.begin(make_requests())
+    engine.push(chunks, 1)
+    with pytest.raises(UserError, match="refused a request"):
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_groups_that_are_late_are_carried_over_whole(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers[:1])
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    servers[0].holds = lambda body, n: len(body["input_ids"]) in (2, 5) and n == 2
+    requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=4, groups=3)]
+    first = engine.generate(requests, num_groups=2)
+    assert [sample.group for sample in first] == [1] * 3 + [2] * 3
+    change(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.push(chunks, 1)
+    servers[0].holds = lambda body, n: False
+    rest = [request for request in requests if request.group in (0, 3)]
+    second = engine.generate(rest, num_groups=2)
+    assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
+    assert (0, 1) in spans(second) and split_gap(tables, first + second) < 1e-5
+    engine.close()
+
+
+def test_servers_rest_between_generation_and_push(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, release_memory=True)
+    for server in servers:
+        server.log.clear()
+    engine.rest()
+    engine.rest()
+    engine.push(chunks, 1)
+    assert gap(chunks, engine.generate(make_requests())) < 1e-5
+    control = [(path, body.get("tags")) for path, body in servers[0].log if path != "/generate"]
+    assert control == [
+        ("/flush_cache?timeout=120", None),
+        ("/release_memory_occupation", None),
+        ("/resume_memory_occupation", ["weights", "cuda_graph"]),
+        ("/pause_generation", None),
+        ("/flush_cache?timeout=120", None),
+        ("/update_weights_from_disk", None),
+        ("/resume_memory_occupation", ["kv_cache"]),
+        ("/continue_generation", None),
+        ("/weights_checker", None),
+    ]
+    engine.rest()
+    assert gap(chunks, engine.generate(make_requests())) < 1e-5  # the weights come back without a push, too
+    engine.close()

@@ -1,11 +1,16 @@
-"""What stops a run before an update."""
+"""What stops a run before an update, what is compared with the engine, and how updates make a row of metrics."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.train.loop import check_kl, check_rollout_kl  # noqa: E402
+from megatron_s2d.data.packing import UpdateBatch, pack  # noqa: E402
+from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective  # noqa: E402
+from megatron_s2d.records import Sample  # noqa: E402
+from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, summarise  # noqa: E402
 
 
 def test_an_engine_that_drifts_from_the_trainer_stops_the_run():
@@ -20,3 +25,44 @@ def test_a_student_that_leaves_its_teacher_stops_the_run():
     check_kl({"kl": 0.5}, 1.0, 2)
     with pytest.raises(UserError, match="above max_kl 1.0"):
         check_kl({"kl": 1.5}, 1.0, 2)
+
+
+def sample(name: str, rollout: bool) -> Sample:
+    log_probs = np.array([0, -1, -2], np.float32)
+    return Sample(
+        id=name, prompt_id=name, group=0, domain="math", seed=0, token_ids=np.array([1, 2, 3]),
+        response_mask=np.array([False, True, True]), temperature=1.0, finish_reason="stop",
+        rollout_log_probs=log_probs if rollout else None,
+    )  # fmt: skip
+
+
+def test_the_engine_is_compared_with_the_weights_that_sampled_only():
+    update = UpdateBatch([sample("a", True)], {})
+    full = divergence_objective("reverse_kl", measure_rollouts=True)
+    assert comparable(full, update, 0) is update
+    assert comparable(full, update, 1).samples[0].rollout_log_probs is None
+    # Old log-probabilities are of the weights that sampled, whatever the update.
+    assert comparable(grpo_objective(Surrogate(), kl_coefficient=0), update, 1) is update
+
+
+def test_responses_of_a_teacher_beside_the_students_are_not_compared():
+    samples = [sample("a", True), sample("b", False)]
+    (batch,) = pack(samples, weights={"divergence_weight": [0.5, 0.5]}, max_tokens=100)
+    found = batch.columns.rollout_log_probs[batch.response_mask].view(-1, 2)
+    known = found.isnan().logical_not().all(0)
+    assert known.sum() == 1 and found[:, known].flatten().tolist() == [-1, -2]
+    with pytest.raises(UserError, match="sample b has no rollout_log_probs"):
+        pack(samples, weights={"policy_weight": [0.5, 0.5]}, max_tokens=100)
+
+
+def test_a_row_has_means_of_updates_extremes_of_extremes_and_no_empty_bins():
+    reports = [
+        {"loss": 1.0, "ratio_max": 2.0, "ratio_min": 0.5, "rollout_gap_at/0.1": 0.5, "rollout_gap_at/0.3": 0.0},
+        {"loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.7, "rollout_gap_at/0.1": 0.0, "rollout_gap_at/0.3": 0.0},
+        {"loss": 5.0},
+    ]
+    row = summarise(reports, {"reward": 0.0}, 10, {"seconds": 2.0})
+    assert row == {
+        "loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.5, "rollout_gap_at/0.1": 0.25, "reward": 0.0,
+        "tokens_per_second": 5.0, "seconds": 2.0,
+    }  # fmt: skip

@@ -18,6 +18,7 @@ from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.train.loop import check_rollout_kl
 from megatron_s2d.train.policy import Policy
 
 VOCAB = 27
@@ -79,6 +80,34 @@ def method_of(layout, name: str):
     if name == "grpo":
         return grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight", None
     return divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
+def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
+    teacher = policy(layout, seed=2)
+    teacher.freeze()
+    found = {}
+    for shift in (None, 0.0, 0.3):
+        model = policy(layout)
+        model.prepare_training(OptimizerConfig(lr=1e-3), 10)
+        batch = samples()
+        if shift is not None:
+            scores = model.score(batch)
+            moved = [np.where(s.response_mask, score - shift, 0) for s, score in zip(batch, scores, strict=True)]
+            batch = [dataclasses.replace(s, rollout_log_probs=m) for s, m in zip(batch, moved, strict=True)]
+        weights = {"divergence_weight": np.full(len(batch), 0.01)}
+        batches = model.pack(batch, weights)
+        source = FullTeacher(model, ByDomain({None: teacher})).distributions(UpdateBatch(batch, weights), batches)
+        objective = divergence_objective("reverse_kl", measure_rollouts=shift is not None)
+        count = sum(len(sample.token_ids) for sample in batch)
+        report = model.forward_backward(batches, objective, source, num_tokens=count)
+        gradient = next(iter(model.trainable.chunks[0].parameters())).main_grad.clone()
+        found[shift] = report, gradient
+    for shift in (0.0, 0.3):
+        report, gradient = found[shift]
+        assert report["loss"] == found[None][0]["loss"] and torch.equal(gradient, found[None][1])
+        assert report["rollout_gap_mean"] == pytest.approx(shift, abs=1e-5)
+        assert report["rollout_kl"] == pytest.approx(math.expm1(shift) - shift, abs=1e-6)
+    check_rollout_kl(found[0.0][0], 0.01, 1)
+    with pytest.raises(UserError, match="trainer and engine differ by a KL of 0.0499 "):
+        check_rollout_kl(found[0.3][0], 0.01, 1)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])

@@ -181,18 +181,22 @@ def test_the_loss_by_hand():
     rows = 1024 * 2**20 // (4 * 128256 * 2) // 128 * 128  # of a chunk
     expected = 2 * rows * 128256 * 4 + 2 * 1024 * (4096 + 8192)  # logits, operands
     expected += 2 * 4096 * (1024 + 2048) + 4 * 128256 * 4096  # gradients of hidden states and weight
-    expected += 2 * 2 * 1024 * 128256  # gradients by logits, collected and joined
+    expected += 2 * 1024 * 128256  # gradients by logits
     assert output_workspace(part, Build(2, fused=True), batch, on_gpu=True, teacher=teacher) == expected
 
 
-def test_teacher_states_are_those_of_the_whole_update():
+def test_teacher_states_wait_in_host_memory():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     large = ModelConfig(preset="llama-3.3-70b").resolve()
     part, build = Part(spec, ParallelConfig(), 0), Build(2, fused=True)
     work = workload(64, 4096, 3072, max_tokens=8192, parallel=ParallelConfig(data_parallel_size=2))
     assert work == Workload(MicroBatch(8192, 4096, 6144), 16)
-    found = train_phase(part, build, work, on_gpu=True, teacher=TeacherStates("hidden", large))
-    assert found["teacher states"] == 32 * 4096 * 8192 * 2
+    teacher = TeacherStates("hidden", large)
+    assert train_phase(part, build, work, on_gpu=True, teacher=teacher)["teacher states"] == 0
+    # A CPU computes in that memory: the responses of the whole update, shared by tensor ranks.
+    assert train_phase(part, build, work, on_gpu=False, teacher=teacher)["teacher states"] == 32 * 3072 * 8192 * 2
+    half = Part(spec, ParallelConfig(tensor_model_parallel_size=2), 0)
+    assert train_phase(half, build, work, on_gpu=False, teacher=teacher)["teacher states"] == 16 * 3072 * 8192 * 2
 
 
 def test_keys_and_values_by_hand():

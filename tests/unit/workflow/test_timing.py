@@ -14,7 +14,7 @@ from megatron_s2d.workflow.arithmetic import Build, MicroBatch
 from megatron_s2d.workflow.estimate import Workload
 from megatron_s2d.workflow.preflight import check_workflow
 from megatron_s2d.workflow.proposal import layouts, propose
-from megatron_s2d.workflow.timing import Machine, Placed
+from megatron_s2d.workflow.timing import Machine, Placed, travelling
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 LLAMA_8B = ModelConfig(preset="llama-3.1-8b").resolve()
@@ -52,6 +52,16 @@ def test_gradients_travel_once_and_weights_come_back():
     ] == pytest.approx(expected, rel=1e-4)
     near = placed(data_parallel_size=8).train_seconds(Workload(MicroBatch(64, 64, 64), 1))["gradients and weights"]
     assert near == pytest.approx(6 * count * 7 / 8 / 450e9, rel=1e-4)
+
+
+def test_states_of_a_teacher_are_sent_once():
+    """A million response tokens of 16 KiB: 128 MiB for each of the fewer ranks, at the network's rate between nodes."""
+    teacher = ModelConfig(preset="llama-3.3-70b").resolve()
+    scorer = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2, data_parallel_size=16)
+    trainer = ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=128)
+    found = travelling(teacher, 2**20, 2, scorer, trainer)
+    assert found.bytes_sent == 2**27 and found.span == 256
+    assert found.seconds(H200) == pytest.approx(2**27 / 50e9)
 
 
 def test_tensor_parallel_traffic_by_hand():

@@ -1,0 +1,109 @@
+"""Tokens a second of the rollout phase with an SGLang server, beside SGLang's own benchmark client at the same load.
+
+    python benchmarks/rollouts.py --preset tiny-student --json OUT
+    python benchmarks/rollouts.py --preset qwen3-1.7b --precision bfloat16 --requests 512 --json OUT      (on a GPU)
+
+Both ask the same server, with as many requests in flight, for responses of a fixed length with log-probabilities to
+different random prompts. Ours also checks every reply and makes samples. Turns are taken, and the best round of each
+counts. Bar: 0.95 of the client's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.sglang.engine import SglangEngine
+from megatron_s2d.train.policy import Policy
+
+
+def requests(options: argparse.Namespace, vocab_size: int, round_number: int) -> list[Request]:
+    """Prompts that no round shares, or the server would have their keys and values already."""
+    generator = np.random.default_rng(round_number)
+    params = SamplingParams(options.response_tokens, ())
+    found = []
+    for number in range(options.requests):
+        token_ids = generator.integers(0, vocab_size, options.prompt_tokens)
+        prompt = Prompt(f"r{round_number}p{number}", token_ids, "", "math", None, None)
+        found.append(Request(f"{prompt.id}#0@0", prompt, number, number, params))
+    return found
+
+
+def client_rate(options: argparse.Namespace, url: str, tokenizer: Path, seed: int) -> float:
+    """Tokens a second that SGLang's client measures."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "out.jsonl"
+        command = [
+            options.python or sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url,
+            "--model", str(tokenizer), "--tokenizer", str(tokenizer),
+            "--dataset-name", "random-ids", "--tokenize-prompt", "--num-prompts", str(options.requests),
+            "--random-input-len", str(options.prompt_tokens), "--random-output-len", str(options.response_tokens),
+            "--random-range-ratio", "1", "--max-concurrency", str(options.concurrency), "--return-logprob",
+            "--temperature", "1", "--disable-stream", "--disable-tqdm", "--seed", str(seed), "--flush-cache",
+            "--output-file", str(output),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return json.loads(output.read_text().splitlines()[-1])["output_throughput"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny-student")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--python", help="interpreter that has sglang; without it this one")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    initialize_distributed()
+    layout = build_layout(ParallelConfig())
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tokenizer = load_tokenizer("task:modular_arithmetic", directory / "tokenizer")
+        tokenizer.save_pretrained(directory / "client")
+        spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
+        policy = Policy(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
+        settings = SglangConfig(concurrency=options.concurrency, python=options.python)
+        engine = SglangEngine(
+            policy.chunks, spec, layout, policy.score, RolloutConfig(engine="sglang", sglang=settings),
+            directory / "servers", tokenizer=tokenizer,
+        )  # fmt: skip
+        try:
+            (url,) = engine.urls
+            rates: dict[str, list[float]] = {"rollouts": [], "client": []}
+            for round_number in range(options.repeats + 1):  # the first is warm-up
+                asked = requests(options, len(tokenizer), round_number)
+                begin = time.perf_counter()
+                samples = engine.generate(asked)
+                rates["rollouts"].append(sum(s.response_length for s in samples) / (time.perf_counter() - begin))
+                rates["client"].append(client_rate(options, url, directory / "client", round_number))
+        finally:
+            engine.close()
+    best = {name: max(values[1:]) for name, values in rates.items()}
+    row = {"preset": options.preset, "precision": options.precision, "requests": options.requests,
+           "concurrency": options.concurrency, "tokens": [options.prompt_tokens, options.response_tokens],
+           "tokens_per_second": best, "ratio": best["rollouts"] / best["client"]}  # fmt: skip
+    print(json.dumps(row, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

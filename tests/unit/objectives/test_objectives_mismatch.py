@@ -1,0 +1,84 @@
+"""The gap between trainer and engine against float64 by hand, and what is left out of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from megatron_s2d.kl.outputs import TokenOutputs  # noqa: E402
+from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
+from megatron_s2d.objectives.mismatch import GAP_EDGES, GAP_PREFIX, gap_metrics  # noqa: E402
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective  # noqa: E402
+from megatron_s2d.objectives.terms import TokenColumns, merge_metrics  # noqa: E402
+
+LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1])
+DIFFERENCES = [0.0, 2e-4, -0.02, 0.7, -12.0]
+
+
+def rollout(differences=DIFFERENCES) -> torch.Tensor:
+    return (LOG_PROBS.double() - torch.tensor(differences, dtype=torch.float64)).float()
+
+
+def values(metrics) -> dict[str, float]:
+    return {name: metric.value() for name, metric in metrics.items()}
+
+
+def test_mean_max_kl_and_histogram_are_those_by_hand():
+    found = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
+    differences = np.array(DIFFERENCES)
+    assert found["rollout_gap_mean"] == pytest.approx(np.abs(differences).mean(), rel=1e-5)
+    assert found["rollout_gap_max"] == pytest.approx(12.0)
+    assert found["rollout_kl"] == pytest.approx((np.expm1(differences) - differences).mean(), rel=1e-4)
+    shares = {name: share for name, share in found.items() if name.startswith(GAP_PREFIX) and share}
+    assert shares == {f"{GAP_PREFIX}{edge}": 0.2 for edge in ("0", "0.0001", "0.01", "0.3", "10")}
+    assert len(GAP_EDGES) == 18 and list(GAP_EDGES) == sorted(GAP_EDGES)
+
+
+def test_tokens_that_do_not_count_or_that_no_engine_sampled_are_left_out():
+    active = torch.tensor([True, True, False, True, True])
+    sampled = rollout()
+    sampled[4] = math.nan
+    found = values(gap_metrics(LOG_PROBS, sampled, active))
+    assert found["rollout_gap_max"] == pytest.approx(0.7, rel=1e-5)
+    assert found["rollout_gap_mean"] == pytest.approx((0.7 + 2e-4) / 3, rel=1e-3)
+    assert sum(share for name, share in found.items() if name.startswith(GAP_PREFIX)) == pytest.approx(1.0)
+
+
+def test_parts_of_a_batch_make_the_whole():
+    whole = gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool))
+    parts = [
+        gap_metrics(LOG_PROBS[rows], rollout()[rows], torch.ones(len(rows), dtype=torch.bool))
+        for rows in (torch.tensor([0, 1]), torch.tensor([2, 3, 4]), torch.zeros(0, dtype=torch.int64))
+    ]
+    assert values(merge_metrics(parts)) == pytest.approx(values(whole))
+
+
+@pytest.mark.parametrize("tail", [None, "bucket"])
+def test_a_divergence_measures_the_engine_without_a_change_of_the_loss(tail):
+    weight = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])
+    masses = {} if tail is None else {"captured_mass": torch.ones(5), "student_captured_mass": torch.ones(5)}
+    outputs = TokenOutputs(log_probs=LOG_PROBS, reverse_kl=torch.arange(5.0), **masses)
+    columns = TokenColumns(divergence_weight=weight, rollout_log_probs=rollout())
+    plain, measuring = (divergence_objective("reverse_kl", tail=tail, measure_rollouts=on) for on in (False, True))
+    assert "log_probs" in measuring.needs and "log_probs" not in plain.needs
+    assert torch.equal(plain.token_loss(outputs, columns), measuring.token_loss(outputs, columns))
+    found = values(measuring.metrics(outputs, columns))
+    assert found["rollout_gap_max"] == pytest.approx(0.7, rel=1e-5)
+    assert not any(name.startswith("rollout") for name in plain.metrics(outputs, columns))
+    without = TokenColumns(divergence_weight=weight)
+    assert not any(name.startswith("rollout") for name in measuring.metrics(outputs, without))
+
+
+def test_grpo_measures_the_same_under_the_old_weights():
+    weight = torch.full((5,), 0.2)
+    columns = TokenColumns(
+        policy_weight=weight, advantages=torch.ones(5), old_log_probs=LOG_PROBS, rollout_log_probs=rollout()
+    )
+    outputs = TokenOutputs(log_probs=LOG_PROBS + 3.0)  # after an update
+    found = values(grpo_objective(Surrogate(), kl_coefficient=0).metrics(outputs, columns))
+    expected = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
