@@ -1,8 +1,8 @@
 """The gap between trainer and engine: two forward passes of the same weights that should give the same numbers.
 
 With p = log pi of a sampled token under the trainer and r the engine's, both at the sampling temperature and before
-top-k and top-p: gap |p - r|, and the k3 estimate exp(p - r) - (p - r) - 1 of KL(pi_engine || pi_trainer). Tokens without
-an engine's log-probability (NaN: a teacher or a data set wrote them) are left out.
+top-k and top-p: gap |p - r|, and exp(p - r) - (p - r) - 1, the k3 estimate of KL(pi_engine || pi_trainer). Tokens
+without an engine's log-probability (NaN: a teacher or a data set wrote them) are left out.
 
 Left out: what is done about the gap (``policy.py``), and what stops a run (``train/loop.py``).
 """

@@ -12,6 +12,7 @@ from rich.console import Console
 from megatron_s2d.artifacts import StageDirectory, append_line, read_json
 from megatron_s2d.workflow.contrasts import PairedComparison, evaluation_from_rows, paired_comparison
 from megatron_s2d.workflow.report import print_report, render_markdown, write_report
+from megatron_s2d.workflow.report_diagnostics import gap_shares, plot_diagnostics
 from megatron_s2d.workflow.report_html import MAX_SHOWN_CHARACTERS, visible
 from megatron_s2d.workflow.report_plots import plot_stage, running_mean
 from megatron_s2d.workflow.results import (
@@ -293,3 +294,14 @@ def test_running_mean_skips_gaps():
 def test_stage_without_curves_has_no_plot():
     assert plot_stage([]) is None and plot_stage([{"step": 1, "seconds": 2.0, "loss": None}]) is None
     assert plot_stage([{"step": 1, "loss": 2.0}]).startswith(b"\x89PNG")
+
+
+def test_the_histogram_of_gaps_is_the_mean_of_the_steps_that_measured():
+    rows = [
+        {"step": 1, "rollout_gap_at/0": 0.5, "rollout_gap_at/1e-06": 0.5},
+        {"step": 2, "rollout_gap_at/1e-06": 0.8, "rollout_gap_at/0.0003": 0.2},
+        {"step": 3, "loss": 1.0},  # cached responses only
+    ]
+    assert gap_shares(rows) == pytest.approx({0.0: 0.25, 1e-6: 0.65, 3e-4: 0.1})
+    assert list(gap_shares(rows)) == sorted(gap_shares(rows)) and gap_shares(rows[2:]) == {}
+    assert plot_diagnostics(rows).startswith(b"\x89PNG") and plot_diagnostics(rows[2:]) is None
