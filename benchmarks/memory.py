@@ -1,7 +1,9 @@
-"""Memory of a training step on a CPU beside the estimate of ``s2d plan``: what is held, and the peak of a step.
+"""Memory of a training step beside the estimate of ``s2d plan``: what is held, and the peak of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --cases dense dense-full dense-bf16 ... [--json OUT]
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/memory.py --cases tp2sp pp2 dp2 ep2
+
+On a machine with a GPU the cases are others (``GPU_CASES``), and the peak is the CUDA allocator's.
 
 Held: the storages of parameters, gradient buffers and optimizer state, walked and added. Peak: the largest sum of what
 PyTorch's CPU allocator had given out beyond that, over the events of one step (or generation) that the profiler
@@ -21,13 +23,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from device_common import draw_weights
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
@@ -67,6 +72,7 @@ class Case:
     length: int = 192
     max_tokens: int = 10**6
     does: str = "supervised"  # or opd, generate
+    fp8: str | None = None
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -105,6 +111,21 @@ CASES = {
     "opd-tp2sp": Case(DENSE, "tp2sp", does="opd"),
     "generate-tp2": Case(DENSE, "tp2", does="generate", rows=64, length=128),
 }
+
+
+MEDIUM = {"preset": "qwen3-1.7b", "vocab_size": 151_936}
+_LONG = {"precision": "bfloat16", "rows": 4, "length": 4096, "max_tokens": 8192}
+GPU_CASES = {
+    "1.7b": Case(MEDIUM, **_LONG),
+    "1.7b-full": Case(MEDIUM, recompute="full", **_LONG),
+    "1.7b-fp8": Case(MEDIUM, fp8="tensorwise", **_LONG),
+    "1.7b-opd": Case(MEDIUM, does="opd", **_LONG),
+    "1.7b-generate": Case(MEDIUM, precision="bfloat16", does="generate", rows=256, length=1024),
+}
+if device.capabilities().cuda:
+    CASES = GPU_CASES if device.capabilities().transformer_engine else {
+        name: case for name, case in GPU_CASES.items() if case.fp8 is None
+    }
 
 
 def samples(case: Case) -> list[Sample]:
@@ -149,7 +170,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Largest number of bytes allocated at one time during ``run``, beyond what was there before.
 
     What is allocated and not seen to be freed is left out: gloo frees its copies in threads that no profiler watches.
+    On a GPU the most that its allocator had given out, what was there before included.
     """
+    if device.capabilities().cuda:
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes, open_ = [], {}
@@ -177,9 +203,14 @@ def _allocations(events: Iterable) -> Iterator[tuple[int, int, int]]:
 def build_policy(model: dict, case: Case, layout, seed: int = 1) -> Policy:
     """A model of the case at its layout."""
     options = ModelConfig(recompute=case.recompute, **model)
-    return Policy(
-        options.resolve(), layout, precision=case.precision, max_tokens=case.max_tokens, seed=seed, options=options
-    )
+    on_gpu = device.capabilities().cuda
+    policy = Policy(
+        options.resolve(), layout, precision=case.precision, max_tokens=case.max_tokens, seed=None if on_gpu else seed,
+        options=options, fp8=None if case.fp8 is None else Fp8Config(recipe=case.fp8),
+    )  # fmt: skip
+    if on_gpu:
+        draw_weights(policy)
+    return policy
 
 
 def measure(case: Case) -> dict[str, object]:
@@ -187,7 +218,8 @@ def measure(case: Case) -> dict[str, object]:
     layout = build_layout(case.parallel)
     policy = build_policy(case.model, case, layout)
     part = Part(policy.spec, case.parallel, layout.pipeline_rank)
-    build = Build(4 if case.precision == "float32" else 2, fused=False, recompute=case.recompute)
+    found, size = device.capabilities(), 4 if case.precision == "float32" else 2
+    build = Build(size, fused=found.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
     if case.does == "generate":
         held, estimate = [frozen(part, build, "student")], generate_estimate(case, part, build)
         step = generation(case, policy, layout)
@@ -197,19 +229,20 @@ def measure(case: Case) -> dict[str, object]:
         held = [trained(part, build)]
         step, work, states, teacher = training(case, policy, layout)
         step()
-        train = train_phase(part, build, work, on_gpu=False, teacher=states)
-        estimate = max(train, update_phase(part, build, on_gpu=False), key=lambda found: sum(found.values()))
+        train = train_phase(part, build, work, on_gpu=found.cuda, teacher=states)
+        estimate = max(train, update_phase(part, build, on_gpu=found.cuda), key=lambda phase: sum(phase.values()))
         if teacher is not None:
             held.append(frozen(Part(teacher.spec, case.parallel, part.stage), build, "teacher"))
             policy_tensors = [*held_tensors(policy), *held_tensors(teacher)]
     tensors = list(held_tensors(policy))
     if case.does == "opd":
         tensors = policy_tensors
+    peak, there = peak_bytes(step), storages(tensors)
     return {
         "stage": part.stage,
-        "held": storages(tensors),
+        "held": there,
         "held_estimate": sum(item.total for item in held),
-        "peak": peak_bytes(step),
+        "peak": peak - there if found.cuda else peak,
         "peak_estimate": sum(estimate.values()),
         "parts": estimate,
     }
@@ -223,7 +256,8 @@ def training(case: Case, policy: Policy, layout):
     teacher = source = states = None
     objective = supervised_objective()
     if case.does == "opd":
-        teacher = build_policy(TEACHER, case, layout, seed=2)
+        model = {"preset": "qwen3-4b", "vocab_size": 151_936} if device.capabilities().cuda else TEACHER
+        teacher = build_policy(model, case, layout, seed=2)
         teacher.freeze()
         source = FullTeacher(policy, ByDomain({None: teacher}))
         states = TeacherStates("hidden", teacher.spec)

@@ -59,6 +59,9 @@ class TrainingStageConfig(ModelStageConfig):
     init: str | None = Field(None, description="stage whose final weights are the start")
     steps: int = Field(ge=1, description="number of sampling rounds (or of batches of data)")
     optimizer: OptimizerConfig = OptimizerConfig()
+    offload_optimizer: bool = Field(
+        False, description="the optimizer's state waits in host memory, and gradients are given up, between updates"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")

@@ -20,14 +20,15 @@ class Gpu:
     fp8_flops: float | None  # per second, dense; None where there is no FP8
     memory_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second to the other GPUs of the node, one direction
+    capability: tuple[int, int]  # CUDA compute capability
 
 
 GPUS = {
-    "h200": Gpu("NVIDIA H200 SXM", 141 * 10**9, 989e12, 1979e12, 4.8e12, 450e9),
-    "h100": Gpu("NVIDIA H100 SXM", 80 * 10**9, 989e12, 1979e12, 3.35e12, 450e9),
-    "a100-80": Gpu("NVIDIA A100 SXM 80 GB", 80 * 10**9, 312e12, None, 2.039e12, 300e9),
-    "b200": Gpu("NVIDIA B200 (HGX)", 180 * 10**9, 2250e12, 4500e12, 8.0e12, 900e9),
-    "l40s": Gpu("NVIDIA L40S", 48 * 10**9, 362e12, 733e12, 0.864e12, 32e9),
+    "h200": Gpu("NVIDIA H200 SXM", 141 * 10**9, 989e12, 1979e12, 4.8e12, 450e9, (9, 0)),
+    "h100": Gpu("NVIDIA H100 SXM", 80 * 10**9, 989e12, 1979e12, 3.35e12, 450e9, (9, 0)),
+    "a100-80": Gpu("NVIDIA A100 SXM 80 GB", 80 * 10**9, 312e12, None, 2.039e12, 300e9, (8, 0)),
+    "b200": Gpu("NVIDIA B200 (HGX)", 180 * 10**9, 2250e12, 4500e12, 8.0e12, 900e9, (10, 0)),
+    "l40s": Gpu("NVIDIA L40S", 48 * 10**9, 362e12, 733e12, 0.864e12, 32e9, (8, 9)),
 }
 
 

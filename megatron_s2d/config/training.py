@@ -64,6 +64,9 @@ class MicroBatchConfig(Config):
     """How samples are cut into micro-batches; never changes a gradient beyond rounding."""
 
     max_tokens: int = Field(16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)")
+    packed: bool = Field(
+        False, description="lay the sequences of a micro-batch end to end instead of padding them to the longest"
+    )
 
 
 class SglangConfig(Config):

@@ -20,6 +20,7 @@ from megatron_s2d.config.base import Config, UserError, apply_overrides, load_ya
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 
@@ -94,6 +95,7 @@ class WorkflowConfig(Config):
         "default that of the student",
     )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    fp8: Fp8Config | None = Field(None, description="layers compute in FP8 (docs/gpu.md); by default in `precision`")
     lengths: LengthConfig = LengthConfig()
     rollout: RolloutConfig = RolloutConfig()
     stages: dict[str, Stage]
@@ -109,6 +111,12 @@ class WorkflowConfig(Config):
         3600, gt=0, description="a rank that makes no progress for so long shows where it stands and ends; null: never"
     )
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
+
+    @pydantic.model_validator(mode="after")
+    def _fp8(self) -> WorkflowConfig:
+        if self.fp8 is not None and self.precision != "bfloat16":
+            raise ValueError(f"fp8 needs precision bfloat16, not {self.precision}; leave fp8 out or change precision")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _layouts(self) -> WorkflowConfig:

@@ -1,23 +1,30 @@
-"""Samples to micro-batches: dealt to data-parallel ranks by a token budget, padded, and shifted to labels (only here).
+"""Samples to micro-batches: dealt to data ranks by a token budget, laid out, and shifted to labels (only here).
 
 Every rank holds the samples of the whole update and computes the same plan, so denominators are global by construction
-and nothing here communicates. A micro-batch is padded at the end of each row: attention is causal, so no token sees the
-padding. Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the
-position that PREDICTS token ``s + 1`` of row ``b``.
+and nothing here communicates. A micro-batch has one of two layouts:
 
-Left out: sequences laid end to end and context parallelism, which need Transformer Engine.
+    padded   a row a sequence, padded at its end; attention is causal, so no token sees the padding
+    packed   one row, the sequences end to end; what is missing to a multiple follows as a sequence of padding
+
+Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the position that
+PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing. Context-parallel ranks hold
+parts of packed sequences (``parallel/context.py``), each of which is padded so that it can be cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.objectives.terms import TokenColumns
+from megatron_s2d.parallel.context import held_positions, pieces
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
@@ -37,69 +44,193 @@ class UpdateBatch:
         return sum(len(sample.token_ids) for sample in self.samples)
 
 
+@dataclasses.dataclass(frozen=True)
+class Deal:
+    """A micro-batch before it is built: which samples, and where their tokens stand in arrays [rows, length]."""
+
+    indices: tuple[int, ...]  # sequences' places in the samples; without any there is one row of padding
+    lengths: tuple[int, ...]  # tokens of each
+    domain: str | None  # of all, where samples were packed by domain
+    packed: bool = False
+    multiple: int = 1  # of the length on one context rank
+    context_size: int = 1
+
+    @functools.cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Row and column of each sequence's first token."""
+        if not self.packed:
+            return tuple((row, 0) for row in range(len(self.lengths)))
+        ends = np.cumsum([0, *map(self._taken, self.lengths)]).tolist()
+        return tuple((0, end) for end in ends[:-1])
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and their length over all context ranks."""
+        if not self.packed:
+            return max(1, len(self.lengths)), _padded(max(self.lengths, default=1), self.multiple)
+        filled = max(1, sum(map(self._taken, self.lengths)))
+        return 1, _padded(filled, whole_multiple(self.multiple, self.context_size))
+
+    @property
+    def bounds(self) -> list[int]:
+        """Of a packed one: where each sequence begins, that of the padding at the end included, and the end."""
+        filled = sum(map(self._taken, self.lengths))
+        starts = [column for _, column in self.places] + ([filled] if filled < self.shape[1] else [])
+        return [*starts, self.shape[1]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with padding."""
+        return max(np.diff(self.bounds).tolist()) if self.packed else self.shape[1]
+
+    @functools.cached_property
+    def held(self) -> np.ndarray:
+        """[context ranks, N] int64: the positions of every context rank. Positions are in the order [length, rows]."""
+        rows, length = self.shape
+        return held_positions(self.bounds if self.packed else [0, rows * length], self.context_size)
+
+    def positions(self) -> list[slice]:
+        """Where each sequence's tokens are among all positions."""
+        rows = self.shape[0]
+        return [
+            slice(column * rows + row, (column + length) * rows + row - rows + 1, rows)
+            for (row, column), length in zip(self.places, self.lengths, strict=True)
+        ]
+
+    def found_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which context rank holds each of ``positions``, and its number there."""
+        where = np.empty(self.held.size, dtype=np.int64)
+        where[self.held.reshape(-1)] = np.arange(self.held.size)
+        return np.divmod(where[positions], self.held.shape[1])
+
+    def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
+        """[rows, length] with each sequence's ``values`` ([its length], or one for all tokens) at its tokens."""
+        filled = np.full(self.shape, elsewhere, dtype=dtype)
+        for (row, column), length, own in zip(self.places, self.lengths, values, strict=True):
+            filled[row, column : column + length] = own
+        return filled
+
+    def by_predictor(self, values: np.ndarray) -> np.ndarray:
+        """[rows, length] by token -> [positions] by the one that predicts it; 0 where a position predicts nothing."""
+        shifted = np.zeros_like(values.T)
+        shifted[:-1] = values.T[1:]
+        for row, column in self.places:
+            if column:
+                shifted[column - 1, row] = 0
+        return shifted.reshape(-1)
+
+    def _taken(self, length: int) -> int:
+        """Columns that a packed sequence takes."""
+        return _padded(length, pieces(self.context_size))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward pass of one data-parallel rank; N = S * B."""
+    """One forward pass of one data-parallel rank; N = S * B, and B = 1 where it is packed.
 
-    indices: tuple[int, ...]  # rows' positions in the samples that were packed; a batch without any has one padding row
-    token_ids: torch.Tensor  # [B, S] int64
-    padding_mask: torch.Tensor  # [B, S] bool, True at padding
-    labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a row)
+    With context parallelism arrays by position are this rank's: N = S / ranks.
+    """
+
+    deal: Deal
+    context_rank: int
+    bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
+    token_ids: torch.Tensor  # [B, S] int64 (with context parallelism [1, N])
+    padding_mask: torch.Tensor  # as token_ids, bool, True at padding
+    labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a sequence)
     response_mask: torch.Tensor  # [N] bool, True where the predicted token is part of a response
     response_positions: torch.Tensor  # [N] int64, place of the predicted token in its response; 0 elsewhere
     temperature: float | torch.Tensor  # of the log-probabilities; [N] where rows differ
     columns: TokenColumns  # [N] each
-    num_tokens: int  # without padding
-    domain: str | None  # of all rows, where samples were packed by domain
+    num_tokens: int  # of this rank, without padding
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The sequences' places in the samples that were packed."""
+        return self.deal.indices
+
+    @property
+    def domain(self) -> str | None:
+        """Of all sequences, where samples were packed by domain."""
+        return self.deal.domain
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(sequence, batch)."""
+        """(sequence, batch), of this context rank."""
         return self.token_ids.shape[1], self.token_ids.shape[0]
 
+    @property
+    def num_positions(self) -> int:
+        """S * B, over all context ranks."""
+        return self.deal.held.size
+
+    def positions(self) -> list[slice]:
+        """Where each sequence's tokens are among all positions."""
+        return self.deal.positions()
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This context rank's [N, ...] of values of all positions."""
+        if self.deal.context_size == 1:
+            return whole
+        return whole[torch.from_numpy(self.deal.held[self.context_rank]).to(whole.device)]
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Values of all positions from ``parts`` [N, ...], one of each context rank."""
+        if self.deal.context_size == 1:
+            return parts[0]
+        whole = parts[0].new_zeros(self.num_positions, *parts[0].shape[1:])
+        whole[torch.from_numpy(self.deal.held.reshape(-1)).to(whole.device)] = torch.cat(list(parts))
+        return whole
+
     def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """``values`` [N, ...] of positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
+        """``values`` of all positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
 
         The inverse of the shift to labels.
         """
-        values = values.view(*self.shape, *values.shape[1:])
-        lengths = (~self.padding_mask).sum(dim=1).tolist()
         found = []
-        for row, length in enumerate(lengths[: len(self.indices)]):
-            sample = values.new_zeros(length, *values.shape[2:])
-            sample[1:] = values[: length - 1, row]
+        for place in self.positions():
+            own = values[place]
+            sample = torch.zeros_like(own)
+            sample[1:] = own[:-1]
             found.append(sample)
         return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Deal:
-    """A micro-batch before it is built: which samples, and the shape [rows, length] that they are padded to."""
-
-    indices: tuple[int, ...]
-    length: int
-    domain: str | None
-
-    @property
-    def rows(self) -> int:
-        """A micro-batch without samples has one row of padding."""
-        return max(1, len(self.indices))
-
-
 def deal(
-    samples: Sequence[Sample], *, max_tokens: int, data_size: int = 1, multiple: int = 1, by_domain: bool = False
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    data_size: int = 1,
+    multiple: int = 1,
+    packed: bool = False,
+    context_size: int = 1,
+    by_domain: bool = False,
 ) -> list[list[Deal]]:
     """The micro-batches of every data rank, the same number for each; arguments as in ``pack``."""
+    if context_size > 1 and not packed:
+        raise UserError(
+            f"context_parallel_size {context_size} cuts sequences that lie end to end: set micro_batch.packed to true"
+        )
     found: list[list[Deal]] = [[] for _ in range(data_size)]
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
         chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[place].token_ids) for place in chosen]
-        plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+        plan = plan_micro_batches(
+            [_padded(length, pieces(context_size)) for length in lengths],
+            data_size=data_size,
+            max_tokens=max_tokens * context_size,
+            multiple=whole_multiple(multiple, context_size),
+            packed=packed,
+        )
         for dealt, batches in zip(found, plan, strict=True):
             for rows in batches:
-                longest = _padded(max((lengths[row] for row in rows), default=1), multiple)
-                dealt.append(Deal(tuple(chosen[row] for row in rows), longest, domain))
+                indices, own = tuple(chosen[row] for row in rows), tuple(lengths[row] for row in rows)
+                dealt.append(Deal(indices, own, domain, packed, multiple, context_size))
     return found
+
+
+def whole_multiple(multiple: int, context_size: int) -> int:
+    """What a packed length over all context ranks is a multiple of, so that each rank's is one of ``multiple``."""
+    return multiple if context_size == 1 else context_size * math.lcm(multiple, 2)
 
 
 def pack(
@@ -110,35 +241,45 @@ def pack(
     data_rank: int = 0,
     data_size: int = 1,
     multiple: int = 1,
+    packed: bool = False,
+    context_rank: int = 0,
+    context_size: int = 1,
     by_domain: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
 
-    max_tokens: rows times padded length of one micro-batch (a longer sample gets its own). multiple: what the padded
-    length is a multiple of, for sequence parallelism. by_domain: no micro-batch holds two domains. weights: as in
-    ``UpdateBatch``.
+    max_tokens: of one micro-batch on one context rank, padding included (a longer sample gets its own). multiple: what
+    its length there is a multiple of, for sequence parallelism and FP8. packed: sequences end to end; context
+    parallelism needs it. by_domain: no micro-batch holds two domains. weights: as in ``UpdateBatch``.
     """
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
-    dealt = deal(samples, max_tokens=max_tokens, data_size=data_size, multiple=multiple, by_domain=by_domain)
-    return [_build(samples, weights, present, batch, device) for batch in dealt[data_rank]]
+    dealt = deal(
+        samples, max_tokens=max_tokens, data_size=data_size, multiple=multiple, packed=packed,
+        context_size=context_size, by_domain=by_domain,
+    )  # fmt: skip
+    return [_build(samples, weights, present, batch, context_rank, device) for batch in dealt[data_rank]]
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1
+    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1, packed: bool = False
 ) -> list[list[list[int]]]:
-    """Indices of samples by data rank and micro-batch. Samples of like length share a micro-batch; ranks get like work.
+    """Indices of samples by data rank and micro-batch, longest first; ranks get like work.
 
-    Deterministic. Where there are fewer samples than ranks, some micro-batches are empty.
+    Padded, samples of like length share a micro-batch; packed, a sample goes where it fits first. Deterministic. Where
+    there are fewer samples than ranks, some micro-batches are empty.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    size = _packed_size if packed else _padded_size
     batches: list[list[int]] = []
     for index in order:
-        # The first sample of a micro-batch is its longest.
-        if batches and (len(batches[-1]) + 1) * _padded(lengths[batches[-1][0]], multiple) <= max_tokens:
-            batches[-1].append(index)
+        open_ones = batches if packed else batches[-1:]
+        for batch in open_ones:
+            if size([lengths[other] for other in [*batch, index]], multiple) <= max_tokens:
+                batch.append(index)
+                break
         else:
             batches.append([index])
     rounds = max(1, -(-len(batches) // data_size))
@@ -149,7 +290,7 @@ def plan_micro_batches(
             continue
         half = len(batches[largest]) // 2
         batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-    cost = [len(batch) * _padded(lengths[batch[0]], multiple) if batch else 0 for batch in batches]
+    cost = [size([lengths[index] for index in batch], multiple) for batch in batches]
     by_cost = sorted(range(len(batches)), key=lambda i: (-cost[i], i))
     dealt: list[list[list[int]]] = [[] for _ in range(data_size)]
     for place, index in enumerate(by_cost):
@@ -172,58 +313,63 @@ def _padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
+def _padded_size(lengths: Sequence[int], multiple: int) -> int:
+    return len(lengths) * _padded(max(lengths, default=0), multiple)
+
+
+def _packed_size(lengths: Sequence[int], multiple: int) -> int:
+    return _padded(sum(lengths), multiple)
+
+
 def _build(
     samples: Sequence[Sample],
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
     batch: Deal,
+    context_rank: int,
     device: torch.device | str,
 ) -> MicroBatch:
-    indices, num_rows, longest = batch.indices, batch.rows, batch.length
-    rows = [samples[index] for index in indices]
-    token_ids = np.zeros((num_rows, longest), dtype=np.int64)
-    padding = np.ones((num_rows, longest), dtype=bool)
-    mask = np.zeros((num_rows, longest), dtype=bool)
-    for place, row in enumerate(rows):
-        length = len(row.token_ids)
-        token_ids[place, :length] = row.token_ids
-        padding[place, :length] = False
-        mask[place, :length] = row.response_mask
-    mask[:, 0] = False  # nothing predicts the first token
+    rows = [samples[index] for index in batch.indices]
+    masks = [_predicted(row.response_mask) for row in rows]
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        """The context rank's part of ``values`` [..., positions]."""
+        own = values if batch.context_size == 1 else values[..., batch.held[context_rank]]
+        return torch.from_numpy(own).to(device)
+
+    def shifted(dtype: type, values: Sequence[Any]) -> torch.Tensor:
+        return tensor(batch.by_predictor(batch.fill(dtype, values)))
+
     columns = {}
     for name in present:
-        values = np.zeros((num_rows, longest), dtype=np.float32)
-        for place, row in enumerate(rows):
-            if getattr(row, name) is not None:
-                values[place, : len(row.token_ids)] = getattr(row, name)
-            elif name == "rollout_log_probs":
-                values[place] = np.nan
-        columns[name] = values
+        missing = np.nan if name == "rollout_log_probs" else 0.0
+        given = [getattr(row, name) for row in rows]
+        columns[name] = shifted(np.float32, [missing if values is None else values for values in given])
     for name, values in weights.items():
-        columns[name] = np.zeros((num_rows, longest), dtype=np.float32)
-        for place, index in enumerate(indices):
-            length = len(samples[index].token_ids)
-            columns[name][place, :length] = np.where(mask[place, :length], values[index], 0.0)
+        own = [np.where(mask, values[index], 0.0) for index, mask in zip(batch.indices, masks, strict=True)]
+        columns[name] = shifted(np.float32, own)
     temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
-        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device).repeat(longest)
+        temperature = tensor(batch.fill(np.float32, temperatures, elsewhere=1.0).T.reshape(-1))
+    padding = tensor(batch.fill(np.bool_, [False] * len(rows), elsewhere=True))
     return MicroBatch(
-        indices=indices,
-        token_ids=torch.from_numpy(token_ids).to(device),
-        padding_mask=torch.from_numpy(padding).to(device),
-        labels=_to_positions(token_ids, device),
-        response_mask=_to_positions(mask, device),
-        response_positions=_to_positions(np.where(mask, mask.cumsum(axis=1) - 1, 0), device),
+        deal=batch,
+        context_rank=context_rank,
+        bounds=torch.tensor(batch.bounds, dtype=torch.int32, device=device) if batch.packed else None,
+        token_ids=tensor(batch.fill(np.int64, [row.token_ids for row in rows])),
+        padding_mask=padding,
+        labels=shifted(np.int64, [row.token_ids for row in rows]),
+        response_mask=shifted(np.bool_, masks),
+        response_positions=shifted(np.int64, [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]),
         temperature=temperature,
-        columns=TokenColumns(**{name: _to_positions(values, device) for name, values in columns.items()}),
+        columns=TokenColumns(**columns),
         num_tokens=int((~padding).sum()),
-        domain=batch.domain,
     )
 
 
-def _to_positions(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """[B, S] by token -> [S * B] by the position that predicts it."""
-    shifted = np.zeros_like(values.T)
-    shifted[:-1] = values.T[1:]
-    return torch.from_numpy(shifted.reshape(-1)).to(device)
+def _predicted(response_mask: np.ndarray) -> np.ndarray:
+    """The mask without a sequence's first token, which nothing predicts."""
+    mask = response_mask.copy()
+    mask[:1] = False
+    return mask

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_s2d.config.base import UserError
+from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
+from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_stage, padded_vocab_size
 from megatron_s2d.models.weights import SeededWeights, import_weights
 from megatron_s2d.parallel import device
@@ -46,21 +48,22 @@ def build_model(
     seed: int | None = None,
     recompute: Recompute = "none",
     moe_aux_loss_coeff: float = 0.0,
+    fp8: Fp8Config | None = None,
 ) -> list[GPTModel]:
     """This rank's part of the model, as the list of chunks that Megatron's schedules take (always one); collective.
 
     With ``seed`` the weights are drawn by tensor name (bit-identical at every layout); without, they are left
     uninitialised for ``import_weights`` or a checkpoint to fill. Outputs are logits [B, S, padded vocabulary / tensor
     ranks], not gathered; columns from ``spec.vocab_size`` on are padding. Forward arguments are ``GPTModel.forward``'s;
-    an attention mask follows ``models.attention.attend``. Raises ``UserError`` for a layout that does not divide.
+    an attention mask follows ``models.attention.attend``. fp8: the layers' products are FP8; tokens of a micro-batch
+    must then be a multiple of the recipe's. Raises ``UserError`` for a layout that does not divide, and where
+    Transformer Engine or the chip lacks what is asked for.
     """
     check_layout(spec, layout.config)
-    if layout.config.context_parallel_size > 1 and not device.capabilities().transformer_engine:
-        raise UserError(
-            f"context_parallel_size {layout.config.context_parallel_size} needs Transformer Engine; set it to 1"
-        )
+    if fp8 is not None:
+        check_fp8(fp8, spec, layout.config)
     config = transformer_config(
-        spec, layout, params_dtype=params_dtype, recompute=recompute, moe_aux_loss_coeff=moe_aux_loss_coeff
+        spec, layout, params_dtype=params_dtype, recompute=recompute, moe_aux_loss_coeff=moe_aux_loss_coeff, fp8=fp8
     )
     with layout.active():
         model = GPTModel(
@@ -84,6 +87,20 @@ def build_model(
     return [model]
 
 
+def check_fp8(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """``UserError`` where this process cannot run ``fp8`` for the model at the layout."""
+    found, recipe = device.capabilities(), RECIPES[fp8.recipe]
+    if not found.cuda:
+        raise UserError("fp8 needs a CUDA device and Transformer Engine, and this process has no CUDA: leave fp8 out")
+    if not found.transformer_engine:
+        raise UserError("fp8 needs Transformer Engine, which does not import here: install it (docs/gpu.md) or do without")
+    check_chip(fp8, found.compute_capability, found.device_name)
+    if found.cuda_version < recipe.least_cuda:
+        wanted, has = (".".join(map(str, version)) for version in (recipe.least_cuda, found.cuda_version))
+        raise UserError(f"fp8.recipe: {fp8.recipe} needs CUDA {wanted}, torch was built for {has}: choose another")
+    check_shapes(fp8, spec, parallel)
+
+
 def transformer_config(
     spec: ModelSpec,
     layout: Layout,
@@ -91,6 +108,7 @@ def transformer_config(
     params_dtype: torch.dtype,
     recompute: Recompute = "none",
     moe_aux_loss_coeff: float = 0.0,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration object for ``spec`` at ``layout``."""
     parallel = layout.config
@@ -107,6 +125,16 @@ def transformer_config(
             "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
             "moe_aux_loss_coeff": moe_aux_loss_coeff,
             "moe_grouped_gemm": with_te,
+        }
+    quantized = {}
+    if fp8 is not None:
+        quantized = {
+            "fp8": RECIPES[fp8.recipe].format,
+            "fp8_recipe": fp8.recipe,
+            "fp8_param": fp8.parameters,
+            # Of delayed scaling: Transformer Engine's own defaults; Megatron's look back one step only.
+            "fp8_amax_history_len": 1024,
+            "fp8_amax_compute_algo": "max",
         }
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -144,6 +172,7 @@ def transformer_config(
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         **experts,
+        **quantized,
     )
 
 

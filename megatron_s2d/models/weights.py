@@ -18,7 +18,12 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.models.families import Entry, global_entries, hf_tensor_shapes, layer_entries, layers_of_stage
 from megatron_s2d.models.shards import SeededWeights, WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.checkpoint import remember_values
 from megatron_s2d.parallel.layout import Layout
+
+device.prepare()
+
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # noqa: E402
 
 __all__ = ["SeededWeights", "WeightSource", "export_buckets", "export_weights", "import_weights"]
 
@@ -40,8 +45,14 @@ def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layou
                     f"{' + '.join(entry.hf_names)}: shape {tuple(shard.shape)}, but the model has "
                     f"{tuple(parameter.shape)} for {name}"
                 )
-            parameter.copy_(shard)
+            parameter.copy_(shard.to(parameter.device))
+            remember_values(parameter, shard)
     assert not parameters, f"parameters outside the name table: {sorted(parameters)}"
+
+
+def _dense(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's values in the model's dtype, where Transformer Engine keeps it in FP8 too."""
+    return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 
 def _held_entries(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, Entry]]:
@@ -159,7 +170,7 @@ def _gather(
     names = [name for item in bucket for entry in item.entries for name in entry.hf_names]
     sizes = [math.prod(shapes[name]) for name in names]
     if layout.pipeline_rank == stage:
-        held = [parameters[_parameter_name(item.parameter, parameters)].detach() for item in bucket]
+        held = [_dense(parameters[_parameter_name(item.parameter, parameters)]) for item in bucket]
         is_expert = bucket[0].is_expert
         tensor_group = layout.groups.expt_tp if is_expert else layout.groups.tp
         flat = _all_gather(torch.cat([tensor.reshape(-1) for tensor in held])[None], tensor_group)

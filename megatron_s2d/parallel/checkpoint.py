@@ -41,6 +41,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _MODEL_PREFIX = "model."
 _NEARLY_FULL_BYTES = 1 << 20
+_INITIAL_VALUES = "_high_precision_init_val"  # of parameters in FP8: Transformer Engine 2.20.2
 
 
 def start_saving(
@@ -246,6 +247,19 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
     missing = [key for key in missing if "_extra_state" not in key]
     if missing or unexpected:
         raise UserError(f"{directory}: checkpoint of another model: missing {missing}, unexpected {unexpected}")
+    for name, parameter in chunk.named_parameters():
+        if hasattr(parameter, _INITIAL_VALUES):
+            remember_values(parameter, weights[name])
+
+
+def remember_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Float32 masters of a parameter that is kept in FP8 are made from these values, not from their rounded form.
+
+    Transformer Engine keeps what it initialised such a parameter with, for the optimizer to read once; weights that
+    come later have to take its place. Other parameters need nothing.
+    """
+    if hasattr(parameter, _INITIAL_VALUES):
+        setattr(parameter, _INITIAL_VALUES, values.detach().to("cpu", parameter.dtype))
 
 
 def _make_optimizer_state(trainable: TrainableModel) -> None:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import types
 from pathlib import Path
 
@@ -44,20 +43,36 @@ class Capabilities:
 
     cuda: bool
     device_name: str
-    transformer_engine: bool
-    apex: bool
+    transformer_engine: bool  # layers, attention, optimizer, FP8, and gradients added inside its products
+    apex: bool  # its fused optimizer kernels
+    apex_gradient_accumulation: bool = False  # its product that adds to float32 gradients, for Megatron's own layers
+    compute_capability: tuple[int, int] = (0, 0)
+    cuda_version: tuple[int, int] = (0, 0)  # that torch was built for
 
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Probe once. An optional part that is installed but does not import counts as absent and is named by doctor."""
-    cuda = torch.cuda.is_available()
+    """Probe once. An optional part that is installed but does not import counts as absent."""
+    if not torch.cuda.is_available():
+        return Capabilities(cuda=False, device_name="CPU", transformer_engine=False, apex=False)
+    major, minor = torch.version.cuda.split(".")[:2]
     return Capabilities(
-        cuda=cuda,
-        device_name=torch.cuda.get_device_name() if cuda else "CPU",
-        transformer_engine=cuda and importlib.util.find_spec("transformer_engine") is not None,
-        apex=cuda and importlib.util.find_spec("amp_C") is not None,
+        cuda=True,
+        device_name=torch.cuda.get_device_name(),
+        transformer_engine=_imports("transformer_engine.pytorch"),
+        apex=_imports("apex.optimizers") and _imports("amp_C"),
+        apex_gradient_accumulation=_imports("fused_weight_gradient_mlp_cuda"),
+        compute_capability=torch.cuda.get_device_capability(),
+        cuda_version=(int(major), int(minor)),
     )
+
+
+def _imports(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):  # absent, or built for another torch or CUDA
+        return False
+    return True
 
 
 def device() -> torch.device:

@@ -36,7 +36,8 @@ class Layout:
 
     config: ParallelConfig
     groups: ProcessGroupCollection
-    last_stage_ranks: tuple[tuple[int, ...], ...]  # [data rank][tensor rank] -> global rank that holds the output layer
+    # [data rank][context rank x tensor ranks + tensor rank] -> global rank that holds the output layer
+    last_stage_ranks: tuple[tuple[int, ...], ...]
     _globals: dict[str, object] = dataclasses.field(repr=False)
 
     @property
@@ -54,6 +55,14 @@ class Layout:
     @property
     def pipeline_size(self) -> int:
         return self.config.pipeline_model_parallel_size
+
+    @property
+    def context_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def context_size(self) -> int:
+        return self.config.context_parallel_size
 
     @property
     def data_rank(self) -> int:
@@ -151,12 +160,16 @@ def build_layout(config: ParallelConfig) -> Layout:
 
 
 def _last_stage_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
-    places: list[tuple[int, int, int]] = [(0, 0, 0)] * config.world_size
-    dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.tp.rank()))
+    places: list[tuple[int, ...]] = [()] * config.world_size
+    dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
     rank_at = {place: rank for rank, place in enumerate(places)}
     last = config.pipeline_model_parallel_size - 1
     return tuple(
-        tuple(rank_at[last, data, tensor] for tensor in range(config.tensor_model_parallel_size))
+        tuple(
+            rank_at[last, data, context, tensor]
+            for context in range(config.context_parallel_size)
+            for tensor in range(config.tensor_model_parallel_size)
+        )
         for data in range(config.data_parallel_size)
     )
 

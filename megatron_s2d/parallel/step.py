@@ -7,11 +7,14 @@ exactly at every layout; the load-balancing loss of an MoE router, which Megatro
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
@@ -31,21 +34,40 @@ ForwardStep = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Callable[[tor
 
 
 class TrainableModel:
-    """Model chunks with gradient buffers, optimizer and learning-rate schedule."""
+    """Model chunks with gradient buffers, optimizer and learning-rate schedule.
 
-    def __init__(self, chunks: list[torch.nn.Module], layout: Layout, optimizer: OptimizerConfig, total_steps: int):
+    offload: outside of ``update`` the optimizer's state and float32 masters lie in host memory, and between ``update``
+    and ``forward_backward`` there are no gradient buffers either.
+    """
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        layout: Layout,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        *,
+        offload: bool = False,
+    ):
         self.layout = layout
         self.model_config = get_model_config(chunks[0])
+        fp8_parameters = bool(self.model_config.fp8_param)
         with layout.active():
             ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=False,
+                fp8_param_gather=fp8_parameters,
             )
             self.chunks = [
                 DistributedDataParallel(self.model_config, ddp_config, chunk, pg_collection=layout.groups)
                 for chunk in chunks
             ]
             self.model_config.finalize_model_grads_func = finalize_model_grads
-            self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0]), self.chunks)
+            for chunk in chunks:
+                accumulate_in_products(chunk)
+            recipe = self.model_config.fp8_recipe if fp8_parameters else None
+            self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0], recipe), self.chunks)
             self.model_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -60,10 +82,25 @@ class TrainableModel:
             wd_incr_steps=max(total_steps, 1),
             wd_incr_style="constant",
         )
+        self._parking = Parking(self) if offload else None
+        if self._parking is not None:
+            self._parking.park()
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """The optimizer's state is on the device inside the block, for an update, for saving and loading."""
+        if self._parking is None:
+            yield
+            return
+        self._parking.fetch()
+        yield
+        self._parking.park()
 
     def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any]) -> list[Any]:
         """Accumulate the gradients of ``micro_batches``; returns their results (empty except on the last stage)."""
         with self.layout.active():
+            if self._parking is not None:
+                self._parking.fetch_gradients()
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
@@ -72,7 +109,7 @@ class TrainableModel:
 
     def update(self) -> float:
         """One optimizer update; returns the global gradient norm before clipping (NaN or inf: nothing was changed)."""
-        with self.layout.active():
+        with self.layout.active(), self.at_hand():
             successful, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return float(norm) if successful and norm is not None else math.nan
@@ -86,6 +123,64 @@ class TrainableModel:
         """Put the learning-rate schedule where it stands after ``step`` updates."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
+
+
+class Parking:
+    """Host memory for what only an update needs. Tensors stay the objects they are and lose their storage meanwhile."""
+
+    def __init__(self, trainable: TrainableModel):
+        self._trainable = trainable
+        self._host = WeakTensorKeyDictionary()  # tensor -> its place in host memory, pinned on a machine with a GPU
+        self._away: list[torch.Tensor] = []
+
+    def park(self) -> None:
+        """Move masters and optimizer state to the host, and let go of gradient buffers that an update has used."""
+        for tensor in self._state():
+            if tensor not in self._host:
+                self._host[tensor] = torch.empty_like(tensor, device="cpu", pin_memory=device.capabilities().cuda)
+            self._host[tensor].copy_(tensor, non_blocking=True)
+            self._away.append(tensor)
+        torch.cuda.synchronize()
+        for tensor in self._away:
+            tensor.untyped_storage().resize_(0)
+        for chunk in self._trainable.chunks:
+            chunk.offload_grad_buffers()
+
+    def fetch(self) -> None:
+        """Bring masters and optimizer state back."""
+        for tensor in self._away:
+            host = self._host[tensor]
+            tensor.untyped_storage().resize_(host.nbytes)
+            tensor.copy_(host, non_blocking=True)
+        self._away.clear()
+
+    def fetch_gradients(self) -> None:
+        """Make the gradient buffers anew, zero."""
+        for chunk in self._trainable.chunks:
+            chunk.restore_grad_buffers()
+
+    def _state(self) -> Iterator[torch.Tensor]:
+        """What is not the model's: of a float32 model the masters are its parameters, and stay."""
+        wrapped = self._trainable.optimizer
+        for optimizer in getattr(wrapped, "chained_optimizers", [wrapped]):
+            for group in optimizer.shard_fp32_from_float16_groups:
+                yield from (tensor for tensor in group if tensor is not None)
+            for values in optimizer.optimizer.state.values():
+                yield from (value for value in values.values() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def accumulate_in_products(chunk: torch.nn.Module) -> None:
+    """Let the products that make weight gradients add to Megatron's float32 buffers themselves, where a kernel can.
+
+    Transformer Engine's layers have one of their own, Megatron's need apex. Without, autograd makes each gradient in
+    the weights' dtype, and it is added to the buffer afterwards. To be called when the buffers exist.
+    """
+    found = device.capabilities()
+    for module in chunk.modules():
+        if found.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        if found.apex_gradient_accumulation and hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = True
 
 
 def forward_only(
@@ -120,7 +215,9 @@ def _run_schedule(
     )
 
 
-def _megatron_optimizer(optimizer: OptimizerConfig, chunk: torch.nn.Module) -> MegatronOptimizerConfig:
+def _megatron_optimizer(
+    optimizer: OptimizerConfig, chunk: torch.nn.Module, fp8_recipe: str | None
+) -> MegatronOptimizerConfig:
     params_dtype = next(chunk.parameters()).dtype
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -134,4 +231,5 @@ def _megatron_optimizer(optimizer: OptimizerConfig, chunk: torch.nn.Module) -> M
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         use_distributed_optimizer=True,
+        fp8_recipe=fp8_recipe,
     )

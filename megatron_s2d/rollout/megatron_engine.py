@@ -224,12 +224,15 @@ class MegatronEngine:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode, no graph, whole sequences on every tensor rank; as before afterwards.
+        """Evaluation mode, no graph, whole sequences on every tensor rank, no FP8; as before afterwards.
 
-        ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too.
+        ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too. A decoded
+        token of a few rows does not fill the blocks of an FP8 product, so layers compute with their bfloat16 weights.
         """
         chunk, was_training = self._chunk, self._chunk.training
+        fp8 = chunk.config.fp8
         chunk.eval()
+        chunk.config.fp8 = None
         switches = _sequence_parallel_switches(chunk)
         for owner, name in switches:
             setattr(owner, name, False)
@@ -239,6 +242,7 @@ class MegatronEngine:
         finally:
             for owner, name in switches:
                 setattr(owner, name, True)
+            chunk.config.fp8 = fp8
             if not self._layout.is_first_stage:
                 chunk.set_input_tensor(None)
             chunk.train(was_training)

@@ -100,17 +100,17 @@ def _empty(header) -> dict[str, torch.Tensor]:
 
 
 def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
-    """Positions [response tokens] int64 in the flat [S * B] order, sample by sample in the batch's order."""
-    num_rows = batch.shape[1]
+    """Positions [response tokens] int64 among all of the batch, sample by sample in the batch's order."""
+    everywhere = torch.arange(batch.num_positions)
     parts = [
-        (torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1) * num_rows + place
-        for place, index in enumerate(batch.indices)
+        everywhere[place][torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1]
+        for place, index in zip(batch.positions(), batch.indices, strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Rows of response tokens at their positions in [S * B, ...]; zeros elsewhere, where nothing is counted."""
-    whole = values.new_zeros(batch.labels.numel(), *values.shape[1:])
+    """Rows of response tokens at their positions in [N, ...]; zeros elsewhere, where nothing is counted."""
+    whole = values.new_zeros(batch.num_positions, *values.shape[1:])
     whole[rows] = values
-    return whole.to(device.device())
+    return batch.part(whole).to(device.device())

@@ -84,20 +84,22 @@ class StageContext:
         """The final weights of a finished stage."""
         return self.inputs[stage_name].model_path
 
-    def start_policy(self, *, beta: float | None = None) -> Policy:
+    def start_policy(self, *, beta: float | None = None, trained: bool = True) -> Policy:
         """The model that the stage trains, with its starting weights, not yet prepared for training."""
         stage = self.stage
         if stage.init is not None:
-            return self.policy_of(stage.init, beta=beta)
-        return self.fresh_policy(stage.model, beta=beta)
+            return self.policy_of(stage.init, beta=beta, trained=trained)
+        return self.fresh_policy(stage.model, beta=beta, trained=trained)
 
-    def fresh_policy(self, model_name: str, *, beta: float | None = None) -> Policy:
+    def fresh_policy(self, model_name: str, *, beta: float | None = None, trained: bool = False) -> Policy:
         """An entry of ``models`` with its own weights: those of its ``path``, or drawn with the stage's seed."""
-        return self._policy(model_name, fresh=True, beta=beta)
+        return self._policy(model_name, fresh=True, beta=beta, trained=trained)
 
-    def policy_of(self, stage_name: str, *, beta: float | None = None, layout: Layout | None = None) -> Policy:
+    def policy_of(
+        self, stage_name: str, *, beta: float | None = None, layout: Layout | None = None, trained: bool = False
+    ) -> Policy:
         """The model that a finished stage left."""
-        policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta, layout=layout)
+        policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta, layout=layout, trained=trained)
         policy.load(self.model_directory(stage_name))
         return policy
 
@@ -211,16 +213,23 @@ class StageContext:
             self._other_layouts[config] = build_layout(config)
         return self._other_layouts[config]
 
-    def _policy(self, model_name: str, *, fresh: bool, beta: float | None, layout: Layout | None = None) -> Policy:
-        model = self.config.models[model_name]
+    def _policy(
+        self, model_name: str, *, fresh: bool, beta: float | None, trained: bool, layout: Layout | None = None
+    ) -> Policy:
+        model, fp8 = self.config.models[model_name], self.config.fp8
+        if fp8 is not None and not trained:
+            # Weights in bfloat16 serve saving and moving to the host as they are.
+            fp8 = fp8.model_copy(update={"parameters": False}) if fp8.frozen_models else None
         policy = Policy(
             self.spec(model_name),
             layout or self.layout,
             precision=self.config.precision,
             max_tokens=self.stage.micro_batch.max_tokens,
+            packed=self.stage.micro_batch.packed,
             seed=self.seed if fresh and model.path is None else None,
             options=model,
             beta=beta,
+            fp8=fp8,
         )
         if fresh and model.path is not None:
             source = HfCheckpoint(model.path)

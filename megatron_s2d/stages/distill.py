@@ -50,7 +50,7 @@ def run_forward_kl(context: StageContext) -> None:
     """Train on cached teacher responses against the cached distributions."""
     stage: ForwardKlConfig = context.stage
     policy = context.start_policy()
-    policy.prepare_training(stage.optimizer, stage.steps)
+    policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
     directory = context.inputs[stage.cache]
     cache = open_cache(context, stage.cache)
     teacher = CachedTeacher(
@@ -71,7 +71,7 @@ def run_opd(context: StageContext) -> None:
     params = context.sampling(stage.sampling, context.config.model_of(context.name))
     scorers = _served(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
     references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
-    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
+    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
     policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
     model = context.config.model_of(context.name)
     engine = context.engine(policy, model, params)

@@ -36,7 +36,7 @@ def run_grpo(context: StageContext) -> None:
     stage: GrpoConfig = context.stage
     policy, model = context.start_policy(), context.config.model_of(context.name)
     reference = _reference(context, stage)
-    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step)
+    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
     params = context.sampling(stage.sampling, model)
     engine = context.engine(policy, model, params)
     with Graders() as graders:
@@ -66,7 +66,7 @@ def _reference(context: StageContext, stage: GrpoConfig) -> Policy | None:
         return None
     if stage.reference is not None:
         return context.frozen(stage.reference)
-    reference = context.start_policy()
+    reference = context.start_policy(trained=False)
     reference.freeze()
     return reference
 

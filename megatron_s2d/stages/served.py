@@ -47,15 +47,15 @@ class ServedTopK:
         return {}
 
     def _source(self, update: UpdateBatch, batch: MicroBatch, found: Mapping[int, TopTokens]) -> TopK:
-        """Rows in the order [sequence, batch]: the entry of token t stands at the position that predicts it."""
-        sequence, rows = batch.shape
-        ids = np.tile(np.arange(self.k), (sequence, rows, 1))  # positions that are not counted need k distinct ids too
-        log_probs = np.zeros((sequence, rows, self.k), dtype=np.float32)
-        log_tail = np.zeros((sequence, rows), dtype=np.float32)
-        for row, index in enumerate(batch.indices):
+        """The entry of token t stands at the position that predicts it."""
+        # Positions that are not counted need k distinct ids too.
+        ids = np.tile(np.arange(self.k), (batch.num_positions, 1))
+        log_probs = np.zeros((batch.num_positions, self.k), dtype=np.float32)
+        log_tail = np.zeros(batch.num_positions, dtype=np.float32)
+        for place, index in zip(batch.positions(), batch.indices, strict=True):
             top, tokens = found[index], np.flatnonzero(update.samples[index].response_mask)
-            ids[tokens - 1, row] = top.ids[tokens]
-            log_probs[tokens - 1, row] = top.log_probs[tokens]
-            log_tail[tokens - 1, row] = top.log_tail[tokens]
-        parts = [torch.from_numpy(part).flatten(0, 1).to(device.device()) for part in (ids, log_probs, log_tail)]
+            ids[place][tokens - 1] = top.ids[tokens]
+            log_probs[place][tokens - 1] = top.log_probs[tokens]
+            log_tail[place][tokens - 1] = top.log_tail[tokens]
+        parts = [batch.part(torch.from_numpy(part)).to(device.device()) for part in (ids, log_probs, log_tail)]
         return TopK(*parts, tail=self.tail, support="teacher")

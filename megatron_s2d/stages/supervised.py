@@ -24,7 +24,7 @@ def run_supervised(context: StageContext) -> None:
     """Train on reference solutions or on cached responses."""
     stage: SupervisedConfig = context.stage
     policy = context.start_policy()
-    policy.prepare_training(stage.optimizer, stage.steps)
+    policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
     source = GivenResponses(_reader(context, stage), stage.batch_size, stage.aggregation, "supervised_weight")
     train(policy, source, supervised_objective(), context.directory, context.settings())
     context.save_model(policy)

@@ -104,7 +104,7 @@ def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader
     found = {}
     if teacher.layout.is_last_stage:
         for batch, hidden in zip(batches, states, strict=True):
-            rows = batch.per_sample(teacher.whole_sequences(hidden))
+            rows = batch.per_sample(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
                 found[index] = _distribution(teacher, row[mask], header)

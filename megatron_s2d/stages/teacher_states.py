@@ -40,10 +40,15 @@ class HostRows:
 
     @classmethod
     def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: Policy) -> HostRows:
-        """Of rows [R, d] in host memory that every rank has, at the counted ``positions`` [R] of a micro-batch."""
+        """Of rows [R, d] in host memory that every rank has, at the counted ``positions`` [R] of a micro-batch.
+
+        Positions are those over all context ranks, and those that this one has not are left out.
+        """
         cuts = own_positions(batch, policy.layout)
         start = sum(map(len, cuts[: policy.shard.rank]))
-        chosen = positions.argsort()[start : start + len(cuts[policy.shard.rank])]
+        holder, places = map(torch.from_numpy, batch.deal.found_at(positions.numpy()))
+        mine = (holder == batch.context_rank).nonzero().squeeze(1)
+        chosen = mine[places[mine].argsort()][start : start + len(cuts[policy.shard.rank])]
         part = device.host_empty(len(chosen), rows.shape[1], dtype=rows.dtype)
         torch.index_select(rows, 0, chosen, out=part)
         return cls(part, tuple(map(len, cuts)), policy.shard)
@@ -98,9 +103,9 @@ def travelling_rows(
     """
     chosen = [i for i, sample in enumerate(samples) if domain is None or sample.domain == domain]
     asked = [samples[i] for i in chosen]
-    sources = _places(policy.deal(asked), policy.layout)
+    sources = _places(policy.deal(asked))
     dealt = [[deal for deal in deals if domain is None or deal.domain == domain] for deals in student.deal(samples)]
-    targets = _places(dealt, student.layout)
+    targets = _places(dealt)
     journeys = [(samples[i], sources[place], targets[i]) for place, i in enumerate(chosen)]
     rows = _Journeys.of(journeys, policy.layout, student.layout)
     width, dtype = policy.spec.hidden_size, policy.output_weight_dtype
@@ -121,22 +126,21 @@ def travelling_rows(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a layout has a sample: row ``row`` of ``rows`` in micro-batch ``batch`` of a data rank."""
+    """Where a layout has a sample: sequence ``number`` of a deal, which is micro-batch ``batch`` of a data rank."""
 
     data_rank: int
     batch: int
-    row: int
-    rows: int
-    part: int  # positions of the micro-batch that one tensor rank answers for
+    deal: Deal
+    number: int
 
 
-def _places(dealt: Sequence[Sequence[Deal]], layout: Layout) -> dict[int, _Place]:
+def _places(dealt: Sequence[Sequence[Deal]]) -> dict[int, _Place]:
     """The place of every sample, by its index."""
     return {
-        index: _Place(data_rank, number, row, deal.rows, _part(deal.rows * deal.length, layout))
+        index: _Place(data_rank, batch, deal, number)
         for data_rank, deals in enumerate(dealt)
-        for number, deal in enumerate(deals)
-        for row, index in enumerate(deal.indices)
+        for batch, deal in enumerate(deals)
+        for number, index in enumerate(deal.indices)
     }
 
 
@@ -176,10 +180,12 @@ class _Journeys:
 
 
 def _spots(place: _Place, layout: Layout, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(global rank, micro-batch, position in it) of the tokens at places ``predicted`` + 1 of a sample."""
-    positions = predicted * place.rows + place.row
-    ranks = np.array(layout.last_stage_ranks[place.data_rank])
-    return ranks[positions // place.part], np.full_like(positions, place.batch), positions
+    """(global rank, micro-batch, position on its context rank) of the tokens at places ``predicted`` + 1 of a sample."""
+    first, step = place.deal.positions()[place.number].start, place.deal.positions()[place.number].step or 1
+    context, positions = place.deal.found_at(first + step * predicted)
+    ranks = np.array(layout.last_stage_ranks[place.data_rank]).reshape(layout.context_size, layout.tensor_size)
+    part = _part(place.deal.held.shape[1], layout)
+    return ranks[context, positions // part], np.full_like(positions, place.batch), positions
 
 
 def _compute(

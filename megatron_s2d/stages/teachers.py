@@ -213,7 +213,7 @@ class TopKTeacher:
                 own_logits = mine.logits(rows, torch.empty_like(logits))
                 chosen = vocab_parallel_topk(own_logits, self.k, shard, at)[0]
                 best = vocab_parallel_topk(logits, self.k, shard, at)[0]
-                if student.is_leader:
+                if student.sees_tokens:
                     self._shared = self._shared + (chosen.unsqueeze(2) == best.unsqueeze(1)).any(2).sum()
                     self._counted += len(chosen) * self.k
             places = counted[rows]

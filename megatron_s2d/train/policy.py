@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.packing import Deal, MicroBatch, deal, pack
 from megatron_s2d.kl.fused import linear_divergence
@@ -42,6 +43,10 @@ from megatron_s2d.parallel.checkpoint import Saving, load_checkpoint, start_savi
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.step import TrainableModel, forward_only
 from megatron_s2d.records import Sample
+
+device.prepare()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 POSITION_PREFIX = "kl_at/"  # of the metrics that give the KL by position in the response
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,27 +74,34 @@ class Policy:
         *,
         precision: str,
         max_tokens: int,
+        packed: bool = False,
         seed: int | None = None,
         options: ModelConfig | None = None,
         beta: float | None = None,
+        fp8: Fp8Config | None = None,
     ):
         """Build the model; its weights are drawn with ``seed``, or left for ``load`` to fill (None).
 
-        max_tokens: budget of a micro-batch. options: recomputation and router loss. beta: of a mixed divergence.
+        max_tokens: budget of a micro-batch. packed: its sequences are laid end to end, without padding. options:
+        recomputation and router loss. beta: of a mixed divergence. fp8: the layers compute in FP8.
         """
         self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
+        self._packed, self._fp8 = packed, fp8
         extra = (
             {}
             if options is None
             else {"recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff}
         )
-        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, **extra)
+        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, fp8=fp8, **extra)
         self.trainable: TrainableModel | None = None
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
-    def prepare_training(self, optimizer: OptimizerConfig, total_updates: int) -> None:
-        """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them."""
-        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates)
+    def prepare_training(self, optimizer: OptimizerConfig, total_updates: int, *, offload: bool = False) -> None:
+        """Add gradient buffers, optimizer and schedule; weights must be in place, for masters are copied from them.
+
+        offload: see ``TrainableModel``.
+        """
+        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates, offload=offload)
 
     def freeze(self) -> None:
         """Take the parameters out of differentiation."""
@@ -106,6 +118,9 @@ class Policy:
 
     def _move(self, target: torch.device) -> None:
         for chunk in self.chunks:
+            for module in chunk.modules():
+                # What Transformer Engine keeps of its weights in FP8; it is made again when it is needed.
+                getattr(module, "_fp8_workspaces", {}).clear()
             for parameter in chunk.parameters():
                 if parameter.device.type != target.type:
                     parameter.data = parameter.data.to(target)
@@ -123,7 +138,8 @@ class Policy:
     def pack(self, samples: Sequence[Sample], weights: dict[str, np.ndarray]) -> list[MicroBatch]:
         """This data rank's micro-batches of ``samples`` (the same list on every rank)."""
         rank, place = self.layout.data_rank, device.device()
-        return pack(samples, weights=weights, data_rank=rank, device=place, **self._packing)
+        context = self.layout.context_rank
+        return pack(samples, weights=weights, data_rank=rank, context_rank=context, device=place, **self._packing)
 
     def deal(self, samples: Sequence[Sample]) -> list[list[Deal]]:
         """What ``pack`` gives to every data rank."""
@@ -134,7 +150,9 @@ class Policy:
         return {
             "max_tokens": self.max_tokens,
             "data_size": self.layout.data_size,
-            "multiple": self.layout.tensor_size if self.layout.config.sequence_parallel else 1,
+            "multiple": self._multiple,
+            "packed": self._packed,
+            "context_size": self.layout.context_size,
             "by_domain": self.packs_by_domain,
         }
 
@@ -182,9 +200,10 @@ class Policy:
         passes = self._passes(batches, (output,), None)
         self._forward_only(passes)
         found = {}
-        if self.is_leader:
+        if self.layout.is_last_stage:
             for item in passes:
-                values = item.batch.per_sample(getattr(item.result, output))
+                whole = self.all_positions(item.batch, getattr(item.result, output))
+                values = item.batch.per_sample(whole) if self.is_leader else ()
                 found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
@@ -204,6 +223,14 @@ class Policy:
         """Hidden states [S * B, d] from this rank's part of the sequence under sequence parallelism."""
         return self.shard.gather(hidden).flatten(0, 1) if self.layout.config.sequence_parallel else hidden
 
+    def all_positions(self, batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+        """Values of all positions from this context rank's [N, ...]; collective over the context ranks."""
+        if self.layout.context_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.layout.context_size)]
+        dist.all_gather(parts, values.contiguous(), group=self.layout.groups.cp)
+        return batch.joined(parts)
+
     def save(self, directory: Path, position: dict[str, Any], *, with_optimizer: bool) -> None:
         """Write a checkpoint that appears whole or not at all; collective."""
         self.start_saving(directory, position, with_optimizer=with_optimizer).finish()
@@ -212,31 +239,42 @@ class Policy:
         self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, in_background: bool = False
     ) -> Saving:
         """See ``parallel.checkpoint.start_saving``; collective."""
-        return start_saving(
-            directory,
-            self.chunks,
-            self.layout,
-            model_spec=self.spec.to_dict(),
-            position=position,
-            trainable=self.trainable if with_optimizer else None,
-            in_background=in_background,
-        )
+        trainable = self.trainable if with_optimizer else None
+        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+            return start_saving(
+                directory,
+                self.chunks,
+                self.layout,
+                model_spec=self.spec.to_dict(),
+                position=position,
+                trainable=trainable,
+                in_background=in_background,
+            )
 
     def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:
         """Load a checkpoint of this model, written at any layout; returns its position; collective."""
-        return load_checkpoint(
-            directory,
-            self.chunks,
-            self.layout,
-            model_spec=self.spec.to_dict(),
-            trainable=self.trainable if with_optimizer else None,
-        )
+        trainable = self.trainable if with_optimizer else None
+        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+            return load_checkpoint(
+                directory, self.chunks, self.layout, model_spec=self.spec.to_dict(), trainable=trainable
+            )
 
     # ------------------------------------------------------------------ inside
 
     @property
+    def _multiple(self) -> int:
+        """What the length of a micro-batch is a multiple of: every rank's tokens fill the blocks of an FP8 recipe."""
+        shards = self.layout.tensor_size if self.layout.config.sequence_parallel else 1
+        return shards * (1 if self._fp8 is None else RECIPES[self._fp8.recipe].tokens)
+
+    @property
     def is_leader(self) -> bool:
         """Whether this rank speaks for its data rank: it sees outputs, and no other of the same replica reports."""
+        return self.sees_tokens and self.layout.context_rank == 0
+
+    @property
+    def sees_tokens(self) -> bool:
+        """Whether this rank sees the outputs of tokens that no other rank reports."""
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
     @property
@@ -283,6 +321,7 @@ class Policy:
             None,
             None,
             padding_mask=padding,
+            packed_seq_params=_packed_sequences(item.batch),
             output_processor=self._output,
             output_processor_context=item,
         )
@@ -321,7 +360,7 @@ class Policy:
         none = torch.zeros(0, dtype=torch.int64, device=device.device())
         empty = TokenOutputs(**{name: torch.zeros(0, device=none.device) for name in objective.needs})
         parts = [self._metrics_of(objective, empty, passes[0].batch, none)]
-        if self.is_leader:
+        if self.sees_tokens:
             for item in passes:
                 rows = item.batch.response_mask.nonzero().squeeze(1)
                 outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})
@@ -347,6 +386,23 @@ class Policy:
             values = objective.token_kl(outputs, columns)
             found |= kl_by_position(values, batch.response_positions[rows], self.spec.max_position_embeddings)
         return found
+
+
+def _packed_sequences(batch: MicroBatch) -> PackedSeqParams | None:
+    """The bounds of a packed micro-batch in Megatron's form; None for a padded one."""
+    if batch.bounds is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.bounds,
+        cu_seqlens_kv=batch.bounds,
+        # Padding belongs to its sequence and is masked by causality, so these are the same.
+        cu_seqlens_q_padded=batch.bounds,
+        cu_seqlens_kv_padded=batch.bounds,
+        max_seqlen_q=batch.deal.longest,
+        max_seqlen_kv=batch.deal.longest,
+        pad_between_seqs=False,
+    )
 
 
 def kl_by_position(values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:

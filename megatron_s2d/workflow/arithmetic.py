@@ -30,6 +30,7 @@ class Build:
     bytes_per_value: int  # 4 for float32, 2 for bfloat16
     fused: bool  # Transformer Engine's layers
     recompute: Recompute = "none"
+    fp8: bool = False  # the layers' products; each of their matrices is then held in FP8 as well, in both directions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,18 @@ class Part:
     def parameters(self) -> int:
         """Parameters of a rank."""
         return sum(count for count, _ in self.tensors())
+
+    @property
+    def layer_matrices(self) -> int:
+        """Elements of a rank's matrices inside layers."""
+        width = self.spec.hidden_size
+        return sum(count for count, _ in self.tensors() if count > width) - self.vocabulary * width * (
+            self.is_first + (self.is_last and not self.ties_here)
+        )
+
+    def fp8_copies(self, build: Build) -> int:
+        """Bytes of the layers' matrices in FP8, as they are and transposed, beside their bfloat16 weights."""
+        return 2 * self.layer_matrices if build.fp8 else 0
 
     def buffers(self) -> list[tuple[int, int]]:
         """(elements with alignment, ranks that share the optimizer's part) of Megatron's gradient buffers.

@@ -1,14 +1,15 @@
 """``s2d doctor``: what is installed and whether versions fit, which devices there are, what missing parts would give.
 
-Required are the package's own dependencies; everything else is optional and never fails the check. Only torch is
-imported (inside ``diagnose``), to ask it for devices; other packages are known by their metadata. Left out: whether a
-given workflow fits this machine (``s2d run --dry-run``).
+Required are the package's own dependencies; everything else is optional and never fails the check. Packages are known
+by their metadata; torch is imported (inside ``diagnose``) to ask it for devices, and on a GPU what the trainer would use
+there. Left out: whether a given workflow fits this machine (``s2d run --dry-run``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -23,6 +24,8 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from megatron_s2d.workflow.active_paths import ActivePath, active_paths
 
 DISTRIBUTION = "megatron-s2d"
 _GIB = 1024**3
@@ -67,6 +70,7 @@ class Diagnosis:
     checks: tuple[Check, ...]
     devices: tuple[str, ...]  # one line each
     machine: Mapping[str, str]  # cores, memory, disk
+    paths: tuple[ActivePath, ...] = ()  # what the trainer uses here; empty where torch does not load
 
     @property
     def exit_code(self) -> int:
@@ -89,7 +93,7 @@ def diagnose(constraints: Path | None = None) -> Diagnosis:
     checks += check_packages(importlib.metadata.requires(DISTRIBUTION) or [], pins, installed_version)
     devices, torch_check = probe_devices()
     checks += [*torch_check, *check_commands(shutil.which)]
-    return Diagnosis(tuple(checks), tuple(devices), machine_facts(Path.cwd()))
+    return Diagnosis(tuple(checks), tuple(devices), machine_facts(Path.cwd()), probe_paths() if devices else ())
 
 
 def read_pins(text: str) -> dict[str, str]:
@@ -189,6 +193,13 @@ def probe_devices() -> tuple[list[str], list[Check]]:
     return devices, [Check("CUDA device", "ok", False, found, "")]
 
 
+def probe_paths() -> tuple[ActivePath, ...]:
+    """What each part of the trainer uses in this process."""
+    from megatron_s2d.parallel.device import capabilities  # loads torch
+
+    return tuple(active_paths(capabilities(), triton=importlib.util.find_spec("triton") is not None))
+
+
 def machine_facts(directory: Path) -> dict[str, str]:
     """Cores, memory and disk that this process may use, container limits included."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -231,6 +242,11 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
             if check.required == required:
                 status = Text(check.status, style="bold red" if check.failed else _STYLES[check.status])
                 table.add_row(Text(check.name), status, Text(check.found), Text(check.wanted), Text(check.note))
+        console.print(table)
+    if diagnosis.paths:
+        table = Table("", "in use", "what that costs", title="Paths on this machine", title_justify="left")
+        for path in diagnosis.paths:
+            table.add_row(Text(path.part), Text(path.active), Text(path.cost))
         console.print(table)
     for device in diagnosis.devices:
         console.print(Text(device))

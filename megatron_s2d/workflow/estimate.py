@@ -88,9 +88,10 @@ def workload(
 ) -> Workload:
     """``responses`` of an update over all data ranks, each ``length`` tokens long with its prompt."""
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    context = parallel.context_parallel_size
     length = -(-length // multiple) * multiple
-    on_rank = -(-responses // parallel.data_parallel_size) * length
-    tokens = max(length, min(max_tokens, on_rank))
+    on_rank = -(-responses // parallel.data_parallel_size) * length / context
+    tokens = math.ceil(max(length / context, min(max_tokens, on_rank)))
     batch = MicroBatch(tokens, length, round(tokens * min(1.0, response_length / length)))
     return Workload(batch, math.ceil(on_rank / tokens))
 
@@ -101,12 +102,13 @@ def trained(part: Part, build: Build, model: str = "", role: str = "student") ->
     buffers = part.buffers()
     elements = sum(count for count, _ in buffers)
     share = sum(count / ranks for count, ranks in buffers)
-    return Held(role, model, elements * size, elements * 4, round(share * (12 if size == 2 else 8)))
+    weights = elements * size + part.fp8_copies(build)
+    return Held(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
 
 
 def frozen(part: Part, build: Build, role: str, model: str = "", copies: int = 1) -> Held:
     """Weights alone."""
-    return Held(role, model, copies * part.parameters * build.bytes_per_value)
+    return Held(role, model, copies * (part.parameters * build.bytes_per_value + part.fp8_copies(build)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 Action = Literal["run", "resume", "reuse", "rerun"]
 
 # Fields of a stage that do not change its result beyond rounding, or only name it.
-_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine")
+_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine", "offload_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
 
 
 def _common(config: WorkflowConfig) -> dict[str, Any]:
-    return {"tokenizer": config.tokenizer, "precision": config.precision, "seed": config.seed} | {
+    fp8 = {} if config.fp8 is None else {"fp8": dump(config.fp8)}
+    return {"tokenizer": config.tokenizer, "precision": config.precision, "seed": config.seed} | fp8 | {
         "lengths": dump(config.lengths)
     }
 

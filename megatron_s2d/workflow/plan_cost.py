@@ -14,6 +14,7 @@ from rich.table import Table
 from megatron_s2d.artifacts import format_seconds
 from megatron_s2d.config.base import UserError, apply_overrides, parse
 from megatron_s2d.config.hardware import AssumptionsConfig, gpu_of
+from megatron_s2d.config.precision import check_chip
 from megatron_s2d.workflow.plan_table import human_bytes
 from megatron_s2d.workflow.preflight import Preflight
 from megatron_s2d.workflow.proposal import Proposal, propose
@@ -41,6 +42,8 @@ def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None
     if machine is None:
         console.print("a CPU's layers and copies are counted; --gpu h200 gives the figures of a GPU", highlight=False)
         return
+    if checked.config.fp8 is not None:
+        check_chip(checked.config.fp8, machine.gpu.capability, machine.gpu.name)
     times = {
         name: stage_time(checked.config, name, checked.specs, checked.shapes[name], machine) for name in checked.stages
     }
@@ -51,7 +54,10 @@ def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None
         console.print(_proposal_table(found, num_gpus, machine))
         console.print(f"fastest: {found[0].as_yaml()}", markup=False, highlight=False, soft_wrap=True)
     lengths = "lengths: every response runs into its limit; evaluations are left out of the times"
-    for line in [*assumptions(machine, checked.config.precision), lengths]:
+    notes = assumptions(machine, checked.config.precision)
+    if checked.config.fp8 is not None:
+        notes.append("fp8: times are those of bf16 products, and activations are counted in bf16: both are upper bounds")
+    for line in [*notes, lengths]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -155,8 +155,14 @@ class _Stage:
         phases = self._generation(part) | self._scores(part, work)
         phases["train"] = train_phase(part, self.build, work, on_gpu=self.on_gpu, teacher=teacher)
         phases["update"] = update_phase(part, self.build, on_gpu=self.on_gpu)
-        held = (trained(part, self.build, self.model), *self._frozen_models(part))
-        return StageMemory(part.stage, held, phases)
+        fp8 = self.config.fp8
+        copies = fp8 is not None and not fp8.parameters  # without, both directions take the bfloat16 weights' place
+        student = trained(part, dataclasses.replace(self.build, fp8=copies), self.model)
+        if self.stage.offload_optimizer:  # there only while they are used
+            phases["train"]["gradients"] = student.gradients
+            phases["update"] |= {"gradients": student.gradients, "optimizer": student.optimizer}
+            student = dataclasses.replace(student, gradients=0, optimizer=0)
+        return StageMemory(part.stage, (student, *self._frozen_models(part)), phases)
 
     def _workload(self, responses: int | None = None, parallel=None) -> Workload:
         shape = self.shape
@@ -200,7 +206,8 @@ class _Stage:
             candidates = parts(spec, parallel)
             if parallel == self.parallel:
                 candidates = [candidates[part.stage]]
-            build = dataclasses.replace(self.build, recompute="none")
+            fp8 = self.config.fp8 is not None and self.config.fp8.frozen_models
+            build = dataclasses.replace(self.build, recompute="none", fp8=fp8)
             model = self.config.model_of(other)
             found.append(max((frozen(item, build, role, model) for item in candidates), key=lambda held: held.total))
         for role in ("teacher", "reference"):

@@ -8,4 +8,5 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
 
 if __name__ == "__main__":
     sys.argv[0] = str(BENCHMARK)
+    sys.path.insert(0, str(BENCHMARK.parent))  # as python does for a script
     runpy.run_path(str(BENCHMARK), run_name="__main__")

@@ -1,4 +1,5 @@
-"""A training run gives the same losses at every layout: TP, SP, PP, DP, EP and their combinations against one rank."""
+"""A training run gives the same losses at every layout: TP, SP, PP, DP, EP, CP and their combinations against one rank,
+with sequences padded and end to end."""
 
 import json
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 
 WORKER = Path(__file__).with_name("training_worker.py")
 RUNS = {
-    1: ["tp1"],
-    2: ["tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2", "dp2:tp2+pp2"],
-    4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2"],
-}
+    1: ["tp1", "tp1packed"],
+    2: [
+        "tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2", "dp2:tp2+pp2",
+        "tp2sppacked", "pp2packed", "cp2", "cp2:tp2", "dp2:cp2packed",
+    ],
+    4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2", "tp2cp2sp", "cp2pp2", "cp2dp2:tp2cp2sp"],
+}  # fmt: skip
 LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1" and ":" not in name]
 PAIRS = [name for names in RUNS.values() for name in names if ":" in name]
 
@@ -44,8 +48,9 @@ def test_a_teacher_of_another_layout_gives_the_same_distillation(found, pair):
 
 
 @pytest.mark.dist
-def test_experts_spread_over_ranks_train_alike(found):
-    _assert_rows_agree(found["ep2/moe"], found["tp1/moe"])
+@pytest.mark.parametrize("layout", ["ep2", "cp2"])
+def test_experts_train_alike_where_they_or_sequences_are_spread_over_ranks(found, layout):
+    _assert_rows_agree(found[f"{layout}/moe"], found["tp1/moe"])
 
 
 @pytest.mark.dist

@@ -1,8 +1,9 @@
 """Trains tiny models at the layouts named on the command line and writes what came out as JSON.
 
 Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
-arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2; STUDENT:TEACHER is a distillation in
-which the two have layouts of their own, STUDENT:TEACHER+TEACHER one from two teachers by domain.
+arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2, cp2; STUDENT:TEACHER is a
+distillation in which the two have layouts of their own, STUDENT:TEACHER+TEACHER one from two teachers by domain. Names
+that end in "packed", and those with context ranks, lay sequences end to end.
 """
 
 import dataclasses
@@ -31,14 +32,16 @@ from megatron_s2d.train.policy import Policy
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
+PACKED = False  # of the layout that is being run
 
 
 def parse_layout(name: str) -> ParallelConfig:
-    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep)(\d)", name)}
+    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep|cp)(\d)", name)}
     data = sizes.get("dp", 1) * sizes.get("ep", 1)  # experts are shared over data ranks
     return ParallelConfig(
         tensor_model_parallel_size=sizes.get("tp", 1),
         pipeline_model_parallel_size=sizes.get("pp", 1),
+        context_parallel_size=sizes.get("cp", 1),
         expert_model_parallel_size=sizes.get("ep", 1),
         data_parallel_size=data,
         sequence_parallel="sp" in name,
@@ -70,7 +73,8 @@ def samples(count: int = 13) -> list[Sample]:
 
 def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> Policy:
     spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
-    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed)
+    packed = PACKED or layout.context_size > 1
+    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed)
 
 
 def weights(batch: list[Sample], aggregation: str) -> np.ndarray:
@@ -174,7 +178,9 @@ def main() -> None:
     initialize_distributed()
     found = {}
     layouts = {part: build_layout(parse_layout(part)) for name in names for part in re.split("[:+]", name)}
+    global PACKED
     for name in names:
+        PACKED = name.endswith("packed")
         if ":" in name:
             student, teacher = name.split(":")
             if "+" in teacher:
@@ -184,7 +190,7 @@ def main() -> None:
                 found[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
             continue
         layout = layouts[name]
-        if "ep" in name or name == "tp1":
+        if "ep" in name or name in ("tp1", "cp2"):
             found[f"{name}/moe"] = supervised(layout, "tiny-moe")
         if "ep" not in name:
             for scenario in (supervised, grpo, opd, opd_by_domain, scores, cached):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.data.packing import pack, plan_micro_batches
+from megatron_s2d.parallel.context import held_positions
 from megatron_s2d.records import Sample
 
 
@@ -35,15 +36,28 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
     data_size=st.integers(1, 5),
     max_tokens=st.integers(1, 100),
     multiple=st.sampled_from([1, 2, 4]),
+    packed=st.booleans(),
 )
-def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, multiple):
-    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple)
+def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, multiple, packed):
+    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
     assert len({len(batches) for batches in plan}) == 1
     dealt = sorted(index for batches in plan for batch in batches for index in batch)
     assert dealt == list(range(len(lengths)))
     for batch in (batch for batches in plan for batch in batches):
-        longest = -(-max((lengths[index] for index in batch), default=0) // multiple) * multiple
-        assert len(batch) <= 1 or len(batch) * longest <= max_tokens
+        own = [lengths[index] for index in batch]
+        if packed:
+            size = -(-sum(own) // multiple) * multiple
+        else:
+            size = len(batch) * (-(-max(own, default=0) // multiple) * multiple)
+        assert len(batch) <= 1 or size <= max_tokens
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), max_tokens=st.integers(30, 100))
+def test_packed_micro_batches_are_more_than_half_full(lengths, max_tokens):
+    (batches,) = plan_micro_batches(lengths, data_size=1, max_tokens=max_tokens, packed=True)
+    sizes = sorted(sum(lengths[index] for index in batch) for batch in batches)
+    assert len(sizes) == 1 or sizes[0] + sizes[1] > max_tokens  # two that fit together would be one
 
 
 def test_labels_mask_and_columns_are_shifted_once():
@@ -98,3 +112,88 @@ def test_missing_columns_are_refused_where_they_count():
     weights = {"policy_weight": np.array([1.0, 0.0]), "supervised_weight": np.array([0.0, 1.0])}
     (batch,) = pack([complete, without], weights=weights, max_tokens=10)
     assert float(batch.columns.advantages.sum()) == 1.0
+
+
+def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds():
+    log_probs = np.array([9, 0, -1, -2], dtype=np.float32)  # the first would be at the end of the sequence before
+    samples = [
+        sample([9], [4], old_log_probs=log_probs[:2], temperature=0.5),
+        sample([5, 6], [7, 8], old_log_probs=log_probs),
+    ]
+    (batch,) = pack(
+        samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True
+    )
+    assert batch.indices == (1, 0) and batch.deal.lengths == (4, 2) and batch.shape == (8, 1)
+    assert batch.bounds.tolist() == [0, 4, 6, 8] and batch.bounds.dtype == torch.int32 and batch.deal.longest == 4
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
+    assert batch.padding_mask.tolist() == [[False] * 6 + [True] * 2]
+    assert batch.labels.tolist() == [6, 7, 8, 0, 4, 0, 0, 0]
+    assert batch.response_mask.tolist() == [False, True, True, False, True, False, False, False]
+    assert batch.response_positions.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert batch.columns.old_log_probs.tolist() == [0, -1, -2, 0, 0, 0, 0, 0]
+    assert batch.columns.policy_weight.tolist() == [0, 0.5, 0.5, 0, 0.25, 0, 0, 0]
+    assert batch.temperature.tolist() == [1.0] * 4 + [0.5] * 2 + [1.0] * 2
+    assert batch.num_tokens == 6
+    for index, values in zip(batch.indices, batch.per_sample(batch.labels), strict=True):
+        assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
+
+
+def test_a_packed_micro_batch_without_samples_is_a_sequence_of_padding():
+    batches = [pack([sample([1], [2])], weights={}, max_tokens=10, data_rank=rank, data_size=2, multiple=4, packed=True)
+               for rank in (0, 1)]  # fmt: skip
+    empty = next(batch for (batch,) in batches if not batch.indices)
+    assert empty.bounds.tolist() == [0, 4] and empty.deal.longest == 4 and empty.num_tokens == 0
+    assert empty.padding_mask.all() and empty.per_sample(empty.labels) == []
+
+
+def test_samples_become_the_same_columns_in_either_layout():
+    """What a position predicts, and its weight, belong to the sample and not to the layout."""
+    rng = np.random.default_rng(0)
+    samples = [
+        sample(list(rng.integers(1, 9, rng.integers(1, 5))), list(rng.integers(1, 9, rng.integers(1, 6))))
+        for _ in range(7)
+    ]
+    weights = {"policy_weight": [rng.random(len(item.token_ids)) for item in samples]}
+    found = []
+    for packed in (False, True):
+        batches = pack(samples, weights=weights, max_tokens=20, packed=packed)
+        rows = {}
+        for batch in batches:
+            for name in ("labels", "response_mask", "response_positions"):
+                for index, value in zip(batch.indices, batch.per_sample(getattr(batch, name)), strict=True):
+                    rows[index, name] = value.tolist()
+            for index, value in zip(batch.indices, batch.per_sample(batch.columns.policy_weight), strict=True):
+                rows[index, "policy_weight"] = value.tolist()
+        found.append(rows)
+    assert found[0] == found[1] and len(found[0]) == 28
+
+
+def test_context_ranks_hold_a_piece_from_either_end_of_every_sequence():
+    """Megatron's own example, and its other rank."""
+    assert held_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert held_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="cannot be cut for 2 context ranks"):
+        held_positions([0, 6], 2)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
+    samples = [sample([5, 6], [7, 8, 9]), sample([9], [4])]
+    weights = {"policy_weight": np.array([0.5, 0.25])}
+    (whole,) = pack(samples, weights=weights, max_tokens=100, packed=True)
+    parts = [
+        pack(samples, weights=weights, max_tokens=100, multiple=multiple, packed=True, context_rank=rank,
+             context_size=size)[0]
+        for rank in range(size)
+    ]  # fmt: skip
+    assert all(part.shape[0] % multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
+    assert sum(part.num_tokens for part in parts) == whole.num_tokens == 7
+    for name in ("labels", "response_mask", "response_positions"):
+        joined = parts[0].joined([getattr(part, name) for part in parts])
+        for mine, expected in zip(parts[0].per_sample(joined), whole.per_sample(getattr(whole, name)), strict=True):
+            assert torch.equal(mine, expected)
+        for part in parts:
+            assert torch.equal(part.part(joined), getattr(part, name))
+    with pytest.raises(UserError, match="set micro_batch.packed to true"):
+        pack(samples, weights=weights, max_tokens=100, context_size=size)

@@ -113,6 +113,16 @@ def test_bfloat16_log_probs_are_near_those_of_a_full_forward(layout):
     assert largest_difference(chunks, engine(chunks, layout).generate(make_requests())) < 0.15
 
 
+def test_fp8_is_off_while_tokens_are_generated_and_on_again_afterwards(layout):
+    """Megatron asks the configuration before every layer; without Transformer Engine the answer changes nothing."""
+    (chunk,) = model(layout)
+    seen = []
+    chunk.decoder.register_forward_pre_hook(lambda *_: seen.append(chunk.config.fp8))
+    chunk.config.fp8 = "hybrid"
+    engine([chunk], layout).generate(make_requests())
+    assert set(seen) == {None} and chunk.config.fp8 == "hybrid"
+
+
 def test_batching_and_order_do_not_matter(layout, chunks):
     requests = make_requests(lengths=(4, 9, 1, 6, 4, 2), groups=4)
     reference = engine(chunks, layout).generate(requests)

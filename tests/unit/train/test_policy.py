@@ -30,9 +30,9 @@ def layout():
     return build_layout(ParallelConfig())
 
 
-def policy(layout, preset="tiny-student", seed=1, max_tokens=64) -> Policy:
+def policy(layout, preset="tiny-student", seed=1, max_tokens=64, precision="float32", **options) -> Policy:
     spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
-    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed)
+    return Policy(spec, layout, precision=precision, max_tokens=max_tokens, seed=seed, **options)
 
 
 def samples(count: int = 9) -> list[Sample]:
@@ -58,8 +58,8 @@ def samples(count: int = 9) -> list[Sample]:
     return found
 
 
-def gradients(layout, objective, column, aggregation, max_tokens, teacher=None) -> tuple[float, dict]:
-    model = policy(layout, max_tokens=max_tokens)
+def gradients(layout, objective, column, aggregation, max_tokens, teacher=None, **options) -> tuple[float, dict]:
+    model = policy(layout, max_tokens=max_tokens, **options)
     model.prepare_training(OptimizerConfig(lr=1e-3), 10)
     batch = samples()
     lengths = [sample.response_length for sample in batch]
@@ -73,6 +73,13 @@ def gradients(layout, objective, column, aggregation, max_tokens, teacher=None) 
     return metrics["loss"], found
 
 
+def method_of(layout, name: str):
+    """(objective, weight column, teacher)."""
+    if name == "supervised":
+        return supervised_objective(), "supervised_weight", None
+    if name == "grpo":
+        return grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight", None
+    return divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
 def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
     teacher = policy(layout, seed=2)
     teacher.freeze()
@@ -106,17 +113,7 @@ def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 @pytest.mark.parametrize("method", ["supervised", "grpo", "opd"])
 def test_gradients_do_not_depend_on_micro_batches(layout, method, aggregation):
-    teacher = None
-    if method == "supervised":
-        objective, column = supervised_objective(), "supervised_weight"
-    elif method == "grpo":
-        objective, column = grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight"
-    else:
-        objective, column, teacher = (
-            divergence_objective("reverse_kl"),
-            "divergence_weight",
-            policy(layout, "tiny-teacher"),
-        )
+    objective, column, teacher = method_of(layout, method)
     loss, whole = gradients(layout, objective, column, aggregation, 10_000, teacher)
     for max_tokens in (1, 24):
         other_loss, cut = gradients(layout, objective, column, aggregation, max_tokens, teacher)
@@ -168,3 +165,62 @@ def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing(layout):
         model.forward_backward(batches, objective, num_tokens=10)
     for name, parameter in model.chunks[0].named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("preset", ["tiny-student", "tiny-llama", "tiny-moe"])
+@pytest.mark.parametrize("method", ["supervised", "grpo", "opd"])
+def test_packed_equals_padded(layout, method, preset):
+    """Loss and gradients, the sequences in one batch and in several, and scores."""
+    objective, column, teacher = method_of(layout, method)
+    padded = gradients(layout, objective, column, "token_mean", 10_000, teacher, preset=preset)
+    for max_tokens in (24, 10_000):
+        loss, found = gradients(layout, objective, column, "token_mean", max_tokens, teacher, preset=preset, packed=True)
+        assert loss == pytest.approx(padded[0], rel=1e-5, abs=1e-6)
+        for name, gradient in padded[1].items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
+    scores = [policy(layout, preset, packed=packed).score(samples()) for packed in (False, True)]
+    for one, other in zip(*scores, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient_of_packed_sequences(layout, recompute):
+    objective, column, _ = method_of(layout, "supervised")
+    options = ModelConfig(preset="tiny-student", recompute=recompute)
+    plain = gradients(layout, objective, column, "token_mean", 24, packed=True)
+    found = gradients(layout, objective, column, "token_mean", 24, packed=True, options=options)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_optimizer_that_waits_in_host_memory_trains_alike(layout, precision, tmp_path):
+    """Bit by bit, over a save and a load; what waits has no storage."""
+    objective, column, _ = method_of(layout, "supervised")
+    ends = []
+    for offload in (False, True):
+        model = policy(layout, precision=precision)
+        model.prepare_training(OptimizerConfig(lr=1e-2), 10, offload=offload)
+        batch = samples()
+        for step in range(4):
+            batches = model.pack(batch, {column: np.full(len(batch), 0.1)})
+            model.forward_backward(batches, objective, num_tokens=sum(len(item.token_ids) for item in batch))
+            model.optim_step()
+            if offload:
+                waiting = list(model.trainable._parking._state())
+                assert len(waiting) >= 2 and all(tensor.untyped_storage().nbytes() == 0 for tensor in waiting)
+                assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in gradient_buffers(model))
+            if step == 1:
+                directory = tmp_path / f"{precision}{offload}"
+                model.save(directory, {"step": 2, "updates": 2}, with_optimizer=True)
+                model = policy(layout, precision=precision, seed=5)
+                model.prepare_training(OptimizerConfig(lr=1e-2), 10, offload=offload)
+                model.load(directory, with_optimizer=True)
+        ends.append(list(model.chunks[0].parameters()))
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(ends[0][0], next(policy(layout, precision=precision).chunks[0].parameters()))
+
+
+def gradient_buffers(model: Policy) -> list:
+    return [buffer for chunk in model.trainable.chunks for buffer in chunk.buffers]

@@ -1,12 +1,15 @@
 """The diagnosis fails for what is required and only for that."""
 
+import dataclasses
 import io
 import sys
 
 import pytest
 from rich.console import Console
 
+from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.workflow import doctor
+from megatron_s2d.workflow.active_paths import ActivePath, active_paths
 from megatron_s2d.workflow.doctor import (
     OPTIONAL_COMMANDS,
     OPTIONAL_PACKAGES,
@@ -97,8 +100,36 @@ def test_this_installation_and_its_print():
     print_diagnosis(diagnosis, console)
     text = console.file.getvalue()
     assert all(name in text for name in names)
+    assert "Paths on this machine" in text and "gradient accumulation" in text
     assert diagnosis.exit_code == 0, text
     assert text.rstrip().endswith("Ready.")
+
+
+def paths(**changes) -> dict[str, ActivePath]:
+    h200 = Capabilities(
+        cuda=True, device_name="H200", transformer_engine=True, apex=False, compute_capability=(9, 0),
+        cuda_version=(13, 0),
+    )  # fmt: skip
+    triton = changes.pop("triton", True)
+    return {path.part: path for path in active_paths(dataclasses.replace(h200, **changes), triton=triton)}
+
+
+def test_paths_in_use_and_what_the_others_would_give():
+    best = paths()
+    assert list(best) == ["layers", "attention", "FP8", "optimizer", "gradient accumulation", "divergences"]
+    assert "delayed, tensorwise, blockwise" in best["FP8"].active and best["FP8"].cost == "not on this machine: mxfp8"
+    assert not any(path.cost for name, path in best.items() if name != "FP8")
+    without = paths(transformer_engine=False)
+    assert all("install megatron-s2d[gpu]" in without[name].cost for name in list(best)[:5])
+    assert without["FP8"].active == "none" and "PyTorch's AdamW" in without["optimizer"].active
+    apex = paths(transformer_engine=False, apex=True, apex_gradient_accumulation=True)
+    assert "apex" in apex["optimizer"].active and "apex" in apex["gradient accumulation"].active
+    assert "install triton" in paths(triton=False)["divergences"].cost
+    old = paths(compute_capability=(8, 0))["FP8"]
+    assert old.active == "none" and "needs compute capability 8.9" in old.cost
+    assert "blockwise" in paths(cuda_version=(12, 8))["FP8"].cost
+    assert all("no CUDA device" in path.cost for name, path in paths(cuda=False, transformer_engine=False).items()
+               if name != "divergences")  # fmt: skip
 
 
 def test_exit_code_and_closing_sentence():

@@ -1,11 +1,15 @@
 """What is refused before anything runs: reused labels, contaminated evaluation, sizes that do not fit, unknown keys."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.workflow.plan import make_plan
+from megatron_s2d.workflow.plan_cost import machine_of, print_cost
 from megatron_s2d.workflow.preflight import check_workflow
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
@@ -91,3 +95,55 @@ def test_wrong_configurations_name_file_key_and_remedy(override, message):
     with pytest.raises(UserError, match=message) as error:
         load_workflow(SMOKE, [override])
     assert "\n" not in str(error.value)
+
+
+def test_fp8_is_checked_without_a_gpu(cache):
+    bf16 = "precision=bfloat16"
+    with pytest.raises(UserError, match="fp8 needs precision bfloat16, not float32"):
+        check(cache, "fp8={recipe: tensorwise}")
+    with pytest.raises(UserError, match="fp8.recipe: Input should be 'delayed', 'tensorwise', 'blockwise' or 'mxfp8'"):
+        check(cache, bf16, "fp8={recipe: int4}")
+    with pytest.raises(UserError, match="models.*blockwise needs widths that are multiples of 128"):
+        check(cache, bf16, "fp8={recipe: blockwise}")
+    checked = check(cache, bf16, "fp8={recipe: tensorwise}")
+    plain, fp8 = check(cache, bf16).memory(on_gpu=True)["opd"], checked.memory(on_gpu=True)["opd"]
+    copies = {held.role: held.weights - own.weights for held, own in zip(fp8.held, plain.held, strict=True)}
+    assert copies["student"] > 0 and copies["teacher"] == 0
+    both = check(cache, bf16, "fp8={recipe: tensorwise, frozen_models: true}").memory(on_gpu=True)["opd"]
+    assert all(held.weights > own.weights for held, own in zip(both.held, plain.held, strict=True))
+
+
+def test_a_plan_for_a_chip_without_fp8_is_refused(cache):
+    checked = check(cache, "precision=bfloat16", "fp8={recipe: tensorwise}")
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(UserError, match="A100 SXM 80 GB has 8.0: leave fp8 out"):
+        print_cost(checked, machine_of("a100-80", None, ()), None, console)
+    print_cost(checked, machine_of("h100", None, ()), None, console)
+    assert "fp8: times are those of bf16 products" in console.file.getvalue()
+
+
+def test_fp8_changes_what_a_job_is_and_its_place_in_memory_does_not(tmp_path):
+    def keys(*overrides):
+        return [job.key for job in make_plan(load_workflow(SMOKE, ["precision=bfloat16", *overrides]), tmp_path)]
+
+    plain = keys()
+    assert set(keys("fp8={recipe: tensorwise}")).isdisjoint(plain)
+    assert keys("stages.opd.offload_optimizer=true", "stages.opd.micro_batch={packed: true}") == plain
+
+
+def test_an_optimizer_that_waits_is_counted_where_it_is_used(cache):
+    plain = check(cache).memory(on_gpu=True)["opd"]
+    waits = check(cache, "stages.opd.offload_optimizer=true").memory(on_gpu=True)["opd"]
+    student = plain.held[0]
+    assert plain.held_total - waits.held_total == student.gradients + student.optimizer > 0
+    assert sum(waits.phases["train"].values()) - sum(plain.phases["train"].values()) == student.gradients
+    assert sum(waits.phases["update"].values()) == student.gradients + student.optimizer
+
+
+def test_context_parallel_needs_packed_sequences_and_servers(cache):
+    two = "parallel.context_parallel_size=2"
+    with pytest.raises(UserError, match="stages.teacher_base: context_parallel_size 2 .* micro_batch.packed to true"):
+        check(cache, two)
+    with pytest.raises(UserError, match="in-process engine does not generate with it: set rollout.engine to sglang"):
+        packed = [f"stages.{name}.micro_batch.packed=true" for name in load_workflow(SMOKE).stages]
+        check(cache, two, *packed)

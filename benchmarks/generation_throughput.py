@@ -1,0 +1,75 @@
+"""Tokens a second of the in-process engine: prompts, then responses of full length, greedy ends ignored.
+
+    python benchmarks/generation_throughput.py [--json OUT]
+
+The engine launches one kernel after the other for every token (no CUDA graphs), so small batches show the launches and
+large ones the memory's bandwidth; ``roofline`` is the share of the time that reading weights, keys and values would take
+at the data sheet's rate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from device_common import ON_GPU, begin, gpu_here, random_policy, seconds_of, spec_of
+
+from megatron_s2d.config.hardware import AssumptionsConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.parallel import device
+from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.workflow.arithmetic import Build
+from megatron_s2d.workflow.timing import Machine, Placed
+
+GPU_CASES = (("qwen3-1.7b", 32, 8, 512, 128), ("qwen3-1.7b", 1, 1, 512, 128), ("qwen3-8b", 32, 8, 512, 128))
+CPU_CASES = (("tiny-student", 2, 3, 6, 5),)
+
+
+def requests(vocab_size: int, prompts: int, group: int, prompt_tokens: int, tokens: int) -> list[Request]:
+    """``group`` responses of ``tokens`` tokens to each of ``prompts`` random prompts."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_new_tokens=tokens, stop_token_ids=(), temperature=1.0)
+    found = []
+    for number in range(prompts):
+        prompt = Prompt(f"p{number}", rng.integers(0, vocab_size, prompt_tokens), "", "math", None, None)
+        found += [
+            Request(f"p{number}#{k}@0", prompt, k, sample_seed(1, 0, prompt.id, k), params) for k in range(group)
+        ]
+    return found
+
+
+def roofline(spec, rows: int, prompt: int, response: int) -> float | None:
+    """Seconds of the decode at the data sheet's memory bandwidth; None where there is no data sheet."""
+    gpu = gpu_here()
+    if gpu is None:
+        return None
+    machine = Machine(gpu, AssumptionsConfig(memory_efficiency=1.0, matmul_efficiency=1.0))
+    return Placed(spec, ParallelConfig(), Build(2, fused=True), machine).decode_seconds(rows, prompt, response)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    setup = begin(__doc__.splitlines()[0], arguments, repeats=2)
+    policies = {}
+    for preset, prompts, group, prompt_tokens, tokens in GPU_CASES if ON_GPU else CPU_CASES:
+        if preset not in policies:
+            policies = {preset: random_policy(spec_of(preset), setup.layout)}
+        spec = policies[preset].spec
+        engine = MegatronEngine(policies[preset].chunks, spec.vocab_size, setup.layout)
+        batch = requests(spec.vocab_size, prompts, group, prompt_tokens, tokens)
+        seconds = seconds_of(lambda engine=engine, batch=batch: engine.generate(batch), setup.repeats, warm_up=1)
+        floor = roofline(spec, prompts * group, prompt_tokens, tokens)
+        setup.add(
+            preset=preset,
+            prompts=prompts,
+            group=group,
+            prompt_tokens=prompt_tokens,
+            response_tokens=tokens,
+            transformer_engine=device.capabilities().transformer_engine,
+            seconds=seconds,
+            tokens_per_second=len(batch) * tokens / seconds,
+            roofline=None if floor is None else floor / seconds,
+        )
+
+
+if __name__ == "__main__":
+    main()

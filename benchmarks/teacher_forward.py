@@ -1,0 +1,85 @@
+"""The forward pass of one tensor-parallel rank's share of a Llama-70B-shaped teacher, and its output layer.
+
+    python benchmarks/teacher_forward.py [--json OUT]
+
+One of eight ranks: 8 query heads, one key head, an eighth of the MLP and of the vocabulary, all 80 layers, run alone, so
+without the two all-reduces a layer that eight ranks would add. Tokens a second of the share are those of the teacher if
+communication were free.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from device_common import (
+    ON_GPU,
+    Setup,
+    begin,
+    forward_flops,
+    mfu,
+    random_policy,
+    random_samples,
+    release,
+    seconds_of,
+    spec_of,
+)
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.parallel import device
+from megatron_s2d.workflow.arithmetic import Part
+
+RANKS = 8
+
+
+def shard_spec() -> ModelSpec:
+    """What one of ``RANKS`` tensor-parallel ranks holds of the teacher, as a model of its own."""
+    whole = spec_of("llama-3.3-70b") if ON_GPU else spec_of("tiny-llama", num_attention_heads=8, num_query_groups=8)
+    return spec_of(
+        "llama-3.3-70b" if ON_GPU else "tiny-llama",
+        num_attention_heads=whole.num_attention_heads // RANKS,
+        num_query_groups=whole.num_query_groups // RANKS,
+        head_dim=whole.head_dim,
+        ffn_hidden_size=whole.ffn_hidden_size // RANKS,
+        vocab_size=whole.vocab_size // RANKS if ON_GPU else whole.vocab_size,
+    )
+
+
+def measure(spec: ModelSpec, recipe: str | None, setup: Setup) -> None:
+    """Rows of one precision: the pass that exact distributions take, and the one that sampled tokens take."""
+    teacher = random_policy(spec, setup.layout, fp8=None if recipe is None else Fp8Config(recipe=recipe))
+    teacher.freeze()
+    part = Part(spec, ParallelConfig(), 0)
+    for count, length in ((4, 4096), (1, 16384)) if ON_GPU else ((2, 16),):
+        samples = random_samples(spec, count, length)
+        batches, flops = teacher.pack(samples, {}), forward_flops(part, samples)
+        outputs = sum(part.output_flops(int(sample.response_mask[1:].sum())) for sample in samples)
+        steps = {
+            "hidden states": (functools.partial(teacher.hidden_states, batches), flops - outputs),
+            "log-probabilities": (functools.partial(teacher.score, samples), flops),
+        }
+        for gives, (step, operations) in steps.items():
+            seconds = seconds_of(step, setup.repeats)
+            setup.add(
+                gives=gives,
+                sequences=count,
+                length=length,
+                precision=recipe or ("bfloat16" if ON_GPU else "float32"),
+                transformer_engine=device.capabilities().transformer_engine,
+                seconds=seconds,
+                tokens_per_second=count * length / seconds,
+                mfu=mfu(operations, seconds),
+            )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    setup = begin(__doc__.splitlines()[0], arguments, repeats=3)
+    spec = shard_spec()
+    for recipe in (None, "tensorwise") if device.capabilities().transformer_engine else (None,):
+        measure(spec, recipe, setup)
+        release()
+
+
+if __name__ == "__main__":
+    main()

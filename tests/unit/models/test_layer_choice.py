@@ -1,0 +1,144 @@
+"""What is built where: layers by capability, FP8 in Megatron's configuration, and what a chip or a shape refuses.
+
+Transformer Engine is not there on a CPU; its presence is pretended, and the description of the layers is looked at.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hardware import GPUS
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
+from megatron_s2d.models import build, te_attention
+from megatron_s2d.models.attention import CoreAttention
+from megatron_s2d.models.kv_cache import CachedSelfAttention
+from megatron_s2d.models.norm import RMSNorm
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.device import Capabilities
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+
+H200 = Capabilities(
+    cuda=True,
+    device_name="NVIDIA H200",
+    transformer_engine=True,
+    apex=False,
+    compute_capability=(9, 0),
+    cuda_version=(13, 0),
+)
+SPEC = ModelConfig(preset="qwen3-1.7b").resolve()
+
+
+@pytest.fixture(scope="module")
+def layout():
+    initialize_distributed()
+    return build_layout(ParallelConfig())
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """The capabilities of another machine, for what describes layers."""
+
+    def use(found: Capabilities) -> None:
+        monkeypatch.setattr(device, "capabilities", lambda: found)
+        for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+            monkeypatch.setattr(rope_utils, name, object())
+
+    return use
+
+
+def test_layers_are_transformer_engines_where_it_is(layout, pretend, monkeypatch):
+    """Megatron's description of those layers needs Transformer Engine itself, so the request for it is looked at."""
+    local = build._block_submodules(SPEC, layout)
+    assert local.layer_specs[0].submodules.self_attention.submodules.core_attention is CoreAttention
+    assert local.layer_norm is RMSNorm
+    asked = {}
+
+    def described(**arguments):
+        asked.update(arguments)
+        return build.get_gpt_layer_local_submodules(qk_layernorm=True, normalization="RMSNorm")
+
+    pretend(H200)
+    monkeypatch.setattr(build, "get_gpt_layer_with_transformer_engine_submodules", described)
+    fused = build._block_submodules(SPEC, layout)
+    assert asked == {"num_experts": None, "moe_grouped_gemm": True, "qk_layernorm": True}
+    attention = fused.layer_specs[0].submodules.self_attention
+    assert attention.submodules.core_attention is te_attention.MaskedTEDotProductAttention
+    assert attention.module is CachedSelfAttention and fused.layer_norm is not RMSNorm
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("parameters", [False, True])
+def test_fp8_reaches_megatrons_configuration(layout, pretend, recipe, parameters):
+    pretend(H200)
+    plain = build.transformer_config(SPEC, layout, params_dtype=torch.bfloat16)
+    assert plain.fp8 is None and not plain.fp8_param and plain.apply_rope_fusion
+    fp8 = Fp8Config(recipe=recipe, parameters=parameters)
+    config = build.transformer_config(SPEC, layout, params_dtype=torch.bfloat16, fp8=fp8)
+    assert config.fp8 == ("hybrid" if recipe in ("delayed", "tensorwise") else "e4m3")
+    assert config.fp8_recipe == recipe and config.fp8_param is parameters
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+    assert not config.fp8_dot_product_attention and not config.fp8_output_proj
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"cuda": False}, "has no CUDA"),
+        ({"transformer_engine": False}, "does not import here"),
+        ({"compute_capability": (8, 0)}, "needs compute capability 9.0 or higher.*leave fp8 out"),
+        ({"compute_capability": (8, 9)}, "choose delayed or tensorwise"),
+        ({"cuda_version": (12, 8)}, "needs CUDA 12.9, torch was built for 12.8"),
+    ],
+)
+def test_what_a_machine_lacks_is_refused_before_building(layout, pretend, changes, message):
+    pretend(dataclasses.replace(H200, **changes))
+    with pytest.raises(UserError, match=message):
+        build.build_model(SPEC, layout, params_dtype=torch.bfloat16, fp8=Fp8Config(recipe="blockwise"))
+
+
+def test_fp8_without_a_gpu_is_refused(layout):
+    with pytest.raises(UserError, match="no CUDA: leave fp8 out"):
+        build.build_model(SPEC, layout, fp8=Fp8Config())
+
+
+def test_chips():
+    usable = {
+        name: [recipe for recipe in RECIPES if _allowed(Fp8Config(recipe=recipe), gpu.capability)]
+        for name, gpu in GPUS.items()
+    }
+    everything_but_mx = ["delayed", "tensorwise", "blockwise"]
+    assert usable == {
+        "h200": everything_but_mx,
+        "h100": everything_but_mx,
+        "a100-80": [],
+        "b200": [*everything_but_mx, "mxfp8"],
+        "l40s": ["delayed", "tensorwise"],
+    }
+    assert all((gpu.fp8_flops is not None) == bool(usable[name]) for name, gpu in GPUS.items())
+    with pytest.raises(UserError, match="mxfp8 needs compute capability 10.0 or higher and below 12.0"):
+        check_chip(Fp8Config(recipe="mxfp8"), (12, 0), "a workstation card")
+
+
+def _allowed(fp8: Fp8Config, capability: tuple[int, int]) -> bool:
+    try:
+        check_chip(fp8, capability, "chip")
+    except UserError:
+        return False
+    return True
+
+
+def test_shapes():
+    for preset in ("qwen3-1.7b", "qwen3-8b", "llama-3.3-70b", "qwen3-30b-a3b"):
+        for recipe in RECIPES:
+            check_shapes(Fp8Config(recipe=recipe), ModelConfig(preset=preset).resolve(), ParallelConfig())
+    tiny = ModelConfig(preset="tiny-student").resolve(27)
+    with pytest.raises(UserError, match="multiples of 128, and hidden_size is 48"):
+        check_shapes(Fp8Config(recipe="blockwise"), tiny, ParallelConfig())
+    eight = ParallelConfig(tensor_model_parallel_size=8)
+    with pytest.raises(UserError, match="ffn_hidden_size is 400 on a rank at tensor_model_parallel_size 8"):
+        check_shapes(Fp8Config(recipe="blockwise"), dataclasses.replace(SPEC, ffn_hidden_size=8 * 400), eight)

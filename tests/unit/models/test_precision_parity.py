@@ -1,0 +1,52 @@
+"""The comparison that tests/gpu makes, on a CPU: bfloat16 beside float32, packed beside padded, with those bars."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "gpu"))
+
+from parity_case import differences, divergence, loss_curve, measure, policy  # noqa: E402
+
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def layout():
+    torch.set_num_threads(1)
+    initialize_distributed()
+    return build_layout(ParallelConfig())
+
+
+@pytest.fixture(scope="module")
+def float32(layout):
+    return measure(layout, "float32")
+
+
+def test_megatrons_buffers_hold_what_autograd_gives(layout, float32):
+    found = differences(measure(layout, "float32", plain=True), float32)
+    assert found["log_prob_largest_gap"] == 0 and found["loss_relative_gap"] <= 1e-6
+    assert found["least_cosine_of_a_tensor"] >= 1 - 1e-9
+
+
+def test_packed_equals_padded_to_rounding(layout, float32):
+    found = differences(measure(layout, "float32", packed=False), float32)
+    assert found["log_prob_largest_gap"] <= 1e-5 and found["loss_relative_gap"] <= 1e-6
+    assert found["least_cosine_of_a_tensor"] >= 1 - 1e-8
+
+
+def test_bfloat16_against_float32(layout, float32):
+    found = differences(measure(layout, "bfloat16"), float32)
+    assert 0 < found["log_prob_mean_gap"] <= 0.03 and found["log_prob_largest_gap"] <= 0.25
+    assert found["loss_relative_gap"] <= 2e-3
+    assert found["gradient_cosine"] >= 0.998 and found["least_cosine_of_a_tensor"] >= 0.995
+    assert 0 < divergence(layout, policy(layout, "bfloat16"), policy(layout, "float32")) <= 1e-3
+
+
+def test_a_loss_curve(layout):
+    expected, found = (loss_curve(layout, precision, 25) for precision in ("float32", "bfloat16"))
+    assert expected[-1] < 0.5 * expected[0]
+    assert abs(found - expected).mean() / expected[0] <= 0.05
