@@ -28,6 +28,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.sglang.engine import SglangEngine
+from megatron_s2d.rollout.sglang.fleet import Fleet
 from megatron_s2d.train.policy import Policy
 
 
@@ -81,10 +82,10 @@ def main() -> None:
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
         policy = Policy(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
         settings = SglangConfig(concurrency=options.concurrency, python=options.python)
-        engine = SglangEngine(
+        engine = SglangEngine(Fleet(
             policy.chunks, spec, layout, policy.score, RolloutConfig(engine="sglang", sglang=settings),
             directory / "servers", tokenizer=tokenizer,
-        )  # fmt: skip
+        ))  # fmt: skip
         try:
             (url,) = engine.urls
             rates: dict[str, list[float]] = {"rollouts": [], "client": []}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
 from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_stage, padded_vocab_size
 from megatron_s2d.models.weights import SeededWeights, import_weights
 from megatron_s2d.parallel import device

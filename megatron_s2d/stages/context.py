@@ -27,6 +27,7 @@ from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
 from megatron_s2d.rollout.sglang.checks import Needs
 from megatron_s2d.rollout.sglang.engine import SglangEngine
+from megatron_s2d.rollout.sglang.fleet import Fleet
 from megatron_s2d.stages.rollouts import PromptStream, Rounds, Sampler
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import Policy
@@ -159,7 +160,7 @@ class StageContext:
                 "rollout.sglang.urls hold one: leave the model out there to have servers started"
             )
         directory = self.directory.path / "sglang" / f"{len(self._engines)}-{model_name}"
-        engine = SglangEngine(
+        fleet = Fleet(
             policy.chunks,
             policy.spec,
             policy.layout,
@@ -171,6 +172,7 @@ class StageContext:
             tokenizer=self.tokenizer,
             on_device=functools.partial(policy.on_device, release=release),
         )
+        engine = SglangEngine(fleet)
         self._engines.append((model_name, engine))
         return engine
 

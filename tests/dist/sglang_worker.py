@@ -30,6 +30,7 @@ from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # 
 from megatron_s2d.rollout.sglang import client  # noqa: E402
 from megatron_s2d.rollout.sglang.collective import from_all, from_first  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
 
 VOCAB_SIZE = 27
 CASES = {
@@ -68,7 +69,7 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     servers = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)] if dist.get_rank() == 0 else []
     urls = from_first(lambda: [server.url for server in servers])
     settings = RolloutConfig(engine="sglang", sglang=SglangConfig(attempts=2, bucket_bytes=20_000, recoveries=3))
-    engine = SglangEngine(chunks, spec, layout, score, settings, directory, urls=urls)
+    engine = SglangEngine(Fleet(chunks, spec, layout, score, settings, directory, urls=urls))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.5)
@@ -116,9 +117,9 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     for server in servers:
         server.control_faults.clear()
         server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
-    engine = SglangEngine(
+    engine = SglangEngine(Fleet(
         chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings), directory / "beside", urls=urls
-    )
+    ))
     own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
     tables = {0: table_of(chunks, spec, layout)}
     engine.begin(own)

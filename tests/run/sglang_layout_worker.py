@@ -19,6 +19,7 @@ from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.parallel import layout as layouts  # noqa: E402
 from megatron_s2d.rollout.sglang.collective import from_all  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -35,10 +36,10 @@ def main() -> None:
     for name, fields in LAYOUTS.items():
         policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
         for sync in ("disk", "distributed", "tensor"):
-            engine = SglangEngine(
+            engine = SglangEngine(Fleet(
                 policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync),
                 directory / name / sync, urls=[url],
-            )  # fmt: skip
+            ))  # fmt: skip
             change(policy, 0.01)
             engine.push(policy.chunks, 1)
             mine = make_requests()[policy.layout.data_rank :: policy.layout.data_size]

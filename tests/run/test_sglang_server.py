@@ -47,6 +47,7 @@ from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
 from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from megatron_s2d.rollout.sglang.checks import Checks, Needs  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
 from megatron_s2d.stages.served import ServedTopK  # noqa: E402
 from megatron_s2d.stages.teachers import ByDomain, ServedTeachers, TopKTeacher  # noqa: E402
 
@@ -98,10 +99,10 @@ def tokenizer(tmp_path_factory):
 def started(policy, tokenizer, tmp_path_factory):
     """An engine with the server that it started, which the tests below attach to as well."""
     begun = time.perf_counter()
-    engine = SglangEngine(
+    engine = SglangEngine(Fleet(
         policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(), tmp_path_factory.mktemp("sglang"),
         tokenizer=tokenizer,
-    )  # fmt: skip
+    ))  # fmt: skip
     print(f"the server was ready after {time.perf_counter() - begun:.0f} s")
     yield engine
     engine.close()
@@ -119,7 +120,7 @@ def attach(policy, tokenizer, url, tmp_path):
 
     def make(sync: str = "disk", needs: Needs = Needs(), other_tokenizer=None, **settings) -> SglangEngine:
         found.append(
-            SglangEngine(
+            SglangEngine(Fleet(
                 policy.chunks,
                 SPEC,
                 policy.layout,
@@ -129,7 +130,7 @@ def attach(policy, tokenizer, url, tmp_path):
                 urls=[url],
                 needs=needs,
                 tokenizer=other_tokenizer or tokenizer,
-            )  # fmt: skip
+            ))  # fmt: skip
         )
         return found[-1]
 
@@ -326,9 +327,9 @@ def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
 def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, tmp_path):
     settings = rollout_settings(replicas=2, router=True, recoveries=1)
-    engine = SglangEngine(
+    engine = SglangEngine(Fleet(
         policy.chunks, SPEC, policy.layout, policy.score, settings, tmp_path, tokenizer=tokenizer
-    )  # fmt: skip
+    ))  # fmt: skip
     try:
         fleet = engine._fleet
         workers = f"{fleet.pool.router.url}/workers"
@@ -413,13 +414,13 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
     """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
     where = (policy.chunks, SPEC, policy.layout, policy.score)
     settings = rollout_settings(arguments=["--host", "0.0.0.0"])
-    first = SglangEngine(*where, settings, tmp_path / "first", tokenizer=tokenizer)
+    first = SglangEngine(Fleet(*where, settings, tmp_path / "first", tokenizer=tokenizer))
     try:
         port = first._fleet.pool.servers[0].url.rpartition(":")[2]
         urls = [f"http://{outward_address()}:{port}"]
-        engine = SglangEngine(
+        engine = SglangEngine(Fleet(
             *where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer
-        )
+        ))
         change(policy, 0.02)
         engine.push(policy.chunks, 5)
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4

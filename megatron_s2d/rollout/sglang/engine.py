@@ -10,9 +10,7 @@ interrupts them and lets them go on with the new weights.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +18,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.sglang import scoring
-from megatron_s2d.rollout.sglang.checks import Needs
 from megatron_s2d.rollout.sglang.client import Pool
 from megatron_s2d.rollout.sglang.collective import from_all, from_first, to_group
-from megatron_s2d.rollout.sglang.fleet import Fleet, Score
+from megatron_s2d.rollout.sglang.fleet import Fleet
 from megatron_s2d.rollout.sglang.generation import Generation, Outcome
-from megatron_s2d.rollout.sglang.protocol import Decoder, Expected, Partial
+from megatron_s2d.rollout.sglang.protocol import Expected, Partial
 
 
 class _Work:
@@ -91,43 +86,11 @@ class _Work:
 
 
 class SglangEngine:
-    """See the module. ``score`` gives the trainer's log-probabilities of samples at temperature 1; collective."""
+    """See the module. ``close`` ends the fleet."""
 
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        spec: ModelSpec,
-        layout: Layout,
-        score: Score,
-        settings: RolloutConfig,
-        directory: Path,
-        *,
-        urls: Sequence[str] = (),
-        needs: Needs = Needs(),
-        tokenizer: Decoder | None = None,
-        on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
-        """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
-
-        Then each server shows that it can do what the stage ``needs``, at its temperature and length.
-
-        ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
-        ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
-        ``UserError`` on every rank where one rank cannot go on.
-        """
-        self._spec, self._layout, self._settings, self._tokenizer = spec, layout, settings.sglang, tokenizer
-        self._fleet = Fleet(
-            chunks,
-            spec,
-            layout,
-            score,
-            settings,
-            directory,
-            urls=urls,
-            needs=needs,
-            tokenizer=tokenizer,
-            on_device=on_device,
-        )
+    def __init__(self, fleet: Fleet):
+        self._fleet, self._spec, self._layout = fleet, fleet.spec, fleet.layout
+        self._settings, self._tokenizer = fleet.settings, fleet.tokenizer
         self._begun: _Work | None = None  # by ``begin``
         self._refused = ""  # what was begun and cannot be answered, whatever is tried
         self._carried: dict[str, Sample | Partial] = {}  # by request, of groups that were not complete in time

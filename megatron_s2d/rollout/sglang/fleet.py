@@ -76,12 +76,17 @@ class Fleet:
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
 
-        Then each server shows that it can do what the stage ``needs``.
+        Then each server shows that it can do what the stage ``needs``, at its temperature and length.
+
+        ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
+        ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
+        ``UserError`` on every rank where one rank cannot go on.
         """
         self.version = 0
         self.directory = directory
-        self._chunks, self._spec, self._layout, self._score = chunks, spec, layout, score
-        self._settings, self._max_tokens, self._on_device = settings.sglang, settings.max_batch_tokens, on_device
+        self.spec, self.layout, self.settings, self.tokenizer = spec, layout, settings.sglang, tokenizer
+        self._chunks, self._score, self._on_device = chunks, score, on_device
+        self._max_tokens = settings.max_batch_tokens
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_first = dist.get_rank() == 0
         self._tag = from_first(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
@@ -89,23 +94,23 @@ class Fleet:
         self._router: Router | None = None
         self._disk = DiskSender(directory / "weights", spec, tokenizer)
         self._sender: Sender = {"disk": self._disk, "distributed": BroadcastSender(), "tensor": TensorSender()}[
-            self._settings.sync
+            self.settings.sync
         ]
         self._last = Push(0.0, 0, 0.0)
         self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
         self._checks = Checks(
             spec,
             needs,
-            self._settings,
+            self.settings,
             dtype=str(self._dtype).removeprefix("torch."),
             tokenizer=tokenizer,
             attached=bool(urls),
         )
-        if urls and self._settings.sync == "tensor":
+        if urls and self.settings.sync == "tensor":
             refuse_remote(urls)
-        self.pool = Pool(urls or self._start_servers(), self._settings)
+        self.pool = Pool(urls or self._start_servers(), self.settings)
         try:
-            if self._settings.router:
+            if self.settings.router:
                 self.pool.router = Server(from_first(self._start_router))
             self._update(self.pool.servers)
             with on_device():
@@ -143,7 +148,7 @@ class Fleet:
     def rest(self) -> None:
         """With ``release_memory``: the servers, which are idle, give their GPU memory back until the next push."""
         urls = [server.url for server in self.pool.servers if not server.problem]
-        if not self._settings.release_memory or self._resting:
+        if not self.settings.release_memory or self._resting:
             return
 
         def release() -> dict[str, str]:
@@ -184,31 +189,31 @@ class Fleet:
         def start() -> list[str]:
             if failure:
                 raise UserError(failure)
-            self._processes = [self._start(number) for number in range(self._settings.replicas)]
+            self._processes = [self._start(number) for number in range(self.settings.replicas)]
             self._wait(self._processes)
             return [process.url for process in self._processes]
 
         return from_first(start)
 
     def _start_router(self) -> str:
-        self._router = Router(self._settings, self.directory / "router.log")
-        self._router.wait(time.monotonic() + self._settings.start_seconds)
+        self._router = Router(self.settings, self.directory / "router.log")
+        self._router.wait(time.monotonic() + self.settings.start_seconds)
         return self._router.url
 
     def _start(self, number: int) -> ServerProcess:
         return ServerProcess(
-            self._settings,
+            self.settings,
             self._disk.complete,
             self.directory / f"server-{number}.log",
             number=number,
             weight_version="none",
-            positions=self._spec.max_position_embeddings,
+            positions=self.spec.max_position_embeddings,
             dtype=str(self._dtype).removeprefix("torch."),
             max_tokens=self._max_tokens,
         )
 
     def _wait(self, processes: Sequence[ServerProcess]) -> None:
-        deadline = time.monotonic() + self._settings.start_seconds
+        deadline = time.monotonic() + self.settings.start_seconds
         try:
             for process in processes:
                 process.wait(deadline)
@@ -222,7 +227,7 @@ class Fleet:
 
         ``recoveries`` times again; ``UserError`` where no server of the pool holds them then.
         """
-        for _ in range(self._settings.recoveries + 1 if servers else 0):
+        for _ in range(self.settings.recoveries + 1 if servers else 0):
             reachable = self._reachable(servers)
             if reachable := self._checks.comparable(reachable):
                 self._push_to(reachable)
@@ -280,7 +285,7 @@ class Fleet:
     def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
         """Buckets of the current weights, and whether each is the last."""
         held: Bucket | None = None
-        for bucket in export_buckets(self._chunks, self._spec, self._layout, bucket_bytes=self._settings.bucket_bytes):
+        for bucket in export_buckets(self._chunks, self.spec, self.layout, bucket_bytes=self.settings.bucket_bytes):
             if held is not None:
                 yield held, False
             held = bucket
@@ -288,11 +293,11 @@ class Fleet:
 
     @property
     def _tolerance(self) -> float:
-        return self._settings.probe_tolerance or _TOLERANCES[self._dtype]
+        return self.settings.probe_tolerance or _TOLERANCES[self._dtype]
 
     def _push_to(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem."""
-        samples = probes.probe_samples(self._spec)
+        samples = probes.probe_samples(self.spec)
         with self._on_device():
             started = time.perf_counter()
             size, failure = self._send([server.url for server in servers])
@@ -312,7 +317,7 @@ class Fleet:
         self._last = Push(seconds, size, max(gap for gap, _ in found.values()))
         if self._is_first:
             print(
-                f"weights {self.label} to {len(servers)} server(s) by {self._settings.sync}: {size / 1e9:.4f} GB in "
+                f"weights {self.label} to {len(servers)} server(s) by {self.settings.sync}: {size / 1e9:.4f} GB in "
                 f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference {self._last.gap:.1e}",
                 *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
                 flush=True,
@@ -321,7 +326,7 @@ class Fleet:
     def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
         try:
-            gap = probes.gap(self.pool, server, self._spec, samples, expected, self.label)
+            gap = probes.gap(self.pool, server, self.spec, samples, expected, self.label)
         except (BadReply, UserError) as error:
             return float("nan"), str(error)
         if not gap <= self._tolerance:

@@ -36,6 +36,7 @@ from megatron_s2d.rollout.sglang import client  # noqa: E402
 from megatron_s2d.rollout.sglang.checks import Needs  # noqa: E402
 from megatron_s2d.rollout.sglang.control import PushFailed  # noqa: E402
 from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
 from megatron_s2d.rollout.sglang.senders import own_address, refuse_remote  # noqa: E402
 
 VOCAB_SIZE = 27
@@ -91,9 +92,9 @@ def make_engine(
 ) -> SglangEngine:
     rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
     urls = [server.url for server in servers]
-    return SglangEngine(
+    return SglangEngine(Fleet(
         chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
-    )
+    ))
 
 
 def make_requests(prompts=4, groups=3) -> list[Request]:
