@@ -92,7 +92,7 @@ def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Poli
 
 @torch.no_grad()
 def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader) -> dict[int, CachedDistribution]:
-    """The teacher at the response tokens of every sample, on all ranks; keys are places in ``samples``."""
+    """The teacher at the response tokens of every sample, on rank 0, which writes; keys are places in ``samples``."""
     if header.kind == "sampled":
         scores = teacher.score(samples)
         return {
@@ -108,7 +108,7 @@ def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
                 found[index] = _distribution(teacher, row[mask], header)
-    return gather_dicts(found if teacher.is_leader else {})
+    return gather_dicts(found if teacher.is_leader else {}, first_only=True)
 
 
 def _distribution(teacher: Policy, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
