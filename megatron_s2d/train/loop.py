@@ -110,7 +110,7 @@ def train(
             data = source.step(step)
             if engine is not None:
                 engine.rest()
-        stale = staleness(data.updates, updates)
+        stale = {} if engine is None else staleness(data.updates, updates)
         with timer.section("score"):
             batches_of_step = [
                 with_old_log_probs(policy, objective, comparable(objective, update, place))
@@ -163,9 +163,10 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
 def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
     """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
 
-    version: of the weights at the step's beginning.
+    version: of the weights at the step's beginning. Responses of a teacher have no ``rollout_log_probs``.
     """
-    spans = [span for update in updates for sample in update.samples for span in sample.policy_spans]
+    own = [sample for update in updates for sample in update.samples if sample.rollout_log_probs is not None]
+    spans = [span for sample in own for span in sample.policy_spans]
     if not spans:
         return {}
     ages = np.array([version - span.version for span in spans])

@@ -1,5 +1,7 @@
 """What stops a run before an update, what is compared with the engine, and how updates make a row of metrics."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,8 @@ from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.data.packing import UpdateBatch, pack  # noqa: E402
 from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective  # noqa: E402
-from megatron_s2d.records import Sample  # noqa: E402
-from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, summarise  # noqa: E402
+from megatron_s2d.records import PolicySpan, Sample  # noqa: E402
+from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, staleness, summarise  # noqa: E402
 
 
 def test_an_engine_that_drifts_from_the_trainer_stops_the_run():
@@ -43,6 +45,15 @@ def test_the_engine_is_compared_with_the_weights_that_sampled_only():
     assert comparable(full, update, 1).samples[0].rollout_log_probs is None
     # Old log-probabilities are of the weights that sampled, whatever the update.
     assert comparable(grpo_objective(Surrogate(), kl_coefficient=0), update, 1) is update
+
+
+def test_staleness_counts_tokens_of_the_policy_and_no_others():
+    spans = {"a": (PolicySpan(1, 2, 3), PolicySpan(2, 3, 5)), "b": (PolicySpan(1, 3, 5),)}
+    spans["teacher"] = (PolicySpan(1, 3, 0),)
+    samples = [dataclasses.replace(sample(name, name != "teacher"), policy_spans=spans[name]) for name in spans]
+    updates = [UpdateBatch(samples[:1], {}), UpdateBatch(samples[1:], {})]
+    assert staleness(updates, 5) == {"staleness": 0.5, "staleness_max": 2.0}  # of four tokens one is two updates old
+    assert staleness([UpdateBatch(samples[2:], {})], 5) == {}
 
 
 def test_responses_of_a_teacher_beside_the_students_are_not_compared():
