@@ -201,7 +201,8 @@ def check_rollout_kl(report: Mapping[str, float], limit: float | None, step: int
         raise UserError(
             f"step {step}: trainer and engine differ by a KL of {report['rollout_kl']:.3g} nats a token "
             f"(rollout_kl), above rollout.max_kl {limit}: are precision, weights and model settings of the servers "
-            "those of the trainer? See probe_gap in metrics.jsonl and the servers' logs"
+            "those of the trainer? See probe_gap and staleness in metrics.jsonl (older weights count here, too) and the "
+            "servers' logs"
         )
 
 

@@ -497,9 +497,8 @@ def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
     config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
     found = {}
     for engine in ("megatron", "sglang"):
-        config["rollout"] = {"engine": engine, "max_kl": 0.01, "sglang": {"ahead": ahead, "oversampling": 1.25}}
-        if ahead == "off":
-            config["rollout"]["sglang"]["oversampling"] = 1.0
+        settings = {"ahead": ahead, "oversampling": 1.0 if ahead == "off" else 1.25}
+        config["rollout"] = {"engine": engine, "max_kl": 1e-6 if ahead == "off" else None, "sglang": settings}
         path = tmp_path / f"{engine}.yaml"
         path.write_text(yaml.safe_dump(config))
         finished = s2d("run", path, "--out", tmp_path / engine, timeout=1500)

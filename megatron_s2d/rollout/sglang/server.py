@@ -6,6 +6,7 @@ log file; an error names it. Left out: weights after the start (``senders.py``),
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ class _Process:
     def __init__(self, command: Sequence[str], log: Path, added: dict[str, str], path: Path | None = None):
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(_FOLDER / "watch.py"), *command],
@@ -59,11 +61,19 @@ class _Process:
         while not self.is_ready():
             if not self.is_alive:
                 raise UserError(f"the {self.name} ended while it started ({_last_words(self.log)}); see {self.log}")
+            if "address already in use" in self._said():  # SGLang stays alive then
+                raise UserError(f"another program took the port of the {self.name} while it started; run again")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the {self.name} is not ready after rollout.sglang.start_seconds; see {self.log}, or allow more"
                 )
             time.sleep(0.25)
+
+    def _said(self) -> str:
+        """The end of what this process has printed."""
+        with open(self.log, "rb") as file:
+            file.seek(max(self._log_start, self.log.stat().st_size - 4096))
+            return file.read().decode(errors="replace")
 
     def close(self) -> None:
         """End it and its children."""
@@ -192,9 +202,19 @@ def is_healthy(url: str, *, checks: int = 1) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at.
+
+    A server listens minutes after this. Ports that the system gives to outgoing connections may be taken by then, so it
+    is none of those (32768 and up).
+    """
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+            return port
+    raise UserError("no free port between 15000 and 32000 on this machine")
 
 
 def _last_words(log: Path) -> str:

@@ -269,6 +269,9 @@ def main() -> None:
     if "--fail-at-start" in sys.argv:
         print("Traceback ...\nRuntimeError: no such device")
         sys.exit(1)
+    if "--port-is-taken" in sys.argv:
+        print("ERROR:    [Errno 98] error while attempting to bind on address: address already in use", flush=True)
+        threading.Event().wait()
     server = FakeServer(
         read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"])
     )

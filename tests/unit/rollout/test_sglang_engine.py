@@ -494,6 +494,11 @@ def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interprete
     assert "\n" not in str(error.value) and "server-0.log" in str(error.value)
 
 
+def test_a_server_that_stays_alive_without_its_port_is_not_waited_for(chunks, layout, interpreter, tmp_path):
+    with pytest.raises(UserError, match="another program took the port"):
+        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), arguments=["--port-is-taken"])
+
+
 def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
     embedding = np.zeros((VOCAB_SIZE, 4), np.float32)
     info = {"dtype": "F32", "shape": [VOCAB_SIZE, 4], "data_offsets": [0, embedding.nbytes]}
