@@ -127,7 +127,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroke
     assert not (run_dir / "stages/student_base/finished.json").exists()
 
 
-@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2},
+        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
     run_dir = tmp_path / "ranks"
     finished = s2d("run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "num_workers=1")

@@ -48,6 +48,7 @@ def test_a_hundred_kills(unbroken, tmp_path):
     print(f"{kills} kills over {runs} runs")
 
 
+@pytest.mark.slow
 def test_a_few_kills(unbroken, tmp_path):
     run_dir = tmp_path / "run"
     assert killed_run(run_dir, seed=7, kills=8, timeout=300) == 8
