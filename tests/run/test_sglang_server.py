@@ -490,7 +490,7 @@ def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, att
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["off", "continue"])
 def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
-    """Statistically: other random numbers, so every arm within four standard errors, and rewards that rise alike."""
+    """Statistically: other random numbers, so every arm and the rewards of training within four standard errors."""
     config = {"base": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
     truncate = {"importance": {"mode": "truncate"}}
     config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
@@ -509,9 +509,10 @@ def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
         error = (arm["std_err"] ** 2 + other["std_err"] ** 2) ** 0.5
         assert abs(arm["avg_at_k"] - other["avg_at_k"]) < 4 * error, name
     rewards = {
-        engine: [row["reward"] for row in metrics(tmp_path / engine, "stages/rl_teacher")] for engine in found
+        engine: np.mean([row["reward"] for row in metrics(tmp_path / engine, "stages/rl_teacher")]) for engine in found
     }
-    assert all(np.mean(row[-2:]) > np.mean(row[:2]) for row in rewards.values()), rewards
+    chance = np.mean(list(rewards.values()))  # of 8 steps of 128 responses each
+    assert abs(rewards["megatron"] - rewards["sglang"]) < 4 * (2 * chance * (1 - chance) / 1024) ** 0.5, rewards
     rows = metrics(tmp_path / "sglang", "stages/rl_teacher")
     assert all(row["staleness_max"] == 0 for row in rows) if ahead == "off" else rows[-1]["staleness_max"] >= 1
 
