@@ -8,7 +8,7 @@ they are usable, Megatron's own linear layers with our norm and attention elsewh
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ def check_fp8(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None
     if not found.cuda:
         raise UserError("fp8 needs a CUDA device and Transformer Engine, and this process has no CUDA: leave fp8 out")
     if not found.transformer_engine:
-        raise UserError("fp8 needs Transformer Engine, which does not import here: install it (docs/gpu.md) or do without")
+        raise UserError("fp8 needs Transformer Engine, which does not import here: install it, or leave fp8 out")
     check_chip(fp8, found.compute_capability, found.device_name)
     if found.cuda_version < recipe.least_cuda:
         wanted, has = (".".join(map(str, version)) for version in (recipe.least_cuda, found.cuda_version))
@@ -113,29 +113,6 @@ def transformer_config(
     """Megatron's configuration object for ``spec`` at ``layout``."""
     parallel = layout.config
     with_te = device.capabilities().transformer_engine
-    experts = {}
-    if spec.num_experts:
-        experts = {
-            "num_moe_experts": spec.num_experts,
-            "moe_router_topk": spec.num_experts_per_tok,
-            "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
-            # Softmax over the chosen logits equals softmax over all, renormalised over the chosen.
-            "moe_router_pre_softmax": not spec.norm_topk_prob,
-            "moe_router_dtype": "fp32",
-            "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
-            "moe_aux_loss_coeff": moe_aux_loss_coeff,
-            "moe_grouped_gemm": with_te,
-        }
-    quantized = {}
-    if fp8 is not None:
-        quantized = {
-            "fp8": RECIPES[fp8.recipe].format,
-            "fp8_recipe": fp8.recipe,
-            "fp8_param": fp8.parameters,
-            # Of delayed scaling: Transformer Engine's own defaults; Megatron's look back one step only.
-            "fp8_amax_history_len": 1024,
-            "fp8_amax_compute_algo": "max",
-        }
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -171,9 +148,38 @@ def transformer_config(
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        **experts,
-        **quantized,
+        **_expert_fields(spec, moe_aux_loss_coeff),
+        **_fp8_fields(fp8),
     )
+
+
+def _expert_fields(spec: ModelSpec, moe_aux_loss_coeff: float) -> dict[str, Any]:
+    if not spec.num_experts:
+        return {}
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_router_topk": spec.num_experts_per_tok,
+        "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+        # Softmax over the chosen logits equals softmax over all, renormalised over the chosen.
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": moe_aux_loss_coeff,
+        "moe_grouped_gemm": device.capabilities().transformer_engine,
+    }
+
+
+def _fp8_fields(fp8: Fp8Config | None) -> dict[str, Any]:
+    if fp8 is None:
+        return {}
+    return {
+        "fp8": RECIPES[fp8.recipe].format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.parameters,
+        # Of delayed scaling: Transformer Engine's own defaults; Megatron's look back one step only.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def rope_frequencies(spec: ModelSpec) -> torch.Tensor:

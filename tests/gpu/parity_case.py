@@ -138,15 +138,21 @@ def divergence(layout: Layout, student: Policy, teacher: Policy) -> float:
 
 def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = None) -> np.ndarray:
     """Losses of ``steps`` updates on the batch, which the model comes to know by heart."""
-    model, batch = policy(layout, precision, fp8=fp8, max_tokens=10_000), samples()
+    model = policy(layout, precision, fp8=fp8, max_tokens=10_000)
     model.prepare_training(OptimizerConfig(lr=1e-4, warmup_steps=10), steps)
+    return np.array(train(model, steps))
+
+
+def train(model: Policy, steps: int) -> list[float]:
+    """Losses of ``steps`` updates on the batch, of a model that is ready to train."""
+    batch = samples()
     batches = model.pack(batch, weights_of(batch, "supervised_weight"))
     count = sum(len(sample.token_ids) for sample in batch)
     losses = []
     for _ in range(steps):
         losses.append(model.forward_backward(batches, supervised_objective(), num_tokens=count)["loss"])
         model.optim_step()
-    return np.array(losses)
+    return losses
 
 
 def main() -> None:

@@ -4,22 +4,11 @@ import dataclasses
 
 import numpy as np
 import torch
-from parity_case import SPEC, OptimizerConfig, policy, samples, supervised_objective, weights_of
+from parity_case import SPEC, OptimizerConfig, policy, samples, train
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
-
-
-def train(model, steps: int) -> list[float]:
-    batch = samples()
-    batches = model.pack(batch, weights_of(batch, "supervised_weight"))
-    count = sum(len(sample.token_ids) for sample in batch)
-    losses = []
-    for _ in range(steps):
-        losses.append(model.forward_backward(batches, supervised_objective(), num_tokens=count)["loss"])
-        model.optim_step()
-    return losses
 
 
 def test_a_waiting_optimizer_gives_its_memory_up_and_trains_alike(layout, record_property):

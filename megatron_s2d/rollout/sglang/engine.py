@@ -50,6 +50,7 @@ class _Work:
         """Ask for what is missing, if anything."""
         missing = [place for place in range(len(self.requests)) if place not in self.samples]
         groups_left = self.num_groups - len(self.complete_groups())
+        open_groups = {self.requests[place].group for place in missing}
         if groups_left > 0:
             self._places = missing
             self.generation = Generation(
@@ -57,7 +58,7 @@ class _Work:
                 [self.requests[place] for place in missing],
                 expected,
                 partials={i: self.partials[place] for i, place in enumerate(missing) if place in self.partials},
-                num_groups=groups_left,
+                num_groups=groups_left if groups_left < len(open_groups) else None,
                 progress=progress,
             )
 

@@ -304,13 +304,12 @@ class Fleet:
             seconds = time.perf_counter() - started
             expected = self._score(samples)
 
-        def test() -> dict[str, tuple[float, str]]:
+        def test() -> tuple[dict[str, tuple[float, str]], int]:
             found = {server.url: self._test(server, samples, expected) for server in servers}
-            for url, problem in _odd_digests([url for url, (_, problem) in found.items() if not problem]).items():
-                found[url] = (found[url][0], problem)
-            return found
+            odd, count = _odd_digests([url for url, (_, problem) in found.items() if not problem])
+            return found | {url: (found[url][0], problem) for url, problem in odd.items()}, count
 
-        found = from_first(test)
+        found, num_digests = from_first(test)
         for server in servers:
             problem = found[server.url][1]
             server.problem = failure if problem and failure.startswith(server.url) else problem
@@ -318,7 +317,8 @@ class Fleet:
         if self._is_first:
             print(
                 f"weights {self.label} to {len(servers)} server(s) by {self.settings.sync}: {size / 1e9:.4f} GB in "
-                f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference {self._last.gap:.1e}",
+                f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference {self._last.gap:.1e}, "
+                f"{num_digests} digest(s) compared",
                 *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
                 flush=True,
             )
@@ -364,18 +364,15 @@ class Fleet:
         return size, from_first(lambda: failure)
 
 
-def _odd_digests(urls: Sequence[str]) -> dict[str, str]:
-    """Address -> problem of servers whose weights are not those of the majority, bit by bit, where they can tell."""
+def _odd_digests(urls: Sequence[str]) -> tuple[dict[str, str], int]:
+    """Address -> problem of servers whose weights are not bit by bit those of the majority, and how many could tell."""
     if len(urls) < 2:
-        return {}
+        return {}, 0
     with Servers(urls) as servers:
         digests = servers.digests()
     counts = collections.Counter(digests.values())
     common = max(counts, key=counts.__getitem__, default="")
     if 2 * counts[common] <= len(digests):
         common = ""  # no majority: nobody knows which are right
-    return {
-        url: "the digest of its weights is not that of the other servers"
-        for url, digest in digests.items()
-        if digest != common
-    }
+    problem = "the digest of its weights is not that of the other servers"
+    return {url: problem for url, digest in digests.items() if digest != common}, len(digests)
