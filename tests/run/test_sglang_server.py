@@ -275,10 +275,13 @@ def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
 @pytest.mark.parametrize("ahead", ["wait", "continue"])
 def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy, attach, ahead):
     engine = attach(ahead=ahead)
-    requests = make_requests(prompts=3, groups=2, max_new_tokens=100, stop_token_ids=())
+    requests = make_requests(prompts=6, groups=12, max_new_tokens=100, stop_token_ids=())
     engine.generate(make_requests())  # so that what comes next starts at once
+    started = time.perf_counter()
+    engine.generate(requests)
+    seconds = time.perf_counter() - started
     engine.begin(requests)
-    time.sleep(0.3)
+    time.sleep(seconds / 3)  # the push comes amid them, however fast this machine is
     old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     change(policy, 0.02)
     engine.push(policy.chunks, old_version + 1)
@@ -287,7 +290,7 @@ def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy
     assert {sample.response_length for sample in samples} == {100}
     versions = {span.version for sample in samples for span in sample.policy_spans}
     if ahead == "continue":
-        assert versions == {old_version, old_version + 1}
+        assert versions == {old_version, old_version + 1}, f"{seconds:.2f} s without a push"
     else:
         assert versions == {old_version}
     gaps = {old_version + 1: span_gap(policy, samples, old_version + 1)}
