@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 
 from megatron_s2d.config.base import UserError
@@ -28,6 +28,8 @@ from megatron_s2d.rollout.sglang.protocol import (
 
 _FIRST_PAUSE_SECONDS = 0.25  # before the second try; doubled before each further one
 _ABORT_SECONDS = 5.0
+_CONNECT_SECONDS = 30.0
+_KEEP_SECONDS = 2.0  # an idle connection; servers close theirs after 5 s, which must not meet a request
 
 
 class Unavailable(Exception):
@@ -82,9 +84,10 @@ class Pool:
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
         """A ``Session`` in the running event loop."""
-        async with httpx.AsyncClient(
-            timeout=httpx.Timeout(self.settings.request_seconds, connect=30.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency),
+        # aiohttp's work for a request does not grow with the number of connections, unlike httpx's.
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(self.settings.request_seconds, sock_connect=_CONNECT_SECONDS),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
             trust_env=False,  # a proxy of the environment is not for servers of the run
         ) as client:
             yield Session(self, client)
@@ -131,7 +134,7 @@ class Pool:
 class Session:
     """The requests of one event loop to the servers of a pool."""
 
-    def __init__(self, pool: Pool, client: httpx.AsyncClient):
+    def __init__(self, pool: Pool, client: aiohttp.ClientSession):
         self.stopped = asyncio.Event()  # set: no further tries, and what is in flight is given up
         self._pool, self._client = pool, client
         self._in_flight: dict[str, Server] = {}
@@ -172,22 +175,23 @@ class Session:
         rids = [body["rid"]] if isinstance(body["rid"], str) else body["rid"]
         self._in_flight |= dict.fromkeys(rids, server)
         try:
-            reply = await self._client.post(f"{server.url}/generate", json=body)
-        except httpx.TimeoutException:
+            async with self._client.post(f"{server.url}/generate", json=body) as reply:
+                status, content = reply.status, await reply.read()
+        except TimeoutError:
             await self._abort(server, rids, "it hangs")
             raise BadReply(f"no answer within {self._pool.settings.request_seconds:g} seconds") from None
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             reason = f"the connection failed ({type(error).__name__})"
             await self._abort(server, rids, reason)
             raise BadReply(reason) from None
         finally:
             for rid in rids:
                 del self._in_flight[rid]
-        if 400 <= reply.status_code < 500:
-            raise UserError(f"{server.url} refused a request: {reply.text[:300]}")
-        if reply.status_code != 200:
-            raise BadReply(f"status {reply.status_code}: {reply.text[:200]}")
-        return reply.content
+        if 400 <= status < 500:
+            raise UserError(f"{server.url} refused a request: {_text(content)[:300]}")
+        if status != 200:
+            raise BadReply(f"status {status}: {_text(content)[:200]}")
+        return content
 
     async def give_up(self) -> None:
         """Once ``stopped``: have everything in flight end, whose replies then come with the tokens so far.
@@ -204,12 +208,18 @@ class Session:
         """Have tries forgotten whose answers nobody waits for; a server that does not even do that has a problem."""
         # A router passes no aborts on, and does not say where a request went.
         holders = self._pool.servers if server is self._pool.router else [server]
+        timeout = aiohttp.ClientTimeout(_ABORT_SECONDS)
         for holder in holders:
             try:
                 for rid in rids:
-                    await self._client.post(f"{holder.url}/abort_request", json={"rid": rid}, timeout=_ABORT_SECONDS)
-            except httpx.HTTPError:
+                    async with self._client.post(f"{holder.url}/abort_request", json={"rid": rid}, timeout=timeout):
+                        pass
+            except (aiohttp.ClientError, TimeoutError):
                 holder.problem = reason
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")
 
 
 def _replies(content: bytes, count: int) -> list[GenerateReply]:
