@@ -8,13 +8,13 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVED := $(VENV)/.installed-sglang
 
-.PHONY: help env quickstart smoke test test-slow test-unit test-dist test-run clean
+.PHONY: help env quickstart smoke test test-slow test-unit test-dist test-run test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
 	@echo "make smoke        two arms in under two minutes"
-	@echo "make test-unit | test-dist | test-run | test-slow | clean"
+	@echo "make test-unit | test-dist | test-run | test-gpu | test-slow | clean"
 
 # The first Python 3.12 of: PYTHON, the ones on PATH, pyenv's installed versions.
 $(STAMP): pyproject.toml constraints.txt
@@ -47,20 +47,24 @@ quickstart: env
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-test: $(SERVED)
-	$(RUN)/python -m pytest -q -m "not slow" --durations=15
+# Folders one after the other: those of tests/unit and tests/dist share the cores between files, those of tests/run
+# measure time or kill processes and have the machine to themselves.
+test: test-gpu test-unit test-dist test-run
 
 test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow
 
 test-unit: env
-	$(RUN)/python -m pytest -q -m "not slow" tests/unit
+	$(RUN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
 
 test-dist: env
-	$(RUN)/python -m pytest -q tests/dist
+	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/dist
 
 test-run: $(SERVED)
-	$(RUN)/python -m pytest -q tests/run
+	$(RUN)/python -m pytest -q -m "not slow" --durations=15 tests/run
+
+test-gpu: env
+	$(RUN)/python -m pytest -q -rs tests/gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
