@@ -247,10 +247,13 @@ class Fleet:
             return
 
         def route() -> tuple[str, str]:
-            if not self._router.is_alive:
-                print(f"the router is started anew; see {self._router.log}", flush=True)
+            urls = [server.url for server in self.pool.servers if not server.problem]
+            if problem := self._router.serve(urls):
+                print(f"the router is started anew: {problem}; see {self._router.log}", flush=True)
+                self._router.close()
                 self._start_router()
-            return self._router.url, self._router.serve([s.url for s in self.pool.servers if not s.problem])
+                problem = self._router.serve(urls)
+            return self._router.url, problem
 
         self.pool.router = Server(*from_first(route))
 

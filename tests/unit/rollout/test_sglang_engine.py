@@ -158,6 +158,14 @@ def test_replicas_whose_digests_differ_get_the_weights_again(chunks, layout, ser
         engine.push(chunks, 2)
 
 
+def test_progress_counts_every_response(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    calls = []
+    engine.generate(make_requests(), lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 12) for done in range(1, 13)]
+    engine.close()
+
+
 def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers, bucket_bytes=4000)
     engine.push(chunks, 1)
@@ -424,9 +432,12 @@ def test_caps_of_a_teachers_server_are_found_before_the_first_step(chunks, layou
 
 @pytest.fixture
 def interpreter(tmp_path) -> Path:
-    """A program that takes the place of the interpreter with sglang and starts the toy server."""
-    path = tmp_path / "interpreter"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_sglang.py")} "$@"\n')
+    """A program that takes the place of the interpreter with sglang and starts the toy server, or the toy router."""
+    path, here = tmp_path / "interpreter", Path(__file__).parent
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in sglang_router*) file=fake_router.py ;; *) file=fake_sglang.py ;; esac\n'
+        f'exec {sys.executable} {here}/$file "$@"\n'
+    )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -497,6 +508,37 @@ def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interprete
 def test_a_server_that_stays_alive_without_its_port_is_not_waited_for(chunks, layout, interpreter, tmp_path):
     with pytest.raises(UserError, match="another program took the port"):
         make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), arguments=["--port-is-taken"])
+
+
+def test_behind_a_router_a_stale_reply_has_every_server_updated(chunks, layout, servers, interpreter, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path / "engine", servers, router=True, python=str(interpreter))
+    change(chunks)
+    engine.push(chunks, 1)
+    servers[1].faults.append("stale")  # the router does not say who answered
+    samples = engine.generate(make_requests())
+    assert [sample.id for sample in samples] == [request.id for request in make_requests()]
+    assert gap(chunks, samples) < 1e-5 and not engine._fleet.pool.problems
+    for server in servers:
+        paths = [path for path, body in server.log if path == "/update_weights_from_disk"]
+        assert len(paths) == 3  # at the start, by the push, after the stale reply
+        assert any(isinstance(body.get("rid"), str) for path, body in server.log if path == "/generate")
+    engine.close()
+
+
+def test_a_router_that_dies_mid_batch_is_started_anew_and_costs_no_sample(
+    chunks, layout, servers, interpreter, tmp_path
+):
+    engine = make_engine(chunks, layout, tmp_path / "engine", servers, router=True, python=str(interpreter))
+    clean = engine.generate(make_requests())
+    old = engine._fleet.pool.router.url
+    httpx.post(f"{old}/fault", json={"die_after": 5})
+    again = engine.generate(make_requests())
+    router = engine._fleet.pool.router
+    assert router.url != old and not engine._fleet.pool.problems
+    assert tokens(again) == tokens(clean)
+    found = httpx.get(f"{router.url}/workers").json()["workers"]
+    assert {worker["url"] for worker in found} == {server.url for server in servers}
+    engine.close()
 
 
 def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
