@@ -94,6 +94,7 @@ class Policy:
         )
         self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, fp8=fp8, **extra)
         self.trainable: TrainableModel | None = None
+        self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
     def prepare_training(self, optimizer: OptimizerConfig, total_updates: int, *, offload: bool = False) -> None:
@@ -109,21 +110,29 @@ class Policy:
             chunk.requires_grad_(False)
 
     def to_host(self) -> None:
-        """Move a frozen model's weights to host memory; ``to_device`` brings them back. Nothing to do on a CPU."""
-        self._move(torch.device("cpu"))
+        """Have a frozen model's weights wait in host memory; ``to_device`` brings them back. Nothing to do on a CPU.
+
+        The copy there is kept, so only the first move out copies.
+        """
+        if not device.capabilities().cuda:
+            return
+        for parameter in self._parameters():
+            if parameter not in self._waiting:
+                self._waiting[parameter] = device.to_host(parameter.data)
+            parameter.data = self._waiting[parameter]
+        device.wait()  # until the copies are whole
 
     def to_device(self) -> None:
         """Bring the weights to where they compute."""
-        self._move(device.device())
+        for parameter in self._parameters():
+            parameter.data = parameter.data.to(device.device(), non_blocking=True)
 
-    def _move(self, target: torch.device) -> None:
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters, before they move: what Transformer Engine keeps of them in FP8 goes, and is made again."""
         for chunk in self.chunks:
             for module in chunk.modules():
-                # What Transformer Engine keeps of its weights in FP8; it is made again when it is needed.
                 getattr(module, "_fp8_workspaces", {}).clear()
-            for parameter in chunk.parameters():
-                if parameter.device.type != target.type:
-                    parameter.data = parameter.data.to(target)
+            yield from chunk.parameters()
 
     @contextlib.contextmanager
     def on_device(self, *, release: bool) -> Iterator[None]:

@@ -15,9 +15,11 @@ from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
+from megatron_s2d.parallel.device import capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.train import policy as policy_module
 from megatron_s2d.train.loop import check_rollout_kl
 from megatron_s2d.train.policy import Policy
 
@@ -220,6 +222,31 @@ def test_an_optimizer_that_waits_in_host_memory_trains_alike(layout, precision, 
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(ends[0][0], next(policy(layout, precision=precision).chunks[0].parameters()))
+
+
+def test_a_frozen_model_that_takes_turns_is_copied_to_the_host_once(layout, monkeypatch):
+    """With a stand-in for the GPU: what lies on it is a copy. On a GPU: tests/gpu."""
+    model = policy(layout)
+    model.freeze()
+    before, copies = model.score(samples()), []
+
+    def to_host(tensor):
+        copies.append(tensor.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(policy_module.device, "capabilities", lambda: dataclasses.replace(capabilities(), cuda=True))
+    monkeypatch.setattr(policy_module.device, "to_host", to_host)
+    monkeypatch.setattr(policy_module.device, "wait", lambda: None)
+    monkeypatch.setattr(policy_module.device, "device", lambda: torch.device("cpu"))
+    for _ in range(2):
+        model.to_host()
+        assert [parameter.data_ptr() for parameter in model.chunks[0].parameters()] == [c.data_ptr() for c in copies]
+        model.to_device()
+        for parameter in model.chunks[0].parameters():
+            parameter.data = parameter.data.clone()
+    monkeypatch.undo()
+    for one, other in zip(model.score(samples()), before, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def gradient_buffers(model: Policy) -> list:
