@@ -44,10 +44,10 @@ PEAK = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_max
 def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, int]:
     """A random bfloat16 checkpoint; returns its bytes and those of its largest layer or tensor outside the layers."""
     import torch
+    from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 
     from megatron_s2d.config.hf_config import hf_config_from_spec
     from megatron_s2d.config.model import ModelConfig
-    from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
     from megatron_s2d.models.families import hf_tensor_shapes
 
     spec = ModelConfig(preset=preset, num_layers=num_layers).resolve()

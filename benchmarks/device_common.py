@@ -27,7 +27,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.train.policy import Policy
-from megatron_s2d.workflow.arithmetic import Part
+from megatron_s2d.workflow.costs.arithmetic import Part
 
 ON_GPU = device.capabilities().cuda
 

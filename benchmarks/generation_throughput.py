@@ -18,8 +18,8 @@ from megatron_s2d.parallel import device
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
-from megatron_s2d.workflow.arithmetic import Build
-from megatron_s2d.workflow.timing import Machine, Placed
+from megatron_s2d.workflow.costs.arithmetic import Build
+from megatron_s2d.workflow.costs.timing import Machine, Placed
 
 GPU_CASES = (("qwen3-1.7b", 32, 8, 512, 128), ("qwen3-1.7b", 1, 1, 512, 128), ("qwen3-8b", 32, 8, 512, 128))
 CPU_CASES = (("tiny-student", 2, 3, 6, 5),)

@@ -39,8 +39,8 @@ from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron_engine import MegatronEngine
 from megatron_s2d.stages.teachers import ByDomain, FullTeacher
 from megatron_s2d.train.policy import Policy
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
-from megatron_s2d.workflow.estimate import (
+from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part
+from megatron_s2d.workflow.costs.estimate import (
     TeacherStates,
     Workload,
     frozen,

@@ -33,8 +33,9 @@ from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.objectives.distill import supervised_objective
 from megatron_s2d.parallel import device
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
-from megatron_s2d.workflow.estimate import Workload, train_phase, trained
+from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part
+from megatron_s2d.workflow.costs.estimate import Workload, train_phase, trained
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron_s2d.conversion.files import FileSlice, HashedFile
+from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -36,8 +38,6 @@ from megatron_s2d.artifacts import read_json
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.conversion.files import FileSlice, HashedFile
-from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from megatron_s2d.models.hf_checkpoint import verify_digests
 from megatron_s2d.models.shards import WeightSource, read_shard
 

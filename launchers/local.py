@@ -9,9 +9,10 @@ from __future__ import annotations
 import signal
 import subprocess
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, write_launch
+
+from megatron_s2d.config.base import UserError
 from megatron_s2d.workflow.outcomes import Interrupted
 
 

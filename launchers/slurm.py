@@ -7,13 +7,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
-from megatron_s2d.config.base import UserError
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.config import load_launch
 from megatron_s2d.launchers.job import Launch, plan_launch, write_launch
-from megatron_s2d.workflow.sweep import Point
+from rich.console import Console
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.workflow.studies.sweep import Point
 
 
 def write(launch: Launch) -> None:

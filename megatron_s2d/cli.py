@@ -225,7 +225,7 @@ def _add_sweep(commands) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from megatron_s2d.config.sweep import load_sweep
-    from megatron_s2d.workflow.sweep import failures, points_of, print_points, run_sweep
+    from megatron_s2d.workflow.studies.sweep import failures, points_of, print_points, run_sweep
 
     sweep = load_sweep(options.sweep)
     out = options.out or Path("runs") / sweep.name
@@ -238,8 +238,8 @@ def _sweep(options: argparse.Namespace) -> int:
         run_sweep(sweep, out, _console(), submitter(options.cluster, options.cluster_overrides))
         print(f"when the jobs are done: s2d sweep {options.sweep} --out {out} --collect")
         return 0
-    from megatron_s2d.workflow.sweep_report import write_sweep
-    from megatron_s2d.workflow.sweep_results import collect_sweep
+    from megatron_s2d.workflow.studies.sweep_report import write_sweep
+    from megatron_s2d.workflow.studies.sweep_results import collect_sweep
 
     points = points_of(sweep) if options.collect else run_sweep(sweep, out, _console())
     failed = failures(points, out)
@@ -262,7 +262,7 @@ def _add_simulate(commands) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from megatron_s2d.workflow.simulate import load_simulation, print_simulation
+    from megatron_s2d.workflow.studies.simulate import load_simulation, print_simulation
 
     print_simulation(load_simulation(options.simulation), options.out, _console())
 

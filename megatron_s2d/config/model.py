@@ -19,6 +19,7 @@ from megatron_s2d.config.hf_config import spec_from_directory
 from megatron_s2d.config.model_spec import Family, ModelSpec, RopeScaling
 from megatron_s2d.config.presets import PRESETS
 
+
 class RopeScalingConfig(Config):
     """Llama 3's rope scaling; see ``RopeScaling``."""
 

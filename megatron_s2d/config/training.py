@@ -9,7 +9,6 @@ from pydantic import Field
 
 from megatron_s2d.config.base import Config
 
-
 SERVER_SPARE_POSITIONS = 8  # of a server beyond the model's own: SGLang ends a response that comes near its limit
 LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their meaning
 

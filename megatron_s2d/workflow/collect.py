@@ -8,7 +8,9 @@ from pathlib import Path
 from megatron_s2d.artifacts import read_jsonl
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.workflow.contrasts import (
+from megatron_s2d.workflow.plan import Job
+from megatron_s2d.workflow.preflight import Preflight
+from megatron_s2d.workflow.reports.contrasts import (
     Evaluation,
     arm_of,
     avg_at_k,
@@ -16,10 +18,8 @@ from megatron_s2d.workflow.contrasts import (
     paired_comparison,
     read_evaluation,
 )
-from megatron_s2d.workflow.paper_table import make_table
-from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.preflight import Preflight
-from megatron_s2d.workflow.results import (
+from megatron_s2d.workflow.reports.paper_table import make_table
+from megatron_s2d.workflow.reports.results import (
     ArmResult,
     ContrastResult,
     RefusedContrast,

@@ -11,9 +11,9 @@ from rich.table import Table
 from megatron_s2d.artifacts import read_json
 from megatron_s2d.config.base import UserError
 from megatron_s2d.workflow.collect import EVALUATION_NAME
-from megatron_s2d.workflow.contrasts import Evaluation, paired_comparison, read_evaluation
-from megatron_s2d.workflow.report_html import percent, points
-from megatron_s2d.workflow.results import ArmResult
+from megatron_s2d.workflow.reports.contrasts import Evaluation, paired_comparison, read_evaluation
+from megatron_s2d.workflow.reports.html_page import percent, points
+from megatron_s2d.workflow.reports.results import ArmResult
 
 
 def find_evaluations(place: Path, arm: str | None) -> dict[str, Evaluation]:

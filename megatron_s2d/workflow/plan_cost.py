@@ -15,11 +15,11 @@ from megatron_s2d.artifacts import format_seconds
 from megatron_s2d.config.base import UserError, apply_overrides, parse
 from megatron_s2d.config.hardware import AssumptionsConfig, gpu_of
 from megatron_s2d.config.precision import check_chip
+from megatron_s2d.workflow.costs.stage_time import StageTime, stage_time
+from megatron_s2d.workflow.costs.timing import Machine
 from megatron_s2d.workflow.plan_table import human_bytes
 from megatron_s2d.workflow.preflight import Preflight
 from megatron_s2d.workflow.proposal import Proposal, propose
-from megatron_s2d.workflow.stage_time import StageTime, stage_time
-from megatron_s2d.workflow.timing import Machine
 
 _SHOWN_PROPOSALS = 5
 

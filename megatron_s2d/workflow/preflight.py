@@ -1,6 +1,6 @@
 """Everything a run can get wrong that can be found without a GPU: checks of data, labels, lengths and layout.
 
-What it will need is estimated from here (``stage_estimate.py``). No torch here (reading a published tokenizer or
+What it will need is estimated from here (``costs/stage_estimate.py``). No torch here (reading a published tokenizer or
 checkpoint loads it).
 """
 
@@ -34,10 +34,10 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import check_labels
-from megatron_s2d.workflow.estimate import StageMemory
+from megatron_s2d.workflow.costs.estimate import StageMemory
+from megatron_s2d.workflow.costs.stage_estimate import StageShape, stage_memory, stage_shape
 from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
-from megatron_s2d.workflow.stage_estimate import StageShape, stage_memory, stage_shape
 
 
 @dataclasses.dataclass(frozen=True)

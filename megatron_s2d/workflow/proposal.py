@@ -1,4 +1,4 @@
-"""The layout that fits a GPU and is fastest by the model of ``timing.py``, for a whole workflow. No torch here.
+"""The layout that fits a GPU and is fastest by the model of ``costs/timing.py``, for a whole workflow. No torch here.
 
 Searched: tensor sizes up to a node, pipeline sizes that divide the layers, expert sizes that divide the experts, data
 ranks as the rest, micro-batches of one, two and four of the longest samples, recomputation of nothing or of whole
@@ -19,10 +19,10 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import MicroBatchConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.models.families import check_layout
+from megatron_s2d.workflow.costs.stage_estimate import StageShape, stage_memory
+from megatron_s2d.workflow.costs.stage_time import stage_time
+from megatron_s2d.workflow.costs.timing import Machine
 from megatron_s2d.workflow.preflight import Preflight
-from megatron_s2d.workflow.stage_estimate import StageShape, stage_memory
-from megatron_s2d.workflow.stage_time import stage_time
-from megatron_s2d.workflow.timing import Machine
 
 _MICRO_BATCHES = (1, 2, 4)  # longest samples
 _RECOMPUTE = ("none", "full")  # selective recomputes attention, which keeps next to nothing where it is fused

@@ -35,7 +35,7 @@ from megatron_s2d.workflow.outcomes import Interrupted, JobCrashed
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.ranks import ProcessServer, RankProcess
-from megatron_s2d.workflow.report import print_report, write_report
+from megatron_s2d.workflow.reports.report import print_report, write_report
 
 _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0

@@ -11,14 +11,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.conversion.convert import (  # noqa: E402
     check_conversion,
     export_checkpoint,
     import_checkpoint,
     inspect_checkpoint,
 )
+
+from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
 
 pytestmark = pytest.mark.dist

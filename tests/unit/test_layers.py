@@ -1,6 +1,7 @@
 """House rules that are tests: who may import whom, and what imports without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_imports_follow_the_layers(path):
     assert imports_of(path) <= allowed, f"{own} may not import {imports_of(path) - allowed}"
 
 
+@pytest.mark.parametrize("folder, unknown", [("costs", r"(?!costs)\w+"), ("reports", r"(?!reports)\w+"), (".", "studies")])
+def test_folders_of_the_workflow_know_those_below_them(folder, unknown):
+    """costs and reports know neither each other nor the run; studies are built on it."""
+    for path in (PACKAGE / "workflow" / folder).glob("*.py"):
+        lines = path.read_text().splitlines()
+        wrong = [line for line in lines if re.match(rf"\s*from megatron_s2d\.workflow\.({unknown})\b", line)]
+        assert not wrong, f"{path.name}: {wrong}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "conversion").glob("*.py")), ids=lambda path: path.name)
 def test_conversion_stays_beside_the_trainer(path):
     assert imports_of(path) <= {"config", "artifacts", "models", "parallel", "conversion"}
@@ -64,8 +74,8 @@ def test_configuration_planning_and_launchers_import_without_torch():
         "megatron_s2d.workflow.plan",
         "megatron_s2d.workflow.preflight",
         "megatron_s2d.workflow.plan_cost",
-        "megatron_s2d.workflow.simulate",
-        "megatron_s2d.workflow.sweep_report",
+        "megatron_s2d.workflow.studies.simulate",
+        "megatron_s2d.workflow.studies.sweep_report",
         "megatron_s2d.workflow.run",
         "megatron_s2d.launchers.cli",
         "megatron_s2d.cli",

@@ -12,15 +12,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.conversion import cli, convert  # noqa: E402
 from megatron_s2d.conversion.files import HashedFile  # noqa: E402
 from megatron_s2d.conversion.global_tensors import boxes, pieces  # noqa: E402
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
 from megatron_s2d.conversion.megatron_format import MegatronReader  # noqa: E402
+
+from megatron_s2d.config.base import UserError  # noqa: E402
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory  # noqa: E402
+from megatron_s2d.config.model import ModelConfig  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
 from megatron_s2d.models.families import hf_tensor_shapes  # noqa: E402
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
 

@@ -10,11 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from megatron_s2d.conversion import convert  # noqa: E402
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
+
 from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.conversion import convert  # noqa: E402
-from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
 from megatron_s2d.models.families import hf_tensor_shapes  # noqa: E402
 
 # Forks a process for every point; each runs a conversion and kills itself with SIGKILL there.

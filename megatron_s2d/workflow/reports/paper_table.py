@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_s2d.config.table import TableColumn, TableConfig, TableRow
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.workflow.contrasts import Evaluation, avg_at_k, pass_at_k
+from megatron_s2d.workflow.reports.contrasts import Evaluation, avg_at_k, pass_at_k
 
 _Z = 1.96
 

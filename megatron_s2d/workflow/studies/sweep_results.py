@@ -16,9 +16,10 @@ from megatron_s2d.config.hardware import gpu_of
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.sweep import FitConfig, SweepConfig, SweepContrastConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
-from megatron_s2d.workflow.arithmetic import model_flops
 from megatron_s2d.workflow.collect import EVALUATION_NAME
-from megatron_s2d.workflow.contrasts import (
+from megatron_s2d.workflow.costs.arithmetic import model_flops
+from megatron_s2d.workflow.costs.stage_time import output_flops
+from megatron_s2d.workflow.reports.contrasts import (
     Estimate,
     Evaluation,
     PairedComparison,
@@ -26,9 +27,8 @@ from megatron_s2d.workflow.contrasts import (
     paired_comparison,
     read_evaluation,
 )
-from megatron_s2d.workflow.scaling import Efficiency, Observations, PowerLaw, efficiencies, fit_power_law
-from megatron_s2d.workflow.stage_time import output_flops
-from megatron_s2d.workflow.sweep import Point
+from megatron_s2d.workflow.studies.scaling import Efficiency, Observations, PowerLaw, efficiencies, fit_power_law
+from megatron_s2d.workflow.studies.sweep import Point
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from megatron_s2d.config.base import UserError, dump
 from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.workflow.outcomes import Interrupted
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.sweep import failures, points_of, print_points, run_sweep
-from megatron_s2d.workflow.sweep_report import write_sweep
-from megatron_s2d.workflow.sweep_results import collect_sweep
+from megatron_s2d.workflow.studies.sweep import failures, points_of, print_points, run_sweep
+from megatron_s2d.workflow.studies.sweep_report import write_sweep
+from megatron_s2d.workflow.studies.sweep_results import collect_sweep
 
-SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
 ARM = "direct_student_grpo"
 PROBLEMS = 200
 SHORT = {"arms": {ARM: "student_grpo"}, "contrasts": []}  # two stages and an evaluation a point

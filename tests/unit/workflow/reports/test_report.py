@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from megatron_s2d.artifacts import StageDirectory, append_line, read_json
-from megatron_s2d.workflow.contrasts import PairedComparison, evaluation_from_rows, paired_comparison
-from megatron_s2d.workflow.report import print_report, render_markdown, write_report
-from megatron_s2d.workflow.report_diagnostics import gap_shares, plot_diagnostics
-from megatron_s2d.workflow.report_html import MAX_SHOWN_CHARACTERS, visible
-from megatron_s2d.workflow.report_plots import plot_stage, running_mean
-from megatron_s2d.workflow.results import (
+from megatron_s2d.workflow.reports.contrasts import PairedComparison, evaluation_from_rows, paired_comparison
+from megatron_s2d.workflow.reports.diagnostics import gap_shares, plot_diagnostics
+from megatron_s2d.workflow.reports.html_page import MAX_SHOWN_CHARACTERS, visible
+from megatron_s2d.workflow.reports.plots import plot_stage, running_mean
+from megatron_s2d.workflow.reports.report import print_report, render_markdown, write_report
+from megatron_s2d.workflow.reports.results import (
     ArmResult,
     ContrastResult,
     LedgerEntry,

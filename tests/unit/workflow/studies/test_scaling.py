@@ -8,10 +8,10 @@ import pytest
 from megatron_s2d.cli import main
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.simulation import KlTime, MatmulTime, MeasuredConfig
-from megatron_s2d.workflow.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
-from megatron_s2d.workflow.simulate import load_simulation, machine_of, predict
+from megatron_s2d.workflow.studies.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
+from megatron_s2d.workflow.studies.simulate import load_simulation, machine_of, predict
 
-SIMULATION = Path(__file__).resolve().parents[3] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
+SIMULATION = Path(__file__).resolve().parents[4] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
 
 
 # ---------------------------------------------------------------- power laws

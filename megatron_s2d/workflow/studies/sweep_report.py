@@ -12,11 +12,11 @@ from rich.console import Console
 
 from megatron_s2d.artifacts import atomic_write_text, format_seconds
 from megatron_s2d.workflow.plan_table import human_bytes
-from megatron_s2d.workflow.report_html import percent, points
-from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
-from megatron_s2d.workflow.scaling import PowerLaw, scaling_kind
-from megatron_s2d.workflow.sheets import Sheet, write_sheets
-from megatron_s2d.workflow.sweep_results import ArmRow, FitRow, SweepResults
+from megatron_s2d.workflow.reports.html_page import percent, points
+from megatron_s2d.workflow.reports.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
+from megatron_s2d.workflow.reports.sheets import Sheet, write_sheets
+from megatron_s2d.workflow.studies.scaling import PowerLaw, scaling_kind
+from megatron_s2d.workflow.studies.sweep_results import ArmRow, FitRow, SweepResults
 
 _COLORS = (BLUE, ORANGE, GREEN, GREY, INK)
 

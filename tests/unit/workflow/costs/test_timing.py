@@ -10,13 +10,13 @@ from megatron_s2d.config.hardware import GPUS, AssumptionsConfig, gpu_of
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import load_workflow
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch
-from megatron_s2d.workflow.estimate import Workload
+from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch
+from megatron_s2d.workflow.costs.estimate import Workload
+from megatron_s2d.workflow.costs.timing import Machine, Placed, travelling
 from megatron_s2d.workflow.preflight import check_workflow
 from megatron_s2d.workflow.proposal import layouts, propose
-from megatron_s2d.workflow.timing import Machine, Placed, travelling
 
-SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
 LLAMA_8B = ModelConfig(preset="llama-3.1-8b").resolve()
 PERFECT = AssumptionsConfig(
     matmul_efficiency=1, memory_efficiency=1, link_efficiency=1, latency=0, reserved_memory=0, network_bandwidth=50e9

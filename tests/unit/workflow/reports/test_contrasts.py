@@ -9,7 +9,7 @@ import pytest
 from megatron_s2d.config.algorithm import GrpoConfig, OpdConfig, SupervisedConfig
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import ContrastConfig, WorkflowConfig
-from megatron_s2d.workflow.contrasts import (
+from megatron_s2d.workflow.reports.contrasts import (
     arm_differences,
     arm_of,
     avg_at_k,

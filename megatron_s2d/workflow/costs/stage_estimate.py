@@ -25,8 +25,8 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.records import Prompt
-from megatron_s2d.workflow.arithmetic import Build, Part, parts
-from megatron_s2d.workflow.estimate import (
+from megatron_s2d.workflow.costs.arithmetic import Build, Part, parts
+from megatron_s2d.workflow.costs.estimate import (
     BUCKET_BYTES,
     Held,
     StageMemory,

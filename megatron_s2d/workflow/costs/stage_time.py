@@ -14,10 +14,10 @@ from megatron_s2d.config.algorithm import ExpoConfig, OpdConfig, PretrainedConfi
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.workflow.arithmetic import Build, model_flops
-from megatron_s2d.workflow.estimate import Workload, workload
-from megatron_s2d.workflow.stage_estimate import BYTES, StageShape, frozen_roles
-from megatron_s2d.workflow.timing import Machine, Placed, Traffic, added, repeated, total_seconds, travelling
+from megatron_s2d.workflow.costs.arithmetic import Build, model_flops
+from megatron_s2d.workflow.costs.estimate import Workload, workload
+from megatron_s2d.workflow.costs.stage_estimate import BYTES, StageShape, frozen_roles
+from megatron_s2d.workflow.costs.timing import Machine, Placed, Traffic, added, repeated, total_seconds, travelling
 
 
 @dataclasses.dataclass(frozen=True)

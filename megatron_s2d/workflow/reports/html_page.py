@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 
 from megatron_s2d.artifacts import format_seconds
-from megatron_s2d.workflow.report_plots import DPI
-from megatron_s2d.workflow.results import ArmResult, Estimate, RolloutExample, RunResults, StageRun
+from megatron_s2d.workflow.reports.plots import DPI
+from megatron_s2d.workflow.reports.results import ArmResult, Estimate, RolloutExample, RunResults, StageRun
 
 MAX_SHOWN_CHARACTERS = 4000
 # C0 and C1 controls but for tab and newline; zero-width and bidirectional controls; lone surrogates.

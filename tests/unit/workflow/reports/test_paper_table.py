@@ -7,10 +7,10 @@ import yaml
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
-from megatron_s2d.workflow.contrasts import evaluation_from_rows, paired_comparison, pass_at_k
-from megatron_s2d.workflow.paper_table import make_table
+from megatron_s2d.workflow.reports.contrasts import evaluation_from_rows, paired_comparison, pass_at_k
+from megatron_s2d.workflow.reports.paper_table import make_table
 
-SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
 TABLE = {
     "title": "a table",
     "paper_columns": ["X", "Y"],

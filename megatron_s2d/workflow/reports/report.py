@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_s2d.artifacts import atomic_write_bytes, atomic_write_json, atomic_write_text, format_seconds
-from megatron_s2d.workflow.report_diagnostics import plot_diagnostics
-from megatron_s2d.workflow.report_html import headline, percent, points, render_html, shown_pass_ks, visible
-from megatron_s2d.workflow.report_plots import plot_arms, plot_contrasts, plot_stage
-from megatron_s2d.workflow.results import ArmResult, ContrastResult, RunResults
+from megatron_s2d.workflow.reports.diagnostics import plot_diagnostics
+from megatron_s2d.workflow.reports.html_page import headline, percent, points, render_html, shown_pass_ks, visible
+from megatron_s2d.workflow.reports.plots import plot_arms, plot_contrasts, plot_stage
+from megatron_s2d.workflow.reports.results import ArmResult, ContrastResult, RunResults
 
 
 def write_report(run_dir: Path, results: RunResults) -> Path:

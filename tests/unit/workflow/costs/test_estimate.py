@@ -11,8 +11,8 @@ from megatron_s2d.objectives.distill import supervised_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.train.policy import Policy
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part, parts
-from megatron_s2d.workflow.estimate import (
+from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part, parts
+from megatron_s2d.workflow.costs.estimate import (
     StageMemory,
     TeacherStates,
     Workload,

@@ -1,6 +1,6 @@
 """``s2d simulate``: seconds, tokens a second and memory of on-policy distillation on clusters nobody has at hand.
 
-One step of stage 2b with the whole distribution, in the order of ``train/loop.py`` and by the model of ``timing.py``:
+One step of stage 2b with the whole distribution, in the order of ``train/loop.py`` and by the model of ``costs/timing.py``:
 prefill and decoding of the responses, the teacher's forward passes, the student's passes with the divergence, update,
 and new weights to servers where there are any. Kernel times and bandwidths that were measured go in through the file;
 what was not is a data-sheet number times an assumption, and is printed as such. Left out: grading, input, checkpoints,
@@ -24,8 +24,8 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.simulation import ShareConfig, SimulationConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.models.families import check_layout
-from megatron_s2d.workflow.arithmetic import Build, model_flops, parts
-from megatron_s2d.workflow.estimate import (
+from megatron_s2d.workflow.costs.arithmetic import Build, model_flops, parts
+from megatron_s2d.workflow.costs.estimate import (
     TeacherStates,
     frozen,
     generate_phases,
@@ -33,12 +33,12 @@ from megatron_s2d.workflow.estimate import (
     trained,
     workload,
 )
+from megatron_s2d.workflow.costs.stage_time import output_flops
+from megatron_s2d.workflow.costs.timing import Machine, Placed, Traffic, travelling
 from megatron_s2d.workflow.plan_cost import assumptions
 from megatron_s2d.workflow.plan_table import human_bytes
-from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
-from megatron_s2d.workflow.sheets import Sheet, write_sheets
-from megatron_s2d.workflow.stage_time import output_flops
-from megatron_s2d.workflow.timing import Machine, Placed, Traffic, travelling
+from megatron_s2d.workflow.reports.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
+from megatron_s2d.workflow.reports.sheets import Sheet, write_sheets
 
 PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync")
 _COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00")

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from megatron_s2d.config.hardware import AssumptionsConfig, Gpu
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.workflow.arithmetic import Build, Part, parts
-from megatron_s2d.workflow.estimate import Workload
+from megatron_s2d.workflow.costs.arithmetic import Build, Part, parts
+from megatron_s2d.workflow.costs.estimate import Workload
 
 _ADAM_BYTES = 36  # read and written per parameter of the optimizer's share: gradient, master, two moments, new weight
 

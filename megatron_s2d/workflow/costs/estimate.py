@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
-from megatron_s2d.workflow.arithmetic import Build, MicroBatch, Part
+from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part
 
 _CHUNK_BYTES = {True: 1 << 30, False: 128 << 20}  # of logits, on a GPU and on a CPU: kl/fused.py
 _CHUNKS_PER_PRODUCT = 4  # on a GPU: kl/fused.py

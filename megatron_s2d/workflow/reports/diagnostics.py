@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_s2d.workflow.report_plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
+from megatron_s2d.workflow.reports.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 
 Rows = Sequence[Mapping[str, Any]]
 # metrics by place in the response: prefix -> title

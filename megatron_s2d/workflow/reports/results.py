@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.artifacts import StageDirectory
-from megatron_s2d.workflow.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
-from megatron_s2d.workflow.paper_table import PaperTable
+from megatron_s2d.workflow.reports.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
+from megatron_s2d.workflow.reports.paper_table import PaperTable
 
 
 @dataclasses.dataclass(frozen=True)
