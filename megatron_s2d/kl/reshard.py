@@ -70,8 +70,9 @@ def redistribute_output_layer(
 ) -> torch.Tensor | None:
     """The rows of ``wanted`` [wanted.columns, d] from ranks of ``group`` that hold pieces in another layout.
 
-    rows, held: this rank's piece, or None for both. wanted: None for a rank that needs no rows. Every rank of ``group`` calls; each distinct piece is broadcast
-    once by the first rank that holds it, so replicas cost nothing and memory stays at one piece beside the result.
+    rows, held: this rank's piece, or None for both. wanted: None for a rank that needs no rows. Every rank of
+    ``group`` calls; each distinct piece is broadcast once by the first rank that holds it, so replicas cost nothing
+    and memory stays at one piece beside the result.
     """
     me = None if rows is None else (held.start, held.stop, rows.shape[1], str(rows.dtype).removeprefix("torch."))
     everyone: list[tuple | None] = [None] * dist.get_world_size(group)

@@ -75,11 +75,14 @@ def write_data(directory):
     answer = [str(number + 1) for number in range(64)]
     rows = list(zip(range(64), problem, answer))
     messages = [[{"role": "user", "content": text}] for text in problem]
+    datasets.Dataset.from_dict({
+        "prompt": messages,
+        "reward_model": [{"ground_truth": a} for a in answer],
+        "extra_info": [{"index": f"d{i}"} for i in range(64)],
+    }).to_parquet(directory / "dapo-math-17k.parquet")  # fmt: skip
+    difficulty = [3.0 + i % 6 for i in range(64)]
     datasets.Dataset.from_dict(
-        {"prompt": messages, "reward_model": [{"ground_truth": a} for a in answer], "extra_info": [{"index": f"d{i}"} for i in range(64)]}
-    ).to_parquet(directory / "dapo-math-17k.parquet")  # fmt: skip
-    datasets.Dataset.from_dict(
-        {"question": problem, "final_answer": answer, "difficulty": [3.0 + i % 6 for i in range(64)], "r1_solution_1": answer}
+        {"question": problem, "final_answer": answer, "difficulty": difficulty, "r1_solution_1": answer}
     ).to_parquet(directory / "deepmath-103k.parquet")  # fmt: skip
     case = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
     datasets.Dataset.from_dict(
