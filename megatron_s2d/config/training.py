@@ -113,7 +113,7 @@ class SglangConfig(Config):
         description="largest difference, in nats, between server and trainer on the probe sequences after a push; "
         "null: 1e-4 in float32, 0.5 in bfloat16",
     )
-    concurrency: int = Field(256, ge=1, description="requests in flight at one server")
+    concurrency: int = Field(256, ge=1, description="requests in flight at one server, of each model replica")
     attempts: int = Field(4, ge=1, description="tries of one request before the servers are looked after")
     recoveries: int = Field(2, ge=0, description="times that servers are restarted or updated again in one round")
     request_seconds: float = Field(600.0, gt=0, description="time limit of one request")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import resource
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_s2d.rollout.sglang.protocol import (
 _FIRST_PAUSE_SECONDS = 0.25  # before the second try; doubled before each further one
 _ABORT_SECONDS = 5.0
 _CONNECT_SECONDS = 30.0
+_OTHER_FILES = 512  # that the process may have open beside its connections
 _KEEP_SECONDS = 2.0  # an idle connection; servers close theirs after 5 s, which must not meet a request
 
 
@@ -55,6 +57,7 @@ class Pool:
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.router: Server | None = None
         self.settings = settings
+        self.concurrency = _connections(settings.concurrency * len(urls))  # requests in flight at most
 
     @property
     def problems(self) -> dict[str, str]:
@@ -75,11 +78,6 @@ class Pool:
         if not usable:
             raise Unavailable("; ".join(f"{url}: {problem}" for url, problem in self.problems.items()))
         return usable[place % len(usable)]
-
-    @property
-    def concurrency(self) -> int:
-        """Requests in flight at most."""
-        return self.settings.concurrency * len(self.servers)
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
@@ -216,6 +214,17 @@ class Session:
                         pass
             except (aiohttp.ClientError, TimeoutError):
                 holder.problem = reason
+
+
+def _connections(wanted: int) -> int:
+    """How many of ``wanted`` connections this process may have, after raising its limit of open files if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(1, min(wanted, soft - _OTHER_FILES))
+    return wanted
 
 
 def _text(content: bytes) -> str:

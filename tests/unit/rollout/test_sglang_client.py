@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import json
+import resource
 import time
 
 import numpy as np
 import pytest
 
-pytest.importorskip("httpx")
+pytest.importorskip("aiohttp")
 
 from fake_sglang import FakeServer, log_prob_table  # noqa: E402
 
@@ -217,6 +218,30 @@ def test_a_server_that_hangs_altogether_is_left_out(servers, monkeypatch):
     pool, outcome = ask(servers, requests, IMPATIENT)
     assert same(outcome.samples, clean.samples)
     assert pool.problems == {servers[0].url: "it hangs"}
+
+
+INFINITE = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    "limits, raised, found",
+    [
+        ((1024, 4096), 2048 + 512, 2048),
+        ((1024, INFINITE), 2048 + 512, 2048),
+        ((1024, 1512), 1512, 1000),  # as many as may be
+        ((1024, 1024), 1024, 512),
+        ((4096, 4096), None, 2048),
+        ((INFINITE, INFINITE), None, 2048),
+    ],
+)
+def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, limits, raised, found):
+    """Or servers would be taken for dead, and started anew."""
+    calls = []
+    monkeypatch.setattr(client.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(client.resource, "setrlimit", lambda _, new: calls.append(new))
+    urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
+    assert Pool(urls, SglangConfig(concurrency=256)).concurrency == found
+    assert calls == ([] if raised is None else [(raised, limits[1])])
 
 
 def test_no_more_requests_are_in_flight_than_allowed(servers):
