@@ -6,6 +6,7 @@ log file; an error names it. Left out: weights after the start (``senders.py``),
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import subprocess
@@ -134,6 +135,14 @@ class ServerProcess(_Process):
     def is_ready(self) -> bool:
         """Whether the server generates."""
         return is_healthy(self.url)
+
+    def wait(self, deadline: float) -> None:
+        """See ``_Process.wait``."""
+        super().wait(deadline)
+        # On a CPU SGLang collects garbage whenever its caches are emptied, which is at every push: half a second to
+        # look through all that it has imported, unless that is set aside.
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{self.url}/freeze_gc", timeout=_HEALTH_SECONDS, trust_env=False)
 
 
 class Router(_Process):
