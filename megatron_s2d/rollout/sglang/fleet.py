@@ -96,7 +96,7 @@ class Fleet:
         self._sender: Sender = {"disk": self._disk, "distributed": BroadcastSender(), "tensor": TensorSender()}[
             self.settings.sync
         ]
-        self._last = Push(0.0, 0, 0.0)
+        self.last_push = Push(0.0, 0, 0.0)  # what it measured
         self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
         self._checks = Checks(
             spec,
@@ -142,7 +142,7 @@ class Fleet:
 
     def metrics(self) -> dict[str, float]:
         """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
-        last = self._last
+        last = self.last_push
         return {"push_gb_per_second": last.num_bytes / 1e9 / max(last.seconds, 1e-9), "probe_gap": last.gap}
 
     def rest(self) -> None:
@@ -316,12 +316,12 @@ class Fleet:
         for server in servers:
             problem = found[server.url][1]
             server.problem = failure if problem and failure.startswith(server.url) else problem
-        self._last = Push(seconds, size, max(gap for gap, _ in found.values()))
+        self.last_push = Push(seconds, size, max(gap for gap, _ in found.values()))
         if self._is_first:
             print(
                 f"weights {self.label} to {len(servers)} server(s) by {self.settings.sync}: {size / 1e9:.4f} GB in "
-                f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference {self._last.gap:.1e}, "
-                f"{num_digests} digest(s) compared",
+                f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference "
+                f"{self.last_push.gap:.1e}, {num_digests} digest(s) compared",
                 *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
                 flush=True,
             )

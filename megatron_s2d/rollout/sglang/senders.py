@@ -122,8 +122,7 @@ class TensorSender:
             # The other way of sharing host memory passes file descriptors, which only related processes can.
             torch.multiprocessing.set_sharing_strategy("file_system")
         buffer = io.BytesIO()
-        owned = [(name, tensor.clone()) for name, tensor in bucket]
-        ForkingPickler(buffer).dump(owned)
+        ForkingPickler(buffer).dump(bucket)  # views of one tensor, whose memory is shared once
         text = base64.b64encode(buffer.getvalue()).decode("ascii")
         counts = servers.ranks()
 
