@@ -37,6 +37,17 @@ def dry_run(launcher: str, *arguments: str) -> Path:
     return directory.absolute()
 
 
+def noting_calls(path: Path) -> str:
+    """Adds its arguments, each with a bar after it, to ``path``: a line in one write, for calls are made side by side."""
+    return f'line=$(printf "%s|" "$@"); echo "$line" >>{shlex.quote(str(path))}'
+
+
+def waiting_for_calls(path: Path, word: str, count: int) -> str:
+    """Waits (10 s at most) until ``count`` lines of ``path`` hold ``word``."""
+    enough = f"$(grep -c {word} {shlex.quote(str(path))}) -ge {count}"
+    return f"for _ in $(seq 200); do [ {enough} ] && break; sleep 0.05; done"
+
+
 def program(folder: Path, name: str, body: str) -> Path:
     """An executable bash script."""
     folder.mkdir(exist_ok=True)
@@ -248,12 +259,9 @@ def test_servers_get_nodes_of_their_own(place, served):
     script = directory.absolute() / "01-run.sbatch"
     assert "#SBATCH --nodes=3\n" in script.read_text()
     program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\n'")
-    program(
-        place / "bin",
-        "srun",
-        f"printf '%s|' \"$@\" >>{shlex.quote(str(place / 'calls'))}; echo >>{shlex.quote(str(place / 'calls'))}",
-    )
-    program(place / "bin", "curl", f'echo "curl ${{@: -1}}" >>{shlex.quote(str(place / "calls"))}')
+    started = waiting_for_calls(place / "calls", "server.sh", 2)  # as servers answer only then
+    program(place / "bin", "srun", noting_calls(place / "calls"))
+    program(place / "bin", "curl", f'{started}; echo "curl ${{@: -1}}" >>{shlex.quote(str(place / "calls"))}')
     done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
     calls = (place / "calls").read_text().splitlines()
@@ -280,10 +288,9 @@ def test_a_server_can_span_nodes(place, served):
     arguments += ["--set", "rollout.sglang.tensor_parallel_size=4"]
     assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
     (directory,) = Path("run/launch").iterdir()
-    calls = shlex.quote(str(place / "calls"))
     program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\nd\\ne\\n'")
-    program(place / "bin", "srun", f"printf '%s|' \"$@\" >>{calls}; echo >>{calls}")
-    program(place / "bin", "curl", "true")
+    program(place / "bin", "srun", noting_calls(place / "calls"))
+    program(place / "bin", "curl", waiting_for_calls(place / "calls", "server.sh", 2))
     script = directory.absolute() / "01-run.sbatch"
     done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-5]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
