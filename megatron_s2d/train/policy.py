@@ -114,6 +114,8 @@ class Policy:
 
         The copy there is kept, so only the first move out copies.
         """
+        if self.trainable is not None:
+            raise RuntimeError("the weights of a model that is trained do not wait: the copy would be an old one")
         if not device.capabilities().cuda:
             return
         for parameter in self._parameters():
@@ -248,6 +250,7 @@ class Policy:
         self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, in_background: bool = False
     ) -> Saving:
         """See ``parallel.checkpoint.start_saving``; collective."""
+        self._waiting.clear()  # copies of other weights
         trainable = self.trainable if with_optimizer else None
         with contextlib.nullcontext() if trainable is None else trainable.at_hand():
             return start_saving(

@@ -223,7 +223,14 @@ def _connections(wanted: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < files:
         soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(1, min(wanted, soft - _OTHER_FILES))
+        if soft < files:
+            fitting = max(1, soft - _OTHER_FILES)
+            print(
+                f"{fitting} instead of {wanted} requests in flight: this process may not open more than {hard} files; "
+                "raise its hard limit (ulimit -Hn) or lower rollout.sglang.concurrency",
+                flush=True,
+            )
+            return min(wanted, fitting)
     return wanted
 
 

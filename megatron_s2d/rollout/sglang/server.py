@@ -6,7 +6,6 @@ log file; an error names it. Left out: weights after the start (``senders.py``),
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
 import subprocess
@@ -141,8 +140,10 @@ class ServerProcess(_Process):
         super().wait(deadline)
         # On a CPU SGLang collects garbage whenever its caches are emptied, which is at every push: half a second to
         # look through all that it has imported, unless that is set aside.
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.post(f"{self.url}/freeze_gc", timeout=_HEALTH_SECONDS, trust_env=False)
+        try:
+            httpx.post(f"{self.url}/freeze_gc", timeout=_HEALTH_SECONDS, trust_env=False).raise_for_status()
+        except httpx.HTTPError as error:
+            print(f"{self.url}/freeze_gc: {error}; pushes to this server may take longer", flush=True)
 
 
 class Router(_Process):

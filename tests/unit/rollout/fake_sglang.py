@@ -73,7 +73,7 @@ class FakeServer:
                 self.answer(*fake.get(self.path))
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
                 fake.log.append((self.path, body))
                 try:
                     self.answer(*fake.post(self.path, body))
@@ -131,6 +131,8 @@ class FakeServer:
             self.aborted.add(body["rid"])
         if path == "/v1/chat/completions":
             return self.chat(body)
+        if path == "/freeze_gc":
+            print("frozen", flush=True)
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
         if path == "/update_weights_from_disk":

@@ -234,7 +234,7 @@ INFINITE = resource.RLIM_INFINITY
         ((INFINITE, INFINITE), None, 2048),
     ],
 )
-def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, limits, raised, found):
+def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, capsys, limits, raised, found):
     """Or servers would be taken for dead, and started anew."""
     calls = []
     monkeypatch.setattr(client.resource, "getrlimit", lambda _: limits)
@@ -242,6 +242,7 @@ def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, limits
     urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
     assert Pool(urls, SglangConfig(concurrency=256)).concurrency == found
     assert calls == ([] if raised is None else [(raised, limits[1])])
+    assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (found < 2048)
 
 
 def test_no_more_requests_are_in_flight_than_allowed(servers):

@@ -452,7 +452,8 @@ def test_servers_are_started_with_the_weights_and_end_with_the_engine(chunks, la
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     assert len(processes(str(tmp_path / "engine"))) == 4  # two servers, each with its watch
-    assert "serving" in (tmp_path / "engine" / "server-1.log").read_text()
+    said = (tmp_path / "engine" / "server-1.log").read_text()
+    assert "serving" in said and said.count("frozen") == 1
     engine.close()
     assert not processes(str(tmp_path / "engine"))
 

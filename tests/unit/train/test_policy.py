@@ -224,6 +224,13 @@ def test_an_optimizer_that_waits_in_host_memory_trains_alike(layout, precision, 
     assert not torch.equal(ends[0][0], next(policy(layout, precision=precision).chunks[0].parameters()))
 
 
+def test_a_model_that_is_trained_does_not_wait(layout):
+    model = policy(layout)
+    model.prepare_training(OptimizerConfig(), 1)
+    with pytest.raises(RuntimeError, match="do not wait"):
+        model.to_host()
+
+
 def test_a_frozen_model_that_takes_turns_is_copied_to_the_host_once(layout, monkeypatch):
     """With a stand-in for the GPU: what lies on it is a copy. On a GPU: tests/gpu."""
     model = policy(layout)
