@@ -23,11 +23,11 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.estimate.layers import Part
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.train.policy import Policy
-from megatron_s2d.workflow.costs.arithmetic import Part
 
 ON_GPU = device.capabilities().cuda
 

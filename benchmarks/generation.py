@@ -17,7 +17,7 @@ from common import interleaved_minima, same_model_twice, start
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ from device_common import ON_GPU, begin, gpu_here, random_policy, seconds_of, sp
 
 from megatron_s2d.config.hardware import AssumptionsConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.estimate.layers import Build
+from megatron_s2d.estimate.roofline import Machine, Placed
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
-from megatron_s2d.workflow.costs.arithmetic import Build
-from megatron_s2d.workflow.costs.timing import Machine, Placed
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 GPU_CASES = (("qwen3-1.7b", 32, 8, 512, 128), ("qwen3-1.7b", 1, 1, 512, 128), ("qwen3-8b", 32, 8, 512, 128))
 CPU_CASES = (("tiny-student", 2, 3, 6, 5),)
@@ -32,9 +32,7 @@ def requests(vocab_size: int, prompts: int, group: int, prompt_tokens: int, toke
     found = []
     for number in range(prompts):
         prompt = Prompt(f"p{number}", rng.integers(0, vocab_size, prompt_tokens), "", "math", None, None)
-        found += [
-            Request(f"p{number}#{k}@0", prompt, k, sample_seed(1, 0, prompt.id, k), params) for k in range(group)
-        ]
+        found += [Request(f"p{number}#{k}@0", prompt, k, sample_seed(1, 0, prompt.id, k), params) for k in range(group)]
     return found
 
 

@@ -31,16 +31,8 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
 from megatron_s2d.data.packing import UpdateBatch
-from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
-from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher
-from megatron_s2d.train.policy import Policy
-from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part
-from megatron_s2d.workflow.costs.estimate import (
+from megatron_s2d.estimate.layers import Build, MicroBatch, Part
+from megatron_s2d.estimate.memory import (
     TeacherStates,
     Workload,
     frozen,
@@ -49,6 +41,14 @@ from megatron_s2d.workflow.costs.estimate import (
     trained,
     update_phase,
 )
+from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
+from megatron_s2d.train.policy import Policy
 
 DENSE = {
     "family": "qwen3", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
@@ -123,9 +123,11 @@ GPU_CASES = {
     "1.7b-generate": Case(MEDIUM, precision="bfloat16", does="generate", rows=256, length=1024),
 }
 if device.capabilities().cuda:
-    CASES = GPU_CASES if device.capabilities().transformer_engine else {
-        name: case for name, case in GPU_CASES.items() if case.fp8 is None
-    }
+    CASES = (
+        GPU_CASES
+        if device.capabilities().transformer_engine
+        else {name: case for name, case in GPU_CASES.items() if case.fp8 is None}
+    )
 
 
 def samples(case: Case) -> list[Sample]:

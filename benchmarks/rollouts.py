@@ -27,8 +27,8 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.sglang.engine import SglangEngine
-from megatron_s2d.rollout.sglang.fleet import Fleet
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.server_group import Fleet
 from megatron_s2d.train.policy import Policy
 
 

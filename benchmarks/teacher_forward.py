@@ -27,8 +27,8 @@ from device_common import (
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.estimate.layers import Part
 from megatron_s2d.parallel import device
-from megatron_s2d.workflow.costs.arithmetic import Part
 
 RANKS = 8
 

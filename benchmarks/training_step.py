@@ -20,7 +20,7 @@ from common import interleaved_minima, same_model_twice, start
 
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.step import TrainableModel
+from megatron_s2d.parallel.trainable_model import TrainableModel
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.0, grad_clip=1.0)
 
@@ -73,9 +73,7 @@ def plain_step(model: torch.nn.Module, batches: list[torch.Tensor]) -> Step:
     """The same in plain PyTorch."""
     count = sum(batch[:, 1:].numel() for batch in batches)
     betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.adam_eps, OPTIMIZER.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.adam_eps, OPTIMIZER.weight_decay)
     model.train()
 
     def step() -> tuple[float, float]:

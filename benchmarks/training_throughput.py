@@ -31,10 +31,10 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.estimate.layers import Build, MicroBatch, Part
+from megatron_s2d.estimate.memory import Workload, train_phase, trained
 from megatron_s2d.objectives.distill import supervised_objective
 from megatron_s2d.parallel import device
-from megatron_s2d.workflow.costs.arithmetic import Build, MicroBatch, Part
-from megatron_s2d.workflow.costs.estimate import Workload, train_phase, trained
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.rollout.sglang.fleet import Fleet
+from megatron_s2d.rollout.served.server_group import Fleet
 from megatron_s2d.train.policy import Policy
 
 
@@ -43,9 +43,7 @@ def main() -> None:
         def fleet(sync: str, urls=()) -> Fleet:
             settings = RolloutConfig(engine="sglang", sglang=SglangConfig(sync=sync, python=options.python))
             directory = Path(name) / f"{sync}{len(urls)}"
-            return Fleet(
-                policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer
-            )
+            return Fleet(policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer)
 
         started = fleet("disk")
         try:

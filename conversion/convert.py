@@ -22,11 +22,11 @@ from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 from megatron_s2d.conversion.megatron_format import SPEC_NAME, Chunk, MegatronReader, MegatronWriter, read_chunks
 from megatron_s2d.conversion.progress import Report, silent
 
-from megatron_s2d.artifacts import atomic_directory, json_digest, read_json
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import atomic_directory, json_digest, read_json
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout, hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.shards import join_shards

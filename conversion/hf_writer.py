@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from megatron_s2d.conversion.files import HashedFile
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import DIGESTS_NAME, DTYPES, INDEX_NAME, SINGLE_NAME
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

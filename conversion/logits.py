@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import spec_from_directory
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.build import build_model
 from megatron_s2d.parallel.checkpoint import load_checkpoint
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
@@ -43,9 +43,7 @@ def compare_logits(
     Raises ``UserError`` where they differ by more than ``tolerance`` standard deviations of the logits (at least 1).
     """
     spec = spec_from_directory(hf_directory)
-    tokens = torch.randint(
-        0, spec.vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed)
-    )
+    tokens = torch.randint(0, spec.vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
     initialize_distributed()
     layout = build_layout(ParallelConfig())
     chunks = build_model(spec, layout, params_dtype=torch.float32)
@@ -60,9 +58,7 @@ def compare_logits(
     )
     with torch.no_grad():
         expected = reference.to(device).eval()(tokens).logits
-    result = LogitsComparison(
-        float((found - expected).abs().max()), float(expected.std()), num_sequences * length
-    )
+    result = LogitsComparison(float((found - expected).abs().max()), float(expected.std()), num_sequences * length)
     if not result.max_difference <= tolerance * max(1.0, result.standard_deviation):
         raise UserError(
             f"logits differ by up to {result.max_difference:.2e} (their standard deviation is "

@@ -34,10 +34,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_s2d.artifacts import read_json
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import verify_digests
 from megatron_s2d.models.shards import WeightSource, read_shard
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import pydantic
 from pydantic import Field, PositiveInt
 
-from megatron_s2d.config.base import Config, UserError, apply_overrides, load_yaml, parse
+from megatron_s2d.config.base import Config, apply_overrides, load_yaml, parse
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 
 OneLine = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
 
@@ -29,8 +30,10 @@ class LaunchConfig(Config):
 
     nodes: int | None = Field(None, ge=1, description="by default 1")
     min_nodes: int | None = Field(
-        None, ge=1, description="slurm: after a crash, go on within the job on the nodes that are left, if these are as many; "
-        "data-parallel replicas follow"
+        None,
+        ge=1,
+        description="slurm: after a crash, go on within the job on the nodes that are left, if these are as many; "
+        "data-parallel replicas follow",
     )
     server_nodes: dict[str, PositiveInt] = Field(
         default_factory=dict,

@@ -12,8 +12,8 @@ import subprocess
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, write_launch
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.workflow.outcomes import Interrupted
+from megatron_s2d.errors import UserError
+from megatron_s2d.workflow.job_outcome import Interrupted
 
 
 def write(launch: Launch) -> None:

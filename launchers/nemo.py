@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, Task, write_launch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
 
 Executor = Literal["local", "slurm"]

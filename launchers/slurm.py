@@ -12,8 +12,8 @@ from megatron_s2d.launchers.config import load_launch
 from megatron_s2d.launchers.job import Launch, plan_launch, write_launch
 from rich.console import Console
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.workflow.studies.sweep import Point
+from megatron_s2d.errors import UserError
+from megatron_s2d.studies.sweep import Point
 
 
 def write(launch: Launch) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.workflow.outcomes import Interrupted, JobCrashed
+from megatron_s2d.errors import UserError
+from megatron_s2d.workflow.job_outcome import Interrupted, JobCrashed
 
 _HINT = "(--debug shows where; please report it)"
 _EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
@@ -174,12 +174,12 @@ def _load(options: argparse.Namespace):
 def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         return _plan(options)
-    from megatron_s2d.parallel.launch import is_launched, launched_world_size
+    from megatron_s2d.parallel.launcher_env import is_launched, launched_world_size
 
     if is_launched():
-        from megatron_s2d.workflow.launched import run_workflow
+        from megatron_s2d.workflow.torchrun_runner import run_workflow
     else:
-        from megatron_s2d.workflow.run import run_workflow
+        from megatron_s2d.workflow.runner import run_workflow
     config, run_dir = _load(options)
     if options.elastic:
         config = config.with_world_size(launched_world_size())
@@ -191,7 +191,7 @@ def _plan(options: argparse.Namespace) -> None:
     import tempfile
 
     from megatron_s2d.workflow.plan import make_plan
-    from megatron_s2d.workflow.plan_cost import machine_of, print_cost
+    from megatron_s2d.workflow.plan_estimate import machine_of, print_cost
     from megatron_s2d.workflow.plan_table import print_plan
     from megatron_s2d.workflow.preflight import check_workflow
 
@@ -225,7 +225,7 @@ def _add_sweep(commands) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from megatron_s2d.config.sweep import load_sweep
-    from megatron_s2d.workflow.studies.sweep import failures, points_of, print_points, run_sweep
+    from megatron_s2d.studies.sweep import failures, points_of, print_points, run_sweep
 
     sweep = load_sweep(options.sweep)
     out = options.out or Path("runs") / sweep.name
@@ -238,8 +238,8 @@ def _sweep(options: argparse.Namespace) -> int:
         run_sweep(sweep, out, _console(), submitter(options.cluster, options.cluster_overrides))
         print(f"when the jobs are done: s2d sweep {options.sweep} --out {out} --collect")
         return 0
-    from megatron_s2d.workflow.studies.sweep_report import write_sweep
-    from megatron_s2d.workflow.studies.sweep_results import collect_sweep
+    from megatron_s2d.studies.sweep_report import write_sweep
+    from megatron_s2d.studies.sweep_results import collect_sweep
 
     points = points_of(sweep) if options.collect else run_sweep(sweep, out, _console())
     failed = failures(points, out)
@@ -262,7 +262,7 @@ def _add_simulate(commands) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from megatron_s2d.workflow.studies.simulate import load_simulation, print_simulation
+    from megatron_s2d.studies.simulate import load_simulation, print_simulation
 
     print_simulation(load_simulation(options.simulation), options.out, _console())
 
@@ -355,7 +355,7 @@ def _add_report(commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from megatron_s2d.workflow.run import report_again
+    from megatron_s2d.workflow.runner import report_again
 
     report_again(options.run_dir, _console())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

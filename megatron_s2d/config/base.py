@@ -9,12 +9,7 @@ from typing import Any
 import pydantic
 import yaml
 
-
-class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong, where, and what to do.
-
-    The command line prints it without a traceback (``--debug`` shows one) and exits with a non-zero code.
-    """
+from megatron_s2d.errors import UserError
 
 
 class Config(pydantic.BaseModel):

@@ -7,7 +7,8 @@ import difflib
 
 from pydantic import Field
 
-from megatron_s2d.config.base import Config, UserError
+from megatron_s2d.config.base import Config
+from megatron_s2d.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

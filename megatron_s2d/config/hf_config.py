@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec, RopeScaling
+from megatron_s2d.errors import UserError
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM"}
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config, UserError
+from megatron_s2d.config.base import Config
 from megatron_s2d.config.hf_config import spec_from_directory
 from megatron_s2d.config.model_spec import Family, ModelSpec, RopeScaling
 from megatron_s2d.config.presets import PRESETS
+from megatron_s2d.errors import UserError
 
 
 class RopeScalingConfig(Config):

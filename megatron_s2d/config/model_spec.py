@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 
 Family = Literal["qwen3", "qwen3_moe", "llama"]
 

@@ -11,9 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_s2d.config.base import Config, UserError
+from megatron_s2d.config.base import Config
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.errors import UserError
 
 RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config, UserError, load_yaml, parse
+from megatron_s2d.config.base import Config, load_yaml, parse
+from megatron_s2d.errors import UserError
 
 _LABEL = re.compile(r"[A-Za-z0-9.+]+")
 

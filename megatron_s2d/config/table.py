@@ -1,6 +1,6 @@
 """A table of a paper: which arm is which row, what was measured in which column, and the paper's own figures.
 
-The report prints it (``workflow/reports/paper_table.py``). No torch here.
+The report prints it (``report/paper_table.py``). No torch here.
 """
 
 from __future__ import annotations

@@ -9,20 +9,18 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, PositiveInt
 
-from megatron_s2d.config.algorithm import (
-    ExpoConfig,
-    ModelStageConfig,
-    Stage,
-    TeacherCacheConfig,
-    TrainingStageConfig,
-)
-from megatron_s2d.config.base import Config, UserError, apply_overrides, load_yaml, parse
+from megatron_s2d.config.base import Config, apply_overrides, load_yaml, parse
 from megatron_s2d.config.data import DataSource
+from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.config.stage import ModelStageConfig, TrainingStageConfig
+from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
+from megatron_s2d.config.weights import ExpoConfig
+from megatron_s2d.errors import UserError
 
 HALVES = ("1H", "2H")
 

@@ -27,8 +27,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_s2d.artifacts import atomic_directory, atomic_write_json, file_digest, json_digest, read_json
-from megatron_s2d.config.base import Config, UserError, parse
+from megatron_s2d.artifacts.files import atomic_directory, atomic_write_json, file_digest, json_digest, read_json
+from megatron_s2d.config.base import Config, parse
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample, read_samples, sample_to_json
 
 FORMAT = "megatron_s2d teacher cache"

@@ -17,8 +17,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import FileSource
+from megatron_s2d.errors import UserError
 
 _ROWS_AT_A_TIME = 1000
 _SUFFIXES = (".jsonl", ".json", ".parquet")

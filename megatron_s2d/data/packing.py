@@ -8,7 +8,7 @@ and nothing here communicates. A micro-batch has one of two layouts:
 
 Per-token arrays are flattened in Megatron's order, [sequence, batch]: entry ``s * B + b`` belongs to the position that
 PREDICTS token ``s + 1`` of row ``b``. The last position of a sequence predicts nothing. Context-parallel ranks hold
-parts of packed sequences (``parallel/context.py``), each of which is padded so that it can be cut.
+parts of packed sequences (``parallel/context_parallel.py``), each of which is padded so that it can be cut.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.terms import TokenColumns
-from megatron_s2d.parallel.context import held_positions, pieces
+from megatron_s2d.parallel.context_parallel import held_positions, pieces
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")

@@ -13,11 +13,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import DataSource, FileSource, TaskSource
 from megatron_s2d.config.workflow import HALVES, WorkflowConfig
 from megatron_s2d.data.files import Problem, read_problems
 from megatron_s2d.data.tasks import task_documents, task_prompts
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
 TEMPLATES = {

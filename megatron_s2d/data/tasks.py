@@ -14,8 +14,8 @@ import functools
 
 import numpy as np
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import TaskSource
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
 OPERATORS = ("+", "-", "*")

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_s2d.artifacts import atomic_directory
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import atomic_directory
 from megatron_s2d.data.tasks import tokens_of
+from megatron_s2d.errors import UserError
 
 _TASK = "task:modular_arithmetic"
 _DEFAULT_MODULUS = 17

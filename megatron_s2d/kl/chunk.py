@@ -11,13 +11,13 @@ from types import ModuleType
 
 import torch
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.kl import statistics as torch_backend
-from megatron_s2d.kl.mixtures import MIXTURES
+from megatron_s2d.errors import UserError
+from megatron_s2d.kl import torch_backend
+from megatron_s2d.kl.jsd import MIXTURES
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.statistics import Merged, Plan, merge
-from megatron_s2d.kl.support import SupportChunk, support_gradient, support_merge, support_statistics
+from megatron_s2d.kl.top_k import SupportChunk, support_gradient, support_merge, support_statistics
+from megatron_s2d.kl.torch_backend import Merged, Plan, merge
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TokenOutputs))
 MASSES = ("captured_mass", "student_captured_mass")
@@ -126,7 +126,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Modul
     if name == "torch" or (name == "auto" and (device.type != "cuda" or dtype != torch.float32)):
         return torch_backend
     try:
-        from megatron_s2d.kl import kernels
+        from megatron_s2d.kl import (
+            triton_backend as kernels,
+        )
     except ModuleNotFoundError as error:
         raise UserError(f"backend triton: {error}; install triton or choose backend torch") from None
     kernels.require(device, dtype)

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
     MASSES,
     Evaluated,
@@ -31,7 +31,6 @@ from megatron_s2d.kl.chunk import (
 )
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
-from megatron_s2d.kl.statistics import Plan
 from megatron_s2d.kl.teachers import (
     PreparedTeacher,
     Projection,
@@ -41,6 +40,7 @@ from megatron_s2d.kl.teachers import (
     over_temperature,
     warn_on_narrow_support,
 )
+from megatron_s2d.kl.torch_backend import Plan
 
 TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
 
@@ -235,8 +235,10 @@ class _Work:
 
     def differentiate(self, values: dict[str, torch.Tensor], block: slice) -> tuple[torch.Tensor, dict]:
         """Weighted sum of ``token_loss`` over a chunk, and its derivative by each output."""
-        rows = self.rows[block] if self.rows is not None else torch.arange(
-            block.start, block.stop, device=self.student.hidden.device
+        rows = (
+            self.rows[block]
+            if self.rows is not None
+            else torch.arange(block.start, block.stop, device=self.student.hidden.device)
         )
         leaves = {name: value.detach().requires_grad_(name not in MASSES) for name, value in values.items()}
         with torch.enable_grad():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
     MASSES,
     Evaluated,
@@ -24,7 +24,6 @@ from megatron_s2d.kl.chunk import (
 )
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard, check_ids
-from megatron_s2d.kl.statistics import Plan
 from megatron_s2d.kl.teachers import (
     PreparedTeacher,
     TeacherSource,
@@ -33,6 +32,7 @@ from megatron_s2d.kl.teachers import (
     over_temperature,
     warn_on_narrow_support,
 )
+from megatron_s2d.kl.torch_backend import Plan
 
 _CHUNK_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 

@@ -1,7 +1,7 @@
 """The definitions, unsharded and with plain autograd: what every other path in ``kl`` has to equal.
 
 For tests, for benchmarks and for reading. Not for training: whole logits, several copies of them, and in float32 the
-lost digits that ``kl/statistics.py`` takes care to keep. Logits are [N, V] after temperature, padding cut off.
+lost digits that ``kl/torch_backend.py`` takes care to keep. Logits are [N, V] after temperature, padding cut off.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def dense_support_outputs(
     tail: str,
     outputs: tuple[str, ...],
 ) -> TokenOutputs:
-    """Divergences to a teacher known on ``ids`` [N, k]; the tail rules are those of ``kl/support.py``."""
+    """Divergences to a teacher known on ``ids`` [N, k]; the tail rules are those of ``kl/top_k.py``."""
     log_p = torch.log_softmax(z, dim=-1)
     on = log_p.gather(-1, ids)
     inside = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, ids, True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.shards import VocabShard
 
 Piece = tuple[VocabShard, torch.Tensor]  # rows [start, stop) of the output layer, then possibly padding rows

@@ -2,7 +2,7 @@
 
 Columns beyond ``vocab_size`` are padding (output layers are padded to a multiple of the tensor-parallel size) and are
 cut off before any arithmetic, so nothing here ever masks by adding minus infinity. Left out: how a model lays out its
-output layer (the caller knows) and the merging of statistics (``kl/statistics.py``).
+output layer (the caller knows) and the merging of statistics (``kl/torch_backend.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

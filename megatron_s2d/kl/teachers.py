@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.shards import VocabShard, check_ids
-from megatron_s2d.kl.support import TAILS, SupportChunk
+from megatron_s2d.kl.top_k import TAILS, SupportChunk
 
 Temperature = float | torch.Tensor
 
@@ -58,7 +58,7 @@ class TopK:
     ids: torch.Tensor  # [N, k] int32 or int64 global ids
     log_probs: torch.Tensor  # [N, k] of the full distribution, not renormalised
     log_tail_mass: torch.Tensor  # [N] log of the remaining mass; -inf for none
-    tail: str = "bucket"  # or "renormalise", "truncate": see kl/support.py
+    tail: str = "bucket"  # or "renormalise", "truncate": see kl/top_k.py
     support: str = "teacher"  # whose tokens these are: "teacher", "student" or "union"
 
 

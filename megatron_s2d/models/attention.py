@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.context import held_positions
+from megatron_s2d.parallel.context_parallel import held_positions
 
 device.prepare()
 
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 
 
 def attend(

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_stage, padded_vocab_size
 from megatron_s2d.models.weights import SeededWeights, import_weights
 from megatron_s2d.parallel import device
@@ -23,19 +23,19 @@ from megatron_s2d.parallel.layout import Layout
 
 device.prepare()
 
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_s2d.models.attention import CoreAttention  # noqa: E402
-from megatron_s2d.models.kv_cache import CachedSelfAttention  # noqa: E402
-from megatron_s2d.models.norm import RMSNorm  # noqa: E402
+from megatron_s2d.models.attention import CoreAttention
+from megatron_s2d.models.kv_cache import CachedSelfAttention
+from megatron_s2d.models.norm import RMSNorm
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -204,7 +204,7 @@ def _block_submodules(spec: ModelSpec, layout: Layout) -> TransformerBlockSubmod
     if device.capabilities().transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        from megatron_s2d.models.te_attention import MaskedTEDotProductAttention
+        from megatron_s2d.models.transformer_engine import MaskedTEDotProductAttention
 
         norm = TENorm
         layer = get_gpt_layer_with_transformer_engine_submodules(

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model_spec import ModelSpec, RopeScaling
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.presets import PRESETS
+from megatron_s2d.errors import UserError
 
 __all__ = [
     "PRESETS",

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import spec_from_directory
 from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import hf_tensor_shapes
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -17,9 +17,9 @@ from megatron_s2d.parallel import device
 
 device.prepare()
 
-from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 
 _LEAST_ROOM = 256  # free columns that a buffer gets at least; a longer one doubles
 

@@ -8,7 +8,7 @@ from megatron_s2d.parallel import device
 
 device.prepare()
 
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):

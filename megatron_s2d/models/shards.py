@@ -51,9 +51,7 @@ class SeededWeights:
         return tensor.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
 
 
-def read_shard(
-    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
-) -> torch.Tensor:
+def read_shard(entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int) -> torch.Tensor:
     """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
     names = entry.hf_names
     match entry.rule:
@@ -85,9 +83,7 @@ def _heads_of_group(spec: ModelSpec) -> list[int]:
     return [spec.query_size // spec.num_query_groups, spec.head_dim, spec.head_dim]
 
 
-def _read_qkv(
-    entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int
-) -> torch.Tensor:
+def _read_qkv(entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int) -> torch.Tensor:
     """Rows [rank, rank + 1) x share of the fused matrix; with more ranks than groups, a rank holds part of a group."""
     sizes = _heads_of_group(spec)
     group_rows = sum(sizes)

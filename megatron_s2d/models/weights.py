@@ -23,7 +23,7 @@ from megatron_s2d.parallel.layout import Layout
 
 device.prepare()
 
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor  # noqa: E402
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 __all__ = ["SeededWeights", "WeightSource", "export_buckets", "export_weights", "import_weights"]
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 
 Fallback = Literal["interp", "preserve", "grpo", "mask"]
 FALLBACKS = ("interp", "preserve", "grpo", "mask")

@@ -27,9 +27,7 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def gap_metrics(
-    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor
-) -> dict[str, Metric]:
+def gap_metrics(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor) -> dict[str, Metric]:
     """rollout_gap_mean, rollout_gap_max and the histogram in nats, and rollout_kl, over ``active`` tokens (bool [C]).
 
     log_probs: [C] of the trainer under the weights that sampled. rollout_log_probs: [C] of the engine, or NaN.

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.mismatch import gap_metrics, k3
 from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns, refuse_sampled_k1
@@ -161,9 +161,7 @@ def mismatch_metrics(
     importance_ratio: pi_old / pi_rollout before any cut. importance_clipped_fraction: of tokens beyond the cap.
     """
     ratio = torch.exp(old_log_probs - rollout_log_probs)
-    weight = importance_weight(
-        old_log_probs, rollout_log_probs, mode=settings.importance, cap=settings.importance_cap
-    )
+    weight = importance_weight(old_log_probs, rollout_log_probs, mode=settings.importance, cap=settings.importance_cap)
     return {
         "importance_ratio_mean": Metric.over(ratio, active),
         "importance_ratio_max": Metric.over(ratio, active, "max"),

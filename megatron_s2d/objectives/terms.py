@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 
 Reduction = Literal["mean", "sum", "max", "min"]
@@ -126,9 +126,7 @@ class Metric:
         if self.reduction != other.reduction:
             raise ValueError(f"metrics of reduction {self.reduction} and {other.reduction} cannot be combined")
         merge = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[self.reduction]
-        return Metric(
-            merge(self.numerator, other.numerator), self.denominator + other.denominator, self.reduction
-        )
+        return Metric(merge(self.numerator, other.numerator), self.denominator + other.denominator, self.reduction)
 
     def value(self) -> float:
         """The number; NaN for the mean of nothing."""

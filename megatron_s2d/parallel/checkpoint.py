@@ -22,20 +22,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.step import TrainableModel
+from megatron_s2d.parallel.trainable_model import TrainableModel
 
 device.prepare()
 
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
-from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

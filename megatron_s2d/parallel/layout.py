@@ -18,16 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.launch import is_launched, local_rank
+from megatron_s2d.parallel.launcher_env import is_launched, local_rank
 
 device.prepare()
 
-from megatron.core import parallel_state  # noqa: E402  (Megatron-Core only after prepare())
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,9 +115,7 @@ def initialize_distributed(
         dist.init_process_group(device.backend(), timeout=timeout)
     else:
         store = dist.HashStore() if world_size == 1 else dist.FileStore(str(rendezvous), world_size)
-        dist.init_process_group(
-            device.backend(), store=store, rank=rank or 0, world_size=world_size, timeout=timeout
-        )
+        dist.init_process_group(device.backend(), store=store, rank=rank or 0, world_size=world_size, timeout=timeout)
 
 
 def shutdown_distributed() -> None:

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import LEAST_TEMPERATURE
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import PolicySpan, Prompt, Sample
 
 # Called with (finished requests, all requests of the call) from time to time.

@@ -10,25 +10,26 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_s2d.artifacts import StageDirectory, read_json
-from megatron_s2d.config.algorithm import Stage
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import ModelSpec
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import import_weights
 from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.rollout.sampler import PromptStream, Rounds, Sampler
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.server_group import Fleet
 from megatron_s2d.rollout.sglang.checks import Needs
-from megatron_s2d.rollout.sglang.engine import SglangEngine
-from megatron_s2d.rollout.sglang.fleet import Fleet
-from megatron_s2d.stages.rollouts import PromptStream, Rounds, Sampler
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import Policy
 
@@ -132,9 +133,7 @@ class StageContext:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
-    def served_teacher(
-        self, policy: Policy, model_name: str, params: SamplingParams, top_k: int
-    ) -> SglangEngine:
+    def served_teacher(self, policy: Policy, model_name: str, params: SamplingParams, top_k: int) -> SglangEngine:
         """Servers that score responses by ``params`` with the weights of ``policy``, which waits in host memory.
 
         top_k: how many likeliest tokens will be asked for at each token; 0 for none.

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_s2d.config.algorithm import ForwardKlConfig, OpdConfig
+from megatron_s2d.config.forward_kl import ForwardKlConfig
+from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.advantages import (
     AnchorSchedule,
@@ -26,21 +27,21 @@ from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import SamplingParams
-from megatron_s2d.rollout.sglang.engine import SglangEngine
-from megatron_s2d.stages.cached import CachedTeacher, open_cache
-from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.grpo import policy_weights, split_updates
-from megatron_s2d.stages.rollouts import (
+from megatron_s2d.rollout.sampler import (
     PromptStream,
     Rounds,
     Sampler,
     examples,
     response_metrics,
 )
-from megatron_s2d.stages.served import ServedTopK
-from megatron_s2d.stages.supervised import GivenResponses, shuffled
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.grpo import policy_weights, split_updates
+from megatron_s2d.stages.sft import GivenResponses, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
+from megatron_s2d.teachers.cached import CachedTeacher, open_cache
+from megatron_s2d.teachers.frozen import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
+from megatron_s2d.teachers.served import ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.policy import Policy
 from megatron_s2d.verify import Graders
@@ -96,9 +97,7 @@ def run_opd(context: StageContext) -> None:
     context.save_model(policy)
 
 
-def _served(
-    context: StageContext, stage: OpdConfig, teachers: ByDomain, params: SamplingParams
-) -> ServedTeachers:
+def _served(context: StageContext, stage: OpdConfig, teachers: ByDomain, params: SamplingParams) -> ServedTeachers:
     """Servers with the teachers' weights, proven against the teachers themselves; these then wait in host memory."""
     names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
     engines: dict[str, SglangEngine] = {}

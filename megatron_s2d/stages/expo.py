@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_s2d.config.algorithm import ExpoConfig
+from megatron_s2d.config.weights import ExpoConfig
 from megatron_s2d.stages.context import StageContext
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_s2d.config.algorithm import GrpoConfig, OpdConfig
+from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.data.packing import UpdateBatch
 from megatron_s2d.objectives.advantages import (
     group_relative,
@@ -18,14 +19,14 @@ from megatron_s2d.objectives.advantages import (
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.rollouts import (
+from megatron_s2d.rollout.sampler import (
     PromptStream,
     Rounds,
     Sampler,
     examples,
     response_metrics,
 )
+from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.policy import Policy
 from megatron_s2d.verify import Graders
@@ -97,10 +98,7 @@ class GradedGroups:
         samples, zero_variance = with_advantages(samples, stage)
         metrics |= {"zero_variance_fraction": zero_variance, "samples_drawn": float(len(drawn))}
         updates = split_updates(samples, stage.updates_per_step)
-        batches = [
-            UpdateBatch(part, {"policy_weight": policy_weights(part, stage)})
-            for part in updates
-        ]
+        batches = [UpdateBatch(part, {"policy_weight": policy_weights(part, stage)}) for part in updates]
         shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
         return StepData(batches, metrics, shown, self.rounds.position())
 

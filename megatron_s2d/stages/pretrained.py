@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_s2d.config.algorithm import PretrainedConfig
+from megatron_s2d.config.weights import PretrainedConfig
 from megatron_s2d.stages.context import StageContext
 
 

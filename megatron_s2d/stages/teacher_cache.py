@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_s2d.artifacts import tree_digest
-from megatron_s2d.config.algorithm import TeacherCacheConfig
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import tree_digest
+from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.data.cache import (
     CachedDistribution,
     CacheHeader,
@@ -23,10 +22,11 @@ from megatron_s2d.data.cache import (
     TeacherCache,
 )
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.sampler import Sampler, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.rollouts import Sampler, examples, response_metrics
 from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.train.policy import Policy, gather_dicts

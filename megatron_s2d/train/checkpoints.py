@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_s2d.artifacts import StageDirectory
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.parallel.checkpoint import Saving
 from megatron_s2d.train.policy import Policy

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.artifacts import StageDirectory, append_line, truncate_jsonl_after
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import Objective

@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from megatron_s2d.artifacts import StageDirectory, append_line, format_seconds, truncate_jsonl_after
-from megatron_s2d.parallel.heartbeat import beat
+from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.formatting import format_seconds
+from megatron_s2d.parallel.watchdog import beat
 
 _TAIL_BYTES = 1 << 16
 

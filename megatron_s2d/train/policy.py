@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.packing import Deal, MicroBatch, deal, pack
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
@@ -41,12 +41,12 @@ from megatron_s2d.objectives.terms import (
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import Saving, load_checkpoint, start_saving
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.step import TrainableModel, forward_only
+from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 from megatron_s2d.records import Sample
 
 device.prepare()
 
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams
 
 POSITION_PREFIX = "kl_at/"  # of the metrics that give the KL by position in the response
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.data.tasks import check_answer
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.code_grader import CodeGrader, isolation, read_label
 from megatron_s2d.verify.math_grader import MathGrader

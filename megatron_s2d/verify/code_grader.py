@@ -2,7 +2,7 @@
 
 A response's last fenced block is the program. It runs in a process of its own that is confined (``sandbox.py``) and
 knows nothing of the tests; these run in a second confined process, which calls the program's function through a pipe
-and sees plain data only (``tester.py``), or compare what a script prints. So a program cannot patch the checker, forge
+and sees plain data only (``case_runner.py``), or compare what a script prints. So a program cannot patch the checker, forge
 a verdict, or leave early and pass. A process that overruns is killed.
 
 Labels (``Prompt.answer``) are JSON, of one of the kinds
@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.verdicts import Verdict
 
@@ -114,10 +114,10 @@ class CodeGrader:
             candidate = tester = None
             try:
                 candidate = self._start(
-                    ["candidate.py", "call", str(program.fileno())], calls[0], answers[1], (program.fileno(),)
+                    ["program.py", "call", str(program.fileno())], calls[0], answers[1], (program.fileno(),)
                 )
                 ends = (calls[1], answers[0])
-                tester = self._start(["tester.py", *map(str, ends)], tests, verdict, ends)
+                tester = self._start(["case_runner.py", *map(str, ends)], tests, verdict, ends)
                 for end in (*calls, *answers):
                     os.close(end)
                 if not self._ends(tester):
@@ -134,7 +134,7 @@ class CodeGrader:
 
     def _judge_script(self, sources: bytes, given: str, expected: str) -> str:
         with _file(sources) as program, _file(given.encode(errors="replace")) as input, _file(b"") as output:
-            process = self._start(["candidate.py", "script", str(program.fileno())], input, output, (program.fileno(),))
+            process = self._start(["program.py", "script", str(program.fileno())], input, output, (program.fileno(),))
             try:
                 if not self._ends(process):
                     return "timeout"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.verdicts import Verdict
-from megatron_s2d.verify.workers import WorkerPool
+from megatron_s2d.verify.worker_pool import WorkerPool
 
 _WORKER = Path(__file__).with_name("math_worker.py")
 _LONGEST_ANSWER = 2000  # characters; expressions beyond it are refused unread

@@ -23,7 +23,7 @@ from sandbox import confine, die_with_parent
 
 sys.path.pop(0)  # this folder, which was needed for the line above only
 
-from math_verify import parse, verify  # noqa: E402
+from math_verify import parse, verify
 
 # Compared once before the first child: they load what sympy loads late and build the parser's tables, for all children.
 _WARM_UP = (

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_s2d.workflow.active_paths import ActivePath, active_paths
+from megatron_s2d.workflow.backend_report import ActivePath, active_paths
 
 DISTRIBUTION = "megatron-s2d"
 _GIB = 1024**3

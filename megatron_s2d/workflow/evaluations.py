@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_s2d.artifacts import read_json
-from megatron_s2d.config.base import UserError
-from megatron_s2d.workflow.collect import EVALUATION_NAME
-from megatron_s2d.workflow.reports.contrasts import Evaluation, paired_comparison, read_evaluation
-from megatron_s2d.workflow.reports.html_page import percent, points
-from megatron_s2d.workflow.reports.results import ArmResult
+from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.errors import UserError
+from megatron_s2d.report.contrasts import Evaluation, paired_comparison, read_evaluation
+from megatron_s2d.report.html_page import percent, points
+from megatron_s2d.report.results import ArmResult
+from megatron_s2d.workflow.collect_results import EVALUATION_NAME
 
 
 def find_evaluations(place: Path, arm: str | None) -> dict[str, Evaluation]:

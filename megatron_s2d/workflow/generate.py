@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from megatron_s2d.artifacts import StageDirectory, read_json
-from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
 
@@ -44,8 +46,8 @@ def generate(request: GenerateRequest, console: Console) -> None:
     directory.finished()
 
     from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
+    from megatron_s2d.rollout.sampler import Sampler, response_text
     from megatron_s2d.stages.context import StageContext
-    from megatron_s2d.stages.rollouts import Sampler, response_text
     from megatron_s2d.verify import Graders
 
     initialize_distributed()

@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.workflow.reports.results import LedgerEntry
+from megatron_s2d.report.results import LedgerEntry
 
 
 def prompt_key(prompt: Prompt) -> str:

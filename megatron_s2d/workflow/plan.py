@@ -12,11 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_s2d.artifacts import StageDirectory, file_digest, json_digest
-from megatron_s2d.config.algorithm import GrpoConfig, OpdConfig, TeacherCacheConfig, TrainingStageConfig
-from megatron_s2d.config.base import UserError, dump
+from megatron_s2d.artifacts.files import file_digest, json_digest
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import FileSource
+from megatron_s2d.config.forward_kl import TeacherCacheConfig
+from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 
 Action = Literal["run", "resume", "reuse", "rerun"]
 
@@ -117,9 +122,11 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
 
 def _common(config: WorkflowConfig) -> dict[str, Any]:
     fp8 = {} if config.fp8 is None else {"fp8": dump(config.fp8)}
-    return {"tokenizer": config.tokenizer, "precision": config.precision, "seed": config.seed} | fp8 | {
-        "lengths": dump(config.lengths)
-    }
+    return (
+        {"tokenizer": config.tokenizer, "precision": config.precision, "seed": config.seed}
+        | fp8
+        | {"lengths": dump(config.lengths)}
+    )
 
 
 def _engine(config: WorkflowConfig) -> dict[str, Any]:

@@ -15,27 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_s2d.config.algorithm import (
-    ExpoConfig,
-    ForwardKlConfig,
-    GrpoConfig,
-    OpdConfig,
-    PretrainedConfig,
-    SupervisedConfig,
-    TeacherCacheConfig,
-)
-from megatron_s2d.config.base import UserError
+from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.precision import check_shapes
+from megatron_s2d.config.sft import SupervisedConfig
 from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.errors import UserError
+from megatron_s2d.estimate.memory import StageMemory
+from megatron_s2d.estimate.stage_memory import StageShape, stage_memory, stage_shape
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import check_labels
-from megatron_s2d.workflow.costs.estimate import StageMemory
-from megatron_s2d.workflow.costs.stage_estimate import StageShape, stage_memory, stage_shape
 from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
 

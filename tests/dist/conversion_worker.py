@@ -22,7 +22,7 @@ from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_weights, import_weights
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.checkpoint import load_checkpoint, start_saving
-from megatron_s2d.parallel.step import TrainableModel, forward_only
+from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # isort: skip
 

@@ -20,7 +20,7 @@ from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import padded_vocab_size
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.step import TrainableModel, forward_only
+from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # isort: skip
 

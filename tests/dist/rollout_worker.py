@@ -17,10 +17,10 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.build import build_model
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.step import forward_only
+from megatron_s2d.parallel.trainable_model import forward_only
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # isort: skip
 

@@ -28,9 +28,9 @@ from megatron_s2d.parallel import layout as layouts  # noqa: E402
 from megatron_s2d.records import Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.collective import from_all, from_first  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
+from megatron_s2d.parallel.collectives import from_all, from_first  # noqa: E402
+from megatron_s2d.rollout.served.engine import SglangEngine  # noqa: E402
+from megatron_s2d.rollout.served.server_group import Fleet  # noqa: E402
 
 VOCAB_SIZE = 27
 CASES = {

@@ -26,7 +26,7 @@ from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teacher_cache import distributions_of
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
 from megatron_s2d.train.policy import Policy
 
 VOCAB = 27  # no multiple of any tensor-parallel size

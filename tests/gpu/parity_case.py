@@ -21,7 +21,7 @@ from megatron_s2d.data.packing import MicroBatch, UpdateBatch
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
 from megatron_s2d.train.policy import Policy
 
 # Widths are multiples of 128, which blockwise FP8 needs; weights are wide enough to make distributions uneven.

@@ -8,11 +8,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
 
-from kl_problems import ALL, MIXTURES, combined, make_problem, reference, relative  # noqa: E402
+from kl_problems import ALL, MIXTURES, combined, make_problem, reference, relative
 
-from megatron_s2d.kl.fused import linear_divergence  # noqa: E402
-from megatron_s2d.kl.shards import VocabShard  # noqa: E402
-from megatron_s2d.kl.teachers import HiddenStates  # noqa: E402
+from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.teachers import HiddenStates
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)

@@ -8,7 +8,7 @@ from parity_case import SPEC, OptimizerConfig, policy, samples, train
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.megatron_engine import MegatronEngine
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 
 def test_a_waiting_optimizer_gives_its_memory_up_and_trains_alike(layout, record_property):

@@ -17,9 +17,9 @@ import pytest
 import torch
 from parity_case import Measured, differences, divergence, loss_curve, measure, policy
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.build import check_fp8
 from megatron_s2d.parallel import device
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.process import execute
+from megatron_s2d.workflow.worker import execute
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
 MOST_OPERATIONS = 400  # between two kills: more than there are between two checkpoints, so that the run gets on

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sglang_model import change, make_policy, make_requests, rollout_gap, rollout_settings  # noqa: E402
+from sglang_model import change, make_policy, make_requests, rollout_gap, rollout_settings
 
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.parallel import layout as layouts  # noqa: E402
-from megatron_s2d.rollout.sglang.collective import from_all  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.parallel import layout as layouts
+from megatron_s2d.parallel.collectives import from_all
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.server_group import Fleet
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

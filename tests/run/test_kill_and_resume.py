@@ -42,7 +42,7 @@ def test_kill_9_again_and_again(unbroken, tmp_path):
     settings = [part for setting in background for part in ("--set", setting)]
     for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
         run = start("run", SMOKE, "--out", run_dir, *settings)
-        wait_for(lambda: count_rows(run_dir / job / "metrics.jsonl") >= rows or run.poll() is not None)  # noqa: B023
+        wait_for(lambda: count_rows(run_dir / job / "metrics.jsonl") >= rows or run.poll() is not None)
         assert run.poll() is None, run.stdout.read()
         run.send_signal(signal.SIGKILL)
         run.wait()

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 torch = pytest.importorskip("torch")
 
-import httpx  # noqa: E402
-from s2d import metrics, s2d  # noqa: E402
-from sglang_model import (  # noqa: E402
+import httpx
+from s2d import metrics, s2d
+from sglang_model import (
     EOS,
     SPEC,
     VOCAB_SIZE,
@@ -38,18 +38,18 @@ from sglang_model import (  # noqa: E402
     rollout_settings,
 )
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.data.packing import UpdateBatch  # noqa: E402
-from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
-from megatron_s2d.rollout.engine import SamplingParams  # noqa: E402
-from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.checks import Checks, Needs  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
-from megatron_s2d.stages.served import ServedTopK  # noqa: E402
-from megatron_s2d.stages.teachers import ByDomain, ServedTeachers, TopKTeacher  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.rollout.engine import SamplingParams
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.server_group import Fleet
+from megatron_s2d.rollout.sglang.checks import Checks, Needs
+from megatron_s2d.teachers.frozen import ByDomain, ServedTeachers, TopKTeacher
+from megatron_s2d.teachers.served import ServedTopK
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = """
@@ -120,17 +120,19 @@ def attach(policy, tokenizer, url, tmp_path):
 
     def make(sync: str = "disk", needs: Needs = Needs(), other_tokenizer=None, **settings) -> SglangEngine:
         found.append(
-            SglangEngine(Fleet(
-                policy.chunks,
-                SPEC,
-                policy.layout,
-                policy.score,
-                rollout_settings(sync, **settings),
-                tmp_path / str(len(found)),
-                urls=[url],
-                needs=needs,
-                tokenizer=other_tokenizer or tokenizer,
-            ))  # fmt: skip
+            SglangEngine(
+                Fleet(
+                    policy.chunks,
+                    SPEC,
+                    policy.layout,
+                    policy.score,
+                    rollout_settings(sync, **settings),
+                    tmp_path / str(len(found)),
+                    urls=[url],
+                    needs=needs,
+                    tokenizer=other_tokenizer or tokenizer,
+                )
+            )  # fmt: skip
         )
         return found[-1]
 
@@ -420,9 +422,9 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
     try:
         port = first._fleet.pool.servers[0].url.rpartition(":")[2]
         urls = [f"http://{outward_address()}:{port}"]
-        engine = SglangEngine(Fleet(
-            *where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer
-        ))
+        engine = SglangEngine(
+            Fleet(*where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
+        )
         change(policy, 0.02)
         engine.push(policy.chunks, 5)
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4

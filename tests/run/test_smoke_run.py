@@ -7,7 +7,7 @@ import shutil
 import pytest
 from s2d import ROOT, SMOKE, metrics, s2d
 
-from megatron_s2d.artifacts import json_digest
+from megatron_s2d.artifacts.files import json_digest
 
 
 def test_results_are_complete_and_sound(unbroken):

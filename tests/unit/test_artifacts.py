@@ -13,15 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_s2d import artifacts
-from megatron_s2d.artifacts import (
+from megatron_s2d.artifacts import files as artifacts
+from megatron_s2d.artifacts.files import (
     NoSpace,
-    StageDirectory,
     append_line,
     atomic_directory,
     atomic_write_json,
     atomic_write_text,
-    directory_lock,
     file_digest,
     json_digest,
     read_json,
@@ -29,7 +27,9 @@ from megatron_s2d.artifacts import (
     tree_digest,
     truncate_jsonl_after,
 )
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.lock import directory_lock
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.errors import UserError
 
 
 def names(directory):
@@ -206,7 +206,7 @@ def test_digests(tmp_path):
 
 HOLDER = textwrap.dedent("""
     import sys, time
-    from megatron_s2d.artifacts import directory_lock
+    from megatron_s2d.artifacts.lock import directory_lock
     with directory_lock(sys.argv[1]):
         print("held", flush=True)
         time.sleep(60)

@@ -13,7 +13,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import gpu_report  # noqa: E402
+import gpu_report
 
 MACHINE = {"torch": "2.11.0", "apex": None, "capabilities": {"device_name": "NVIDIA H200"}}
 CHECKS = """<testsuites><testsuite>
@@ -98,10 +98,10 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
     pretender.write_text(
         "#!/usr/bin/env bash\n"
         'case "$*" in\n'
-        '  -c*) exit 0 ;;\n'
+        "  -c*) exit 0 ;;\n"
         f'  *gpu_report.py*) exec {sys.executable} "$@" ;;\n'
-        '  *pytest*) echo broken; exit 1 ;;\n'
-        '  *opd_step*) kill -SEGV $$ ;;\n'
+        "  *pytest*) echo broken; exit 1 ;;\n"
+        "  *opd_step*) kill -SEGV $$ ;;\n"
         "esac\n"
         'while [ "$1" != --json ]; do shift; done\n'
         """echo '[{"tokens_per_second": 5}]' > "$2"\n"""

@@ -16,16 +16,16 @@ from typing import Any
 import httpx
 import numpy as np
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.collectives import from_first
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.sglang import scoring
-from megatron_s2d.rollout.sglang.client import Pool, Server
-from megatron_s2d.rollout.sglang.collective import from_first
-from megatron_s2d.rollout.sglang.probes import named_ids
+from megatron_s2d.rollout.served import scoring
+from megatron_s2d.rollout.served.server_pool import Pool, Server
+from megatron_s2d.rollout.served.weight_checks import named_ids
 from megatron_s2d.rollout.sglang.protocol import (
     BadReply,
     checked_log_probs,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.launch import child_environment
+from megatron_s2d.parallel.launcher_env import child_environment
 
 _HOST = "127.0.0.1"
 _FOLDER = Path(__file__).parent
@@ -39,7 +39,7 @@ class _Process:
         self._log_start = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(_FOLDER / "watch.py"), *command],
+                [sys.executable, str(_FOLDER / "parent_watchdog.py"), *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -129,7 +129,7 @@ class ServerProcess(_Process):
         if settings.deterministic:
             command.append("--enable-deterministic-inference")
         command += settings.arguments
-        super().__init__(command, log, added, None if cuda else _FOLDER / "cpu_stand_in")
+        super().__init__(command, log, added, None if cuda else _FOLDER / "cpu_stub")
 
     def is_ready(self) -> bool:
         """Whether the server generates."""

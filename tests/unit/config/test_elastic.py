@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.errors import UserError
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 
-from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory, spec_from_hf_config
 from megatron_s2d.config.model import ModelConfig, ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.presets import PRESETS
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout, layers_of_stage, padded_vocab_size
 
 # Parameter counts in the published safetensors indexes.

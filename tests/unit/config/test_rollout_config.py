@@ -7,9 +7,10 @@ import importlib.util
 import pytest
 import yaml
 
-from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
 from megatron_s2d.workflow.preflight import check_workflow
 
@@ -90,8 +91,10 @@ def test_a_served_teacher_has_conditions():
         ({"granularity": "full"}, "needs granularity: sampled, or topk with support: teacher"),
         ({"granularity": "topk"}, "needs granularity: sampled, or topk with support: teacher"),
         ({"granularity": "topk", "support": "union"}, "needs granularity: sampled, or topk with support: teacher"),
-        ({"granularity": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_tokens": 8}},
-         "sampling.temperature 1"),
+        (
+            {"granularity": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_tokens": 8}},
+            "sampling.temperature 1",
+        ),
         ({"sampling": {"temperature": 0.7, "max_response_tokens": 8}}, "sampling.temperature 1"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -103,7 +106,9 @@ def test_a_served_teacher_has_conditions():
 @pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"oversampling": 1.5}])
 def test_responses_of_older_weights_must_be_corrected_for(sglang):
     rollout = {"engine": "sglang", "sglang": sglang}
-    with pytest.raises(UserError, match="stages.grpo: with rollout.sglang.ahead or oversampling responses come from older"):
+    with pytest.raises(
+        UserError, match="stages.grpo: with rollout.sglang.ahead or oversampling responses come from older"
+    ):
         workflow(rollout)
     full = {"granularity": "full"}  # needs no correction: a distribution is compared, whoever wrote the tokens
     workflow(rollout, full, grpo={"importance": TRUNCATE})

@@ -12,18 +12,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.conversion import cli, convert  # noqa: E402
-from megatron_s2d.conversion.files import HashedFile  # noqa: E402
-from megatron_s2d.conversion.global_tensors import boxes, pieces  # noqa: E402
-from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
-from megatron_s2d.conversion.megatron_format import MegatronReader  # noqa: E402
+from megatron_s2d.conversion import cli, convert
+from megatron_s2d.conversion.files import HashedFile
+from megatron_s2d.conversion.global_tensors import boxes, pieces
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+from megatron_s2d.conversion.megatron_format import MegatronReader
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.models.families import hf_tensor_shapes  # noqa: E402
-from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models.families import hf_tensor_shapes
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 
 MODELS = {
     "qwen3": ("tiny-teacher", {"vocab_size": 101, "num_query_groups": 2, "head_dim": 40, "num_layers": 4}),
@@ -126,7 +126,9 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
     layouts.initialize_distributed()
     layout = layouts.build_layout(ParallelConfig())
     chunks = build_model(spec, layout, seed=4)
-    start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position={"step": 7, "updates": 7}).finish()
+    start_saving(
+        tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position={"step": 7, "updates": 7}
+    ).finish()
     entries = MegatronReader(tmp_path / "trained").entries
     expected: dict[str, set] = {}
     for piece in pieces(spec):

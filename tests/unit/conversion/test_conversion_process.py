@@ -10,19 +10,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.conversion import convert  # noqa: E402
-from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor  # noqa: E402
+from megatron_s2d.conversion import convert
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.models.families import hf_tensor_shapes  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.models.families import hf_tensor_shapes
 
 # Forks a process for every point; each runs a conversion and kills itself with SIGKILL there.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_s2d import artifacts
+from megatron_s2d.artifacts import files as artifacts
 from megatron_s2d.conversion import convert
 from megatron_s2d.conversion.files import HashedFile
 
@@ -127,9 +127,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     ).resolve(5000)
     total = write_random(tmp_path / "hf", spec)
     shapes = {name: 2 * torch.Size(shape).numel() for name, shape in hf_tensor_shapes(spec)}
-    bound = max(
-        sum(size for name, size in shapes.items() if ".layers.0." in name), shapes["model.embed_tokens.weight"]
-    )
+    bound = max(sum(size for name, size in shapes.items() if ".layers.0." in name), shapes["model.embed_tokens.weight"])
     assert total > 25 * bound
     imported, both = map(int, python(PEAK, tmp_path).split())
     assert imported < 4 * bound and both < 4 * bound, (imported / bound, both / bound)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.data.cache import CachedDistribution, CacheHeader, CacheWriter, TeacherCache, cache_info, verify_cache
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 
 VOCAB, K, WIDTH = 50, 4, 6

@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.prompts import load_prompts
+from megatron_s2d.errors import UserError
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
@@ -114,8 +115,11 @@ def test_dapo_in_both_published_forms(tmp_path, tokenizer, form, suffix):
     messages = [{"role": "user", "content": DAPO_QUESTION.replace("{form}", form)}]
     if suffix == ".parquet":
         row = {
-            "data_source": "math_dapo", "prompt": messages, "ability": "MATH",
-            "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a9b"},
+            "data_source": "math_dapo",
+            "prompt": messages,
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule"},
+            "extra_info": {"index": "9a9b"},
         }
     else:
         row = {"prompt": messages, "label": "34"}

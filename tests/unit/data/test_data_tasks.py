@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.data import TaskSource
 from megatron_s2d.data.prompts import corpus_documents, load_prompts, split_halves
 from megatron_s2d.data.tasks import check_answer, task_prompts
 from megatron_s2d.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.errors import UserError
 
 
 @pytest.fixture(scope="module")

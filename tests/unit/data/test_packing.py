@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.data.packing import pack, plan_micro_batches
-from megatron_s2d.parallel.context import held_positions
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.context_parallel import held_positions
 from megatron_s2d.records import Sample
 
 
@@ -72,7 +72,7 @@ def test_labels_mask_and_columns_are_shifted_once():
     )
     sequence, rows = batch.shape
     assert (sequence, rows) == (4, 2)
-    grid = lambda values: values.view(sequence, rows).t().tolist()  # noqa: E731
+    grid = lambda values: values.view(sequence, rows).t().tolist()
     assert batch.token_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
     assert grid(batch.labels) == [[6, 7, 8, 0], [4, 0, 0, 0]]
     assert grid(batch.response_mask) == [[False, True, True, False], [True, False, False, False]]
@@ -120,9 +120,7 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
         sample([9], [4], old_log_probs=log_probs[:2], temperature=0.5),
         sample([5, 6], [7, 8], old_log_probs=log_probs),
     ]
-    (batch,) = pack(
-        samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True
-    )
+    (batch,) = pack(samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True)
     assert batch.indices == (1, 0) and batch.deal.lengths == (4, 2) and batch.shape == (8, 1)
     assert batch.bounds.tolist() == [0, 4, 6, 8] and batch.bounds.dtype == torch.int32 and batch.deal.longest == 4
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]

@@ -6,7 +6,7 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_s2d.kl import kernels
+from megatron_s2d.kl import triton_backend as kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 

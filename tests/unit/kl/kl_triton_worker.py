@@ -7,12 +7,12 @@ import json
 import torch
 from kl_problems import combined, make_problem, reference, relative
 
-from megatron_s2d.kl import kernels
-from megatron_s2d.kl import statistics as plain
+from megatron_s2d.kl import torch_backend as plain
+from megatron_s2d.kl import triton_backend as kernels
 from megatron_s2d.kl.chunk import make_plan
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.statistics import merge
+from megatron_s2d.kl.torch_backend import merge
 
 ALL = ("log_probs", "entropy", "forward_kl", "reverse_kl")
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kl_problems import relative
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence
 from megatron_s2d.kl.outputs import DIVERGENCES

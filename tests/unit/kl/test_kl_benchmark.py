@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-import kl  # noqa: E402
+import kl
 
 ON_CPU = [name for name in kl.VARIANTS if "liger" not in name]
 

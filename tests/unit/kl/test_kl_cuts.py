@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kl_problems import ALL, MIXTURES
 
-from megatron_s2d.kl import chunk, statistics, support
+from megatron_s2d.kl import chunk
+from megatron_s2d.kl import top_k as support
+from megatron_s2d.kl import torch_backend as statistics
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.kl.reference import dense_outputs, dense_support_outputs
 from megatron_s2d.kl.shards import VocabShard

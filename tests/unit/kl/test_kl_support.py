@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kl_problems import combined, relative
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence, vocab_parallel_support, vocab_parallel_topk
 from megatron_s2d.kl.reference import dense_outputs, dense_support_outputs
@@ -68,9 +68,7 @@ def test_all_terms_together_through_the_output_layer(tail):
     loss.backward()
     logits = leaves[1][0] @ leaves[1][1].T / 0.7
     plain = vars(dense_outputs(logits, None, names[:2], target_ids=target)).copy()
-    on_support = dense_support_outputs(
-        logits, teacher.ids, teacher.log_probs, teacher.log_tail_mass, tail, names[2:]
-    )
+    on_support = dense_support_outputs(logits, teacher.ids, teacher.log_probs, teacher.log_tail_mass, tail, names[2:])
     plain |= {name: getattr(on_support, name) for name in names[2:]}
     combined(type(on_support)(**plain), torch.arange(6)).sum().backward()
     for found, expected in zip(leaves[0], leaves[1], strict=True):

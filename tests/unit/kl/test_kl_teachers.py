@@ -10,8 +10,8 @@ from kl_problems import make_problem, relative
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.kl import guards
+from megatron_s2d.errors import UserError
+from megatron_s2d.kl import checks as guards
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence
 from megatron_s2d.kl.outputs import TokenOutputs

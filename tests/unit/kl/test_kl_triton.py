@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.kl import statistics
+from megatron_s2d.errors import UserError
+from megatron_s2d.kl import torch_backend as statistics
 from megatron_s2d.kl.chunk import choose_backend
 
 pytest.importorskip("triton")

@@ -13,8 +13,8 @@ import pytest
 from megatron_s2d.launchers.config import LaunchConfig, load_launch, resolve
 
 from megatron_s2d.cli import main
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -302,7 +302,7 @@ def test_a_server_can_span_nodes(place, served):
     (training,) = [line for line in lines if "rank.sh" in line]
     assert "--set|rollout.sglang.urls.student=[http://b:30000,http://d:30000]|" in training
     text = (directory / "server.sh").read_text()
-    assert '--tensor-parallel-size 4 ' in text and '--nnodes 2 --node-rank "$SLURM_NODEID"' in text
+    assert "--tensor-parallel-size 4 " in text and '--nnodes 2 --node-rank "$SLURM_NODEID"' in text
     assert '--dist-init-addr "$3:29400"' in text
 
 

@@ -8,17 +8,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.models.attention import attend  # noqa: E402
-from megatron_s2d.models.build import build_model  # noqa: E402
-from megatron_s2d.models.families import global_entries, hf_tensor_shapes, layer_entries  # noqa: E402
-from megatron_s2d.models.shards import SeededWeights, join_shards, read_shard  # noqa: E402
-from megatron_s2d.models.weights import export_buckets, import_weights  # noqa: E402
-from megatron_s2d.parallel import layout as layouts  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models.attention import attend
+from megatron_s2d.models.build import build_model
+from megatron_s2d.models.families import global_entries, hf_tensor_shapes, layer_entries
+from megatron_s2d.models.shards import SeededWeights, join_shards, read_shard
+from megatron_s2d.models.weights import export_buckets, import_weights
+from megatron_s2d.parallel import layout as layouts
 
-from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.models.build import build_model, rope_frequencies  # noqa: E402
-from megatron_s2d.models.families import PRESETS, hf_tensor_shapes  # noqa: E402
-from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
-from megatron_s2d.models.weights import export_weights, import_weights  # noqa: E402
-from megatron_s2d.parallel import layout as layouts  # noqa: E402
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models.build import build_model, rope_frequencies
+from megatron_s2d.models.families import PRESETS, hf_tensor_shapes
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.weights import export_weights, import_weights
+from megatron_s2d.parallel import layout as layouts
 
 SMALL = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
 VARIANTS = {

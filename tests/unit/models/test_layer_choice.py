@@ -9,12 +9,13 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hardware import GPUS
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
-from megatron_s2d.models import build, te_attention
+from megatron_s2d.errors import UserError
+from megatron_s2d.models import build
+from megatron_s2d.models import transformer_engine as te_attention
 from megatron_s2d.models.attention import CoreAttention
 from megatron_s2d.models.kv_cache import CachedSelfAttention
 from megatron_s2d.models.norm import RMSNorm

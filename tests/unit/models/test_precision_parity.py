@@ -8,10 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "gpu"))
 
-from parity_case import differences, divergence, loss_curve, measure, policy  # noqa: E402
+from parity_case import differences, divergence, loss_curve, measure, policy
 
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
+from megatron_s2d.kl.checks import sampled_reverse_kl
 from megatron_s2d.kl.fused import linear_divergence
-from megatron_s2d.kl.guards import sampled_reverse_kl
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.policy import (
     Surrogate,

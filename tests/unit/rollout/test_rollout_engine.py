@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.engine import SamplingParams, sample_seed
 
 

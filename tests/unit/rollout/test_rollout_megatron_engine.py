@@ -9,16 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.models import kv_cache  # noqa: E402
-from megatron_s2d.models.build import build_model  # noqa: E402
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
-from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
-from megatron_s2d.rollout import batching  # noqa: E402
-from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models import kv_cache
+from megatron_s2d.models.build import build_model
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.rollout import batching
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 VOCAB_SIZE = 27  # padded to 32 by the model
 EOS = 5

@@ -7,10 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_s2d.rollout.engine import SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.sampling import BatchParams, _filter, sample_tokens, uniforms  # noqa: E402
+from megatron_s2d.rollout.engine import SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron.sampling import BatchParams, _filter, sample_tokens, uniforms
 
 CPU = torch.device("cpu")
 

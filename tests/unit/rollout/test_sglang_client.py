@@ -12,16 +12,16 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
-from fake_sglang import FakeServer, log_prob_table  # noqa: E402
+from fake_sglang import FakeServer, log_prob_table
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.training import SglangConfig  # noqa: E402
-from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
-from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.client import Pool  # noqa: E402
-from megatron_s2d.rollout.sglang.generation import Generation  # noqa: E402
-from megatron_s2d.rollout.sglang.protocol import Expected, Partial, parse_reply, to_partial  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.training import SglangConfig
+from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served.generation import Generation
+from megatron_s2d.rollout.served.server_pool import Pool
+from megatron_s2d.rollout.sglang import client
+from megatron_s2d.rollout.sglang.protocol import Expected, Partial, parse_reply, to_partial
 
 VOCAB_SIZE, EOS = 19, 3
 EXPECTED = Expected("v7", 7, VOCAB_SIZE)

@@ -18,26 +18,26 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import httpx  # noqa: E402
-from fake_sglang import FakeServer, log_prob_table, read_embedding  # noqa: E402
+import httpx
+from fake_sglang import FakeServer, log_prob_table, read_embedding
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
-from megatron_s2d.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_s2d.models.build import build_model  # noqa: E402
-from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
-from megatron_s2d.models.weights import export_weights  # noqa: E402
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed  # noqa: E402
-from megatron_s2d.records import PolicySpan, Prompt  # noqa: E402
-from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.rollout.sglang.checks import Needs  # noqa: E402
-from megatron_s2d.rollout.sglang.control import PushFailed  # noqa: E402
-from megatron_s2d.rollout.sglang.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.sglang.fleet import Fleet  # noqa: E402
-from megatron_s2d.rollout.sglang.senders import own_address, refuse_remote  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.models.build import build_model
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.weights import export_weights
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.server_group import Fleet
+from megatron_s2d.rollout.sglang import client
+from megatron_s2d.rollout.sglang.admin import PushFailed
+from megatron_s2d.rollout.sglang.checks import Needs
+from megatron_s2d.rollout.sglang.weight_sync import own_address, refuse_remote
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
@@ -87,14 +87,12 @@ def toy_score(chunks):
     return score
 
 
-def make_engine(
-    chunks, layout, directory, servers=(), needs=Needs(), tokenizer=None, **settings
-) -> SglangEngine:
+def make_engine(chunks, layout, directory, servers=(), needs=Needs(), tokenizer=None, **settings) -> SglangEngine:
     rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
     urls = [server.url for server in servers]
-    return SglangEngine(Fleet(
-        chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
-    ))
+    return SglangEngine(
+        Fleet(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer)
+    )
 
 
 def make_requests(prompts=4, groups=3) -> list[Request]:

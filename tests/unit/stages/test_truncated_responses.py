@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_s2d.config.algorithm import OpdConfig
+from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.grpo import policy_weights
 

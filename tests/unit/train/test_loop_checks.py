@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.data.packing import UpdateBatch, pack  # noqa: E402
-from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
-from megatron_s2d.objectives.policy import Surrogate, grpo_objective  # noqa: E402
-from megatron_s2d.records import PolicySpan, Sample  # noqa: E402
-from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, staleness, summarise  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.data.packing import UpdateBatch, pack
+from megatron_s2d.objectives.distill import divergence_objective
+from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.records import PolicySpan, Sample
+from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, staleness, summarise
 
 
 def test_an_engine_that_drifts_from_the_trainer_stops_the_run():

@@ -8,7 +8,8 @@ import time
 import pytest
 from rich.console import Console
 
-from megatron_s2d.artifacts import StageDirectory, format_seconds
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.formatting import format_seconds
 from megatron_s2d.train.metrics import MetricsLog, Progress, Timer, last_row
 
 

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.device import capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.stages.teachers import ByDomain, FullTeacher
+from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
 from megatron_s2d.train import policy as policy_module
 from megatron_s2d.train.loop import check_rollout_kl
 from megatron_s2d.train.policy import Policy
@@ -82,6 +82,8 @@ def method_of(layout, name: str):
     if name == "grpo":
         return grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight", None
     return divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
+
+
 def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
     teacher = policy(layout, seed=2)
     teacher.freeze()
@@ -176,7 +178,9 @@ def test_packed_equals_padded(layout, method, preset):
     objective, column, teacher = method_of(layout, method)
     padded = gradients(layout, objective, column, "token_mean", 10_000, teacher, preset=preset)
     for max_tokens in (24, 10_000):
-        loss, found = gradients(layout, objective, column, "token_mean", max_tokens, teacher, preset=preset, packed=True)
+        loss, found = gradients(
+            layout, objective, column, "token_mean", max_tokens, teacher, preset=preset, packed=True
+        )
         assert loss == pytest.approx(padded[0], rel=1e-5, abs=1e-6)
         for name, gradient in padded[1].items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_s2d.config.base import UserError, parse
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.files import read_problems
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify.code_grader import CodeGrader, extract_program, isolation, same_output
-from megatron_s2d.verify.wire import Opaque, calls_like, decode, encode, equal, like
+from megatron_s2d.verify.serialization import Opaque, calls_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
@@ -233,7 +234,7 @@ def test_hostile_programs(grader, name):
     start = time.monotonic()
     assert _word(grader, program, ASSERTS) in words
     assert time.monotonic() - start < 60
-    assert not _processes("candidate.py") and not _processes("tester.py")
+    assert not _processes("program.py") and not _processes("case_runner.py")
 
 
 def test_sleepers_are_stopped():
@@ -248,7 +249,7 @@ def test_sleepers_are_stopped():
         assert [verdict.word for verdict in grader.grade(list(prompts), responses)] == ["timeout"] * 3
     finally:
         grader.close()
-    assert not _processes("candidate.py") and not _processes("tester.py")
+    assert not _processes("program.py") and not _processes("case_runner.py")
 
 
 @pytest.mark.skipif("landlock" not in isolation(), reason="this kernel has no Landlock")

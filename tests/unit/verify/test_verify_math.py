@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s2d.config.base import UserError
+from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import VERIFIERS, Graders, check_labels
 from megatron_s2d.verify.math_grader import MathGrader, extract_answer

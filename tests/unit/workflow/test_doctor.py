@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.workflow import doctor
-from megatron_s2d.workflow.active_paths import ActivePath, active_paths
+from megatron_s2d.workflow.backend_report import ActivePath, active_paths
 from megatron_s2d.workflow.doctor import (
     OPTIONAL_COMMANDS,
     OPTIONAL_PACKAGES,

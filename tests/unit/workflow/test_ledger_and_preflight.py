@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.plan_cost import machine_of, print_cost
+from megatron_s2d.workflow.plan_estimate import machine_of, print_cost
 from megatron_s2d.workflow.preflight import check_workflow
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"

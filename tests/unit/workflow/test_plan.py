@@ -6,9 +6,9 @@ import pytest
 
 from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.studies.simulate import load_simulation, predict
+from megatron_s2d.studies.sweep import points_of
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.studies.simulate import load_simulation, predict
-from megatron_s2d.workflow.studies.sweep import points_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_s2d.artifacts import StageDirectory, directory_lock
-from megatron_s2d.config.base import UserError
+from megatron_s2d.artifacts.lock import directory_lock
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.run import prepared
+from megatron_s2d.workflow.runner import prepared
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 CONSOLE = Console(file=io.StringIO())
@@ -55,7 +56,7 @@ def test_another_configuration_moves_that_stage_only(tmp_path):
 
 
 def test_stages_share_a_run_and_a_whole_run_has_it_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_s2d.workflow.run._LOCK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("megatron_s2d.workflow.runner._LOCK_WAIT_SECONDS", 0.1)
     config = load_workflow(SMOKE)
     with prepared(config, tmp_path, CONSOLE, "teacher_base"), prepared(config, tmp_path, CONSOLE, "student_base"):
         for other in ("teacher_base", None):

@@ -1,0 +1,47 @@
+"""Which code and which libraries produced a result, and when. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from megatron_s2d.artifacts.files import file_digest, json_digest
+
+_LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second, in ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def code_version() -> dict[str, str]:
+    """Version of this package, digest of its source files, and the commit where it runs from a git checkout."""
+    package = Path(__file__).resolve().parent.parent
+    digests = {path.relative_to(package).as_posix(): file_digest(path) for path in package.rglob("*.py")}
+    version = {"version": importlib.metadata.version("megatron-s2d"), "source_digest": json_digest(digests)}
+    if (package.parent / ".git").exists() and shutil.which("git"):
+        commit = _git(package.parent, "rev-parse", "HEAD")
+        if commit:
+            changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no", "--", package.name)
+            version["commit"] = commit + ("+changes" if changed else "")
+    return version
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    result = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=30)
+    return result.stdout.strip() if result.returncode == 0 else None

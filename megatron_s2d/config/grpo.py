@@ -1,0 +1,74 @@
+"""Configuration of GRPO: stages 1 and 3, and the direct baseline. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from megatron_s2d.config.base import Config
+from megatron_s2d.config.stage import TRUNCATED, Aggregation, TrainingStageConfig, Truncated
+from megatron_s2d.config.training import SamplingConfig
+
+
+class ImportanceConfig(Config):
+    """Correction of the gap between the engine that sampled and the trainer (methods M1)."""
+
+    mode: Literal["off", "truncate", "mask"] = "off"
+    cap: float = Field(5.0, gt=0, description="largest weight; beyond it the weight is cut (truncate) or zero (mask)")
+
+
+class OverlongConfig(Config):
+    """Soft punishment of responses that come near the limit (DAPO)."""
+
+    buffer_tokens: int = Field(ge=1, description="length of the zone before the limit in which the penalty grows")
+    penalty: float = Field(1.0, ge=0, description="largest penalty, at the limit")
+
+
+class GrpoConfig(TrainingStageConfig):
+    """Group-relative policy optimisation with a verifier's reward (stages 1 and 3, direct baseline; methods M1)."""
+
+    type: Literal["grpo"] = "grpo"
+    prompts: str = Field(description="labelled prompts: an entry of `data`, or `entry/half`")
+    label_reuse: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="refuse: an error where an earlier stage of the arm has used the label of one of `prompts`",
+    )
+    prompts_per_step: int = Field(64, ge=1)
+    responses_per_prompt: int = Field(8, ge=2)
+    updates_per_step: int = Field(1, ge=1, description="mini-batches that each sampling round is cut into")
+    sampling: SamplingConfig = SamplingConfig()
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0, description="0.28 is DAPO's clip-higher")
+    dual_clip: float | None = Field(None, gt=1, description="bound for negative advantages; off by default")
+    kl_coefficient: float = Field(5e-4, ge=0, description="beta of the k3 penalty to the reference; 0: no reference")
+    reference: str | None = Field(None, description="stage of the reference; by default the start of this stage")
+    normalize_by_std: bool = Field(True, description="false: the Dr. GRPO advantage")
+    aggregation: Aggregation = "token_mean"
+    truncated_responses: Truncated = Field("keep", description=TRUNCATED)
+    dynamic_sampling_rounds: int = Field(
+        0, ge=0, description="extra rounds that refill groups whose rewards are all equal (DAPO); 0 is off"
+    )
+    overlong: OverlongConfig | None = None
+    importance: ImportanceConfig = ImportanceConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _divisible(self) -> GrpoConfig:
+        if self.prompts_per_step % self.updates_per_step:
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} must be a multiple of updates_per_step "
+                f"{self.updates_per_step}: whole groups go to each mini-batch"
+            )
+        return self
+
+    def inputs(self) -> dict[str, str]:
+        return super().inputs() | ({"reference": self.reference} if self.reference else {})
+
+    @property
+    def entries(self) -> list[str]:
+        return [self.prompts]
+
+    @property
+    def uses_labels(self) -> bool:
+        return True

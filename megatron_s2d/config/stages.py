@@ -1,0 +1,18 @@
+"""Every type of stage, told apart by its key ``type``. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
+from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.sft import SupervisedConfig
+from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+
+Stage = Annotated[
+    PretrainedConfig | SupervisedConfig | GrpoConfig | TeacherCacheConfig | ForwardKlConfig | OpdConfig | ExpoConfig,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,116 @@
+"""Seconds and traffic of one step of a workflow's stage, phase by phase. No torch here.
+
+Lengths are those of ``StageShape``: every response at its limit, so times are upper ends, and of two layouts the
+comparison is fair. Phases run one after the other, as in ``train/loop.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from megatron_s2d.config.forward_kl import TeacherCacheConfig
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.estimate.layers import Build, model_flops
+from megatron_s2d.estimate.memory import Workload, workload
+from megatron_s2d.estimate.roofline import Machine, Placed, Traffic, added, repeated, total_seconds, travelling
+from megatron_s2d.estimate.stage_memory import BYTES, StageShape, frozen_roles
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTime:
+    """One step (a round, for a cache) of a stage."""
+
+    seconds: Mapping[str, float]  # phase -> seconds; updates of a step together
+    traffic: Mapping[str, Traffic]  # kind -> what one rank sends in a step
+    tokens: int  # prompt and response tokens of the step, over all data ranks
+    flops: float  # of the trained model: forward and backward passes, nothing recomputed, over all ranks
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(self.seconds.values())
+
+    def mfu(self, machine: Machine, ranks: int) -> float:
+        """Share of the data sheet's peak that the trained model's operations would make of the whole step."""
+        return self.flops / (self.total * ranks * machine.gpu.bf16_flops) if self.total else 0.0
+
+
+def stage_time(
+    config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec], shape: StageShape, machine: Machine
+) -> StageTime:
+    """The step of stage ``name`` on ``machine``."""
+    stage, model = config.stages[name], config.model_of(name)
+    if isinstance(stage, ExpoConfig | PretrainedConfig):
+        return StageTime({}, {}, 0, 0.0)
+    parallel = config.parallel
+    if isinstance(stage, TeacherCacheConfig):
+        parallel = config.frozen_parallel(stage.teacher)
+    build = Build(BYTES[config.precision], True, config.models[model].recompute)
+    student = Placed(specs[model], parallel, build, machine)
+    seconds, traffic = _generation(config, stage, shape, student)
+    if isinstance(stage, TeacherCacheConfig):
+        work = _work(shape, shape.requests, stage, parallel)
+        seconds["score"] = student.score_seconds(work, outputs=stage.kind != "hidden")
+        traffic = added(traffic, repeated(student.pass_traffic(work, trains=False), work.num_micro_batches))
+        return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
+    work, teacher = _work(shape, shape.responses, stage, parallel), None
+    exact = isinstance(stage, OpdConfig) and stage.granularity != "sampled"
+    for role, other, layout in frozen_roles(config, name):
+        spec = specs[config.model_of(other)]
+        scorer = Placed(spec, layout, dataclasses.replace(build, recompute="none"), machine)
+        at, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
+        seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(at, outputs=not exact)
+        passes = repeated(scorer.pass_traffic(at, trains=False), at.num_micro_batches * shape.updates)
+        traffic = added(traffic, passes)
+        if exact:
+            teacher = spec
+        if exact and layout != parallel:
+            responses = shape.responses * shape.response_length
+            one = {f"{role} states": travelling(spec, responses, build.bytes_per_value, layout, parallel)}
+            travel = repeated(one, shape.updates)
+            phase = f"{role} states travel"
+            seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
+            traffic = added(traffic, travel)
+    if shape.updates > 1 and shape.requests:
+        seconds["old log-probabilities"] = shape.updates * student.score_seconds(work, outputs=True)
+    for phase, value in student.train_seconds(work, teacher).items():
+        seconds[phase] = shape.updates * value
+    traffic = added(traffic, repeated(student.train_traffic(work), shape.updates))
+    tokens = shape.updates * shape.responses * shape.length
+    flops = 3 * model_flops(specs[model], tokens, shape.length / 2)
+    flops += 3 * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])
+    return StageTime(seconds, traffic, tokens, flops)
+
+
+def output_flops(spec: ModelSpec) -> float:
+    """Operations of the output layer for one position."""
+    return 2.0 * spec.hidden_size * spec.vocab_size
+
+
+def _work(shape: StageShape, responses: int, stage, parallel: ParallelConfig) -> Workload:
+    return workload(
+        responses, shape.length, shape.response_length, max_tokens=stage.micro_batch.max_tokens, parallel=parallel
+    )
+
+
+def _generation(
+    config: WorkflowConfig, stage, shape: StageShape, student: Placed
+) -> tuple[dict[str, float], dict[str, Traffic]]:
+    if not shape.requests:
+        return {}, {}
+    data, rollout = student.parallel.data_parallel_size, config.rollout
+    requests, prompts = -(-shape.requests // data), -(-shape.prompts // data)
+    rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // shape.length))
+    batches = math.ceil(requests / rows)
+    decode = student.decode_seconds(requests / batches, shape.prompt_length, shape.response_length)
+    seconds = {
+        "prefill": student.prefill_seconds(max(prompts, batches), shape.prompt_length),
+        "decode": batches * decode,
+    }
+    return seconds, repeated(student.decode_traffic(requests / batches, shape.response_length), batches)

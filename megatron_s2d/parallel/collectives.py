@@ -1,0 +1,43 @@
+"""What one rank does or knows, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_s2d.errors import UserError
+
+
+def from_first[Result](action: Callable[[], Result]) -> Result:
+    """The result of ``action``, which rank 0 carries out, on all ranks; so is its ``UserError``. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def from_all[Value](value: Value) -> list[Value]:
+    """Every rank's ``value``, on all ranks; collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def to_group[Value](values: list[Value], group: dist.ProcessGroup) -> list[Value]:
+    """``values`` of the first rank of ``group``, on all its ranks."""
+    if group.size() == 1:
+        return values
+    box = [values]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]

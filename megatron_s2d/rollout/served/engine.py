@@ -1,0 +1,299 @@
+"""A ``RolloutEngine`` whose responses come from SGLang servers.
+
+Every call is collective over all ranks of the job. The first rank of each model replica sends the requests of its
+replica and hands the samples on. When requests fail, servers are mended (``fleet.py``), and only the requests that have
+no sample yet are sent again.
+
+With ``ahead`` the responses that the next step needs are generated while this one trains. A push waits for them, or
+interrupts them and lets them go on with the new weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import from_all, from_first, to_group
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import Sample
+from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
+from megatron_s2d.rollout.served import scoring
+from megatron_s2d.rollout.served.generation import Generation, Outcome
+from megatron_s2d.rollout.served.server_group import Fleet
+from megatron_s2d.rollout.served.server_pool import Pool
+from megatron_s2d.rollout.sglang.protocol import Expected, Partial
+
+
+class _Work:
+    """What one ``generate`` asks for, and what there is of it. Samples are known on ranks that speak only."""
+
+    def __init__(self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | Partial]):
+        self.requests, self.generation = list(requests), None
+        groups = {request.group for request in self.requests}
+        self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
+        known = {place: carried[request.id] for place, request in enumerate(self.requests) if request.id in carried}
+        self.samples = {place: found for place, found in known.items() if isinstance(found, Sample)}
+        self.partials = {place: found for place, found in known.items() if isinstance(found, Partial)}
+
+    def complete_groups(self) -> list[int]:
+        """Groups whose every response has a sample, in order."""
+        open_groups = {request.group for place, request in enumerate(self.requests) if place not in self.samples}
+        return [group for group in dict.fromkeys(r.group for r in self.requests) if group not in open_groups]
+
+    def start(self, pool: Pool, expected: Expected, progress: ProgressCallback | None = None) -> None:
+        """Ask for what is missing, if anything."""
+        missing = [place for place in range(len(self.requests)) if place not in self.samples]
+        groups_left = self.num_groups - len(self.complete_groups())
+        open_groups = {self.requests[place].group for place in missing}
+        if groups_left > 0:
+            self._places = missing
+            self.generation = Generation(
+                pool,
+                [self.requests[place] for place in missing],
+                expected,
+                partials={i: self.partials[place] for i, place in enumerate(missing) if place in self.partials},
+                num_groups=groups_left if groups_left < len(open_groups) else None,
+                progress=progress,
+            )
+
+    def collect(self) -> Outcome:
+        """Wait for what was started, and take it; may raise ``UserError``."""
+        if self.generation is None:
+            return Outcome()
+        generation, self.generation = self.generation, None
+        outcome = generation.result()
+        self.samples |= {self._places[i]: sample for i, sample in outcome.samples.items()}
+        self.partials |= {self._places[i]: partial for i, partial in outcome.partials.items()}
+        return outcome
+
+    def split(self) -> tuple[list[Sample], dict[str, Sample | Partial]]:
+        """(samples of ``num_groups`` complete groups, what there is of the other groups by the request's id)."""
+        chosen = set(self.complete_groups()[: self.num_groups])
+        found = self.partials | self.samples
+        return (
+            [self.samples[place] for place, request in enumerate(self.requests) if request.group in chosen],
+            {
+                request.id: found[place]
+                for place, request in enumerate(self.requests)
+                if request.group not in chosen and place in found
+            },
+        )
+
+
+class SglangEngine:
+    """See the module. ``close`` ends the fleet."""
+
+    def __init__(self, fleet: Fleet):
+        self._fleet, self._spec, self._layout = fleet, fleet.spec, fleet.layout
+        self._settings, self._tokenizer = fleet.settings, fleet.tokenizer
+        self._begun: _Work | None = None  # by ``begin``
+        self._refused = ""  # what was begun and cannot be answered, whatever is tried
+        self._carried: dict[str, Sample | Partial] = {}  # by request, of groups that were not complete in time
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the servers hold."""
+        return self._fleet.version
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of the servers."""
+        return [server.url for server in self._fleet.pool.servers]
+
+    # ------------------------------------------------------------------ RolloutEngine
+
+    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+        """With ``ahead``: have the requests answered from now on; the next ``generate`` must ask for the same."""
+        if self._settings.ahead == "off":
+            return
+        self._check(requests)
+        self._begun = _Work(requests, num_groups, self._carried)
+        if self._speaks:
+            self._begun.start(self._fleet.pool, self._expected)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        progress: ProgressCallback | None = None,
+        *,
+        num_groups: int | None = None,
+    ) -> list[Sample]:
+        """See ``RolloutEngine``; the same on all ranks of the replica.
+
+        Raises ``UserError`` for a request that the model cannot serve, and where ``recoveries`` did not help.
+        """
+        if self._begun is not None:
+            work, self._begun = self._begun, None
+            if [request.id for request in work.requests] != [request.id for request in requests]:
+                raise RuntimeError("other requests were begun")
+        else:
+            self._check(requests)
+            work = _Work(requests, num_groups, self._carried)
+        self._fleet.wake()
+        self._with_recoveries(lambda: self._ask(work, progress))
+        samples, carried = work.split() if self._speaks else ([], {})
+        if num_groups is not None:
+            self._carried = carried
+        return to_group(samples, self._layout.groups.mp)
+
+    def rest(self) -> None:
+        """With ``release_memory``: the servers give their GPU memory back until the next push."""
+        self._fleet.rest()
+
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """log pi of every sample's response tokens at temperature 1, [length] float32 each (0 elsewhere), on all ranks.
+
+        The same samples on all ranks. Raises ``UserError`` as ``generate`` does, and for samples of a temperature.
+        """
+        found = self._scored(samples, scoring.score)
+        return [np.where(sample.response_mask, found[place], 0.0) for place, sample in enumerate(samples)]
+
+    def top_tokens(self, samples: Sequence[Sample], k: int, layout: Layout | None = None) -> list[scoring.TopTokens]:
+        """The k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
+
+        Each model replica of ``layout`` (by default that of the served model) brings its own samples. Temperature and
+        errors as in ``score``.
+        """
+        scoring.check_temperature(samples)
+        group, fleet = (layout or self._layout).groups.mp, self._fleet
+        found: dict[int, scoring.TopTokens] = {}
+
+        def ask() -> list[str]:
+            missing = [place for place in range(len(samples)) if place not in found]
+            reasons, refused = [], ""
+            if group.rank() == 0 and missing:
+                part = [samples[place].token_ids for place in missing]
+                try:
+                    tokens, reasons = scoring.top_tokens(fleet.pool, part, fleet.label, self._spec.vocab_size, k)
+                    found.update({missing[place]: value for place, value in tokens.items()})
+                except UserError as error:
+                    refused = str(error)
+            return self._agree(refused, reasons)
+
+        self._with_recoveries(ask)
+        return to_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
+
+    def push(self, chunks: Sequence[Any], version: int) -> None:
+        """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
+        self._hold()
+        self._fleet.push(chunks, version)
+        if self._begun is not None and self._speaks:
+            self._begun.start(self._fleet.pool, self._expected)
+
+    def metrics(self) -> dict[str, float]:
+        """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
+        return self._fleet.metrics()
+
+    def close(self) -> None:
+        """End the servers that were started here, and remove the weights that they read."""
+        if self._begun is not None and self._begun.generation is not None:
+            self._begun.generation.interrupt()
+        self._fleet.close()
+
+    # ------------------------------------------------------------------ requests
+
+    def _with_recoveries(self, ask: Callable[[], list[str]]) -> None:
+        """Ask, and recover, until ``ask`` returns no reasons of failures; they are the same on all ranks."""
+        for recovery in range(self._settings.recoveries + 1):
+            reasons = ask()
+            if not reasons:
+                return
+            if recovery < self._settings.recoveries:
+                self._fleet.recover()
+        raise UserError(
+            f"the SGLang servers left some requests unanswered, after {self._settings.recoveries} recoveries too "
+            f"({reasons[0]}); see the servers' logs in {self._fleet.directory}"
+        )
+
+    def _scored(self, samples: Sequence[Sample], score: Callable[..., tuple[dict[int, Any], list[str]]]) -> dict:
+        """Place -> score; rank 0 asks for all."""
+        scoring.check_temperature(samples)
+        sequences = [sample.token_ids for sample in samples]
+        found: dict[int, Any] = {}
+
+        def ask_missing() -> tuple[dict[int, Any], list[str], dict[str, str]]:
+            missing = [place for place in range(len(samples)) if place not in found]
+            part = [sequences[place] for place in missing]
+            scores, reasons = score(self._fleet.pool, part, self._fleet.label, self._spec.vocab_size)
+            return {missing[place]: value for place, value in scores.items()}, reasons, self._fleet.pool.problems
+
+        def ask() -> list[str]:
+            scores, reasons, problems = from_first(ask_missing)
+            found.update(scores)
+            self._fleet.pool.note(problems)
+            return reasons
+
+        self._with_recoveries(ask)
+        return found
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank sends the requests of its replica."""
+        return self._layout.groups.mp.rank() == 0
+
+    @property
+    def _expected(self) -> Expected:
+        return Expected(self._fleet.label, self.version, self._spec.vocab_size, self._tokenizer)
+
+    def _ask(self, work: _Work, progress: ProgressCallback | None) -> list[str]:
+        """Add samples to ``work``; returns reasons of failures, of all replicas and on all ranks."""
+        outcome, refused = Outcome(), self._refused
+        if self._speaks and not refused:
+            try:
+                if work.generation is None:
+                    work.start(self._fleet.pool, self._expected, progress)
+                outcome = work.collect()
+            except UserError as error:
+                refused = str(error)
+        reasons = sorted(set(outcome.failures.values())) or ["no answer"] if self._lacks(work) else []
+        return self._agree(refused, reasons)
+
+    def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
+        """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
+        everyone = from_all((refused, self._fleet.pool.problems, reasons))
+        for said, _, _ in everyone:
+            if said:
+                raise UserError(said)
+        self._fleet.pool.note({url: problem for _, found, _ in everyone for url, problem in found.items()})
+        return [reason for _, _, reasons in everyone for reason in reasons]
+
+    def _lacks(self, work: _Work) -> bool:
+        return self._speaks and len(work.complete_groups()) < work.num_groups
+
+    def _hold(self) -> None:
+        """Before a push: responses that were begun are complete, or interrupted; no request is in flight."""
+        if self._begun is None:
+            return
+        if self._begun.generation is not None:
+            if self._settings.ahead == "continue":
+                self._begun.generation.interrupt()
+            try:
+                self._begun.collect()  # what failed is asked for again
+            except UserError as error:
+                self._refused = str(error)
+        pool = self._fleet.pool
+        pool.note({url: problem for found in from_all(pool.problems) for url, problem in found.items()})
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        check_requests(
+            requests,
+            vocab_size=self._spec.vocab_size,
+            max_positions=self._spec.max_position_embeddings,
+            has_tokenizer=self._tokenizer is not None,
+        )
+        self._check_same_requests(list(requests))
+
+    def _check_same_requests(self, requests: list[Request]) -> None:
+        group = self._layout.groups.mp
+        if group.size() > 1:
+            number = requests_digest(requests)
+            extremes = torch.tensor([number, -number], device=device.device())
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+            if extremes.tolist() != [number, -number]:
+                raise RuntimeError("the ranks of one model replica were given different requests")

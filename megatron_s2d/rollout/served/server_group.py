@@ -1,0 +1,379 @@
+"""The servers that hold one model: started or attached to, given the weights of the trainer, and tested.
+
+Every call is collective over all ranks of the job; rank 0 owns the servers. After a push each server must report the
+new version and give the trainer's own log-probabilities on fixed probe sequences; one that does not gets no requests
+until a later push succeeds. Servers of this run that are gone are started anew. Left out: requests (``engine.py``).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.training import RolloutConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.models.weights import export_buckets
+from megatron_s2d.parallel.collectives import from_first
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import Sample
+from megatron_s2d.rollout.served import weight_checks as probes
+from megatron_s2d.rollout.served.server_pool import Pool, Server
+from megatron_s2d.rollout.sglang.admin import IDLE_SECONDS, PushFailed, Servers, finish
+from megatron_s2d.rollout.sglang.checks import Checks, Needs
+from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
+from megatron_s2d.rollout.sglang.server import Router, ServerProcess, is_healthy
+from megatron_s2d.rollout.sglang.weight_sync import (
+    BroadcastSender,
+    Bucket,
+    DiskSender,
+    Sender,
+    TensorSender,
+    refuse_remote,
+)
+
+Score = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
+_HEALTH_CHECKS = 3  # of a server in trouble, before it counts as one that hangs
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+    """What a push measured."""
+
+    seconds: float
+    num_bytes: int  # of the weights, once
+    gap: float  # largest difference of a probe's log-probability, over the servers
+
+
+class Fleet:
+    """See the module. ``score`` gives the trainer's log-probabilities of samples at temperature 1; collective."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        spec: ModelSpec,
+        layout: Layout,
+        score: Score,
+        settings: RolloutConfig,
+        directory: Path,
+        *,
+        urls: Sequence[str] = (),
+        needs: Needs = Needs(),
+        tokenizer: Decoder | None = None,
+        on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        """Start servers with the current weights of ``chunks``, or attach to ``urls``; push the weights to them.
+
+        Then each server shows that it can do what the stage ``needs``, at its temperature and length.
+
+        ``directory`` is for weights and logs; every server must see it under the same path where sync is disk.
+        ``tokenizer`` is needed for stop strings. Weights are where they compute inside ``on_device()``. Raises
+        ``UserError`` on every rank where one rank cannot go on.
+        """
+        self.version = 0
+        self.directory = directory
+        self.spec, self.layout, self.settings, self.tokenizer = spec, layout, settings.sglang, tokenizer
+        self._chunks, self._score, self._on_device = chunks, score, on_device
+        self._max_tokens = settings.max_batch_tokens
+        self._dtype = next(chunks[0].parameters()).dtype
+        self._is_first = dist.get_rank() == 0
+        self._tag = from_first(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
+        self._processes: list[ServerProcess] = []
+        self._router: Router | None = None
+        self._disk = DiskSender(directory / "weights", spec, tokenizer)
+        self._sender: Sender = {"disk": self._disk, "distributed": BroadcastSender(), "tensor": TensorSender()}[
+            self.settings.sync
+        ]
+        self.last_push = Push(0.0, 0, 0.0)  # what it measured
+        self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
+        self._checks = Checks(
+            spec,
+            needs,
+            self.settings,
+            dtype=str(self._dtype).removeprefix("torch."),
+            tokenizer=tokenizer,
+            attached=bool(urls),
+        )
+        if urls and self.settings.sync == "tensor":
+            refuse_remote(urls)
+        self.pool = Pool(urls or self._start_servers(), self.settings)
+        try:
+            if self.settings.router:
+                self.pool.router = Server(from_first(self._start_router))
+            self._update(self.pool.servers)
+            with on_device():
+                self._checks.rehearse(self.pool.servers, self.label, score, self._tolerance)
+        except UserError:
+            self.close()
+            raise
+
+    @property
+    def label(self) -> str:
+        """What servers call the current weights."""
+        return f"{self._tag}-{self.version}"
+
+    def push(self, chunks: Sequence[Any], version: int) -> None:
+        """Bring the weights of ``chunks`` to all servers, which are idle; ``UserError`` where none holds them then."""
+        self._chunks, self.version = chunks, version
+        self._update(self.pool.servers)
+
+    def recover(self) -> None:
+        """Give the current weights to the servers that had a problem.
+
+        Behind a router nobody knows which server a bad reply came from, so all of them are looked at.
+        """
+        router = self.pool.router
+        if router is not None and router.problem:
+            self._update(self.pool.servers)
+        else:
+            self._update([server for server in self.pool.servers if server.problem])
+
+    def metrics(self) -> dict[str, float]:
+        """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
+        last = self.last_push
+        return {"push_gb_per_second": last.num_bytes / 1e9 / max(last.seconds, 1e-9), "probe_gap": last.gap}
+
+    def rest(self) -> None:
+        """With ``release_memory``: the servers, which are idle, give their GPU memory back until the next push."""
+        urls = [server.url for server in self.pool.servers if not server.problem]
+        if not self.settings.release_memory or self._resting:
+            return
+
+        def release() -> dict[str, str]:
+            with Servers(urls) as servers:
+                return servers.release_memory()
+
+        problems = from_first(release)
+        self.pool.note(self.pool.problems | problems)
+        self._resting = frozenset(urls) - problems.keys()
+
+    def wake(self) -> None:
+        """End a rest without a push."""
+        if self._resting:
+            self._update(self.pool.servers)
+
+    def close(self) -> None:
+        """End the servers that were started here, and remove the weights that they read."""
+        self._sender.forget()
+        for process in self._processes:
+            process.close()
+        self._processes = []
+        if self._router is not None:
+            self._router.close()
+        if self._is_first:
+            shutil.rmtree(self.directory / "weights", ignore_errors=True)
+
+    def _start_servers(self) -> list[str]:
+        """Addresses of new servers, which begin with the current weights."""
+        failure = ""
+        with self._on_device():
+            for bucket, last in self._buckets():  # to the end on every rank, as in _send
+                if self._is_first and not failure:
+                    try:
+                        self._disk.write(bucket, f"{self._tag}-start", last=last)
+                    except UserError as error:
+                        failure = str(error)
+
+        def start() -> list[str]:
+            if failure:
+                raise UserError(failure)
+            self._processes = [self._start(number) for number in range(self.settings.replicas)]
+            self._wait(self._processes)
+            return [process.url for process in self._processes]
+
+        return from_first(start)
+
+    def _start_router(self) -> str:
+        self._router = Router(self.settings, self.directory / "router.log")
+        self._router.wait(time.monotonic() + self.settings.start_seconds)
+        return self._router.url
+
+    def _start(self, number: int) -> ServerProcess:
+        return ServerProcess(
+            self.settings,
+            self._disk.complete,
+            self.directory / f"server-{number}.log",
+            number=number,
+            weight_version="none",
+            positions=self.spec.max_position_embeddings,
+            dtype=str(self._dtype).removeprefix("torch."),
+            max_tokens=self._max_tokens,
+        )
+
+    def _wait(self, processes: Sequence[ServerProcess]) -> None:
+        deadline = time.monotonic() + self.settings.start_seconds
+        try:
+            for process in processes:
+                process.wait(deadline)
+        except UserError:
+            for process in processes:
+                process.close()
+            raise
+
+    def _update(self, servers: Sequence[Server]) -> None:
+        """Push the current weights to ``servers``, starting those anew that are gone, until all hold them.
+
+        ``recoveries`` times again; ``UserError`` where no server of the pool holds them then.
+        """
+        for _ in range(self.settings.recoveries + 1 if servers else 0):
+            reachable = self._reachable(servers)
+            if reachable := self._checks.comparable(reachable):
+                self._push_to(reachable)
+            servers = [server for server in {*servers, *reachable} if server.problem]
+            if not servers or not reachable:
+                break
+        self._route()
+        if all(server.problem for server in self.pool.servers) or (self.pool.router and self.pool.router.problem):
+            reasons = "; ".join(f"{url}: {problem}" for url, problem in self.pool.problems.items())
+            raise UserError(f"no SGLang server holds the current weights ({reasons}); see the logs in {self.directory}")
+
+    def _route(self) -> None:
+        """Have the router, if there is one, use exactly the servers without a problem."""
+        if self.pool.router is None:
+            return
+
+        def route() -> tuple[str, str]:
+            urls = [server.url for server in self.pool.servers if not server.problem]
+            if problem := self._router.serve(urls):
+                print(f"the router is started anew: {problem}; see {self._router.log}", flush=True)
+                self._router.close()
+                self._start_router()
+                problem = self._router.serve(urls)
+            return self._router.url, problem
+
+        self.pool.router = Server(*from_first(route))
+
+    def _reachable(self, servers: Sequence[Server]) -> list[Server]:
+        """Those of ``servers`` that answer, and servers of this run that were gone, or hung, and are started anew."""
+
+        def look() -> tuple[list[bool], dict[int, str]]:
+            answering = [
+                (number >= len(self._processes) or self._processes[number].is_alive)
+                and (not server.problem or is_healthy(server.url, checks=_HEALTH_CHECKS))
+                for number, server in enumerate(self.pool.servers)
+            ]
+            fresh = {}
+            for number, process in enumerate(self._processes):
+                if not answering[number]:
+                    print(f"SGLang server {number} is started anew: {self.pool.servers[number].problem}", flush=True)
+                    process.close()
+                    fresh[number] = self._processes[number] = self._start(number)
+            self._wait(list(fresh.values()))
+            return answering, {number: process.url for number, process in fresh.items()}
+
+        answering, fresh = from_first(look)
+        for number, url in fresh.items():
+            server = self.pool.servers[number]
+            server.url, server.problem = url, "it was started anew and has no weights yet"
+        return [
+            server
+            for number, server in enumerate(self.pool.servers)
+            if number in fresh or (answering[number] and server in servers)
+        ]
+
+    def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
+        """Buckets of the current weights, and whether each is the last."""
+        held: Bucket | None = None
+        for bucket in export_buckets(self._chunks, self.spec, self.layout, bucket_bytes=self.settings.bucket_bytes):
+            if held is not None:
+                yield held, False
+            held = bucket
+        yield held, True
+
+    @property
+    def _tolerance(self) -> float:
+        return self.settings.probe_tolerance or _TOLERANCES[self._dtype]
+
+    def _push_to(self, servers: Sequence[Server]) -> None:
+        """Push to ``servers`` and test them; those that fail get a problem."""
+        samples = probes.probe_samples(self.spec)
+        with self._on_device():
+            started = time.perf_counter()
+            size, failure = self._send([server.url for server in servers])
+            seconds = time.perf_counter() - started
+            expected = self._score(samples)
+
+        def test() -> tuple[dict[str, tuple[float, str]], int]:
+            found = {server.url: self._test(server, samples, expected) for server in servers}
+            odd, count = _odd_digests([url for url, (_, problem) in found.items() if not problem])
+            return found | {url: (found[url][0], problem) for url, problem in odd.items()}, count
+
+        found, num_digests = from_first(test)
+        for server in servers:
+            problem = found[server.url][1]
+            server.problem = failure if problem and failure.startswith(server.url) else problem
+        self.last_push = Push(seconds, size, max(gap for gap, _ in found.values()))
+        if self._is_first:
+            print(
+                f"weights {self.label} to {len(servers)} server(s) by {self.settings.sync}: {size / 1e9:.4f} GB in "
+                f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference "
+                f"{self.last_push.gap:.1e}, {num_digests} digest(s) compared",
+                *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
+                flush=True,
+            )
+
+    def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
+        """Largest difference on the probes, and what is wrong with the server, if anything."""
+        try:
+            gap = probes.gap(self.pool, server, self.spec, samples, expected, self.label)
+        except (BadReply, UserError) as error:
+            return float("nan"), str(error)
+        if not gap <= self._tolerance:
+            allowed = f"(allowed: {self._tolerance:g})"
+            return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats {allowed}"
+        return gap, ""
+
+    def _send(self, urls: list[str]) -> tuple[int, str]:
+        """Send the current weights to idle servers; returns their bytes and, where it failed, why."""
+        size, failure = 0, ""
+        resting, self._resting = self._resting.intersection(urls), self._resting.difference(urls)
+        with Servers(urls if self._is_first else []) as servers, Servers(resting if self._is_first else []) as sleepers:
+            try:
+                finish(sleepers.post("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}))
+                finish(servers.post("/pause_generation", {"mode": "abort"}))
+                # A request that its sender gave up may still be running, and SGLang ends itself where it is asked to
+                # forget the keys and values of old weights then: wait until nothing runs.
+                finish(servers.post(f"/flush_cache?timeout={IDLE_SECONDS}", {}))
+            except PushFailed as error:
+                failure = str(error)
+            for bucket, last in self._buckets():  # to the end on every rank, because making buckets is collective
+                size += sum(tensor.nbytes for _, tensor in bucket)
+                if self._is_first and not failure:
+                    try:
+                        self._sender.send(servers, bucket, self.label, last=last)
+                    except (PushFailed, UserError) as error:
+                        failure = str(error)
+                        self._sender.forget()
+            try:
+                # Keys and values last: the senders need memory of their own.
+                finish(sleepers.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
+                finish(servers.post("/continue_generation", {}))
+            except PushFailed as error:
+                failure = failure or str(error)
+        return size, from_first(lambda: failure)
+
+
+def _odd_digests(urls: Sequence[str]) -> tuple[dict[str, str], int]:
+    """Address -> problem of servers whose weights are not bit by bit those of the majority, and how many could tell."""
+    if len(urls) < 2:
+        return {}, 0
+    with Servers(urls) as servers:
+        digests = servers.digests()
+    counts = collections.Counter(digests.values())
+    common = max(counts, key=counts.__getitem__, default="")
+    if 2 * counts[common] <= len(digests):
+        common = ""  # no majority: nobody knows which are right
+    problem = "the digest of its weights is not that of the other servers"
+    return {url: problem for url, digest in digests.items() if digest != common}, len(digests)

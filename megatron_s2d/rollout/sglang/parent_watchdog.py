@@ -1,0 +1,44 @@
+"""Runs a command until it ends or nobody holds the other end of standard input any more, then kills all it started.
+
+``python parent_watchdog.py COMMAND ...``; a file of its own, without imports from this package, so that it starts at once. A
+server has many processes and outlives a killed trainer otherwise.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+_GRACE_SECONDS = 3.0
+
+
+def main() -> int:
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        while child.poll() is None:
+            # Nothing is ever written to standard input: it becomes readable when its other end is closed.
+            if select.select([sys.stdin], [], [], 0.2)[0]:
+                break
+    finally:
+        _kill_group(child)
+    return child.returncode if child.returncode is not None else 0
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    """End the child's whole process group, which its own children share."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while number == signal.SIGTERM and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    child.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

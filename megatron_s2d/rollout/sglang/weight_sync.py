@@ -1,0 +1,237 @@
+"""Three ways of a bucket of weights from rank 0 of the trainer to the servers; names are Hugging Face's.
+
+Files that the servers read (``DiskSender``), broadcasts in a process group of this rank and all servers' ranks
+(``BroadcastSender``: NCCL, or gloo on a CPU), and memory shared on one machine (``TensorSender``). All raise
+``PushFailed``. That the weights arrived whole is checked elsewhere (``engine.py``).
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import json
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import torch
+import torch.distributed as dist
+import torch.multiprocessing  # also registers with ForkingPickler how tensors are handed over
+from safetensors.torch import save_file
+from torch.distributed import distributed_c10d
+
+from megatron_s2d.artifacts.files import disk_errors
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.errors import UserError
+from megatron_s2d.models.hf_checkpoint import INDEX_NAME
+from megatron_s2d.parallel import device
+from megatron_s2d.rollout.sglang.admin import PushFailed, Servers, finish, first_failure
+
+Bucket = list[tuple[str, torch.Tensor]]
+_HOST = "127.0.0.1"
+_GROUP_SECONDS = 300.0
+
+
+class Sender(Protocol):
+    """Takes the buckets of one push after another."""
+
+    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
+        """Bring one bucket to all servers; after the ``last`` of a push they report ``label``."""
+        ...
+
+    def forget(self) -> None:
+        """Start anew after a failure: what the servers hold or are connected to is not known any more."""
+        ...
+
+
+class DiskSender:
+    """Writes a Hugging Face directory, one file a bucket, and has the servers read it under the same path."""
+
+    def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
+        """``directory`` holds one version between pushes; ``tokenizer`` may be None."""
+        self._parent, self._spec, self._tokenizer = directory, spec, tokenizer
+        self._path: Path | None = None  # being written
+        self._count = 0
+        self._weight_map: dict[str, str] = {}
+        self._num_bytes = self._num_files = 0
+        self.complete: Path | None = None  # the last version that was written whole
+
+    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``Sender``."""
+        self.write(bucket, label, last=last)
+        if last:
+            body = {"model_path": str(self.complete.resolve()), "weight_version": label, "flush_cache": True}
+            finish(servers.post("/update_weights_from_disk", body))
+            self._keep(self.complete)
+
+    def write(self, bucket: Bucket, label: str, *, last: bool) -> None:
+        """One more file of version ``label``; with the last one the directory is ``complete``."""
+        if self._path is None:
+            # Another name with every try: a server that was given up may still read what an earlier one left.
+            self._path, self._count = self._parent / f"{label}.{self._count}", self._count + 1
+        path = self._path
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            name = f"model-{self._num_files:05d}.safetensors"
+            # Cloned, because the tensors of a bucket are views of one, which the format does not allow.
+            contents = {key: tensor.cpu().clone() for key, tensor in bucket}
+            save_file(contents, path / name, metadata={"format": "pt"})
+            self._weight_map |= dict.fromkeys(contents, name)
+            self._num_bytes += sum(tensor.nbytes for tensor in contents.values())
+            self._num_files += 1
+            if last:
+                self._finish(path, str(bucket[0][1].dtype).removeprefix("torch."))
+
+    def _finish(self, path: Path, dtype: str) -> None:
+        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._weight_map}
+        (path / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+        (path / "config.json").write_text(json.dumps(hf_config_from_spec(self._spec, dtype)), encoding="utf-8")
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(path)
+        self._keep(path, self.complete)
+        self.complete, self._path = path, None
+        self.forget()
+
+    def _keep(self, *paths: Path | None) -> None:
+        """Remove the other versions: all but the newest once every server has read that, all but two before."""
+        for other in self._parent.iterdir():
+            if other not in paths:
+                shutil.rmtree(other)
+
+    def forget(self) -> None:
+        """Begin a new directory with the next bucket; one that is not complete goes."""
+        if self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+        self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
+
+
+class TensorSender:
+    """Hands buckets over through shared memory (CUDA IPC for tensors on a GPU)."""
+
+    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``Sender``."""
+        if not device.capabilities().cuda:
+            # The other way of sharing host memory passes file descriptors, which only related processes can.
+            torch.multiprocessing.set_sharing_strategy("file_system")
+        buffer = io.BytesIO()
+        ForkingPickler(buffer).dump(bucket)  # views of one tensor, whose memory is shared once
+        text = base64.b64encode(buffer.getvalue()).decode("ascii")
+        counts = servers.ranks()
+
+        def body(place: int) -> dict[str, Any]:
+            copies = [text] * counts[place]
+            return {"serialized_named_tensors": copies, "flush_cache": last, "weight_version": label if last else None}
+
+        finish(servers.post("/update_weights_from_tensor", body))
+
+    def forget(self) -> None:
+        """Nothing is remembered."""
+
+
+class BroadcastSender:
+    """Broadcasts buckets in a group of this process and all ranks of the servers, made once and again after trouble."""
+
+    def __init__(self) -> None:
+        self._urls: list[str] = []
+        self._name = ""
+        self._group: dist.ProcessGroup | None = None
+
+    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``Sender``."""
+        if self._group is None or self._urls != servers.urls:
+            self.forget()
+            self._join(servers)
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            "flush_cache": last,
+            "weight_version": label if last else None,
+        }
+        replies = servers.post("/update_weights_from_distributed", body)
+        flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for _, tensor in bucket])
+        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        # A server that refuses answers at once and never joins; waiting for the broadcast alone would hang.
+        while not work.is_completed():
+            if (failure := first_failure(replies)) is not None:
+                raise failure
+            time.sleep(0.0005)
+        finish(replies)
+
+    def forget(self) -> None:
+        """Leave the group; servers that are well have a group of another name next time."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _join(self, servers: Servers) -> None:
+        counts, host = servers.ranks(), own_address(servers.urls)
+        world_size, backend, seconds = 1 + sum(counts), device.backend(), datetime.timedelta(seconds=_GROUP_SECONDS)
+        store = dist.TCPStore(host, 0, world_size, True, seconds, wait_for_workers=False)
+        self._name = f"weights-{uuid.uuid4().hex[:12]}"
+
+        def body(place: int) -> dict[str, Any]:
+            return {
+                "master_address": host,
+                "master_port": store.port,
+                "rank_offset": 1 + sum(counts[:place]),
+                "world_size": world_size,
+                "group_name": self._name,
+                "backend": backend,
+            }
+
+        joined = servers.post("/init_weights_update_group", body)
+        try:
+            # There is no public way to a group with processes that are outside of the default one.
+            group, _ = distributed_c10d._new_process_group_helper(
+                world_size,
+                0,
+                [],
+                distributed_c10d.Backend(backend),
+                dist.PrefixStore(self._name, store),
+                group_name=self._name,
+                timeout=seconds,
+            )
+        except (RuntimeError, dist.DistError) as error:
+            raise first_failure(joined) or PushFailed(f"the weight group did not form: {error}") from None
+        distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+        self._group, self._urls = group, list(servers.urls)
+        finish(joined)
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """Address under which the servers at ``urls`` reach this machine: loopback where all of them are on it."""
+    remote = [httpx.URL(url) for url in urls if not _is_local(url)]
+    if not remote:
+        return _HOST
+    try:
+        target = socket.getaddrinfo(remote[0].host, remote[0].port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(target[4])  # sends nothing; the system chooses the interface
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise PushFailed(f"{remote[0]}: no way to that machine ({error})") from None
+
+
+def refuse_remote(urls: Sequence[str]) -> None:
+    """Shared memory is of one machine."""
+    for url in urls:
+        if not _is_local(url):
+            raise UserError(
+                f"rollout.sglang.urls: {url} is another machine, which sync: tensor does not reach; set "
+                "rollout.sglang.sync: distributed, or disk (through a directory that both see)"
+            )
+
+
+def _is_local(url: str) -> bool:
+    return httpx.URL(url).host in (_HOST, "localhost")

@@ -1,0 +1,101 @@
+"""Cross-entropy on given responses: base training, SFT, and teacher-sample SFT from a cache (methods.md M2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_s2d.config.sft import SupervisedConfig
+from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.prompts import corpus_documents, is_corpus
+from megatron_s2d.errors import UserError
+from megatron_s2d.objectives.distill import supervised_objective
+from megatron_s2d.objectives.terms import ResponseCounts, token_weights
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.teachers.cached import open_cache
+from megatron_s2d.train.loop import StepData, train
+
+
+def run_supervised(context: StageContext) -> None:
+    """Train on reference solutions or on cached responses."""
+    stage: SupervisedConfig = context.stage
+    policy = context.start_policy()
+    policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
+    source = GivenResponses(_reader(context, stage), stage.batch_size, stage.aggregation, "supervised_weight")
+    train(policy, source, supervised_objective(), context.directory, context.settings())
+    context.save_model(policy)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenResponses:
+    """A source of samples that exist already. ``read(start, count)`` gives samples ``start`` to ``start + count``."""
+
+    read: Callable[[int, int], Sequence[Sample]]
+    batch_size: int
+    aggregation: str
+    weight: str  # weight column of the objective's term
+
+    def step(self, step: int) -> StepData:
+        """One batch, one update."""
+        samples = self.read((step - 1) * self.batch_size, self.batch_size)
+        lengths = [sample.response_length for sample in samples]
+        weights = token_weights(lengths, self.aggregation, ResponseCounts.of(lengths), max(lengths))
+        return StepData([UpdateBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
+
+    def resume(self, position: Mapping[str, Any]) -> None:
+        """Nothing: a batch is a function of its step."""
+
+
+def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:
+    """A reader of ``samples`` in an order that is drawn anew every epoch."""
+
+    def read(start: int, count: int) -> list[Sample]:
+        orders: dict[int, np.ndarray] = {}
+        found = []
+        for place in range(start, start + count):
+            epoch, index = divmod(place, len(samples))
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(samples))
+            found.append(samples[orders[epoch][index]])
+        return found
+
+    return read
+
+
+def _reader(context: StageContext, stage: SupervisedConfig) -> Callable[[int, int], Sequence[Sample]]:
+    if stage.cache is not None:
+        names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
+        cached = [sample for name in names for sample in open_cache(context, name).samples]
+        return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
+    source = context.config.data[stage.data.partition("/")[0]]
+    if is_corpus(source):
+
+        def read(start: int, count: int) -> list[Sample]:
+            documents = corpus_documents(source, context.tokenizer, start, count)
+            return [solution_sample(document) for document in documents]
+
+        return read
+    return shuffled([solution_sample(prompt) for prompt in context.prompts(stage.data)], context.seed)
+
+
+def solution_sample(prompt: Prompt) -> Sample:
+    """The prompt with its reference solution as the response."""
+    if prompt.solution_token_ids is None or not len(prompt.solution_token_ids):
+        raise UserError(f"prompt {prompt.id} has no reference solution: name the `solution` column of its data")
+    token_ids = np.concatenate([prompt.token_ids, prompt.solution_token_ids])
+    mask = np.arange(len(token_ids)) >= len(prompt.token_ids)
+    return Sample(
+        id=prompt.id,
+        prompt_id=prompt.id,
+        group=0,
+        domain=prompt.domain,
+        seed=0,
+        token_ids=token_ids,
+        response_mask=mask,
+        temperature=1.0,
+        finish_reason="data",
+    )

@@ -1,0 +1,116 @@
+"""A teacher cache opened for a stage, and as a source of distributions, micro-batch by micro-batch (methods.md M2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.data.cache import CacheHeader, TeacherCache, cache_info
+from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.errors import UserError
+from megatron_s2d.kl.teachers import Logits, TeacherSource, TopK, WaitingStates
+from megatron_s2d.parallel import device
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.teachers.hidden_state_transfer import HostRows
+from megatron_s2d.train.policy import Policy
+
+
+def open_cache(context: StageContext, stage_name: str) -> TeacherCache:
+    """The cache that a finished stage left, refused where it is of another teacher, tokenizer or chat template."""
+    directory = context.inputs[stage_name]
+    teacher = StageDirectory(directory.path.with_name(context.config.stages[stage_name].teacher))
+    info = cache_info(directory.cache_path)
+    found = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
+    expected = {
+        "teacher_digest": teacher.finished()["outputs"][teacher.model_path.name],
+        "tokenizer_fingerprint": tokenizer_fingerprint(context.tokenizer),
+        "template_fingerprint": template_fingerprint(context.tokenizer),
+    }
+    return TeacherCache.open(directory.cache_path, expect=found.model_copy(update=expected))
+
+
+class CachedTeacher:
+    """The distributions of a teacher cache, for the columns of the student's shard."""
+
+    def __init__(
+        self, cache: TeacherCache, output_layer: Path | None, student: Policy, *, tail: str, temperature: float
+    ):
+        """output_layer: file with the teacher's output layer, for a cache of hidden states. temperature: of both sides.
+
+        Raises ``UserError`` for a cache of sampled log-probabilities only, and for log-probabilities of a top-k cache
+        that were taken at another temperature.
+        """
+        header = cache.header
+        if header.kind == "sampled":
+            raise UserError(
+                f"{cache.directory}: a cache of kind sampled has no distributions; use kind hidden, full or topk"
+            )
+        if header.kind == "topk" and header.temperature != temperature:
+            raise UserError(
+                f"{cache.directory}: top-k log-probabilities at temperature {header.temperature} cannot be used at "
+                f"{temperature}; set the stage's temperature to the cache's, or cache hidden states"
+            )
+        self._cache, self._student, self._tail, self._temperature = cache, student, tail, temperature
+        self._weight = None
+        if header.kind == "hidden" and student.layout.is_last_stage:
+            with safe_open(output_layer, "pt") as file:
+                rows = file.get_slice("weight")
+                shard = student.shard
+                self._weight = rows[shard.start : shard.stop].to(device.device())
+
+    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+        """See ``train.loop.Teacher``."""
+        if not self._student.layout.is_last_stage:
+            return [None] * len(batches)
+        return [self._source(update, batch) for batch in batches]
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
+    def _source(self, update: UpdateBatch, batch: MicroBatch) -> TeacherSource:
+        header = self._cache.header
+        found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [
+            _empty(header)
+        ]
+        rows = _rows(update, batch)
+        if header.kind == "hidden":
+            hidden = HostRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
+            return WaitingStates(hidden.read, lambda: self._weight, self._temperature)
+        spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
+        if header.kind == "full":
+            shard = self._student.shard
+            log_probs = spread["log_probs"][:, shard.start : shard.stop]
+            # log-probabilities times their temperature are logits up to a constant
+            return Logits(log_probs * header.temperature, temperature=self._temperature)
+        # Positions that are not counted need k distinct ids too.
+        counted = batch.response_mask.unsqueeze(1)
+        ids = torch.where(counted, spread["ids"], torch.arange(header.k, dtype=torch.int32, device=counted.device))
+        return TopK(ids, spread["log_probs"], spread["log_tail_mass"], tail=self._tail)
+
+
+def _empty(header) -> dict[str, torch.Tensor]:
+    dtypes = {"ids": torch.int32}
+    return {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in header.shapes(0).items()}
+
+
+def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
+    """Positions [response tokens] int64 among all of the batch, sample by sample in the batch's order."""
+    everywhere = torch.arange(batch.num_positions)
+    parts = [
+        everywhere[place][torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1]
+        for place, index in zip(batch.positions(), batch.indices, strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Rows of response tokens at their positions in [N, ...]; zeros elsewhere, where nothing is counted."""
+    whole = values.new_zeros(batch.num_positions, *values.shape[1:])
+    whole[rows] = values
+    return batch.part(whole).to(device.device())

@@ -1,0 +1,47 @@
+"""A process that stops making progress shows where it stands and ends; one that goes on is left alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_s2d.parallel.watchdog import stacks_left
+
+PROGRAM = """
+import re, sys, time
+from pathlib import Path
+from megatron_s2d.parallel.watchdog import beat, watched
+
+def hang_with_the_lock_of_the_interpreter():
+    re.match("(a*)*b", "a" * 60)
+
+with watched(Path(sys.argv[1]), 1.0 if sys.argv[2] != "never" else None):
+    for _ in range(6):
+        time.sleep(0.3)
+        beat()
+    if sys.argv[2] == "sleep":
+        time.sleep(60)
+    elif sys.argv[2] == "regex":
+        hang_with_the_lock_of_the_interpreter()
+    elif sys.argv[2] == "error":
+        raise ValueError("an error")
+"""
+
+
+def run(path, what):
+    return subprocess.run([sys.executable, "-c", PROGRAM, path, what], capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.parametrize("what", ["sleep", "regex"])
+def test_a_hang_ends_with_the_stacks(tmp_path, what):
+    path = tmp_path / "job" / "rank0-heartbeat.txt"
+    assert run(path, what).returncode == 1
+    assert stacks_left(path) and ("match" if what == "regex" else "<module>") in path.read_text()
+
+
+@pytest.mark.parametrize(("what", "code"), [("nothing", 0), ("never", 0), ("error", 1)])
+def test_progress_and_errors_leave_no_stacks(tmp_path, what, code):
+    path = tmp_path / "rank0-heartbeat.txt"
+    done = run(path, what)
+    assert done.returncode == code and not stacks_left(path), done.stderr
+    assert ("an error" in done.stderr) == (what == "error")
