@@ -27,7 +27,7 @@ from megatron_s2d.estimate.layers import Part
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 ON_GPU = device.capabilities().cuda
 
@@ -65,16 +65,16 @@ def gpu_here() -> Gpu | None:
     return next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in words), None)
 
 
-def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = None, **options: Any) -> Policy:
+def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = None, **options: Any) -> MegatronModel:
     """A model with random weights: bfloat16 on a GPU, float32 on a CPU; sequences end to end."""
-    policy = Policy(
+    policy = MegatronModel(
         spec, layout, precision="bfloat16" if ON_GPU else "float32", packed=True, fp8=fp8, max_tokens=10**9, **options
     )
     draw_weights(policy)
     return policy
 
 
-def draw_weights(policy: Policy) -> None:
+def draw_weights(policy: MegatronModel) -> None:
     """Normal matrices and norms of one, drawn where the weights are."""
     generator = torch.Generator(device=device.device()).manual_seed(1)
     for chunk in policy.chunks:

@@ -30,7 +30,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.estimate.layers import Build, MicroBatch, Part
 from megatron_s2d.estimate.memory import (
     TeacherStates,
@@ -41,14 +41,14 @@ from megatron_s2d.estimate.memory import (
     trained,
     update_phase,
 )
-from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.train.policy import MegatronModel
 
 DENSE = {
     "family": "qwen3", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
@@ -150,7 +150,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held_tensors(policy: Policy) -> Iterator[torch.Tensor]:
+def held_tensors(policy: MegatronModel) -> Iterator[torch.Tensor]:
     """Parameters, and of a trainable policy gradient buffers, master weights and Adam's moments."""
     for chunk in policy.chunks:
         yield from chunk.parameters()
@@ -202,11 +202,11 @@ def _allocations(events: Iterable) -> Iterator[tuple[int, int, int]]:
         yield from _allocations(event.children)
 
 
-def build_policy(model: dict, case: Case, layout, seed: int = 1) -> Policy:
+def build_policy(model: dict, case: Case, layout, seed: int = 1) -> MegatronModel:
     """A model of the case at its layout."""
     options = ModelConfig(recompute=case.recompute, **model)
     on_gpu = device.capabilities().cuda
-    policy = Policy(
+    policy = MegatronModel(
         options.resolve(), layout, precision=case.precision, max_tokens=case.max_tokens, seed=None if on_gpu else seed,
         options=options, fp8=None if case.fp8 is None else Fp8Config(recipe=case.fp8),
     )  # fmt: skip
@@ -219,7 +219,7 @@ def measure(case: Case) -> dict[str, object]:
     """Bytes held and peak bytes of this rank, measured and estimated."""
     layout = build_layout(case.parallel)
     policy = build_policy(case.model, case, layout)
-    part = Part(policy.spec, case.parallel, layout.pipeline_rank)
+    part = Part(policy.spec, case.parallel, layout.pp_rank)
     found, size = device.capabilities(), 4 if case.precision == "float32" else 2
     build = Build(size, fused=found.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
     if case.does == "generate":
@@ -250,24 +250,24 @@ def measure(case: Case) -> dict[str, object]:
     }
 
 
-def training(case: Case, policy: Policy, layout):
+def training(case: Case, policy: MegatronModel, layout):
     """(one update as a function, its workload, what the estimate needs of a teacher, the teacher)."""
     batch = samples(case)
     column = "divergence_weight" if case.does == "opd" else "supervised_weight"
     columns = {column: [1e-3] * len(batch)}
     teacher = source = states = None
-    objective = supervised_objective()
+    objective = sft_objective()
     if case.does == "opd":
         model = {"preset": "qwen3-4b", "vocab_size": 151_936} if device.capabilities().cuda else TEACHER
         teacher = build_policy(model, case, layout, seed=2)
         teacher.freeze()
-        source = FullTeacher(policy, ByDomain({None: teacher}))
+        source = FullTeacher(policy, TeacherRouter({None: teacher}))
         states = TeacherStates("hidden", teacher.spec)
         objective = divergence_objective("reverse_kl")
     count = sum(len(sample.token_ids) for sample in batch)
 
     def step() -> None:
-        update = UpdateBatch(batch, columns)
+        update = MiniBatch(batch, columns)
         batches = policy.pack(batch, columns)
         distributions = source.distributions(update, batches) if source else None
         policy.forward_backward(batches, objective, distributions, num_tokens=count)
@@ -279,7 +279,7 @@ def training(case: Case, policy: Policy, layout):
     return step, Workload(shape, len(packed)), states, teacher
 
 
-def generation(case: Case, policy: Policy, layout) -> Callable[[], object]:
+def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object]:
     """A function that answers ``rows`` prompts, four times each, with responses of full length."""
     engine = MegatronEngine(policy.chunks, policy.spec.vocab_size, layout)
     rng = np.random.default_rng(0)
@@ -297,7 +297,7 @@ def generate_estimate(case: Case, part: Part, build: Build) -> dict[str, int]:
     half = case.length // 2
     phases = generate_phases(
         part, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
-        sampling=SamplingConfig(max_response_tokens=half), rollout=RolloutConfig(),
+        sampling=SamplingConfig(max_response_length=half), rollout=RolloutConfig(),
     )  # fmt: skip
     return max(phases.values(), key=lambda found: sum(found.values()))
 

@@ -17,20 +17,20 @@ import numpy as np
 from device_common import ON_GPU, begin, random_policy, random_samples, seconds_of, spec_of
 
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.train.policy import MegatronModel
 
 
-def exact_step(student: Policy, teacher: Policy, samples: list[Sample], kind: str) -> Callable[[], float]:
+def exact_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sample], kind: str) -> Callable[[], float]:
     """A function that does one step and returns the loss."""
     weights = {"divergence_weight": [1 / sum(sample.response_length for sample in samples)] * len(samples)}
-    source = FullTeacher(student, ByDomain({None: teacher}))
-    update, objective = UpdateBatch(samples, weights), divergence_objective(kind)
+    source = FullTeacher(student, TeacherRouter({None: teacher}))
+    update, objective = MiniBatch(samples, weights), divergence_objective(kind)
 
     def step() -> float:
         batches = student.pack(samples, weights)
@@ -40,7 +40,7 @@ def exact_step(student: Policy, teacher: Policy, samples: list[Sample], kind: st
     return step
 
 
-def sampled_step(student: Policy, teacher: Policy, samples: list[Sample]) -> Callable[[], float]:
+def sampled_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sample]) -> Callable[[], float]:
     """The same with log p_teacher(token) as the advantage; the subtraction of the student's is part of neither side."""
     weights = {"policy_weight": [1 / sum(sample.response_length for sample in samples)] * len(samples)}
     objective = policy_distillation_objective(Surrogate(on_policy=True))
@@ -51,7 +51,7 @@ def sampled_step(student: Policy, teacher: Policy, samples: list[Sample]) -> Cal
             for sample, score in zip(samples, teacher.score(samples), strict=True)
         ]
         batches = student.pack(scored, weights)
-        update = UpdateBatch(scored, weights)
+        update = MiniBatch(scored, weights)
         return student.forward_backward(batches, objective, num_tokens=update.num_tokens)["loss"]
 
     return step

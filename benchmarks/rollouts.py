@@ -27,9 +27,9 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.rollout.served.server_group import Fleet
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.train.policy import MegatronModel
 
 
 def requests(options: argparse.Namespace, vocab_size: int, round_number: int) -> list[Request]:
@@ -80,9 +80,9 @@ def main() -> None:
         tokenizer = load_tokenizer("task:modular_arithmetic", directory / "tokenizer")
         tokenizer.save_pretrained(directory / "client")
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
-        policy = Policy(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
+        policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
         settings = SglangConfig(concurrency=options.concurrency, python=options.python)
-        engine = SglangEngine(Fleet(
+        engine = ServedEngine(ServerGroup(
             policy.chunks, spec, layout, policy.score, RolloutConfig(engine="sglang", sglang=settings),
             directory / "servers", tokenizer=tokenizer,
         ))  # fmt: skip

@@ -33,7 +33,7 @@ from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.estimate.layers import Build, MicroBatch, Part
 from megatron_s2d.estimate.memory import Workload, train_phase, trained
-from megatron_s2d.objectives.distill import supervised_objective
+from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel import device
 
 
@@ -94,7 +94,7 @@ def measure(case: Case, setup: Setup) -> None:
     samples = random_samples(spec, case.micro_batches, case.tokens)
     count = case.micro_batches * case.tokens
     batches = policy.pack(samples, {"supervised_weight": [1 / count] * len(samples)})
-    objective = supervised_objective()
+    objective = sft_objective()
 
     def step() -> None:
         policy.forward_backward(batches, objective, num_tokens=count)

@@ -20,8 +20,8 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.rollout.served.server_group import Fleet
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.train.policy import MegatronModel
 
 
 def main() -> None:
@@ -38,12 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         tokenizer = load_tokenizer("task:modular_arithmetic", Path(name) / "tokenizer")
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
-        policy = Policy(spec, layout, precision=options.precision, max_tokens=4096, seed=1)
+        policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=4096, seed=1)
 
-        def fleet(sync: str, urls=()) -> Fleet:
+        def fleet(sync: str, urls=()) -> ServerGroup:
             settings = RolloutConfig(engine="sglang", sglang=SglangConfig(sync=sync, python=options.python))
             directory = Path(name) / f"{sync}{len(urls)}"
-            return Fleet(policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer)
+            return ServerGroup(policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer)
 
         started = fleet("disk")
         try:

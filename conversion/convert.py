@@ -207,9 +207,9 @@ def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dic
 
 
 def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
-    tensor_size = parallel.tensor_model_parallel_size
-    for piece in pieces(source.spec, tensor_size):
-        yield from read_chunks(piece, source.spec, source, tensor_size)
+    tp_size = parallel.tensor_model_parallel_size
+    for piece in pieces(source.spec, tp_size):
+        yield from read_chunks(piece, source.spec, source, tp_size)
 
 
 def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, int, torch.Tensor]]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import Entry, global_entries, layer_entries, padded_vocab_size
+from megatron_s2d.models.families import ParamMapping, global_entries, layer_entries, padded_vocab_size
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size within a global tensor."""
@@ -21,7 +21,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 class Piece:
     """One parameter of one layer (or outside the layers) as a slice of a global tensor."""
 
-    entry: Entry
+    entry: ParamMapping
     key: str
     leading: tuple[int, ...]
     """Index of the layer, and of the expert, in the first dimensions of the global tensor."""
@@ -34,13 +34,13 @@ class Piece:
         return (*self.leading_shape, *self.shape)
 
 
-def pieces(spec: ModelSpec, tensor_size: int = 1) -> Iterator[Piece]:
+def pieces(spec: ModelSpec, tp_size: int = 1) -> Iterator[Piece]:
     """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored.
 
-    ``tensor_size`` decides how far the vocabulary is padded.
+    ``tp_size`` decides how far the vocabulary is padded.
     """
     (embedding,) = global_entries(spec, "first")
-    vocabulary = (padded_vocab_size(spec.vocab_size, tensor_size), spec.hidden_size)
+    vocabulary = (padded_vocab_size(spec.vocab_size, tp_size), spec.hidden_size)
     yield Piece(embedding, "model." + embedding.parameter, (), (), vocabulary)
     for layer in range(spec.num_layers):
         for entry in layer_entries(spec, layer):
@@ -54,7 +54,7 @@ def pieces(spec: ModelSpec, tensor_size: int = 1) -> Iterator[Piece]:
         yield Piece(output, "model." + output.parameter, (), (), vocabulary)
 
 
-def _layer_key(spec: ModelSpec, entry: Entry) -> str:
+def _layer_key(spec: ModelSpec, entry: ParamMapping) -> str:
     name = entry.parameter.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     if not spec.num_experts:
         name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
@@ -63,23 +63,23 @@ def _layer_key(spec: ModelSpec, entry: Entry) -> str:
     return "model.decoder.layers." + name
 
 
-def _layer_shape(spec: ModelSpec, entry: Entry) -> tuple[int, ...]:
+def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
     ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
     match entry.rule:
         case "qkv":
-            return (spec.query_size + 2 * spec.kv_size, spec.hidden_size)
+            return (spec.q_dim + 2 * spec.kv_dim, spec.hidden_size)
         case "gate_up":
             return (2 * ffn, spec.hidden_size)
         case "columns":
-            return (spec.hidden_size, spec.query_size if "linear_proj" in entry.parameter else ffn)
+            return (spec.hidden_size, spec.q_dim if "linear_proj" in entry.parameter else ffn)
     if entry.parameter == "mlp.router.weight":
         return (spec.num_experts, spec.hidden_size)
     return (spec.head_dim if entry.parameter.startswith("self_attention.") else spec.hidden_size,)
 
 
-def boxes(piece: Piece, tensor_size: int) -> list[Box]:
-    """How ``tensor_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
-    rule, parts = piece.entry.rule, tensor_size if piece.entry.expert is None else 1
+def boxes(piece: Piece, tp_size: int) -> list[Box]:
+    """How ``tp_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
+    rule, parts = piece.entry.rule, tp_size if piece.entry.expert is None else 1
     if rule == "replicated":
         return [((0,) * len(piece.shape), piece.shape)]
     dim = 1 if rule == "columns" else 0

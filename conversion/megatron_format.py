@@ -56,18 +56,18 @@ class Chunk:
     tensor: torch.Tensor
 
 
-def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tensor_size: int) -> Iterator[Chunk]:
+def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tp_size: int) -> Iterator[Chunk]:
     """The chunks of a parameter, from its Hugging Face tensors; each is read by itself where its bytes lie together."""
     entry, half = piece.entry, piece.shape[0] // 2
     whole = source.read(entry.hf_names[0]) if entry.rule == "columns" else None
-    for number, (offset, size) in enumerate(boxes(piece, tensor_size)):
+    for number, (offset, size) in enumerate(boxes(piece, tp_size)):
         if whole is not None:
             tensor = whole.narrow(1, offset[1], size[1])
         elif entry.rule == "gate_up":
             name, row = entry.hf_names[offset[0] // half], offset[0] % half
             tensor = source.read(name, 0, row, row + size[0])
         else:
-            tensor = read_shard(entry, spec, source, number, tensor_size)
+            tensor = read_shard(entry, spec, source, number, tp_size)
         if tensor.nbytes < tensor.untyped_storage().nbytes():
             # torch.save stores a view with all of its storage.
             tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -109,7 +109,7 @@ def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, 
         words = [name, str(model.path.absolute()), str(positions), str(first), str(count)]
         lines.append(f"serve {shlex.join(words)}")
         first += count
-    seconds = int(workflow.rollout.sglang.start_seconds)
+    seconds = int(workflow.rollout.sglang.startup_timeout_seconds)
     lines += [
         'for url in "${all[@]}"; do',
         '    until curl --silent --fail --output /dev/null "$url/health"; do',

@@ -337,7 +337,7 @@ def _generate(options: argparse.Namespace) -> None:
             options.limit,
             options.num_samples,
             options.temperature,
-            options.max_response_tokens,
+            options.max_response_length,
             options.seed,
         ),
         _console(),

@@ -32,7 +32,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PolicySpan:
+class WeightVersionSpan:
     """Response tokens ``[start, stop)`` (indices into ``Sample.token_ids``) were sampled by weights ``version``."""
 
     start: int
@@ -54,7 +54,7 @@ class Sample:
     temperature: float  # that the response was sampled at
     finish_reason: str  # "stop", "length", "abort" or "data"
     rollout_log_probs: np.ndarray | None = None  # [length] float32, engine: of the sampled tokens at `temperature`
-    policy_spans: tuple[PolicySpan, ...] = ()  # engine
+    weight_versions: tuple[WeightVersionSpan, ...] = ()  # engine
     reward: float | None = None  # verifier
     verdict: str | None = None  # verifier: one word on how the reward came about, such as "correct", "no_answer"
     old_log_probs: np.ndarray | None = None  # [length] float32, trainer under the weights before the update
@@ -89,7 +89,7 @@ def sample_to_json(sample: Sample) -> str:
         value = getattr(sample, field.name)
         if isinstance(value, np.ndarray):
             value = value.astype(int).tolist() if value.dtype == bool else value.tolist()
-        elif field.name == "policy_spans":
+        elif field.name == "weight_versions":
             value = [[span.start, span.stop, span.version] for span in value]
         fields[field.name] = value
     return json.dumps(fields, ensure_ascii=False)
@@ -105,9 +105,9 @@ def sample_from_json(line: str) -> Sample:
     if set(fields) != known:
         raise UserError(f"not a sample record: unexpected or missing fields {sorted(set(fields) ^ known)}")
     for name, value in fields.items():
-        if isinstance(value, list) and name != "policy_spans":
+        if isinstance(value, list) and name != "weight_versions":
             fields[name] = np.asarray(value, dtype=_DTYPES.get(name, np.float32))
-    fields["policy_spans"] = tuple(PolicySpan(*span) for span in fields["policy_spans"])
+    fields["weight_versions"] = tuple(WeightVersionSpan(*span) for span in fields["weight_versions"])
     return Sample(**fields)
 
 

@@ -74,7 +74,7 @@ class FileSource(Config):
     on_duplicate_id: Literal["drop", "error"] = Field(
         "error", description="rows whose id came before; the published DAPO-Math-17K repeats its rows"
     )
-    on_long_prompt: Literal["drop", "error"] = Field("drop", description="prompts beyond lengths.max_prompt_tokens")
+    on_long_prompt: Literal["drop", "error"] = Field("drop", description="prompts beyond lengths.max_prompt_length")
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 

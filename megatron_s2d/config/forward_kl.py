@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_s2d.config.stage import Aggregation, StageConfig, TrainingStageConfig
+from megatron_s2d.config.stage import LossAggMode, StageConfig, TrainingStageConfig
 from megatron_s2d.config.training import SamplingConfig
 
 
@@ -16,14 +16,14 @@ class TeacherCacheConfig(StageConfig):
     type: Literal["teacher_cache"] = "teacher_cache"
     teacher: str = Field(description="stage whose weights sample and score")
     prompts: str = Field(description="prompts: an entry of `data`, or `entry/half`; labels are not used")
-    responses_per_prompt: int = Field(8, ge=1)
+    num_generations: int = Field(8, ge=1)
     sampling: SamplingConfig = SamplingConfig()
     kind: Literal["sampled", "topk", "hidden", "full"] = Field(
         "hidden", description="what is stored per position; hidden and full are exact, topk keeps `top_k` entries"
     )
     top_k: int = Field(256, ge=1, description="entries per position of kind topk")
-    prompts_per_round: int = Field(256, ge=1, description="prompts generated between two progress reports")
-    verified_only: bool = Field(False, description="keep only responses that the verifier accepts; this uses labels")
+    generation_batch_size: int = Field(256, ge=1, description="prompts generated between two progress reports")
+    only_correct: bool = Field(False, description="keep only responses that the verifier accepts; this uses labels")
 
     def inputs(self) -> dict[str, str]:
         return {"teacher": self.teacher}
@@ -34,7 +34,7 @@ class TeacherCacheConfig(StageConfig):
 
     @property
     def uses_labels(self) -> bool:
-        return self.verified_only
+        return self.only_correct
 
 
 class ForwardKlConfig(TrainingStageConfig):
@@ -47,7 +47,7 @@ class ForwardKlConfig(TrainingStageConfig):
     tail: Literal["bucket", "renormalise", "truncate"] = Field(
         "bucket", description="what a topk cache's remaining mass becomes"
     )
-    aggregation: Aggregation = "token_mean"
+    loss_agg_mode: LossAggMode = "token_mean"
 
     def inputs(self) -> dict[str, str]:
         return super().inputs() | {"cache": self.cache}

@@ -8,18 +8,18 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config
-from megatron_s2d.config.stage import TRUNCATED, Aggregation, TrainingStageConfig, Truncated
+from megatron_s2d.config.stage import TRUNCATED, LossAggMode, TrainingStageConfig, Truncated
 from megatron_s2d.config.training import SamplingConfig
 
 
-class ImportanceConfig(Config):
+class RolloutCorrectionConfig(Config):
     """Correction of the gap between the engine that sampled and the trainer (methods M1)."""
 
     mode: Literal["off", "truncate", "mask"] = "off"
     cap: float = Field(5.0, gt=0, description="largest weight; beyond it the weight is cut (truncate) or zero (mask)")
 
 
-class OverlongConfig(Config):
+class OverlongBufferConfig(Config):
     """Soft punishment of responses that come near the limit (DAPO)."""
 
     buffer_tokens: int = Field(ge=1, description="length of the zone before the limit in which the penalty grows")
@@ -35,30 +35,30 @@ class GrpoConfig(TrainingStageConfig):
         "refuse",
         description="refuse: an error where an earlier stage of the arm has used the label of one of `prompts`",
     )
-    prompts_per_step: int = Field(64, ge=1)
-    responses_per_prompt: int = Field(8, ge=2)
-    updates_per_step: int = Field(1, ge=1, description="mini-batches that each sampling round is cut into")
+    train_batch_size: int = Field(64, ge=1)
+    num_generations: int = Field(8, ge=2)
+    num_mini_batches: int = Field(1, ge=1, description="mini-batches that each sampling round is cut into")
     sampling: SamplingConfig = SamplingConfig()
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0, description="0.28 is DAPO's clip-higher")
-    dual_clip: float | None = Field(None, gt=1, description="bound for negative advantages; off by default")
-    kl_coefficient: float = Field(5e-4, ge=0, description="beta of the k3 penalty to the reference; 0: no reference")
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1)
+    clip_ratio_high: float = Field(0.2, gt=0, description="0.28 is DAPO's clip-higher")
+    clip_ratio_c: float | None = Field(None, gt=1, description="bound for negative advantages; off by default")
+    kl_loss_coef: float = Field(5e-4, ge=0, description="beta of the k3 penalty to the reference; 0: no reference")
     reference: str | None = Field(None, description="stage of the reference; by default the start of this stage")
-    normalize_by_std: bool = Field(True, description="false: the Dr. GRPO advantage")
-    aggregation: Aggregation = "token_mean"
+    norm_adv_by_std: bool = Field(True, description="false: the Dr. GRPO advantage")
+    loss_agg_mode: LossAggMode = "token_mean"
     truncated_responses: Truncated = Field("keep", description=TRUNCATED)
     dynamic_sampling_rounds: int = Field(
         0, ge=0, description="extra rounds that refill groups whose rewards are all equal (DAPO); 0 is off"
     )
-    overlong: OverlongConfig | None = None
-    importance: ImportanceConfig = ImportanceConfig()
+    overlong: OverlongBufferConfig | None = None
+    importance: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
     def _divisible(self) -> GrpoConfig:
-        if self.prompts_per_step % self.updates_per_step:
+        if self.train_batch_size % self.num_mini_batches:
             raise ValueError(
-                f"prompts_per_step {self.prompts_per_step} must be a multiple of updates_per_step "
-                f"{self.updates_per_step}: whole groups go to each mini-batch"
+                f"train_batch_size {self.train_batch_size} must be a multiple of num_mini_batches "
+                f"{self.num_mini_batches}: whole groups go to each mini-batch"
             )
         return self
 

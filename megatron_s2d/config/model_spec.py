@@ -64,12 +64,12 @@ class ModelSpec:
         return self.family != "llama"
 
     @property
-    def query_size(self) -> int:
+    def q_dim(self) -> int:
         """Channels of all query heads together."""
         return self.num_attention_heads * self.head_dim
 
     @property
-    def kv_size(self) -> int:
+    def kv_dim(self) -> int:
         """Channels of all key heads together (as many again for the values)."""
         return self.num_query_groups * self.head_dim
 
@@ -84,7 +84,7 @@ class ModelSpec:
         return self._parameters(self.num_experts_per_tok)
 
     def _parameters(self, experts: int) -> int:
-        attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
+        attention = self.hidden_size * (2 * self.q_dim + 2 * self.kv_dim)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         if self.num_experts:
             mlp = self.hidden_size * (self.num_experts + 3 * self.moe_ffn_hidden_size * experts)

@@ -8,14 +8,14 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config
-from megatron_s2d.config.grpo import ImportanceConfig
-from megatron_s2d.config.stage import TRUNCATED, Aggregation, TrainingStageConfig, Truncated
+from megatron_s2d.config.grpo import RolloutCorrectionConfig
+from megatron_s2d.config.stage import TRUNCATED, LossAggMode, TrainingStageConfig, Truncated
 from megatron_s2d.config.training import SamplingConfig
 
-ByDomain = str | dict[str, str]
+TeacherRouter = str | dict[str, str]
 
 
-class GateConfig(Config):
+class SignGateConfig(Config):
     """The sign gate of SG-OPD and its stability weight (methods M5)."""
 
     lambda_high: float = Field(1.8, ge=0, description="reward scale of tokens on which verifier and teacher agree")
@@ -23,13 +23,13 @@ class GateConfig(Config):
     fallback: Literal["interp", "preserve", "grpo", "mask"] = Field(
         "interp", description="what tokens get on which verifier and teacher disagree"
     )
-    interp_beta: float | None = Field(None, ge=0, le=1, description="of fallback interp: 1 is OPD, 0 masks")
+    conflict_beta: float | None = Field(None, ge=0, le=1, description="of fallback interp: 1 is OPD, 0 masks")
     stability_clip: float | None = Field(None, gt=0, description="c of the stability weight, in nats; null: none")
 
     @pydantic.model_validator(mode="after")
-    def _interp(self) -> GateConfig:
-        if (self.fallback == "interp") != (self.interp_beta is not None):
-            raise ValueError(f"interp_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
+    def _interp(self) -> SignGateConfig:
+        if (self.fallback == "interp") != (self.conflict_beta is not None):
+            raise ValueError(f"conflict_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
         return self
 
 
@@ -37,12 +37,12 @@ class TeacherSamplingConfig(Config):
     """Phased teacher sampling: verified teacher responses as a cross-entropy anchor that fades (methods M5)."""
 
     fraction: float = Field(gt=0, le=1, description="rho: share of a step's prompts that the teacher answers too")
-    responses_per_prompt: int = Field(1, ge=1)
+    num_generations: int = Field(1, ge=1)
     alpha_high: float = Field(1.0, ge=0, description="weight of the anchor in the first phase")
     alpha_end: float = Field(0.0, ge=0, description="weight at the end of the second phase")
     phase_1_end: float = Field(ge=0, le=1, description="p1, a fraction of the stage's steps")
     phase_2_end: float = Field(ge=0, le=1, description="p2; nothing is sampled from the teacher afterwards")
-    verified_only: bool = Field(True, description="false: wrong responses anchor too (a control of the paper)")
+    only_correct: bool = Field(True, description="false: wrong responses anchor too (a control of the paper)")
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> TeacherSamplingConfig:
@@ -55,21 +55,21 @@ class OpdConfig(TrainingStageConfig):
     """Stage 2b: on-policy distillation to frozen teachers (methods M3), G-OPD (M4), SG-OPD (M5), GKD."""
 
     type: Literal["opd"] = "opd"
-    teacher: ByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
+    teacher: TeacherRouter = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
     teacher_engine: Literal["trainer", "sglang"] = Field(
         "trainer",
-        description="who scores with the teacher: the trainer, or SGLang servers (granularity sampled, or topk with "
+        description="who scores with the teacher: the trainer, or SGLang servers (kl_estimator sampled, or topk with "
         "support teacher)",
     )
     prompts: str | list[str] = Field(description="entries of `data`, or `entry/half`; labels are used with `gate` only")
     label_reuse: Literal["refuse", "allow"] = Field(
         "allow", description="refuse: an error where `gate` or `teacher_sampling` would use labels a second time"
     )
-    prompts_per_step: int = Field(64, ge=1)
-    responses_per_prompt: int = Field(8, ge=1)
-    updates_per_step: int = Field(1, ge=1)
+    train_batch_size: int = Field(64, ge=1)
+    num_generations: int = Field(8, ge=1)
+    num_mini_batches: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    granularity: Literal["full", "topk", "sampled"] = Field(
+    kl_estimator: Literal["full", "topk", "sampled"] = Field(
         "full",
         description="full: exact divergence over the vocabulary; topk: on a support of `top_k` tokens; sampled: "
         "log-ratio of the sampled token",
@@ -80,10 +80,10 @@ class OpdConfig(TrainingStageConfig):
     support: Literal["student", "teacher", "union"] = Field("student", description="whose likeliest tokens: topk only")
     tail: Literal["bucket", "renormalise", "truncate"] = Field("bucket", description="mass beyond the support")
     reward_scale: float = Field(1.0, gt=0, description="lambda of G-OPD; 1 is OPD, above 1 extrapolates (ExOPD)")
-    reference: ByDomain | None = Field(
+    reference: TeacherRouter | None = Field(
         None, description="stage of G-OPD's reference (the student's start, or the raw teacher), or domain -> stage"
     )
-    gate: GateConfig | None = Field(None, description="SG-OPD; needs labels and granularity sampled")
+    gate: SignGateConfig | None = Field(None, description="SG-OPD; needs labels and kl_estimator sampled")
     teacher_sampling: TeacherSamplingConfig | None = Field(None, description="SG-OPD's anchor; needs labels")
     on_policy_fraction: float = Field(
         1.0, ge=0, le=1, description="share of a step's responses that the student samples; the rest is from `cache`"
@@ -92,37 +92,37 @@ class OpdConfig(TrainingStageConfig):
     token_weighting: Literal["none", "entropy", "log_ratio", "position"] = Field(
         "none",
         description="weights of response tokens, mean 1 over a step: the student's entropy; |log pi_T - log pi_S| of "
-        "the sampled token; 1 - place / max_response_tokens",
+        "the sampled token; 1 - place / max_response_length",
     )
     max_kl: float | None = Field(
         None, gt=0, description="stop with an error when the mean KL to the teacher exceeds it"
     )
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    aggregation: Aggregation = "token_mean"
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1)
+    clip_ratio_high: float = Field(0.2, gt=0)
+    loss_agg_mode: LossAggMode = "token_mean"
     truncated_responses: Truncated = Field("keep", description=TRUNCATED)
-    importance: ImportanceConfig = ImportanceConfig()
+    importance: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
     def _divergence_fits(self) -> OpdConfig:
         needs_beta = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
         if needs_beta != (self.beta is not None):
             raise ValueError(f"beta goes with jsd and skew divergences; divergence is {self.divergence}")
-        if self.granularity == "sampled" and self.divergence != "reverse_kl":
-            raise ValueError("granularity sampled is defined for reverse_kl; use granularity: full")
-        if self.granularity == "topk" and needs_beta:
-            raise ValueError("granularity topk is defined for reverse_kl and forward_kl; use granularity: full")
-        if self.prompts_per_step % self.updates_per_step:
-            raise ValueError("prompts_per_step must be a multiple of updates_per_step")
+        if self.kl_estimator == "sampled" and self.divergence != "reverse_kl":
+            raise ValueError("kl_estimator sampled is defined for reverse_kl; use kl_estimator: full")
+        if self.kl_estimator == "topk" and needs_beta:
+            raise ValueError("kl_estimator topk is defined for reverse_kl and forward_kl; use kl_estimator: full")
+        if self.train_batch_size % self.num_mini_batches:
+            raise ValueError("train_batch_size must be a multiple of num_mini_batches")
         return self
 
     @pydantic.model_validator(mode="after")
     def _served_teacher_fits(self) -> OpdConfig:
         if self.teacher_engine != "sglang":
             return self
-        if self.granularity == "full" or (self.granularity == "topk" and self.support != "teacher"):
+        if self.kl_estimator == "full" or (self.kl_estimator == "topk" and self.support != "teacher"):
             raise ValueError(
-                "teacher_engine: sglang needs granularity: sampled, or topk with support: teacher: a server gives the "
+                "teacher_engine: sglang needs kl_estimator: sampled, or topk with support: teacher: a server gives the "
                 "log-probabilities of the given tokens and of its own likeliest ones, and no others"
             )
         if self.sampling.temperature != 1.0:
@@ -136,7 +136,7 @@ class OpdConfig(TrainingStageConfig):
         scales = [self.reward_scale] if self.gate is None else [self.gate.lambda_high, self.gate.lambda_base]
         if any(scale != 1.0 for scale in scales) and self.reference is None:
             raise ValueError("a reward scale other than 1 needs a `reference` stage (methods M4)")
-        if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.granularity == "topk"):
+        if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.kl_estimator == "topk"):
             raise ValueError("reward_scale other than 1 is defined for reverse_kl, full or sampled")
         if isinstance(self.reference, dict) and (
             not isinstance(self.teacher, dict) or set(self.reference) != set(self.teacher)
@@ -146,16 +146,16 @@ class OpdConfig(TrainingStageConfig):
 
     @pydantic.model_validator(mode="after")
     def _labels_fit(self) -> OpdConfig:
-        if self.gate is not None and (self.granularity != "sampled" or self.responses_per_prompt < 2):
-            raise ValueError("gate needs granularity: sampled and responses_per_prompt of at least 2")
+        if self.gate is not None and (self.kl_estimator != "sampled" or self.num_generations < 2):
+            raise ValueError("gate needs kl_estimator: sampled and num_generations of at least 2")
         if self.gate is not None and self.reward_scale != 1.0:
             raise ValueError("with a gate, reward scales are gate.lambda_high and gate.lambda_base")
-        if self.teacher_sampling is not None and self.granularity != "sampled":
-            raise ValueError("teacher_sampling needs granularity: sampled")
+        if self.teacher_sampling is not None and self.kl_estimator != "sampled":
+            raise ValueError("teacher_sampling needs kl_estimator: sampled")
         if (self.on_policy_fraction < 1.0) != (self.cache is not None):
             raise ValueError("on_policy_fraction below 1 and `cache` go together")
-        if self.cache is not None and self.granularity == "sampled":
-            raise ValueError("on_policy_fraction below 1 needs granularity full or topk: cached tokens are off-policy")
+        if self.cache is not None and self.kl_estimator == "sampled":
+            raise ValueError("on_policy_fraction below 1 needs kl_estimator full or topk: cached tokens are off-policy")
         return self
 
     @property
@@ -173,7 +173,7 @@ class OpdConfig(TrainingStageConfig):
         return found | ({"cache": self.cache} if self.cache else {})
 
 
-def _by_domain(relation: str, stages: ByDomain) -> dict[str, str]:
+def _by_domain(relation: str, stages: TeacherRouter) -> dict[str, str]:
     if isinstance(stages, str):
         return {relation: stages}
     return {f"{relation}.{domain}": stage for domain, stage in stages.items()}

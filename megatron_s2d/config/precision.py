@@ -74,8 +74,8 @@ def check_shapes(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> N
     tensor, multiple = parallel.tensor_model_parallel_size, RECIPES[fp8.recipe].widths
     widths = {
         "hidden_size": spec.hidden_size,
-        "query channels": spec.query_size // tensor,
-        "query, key and value channels": (spec.query_size + 2 * spec.kv_size) // tensor,
+        "query channels": spec.q_dim // tensor,
+        "query, key and value channels": (spec.q_dim + 2 * spec.kv_dim) // tensor,
     }
     if spec.num_experts:
         widths["moe_ffn_hidden_size"] = spec.moe_ffn_hidden_size

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.stage import Aggregation, TrainingStageConfig
+from megatron_s2d.config.stage import LossAggMode, TrainingStageConfig
 
 
-class SupervisedConfig(TrainingStageConfig):
+class SftConfig(TrainingStageConfig):
     """Cross-entropy on given responses: base pre-training, SFT, and teacher-sample SFT / SeqKD (from a cache)."""
 
     type: Literal["supervised"] = "supervised"
@@ -19,10 +19,10 @@ class SupervisedConfig(TrainingStageConfig):
         None, description="teacher_cache stage whose responses are the data, or several"
     )
     batch_size: int = Field(64, ge=1, description="responses of one update")
-    aggregation: Aggregation = "token_mean"
+    loss_agg_mode: LossAggMode = "token_mean"
 
     @pydantic.model_validator(mode="after")
-    def _one_source(self) -> SupervisedConfig:
+    def _one_source(self) -> SftConfig:
         if (self.data is None) == (self.cache is None):
             raise ValueError("give exactly one of `data` and `cache`")
         return self

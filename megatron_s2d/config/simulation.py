@@ -64,9 +64,9 @@ class SimulationConfig(Config):
     engine_tensor_parallel_size: int | None = Field(
         None, ge=1, description="of servers beside the trainer, on the same GPUs; null: the trainer itself samples"
     )
-    scaling: Literal["strong", "weak"] = Field("strong", description="weak: prompts_per_step grows with the GPUs")
-    prompts_per_step: int = Field(128, ge=1, description="at the smallest number of GPUs, where scaling is weak")
-    responses_per_prompt: int = Field(8, ge=1)
+    scaling: Literal["strong", "weak"] = Field("strong", description="weak: train_batch_size grows with the GPUs")
+    train_batch_size: int = Field(128, ge=1, description="at the smallest number of GPUs, where scaling is weak")
+    num_generations: int = Field(8, ge=1)
     prompt_tokens: int = Field(512, ge=1, description="mean")
     response_tokens: int = Field(8192, ge=1, description="mean")
     longest_response_tokens: int | None = Field(None, ge=1, description="the step waits for it; by default the mean")

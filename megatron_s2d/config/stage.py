@@ -14,10 +14,10 @@ from pydantic import Field
 from megatron_s2d.config.base import Config
 from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, OptimizerConfig
 
-Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 Truncated = Literal["keep", "mask"]
 TRUNCATED = (
-    "mask: a response that ran into max_response_tokens gives no gradient (its reward still counts in its group)"
+    "mask: a response that ran into max_response_length gives no gradient (its reward still counts in its group)"
 )
 
 

@@ -9,10 +9,10 @@ from pydantic import Field
 from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.sft import SupervisedConfig
-from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+from megatron_s2d.config.sft import SftConfig
+from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 
 Stage = Annotated[
-    PretrainedConfig | SupervisedConfig | GrpoConfig | TeacherCacheConfig | ForwardKlConfig | OpdConfig | ExpoConfig,
+    LoadCheckpointConfig | SftConfig | GrpoConfig | TeacherCacheConfig | ForwardKlConfig | OpdConfig | ExpoConfig,
     Field(discriminator="type"),
 ]

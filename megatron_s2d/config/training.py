@@ -32,7 +32,7 @@ class CheckpointConfig(Config):
 
     interval_steps: int = Field(50, ge=1, description="updates between two checkpoints")
     keep: int = Field(2, ge=1, description="resumable checkpoints kept while the stage runs")
-    in_background: bool = Field(False, description="write while training goes on, from a copy in host memory")
+    async_save: bool = Field(False, description="write while training goes on, from a copy in host memory")
 
 
 class SamplingConfig(Config):
@@ -41,7 +41,7 @@ class SamplingConfig(Config):
     temperature: float = Field(1.0, ge=0, description="0 is greedy decoding")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, description="-1 keeps every token")
-    max_response_tokens: int = Field(16384, ge=1)
+    max_response_length: int = Field(16384, ge=1)
     stop_strings: list[str] = Field(default_factory=list, description="texts that end a response, beside its end token")
 
     @pydantic.field_validator("temperature")
@@ -77,7 +77,7 @@ class SglangConfig(Config):
     )
     replicas: int = Field(1, ge=1, description="servers to start for a model")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one started server")
-    first_gpu: int = Field(0, ge=0, description="started servers take the GPUs from this one on")
+    base_gpu_id: int = Field(0, ge=0, description="started servers take the GPUs from this one on")
     python: str | None = Field(
         None, description="interpreter that has sglang, where it is in an environment of its own; null: this one"
     )
@@ -91,7 +91,7 @@ class SglangConfig(Config):
         description="generate what the next step needs while this one trains, with weights that are one step older "
         "(off: no). wait: an update waits for these responses; continue: they go on with the new weights",
     )
-    oversampling: float = Field(
+    over_sampling_ratio: float = Field(
         1.0,
         ge=1.0,
         le=8.0,
@@ -107,7 +107,7 @@ class SglangConfig(Config):
         "gloo); tensor: through shared memory, servers on this machine only",
     )
     bucket_bytes: int = Field(512 * 2**20, ge=1, description="weights that travel together")
-    probe_tolerance: float | None = Field(
+    weight_check_tolerance: float | None = Field(
         None,
         gt=0,
         description="largest difference, in nats, between server and trainer on the probe sequences after a push; "
@@ -116,8 +116,8 @@ class SglangConfig(Config):
     concurrency: int = Field(256, ge=1, description="requests in flight at one server, of each model replica")
     attempts: int = Field(4, ge=1, description="tries of one request before the servers are looked after")
     recoveries: int = Field(2, ge=0, description="times that servers are restarted or updated again in one round")
-    request_seconds: float = Field(600.0, gt=0, description="time limit of one request")
-    start_seconds: float = Field(900.0, gt=0, description="time limit of a server's start")
+    request_timeout_seconds: float = Field(600.0, gt=0, description="time limit of one request")
+    startup_timeout_seconds: float = Field(900.0, gt=0, description="time limit of a server's start")
 
     @pydantic.field_validator("urls")
     @classmethod

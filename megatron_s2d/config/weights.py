@@ -9,7 +9,7 @@ from pydantic import Field
 from megatron_s2d.config.stage import ModelStageConfig
 
 
-class PretrainedConfig(ModelStageConfig):
+class LoadCheckpointConfig(ModelStageConfig):
     """The weights of a published checkpoint as they are: a raw teacher, a reference, an arm without any training."""
 
     type: Literal["pretrained"] = "pretrained"

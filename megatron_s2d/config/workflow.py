@@ -28,7 +28,7 @@ HALVES = ("1H", "2H")
 class LengthConfig(Config):
     """Limits of a sequence, for every stage."""
 
-    max_prompt_tokens: int = Field(3072, ge=1, description="longer prompts are dropped and counted")
+    max_prompt_length: int = Field(3072, ge=1, description="longer prompts are dropped and counted")
 
 
 class EvaluationConfig(Config):
@@ -40,7 +40,7 @@ class EvaluationConfig(Config):
     )
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="added to the run's seed")
-    problems_per_round: int = Field(256, ge=1, description="problems between two progress reports")
+    eval_batch_size: int = Field(256, ge=1, description="problems between two progress reports")
 
     @property
     def entries(self) -> list[str]:
@@ -65,7 +65,7 @@ class ContrastConfig(Config):
     )
 
 
-class PassRateWindow(Config):
+class PassRateCheck(Config):
     """A check of a stage's endpoint on training prompts, so that a run is judged before its arms are paid for."""
 
     stage: str
@@ -101,11 +101,11 @@ class WorkflowConfig(Config):
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
-    gates: list[PassRateWindow] = Field(default_factory=list)
+    gates: list[PassRateCheck] = Field(default_factory=list)
     table: TableConfig | None = Field(None, description="the paper's table that the arms are rows of")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
     num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
-    hang_seconds: float | None = Field(
+    watchdog_timeout_seconds: float | None = Field(
         3600, gt=0, description="a rank that makes no progress for so long shows where it stands and ends; null: never"
     )
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
@@ -133,20 +133,20 @@ class WorkflowConfig(Config):
     def _older_weights(self) -> WorkflowConfig:
         """What stages must have where responses can come from older weights than those that are trained."""
         sglang = self.rollout.sglang
-        if self.rollout.engine != "sglang" or (sglang.oversampling == 1.0 and sglang.ahead == "off"):
+        if self.rollout.engine != "sglang" or (sglang.over_sampling_ratio == 1.0 and sglang.ahead == "off"):
             return self
         for name, stage in self.stages.items():
             importance, where = getattr(stage, "importance", None), f"stages.{name}"
-            sampled = getattr(stage, "granularity", "sampled") == "sampled"
+            sampled = getattr(stage, "kl_estimator", "sampled") == "sampled"
             if sampled and importance is not None and importance.mode == "off":
                 raise ValueError(
-                    f"{where}: with rollout.sglang.ahead or oversampling responses come from older weights: set "
+                    f"{where}: with rollout.sglang.ahead or over_sampling_ratio responses come from older weights: set "
                     "importance.mode to truncate or mask, which corrects for it"
                 )
-            if sglang.oversampling > 1.0 and getattr(stage, "dynamic_sampling_rounds", 0):
-                raise ValueError(f"{where}: dynamic_sampling_rounds goes with rollout.sglang.oversampling: 1 only")
-            if sglang.oversampling > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
-                raise ValueError(f"{where}: on_policy_fraction below 1 goes with rollout.sglang.oversampling: 1 only")
+            if sglang.over_sampling_ratio > 1.0 and getattr(stage, "dynamic_sampling_rounds", 0):
+                raise ValueError(f"{where}: dynamic_sampling_rounds goes with rollout.sglang.over_sampling_ratio: 1 only")
+            if sglang.over_sampling_ratio > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
+                raise ValueError(f"{where}: on_policy_fraction below 1 goes with rollout.sglang.over_sampling_ratio: 1 only")
         return self
 
     def with_world_size(self, world_size: int) -> WorkflowConfig:

@@ -24,14 +24,14 @@ import torch
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.terms import TokenColumns
-from megatron_s2d.parallel.context_parallel import held_positions, pieces
+from megatron_s2d.parallel.context_parallel import cp_positions, pieces
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class UpdateBatch:
+class MiniBatch:
     """What one optimizer update trains on, over all data-parallel ranks."""
 
     samples: Sequence[Sample]  # n
@@ -45,7 +45,7 @@ class UpdateBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deal:
+class MicroBatchPlan:
     """A micro-batch before it is built: which samples, and where their tokens stand in arrays [rows, length]."""
 
     indices: tuple[int, ...]  # sequences' places in the samples; without any there is one row of padding
@@ -53,7 +53,7 @@ class Deal:
     domain: str | None  # of all, where samples were packed by domain
     packed: bool = False
     multiple: int = 1  # of the length on one context rank
-    context_size: int = 1
+    cp_size: int = 1
 
     @functools.cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
@@ -69,7 +69,7 @@ class Deal:
         if not self.packed:
             return max(1, len(self.lengths)), _padded(max(self.lengths, default=1), self.multiple)
         filled = max(1, sum(map(self._taken, self.lengths)))
-        return 1, _padded(filled, whole_multiple(self.multiple, self.context_size))
+        return 1, _padded(filled, packed_length_multiple(self.multiple, self.cp_size))
 
     @property
     def bounds(self) -> list[int]:
@@ -87,7 +87,7 @@ class Deal:
     def held(self) -> np.ndarray:
         """[context ranks, N] int64: the positions of every context rank. Positions are in the order [length, rows]."""
         rows, length = self.shape
-        return held_positions(self.bounds if self.packed else [0, rows * length], self.context_size)
+        return cp_positions(self.bounds if self.packed else [0, rows * length], self.cp_size)
 
     def positions(self) -> list[slice]:
         """Where each sequence's tokens are among all positions."""
@@ -97,7 +97,7 @@ class Deal:
             for (row, column), length in zip(self.places, self.lengths, strict=True)
         ]
 
-    def found_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which context rank holds each of ``positions``, and its number there."""
         where = np.empty(self.held.size, dtype=np.int64)
         where[self.held.reshape(-1)] = np.arange(self.held.size)
@@ -110,7 +110,7 @@ class Deal:
             filled[row, column : column + length] = own
         return filled
 
-    def by_predictor(self, values: np.ndarray) -> np.ndarray:
+    def shift_to_labels(self, values: np.ndarray) -> np.ndarray:
         """[rows, length] by token -> [positions] by the one that predicts it; 0 where a position predicts nothing."""
         shifted = np.zeros_like(values.T)
         shifted[:-1] = values.T[1:]
@@ -121,7 +121,7 @@ class Deal:
 
     def _taken(self, length: int) -> int:
         """Columns that a packed sequence takes."""
-        return _padded(length, pieces(self.context_size))
+        return _padded(length, pieces(self.cp_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,8 +131,8 @@ class MicroBatch:
     With context parallelism arrays by position are this rank's: N = S / ranks.
     """
 
-    deal: Deal
-    context_rank: int
+    deal: MicroBatchPlan
+    cp_rank: int
     bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
     token_ids: torch.Tensor  # [B, S] int64 (with context parallelism [1, N])
     padding_mask: torch.Tensor  # as token_ids, bool, True at padding
@@ -169,13 +169,13 @@ class MicroBatch:
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This context rank's [N, ...] of values of all positions."""
-        if self.deal.context_size == 1:
+        if self.deal.cp_size == 1:
             return whole
-        return whole[torch.from_numpy(self.deal.held[self.context_rank]).to(whole.device)]
+        return whole[torch.from_numpy(self.deal.held[self.cp_rank]).to(whole.device)]
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Values of all positions from ``parts`` [N, ...], one of each context rank."""
-        if self.deal.context_size == 1:
+        if self.deal.cp_size == 1:
             return parts[0]
         whole = parts[0].new_zeros(self.num_positions, *parts[0].shape[1:])
         whole[torch.from_numpy(self.deal.held.reshape(-1)).to(whole.device)] = torch.cat(list(parts))
@@ -199,38 +199,38 @@ def deal(
     samples: Sequence[Sample],
     *,
     max_tokens: int,
-    data_size: int = 1,
+    dp_size: int = 1,
     multiple: int = 1,
     packed: bool = False,
-    context_size: int = 1,
+    cp_size: int = 1,
     by_domain: bool = False,
-) -> list[list[Deal]]:
+) -> list[list[MicroBatchPlan]]:
     """The micro-batches of every data rank, the same number for each; arguments as in ``pack``."""
-    if context_size > 1 and not packed:
+    if cp_size > 1 and not packed:
         raise UserError(
-            f"context_parallel_size {context_size} cuts sequences that lie end to end: set micro_batch.packed to true"
+            f"context_parallel_size {cp_size} cuts sequences that lie end to end: set micro_batch.packed to true"
         )
-    found: list[list[Deal]] = [[] for _ in range(data_size)]
+    found: list[list[MicroBatchPlan]] = [[] for _ in range(dp_size)]
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
         chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[place].token_ids) for place in chosen]
         plan = plan_micro_batches(
-            [_padded(length, pieces(context_size)) for length in lengths],
-            data_size=data_size,
-            max_tokens=max_tokens * context_size,
-            multiple=whole_multiple(multiple, context_size),
+            [_padded(length, pieces(cp_size)) for length in lengths],
+            dp_size=dp_size,
+            max_tokens=max_tokens * cp_size,
+            multiple=packed_length_multiple(multiple, cp_size),
             packed=packed,
         )
         for dealt, batches in zip(found, plan, strict=True):
             for rows in batches:
                 indices, own = tuple(chosen[row] for row in rows), tuple(lengths[row] for row in rows)
-                dealt.append(Deal(indices, own, domain, packed, multiple, context_size))
+                dealt.append(MicroBatchPlan(indices, own, domain, packed, multiple, cp_size))
     return found
 
 
-def whole_multiple(multiple: int, context_size: int) -> int:
+def packed_length_multiple(multiple: int, cp_size: int) -> int:
     """What a packed length over all context ranks is a multiple of, so that each rank's is one of ``multiple``."""
-    return multiple if context_size == 1 else context_size * math.lcm(multiple, 2)
+    return multiple if cp_size == 1 else cp_size * math.lcm(multiple, 2)
 
 
 def pack(
@@ -238,33 +238,33 @@ def pack(
     *,
     weights: Mapping[str, Sequence[float | np.ndarray]],
     max_tokens: int,
-    data_rank: int = 0,
-    data_size: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
     multiple: int = 1,
     packed: bool = False,
-    context_rank: int = 0,
-    context_size: int = 1,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     by_domain: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
-    """The micro-batches of ``data_rank``: the same number on every data rank, which pipelines and experts rely on.
+    """The micro-batches of ``dp_rank``: the same number on every data rank, which pipelines and experts rely on.
 
     max_tokens: of one micro-batch on one context rank, padding included (a longer sample gets its own). multiple: what
     its length there is a multiple of, for sequence parallelism and FP8. packed: sequences end to end; context
-    parallelism needs it. by_domain: no micro-batch holds two domains. weights: as in ``UpdateBatch``.
+    parallelism needs it. by_domain: no micro-batch holds two domains. weights: as in ``MiniBatch``.
     """
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
     dealt = deal(
-        samples, max_tokens=max_tokens, data_size=data_size, multiple=multiple, packed=packed,
-        context_size=context_size, by_domain=by_domain,
+        samples, max_tokens=max_tokens, dp_size=dp_size, multiple=multiple, packed=packed,
+        cp_size=cp_size, by_domain=by_domain,
     )  # fmt: skip
-    return [_build(samples, weights, present, batch, context_rank, device) for batch in dealt[data_rank]]
+    return [_build(samples, weights, present, batch, cp_rank, device) for batch in dealt[dp_rank]]
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, data_size: int, max_tokens: int, multiple: int = 1, packed: bool = False
+    lengths: Sequence[int], *, dp_size: int, max_tokens: int, multiple: int = 1, packed: bool = False
 ) -> list[list[list[int]]]:
     """Indices of samples by data rank and micro-batch, longest first; ranks get like work.
 
@@ -282,8 +282,8 @@ def plan_micro_batches(
                 break
         else:
             batches.append([index])
-    rounds = max(1, -(-len(batches) // data_size))
-    while len(batches) < rounds * data_size:
+    rounds = max(1, -(-len(batches) // dp_size))
+    while len(batches) < rounds * dp_size:
         largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
         if largest is None or len(batches[largest]) < 2:
             batches.append([])
@@ -292,10 +292,10 @@ def plan_micro_batches(
         batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
     cost = [size([lengths[index] for index in batch], multiple) for batch in batches]
     by_cost = sorted(range(len(batches)), key=lambda i: (-cost[i], i))
-    dealt: list[list[list[int]]] = [[] for _ in range(data_size)]
+    dealt: list[list[list[int]]] = [[] for _ in range(dp_size)]
     for place, index in enumerate(by_cost):
-        turn, rank = divmod(place, data_size)
-        dealt[rank if turn % 2 == 0 else data_size - 1 - rank].append(batches[index])
+        turn, rank = divmod(place, dp_size)
+        dealt[rank if turn % 2 == 0 else dp_size - 1 - rank].append(batches[index])
     return dealt
 
 
@@ -325,8 +325,8 @@ def _build(
     samples: Sequence[Sample],
     weights: Mapping[str, Sequence[float | np.ndarray]],
     present: list[str],
-    batch: Deal,
-    context_rank: int,
+    batch: MicroBatchPlan,
+    cp_rank: int,
     device: torch.device | str,
 ) -> MicroBatch:
     rows = [samples[index] for index in batch.indices]
@@ -334,11 +334,11 @@ def _build(
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         """The context rank's part of ``values`` [..., positions]."""
-        own = values if batch.context_size == 1 else values[..., batch.held[context_rank]]
+        own = values if batch.cp_size == 1 else values[..., batch.held[cp_rank]]
         return torch.from_numpy(own).to(device)
 
     def shifted(dtype: type, values: Sequence[Any]) -> torch.Tensor:
-        return tensor(batch.by_predictor(batch.fill(dtype, values)))
+        return tensor(batch.shift_to_labels(batch.fill(dtype, values)))
 
     columns = {}
     for name in present:
@@ -355,7 +355,7 @@ def _build(
     padding = tensor(batch.fill(np.bool_, [False] * len(rows), elsewhere=True))
     return MicroBatch(
         deal=batch,
-        context_rank=context_rank,
+        cp_rank=cp_rank,
         bounds=torch.tensor(batch.bounds, dtype=torch.int32, device=device) if batch.packed else None,
         token_ids=tensor(batch.fill(np.int64, [row.token_ids for row in rows])),
         padding_mask=padding,

@@ -33,12 +33,12 @@ class PromptSet:
     """Prompts of one source, and how many were left out."""
 
     prompts: list[Prompt]
-    dropped_too_long: int  # longer than max_prompt_tokens
+    dropped_too_long: int  # longer than max_prompt_length
     dropped_duplicates: int = 0  # rows whose id came before (on_duplicate_id: drop)
 
 
-def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_tokens: int | None) -> PromptSet:
-    """The prompts of a task or of files, tokenized; those longer than ``max_prompt_tokens`` are dropped and counted.
+def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_length: int | None) -> PromptSet:
+    """The prompts of a task or of files, tokenized; those longer than ``max_prompt_length`` are dropped and counted.
 
     Raises ``UserError`` for a missing file or column, an empty data set, ids that come twice, and, with
     ``on_long_prompt: error``, a prompt beyond the limit.
@@ -49,15 +49,15 @@ def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_tokens: int |
     else:
         problems, duplicates = read_problems(source)
         prompts = [_prompt(source, problem, tokenizer) for problem in problems]
-    kept = [prompt for prompt in prompts if max_prompt_tokens is None or len(prompt.token_ids) <= max_prompt_tokens]
+    kept = [prompt for prompt in prompts if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length]
     if len(kept) < len(prompts) and getattr(source, "on_long_prompt", "drop") == "error":
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         raise UserError(
-            f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_tokens is {max_prompt_tokens}: raise "
+            f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: raise "
             "the limit, or set on_long_prompt: drop"
         )
     if not kept:
-        raise UserError(f"no prompt of {_name(source)} has at most max_prompt_tokens {max_prompt_tokens}; raise it")
+        raise UserError(f"no prompt of {_name(source)} has at most max_prompt_length {max_prompt_length}; raise it")
     return PromptSet(kept, len(prompts) - len(kept), duplicates)
 
 
@@ -65,7 +65,7 @@ def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any) -> PromptSet:
     """The prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``."""
     entry, _, half = name.partition("/")
     try:
-        found = load_prompts(config.data[entry], tokenizer, max_prompt_tokens=config.lengths.max_prompt_tokens)
+        found = load_prompts(config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length)
     except UserError as error:
         raise UserError(f"data.{entry}: {error}") from None
     if half:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.models.families import layers_of_stage, padded_vocab_size
+from megatron_s2d.models.families import layers_of_pp_rank, padded_vocab_size
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -65,7 +65,7 @@ class Part:
     @property
     def num_layers(self) -> int:
         """Layers of this stage."""
-        return len(layers_of_stage(self.spec, self.stage, self.parallel.pipeline_model_parallel_size))
+        return len(layers_of_pp_rank(self.spec, self.stage, self.parallel.pipeline_model_parallel_size))
 
     @property
     def sequence_shards(self) -> int:
@@ -80,7 +80,7 @@ class Part:
     @property
     def query(self) -> int:
         """Query channels of a rank."""
-        return self.spec.query_size // self.tensor
+        return self.spec.q_dim // self.tensor
 
     @property
     def kv(self) -> int:
@@ -96,7 +96,7 @@ class Part:
         """(elements, belongs to an expert) of every parameter of a rank."""
         spec, hidden, tensor = self.spec, self.spec.hidden_size, self.tensor
         dense = [hidden, hidden] + [spec.head_dim] * (2 * spec.qk_norm)
-        dense += [hidden * (spec.query_size + 2 * spec.kv_size) // tensor, hidden * spec.query_size // tensor]
+        dense += [hidden * (spec.q_dim + 2 * spec.kv_dim) // tensor, hidden * spec.q_dim // tensor]
         experts: list[int] = []
         if spec.num_experts:
             dense.append(spec.num_experts * hidden)
@@ -168,7 +168,7 @@ class Part:
         spec, size, query, kv = self.spec, build.bytes_per_value, self.query, self.kv
         # Where ranks share key heads, Megatron gathers the whole product and keeps it.
         whole = spec.num_query_groups < self.tensor
-        mixed = (spec.query_size + 2 * spec.kv_size) / (1 if whole else self.tensor)
+        mixed = (spec.q_dim + 2 * spec.kv_dim) / (1 if whole else self.tensor)
         heads, groups = query // spec.head_dim, kv // spec.head_dim
         kept = size * (mixed + 2 * query + kv)
         if build.recompute != "selective" or build.fused:
@@ -224,7 +224,7 @@ class Part:
     def layer_flops(self, tokens: float, context: float) -> float:
         """Of the forward pass of one layer on one rank; ``context``: positions that a token looks at on average."""
         spec = self.spec
-        dense = spec.hidden_size * (2 * spec.query_size + 2 * spec.kv_size) / self.tensor
+        dense = spec.hidden_size * (2 * spec.q_dim + 2 * spec.kv_dim) / self.tensor
         if spec.num_experts:
             shards = self.sequence_shards
             experts = 3 * spec.moe_ffn_hidden_size * spec.num_experts_per_tok

@@ -45,7 +45,7 @@ class Held:
 class StageMemory:
     """One stage on the pipeline rank that needs most."""
 
-    pipeline_rank: int
+    pp_rank: int
     held: tuple[Held, ...]
     phases: Mapping[str, Mapping[str, int]]  # prefill, decode, score, train, update -> purpose -> bytes
 
@@ -134,12 +134,12 @@ class TeacherStates:
         elif self.kind == "topk":
             found = work.tokens * (12 * self.top_k + 4)
         else:
-            found = waiting_states(part, build, work, self.spec, on_gpu=on_gpu)
+            found = lazy_hidden_states(part, build, work, self.spec, on_gpu=on_gpu)
         weight = self.own_copy * part.vocabulary * self.spec.hidden_size * build.bytes_per_value
         return self.sources * (found + weight)
 
 
-def waiting_states(part: Part, build: Build, work: Workload, teacher: ModelSpec, *, on_gpu: bool) -> int:
+def lazy_hidden_states(part: Part, build: Build, work: Workload, teacher: ModelSpec, *, on_gpu: bool) -> int:
     """Hidden states of an update's responses, shared by tensor ranks: in host memory, which a CPU computes in."""
     return 0 if on_gpu else work.responses * teacher.hidden_size * build.bytes_per_value // part.tensor
 
@@ -243,11 +243,11 @@ def generate_phases(
     rollout: RolloutConfig,
 ) -> dict[str, dict[str, int]]:
     """``prefill`` and ``decode`` of the in-process engine on one data rank; ``prompts``: distinct ones."""
-    size, length = build.bytes_per_value, prompt_length + sampling.max_response_tokens
+    size, length = build.bytes_per_value, prompt_length + sampling.max_response_length
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // length))
     distinct = max(1, min(prompts, rows))
     column = 2 * part.kv * size  # of one row and layer
-    buffers = sampling.max_response_tokens * rows * (8 + 4 + 1) + _UNIFORM_BLOCK * rows * 8
+    buffers = sampling.max_response_length * rows * (8 + 4 + 1) + _UNIFORM_BLOCK * rows * 8
     prefill = {
         "KV cache": distinct * prompt_length * column * part.num_layers,
         "activations": _forward_peak(part, build, distinct * prompt_length),

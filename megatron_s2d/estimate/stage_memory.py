@@ -1,6 +1,6 @@
 """What a stage of a workflow needs of one rank: its shape (responses, lengths), and from that its memory.
 
-The shape is the worst case that the settings allow: every response as long as ``sampling.max_response_tokens``, every
+The shape is the worst case that the settings allow: every response as long as ``sampling.max_response_length``, every
 prompt as long as the longest. Memory of the host and of a server beside the trainer are left out. No torch here.
 """
 
@@ -15,9 +15,9 @@ from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.sft import SupervisedConfig
+from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.stage import TrainingStageConfig
-from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.estimate.layers import Build, Part, parts
@@ -34,7 +34,7 @@ from megatron_s2d.estimate.memory import (
     train_phase,
     trained,
     update_phase,
-    waiting_states,
+    lazy_hidden_states,
     workload,
 )
 from megatron_s2d.records import Prompt
@@ -65,26 +65,26 @@ def stage_shape(
 ) -> StageShape:
     """The shape of a stage; ``prompts`` as in ``Preflight``."""
     stage = config.stages[name]
-    if isinstance(stage, ExpoConfig | PretrainedConfig):
+    if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
         return StageShape(0, 0, 0, 0, 0, 0)
-    if isinstance(stage, ForwardKlConfig) or (isinstance(stage, SupervisedConfig) and stage.cache is not None):
+    if isinstance(stage, ForwardKlConfig) or (isinstance(stage, SftConfig) and stage.cache is not None):
         caches = stage.cache if isinstance(stage.cache, list) else [stage.cache]
         shapes = [stage_shape(config, cache, prompts, tokenizer) for cache in caches]
         cached = max(shapes, key=lambda shape: shape.length)
         return dataclasses.replace(cached, responses=stage.batch_size, updates=1, requests=0, prompts=0)
-    if isinstance(stage, SupervisedConfig):
+    if isinstance(stage, SftConfig):
         prompt, response = _longest_solution(config, stage.data, prompts, tokenizer)
         return StageShape(stage.batch_size, 1, 0, 0, prompt, response)
     longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
-    limit = stage.sampling.max_response_tokens
+    limit = stage.sampling.max_response_length
     if isinstance(stage, TeacherCacheConfig):
-        count = min(stage.prompts_per_round, sum(len(prompts[entry]) for entry in stage.entries))
-        return StageShape(0, 0, count * stage.responses_per_prompt, count, longest, limit)
-    live = stage.prompts_per_step
+        count = min(stage.generation_batch_size, sum(len(prompts[entry]) for entry in stage.entries))
+        return StageShape(0, 0, count * stage.num_generations, count, longest, limit)
+    live = stage.train_batch_size
     if isinstance(stage, OpdConfig):
         live = round(stage.on_policy_fraction * live)
-    responses = stage.prompts_per_step * stage.responses_per_prompt // stage.updates_per_step
-    return StageShape(responses, stage.updates_per_step, live * stage.responses_per_prompt, live, longest, limit)
+    responses = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
+    return StageShape(responses, stage.num_mini_batches, live * stage.num_generations, live, longest, limit)
 
 
 def _longest_solution(
@@ -141,7 +141,7 @@ class _Stage:
             weights = frozen(part, self.build, "student", self.model)
             tuned = frozen(part, self.build, "tuned", self.model, copies=min(2, len(self.stage.tuned)))
             return StageMemory(part.stage, (weights, tuned), {"average": {"float32 sums": 4 * part.parameters}})
-        if isinstance(self.stage, PretrainedConfig):
+        if isinstance(self.stage, LoadCheckpointConfig):
             return StageMemory(part.stage, (frozen(part, self.build, "student", self.model),), {"load": {}})
         if isinstance(self.stage, TeacherCacheConfig):
             phases = self._generation(part) | {"score": self._cached(part)}
@@ -221,12 +221,12 @@ class _Stage:
             kind = {"hidden": "hidden", "full": "logits", "topk": "topk"}[cache.kind]
             spec = self.specs[self.config.model_of(stage.cache)]
             return TeacherStates(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden")
-        if not isinstance(stage, OpdConfig) or stage.granularity == "sampled":
+        if not isinstance(stage, OpdConfig) or stage.kl_estimator == "sampled":
             return None
         models = frozen_roles(self.config, self.name)
         parallel = next(layout for role, _, layout in models if role == "teacher")
         return TeacherStates(
-            "topk" if stage.granularity == "topk" else "hidden",
+            "topk" if stage.kl_estimator == "topk" else "hidden",
             max((self.specs[self.config.model_of(other)] for _, other, _ in models), key=lambda spec: spec.hidden_size),
             sources=2 if stage.reward_scale != 1.0 else 1,
             top_k=stage.top_k * (2 if stage.support == "union" else 1),
@@ -245,11 +245,11 @@ class _Stage:
             at = self._workload(parallel=parallel)
             states = None
             if self._teacher_states() is not None and own.is_last:
-                states = waiting_states(own, self.build, at, spec, on_gpu=self.on_gpu)
+                states = lazy_hidden_states(own, self.build, at, spec, on_gpu=self.on_gpu)
                 if parallel != self.parallel:
                     states += 2 * BUCKET_BYTES
             phase = score_phase(own, self.build, at, on_gpu=self.on_gpu, states=states)
-            if getattr(self.stage, "granularity", "") == "topk" and part.is_last:
+            if getattr(self.stage, "kl_estimator", "") == "topk" and part.is_last:
                 phase["support"] = support_bytes(part, spec)
             if sum(phase.values()) > sum(found.get(role, {}).values()):
                 found[role] = phase
@@ -257,14 +257,14 @@ class _Stage:
 
     def _rescoring(self) -> bool:
         stage = self.stage
-        return isinstance(stage, TrainingStageConfig) and getattr(stage, "updates_per_step", 1) > 1
+        return isinstance(stage, TrainingStageConfig) and getattr(stage, "num_mini_batches", 1) > 1
 
 
 def frozen_roles(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:
     """(role, stage whose weights serve, layout) of every frozen model that stage ``name`` loads."""
     stage = config.stages[name]
     found = []
-    if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0:
+    if isinstance(stage, GrpoConfig) and stage.kl_loss_coef > 0:
         if stage.reference is None:  # its own start, loaded like the trained model
             found.append(("reference", name, config.parallel))
         else:

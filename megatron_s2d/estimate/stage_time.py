@@ -14,7 +14,7 @@ from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.estimate.layers import Build, model_flops
 from megatron_s2d.estimate.memory import Workload, workload
@@ -46,7 +46,7 @@ def stage_time(
 ) -> StageTime:
     """The step of stage ``name`` on ``machine``."""
     stage, model = config.stages[name], config.model_of(name)
-    if isinstance(stage, ExpoConfig | PretrainedConfig):
+    if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
         return StageTime({}, {}, 0, 0.0)
     parallel = config.parallel
     if isinstance(stage, TeacherCacheConfig):
@@ -60,7 +60,7 @@ def stage_time(
         traffic = added(traffic, repeated(student.pass_traffic(work, trains=False), work.num_micro_batches))
         return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
     work, teacher = _work(shape, shape.responses, stage, parallel), None
-    exact = isinstance(stage, OpdConfig) and stage.granularity != "sampled"
+    exact = isinstance(stage, OpdConfig) and stage.kl_estimator != "sampled"
     for role, other, layout in frozen_roles(config, name):
         spec = specs[config.model_of(other)]
         scorer = Placed(spec, layout, dataclasses.replace(build, recompute="none"), machine)

@@ -17,7 +17,7 @@ def sampled_reverse_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
     if log_probs.requires_grad:
         raise UserError(
             "the sampled reverse KL log p - log q must not be back-propagated (its gradient does not depend on the "
-            "teacher): use -(log p - log q), detached, as the advantage of a policy loss, or granularity: full"
+            "teacher): use -(log p - log q), detached, as the advantage of a policy loss, or kl_estimator: full"
         )
     return log_probs - teacher_log_probs.detach()
 

@@ -101,7 +101,7 @@ def linear_divergence(
         loss = function.apply(hidden, weight, task)
     else:
         with torch.no_grad():
-            work = _Work(task, hidden, weight)
+            work = PendingBatch(task, hidden, weight)
             loss = work.run(whole=mode == "recompute").loss
             task.results = work.results
     return loss, TokenOutputs(**task.results)
@@ -134,7 +134,7 @@ class _Gradients:
     weight: torch.Tensor | None = None  # [local columns, d]
 
 
-class _Work:
+class PendingBatch:
     """One pass: the rows that count, operands in the dtype of the products, and the chunk loop."""
 
     def __init__(self, task: _Task, hidden: torch.Tensor, weight: torch.Tensor):
@@ -269,7 +269,7 @@ class _Work:
 class _Accumulator:
     """Gradients of hidden states (written once per row) and of the weight (float32 over all chunks)."""
 
-    def __init__(self, work: _Work, hidden: bool, weight: bool):
+    def __init__(self, work: PendingBatch, hidden: bool, weight: bool):
         self.work, self.columns = work, work.task.shard.columns
         student = work.student
         self.hidden = self.weight = None
@@ -338,7 +338,7 @@ class _Accumulator:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, task):
-        work = _Work(task, hidden, weight)
+        work = PendingBatch(task, hidden, weight)
         ctx.gradients = work.run(hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1])
         ctx.task, ctx.weight_dtype = task, weight.dtype
         task.results = work.results
@@ -357,7 +357,7 @@ class _Fused(torch.autograd.Function):
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, task):
-        work = _Work(task, hidden, weight)
+        work = PendingBatch(task, hidden, weight)
         loss = work.run(whole=True).loss
         ctx.task, ctx.evaluated, ctx.cotangents = task, work.evaluated, work.cotangents
         ctx.save_for_backward(hidden, weight)
@@ -368,7 +368,7 @@ class _Recompute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         hidden, weight = ctx.saved_tensors
-        work = _Work(ctx.task, hidden, weight)
+        work = PendingBatch(ctx.task, hidden, weight)
         found = work.run_backward(
             ctx.evaluated, ctx.cotangents, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1]
         )

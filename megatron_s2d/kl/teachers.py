@@ -31,7 +31,7 @@ class HiddenStates:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WaitingStates:
+class LazyHiddenStates:
     """``HiddenStates`` that are somewhere else until the loss reads them, and only of the rows that count.
 
     The functions are called once in a pass, by all ranks of the shard's group together; what they return is not changed
@@ -66,12 +66,12 @@ class TopK:
 class GeometricTarget:
     """q proportional to teacher^reward_scale * reference^(1 - reward_scale) (G-OPD eq. 12, methods.md M4)."""
 
-    teacher: HiddenStates | WaitingStates | Logits
-    reference: HiddenStates | WaitingStates | Logits | None  # not used, and not read, at reward_scale 1
+    teacher: HiddenStates | LazyHiddenStates | Logits
+    reference: HiddenStates | LazyHiddenStates | Logits | None  # not used, and not read, at reward_scale 1
     reward_scale: float
 
 
-TeacherSource = HiddenStates | WaitingStates | Logits | TopK | GeometricTarget
+TeacherSource = HiddenStates | LazyHiddenStates | Logits | TopK | GeometricTarget
 
 
 def kind_of(teacher: TeacherSource | None) -> str | None:
@@ -183,7 +183,7 @@ def _dense(source, num_rows: int, rows: torch.Tensor | None, shard: VocabShard, 
         _check_columns(source.shard_logits.shape[1], shard)
         logits, temperature = source.shard_logits.detach(), source.temperature
         return _Stored(logits if rows is None else logits[rows], _rows_of(temperature, rows))
-    if isinstance(source, WaitingStates):
+    if isinstance(source, LazyHiddenStates):
         hidden, weight = source.hidden(), source.weight_shard()
         _check_rows(hidden.shape[0], num_rows if rows is None else rows.numel())
         _check_columns(weight.shape[0], shard)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.context_parallel import held_positions
+from megatron_s2d.parallel.context_parallel import cp_positions
 
 device.prepare()
 
@@ -99,7 +99,7 @@ class CoreAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]
     ) -> torch.Tensor:
         """The queries of this context rank over the keys of all; gradients of keys and values go back to their ranks."""
-        held = torch.from_numpy(held_positions(bounds, self._context.size())).to(query.device)
+        held = torch.from_numpy(cp_positions(bounds, self._context.size())).to(query.device)
         order = held.flatten().argsort()
         keys, values = (gather_from_sequence_parallel_region(part, group=self._context)[order] for part in (key, value))
         places = held[self._context.rank()]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
 from megatron_s2d.errors import UserError
-from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_stage, padded_vocab_size
+from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_pp_rank, padded_vocab_size
 from megatron_s2d.models.weights import SeededWeights, import_weights
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
@@ -69,10 +69,10 @@ def build_model(
         model = GPTModel(
             config=config,
             transformer_layer_spec=_block_submodules(spec, layout),
-            vocab_size=padded_vocab_size(spec.vocab_size, layout.tensor_size),
+            vocab_size=padded_vocab_size(spec.vocab_size, layout.tp_size),
             max_sequence_length=spec.max_position_embeddings,
-            pre_process=layout.is_first_stage,
-            post_process=layout.is_last_stage,
+            pre_process=layout.is_pipeline_first_stage,
+            post_process=layout.is_pipeline_last_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=spec.tie_word_embeddings,
             position_embedding_type="rope",
@@ -216,7 +216,7 @@ def _block_submodules(spec: ModelSpec, layout: Layout) -> TransformerBlockSubmod
         layer = get_gpt_layer_local_submodules(num_experts=experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
         _use_our_modules(layer, spec)
     layer.self_attention.module = CachedSelfAttention
-    num_layers = len(layers_of_stage(spec, layout.pipeline_rank, layout.pipeline_size))
+    num_layers = len(layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size))
     layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -1,6 +1,6 @@
 """Qwen3, Qwen3-MoE and Llama 3 as data: how their parameters are called and how they are cut for parallelism.
 
-A family is a list of ``Entry``: one Megatron parameter, the Hugging Face tensors it is made of, and the rule that joins
+A family is a list of ``ParamMapping``: one Megatron parameter, the Hugging Face tensors it is made of, and the rule that joins
 and cuts them. Two parameters are made of several tensors (fused query/key/value, gate and up projection of an MLP).
 The table names parameters of a whole model; ``models/weights.py`` applies it to the part that a rank holds. The same
 table serves the local and the Transformer Engine layers, which call two norms differently. No torch here.
@@ -28,7 +28,7 @@ __all__ = [
     "global_entries",
     "hf_tensor_shapes",
     "layer_entries",
-    "layers_of_stage",
+    "layers_of_pp_rank",
     "padded_vocab_size",
 ]
 
@@ -42,7 +42,7 @@ of each half, so that every rank holds [its part of gate, its part of up].
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ParamMapping:
     """One Megatron parameter: its name within the model or layer, the tensors it is made of, and how it is cut."""
 
     parameter: str
@@ -52,52 +52,52 @@ class Entry:
     """Index among all experts of the layer; expert parameters live on one expert-parallel rank."""
 
 
-def global_entries(spec: ModelSpec, stage: Literal["first", "last"]) -> list[Entry]:
+def global_entries(spec: ModelSpec, stage: Literal["first", "last"]) -> list[ParamMapping]:
     """Parameters outside the layers that the first or the last pipeline stage holds.
 
     The output layer of a tied model is listed, because with pipeline stages the last one holds its own copy.
     """
     if stage == "first":
-        return [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")]
+        return [ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")]
     output = "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
     return [
-        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
-        Entry("output_layer.weight", (output,), "vocabulary"),
+        ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
+        ParamMapping("output_layer.weight", (output,), "vocabulary"),
     ]
 
 
-def layer_entries(spec: ModelSpec, layer: int) -> list[Entry]:
+def layer_entries(spec: ModelSpec, layer: int) -> list[ParamMapping]:
     """Parameters of one layer, named within it; ``layer`` counts from 0 over the whole model."""
     hf = f"model.layers.{layer}."
     attention = hf + "self_attn."
     entries = [
-        Entry("input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated"),
-        Entry(
+        ParamMapping("input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated"),
+        ParamMapping(
             "self_attention.linear_qkv.weight",
             tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
             "qkv",
         ),
-        Entry("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
-        Entry("pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated"),
+        ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
+        ParamMapping("pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated"),
     ]
     if spec.qk_norm:
         entries += [
-            Entry("self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "replicated"),
-            Entry("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
+            ParamMapping("self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "replicated"),
+            ParamMapping("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
         ]
     if not spec.num_experts:
         return entries + _mlp_entries("mlp.", hf + "mlp.", None)
-    entries.append(Entry("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
+    entries.append(ParamMapping("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
     for expert in range(spec.num_experts):
         prefix = f"mlp.experts.local_experts.{expert}."
         entries += _mlp_entries(prefix, f"{hf}mlp.experts.{expert}.", expert)
     return entries
 
 
-def _mlp_entries(prefix: str, hf: str, expert: int | None) -> list[Entry]:
+def _mlp_entries(prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
     return [
-        Entry(prefix + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), "gate_up", expert),
-        Entry(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "columns", expert),
+        ParamMapping(prefix + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), "gate_up", expert),
+        ParamMapping(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "columns", expert),
     ]
 
 
@@ -118,10 +118,10 @@ def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]
     hidden = spec.hidden_size
     ffn = spec.moe_ffn_hidden_size if expert else spec.ffn_hidden_size
     return {
-        "q_proj": (spec.query_size, hidden),
-        "k_proj": (spec.kv_size, hidden),
-        "v_proj": (spec.kv_size, hidden),
-        "o_proj": (hidden, spec.query_size),
+        "q_proj": (spec.q_dim, hidden),
+        "k_proj": (spec.kv_dim, hidden),
+        "v_proj": (spec.kv_dim, hidden),
+        "o_proj": (hidden, spec.q_dim),
         "q_norm": (spec.head_dim,),
         "k_norm": (spec.head_dim,),
         "input_layernorm": (hidden,),
@@ -143,10 +143,10 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layers_of_stage(spec: ModelSpec, pipeline_rank: int, pipeline_size: int) -> range:
+def layers_of_pp_rank(spec: ModelSpec, pp_rank: int, pp_size: int) -> range:
     """The layers, counted over the whole model, that a pipeline stage holds."""
-    share = spec.num_layers // pipeline_size
-    return range(pipeline_rank * share, (pipeline_rank + 1) * share)
+    share = spec.num_layers // pp_size
+    return range(pp_rank * share, (pp_rank + 1) * share)
 
 
 def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import Entry, hf_tensor_shapes, padded_vocab_size
+from megatron_s2d.models.families import ParamMapping, hf_tensor_shapes, padded_vocab_size
 
 
 class WeightSource(Protocol):
@@ -51,44 +51,44 @@ class SeededWeights:
         return tensor.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
 
 
-def read_shard(entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+def read_shard(entry: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
     """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
     names = entry.hf_names
     match entry.rule:
         case "replicated":
             return source.read(names[0])
         case "vocabulary":
-            share = padded_vocab_size(spec.vocab_size, tensor_size) // tensor_size
-            start = min(tensor_rank * share, spec.vocab_size)
-            rows = source.read(names[0], 0, start, min((tensor_rank + 1) * share, spec.vocab_size))
+            share = padded_vocab_size(spec.vocab_size, tp_size) // tp_size
+            start = min(tp_rank * share, spec.vocab_size)
+            rows = source.read(names[0], 0, start, min((tp_rank + 1) * share, spec.vocab_size))
             padding = share - rows.size(0)
             return torch.cat([rows, rows.new_zeros(padding, rows.size(1))]) if padding else rows
         case "columns":
-            width = spec.query_size if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
-            share = width // tensor_size
-            return source.read(names[0], 1, tensor_rank * share, (tensor_rank + 1) * share)
+            width = spec.q_dim if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
+            share = width // tp_size
+            return source.read(names[0], 1, tp_rank * share, (tp_rank + 1) * share)
         case "gate_up":
-            share = _ffn_size(entry, spec) // tensor_size
-            return torch.cat([source.read(name, 0, tensor_rank * share, (tensor_rank + 1) * share) for name in names])
+            share = _ffn_size(entry, spec) // tp_size
+            return torch.cat([source.read(name, 0, tp_rank * share, (tp_rank + 1) * share) for name in names])
         case "qkv":
-            return _read_qkv(entry, spec, source, tensor_rank, tensor_size)
+            return _read_qkv(entry, spec, source, tp_rank, tp_size)
 
 
-def _ffn_size(entry: Entry, spec: ModelSpec) -> int:
+def _ffn_size(entry: ParamMapping, spec: ModelSpec) -> int:
     return spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
 
 
 def _heads_of_group(spec: ModelSpec) -> list[int]:
     """Rows of one group in the fused matrix: its queries, its key, its value."""
-    return [spec.query_size // spec.num_query_groups, spec.head_dim, spec.head_dim]
+    return [spec.q_dim // spec.num_query_groups, spec.head_dim, spec.head_dim]
 
 
-def _read_qkv(entry: Entry, spec: ModelSpec, source: WeightSource, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+def _read_qkv(entry: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
     """Rows [rank, rank + 1) x share of the fused matrix; with more ranks than groups, a rank holds part of a group."""
     sizes = _heads_of_group(spec)
     group_rows = sum(sizes)
-    share = group_rows * spec.num_query_groups // tensor_size
-    first_row, last_row = tensor_rank * share, (tensor_rank + 1) * share
+    share = group_rows * spec.num_query_groups // tp_size
+    first_row, last_row = tp_rank * share, (tp_rank + 1) * share
     first, last = first_row // group_rows, -(-last_row // group_rows)
     parts = []
     for name, size in zip(entry.hf_names, sizes, strict=True):
@@ -103,7 +103,7 @@ def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def join_shards(entry: Entry, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+def join_shards(entry: ParamMapping, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``.
 
     With one rank they may be views of its part.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import Entry, global_entries, hf_tensor_shapes, layer_entries, layers_of_stage
+from megatron_s2d.models.families import ParamMapping, global_entries, hf_tensor_shapes, layer_entries, layers_of_pp_rank
 from megatron_s2d.models.shards import SeededWeights, WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import remember_values
@@ -55,16 +55,16 @@ def _dense(parameter: torch.Tensor) -> torch.Tensor:
     return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 
-def _held_entries(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, Entry]]:
+def _held_entries(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
     """The parameters that this rank holds: name within its chunk, and entry."""
-    if layout.is_first_stage:
+    if layout.is_pipeline_first_stage:
         yield from ((entry.parameter, entry) for entry in global_entries(spec, "first"))
-    for local, layer in enumerate(layers_of_stage(spec, layout.pipeline_rank, layout.pipeline_size)):
+    for local, layer in enumerate(layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size)):
         for item in _layer_items(spec, layout, layer, local):
             yield item.parameter, item.entries[layout.groups.ep.rank() if len(item.entries) > 1 else 0]
-    if layout.is_last_stage:
+    if layout.is_pipeline_last_stage:
         for entry in global_entries(spec, "last"):
-            if entry.rule != "vocabulary" or not spec.tie_word_embeddings or layout.pipeline_size > 1:
+            if entry.rule != "vocabulary" or not spec.tie_word_embeddings or layout.pp_size > 1:
                 yield entry.parameter, entry
 
 
@@ -73,7 +73,7 @@ class _Item:
     """A parameter as one stage holds it: its name there, and its entry on each expert-parallel rank (or the one)."""
 
     parameter: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ParamMapping, ...]
 
     @property
     def is_expert(self) -> bool:
@@ -86,7 +86,7 @@ def _layer_items(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) 
     for entry in entries:
         if entry.expert is None:
             yield _Item(prefix + entry.parameter, (entry,))
-    by_expert: dict[int, list[Entry]] = {}
+    by_expert: dict[int, list[ParamMapping]] = {}
     for entry in entries:
         if entry.expert is not None:
             by_expert.setdefault(entry.expert, []).append(entry)
@@ -133,7 +133,7 @@ def export_buckets(
     parameters = dict(model.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     shapes = dict(hf_tensor_shapes(spec))
-    for stage in range(layout.pipeline_size):
+    for stage in range(layout.pp_size):
         bucket: list[_Item] = []
         size = 0
         for item in _stage_items(spec, layout, stage):
@@ -149,9 +149,9 @@ def export_buckets(
 def _stage_items(spec: ModelSpec, layout: Layout, stage: int) -> Iterator[_Item]:
     if stage == 0:
         yield from (_Item(entry.parameter, (entry,)) for entry in global_entries(spec, "first"))
-    for local, layer in enumerate(layers_of_stage(spec, stage, layout.pipeline_size)):
+    for local, layer in enumerate(layers_of_pp_rank(spec, stage, layout.pp_size)):
         yield from _layer_items(spec, layout, layer, local)
-    if stage == layout.pipeline_size - 1:
+    if stage == layout.pp_size - 1:
         for entry in global_entries(spec, "last"):
             if entry.rule != "vocabulary" or not spec.tie_word_embeddings:
                 yield _Item(entry.parameter, (entry,))
@@ -169,7 +169,7 @@ def _gather(
     """Full tensors of a bucket of ``stage``: one gather over tensor ranks, one over expert ranks, one broadcast."""
     names = [name for item in bucket for entry in item.entries for name in entry.hf_names]
     sizes = [math.prod(shapes[name]) for name in names]
-    if layout.pipeline_rank == stage:
+    if layout.pp_rank == stage:
         held = [_dense(parameters[_parameter_name(item.parameter, parameters)]) for item in bucket]
         is_expert = bucket[0].is_expert
         tensor_group = layout.groups.expt_tp if is_expert else layout.groups.tp
@@ -187,7 +187,7 @@ def _gather(
         whole = torch.cat(full)
     else:
         whole = torch.empty(sum(sizes), dtype=dtype, device=device.device())
-    if layout.pipeline_size > 1:
+    if layout.pp_size > 1:
         dist.broadcast(whole, dist.get_process_group_ranks(layout.groups.pp)[stage], group=layout.groups.pp)
     return [(name, part.view(shapes[name])) for name, part in zip(names, whole.split(sizes), strict=True)]
 

@@ -32,9 +32,9 @@ class GroupAdvantages:
 
 
 def group_relative(
-    rewards: np.ndarray, groups: np.ndarray, *, normalize_by_std: bool = True, eps: float = 1e-6
+    rewards: np.ndarray, groups: np.ndarray, *, norm_adv_by_std: bool = True, eps: float = 1e-6
 ) -> GroupAdvantages:
-    """A_i = (R_i - mean) / (std + eps) within each group, or R_i - mean (Dr. GRPO) without ``normalize_by_std``.
+    """A_i = (R_i - mean) / (std + eps) within each group, or R_i - mean (Dr. GRPO) without ``norm_adv_by_std``.
 
     rewards: [n]; groups: [n] integers, equal for responses to one prompt. std is the sample standard deviation
     (divisor G - 1), as in the frameworks that the papers trained with. A group whose rewards are all equal, a group
@@ -56,7 +56,7 @@ def group_relative(
             num_zero_variance += 1
             continue
         centred = found - found.mean()
-        advantages[chosen] = centred / (found.std(ddof=1) + eps) if normalize_by_std else centred
+        advantages[chosen] = centred / (found.std(ddof=1) + eps) if norm_adv_by_std else centred
     return GroupAdvantages(advantages, len(ids), num_zero_variance)
 
 
@@ -74,17 +74,17 @@ def zero_variance_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def overlong_penalty(
-    lengths: np.ndarray, *, max_response_tokens: int, buffer_tokens: int, penalty: float = 1.0
+    lengths: np.ndarray, *, max_response_length: int, buffer_tokens: int, penalty: float = 1.0
 ) -> np.ndarray:
     """What to add to the rewards of long responses: float64 [n] in [-penalty, 0] (DAPO, soft overlong punishment).
 
-    0 up to max_response_tokens - buffer_tokens, then linear, -penalty from max_response_tokens on.
+    0 up to max_response_length - buffer_tokens, then linear, -penalty from max_response_length on.
     """
-    if not 0 < buffer_tokens <= max_response_tokens:
+    if not 0 < buffer_tokens <= max_response_length:
         raise UserError(
-            f"overlong buffer_tokens {buffer_tokens}: give 1 to max_response_tokens ({max_response_tokens})"
+            f"overlong buffer_tokens {buffer_tokens}: give 1 to max_response_length ({max_response_length})"
         )
-    excess = np.asarray(lengths, dtype=np.float64) - (max_response_tokens - buffer_tokens)
+    excess = np.asarray(lengths, dtype=np.float64) - (max_response_length - buffer_tokens)
     return -penalty * np.clip(excess / buffer_tokens, 0.0, 1.0)
 
 
@@ -134,15 +134,15 @@ class SignGate:
     lambda_high: float = 1.8  # reward scale of consensus tokens
     lambda_base: float = 1.0  # of neutral tokens, and of conflict tokens with fallback preserve
     fallback: Fallback = "interp"  # what conflict tokens get
-    interp_beta: float | None = None  # with interp: 1 is OPD, 0 masks
+    conflict_beta: float | None = None  # with interp: 1 is OPD, 0 masks
 
     def __post_init__(self) -> None:
         if self.fallback not in FALLBACKS:
             raise UserError(f"conflict fallback {self.fallback!r}: choose one of {', '.join(FALLBACKS)}")
-        if (self.fallback == "interp") != (self.interp_beta is not None):
-            raise UserError(f"interp_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
-        if self.interp_beta is not None and not 0 <= self.interp_beta <= 1:
-            raise UserError(f"interp_beta {self.interp_beta}: give a number from 0 (mask) to 1 (OPD)")
+        if (self.fallback == "interp") != (self.conflict_beta is not None):
+            raise UserError(f"conflict_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
+        if self.conflict_beta is not None and not 0 <= self.conflict_beta <= 1:
+            raise UserError(f"conflict_beta {self.conflict_beta}: give a number from 0 (mask) to 1 (OPD)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ def sg_opd_gate(
     base = g_opd_advantage(*models, reward_scale=gate.lambda_base)
     high = g_opd_advantage(*models, reward_scale=gate.lambda_high)
     fallbacks = {
-        "interp": lambda: distillation * distillation.dtype.type(gate.interp_beta),
+        "interp": lambda: distillation * distillation.dtype.type(gate.conflict_beta),
         "preserve": lambda: base,
         "grpo": lambda: verifier.astype(distillation.dtype),
         "mask": lambda: np.zeros_like(distillation),

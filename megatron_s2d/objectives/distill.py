@@ -59,7 +59,7 @@ def divergence_term(kind: str, *, tail: str | None = None, measure_rollouts: boo
     return Term(f"divergence_{kind}", "divergence_weight", frozenset(needs), frozenset(), values, metrics)
 
 
-def supervised_objective() -> Objective:
+def sft_objective() -> Objective:
     """Cross-entropy on given tokens: base training, SFT, teacher-sample SFT and SeqKD (methods.md M2)."""
     return Objective((cross_entropy_term(),))
 

@@ -19,27 +19,27 @@ from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.mismatch import gap_metrics, k3
 from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns, refuse_sampled_k1
 
-ImportanceMode = Literal["off", "truncate", "mask"]
+RolloutCorrectionMode = Literal["off", "truncate", "mask"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
     """Settings of the policy loss. Defaults: S2D table 8."""
 
-    clip_low: float = 0.2  # ratios below 1 - clip_low are cut where the advantage is negative
-    clip_high: float = 0.2  # ratios above 1 + clip_high are cut where it is positive; 0.28 is DAPO's clip-higher
-    dual_clip: float | None = None  # largest ratio where the advantage is negative, above 1; None: unbounded
-    importance: ImportanceMode = "off"  # correction of the gap between engine and trainer
+    clip_ratio_low: float = 0.2  # ratios below 1 - clip_ratio_low are cut where the advantage is negative
+    clip_ratio_high: float = 0.2  # ratios above 1 + clip_ratio_high are cut where it is positive; 0.28 is DAPO's clip-higher
+    clip_ratio_c: float | None = None  # largest ratio where the advantage is negative, above 1; None: unbounded
+    importance: RolloutCorrectionMode = "off"  # correction of the gap between engine and trainer
     importance_cap: float = 5.0  # C: larger importance weights are cut (truncate) or set to zero (mask)
     on_policy: bool = False  # the weights before the update are the current ones: old_log_probs are not needed
 
     def __post_init__(self) -> None:
-        if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
+        if not (0 < self.clip_ratio_low < 1 and 0 < self.clip_ratio_high < math.inf):
             raise UserError(
-                f"clip_low {self.clip_low}, clip_high {self.clip_high}: give 0 < clip_low < 1 and clip_high > 0"
+                f"clip_ratio_low {self.clip_ratio_low}, clip_ratio_high {self.clip_ratio_high}: give 0 < clip_ratio_low < 1 and clip_ratio_high > 0"
             )
-        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
-            raise UserError(f"dual_clip {self.dual_clip}: give a number above 1, or leave it out")
+        if self.clip_ratio_c is not None and not 1 < self.clip_ratio_c < math.inf:
+            raise UserError(f"clip_ratio_c {self.clip_ratio_c}: give a number above 1, or leave it out")
         if self.importance not in ("off", "truncate", "mask"):
             raise UserError(f"importance {self.importance!r}: choose off, truncate or mask")
         if not 0 < self.importance_cap < math.inf:
@@ -54,18 +54,18 @@ class Surrogate:
 class ClipRegions:
     """Where the surrogate is flat: bool [C] each, disjoint."""
 
-    low: torch.Tensor  # negative advantage, ratio below 1 - clip_low
-    high: torch.Tensor  # positive advantage, ratio above 1 + clip_high
-    dual: torch.Tensor  # negative advantage, ratio above dual_clip
+    low: torch.Tensor  # negative advantage, ratio below 1 - clip_ratio_low
+    high: torch.Tensor  # positive advantage, ratio above 1 + clip_ratio_high
+    dual: torch.Tensor  # negative advantage, ratio above clip_ratio_c
 
 
 def clip_regions(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Surrogate) -> ClipRegions:
     """The regions for log ratios [C] and advantages [C]."""
     positive, negative = advantages > 0, advantages < 0
-    dual = math.inf if settings.dual_clip is None else math.log(settings.dual_clip)
+    dual = math.inf if settings.clip_ratio_c is None else math.log(settings.clip_ratio_c)
     return ClipRegions(
-        low=negative & (log_ratio < math.log1p(-settings.clip_low)),
-        high=positive & (log_ratio > math.log1p(settings.clip_high)),
+        low=negative & (log_ratio < math.log1p(-settings.clip_ratio_low)),
+        high=positive & (log_ratio > math.log1p(settings.clip_ratio_high)),
         dual=negative & (log_ratio > dual),
     )
 
@@ -73,9 +73,9 @@ def clip_regions(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Su
 def clipped_surrogate(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, settings: Surrogate
 ) -> torch.Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) [C], ratio = pi_S / pi_old (methods.md M1).
+    """-min(ratio A, clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) A) [C], ratio = pi_S / pi_old (methods.md M1).
 
-    With ``dual_clip`` c the value for a negative advantage is at most -c A. Differentiable in ``log_probs``; where the
+    With ``clip_ratio_c`` c the value for a negative advantage is at most -c A. Differentiable in ``log_probs``; where the
     surrogate is flat the gradient is 0. Advantages that carry a gradient are refused.
     """
     refuse_sampled_k1(advantages, "advantages")
@@ -84,15 +84,15 @@ def clipped_surrogate(
     flat = regions.low | regions.high | regions.dual | (advantages == 0)
     # The exponential of what is cut away is not formed: an infinite value times a zero slope would be NaN.
     ratio = torch.exp(torch.where(flat, 0.0, log_ratio))
-    ratio = torch.where(regions.low, 1.0 - settings.clip_low, ratio)
-    ratio = torch.where(regions.high, 1.0 + settings.clip_high, ratio)
-    if settings.dual_clip is not None:
-        ratio = torch.where(regions.dual, settings.dual_clip, ratio)
+    ratio = torch.where(regions.low, 1.0 - settings.clip_ratio_low, ratio)
+    ratio = torch.where(regions.high, 1.0 + settings.clip_ratio_high, ratio)
+    if settings.clip_ratio_c is not None:
+        ratio = torch.where(regions.dual, settings.clip_ratio_c, ratio)
     return -advantages * ratio
 
 
 def importance_weight(
-    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, *, mode: ImportanceMode, cap: float
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, *, mode: RolloutCorrectionMode, cap: float
 ) -> torch.Tensor:
     """min(pi_old / pi_rollout, cap) per token [C], detached (methods.md M1).
 
@@ -148,7 +148,7 @@ def surrogate_metrics(
         "advantage_mean": Metric.over(advantages, active),
         "advantage_abs_mean": Metric.over(advantages.abs(), active),
     }
-    if settings.dual_clip is not None:
+    if settings.clip_ratio_c is not None:
         found["clip_fraction_dual"] = Metric.over(regions.dual, active)
     return found
 
@@ -170,8 +170,8 @@ def mismatch_metrics(
     } | gap_metrics(old_log_probs, rollout_log_probs, active)
 
 
-def reference_term(kl_coefficient: float) -> Term:
-    """``kl_coefficient`` times the k3 estimate of KL(pi_S || pi_ref), by ``policy_weight`` (methods.md M1)."""
+def reference_term(kl_loss_coef: float) -> Term:
+    """``kl_loss_coef`` times the k3 estimate of KL(pi_S || pi_ref), by ``policy_weight`` (methods.md M1)."""
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
         return k3(columns.reference_log_probs - outputs.log_probs)
@@ -186,18 +186,18 @@ def reference_term(kl_coefficient: float) -> Term:
         frozenset({"reference_log_probs"}),
         values,
         metrics,
-        kl_coefficient,
+        kl_loss_coef,
     )
 
 
-def grpo_objective(surrogate: Surrogate = Surrogate(), *, kl_coefficient: float = 5e-4) -> Objective:
+def grpo_objective(surrogate: Surrogate = Surrogate(), *, kl_loss_coef: float = 5e-4) -> Objective:
     """GRPO (stages 1 and 3): the policy term with a penalty to the reference; a coefficient of 0 needs no reference."""
-    if not (math.isfinite(kl_coefficient) and kl_coefficient >= 0):
-        raise UserError(f"kl_coefficient {kl_coefficient}: give a number of at least 0")
-    if kl_coefficient == 0:
+    if not (math.isfinite(kl_loss_coef) and kl_loss_coef >= 0):
+        raise UserError(f"kl_loss_coef {kl_loss_coef}: give a number of at least 0")
+    if kl_loss_coef == 0:
         return Objective((policy_term(surrogate),))
     return Objective(
-        (policy_term(surrogate), reference_term(kl_coefficient)),
+        (policy_term(surrogate), reference_term(kl_loss_coef)),
         kl_metric="reference_kl",
         token_kl=lambda outputs, columns: k3(columns.reference_log_probs - outputs.log_probs),
     )

@@ -25,7 +25,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 
 Reduction = Literal["mean", "sum", "max", "min"]
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
+LOSS_AGG_MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 
 # Column -> the step that writes it.
 _WRITERS = {
@@ -283,28 +283,28 @@ class ResponseCounts:
 
 def token_weights(
     lengths: Sequence[int] | np.ndarray,
-    aggregation: str,
+    loss_agg_mode: str,
     counts: ResponseCounts,
-    max_response_tokens: int | None = None,
+    max_response_length: int | None = None,
 ) -> np.ndarray:
     """The weight of every token of each response: float64 [number of responses] (methods.md M1).
 
     lengths: response tokens of each response here. counts: of the GLOBAL batch of one update, over all data-parallel
     ranks and micro-batches; the weights of a response then do not depend on which others are packed with it.
     token_mean: 1 / tokens. seq_mean_token_mean: 1 / (sequences * length). seq_mean_token_sum_norm:
-    1 / (sequences * max_response_tokens), the constant length of Dr. GRPO. A response of length 0 gets 0.
+    1 / (sequences * max_response_length), the constant length of Dr. GRPO. A response of length 0 gets 0.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if (lengths < 0).any() or lengths.sum() > counts.tokens or (lengths > 0).sum() > counts.sequences:
         raise ValueError(f"{ResponseCounts.of(lengths)} here cannot be part of {counts} globally")
-    if aggregation == "token_mean":
+    if loss_agg_mode == "token_mean":
         weights = np.full(lengths.shape, 1.0 / max(counts.tokens, 1))
-    elif aggregation == "seq_mean_token_mean":
+    elif loss_agg_mode == "seq_mean_token_mean":
         weights = 1.0 / (max(counts.sequences, 1) * np.maximum(lengths, 1).astype(np.float64))
-    elif aggregation == "seq_mean_token_sum_norm":
-        if max_response_tokens is None or max_response_tokens < 1:
-            raise UserError("aggregation seq_mean_token_sum_norm divides by max_response_tokens: give that limit")
-        weights = np.full(lengths.shape, 1.0 / (max(counts.sequences, 1) * max_response_tokens))
+    elif loss_agg_mode == "seq_mean_token_sum_norm":
+        if max_response_length is None or max_response_length < 1:
+            raise UserError("loss_agg_mode seq_mean_token_sum_norm divides by max_response_length: give that limit")
+        weights = np.full(lengths.shape, 1.0 / (max(counts.sequences, 1) * max_response_length))
     else:
-        raise UserError(f"aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
+        raise UserError(f"loss_agg_mode {loss_agg_mode!r}: choose one of {', '.join(LOSS_AGG_MODES)}")
     return np.where(lengths > 0, weights, 0.0)

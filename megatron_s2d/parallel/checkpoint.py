@@ -52,21 +52,21 @@ def start_saving(
     model_spec: dict[str, Any],
     position: dict[str, Any],
     trainable: TrainableModel | None = None,
-    in_background: bool = False,
-) -> Saving:
+    async_save: bool = False,
+) -> CheckpointSave:
     """Begin a checkpoint in ``directory`` (which must not exist); its ``finish`` makes it appear. Collective.
 
-    ``chunks`` are the bare models; ``trainable`` adds the optimizer state. in_background: a thread writes a copy of the
+    ``chunks`` are the bare models; ``trainable`` adds the optimizer state. async_save: a thread writes a copy of the
     state as it is now, while training goes on; otherwise the files are written when this returns. Raises ``UserError``,
     here or from ``finish``, when the disk is full or not writable; then ``directory`` does not exist and whatever was
     saved before is untouched.
     """
-    saving = Saving(directory, model_spec, position)
-    saving.start(chunks, layout, trainable, in_background)
+    saving = CheckpointSave(directory, model_spec, position)
+    saving.start(chunks, layout, trainable, async_save)
     return saving
 
 
-class Saving:
+class CheckpointSave:
     """A checkpoint that is being written; one at a time in a process."""
 
     def __init__(self, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]):
@@ -81,15 +81,15 @@ class Saving:
         chunks: list[torch.nn.Module],
         layout: Layout,
         trainable: TrainableModel | None,
-        in_background: bool,
+        async_save: bool,
     ) -> None:
         """Agree on who writes what, and write it or begin to; collective."""
         failure = _on_rank_zero(lambda: _fresh_directory(self._temporary, self._directory))
         if failure is None:
-            failure = _everyone(lambda: self._prepare(chunks, layout, trainable, in_background))
+            failure = _everyone(lambda: self._prepare(chunks, layout, trainable, async_save))
         if failure is not None:
             self._give_up(failure)
-        if in_background:
+        if async_save:
             self._thread = threading.Thread(target=self._write_or_note, name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -114,7 +114,7 @@ class Saving:
             self._give_up(failure)
 
     def _prepare(
-        self, chunks: list[torch.nn.Module], layout: Layout, trainable: TrainableModel | None, in_background: bool
+        self, chunks: list[torch.nn.Module], layout: Layout, trainable: TrainableModel | None, async_save: bool
     ) -> None:
         # The writer reports through a queue; the default one lives in a manager process whose start takes seconds,
         # which a writer in this process does not need.
@@ -122,7 +122,7 @@ class Saving:
             filesystem_async._results_queue = queue.Queue()
         with layout.active():
             state = _sharded_state(chunks, trainable, loading=False)
-            if in_background:
+            if async_save:
                 _copy_what_training_changes(state)
             self._request = dist_checkpointing.save(
                 state,
@@ -196,7 +196,7 @@ def load_checkpoint(
             _load_optimizer(trainable, loaded["optimizer"])
     position = read_position(directory)
     if trainable is not None:
-        trainable.restart_schedule_at(position["updates"])
+        trainable.set_scheduler_step(position["updates"])
     return position
 
 

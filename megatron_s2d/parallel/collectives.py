@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_s2d.errors import UserError
 
 
-def from_first[Result](action: Callable[[], Result]) -> Result:
+def broadcast_from_rank0[Result](action: Callable[[], Result]) -> Result:
     """The result of ``action``, which rank 0 carries out, on all ranks; so is its ``UserError``. Collective."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -25,7 +25,7 @@ def from_first[Result](action: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def from_all[Value](value: Value) -> list[Value]:
+def all_gather_object[Value](value: Value) -> list[Value]:
     """Every rank's ``value``, on all ranks; collective."""
     if dist.get_world_size() == 1:
         return [value]
@@ -34,7 +34,7 @@ def from_all[Value](value: Value) -> list[Value]:
     return found
 
 
-def to_group[Value](values: list[Value], group: dist.ProcessGroup) -> list[Value]:
+def broadcast_in_group[Value](values: list[Value], group: dist.ProcessGroup) -> list[Value]:
     """``values`` of the first rank of ``group``, on all its ranks."""
     if group.size() == 1:
         return values

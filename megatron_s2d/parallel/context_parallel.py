@@ -16,7 +16,7 @@ def pieces(size: int) -> int:
     return 1 if size == 1 else 2 * size
 
 
-def held_positions(bounds: Sequence[int], size: int) -> np.ndarray:
+def cp_positions(bounds: Sequence[int], size: int) -> np.ndarray:
     """[size, tokens / size] int64: the positions that each rank holds, in its order.
 
     ``bounds``: where each sequence begins, and the end; lengths are multiples of ``pieces(size)``.

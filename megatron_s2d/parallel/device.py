@@ -80,16 +80,16 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if capabilities().cuda else torch.device("cpu")
 
 
-def host_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def pinned_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Host memory that the device copies from and to without waiting: pinned with CUDA."""
     return torch.empty(*shape, dtype=dtype, pin_memory=capabilities().cuda)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in ``host_empty`` memory, made in the order of the device's work; the tensor itself on a CPU."""
+    """A copy in ``pinned_empty`` memory, made in the order of the device's work; the tensor itself on a CPU."""
     if not capabilities().cuda:
         return tensor
-    return host_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
+    return pinned_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
 
 
 def wait() -> None:

@@ -37,53 +37,53 @@ class Layout:
     config: ParallelConfig
     groups: ProcessGroupCollection
     # [data rank][context rank x tensor ranks + tensor rank] -> global rank that holds the output layer
-    last_stage_ranks: tuple[tuple[int, ...], ...]
+    output_ranks: tuple[tuple[int, ...], ...]
     _globals: dict[str, object] = dataclasses.field(repr=False)
 
     @property
-    def tensor_rank(self) -> int:
+    def tp_rank(self) -> int:
         return self.groups.tp.rank()
 
     @property
-    def tensor_size(self) -> int:
+    def tp_size(self) -> int:
         return self.config.tensor_model_parallel_size
 
     @property
-    def pipeline_rank(self) -> int:
+    def pp_rank(self) -> int:
         return self.groups.pp.rank()
 
     @property
-    def pipeline_size(self) -> int:
+    def pp_size(self) -> int:
         return self.config.pipeline_model_parallel_size
 
     @property
-    def context_rank(self) -> int:
+    def cp_rank(self) -> int:
         return self.groups.cp.rank()
 
     @property
-    def context_size(self) -> int:
+    def cp_size(self) -> int:
         return self.config.context_parallel_size
 
     @property
-    def data_rank(self) -> int:
+    def dp_rank(self) -> int:
         return self.groups.dp.rank()
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         return self.config.data_parallel_size
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_pipeline_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
-        return self.pipeline_rank == 0
+        return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_pipeline_last_stage(self) -> bool:
         """Whether this rank holds the output layer and therefore sees outputs and losses."""
-        return self.pipeline_rank == self.pipeline_size - 1
+        return self.pp_rank == self.pp_size - 1
 
     @property
-    def last_stage_rank(self) -> int:
+    def output_rank(self) -> int:
         """Global rank, within this rank's pipeline, of the last stage."""
         return dist.get_process_group_ranks(self.groups.pp)[-1]
 
@@ -147,7 +147,7 @@ def build_layout(config: ParallelConfig) -> Layout:
         create_gloo_process_groups=True,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    layout = Layout(config, groups, _last_stage_ranks(config, groups), _snapshot())
+    layout = Layout(config, groups, _output_ranks(config, groups), _snapshot())
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
@@ -157,7 +157,7 @@ def build_layout(config: ParallelConfig) -> Layout:
     return layout
 
 
-def _last_stage_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
+def _output_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
     places: list[tuple[int, ...]] = [()] * config.world_size
     dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
     rank_at = {place: rank for rank, place in enumerate(places)}

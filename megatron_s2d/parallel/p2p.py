@@ -24,7 +24,7 @@ def exchange(
     partners: int,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Send ``sent`` and fill ``received``, both in host memory (``device.host_empty``).
+    """Send ``sent`` and fill ``received``, both in host memory (``device.pinned_empty``).
 
     sent: rows [n, d] by the rank that they go to. received: by the rank that they come from, blocks [m, d] that its
     rows fill one after the other. A rank may be its own partner. partners: the most ranks that any one sends to or

@@ -65,7 +65,7 @@ class TrainableModel:
             ]
             self.model_config.finalize_model_grads_func = finalize_model_grads
             for chunk in chunks:
-                accumulate_in_products(chunk)
+                enable_gradient_accumulation_fusion(chunk)
             recipe = self.model_config.fp8_recipe if fp8_parameters else None
             self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0], recipe), self.chunks)
             self.model_config.grad_scale_func = self.optimizer.scale_loss
@@ -82,12 +82,12 @@ class TrainableModel:
             wd_incr_steps=max(total_steps, 1),
             wd_incr_style="constant",
         )
-        self._parking = Parking(self) if offload else None
+        self._parking = OptimizerOffloader(self) if offload else None
         if self._parking is not None:
             self._parking.park()
 
     @contextlib.contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def optimizer_loaded(self) -> Iterator[None]:
         """The optimizer's state is on the device inside the block, for an update, for saving and loading."""
         if self._parking is None:
             yield
@@ -109,7 +109,7 @@ class TrainableModel:
 
     def update(self) -> float:
         """One optimizer update; returns the global gradient norm before clipping (NaN or inf: nothing was changed)."""
-        with self.layout.active(), self.at_hand():
+        with self.layout.active(), self.optimizer_loaded():
             successful, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return float(norm) if successful and norm is not None else math.nan
@@ -119,13 +119,13 @@ class TrainableModel:
         """The rate that the next update uses."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def restart_schedule_at(self, step: int) -> None:
+    def set_scheduler_step(self, step: int) -> None:
         """Put the learning-rate schedule where it stands after ``step`` updates."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
 
 
-class Parking:
+class OptimizerOffloader:
     """Host memory for what only an update needs. Tensors stay the objects they are and lose their storage meanwhile."""
 
     def __init__(self, trainable: TrainableModel):
@@ -169,7 +169,7 @@ class Parking:
                 yield from (value for value in values.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
-def accumulate_in_products(chunk: torch.nn.Module) -> None:
+def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
     """Let the products that make weight gradients add to Megatron's float32 buffers themselves, where a kernel can.
 
     Transformer Engine's layers have one of their own, Megatron's need apex. Without, autograd makes each gradient in

@@ -24,19 +24,19 @@ _renewed = 0.0
 
 
 @contextlib.contextmanager
-def watched(path: Path, hang_seconds: float | None) -> Iterator[None]:
-    """Within the block, end the process (exit code 1) if no ``beat`` comes for ``hang_seconds``; None: never.
+def watched(path: Path, watchdog_timeout_seconds: float | None) -> Iterator[None]:
+    """Within the block, end the process (exit code 1) if no ``beat`` comes for ``watchdog_timeout_seconds``; None: never.
 
     ``path`` exists meanwhile: its time of change is the last sign of life, its content the stacks of all threads once the
     deadline has passed. It is removed when the block ends, unless it holds stacks.
     """
     global _file, _limit
-    if hang_seconds is None:
+    if watchdog_timeout_seconds is None:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        _file, _limit = file, hang_seconds
+        _file, _limit = file, watchdog_timeout_seconds
         beat(force=True)
         try:
             yield
@@ -56,6 +56,6 @@ def beat(*, force: bool = False) -> None:
         faulthandler.dump_traceback_later(_limit, exit=True, file=_file)
 
 
-def stacks_left(path: Path) -> bool:
+def has_stack_dump(path: Path) -> bool:
     """Whether the rank that wrote to ``path`` was ended because it made no progress."""
     return path.exists() and path.stat().st_size > 0

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_s2d.config.training import LEAST_TEMPERATURE
 from megatron_s2d.errors import UserError
-from megatron_s2d.records import PolicySpan, Prompt, Sample
+from megatron_s2d.records import WeightVersionSpan, Prompt, Sample
 
 # Called with (finished requests, all requests of the call) from time to time.
 ProgressCallback = Callable[[int, int], None]
@@ -75,7 +75,7 @@ class Request:
 class RolloutEngine(Protocol):
     """Generates responses with the weights that were last pushed."""
 
-    version: int  # of the weights in use; written to every sample's policy_spans
+    version: int  # of the weights in use; written to every sample's weight_versions
 
     def generate(
         self,
@@ -181,11 +181,11 @@ def sample_of(
         temperature=request.params.temperature,
         finish_reason=reason,
         rollout_log_probs=rollout_log_probs,
-        policy_spans=_spans(start, np.broadcast_to(versions, len(response))),
+        weight_versions=_spans(start, np.broadcast_to(versions, len(response))),
     )
 
 
-def _spans(start: int, versions: np.ndarray) -> tuple[PolicySpan, ...]:
+def _spans(start: int, versions: np.ndarray) -> tuple[WeightVersionSpan, ...]:
     """Runs of equal ``versions`` [R] as spans of the tokens from ``start`` on."""
     bounds = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-    return tuple(PolicySpan(start + a, start + b, int(versions[a])) for a, b in zip(bounds, bounds[1:]))
+    return tuple(WeightVersionSpan(start + a, start + b, int(versions[a])) for a, b in zip(bounds, bounds[1:]))

@@ -21,20 +21,20 @@ from megatron_s2d.rollout.engine import (
     SamplingParams,
     sample_seed,
 )
-from megatron_s2d.train.policy import Policy, gather_dicts
-from megatron_s2d.verify import Graders, Verdict
+from megatron_s2d.train.policy import MegatronModel, gather_dicts
+from megatron_s2d.verify import RewardManager, Verdict
 
 _EXAMPLES_PER_STEP = 2
 _TOKENS_PER_EXAMPLE = 512
 
 
-class PromptStream:
+class PromptDataLoader:
     """Prompts in an order that is shuffled anew every epoch; what a step takes depends on its number only."""
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
         self.prompts, self.per_step, self._seed = list(prompts), per_step, seed
 
-    def of_step(self, step: int) -> list[Prompt]:
+    def batch_for_step(self, step: int) -> list[Prompt]:
         """The prompts of ``step`` (counted from 1)."""
         return self.slice((step - 1) * self.per_step, step * self.per_step)
 
@@ -55,7 +55,7 @@ class PromptStream:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class GroupKey:
     """Where a group comes from: its seeds are a function of this."""
 
     prompt_id: str
@@ -67,45 +67,45 @@ class Origin:
 class Group:
     """The requests for one prompt."""
 
-    origin: Origin
+    origin: GroupKey
     requests: Sequence[Request]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sampler:
+class RolloutWorker:
     """Generates (and grades) responses with an engine, data-parallel: the result is the same on every rank."""
 
-    policy: Policy
+    policy: MegatronModel
     engine: RolloutEngine
     params: SamplingParams
     seed: int
     tokenizer: Any
-    graders: Graders | None = None  # None: responses are not graded
+    graders: RewardManager | None = None  # None: responses are not graded
 
     def sample(
         self,
         prompts: Sequence[Prompt],
-        responses_per_prompt: int,
+        num_generations: int,
         step: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
-        """``responses_per_prompt`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place."""
-        mine = self.share(self.groups(prompts, responses_per_prompt, step))
+        """``num_generations`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place."""
+        mine = self.share(self.groups(prompts, num_generations, step))
         return self.graded(mine, self.engine.generate(flat(mine), progress))
 
-    def groups(self, prompts: Sequence[Prompt], responses_per_prompt: int, step: int, first: int = 0) -> list[Group]:
+    def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int, first: int = 0) -> list[Group]:
         """The group of each prompt, numbered from ``first``; a prompt that comes twice has different seeds."""
         seen: dict[str, int] = {}
         found = []
         for place, prompt in enumerate(prompts, start=first):
             repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
-            found.append(self.group(prompt, responses_per_prompt, place, Origin(prompt.id, step, repeat)))
+            found.append(self.group(prompt, num_generations, place, GroupKey(prompt.id, step, repeat)))
         return found
 
-    def group(self, prompt: Prompt, responses_per_prompt: int, place: int, origin: Origin) -> Group:
+    def group(self, prompt: Prompt, num_generations: int, place: int, origin: GroupKey) -> Group:
         """The requests for ``prompt`` as group ``place``."""
         requests = []
-        for index in range(origin.repeat * responses_per_prompt, (origin.repeat + 1) * responses_per_prompt):
+        for index in range(origin.repeat * num_generations, (origin.repeat + 1) * num_generations):
             seed = sample_seed(self.seed, origin.step, prompt.id, index)
             requests.append(Request(f"{prompt.id}#{index}@{origin.step}", prompt, place, seed, self.params))
         return Group(origin, requests)
@@ -113,16 +113,16 @@ class Sampler:
     def share[Item](self, items: Sequence[Item]) -> Sequence[Item]:
         """The consecutive part of ``items`` that this data rank works on."""
         layout = self.policy.layout
-        count, rank, size = len(items), layout.data_rank, layout.data_size
+        count, rank, size = len(items), layout.dp_rank, layout.dp_size
         return items[count * rank // size : count * (rank + 1) // size]
 
     def graded(self, groups: Sequence[Group], samples: Sequence[Sample]) -> list[Sample]:
         """The samples of this data rank with reward and verdict, joined with those of the others in their order."""
         found = {}
-        if self.policy.is_leader:
+        if self.policy.is_dp_leader:
             prompts = {request.id: request.prompt for request in flat(groups)}
             graded = samples if self.graders is None else self._grade([prompts[s.id] for s in samples], samples)
-            found = {self.policy.layout.data_rank: graded}
+            found = {self.policy.layout.dp_rank: graded}
         merged = gather_dicts(found)
         return [sample for rank in sorted(merged) for sample in merged[rank]]
 
@@ -140,20 +140,20 @@ class Sampler:
 
 
 @dataclasses.dataclass(eq=False)
-class Rounds:
-    """The graded responses that each step trains on, to ``prompts_per_step`` prompts.
+class RolloutBuffer:
+    """The graded responses that each step trains on, to ``train_batch_size`` prompts.
 
-    The engine is told of the next step's requests as soon as it is done with this one's. With ``oversampling`` above 1
+    The engine is told of the next step's requests as soon as it is done with this one's. With ``over_sampling_ratio`` above 1
     more prompts are under way, always as many: a step takes the first that are complete, and the others go on in the
     next one. Each data rank has its own.
     """
 
-    stream: PromptStream
-    sampler: Sampler
-    prompts_per_step: int  # the first ones of each step of the stream
-    responses_per_prompt: int
+    stream: PromptDataLoader
+    sampler: RolloutWorker
+    train_batch_size: int  # the first ones of each step of the stream
+    num_generations: int
     steps: int
-    oversampling: float = 1.0
+    over_sampling_ratio: float = 1.0
     announces: bool = True  # False: ``announce`` is called by the source, which asks for more before that
     _groups: list[Group] = dataclasses.field(default_factory=list)  # of this data rank, for step ``_prepared``
     _left: list[Group] = dataclasses.field(default_factory=list)  # under way after the last step taken
@@ -174,7 +174,7 @@ class Rounds:
         samples = self.sampler.graded(groups, samples)
         places = {group: place for place, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
         samples = [dataclasses.replace(sample, group=places[sample.group]) for sample in samples]
-        return [self._by_id[sample.prompt_id] for sample in samples[:: self.responses_per_prompt]], samples
+        return [self._by_id[sample.prompt_id] for sample in samples[:: self.num_generations]], samples
 
     def announce(self, step: int) -> None:
         """Tell the engine what ``step`` will ask for, unless it is beyond the last."""
@@ -188,14 +188,14 @@ class Rounds:
             return {}
         policy = self.sampler.policy
         own = [dataclasses.astuple(group.origin) for group in self._left]
-        merged = gather_dicts({policy.layout.data_rank: own} if policy.is_leader else {})
+        merged = gather_dicts({policy.layout.dp_rank: own} if policy.is_dp_leader else {})
         return {"carried": [origin for rank in sorted(merged) for origin in merged[rank]]}
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Begin anew with what was under way at a checkpoint: its tokens so far are not kept, the prompts are."""
-        origins = [Origin(*values) for values in position.get("carried", [])]
+        origins = [GroupKey(*values) for values in position.get("carried", [])]
         self._left = [
-            self.sampler.group(self._by_id[origin.prompt_id], self.responses_per_prompt, -1 - place, origin)
+            self.sampler.group(self._by_id[origin.prompt_id], self.num_generations, -1 - place, origin)
             for place, origin in self.sampler.share(list(enumerate(origins)))
         ]
 
@@ -206,23 +206,23 @@ class Rounds:
     @property
     def _num_extra(self) -> int:
         """Prompts under way beyond those of a step, over all data ranks."""
-        return math.ceil(round(self.prompts_per_step * (self.oversampling - 1), 6))
+        return math.ceil(round(self.train_batch_size * (self.over_sampling_ratio - 1), 6))
 
     @property
     def _num_own(self) -> int:
         """Prompts of a step on this data rank."""
-        return len(self.sampler.share(range(self.prompts_per_step)))
+        return len(self.sampler.share(range(self.train_batch_size)))
 
     def _prepare(self, step: int) -> None:
         """Set ``_groups`` to what is left of the last step and the new prompts of ``step``."""
         if self._prepared == step:
             return
         first = (step - 1) * self.stream.per_step + (self._num_extra if step > 1 else 0)
-        count = self.prompts_per_step + (self._num_extra if step == 1 else 0)
+        count = self.train_batch_size + (self._num_extra if step == 1 else 0)
         prompts = self.stream.slice(first, first + count)
         # Numbers of groups differ from those of what is left; without any they are places in the step.
-        groups = self.sampler.groups(prompts, self.responses_per_prompt, step, first if self._num_extra else 0)
-        own, extra = groups[: self.prompts_per_step], groups[self.prompts_per_step :]
+        groups = self.sampler.groups(prompts, self.num_generations, step, first if self._num_extra else 0)
+        own, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
         self._groups = [*self._left, *self.sampler.share(own), *self.sampler.share(extra)]
         self._prepared = step
 

@@ -26,12 +26,12 @@ from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.rollout.sampler import PromptStream, Rounds, Sampler
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.rollout.served.server_group import Fleet
-from megatron_s2d.rollout.sglang.checks import Needs
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, RolloutWorker
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.checks import ServerRequirements
 from megatron_s2d.train.loop import LoopSettings
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class StageContext:
         return load_tokenizer(self.config.tokenizer, self.tokenizer_cache)
 
     @property
-    def is_writer(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this rank writes files."""
         return dist.get_rank() == 0
 
@@ -86,44 +86,44 @@ class StageContext:
         """The final weights of a finished stage."""
         return self.inputs[stage_name].model_path
 
-    def start_policy(self, *, beta: float | None = None, trained: bool = True) -> Policy:
+    def start_policy(self, *, beta: float | None = None, trained: bool = True) -> MegatronModel:
         """The model that the stage trains, with its starting weights, not yet prepared for training."""
         stage = self.stage
         if stage.init is not None:
             return self.policy_of(stage.init, beta=beta, trained=trained)
         return self.fresh_policy(stage.model, beta=beta, trained=trained)
 
-    def fresh_policy(self, model_name: str, *, beta: float | None = None, trained: bool = False) -> Policy:
+    def fresh_policy(self, model_name: str, *, beta: float | None = None, trained: bool = False) -> MegatronModel:
         """An entry of ``models`` with its own weights: those of its ``path``, or drawn with the stage's seed."""
         return self._policy(model_name, fresh=True, beta=beta, trained=trained)
 
     def policy_of(
         self, stage_name: str, *, beta: float | None = None, layout: Layout | None = None, trained: bool = False
-    ) -> Policy:
+    ) -> MegatronModel:
         """The model that a finished stage left."""
         policy = self._policy(self.config.model_of(stage_name), fresh=False, beta=beta, layout=layout, trained=trained)
         policy.load(self.model_directory(stage_name))
         return policy
 
-    def save_model(self, policy: Policy) -> None:
+    def save_model(self, policy: MegatronModel) -> None:
         """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective."""
         if not self.directory.model_path.exists():
             policy.save(self.directory.model_path, {"stage": self.name}, with_optimizer=False)
 
-    def frozen(self, stage_name: str) -> Policy:
+    def frozen(self, stage_name: str) -> MegatronModel:
         """``policy_of`` without gradients, at the layout of teachers: a teacher or a reference."""
         policy = self.policy_of(stage_name, layout=self._layout_of(self.config.frozen_parallel(stage_name)))
         policy.freeze()
         return policy
 
-    def engine(self, policy: Policy, model_name: str, params: SamplingParams) -> RolloutEngine:
+    def engine(self, policy: MegatronModel, model_name: str, params: SamplingParams) -> RolloutEngine:
         """The engine that generates with the weights of ``policy``, an entry of ``models``, by ``params``; collective.
 
         It holds the weights as they are now, and later ones after ``push``. ``close`` ends it.
         """
         rollout = self.config.rollout
         if rollout.engine == "sglang":
-            return self.served(policy, model_name, Needs(self._longest(policy, params), params=params))
+            return self.served(policy, model_name, ServerRequirements(self._longest(policy, params), params=params))
         return MegatronEngine(
             policy.chunks,
             policy.spec.vocab_size,
@@ -133,20 +133,20 @@ class StageContext:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
-    def served_teacher(self, policy: Policy, model_name: str, params: SamplingParams, top_k: int) -> SglangEngine:
+    def served_teacher(self, policy: MegatronModel, model_name: str, params: SamplingParams, top_k: int) -> ServedEngine:
         """Servers that score responses by ``params`` with the weights of ``policy``, which waits in host memory.
 
         top_k: how many likeliest tokens will be asked for at each token; 0 for none.
         """
-        needs = Needs(self._longest(policy, params), top_k=top_k)
+        needs = ServerRequirements(self._longest(policy, params), top_k=top_k)
         return self.served(policy, model_name, needs, release=True)
 
-    def _longest(self, policy: Policy, params: SamplingParams) -> int:
+    def _longest(self, policy: MegatronModel, params: SamplingParams) -> int:
         """Tokens of the longest prompt with the longest response."""
-        longest = self.config.lengths.max_prompt_tokens + params.max_new_tokens
+        longest = self.config.lengths.max_prompt_length + params.max_new_tokens
         return min(longest, policy.spec.max_position_embeddings)
 
-    def served(self, policy: Policy, model_name: str, needs: Needs, *, release: bool = False) -> SglangEngine:
+    def served(self, policy: MegatronModel, model_name: str, needs: ServerRequirements, *, release: bool = False) -> ServedEngine:
         """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
 
         release: the policy itself waits in host memory whenever nothing is pushed.
@@ -159,7 +159,7 @@ class StageContext:
                 "rollout.sglang.urls hold one: leave the model out there to have servers started"
             )
         directory = self.directory.path / "sglang" / f"{len(self._engines)}-{model_name}"
-        fleet = Fleet(
+        fleet = ServerGroup(
             policy.chunks,
             policy.spec,
             policy.layout,
@@ -171,22 +171,22 @@ class StageContext:
             tokenizer=self.tokenizer,
             on_device=functools.partial(policy.on_device, release=release),
         )
-        engine = SglangEngine(fleet)
+        engine = ServedEngine(fleet)
         self._engines.append((model_name, engine))
         return engine
 
     def rounds(
-        self, stream: PromptStream, sampler: Sampler, prompts_per_step: int | None = None, *, announces: bool = True
-    ) -> Rounds:
-        """What the stage's steps train on; see ``Rounds``. prompts_per_step: None for those of the stage."""
+        self, stream: PromptDataLoader, sampler: RolloutWorker, train_batch_size: int | None = None, *, announces: bool = True
+    ) -> RolloutBuffer:
+        """What the stage's steps train on; see ``RolloutBuffer``. train_batch_size: None for those of the stage."""
         stage, rollout = self.stage, self.config.rollout
-        return Rounds(
+        return RolloutBuffer(
             stream,
             sampler,
-            stage.prompts_per_step if prompts_per_step is None else prompts_per_step,
-            stage.responses_per_prompt,
+            stage.train_batch_size if train_batch_size is None else train_batch_size,
+            stage.num_generations,
             stage.steps,
-            rollout.sglang.oversampling if rollout.engine == "sglang" else 1.0,
+            rollout.sglang.over_sampling_ratio if rollout.engine == "sglang" else 1.0,
             announces,
         )
 
@@ -198,7 +198,7 @@ class StageContext:
     def sampling(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
         """Parameters for the engine, with the stop tokens of tokenizer and model."""
         return SamplingParams(
-            max_new_tokens=sampling.max_response_tokens,
+            max_new_tokens=sampling.max_response_length,
             stop_token_ids=stop_token_ids(self.tokenizer, self.config.models[model_name].path),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -216,12 +216,12 @@ class StageContext:
 
     def _policy(
         self, model_name: str, *, fresh: bool, beta: float | None, trained: bool, layout: Layout | None = None
-    ) -> Policy:
+    ) -> MegatronModel:
         model, fp8 = self.config.models[model_name], self.config.fp8
         if fp8 is not None and not trained:
             # Weights in bfloat16 serve saving and moving to the host as they are.
             fp8 = fp8.model_copy(update={"parameters": False}) if fp8.frozen_models else None
-        policy = Policy(
+        policy = MegatronModel(
             self.spec(model_name),
             layout or self.layout,
             precision=self.config.precision,
@@ -234,7 +234,7 @@ class StageContext:
         )
         if fresh and model.path is not None:
             source = HfCheckpoint(model.path)
-            if self.is_writer:
+            if self.is_rank_zero:
                 source.verify_digests()
             import_weights(policy.chunks, policy.spec, policy.layout, source)
         return policy

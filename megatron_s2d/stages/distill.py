@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_s2d.config.forward_kl import ForwardKlConfig
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.objectives.advantages import (
     AnchorSchedule,
     SignGate,
@@ -28,23 +28,23 @@ from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weigh
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sampler import (
-    PromptStream,
-    Rounds,
-    Sampler,
+    PromptDataLoader,
+    RolloutBuffer,
+    RolloutWorker,
     examples,
     response_metrics,
 )
-from megatron_s2d.rollout.served.engine import SglangEngine
+from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
-from megatron_s2d.stages.sft import GivenResponses, shuffled
+from megatron_s2d.stages.sft import OfflineSource, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.teachers.cached import CachedTeacher, open_cache
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher, ServedTeachers, TopKTeacher
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher, ServedTeachers, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
-from megatron_s2d.train.policy import Policy
-from megatron_s2d.verify import Graders
+from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.verify import RewardManager
 
 
 def run_forward_kl(context: StageContext) -> None:
@@ -58,7 +58,7 @@ def run_forward_kl(context: StageContext) -> None:
         cache, directory.path / OUTPUT_LAYER_NAME, policy, tail=stage.tail, temperature=stage.temperature
     )
     samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
-    source = GivenResponses(shuffled(samples, context.seed), stage.batch_size, stage.aggregation, "divergence_weight")
+    source = OfflineSource(shuffled(samples, context.seed), stage.batch_size, stage.loss_agg_mode, "divergence_weight")
     objective = divergence_objective("forward_kl", tail=stage.tail if cache.header.kind == "topk" else None)
     train(policy, source, objective, context.directory, context.settings(), teacher=teacher)
     context.save_model(policy)
@@ -68,28 +68,28 @@ def run_opd(context: StageContext) -> None:
     """Train on the student's own responses against frozen teachers."""
     stage: OpdConfig = context.stage
     policy = context.start_policy(beta=stage.beta)
-    teachers = ByDomain.load(stage.teacher, context.frozen)
+    teachers = TeacherRouter.load(stage.teacher, context.frozen)
     params = context.sampling(stage.sampling, context.config.model_of(context.name))
     scorers = _served(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
-    references = ByDomain.load(stage.reference, context.frozen) if needs_reference(stage) else None
-    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
-    policy.packs_by_domain = teachers.is_routed and stage.granularity != "sampled"
+    references = TeacherRouter.load(stage.reference, context.frozen) if needs_reference(stage) else None
+    policy.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
+    policy.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled"
     model = context.config.model_of(context.name)
     engine = context.engine(policy, model, params)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
-    with Graders() as graders:
-        sampler = Sampler(
+    with RewardManager() as graders:
+        sampler = RolloutWorker(
             policy, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None
         )
-        stream = PromptStream(prompts, stage.prompts_per_step, context.seed)
-        if stage.granularity == "sampled":
-            anchors = TeacherAnchors.of(context, stage, teachers, graders) if stage.teacher_sampling else None
-            source = ScoredResponses(stage, context.rounds(stream, sampler), scorers, references, anchors)
+        stream = PromptDataLoader(prompts, stage.train_batch_size, context.seed)
+        if stage.kl_estimator == "sampled":
+            anchors = TeacherAnchorSource.of(context, stage, teachers, graders) if stage.teacher_sampling else None
+            source = PolicyGradientOpdSource(stage, context.rounds(stream, sampler), scorers, references, anchors)
             teacher = None
         else:
-            live = round(stage.on_policy_fraction * stage.prompts_per_step)
+            live = round(stage.on_policy_fraction * stage.train_batch_size)
             rounds = context.rounds(stream, sampler, live)
-            source = StudentResponses(stage, rounds, scorers, _cached_samples(context, stage))
+            source = DivergenceOpdSource(stage, rounds, scorers, _cached_samples(context, stage))
             teacher = _distributions(stage, policy, scorers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
@@ -97,14 +97,14 @@ def run_opd(context: StageContext) -> None:
     context.save_model(policy)
 
 
-def _served(context: StageContext, stage: OpdConfig, teachers: ByDomain, params: SamplingParams) -> ServedTeachers:
+def _served(context: StageContext, stage: OpdConfig, teachers: TeacherRouter, params: SamplingParams) -> ServedTeachers:
     """Servers with the teachers' weights, proven against the teachers themselves; these then wait in host memory."""
     names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
-    engines: dict[str, SglangEngine] = {}
+    engines: dict[str, ServedEngine] = {}
     for domain, name in names.items():
         if name not in engines:
             policy = teachers.policies[domain]
-            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.granularity == "topk" else 0
+            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.kl_estimator == "topk" else 0
             engines[name] = context.served_teacher(policy, context.config.model_of(name), params, top_k)
     return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
@@ -117,25 +117,25 @@ def needs_reference(stage: OpdConfig) -> bool:
 
 def objective_of(stage: OpdConfig) -> Objective:
     """The stage's loss."""
-    if stage.granularity != "sampled":
-        tail = stage.tail if stage.granularity == "topk" else None
+    if stage.kl_estimator != "sampled":
+        tail = stage.tail if stage.kl_estimator == "topk" else None
         return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
     surrogate = Surrogate(
-        clip_low=stage.clip_low,
-        clip_high=stage.clip_high,
+        clip_ratio_low=stage.clip_ratio_low,
+        clip_ratio_high=stage.clip_ratio_high,
         importance=stage.importance.mode,
         importance_cap=stage.importance.cap,
-        on_policy=stage.updates_per_step == 1,
+        on_policy=stage.num_mini_batches == 1,
     )
     return policy_distillation_objective(surrogate, anchor=stage.teacher_sampling is not None)
 
 
 def _distributions(
-    stage: OpdConfig, policy: Policy, teachers: ByDomain | ServedTeachers, references: ByDomain | None
+    stage: OpdConfig, policy: MegatronModel, teachers: TeacherRouter | ServedTeachers, references: TeacherRouter | None
 ) -> Teacher:
     if isinstance(teachers, ServedTeachers):
         return ServedTopK(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.tail)
-    if stage.granularity == "topk":
+    if stage.kl_estimator == "topk":
         return TopKTeacher(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.support, stage.tail)
     return FullTeacher(policy, teachers, references, stage.reward_scale)
 
@@ -149,12 +149,12 @@ def _cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, i
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StudentResponses:
+class DivergenceOpdSource:
     """Responses whose tokens are compared with whole distributions; a share may come from a teacher cache (GKD)."""
 
     stage: OpdConfig
-    rounds: Rounds
-    teachers: ByDomain | ServedTeachers  # asked for scores only where tokens are weighted by them
+    rounds: RolloutBuffer
+    teachers: TeacherRouter | ServedTeachers  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
 
     def resume(self, position: Mapping[str, Any]) -> None:
@@ -164,40 +164,40 @@ class StudentResponses:
     def step(self, step: int) -> StepData:
         """Sample; nothing is scored, for the loss asks for distributions."""
         stage = self.stage
-        live, sampler = self.rounds.prompts_per_step, self.rounds.sampler
+        live, sampler = self.rounds.train_batch_size, self.rounds.sampler
         prompts, samples = self.rounds.take(step) if live else ([], [])
         metrics = response_metrics(samples) if samples else {}
         shown = examples(step, samples, prompts, sampler.tokenizer) if samples else []
-        others = stage.prompts_per_step - live
+        others = stage.train_batch_size - live
         if others:
-            count = others * stage.responses_per_prompt
+            count = others * stage.num_generations
             cached = self.cached((step - 1) * count, count)
             samples = samples + [
                 dataclasses.replace(
                     sample,
                     id=f"{sample.id}~cached",
-                    group=live + place // stage.responses_per_prompt,
+                    group=live + place // stage.num_generations,
                     rollout_log_probs=None,  # the teacher's
                 )
                 for place, sample in enumerate(cached)
             ]
         factors = token_factors(stage, samples, sampler.policy, self.teachers)
         updates = []
-        for part in split_updates(samples, stage.updates_per_step):
+        for part in split_updates(samples, stage.num_mini_batches):
             weights = policy_weights(part, stage)
-            updates.append(UpdateBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
+            updates.append(MiniBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
         return StepData(updates, metrics, shown, self.rounds.position())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ScoredResponses:
+class PolicyGradientOpdSource:
     """Responses whose sampled tokens carry an advantage: OPD, G-OPD, and with a gate SG-OPD."""
 
     stage: OpdConfig
-    rounds: Rounds
-    teachers: ByDomain | ServedTeachers
-    references: ByDomain | None
-    anchors: TeacherAnchors | None
+    rounds: RolloutBuffer
+    teachers: TeacherRouter | ServedTeachers
+    references: TeacherRouter | None
+    anchors: TeacherAnchorSource | None
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """See ``train.loop.SampleSource``."""
@@ -210,8 +210,8 @@ class ScoredResponses:
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
         factors = token_factors(stage, samples, self.rounds.sampler.policy, self.teachers)
-        parts = split_updates(samples, stage.updates_per_step)
-        anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.of_step(step, prompts)
+        parts = split_updates(samples, stage.num_mini_batches)
+        anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.batch_for_step(step, prompts)
         updates = [
             self._update(part, extra, anchored.get("anchor_alpha", 0.0), factors)
             for part, extra in zip(parts, anchors, strict=True)
@@ -257,7 +257,7 @@ class ScoredResponses:
         verifier = np.concatenate(
             [np.full(int(mask.sum()), value) for mask, value in zip(masks, groups.advantages, strict=True)]
         )
-        gate = SignGate(settings.lambda_high, settings.lambda_base, settings.fallback, settings.interp_beta)
+        gate = SignGate(settings.lambda_high, settings.lambda_base, settings.fallback, settings.conflict_beta)
         gated = sg_opd_gate(verifier, teacher, student, reference, gate)
         metrics = {f"gate/{name}": value for name, value in gated.counts.fractions().items()}
         places = np.concatenate([np.arange(int(mask.sum())) for mask in masks])
@@ -271,13 +271,13 @@ class ScoredResponses:
 
     def _update(
         self, samples: list[Sample], anchors: list[Sample], alpha: float, factors: Mapping[str, np.ndarray]
-    ) -> UpdateBatch:
+    ) -> MiniBatch:
         own = with_factors(samples, policy_weights(samples, self.stage), factors)
         if self.anchors is None:
-            return UpdateBatch(samples, {"policy_weight": own})
+            return MiniBatch(samples, {"policy_weight": own})
         lengths = [anchor.response_length for anchor in anchors]
         anchor_weights = alpha * token_weights(lengths, "token_mean", ResponseCounts.of(lengths))
-        return UpdateBatch(
+        return MiniBatch(
             [*samples, *anchors],
             {
                 "policy_weight": [*own, *[0.0] * len(anchors)],
@@ -302,7 +302,7 @@ def fractions_by_position(agreement: np.ndarray, places: np.ndarray) -> dict[str
 
 
 def token_factors(
-    stage: OpdConfig, samples: Sequence[Sample], policy: Policy, teachers: ByDomain | ServedTeachers
+    stage: OpdConfig, samples: Sequence[Sample], policy: MegatronModel, teachers: TeacherRouter | ServedTeachers
 ) -> dict[str, np.ndarray]:
     """Sample id -> factor of each token [length], of mean 1 over the response tokens of the step; empty without any."""
     if stage.token_weighting == "none":
@@ -313,7 +313,7 @@ def token_factors(
         pairs = zip(teachers.score(samples), policy.score(samples), strict=True)
         raw = [np.abs(teacher - student) for teacher, student in pairs]
     else:
-        limit = stage.sampling.max_response_tokens
+        limit = stage.sampling.max_response_length
         raw = [1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit for sample in samples]
     flat = np.concatenate([value[sample.response_mask] for value, sample in zip(raw, samples, strict=True)])
     mean = float(flat.mean())
@@ -332,15 +332,15 @@ def with_factors(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TeacherAnchors:
+class TeacherAnchorSource:
     """Phased teacher sampling: verified responses of the teacher to a share of the step's prompts (methods.md M5)."""
 
     stage: OpdConfig
-    samplers: dict[str | None, Sampler]  # by domain, as the teachers
+    samplers: dict[str | None, RolloutWorker]  # by domain, as the teachers
     schedule: AnchorSchedule
 
     @classmethod
-    def of(cls, context: StageContext, stage: OpdConfig, teachers: ByDomain, graders: Graders) -> TeacherAnchors:
+    def of(cls, context: StageContext, stage: OpdConfig, teachers: TeacherRouter, graders: RewardManager) -> TeacherAnchorSource:
         """Samplers over the frozen teachers, which stay on the device."""
         settings = stage.teacher_sampling
         schedule = AnchorSchedule(settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end)
@@ -350,14 +350,14 @@ class TeacherAnchors:
             policy.to_device()
             name = stage.teacher if domain is None else stage.teacher[domain]
             engine = context.engine(policy, context.config.model_of(name), params)
-            samplers[domain] = Sampler(policy, engine, params, context.seed + 1, context.tokenizer, graders)
+            samplers[domain] = RolloutWorker(policy, engine, params, context.seed + 1, context.tokenizer, graders)
         return cls(stage, samplers, schedule)
 
-    def of_step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], dict[str, float]]:
+    def batch_for_step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], dict[str, float]]:
         """Kept responses for each update of the step, and metrics; nothing is sampled where alpha is 0."""
         stage, settings = self.stage, self.stage.teacher_sampling
         progress = (step - 1) / stage.steps
-        parts: list[list[Sample]] = [[] for _ in range(stage.updates_per_step)]
+        parts: list[list[Sample]] = [[] for _ in range(stage.num_mini_batches)]
         if not self.schedule.samples_teacher(progress):
             return parts, {"anchor_alpha": 0.0, "anchor_kept": 0.0}
         alpha = self.schedule.alpha(progress)
@@ -366,9 +366,9 @@ class TeacherAnchors:
         for domain, sampler in self.samplers.items():
             own = [prompt for prompt in chosen if domain is None or prompt.domain == domain]
             if own:
-                found = sampler.sample(own, settings.responses_per_prompt, step)
+                found = sampler.sample(own, settings.num_generations, step)
                 drawn += len(found)
-                kept += [sample for sample in found if sample.reward == 1.0 or not settings.verified_only]
+                kept += [sample for sample in found if sample.reward == 1.0 or not settings.only_correct]
         for place, sample in enumerate(kept):
             anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)
             parts[place % len(parts)].append(anchor)

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.files import append_line, atomic_write_text, read_jsonl, truncate_jsonl_after
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.sampler import Sampler, examples, response_metrics
+from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
-from megatron_s2d.verify import Graders
+from megatron_s2d.verify import RewardManager
 
 ROWS_NAME = "evaluation.jsonl"
 _PARTIAL_NAME = "rounds.jsonl"
@@ -26,7 +26,7 @@ def run_evaluation(
     *,
     sampling: SamplingConfig,
     seed: int,
-    problems_per_round: int,
+    eval_batch_size: int,
 ) -> None:
     """Evaluate the final weights of the stage ``context.name``; rows go to ``evaluation.jsonl`` in its directory.
 
@@ -38,27 +38,27 @@ def run_evaluation(
     model = context.config.model_of(context.name)
     params = context.sampling(sampling, model)
     rounds = [
-        (prompts[start : start + problems_per_round], k)
+        (prompts[start : start + eval_batch_size], k)
         for prompts, k in parts
-        for start in range(0, len(prompts), problems_per_round)
+        for start in range(0, len(prompts), eval_batch_size)
     ]
     done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
     dist.barrier()
-    if context.is_writer:
+    if context.is_rank_zero:
         truncate_jsonl_after(partial, last=done)
     log, timer = open_log(context.directory, done, None), Timer()
-    with Graders() as graders:
-        sampler = Sampler(policy, context.engine(policy, model, params), params, seed, context.tokenizer, graders)
+    with RewardManager() as graders:
+        sampler = RolloutWorker(policy, context.engine(policy, model, params), params, seed, context.tokenizer, graders)
         for number, (part, k) in enumerate(rounds[done:], start=done + 1):
             samples = sampler.sample(part, k, 0)
-            if context.is_writer:
+            if context.is_rank_zero:
                 append_line(partial, json.dumps({"step": number, "rows": rows_of(part, samples)}))
             tokens, times = sum(sample.response_length for sample in samples), timer.lap()
             log.write(number, response_metrics(samples) | {"tokens_per_second": tokens / times["seconds"]} | times)
             write_examples(context.directory, examples(number, samples, part, context.tokenizer))
             if agree(context.stop()) and number < len(rounds):
                 raise Stopped(f"stopped after round {number} of {len(rounds)}")
-    if context.is_writer:
+    if context.is_rank_zero:
         rows = [row for step in read_jsonl(partial) for row in step["rows"]]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write_text(context.directory.path / ROWS_NAME, text)

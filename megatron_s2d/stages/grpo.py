@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.objectives.advantages import (
     group_relative,
     overlong_penalty,
@@ -20,16 +20,16 @@ from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.sampler import (
-    PromptStream,
-    Rounds,
-    Sampler,
+    PromptDataLoader,
+    RolloutBuffer,
+    RolloutWorker,
     examples,
     response_metrics,
 )
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import StepData, train
-from megatron_s2d.train.policy import Policy
-from megatron_s2d.verify import Graders
+from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.verify import RewardManager
 
 
 def run_grpo(context: StageContext) -> None:
@@ -37,14 +37,14 @@ def run_grpo(context: StageContext) -> None:
     stage: GrpoConfig = context.stage
     policy, model = context.start_policy(), context.config.model_of(context.name)
     reference = _reference(context, stage)
-    policy.prepare_training(stage.optimizer, stage.steps * stage.updates_per_step, offload=stage.offload_optimizer)
+    policy.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
     params = context.sampling(stage.sampling, model)
     engine = context.engine(policy, model, params)
-    with Graders() as graders:
-        sampler = Sampler(policy, engine, params, context.seed, context.tokenizer, graders)
-        stream = PromptStream(context.prompts(stage.prompts), stage.prompts_per_step, context.seed)
+    with RewardManager() as graders:
+        sampler = RolloutWorker(policy, engine, params, context.seed, context.tokenizer, graders)
+        stream = PromptDataLoader(context.prompts(stage.prompts), stage.train_batch_size, context.seed)
         rounds = context.rounds(stream, sampler, announces=not stage.dynamic_sampling_rounds)
-        source = GradedGroups(stage, rounds, reference)
+        source = GrpoSource(stage, rounds, reference)
         train(policy, source, objective_of(stage), context.directory, context.settings(), engine=engine)
     context.save_model(policy)
 
@@ -52,18 +52,18 @@ def run_grpo(context: StageContext) -> None:
 def objective_of(stage: GrpoConfig):
     """The stage's loss. With one update per round the sampled weights are the current ones: ratios start at 1."""
     surrogate = Surrogate(
-        clip_low=stage.clip_low,
-        clip_high=stage.clip_high,
-        dual_clip=stage.dual_clip,
+        clip_ratio_low=stage.clip_ratio_low,
+        clip_ratio_high=stage.clip_ratio_high,
+        clip_ratio_c=stage.clip_ratio_c,
         importance=stage.importance.mode,
         importance_cap=stage.importance.cap,
-        on_policy=stage.updates_per_step == 1,
+        on_policy=stage.num_mini_batches == 1,
     )
-    return grpo_objective(surrogate, kl_coefficient=stage.kl_coefficient)
+    return grpo_objective(surrogate, kl_loss_coef=stage.kl_loss_coef)
 
 
-def _reference(context: StageContext, stage: GrpoConfig) -> Policy | None:
-    if stage.kl_coefficient == 0:
+def _reference(context: StageContext, stage: GrpoConfig) -> MegatronModel | None:
+    if stage.kl_loss_coef == 0:
         return None
     if stage.reference is not None:
         return context.frozen(stage.reference)
@@ -73,12 +73,12 @@ def _reference(context: StageContext, stage: GrpoConfig) -> Policy | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GradedGroups:
+class GrpoSource:
     """The live source: groups of graded responses with their advantages."""
 
     stage: GrpoConfig
-    rounds: Rounds
-    reference: Policy | None
+    rounds: RolloutBuffer
+    reference: MegatronModel | None
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """See ``train.loop.SampleSource``."""
@@ -97,13 +97,13 @@ class GradedGroups:
             ]
         samples, zero_variance = with_advantages(samples, stage)
         metrics |= {"zero_variance_fraction": zero_variance, "samples_drawn": float(len(drawn))}
-        updates = split_updates(samples, stage.updates_per_step)
-        batches = [UpdateBatch(part, {"policy_weight": policy_weights(part, stage)}) for part in updates]
+        updates = split_updates(samples, stage.num_mini_batches)
+        batches = [MiniBatch(part, {"policy_weight": policy_weights(part, stage)}) for part in updates]
         shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
         return StepData(batches, metrics, shown, self.rounds.position())
 
     def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
-        """(samples to train on, their prompts, all samples drawn); whole groups, ``prompts_per_step`` of them."""
+        """(samples to train on, their prompts, all samples drawn); whole groups, ``train_batch_size`` of them."""
         stage = self.stage
         prompts, drawn = self.rounds.take(step)
         if not stage.dynamic_sampling_rounds:
@@ -112,12 +112,12 @@ class GradedGroups:
         all_prompts = list(prompts)
         kept = _informative(drawn)
         for round_ in range(1, stage.dynamic_sampling_rounds + 1):
-            missing = stage.prompts_per_step - len(kept) // stage.responses_per_prompt
+            missing = stage.train_batch_size - len(kept) // stage.num_generations
             more = self.rounds.stream.refill(step, round_, seen, missing) if missing else []
             if not more:
                 break
             seen |= {prompt.id for prompt in more}
-            found = self.rounds.sampler.sample(more, stage.responses_per_prompt, step)
+            found = self.rounds.sampler.sample(more, stage.num_generations, step)
             offset = len(all_prompts)
             found = [dataclasses.replace(sample, group=sample.group + offset) for sample in found]
             all_prompts += more
@@ -128,7 +128,7 @@ class GradedGroups:
         chosen = {sample.group for sample in kept}
         # Where even the refills do not fill the batch, uninformative groups keep its size; their advantages are zero.
         for sample in drawn:
-            if len(chosen) == stage.prompts_per_step:
+            if len(chosen) == stage.train_batch_size:
                 break
             chosen.add(sample.group)
         return [sample for sample in drawn if sample.group in chosen], all_prompts, drawn
@@ -146,12 +146,12 @@ def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[
     if stage.overlong is not None:
         rewards = rewards + overlong_penalty(
             np.array([sample.response_length for sample in samples]),
-            max_response_tokens=stage.sampling.max_response_tokens,
+            max_response_length=stage.sampling.max_response_length,
             buffer_tokens=stage.overlong.buffer_tokens,
             penalty=stage.overlong.penalty,
         )
     groups = np.array([sample.group for sample in samples])
-    found = group_relative(rewards, groups, normalize_by_std=stage.normalize_by_std)
+    found = group_relative(rewards, groups, norm_adv_by_std=stage.norm_adv_by_std)
     advantages = [
         dataclasses.replace(sample, advantages=np.where(sample.response_mask, value, 0.0).astype(np.float32))
         for sample, value in zip(samples, found.advantages, strict=True)
@@ -173,4 +173,4 @@ def policy_weights(samples: Sequence[Sample], stage: GrpoConfig | OpdConfig) -> 
     """
     masks = stage.truncated_responses == "mask"
     lengths = [0 if masks and sample.finish_reason == "length" else sample.response_length for sample in samples]
-    return token_weights(lengths, stage.aggregation, ResponseCounts.of(lengths), stage.sampling.max_response_tokens)
+    return token_weights(lengths, stage.loss_agg_mode, ResponseCounts.of(lengths), stage.sampling.max_response_length)

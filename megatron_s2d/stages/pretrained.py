@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_s2d.config.weights import PretrainedConfig
+from megatron_s2d.config.weights import LoadCheckpointConfig
 from megatron_s2d.stages.context import StageContext
 
 
-def run_pretrained(context: StageContext) -> None:
+def run_load_checkpoint(context: StageContext) -> None:
     """Save the weights that the model's ``path`` holds."""
-    stage: PretrainedConfig = context.stage
+    stage: LoadCheckpointConfig = context.stage
     context.save_model(context.fresh_policy(stage.model))

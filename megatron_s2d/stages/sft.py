@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_s2d.config.sft import SupervisedConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.config.sft import SftConfig
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.errors import UserError
-from megatron_s2d.objectives.distill import supervised_objective
+from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.stages.context import StageContext
@@ -20,31 +20,31 @@ from megatron_s2d.teachers.cached import open_cache
 from megatron_s2d.train.loop import StepData, train
 
 
-def run_supervised(context: StageContext) -> None:
+def run_sft(context: StageContext) -> None:
     """Train on reference solutions or on cached responses."""
-    stage: SupervisedConfig = context.stage
+    stage: SftConfig = context.stage
     policy = context.start_policy()
     policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
-    source = GivenResponses(_reader(context, stage), stage.batch_size, stage.aggregation, "supervised_weight")
-    train(policy, source, supervised_objective(), context.directory, context.settings())
+    source = OfflineSource(_reader(context, stage), stage.batch_size, stage.loss_agg_mode, "supervised_weight")
+    train(policy, source, sft_objective(), context.directory, context.settings())
     context.save_model(policy)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GivenResponses:
+class OfflineSource:
     """A source of samples that exist already. ``read(start, count)`` gives samples ``start`` to ``start + count``."""
 
     read: Callable[[int, int], Sequence[Sample]]
     batch_size: int
-    aggregation: str
+    loss_agg_mode: str
     weight: str  # weight column of the objective's term
 
     def step(self, step: int) -> StepData:
         """One batch, one update."""
         samples = self.read((step - 1) * self.batch_size, self.batch_size)
         lengths = [sample.response_length for sample in samples]
-        weights = token_weights(lengths, self.aggregation, ResponseCounts.of(lengths), max(lengths))
-        return StepData([UpdateBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
+        weights = token_weights(lengths, self.loss_agg_mode, ResponseCounts.of(lengths), max(lengths))
+        return StepData([MiniBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Nothing: a batch is a function of its step."""
@@ -66,7 +66,7 @@ def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[
     return read
 
 
-def _reader(context: StageContext, stage: SupervisedConfig) -> Callable[[int, int], Sequence[Sample]]:
+def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Sequence[Sample]]:
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
         cached = [sample for name in names for sample in open_cache(context, name).samples]

@@ -25,12 +25,12 @@ from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerpr
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.sampler import Sampler, examples, response_metrics
+from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
-from megatron_s2d.train.policy import Policy, gather_dicts
-from megatron_s2d.verify import Graders
+from megatron_s2d.train.policy import MegatronModel, gather_dicts
+from megatron_s2d.verify import RewardManager
 
 OUTPUT_LAYER_NAME = "output_layer.safetensors"
 
@@ -44,18 +44,18 @@ def run_teacher_cache(context: StageContext) -> None:
     engine = context.engine(teacher, model, params)
     prompts = context.prompts(stage.prompts)
     header = cache_header(context, stage, teacher)
-    rounds = [prompts[i : i + stage.prompts_per_round] for i in range(0, len(prompts), stage.prompts_per_round)]
+    rounds = [prompts[i : i + stage.generation_batch_size] for i in range(0, len(prompts), stage.generation_batch_size)]
     parts = context.directory.path / "rounds"
     done = count_rounds(parts)
     log, timer = open_log(context.directory, done, None), Timer()
-    with Graders() as graders:
-        judge = graders if stage.verified_only else None
-        sampler = Sampler(teacher, engine, params, context.seed, context.tokenizer, judge)
+    with RewardManager() as graders:
+        judge = graders if stage.only_correct else None
+        sampler = RolloutWorker(teacher, engine, params, context.seed, context.tokenizer, judge)
         for number, part in enumerate(rounds[done:], start=done + 1):
-            samples = sampler.sample(part, stage.responses_per_prompt, number)
-            kept = [sample for sample in samples if not stage.verified_only or sample.reward == 1.0]
+            samples = sampler.sample(part, stage.num_generations, number)
+            kept = [sample for sample in samples if not stage.only_correct or sample.reward == 1.0]
             distributions = distributions_of(teacher, kept, header) if kept else {}
-            if context.is_writer:
+            if context.is_rank_zero:
                 with CacheWriter(round_path(parts, number), header) as writer:
                     for index, sample in enumerate(kept):
                         writer.add(sample, distributions[index])
@@ -69,12 +69,12 @@ def run_teacher_cache(context: StageContext) -> None:
                 raise Stopped(f"stopped after round {number} of {len(rounds)}")
     if header.kind == "hidden":
         save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
-    if context.is_writer:
+    if context.is_rank_zero:
         join_rounds(parts, len(rounds), context.directory.cache_path, header)
     dist.barrier()
 
 
-def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Policy) -> CacheHeader:
+def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: MegatronModel) -> CacheHeader:
     """What the cache will say of itself."""
     sampled_at = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
     vocab_size = teacher.spec.vocab_size
@@ -91,7 +91,7 @@ def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Poli
 
 
 @torch.no_grad()
-def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader) -> dict[int, CachedDistribution]:
+def distributions_of(teacher: MegatronModel, samples: list[Sample], header: CacheHeader) -> dict[int, CachedDistribution]:
     """The teacher at the response tokens of every sample, on rank 0, which writes; keys are places in ``samples``."""
     if header.kind == "sampled":
         scores = teacher.score(samples)
@@ -102,16 +102,16 @@ def distributions_of(teacher: Policy, samples: list[Sample], header: CacheHeader
     batches = teacher.pack(samples, {})
     states = teacher.hidden_states(batches)
     found = {}
-    if teacher.layout.is_last_stage:
+    if teacher.layout.is_pipeline_last_stage:
         for batch, hidden in zip(batches, states, strict=True):
             rows = batch.per_sample(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
                 found[index] = _distribution(teacher, row[mask], header)
-    return gather_dicts(found if teacher.is_leader else {}, first_only=True)
+    return gather_dicts(found if teacher.is_dp_leader else {}, first_only=True)
 
 
-def _distribution(teacher: Policy, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
+def _distribution(teacher: MegatronModel, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
     """hidden [R, d] -> the fields of the cache's kind, on the CPU; collective over the tensor-parallel group."""
     if header.kind == "hidden":
         return CachedDistribution(hidden=hidden.cpu())
@@ -126,11 +126,11 @@ def _distribution(teacher: Policy, hidden: torch.Tensor, header: CacheHeader) ->
     return CachedDistribution(log_probs=torch.log_softmax(whole / header.temperature, dim=1).cpu())
 
 
-def save_output_layer(teacher: Policy, path: Path) -> None:
+def save_output_layer(teacher: MegatronModel, path: Path) -> None:
     """The teacher's whole output layer as a safetensors file; collective."""
-    if teacher.layout.is_last_stage and teacher.layout.data_rank == 0:
+    if teacher.layout.is_pipeline_last_stage and teacher.layout.dp_rank == 0:
         whole = teacher.shard.gather(teacher.output_weight.detach()).flatten(0, 1)[: teacher.spec.vocab_size]
-        if teacher.is_leader:
+        if teacher.is_dp_leader:
             temporary = path.with_name(path.name + ".partial")
             save_file({"weight": whole.cpu().contiguous().clone()}, temporary)
             temporary.rename(path)

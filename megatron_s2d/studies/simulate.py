@@ -109,7 +109,7 @@ def predict(config: SimulationConfig) -> list[Prediction]:
         )
     found = []
     for count in sorted(config.num_gpus):
-        prompts = config.prompts_per_step
+        prompts = config.train_batch_size
         if config.scaling == "weak":
             prompts = prompts * count // smallest
         found.append(_Step(config, machine, student, teacher, count, prompts).prediction())
@@ -137,11 +137,11 @@ class _Step:
         except (UserError, ValueError) as error:
             text = str(error).splitlines()[0]
             raise UserError(f"{name}: on {self.count} GPUs: {text}") from None
-        responses = self.prompts * self.config.responses_per_prompt
+        responses = self.prompts * self.config.num_generations
         if responses < parallel.data_parallel_size:
             raise UserError(
                 f"{self.count} GPUs leave {parallel.data_parallel_size} data ranks for {responses} responses a step; "
-                "raise prompts_per_step, or set scaling: weak"
+                "raise train_batch_size, or set scaling: weak"
             )
         return parallel
 
@@ -153,9 +153,9 @@ class _Step:
         trainer = Placed(self.student, own, Build(2, True, config.student.recompute), self.machine)
         scorer = Placed(self.teacher, its, Build(2, True), self.machine)
         seconds = self._rollout(trainer) | self._training(trainer, scorer)
-        tokens = self.prompts * config.responses_per_prompt * (config.prompt_tokens + config.response_tokens)
+        tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens)
         flops = 3 * model_flops(self.student, tokens, (config.prompt_tokens + config.response_tokens) / 2)
-        responses = self.prompts * config.responses_per_prompt * config.response_tokens
+        responses = self.prompts * config.num_generations * config.response_tokens
         flops += 3 * responses * output_flops(self.student)
         total = sum(seconds.values())
         mfu = flops / (total * self.count * self.machine.gpu.bf16_flops)
@@ -175,7 +175,7 @@ class _Step:
         """Rows that end are replaced until none is left, and the longest response is waited for."""
         config, engine = self.config, self._engine(trainer)
         engines = engine.parallel.data_parallel_size
-        requests = self.prompts * config.responses_per_prompt / engines
+        requests = self.prompts * config.num_generations / engines
         rows = min(requests, config.max_batch_size)
         longest = config.longest_response_tokens or config.response_tokens
         steps = max(longest, requests * config.response_tokens / rows)
@@ -193,7 +193,7 @@ class _Step:
     def _work(self, parallel: ParallelConfig):
         config = self.config
         return workload(
-            self.prompts * config.responses_per_prompt,
+            self.prompts * config.num_generations,
             config.prompt_tokens + config.response_tokens,
             config.response_tokens,
             max_tokens=config.micro_batch_tokens,
@@ -235,10 +235,10 @@ class _Step:
         server = 0
         if engine is not trainer:
             server = max(frozen(part, build, "engine").total for part in parts(self.student, engine.parallel))
-        requests = -(-self.prompts * config.responses_per_prompt // engine.parallel.data_parallel_size)
+        requests = -(-self.prompts * config.num_generations // engine.parallel.data_parallel_size)
         rows = min(requests, config.max_batch_size)
         longest = config.longest_response_tokens or config.response_tokens
-        sampling = SamplingConfig(max_response_tokens=longest)
+        sampling = SamplingConfig(max_response_length=longest)
         rollout = RolloutConfig(max_batch_size=rows, max_batch_tokens=rows * (config.prompt_tokens + longest))
         decode = max(
             sum(phase.values())

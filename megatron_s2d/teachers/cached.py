@@ -10,14 +10,14 @@ from safetensors import safe_open
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.data.cache import CacheHeader, TeacherCache, cache_info
-from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.teachers import Logits, TeacherSource, TopK, WaitingStates
+from megatron_s2d.kl.teachers import Logits, TeacherSource, TopK, LazyHiddenStates
 from megatron_s2d.parallel import device
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.teachers.hidden_state_transfer import HostRows
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows
+from megatron_s2d.train.policy import MegatronModel
 
 
 def open_cache(context: StageContext, stage_name: str) -> TeacherCache:
@@ -38,7 +38,7 @@ class CachedTeacher:
     """The distributions of a teacher cache, for the columns of the student's shard."""
 
     def __init__(
-        self, cache: TeacherCache, output_layer: Path | None, student: Policy, *, tail: str, temperature: float
+        self, cache: TeacherCache, output_layer: Path | None, student: MegatronModel, *, tail: str, temperature: float
     ):
         """output_layer: file with the teacher's output layer, for a cache of hidden states. temperature: of both sides.
 
@@ -57,15 +57,15 @@ class CachedTeacher:
             )
         self._cache, self._student, self._tail, self._temperature = cache, student, tail, temperature
         self._weight = None
-        if header.kind == "hidden" and student.layout.is_last_stage:
+        if header.kind == "hidden" and student.layout.is_pipeline_last_stage:
             with safe_open(output_layer, "pt") as file:
                 rows = file.get_slice("weight")
                 shard = student.shard
                 self._weight = rows[shard.start : shard.stop].to(device.device())
 
-    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
-        if not self._student.layout.is_last_stage:
+        if not self._student.layout.is_pipeline_last_stage:
             return [None] * len(batches)
         return [self._source(update, batch) for batch in batches]
 
@@ -73,15 +73,15 @@ class CachedTeacher:
         """Nothing is measured."""
         return {}
 
-    def _source(self, update: UpdateBatch, batch: MicroBatch) -> TeacherSource:
+    def _source(self, update: MiniBatch, batch: MicroBatch) -> TeacherSource:
         header = self._cache.header
         found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [
             _empty(header)
         ]
         rows = _rows(update, batch)
         if header.kind == "hidden":
-            hidden = HostRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
-            return WaitingStates(hidden.read, lambda: self._weight, self._temperature)
+            hidden = OffloadedRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
+            return LazyHiddenStates(hidden.read, lambda: self._weight, self._temperature)
         spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
         if header.kind == "full":
             shard = self._student.shard
@@ -99,7 +99,7 @@ def _empty(header) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in header.shapes(0).items()}
 
 
-def _rows(update: UpdateBatch, batch: MicroBatch) -> torch.Tensor:
+def _rows(update: MiniBatch, batch: MicroBatch) -> torch.Tensor:
     """Positions [response tokens] int64 among all of the batch, sample by sample in the batch's order."""
     everywhere = torch.arange(batch.num_positions)
     parts = [

@@ -16,28 +16,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
-from megatron_s2d.kl.teachers import GeometricTarget, Projection, TeacherSource, TopK, WaitingStates
+from megatron_s2d.kl.teachers import GeometricTarget, Projection, TeacherSource, TopK, LazyHiddenStates
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.teachers.hidden_state_transfer import HostRows, OutputLayers, rows_of, travelling_rows
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, OutputLayers, rows_of, transfer_hidden_states
+from megatron_s2d.train.policy import MegatronModel
 
 _ROWS_PER_CHUNK = 1024  # positions whose whole logits exist at a time while a support is chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ByDomain:
+class TeacherRouter:
     """A model for every domain, or one (under the key ``None``) for all."""
 
-    policies: Mapping[str | None, Policy]
+    policies: Mapping[str | None, MegatronModel]
     _output_layers: OutputLayers = dataclasses.field(default_factory=OutputLayers)
 
     @classmethod
-    def load(cls, stages: str | Mapping[str, str], load: Callable[[str], Policy]) -> ByDomain:
+    def load(cls, stages: str | Mapping[str, str], load: Callable[[str], MegatronModel]) -> TeacherRouter:
         """The finished stages that a configuration names; a stage that serves several domains is loaded once."""
         if isinstance(stages, str):
             return cls({None: load(stages)})
@@ -59,7 +59,7 @@ class ByDomain:
         return len(set(map(id, self.policies.values()))) > 1
 
     @contextlib.contextmanager
-    def of(self, domain: str) -> Iterator[Policy]:
+    def of(self, domain: str) -> Iterator[MegatronModel]:
         """The model of ``domain``, on the device for the length of the block."""
         policy = self.policies.get(domain if self.is_routed else None)
         if policy is None:
@@ -70,7 +70,7 @@ class ByDomain:
             yield policy
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """log pi of every sample's response under the model of its domain, as ``Policy.score``."""
+        """log pi of every sample's response under the model of its domain, as ``MegatronModel.score``."""
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
@@ -80,13 +80,13 @@ class ByDomain:
         return found
 
     def distributions(
-        self, student: Policy, update: UpdateBatch, batches: Sequence[MicroBatch]
-    ) -> list[WaitingStates | None]:
+        self, student: MegatronModel, update: MiniBatch, batches: Sequence[MicroBatch]
+    ) -> list[LazyHiddenStates | None]:
         """The exact distribution of each micro-batch's model at its response tokens; collective over all ranks.
 
-        With models by domain a micro-batch must hold one domain (``Policy.pack(by_domain=True)``).
+        With models by domain a micro-batch must hold one domain (``MegatronModel.pack(by_domain=True)``).
         """
-        found: list[WaitingStates | None] = [None] * len(batches)
+        found: list[LazyHiddenStates | None] = [None] * len(batches)
         for domain in sorted({sample.domain for sample in update.samples}) if self.is_routed else [None]:
             places = [place for place, batch in enumerate(batches) if not self.is_routed or batch.domain == domain]
             with self.of(domain) as policy:
@@ -95,25 +95,25 @@ class ByDomain:
                 if policy.layout is student.layout:
                     rows = rows_of(policy, own)
                 else:
-                    rows = travelling_rows(policy, student, update.samples, domain, own)
+                    rows = transfer_hidden_states(policy, student, update.samples, domain, own)
                 for place, item in zip(places, rows, strict=True):
                     if item is not None:
-                        found[place] = WaitingStates(item.read, weight, batches[place].temperature)
+                        found[place] = LazyHiddenStates(item.read, weight, batches[place].temperature)
         return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedTeachers:
-    """``ByDomain`` from servers that hold the teachers' weights; likeliest tokens are in ``served.py``."""
+    """``TeacherRouter`` from servers that hold the teachers' weights; likeliest tokens are in ``served.py``."""
 
-    engines: Mapping[str | None, SglangEngine]
+    engines: Mapping[str | None, ServedEngine]
 
     @property
     def is_routed(self) -> bool:
         """Whether domains have models of their own."""
         return None not in self.engines
 
-    def engine_of(self, domain: str) -> SglangEngine:
+    def engine_of(self, domain: str) -> ServedEngine:
         """The servers of the teacher of ``domain``."""
         engine = self.engines.get(domain if self.is_routed else None)
         if engine is None:
@@ -121,7 +121,7 @@ class ServedTeachers:
         return engine
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """See ``ByDomain.score``; at temperature 1."""
+        """See ``TeacherRouter.score``; at temperature 1."""
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
@@ -135,12 +135,12 @@ class ServedTeachers:
 class FullTeacher:
     """Whole distributions for the loss; with a reward scale the geometric mix with the reference (methods.md M4)."""
 
-    student: Policy
-    teachers: ByDomain
-    references: ByDomain | None = None
+    student: MegatronModel
+    teachers: TeacherRouter
+    references: TeacherRouter | None = None
     reward_scale: float = 1.0
 
-    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         states = self.teachers.distributions(self.student, update, batches)
         if self.reward_scale == 1.0:
@@ -163,8 +163,8 @@ class TopKTeacher:
     The student's own support costs one more forward pass of the student.
     """
 
-    student: Policy
-    teachers: ByDomain
+    student: MegatronModel
+    teachers: TeacherRouter
     k: int
     support: str
     tail: str
@@ -179,19 +179,19 @@ class TopKTeacher:
         dist.all_reduce(sums)
         return {"topk_overlap": float(sums[0] / sums[1])}
 
-    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         states = self.teachers.distributions(self.student, update, batches)
-        own: Sequence[HostRows | None] = [None] * len(batches)
+        own: Sequence[OffloadedRows | None] = [None] * len(batches)
         self._shared, self._counted = 0.0, 0
         if self.support != "teacher":
             own = rows_of(self.student, batches)
-        if not self.student.layout.is_last_stage:
+        if not self.student.layout.is_pipeline_last_stage:
             return [None] * len(batches)
         return [self._top_k(*parts) for parts in zip(batches, states, own, strict=True)]
 
     @torch.no_grad()
-    def _top_k(self, batch: MicroBatch, state: WaitingStates, own: HostRows | None) -> TopK:
+    def _top_k(self, batch: MicroBatch, state: LazyHiddenStates, own: OffloadedRows | None) -> TopK:
         student, shard = self.student, self.student.shard
         counted = batch.response_mask.nonzero().squeeze(1)
         temperature = batch.temperature[counted] if isinstance(batch.temperature, torch.Tensor) else batch.temperature
@@ -213,7 +213,7 @@ class TopKTeacher:
                 own_logits = mine.logits(rows, torch.empty_like(logits))
                 chosen = vocab_parallel_topk(own_logits, self.k, shard, at)[0]
                 best = vocab_parallel_topk(logits, self.k, shard, at)[0]
-                if student.sees_tokens:
+                if student.is_output_rank:
                     self._shared = self._shared + (chosen.unsqueeze(2) == best.unsqueeze(1)).any(2).sum()
                     self._counted += len(chosen) * self.k
             places = counted[rows]

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.data.packing import Deal, MicroBatch
+from megatron_s2d.data.packing import MicroBatchPlan, MicroBatch
 from megatron_s2d.kl.reshard import redistribute_output_layer
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel import p2p as exchange
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HostRows:
+class OffloadedRows:
     """Rows of a micro-batch's counted positions in host memory, shared out over the ranks of a shard's group."""
 
     part: torch.Tensor  # [counts[shard.rank], d] of this rank's part of the positions
@@ -40,17 +40,17 @@ class HostRows:
     order: torch.Tensor | None = None  # row i of the part in order is part[order[i]]; None: it is in order
 
     @classmethod
-    def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: Policy) -> HostRows:
+    def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: MegatronModel) -> OffloadedRows:
         """Of rows [R, d] in host memory that every rank has, at the counted ``positions`` [R] of a micro-batch.
 
         Positions are those over all context ranks, and those that this one has not are left out.
         """
         cuts = own_positions(batch, policy.layout)
         start = sum(map(len, cuts[: policy.shard.rank]))
-        holder, places = map(torch.from_numpy, batch.deal.found_at(positions.numpy()))
-        mine = (holder == batch.context_rank).nonzero().squeeze(1)
+        holder, places = map(torch.from_numpy, batch.deal.locate(positions.numpy()))
+        mine = (holder == batch.cp_rank).nonzero().squeeze(1)
         chosen = mine[places[mine].argsort()][start : start + len(cuts[policy.shard.rank])]
-        part = device.host_empty(len(chosen), rows.shape[1], dtype=rows.dtype)
+        part = device.pinned_empty(len(chosen), rows.shape[1], dtype=rows.dtype)
         torch.index_select(rows, 0, chosen, out=part)
         return cls(part, tuple(map(len, cuts)), policy.shard)
 
@@ -67,17 +67,17 @@ class HostRows:
         return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
 
-def rows_of(policy: Policy, batches: Sequence[MicroBatch]) -> list[HostRows | None]:
+def rows_of(policy: MegatronModel, batches: Sequence[MicroBatch]) -> list[OffloadedRows | None]:
     """Final hidden states of ``batches`` for a loss at the layout of ``policy``; None before the last stage."""
     layout = policy.layout
 
-    def keep(number: int, hidden: torch.Tensor) -> HostRows:
+    def keep(number: int, hidden: torch.Tensor) -> OffloadedRows:
         cuts = own_positions(batches[number], layout)
-        rows = torch.from_numpy(cuts[layout.tensor_rank])
+        rows = torch.from_numpy(cuts[layout.tp_rank])
         if layout.config.sequence_parallel:
-            rows = rows - layout.tensor_rank * hidden.shape[0]
+            rows = rows - layout.tp_rank * hidden.shape[0]
         kept = device.to_host(hidden[rows.to(hidden.device)])
-        return HostRows(kept, tuple(map(len, cuts)), policy.shard)
+        return OffloadedRows(kept, tuple(map(len, cuts)), policy.shard)
 
     return policy.hidden_states(batches, keep)
 
@@ -86,18 +86,18 @@ def own_positions(batch: MicroBatch, layout: Layout) -> list[np.ndarray]:
     """Counted positions (int64, in order) of each tensor rank's part of a micro-batch."""
     mask = batch.response_mask.cpu().numpy()
     part = _part(len(mask), layout)
-    cuts = range(0, part * layout.tensor_size, part)
+    cuts = range(0, part * layout.tp_size, part)
     return [start + np.flatnonzero(mask[start : start + part]) for start in cuts]
 
 
 def _part(positions: int, layout: Layout) -> int:
     """Positions of a micro-batch that one tensor rank answers for."""
-    return -(-positions // layout.tensor_size)
+    return -(-positions // layout.tp_size)
 
 
-def travelling_rows(
-    policy: Policy, student: Policy, samples: Sequence[Sample], domain: str | None, batches: Sequence[MicroBatch]
-) -> list[HostRows | None]:
+def transfer_hidden_states(
+    policy: MegatronModel, student: MegatronModel, samples: Sequence[Sample], domain: str | None, batches: Sequence[MicroBatch]
+) -> list[OffloadedRows | None]:
     """Final hidden states of ``policy`` for the micro-batches of a student of another layout; collective.
 
     samples: of the whole update. domain: of those that ``batches``, the student's, hold; None for all.
@@ -108,20 +108,20 @@ def travelling_rows(
     dealt = [[deal for deal in deals if domain is None or deal.domain == domain] for deals in student.deal(samples)]
     targets = _places(dealt)
     journeys = [(samples[i], sources[place], targets[i]) for place, i in enumerate(chosen)]
-    rows = _Journeys.of(journeys, policy.layout, student.layout)
+    rows = _TransferPlan.of(journeys, policy.layout, student.layout)
     width, dtype = policy.spec.hidden_size, policy.output_weight_dtype
     sent = _compute(policy, asked, rows.leaving(dist.get_rank()), width, dtype)
     arriving = rows.arriving(dist.get_rank())
-    kept = [device.host_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))]
-    ranks = [sum(map(len, layout.last_stage_ranks)) for layout in (policy.layout, student.layout)]
+    kept = [device.pinned_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))]
+    ranks = [sum(map(len, layout.output_ranks)) for layout in (policy.layout, student.layout)]
     exchange.exchange(sent, _blocks(arriving, kept), partners=max(ranks))
-    if not student.layout.is_last_stage:
+    if not student.layout.is_pipeline_last_stage:
         return [None] * len(batches)
     found = []
     for number, (batch, part) in enumerate(zip(batches, kept, strict=True)):
         counts = tuple(map(len, own_positions(batch, student.layout)))
         order = np.argsort(arriving.target_row[arriving.target_batch == number])
-        found.append(HostRows(part, counts, student.shard, torch.from_numpy(order)))
+        found.append(OffloadedRows(part, counts, student.shard, torch.from_numpy(order)))
     return found
 
 
@@ -129,24 +129,24 @@ def travelling_rows(
 class _Place:
     """Where a layout has a sample: sequence ``number`` of a deal, which is micro-batch ``batch`` of a data rank."""
 
-    data_rank: int
+    dp_rank: int
     batch: int
-    deal: Deal
+    deal: MicroBatchPlan
     number: int
 
 
-def _places(dealt: Sequence[Sequence[Deal]]) -> dict[int, _Place]:
+def _places(dealt: Sequence[Sequence[MicroBatchPlan]]) -> dict[int, _Place]:
     """The place of every sample, by its index."""
     return {
-        index: _Place(data_rank, batch, deal, number)
-        for data_rank, deals in enumerate(dealt)
+        index: _Place(dp_rank, batch, deal, number)
+        for dp_rank, deals in enumerate(dealt)
         for batch, deal in enumerate(deals)
         for number, index in enumerate(deal.indices)
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Journeys:
+class _TransferPlan:
     """Counted rows that this rank's data ranks have to do with: where each is computed, where it is kept; int64 [n]."""
 
     source: np.ndarray  # global rank
@@ -157,49 +157,49 @@ class _Journeys:
     target_row: np.ndarray
 
     @classmethod
-    def of(cls, samples: Sequence[tuple[Sample, _Place, _Place]], source: Layout, target: Layout) -> _Journeys:
+    def of(cls, samples: Sequence[tuple[Sample, _Place, _Place]], source: Layout, target: Layout) -> _TransferPlan:
         """samples: each with its places in the two layouts."""
         parts = [np.zeros((6, 0), dtype=np.int64)]
         for sample, begin, end in samples:
-            if begin.data_rank == source.data_rank or end.data_rank == target.data_rank:
+            if begin.dp_rank == source.dp_rank or end.dp_rank == target.dp_rank:
                 predicted = np.flatnonzero(sample.response_mask[1:])
-                parts.append(np.stack([*_spots(begin, source, predicted), *_spots(end, target, predicted)]))
+                parts.append(np.stack([*_locations(begin, source, predicted), *_locations(end, target, predicted)]))
         return cls(*np.concatenate(parts, axis=1))
 
-    def leaving(self, rank: int) -> _Journeys:
+    def leaving(self, rank: int) -> _TransferPlan:
         """The rows that ``rank`` computes: together by target, then in the order in which they are computed."""
         return self._chosen(self.source == rank, self.target)
 
-    def arriving(self, rank: int) -> _Journeys:
+    def arriving(self, rank: int) -> _TransferPlan:
         """The rows that ``rank`` keeps: together by source, in the order in which the source sends them."""
         return self._chosen(self.target == rank, self.source)
 
-    def _chosen(self, mask: np.ndarray, partner: np.ndarray) -> _Journeys:
+    def _chosen(self, mask: np.ndarray, partner: np.ndarray) -> _TransferPlan:
         order = np.lexsort((self.target_row, self.target_batch, self.source_batch, partner))
         order = order[mask[order]]
-        return _Journeys(*(values[order] for values in vars(self).values()))
+        return _TransferPlan(*(values[order] for values in vars(self).values()))
 
 
-def _spots(place: _Place, layout: Layout, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _locations(place: _Place, layout: Layout, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(global rank, micro-batch, position on its context rank) of the tokens at places ``predicted`` + 1 of a sample."""
     first, step = place.deal.positions()[place.number].start, place.deal.positions()[place.number].step or 1
-    context, positions = place.deal.found_at(first + step * predicted)
-    ranks = np.array(layout.last_stage_ranks[place.data_rank]).reshape(layout.context_size, layout.tensor_size)
+    context, positions = place.deal.locate(first + step * predicted)
+    ranks = np.array(layout.output_ranks[place.dp_rank]).reshape(layout.cp_size, layout.tp_size)
     part = _part(place.deal.held.shape[1], layout)
     return ranks[context, positions // part], np.full_like(positions, place.batch), positions
 
 
 def _compute(
-    policy: Policy, samples: Sequence[Sample], rows: _Journeys, width: int, dtype: torch.dtype
+    policy: MegatronModel, samples: Sequence[Sample], rows: _TransferPlan, width: int, dtype: torch.dtype
 ) -> dict[int, torch.Tensor]:
     """The rows [n, width] that leave this rank by the rank that they go to; collective over the model's ranks."""
-    waiting = device.host_empty(len(rows.source), width, dtype=dtype)
+    waiting = device.pinned_empty(len(rows.source), width, dtype=dtype)
 
     def keep(number: int, hidden: torch.Tensor) -> None:
         places = np.flatnonzero(rows.source_batch == number)
         positions = torch.from_numpy(rows.source_row[places])
         if policy.layout.config.sequence_parallel:
-            positions = positions - policy.layout.tensor_rank * hidden.shape[0]
+            positions = positions - policy.layout.tp_rank * hidden.shape[0]
         found = hidden[positions.to(hidden.device)]
         for run in _runs(places - np.arange(len(places))):
             waiting[places[run.start] : places[run.stop - 1] + 1].copy_(found[run], non_blocking=True)
@@ -208,7 +208,7 @@ def _compute(
     return {int(rows.target[run.start]): waiting[run] for run in _runs(rows.target)}
 
 
-def _blocks(rows: _Journeys, kept: Sequence[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+def _blocks(rows: _TransferPlan, kept: Sequence[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
     """Room in ``kept``, one tensor a micro-batch, for the rows that come from each rank, in the order of ``rows``."""
     found: dict[int, list[torch.Tensor]] = {}
     filled = [0] * len(kept)
@@ -235,24 +235,24 @@ class OutputLayers:
     """
 
     def __init__(self) -> None:
-        self._cut: dict[Policy, torch.Tensor] = {}  # of models of other layouts
-        self._open: tuple[Policy, torch.Tensor] | None = None
+        self._cut: dict[MegatronModel, torch.Tensor] = {}  # of models of other layouts
+        self._open: tuple[MegatronModel, torch.Tensor] | None = None
 
-    def of(self, policy: Policy, student: Policy, *, waits: bool) -> Callable[[], torch.Tensor] | None:
+    def of(self, policy: MegatronModel, student: MegatronModel, *, waits: bool) -> Callable[[], torch.Tensor] | None:
         """What gives the rows of the student's shard on the device; None on ranks without an output layer.
 
         Collective, with ``policy`` on the device. waits: the model takes turns on the device with others.
         """
         if policy.layout is not student.layout and policy not in self._cut:
-            held = (policy.output_weight.detach(), policy.shard) if policy.layout.is_last_stage else (None, None)
-            wanted = student.shard if student.layout.is_last_stage else None
+            held = (policy.output_weight.detach(), policy.shard) if policy.layout.is_pipeline_last_stage else (None, None)
+            wanted = student.shard if student.layout.is_pipeline_last_stage else None
             weight = redistribute_output_layer(*held, wanted, dist.group.WORLD)
             if weight is not None and waits:
                 weight = device.to_host(weight)
             self._cut[policy] = weight
-        return functools.partial(self._read, policy) if student.layout.is_last_stage else None
+        return functools.partial(self._read, policy) if student.layout.is_pipeline_last_stage else None
 
-    def _read(self, policy: Policy) -> torch.Tensor:
+    def _read(self, policy: MegatronModel) -> torch.Tensor:
         if self._open is None or self._open[0] is not policy:
             self._open = None  # the last one leaves before the next comes
             found = self._cut.get(policy)

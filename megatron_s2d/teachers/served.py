@@ -12,24 +12,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.kl.teachers import TeacherSource, TopK
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.served.scoring import TopTokens
 from megatron_s2d.teachers.frozen import ServedTeachers
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedTopK:
     """Distributions on the teacher's k likeliest tokens at temperature 1."""
 
-    student: Policy
+    student: MegatronModel
     teachers: ServedTeachers
     k: int
     tail: str
 
-    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         found: dict[int, TopTokens] = {}  # by place in the update
         mine = [index for batch in batches for index in batch.indices]
@@ -38,7 +38,7 @@ class ServedTopK:
             engine = self.teachers.engine_of(domain)
             tokens = engine.top_tokens([update.samples[index] for index in places], self.k, self.student.layout)
             found |= dict(zip(places, tokens, strict=True))
-        if not self.student.layout.is_last_stage:
+        if not self.student.layout.is_pipeline_last_stage:
             return [None] * len(batches)
         return [self._source(update, batch, found) for batch in batches]
 
@@ -46,7 +46,7 @@ class ServedTopK:
         """Nothing is measured."""
         return {}
 
-    def _source(self, update: UpdateBatch, batch: MicroBatch, found: Mapping[int, TopTokens]) -> TopK:
+    def _source(self, update: MiniBatch, batch: MicroBatch, found: Mapping[int, TopTokens]) -> TopK:
         """The entry of token t stands at the position that predicts it."""
         # Positions that are not counted need k distinct ids too.
         ids = np.tile(np.arange(self.k), (batch.num_positions, 1))

@@ -8,16 +8,16 @@ import torch.distributed as dist
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
-from megatron_s2d.parallel.checkpoint import Saving
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.parallel.checkpoint import CheckpointSave
+from megatron_s2d.train.policy import MegatronModel
 
 
-class Checkpoints:
+class CheckpointManager:
     """Checkpoints of one stage, written at once or in the background; every method is collective."""
 
-    def __init__(self, policy: Policy, stage: StageDirectory, settings: CheckpointConfig):
+    def __init__(self, policy: MegatronModel, stage: StageDirectory, settings: CheckpointConfig):
         self._policy, self._stage, self._settings = policy, stage, settings
-        self._saving: Saving | None = None
+        self._saving: CheckpointSave | None = None
 
     def resume(self) -> dict[str, Any]:
         """Load the newest checkpoint into the policy and return its position; at the start, zeros."""
@@ -31,8 +31,8 @@ class Checkpoints:
         self.finish()
         target = self._stage.checkpoint_path(position["step"])
         if not target.exists():
-            background = self._settings.in_background
-            self._saving = self._policy.start_saving(target, position, with_optimizer=True, in_background=background)
+            background = self._settings.async_save
+            self._saving = self._policy.start_saving(target, position, with_optimizer=True, async_save=background)
             if not background:
                 self.finish()
 

@@ -19,16 +19,16 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
-from megatron_s2d.data.packing import MicroBatch, UpdateBatch
+from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import RolloutEngine
-from megatron_s2d.train.checkpoints import Checkpoints
+from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.metrics import MetricsLog, Timer
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 ROLLOUTS_NAME = "rollouts.jsonl"
 
@@ -41,7 +41,7 @@ class Stopped(Exception):
 class StepData:
     """What one step trains on: the same on every rank."""
 
-    updates: Sequence[UpdateBatch]
+    updates: Sequence[MiniBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
     position: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
@@ -62,7 +62,7 @@ class SampleSource(Protocol):
 class Teacher(Protocol):
     """A frozen distribution over the vocabulary, asked for per micro-batch."""
 
-    def distributions(self, update: UpdateBatch, batches: Sequence[MicroBatch]) -> Sequence[TeacherSource | None]:
+    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> Sequence[TeacherSource | None]:
         """One source for each micro-batch of this rank (None where the rank has no output layer). Collective."""
         ...
 
@@ -84,7 +84,7 @@ class LoopSettings:
 
 
 def train(
-    policy: Policy,
+    policy: MegatronModel,
     source: SampleSource,
     objective: Objective,
     stage: StageDirectory,
@@ -98,7 +98,7 @@ def train(
     ``policy`` is ready to train and holds the stage's starting weights. Raises ``Stopped``, and ``UserError`` for a
     loss or gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays good.
     """
-    checkpoints = Checkpoints(policy, stage, settings.checkpoint)
+    checkpoints = CheckpointManager(policy, stage, settings.checkpoint)
     position = checkpoints.resume()
     updates = position["updates"]
     source.resume(position)
@@ -149,7 +149,7 @@ def train(
     log.close()
 
 
-def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch) -> UpdateBatch:
+def with_old_log_probs(policy: MegatronModel, objective: Objective, update: MiniBatch) -> MiniBatch:
     """``update`` with the log-probabilities under the weights before the first update, where the objective has them."""
     present = all(sample.old_log_probs is not None for sample in update.samples)
     if present or "old_log_probs" not in objective.columns:
@@ -161,13 +161,13 @@ def with_old_log_probs(policy: Policy, objective: Objective, update: UpdateBatch
     return dataclasses.replace(update, samples=samples)
 
 
-def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
+def staleness(updates: Sequence[MiniBatch], version: int) -> dict[str, float]:
     """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
 
     version: of the weights at the step's beginning. Responses of a teacher have no ``rollout_log_probs``.
     """
     own = [sample for update in updates for sample in update.samples if sample.rollout_log_probs is not None]
-    spans = [span for sample in own for span in sample.policy_spans]
+    spans = [span for sample in own for span in sample.weight_versions]
     if not spans:
         return {}
     ages = np.array([version - span.version for span in spans])
@@ -175,7 +175,7 @@ def staleness(updates: Sequence[UpdateBatch], version: int) -> dict[str, float]:
     return {"staleness": float((ages * tokens).sum() / tokens.sum()), "staleness_max": float(ages.max())}
 
 
-def comparable(objective: Objective, update: UpdateBatch, place: int) -> UpdateBatch:
+def comparable(objective: Objective, update: MiniBatch, place: int) -> MiniBatch:
     """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
 
     They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of

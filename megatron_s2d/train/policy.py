@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import Deal, MicroBatch, deal, pack
+from megatron_s2d.data.packing import MicroBatchPlan, MicroBatch, deal, pack
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
@@ -39,7 +39,7 @@ from megatron_s2d.objectives.terms import (
     unpack_metrics,
 )
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.checkpoint import Saving, load_checkpoint, start_saving
+from megatron_s2d.parallel.checkpoint import CheckpointSave, load_checkpoint, start_saving
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 from megatron_s2d.records import Sample
@@ -64,7 +64,7 @@ class _Pass:
     result: Any = None
 
 
-class Policy:
+class MegatronModel:
     """``chunks``: the bare model of this rank. ``trainable`` is None for a frozen model."""
 
     def __init__(
@@ -148,11 +148,11 @@ class Policy:
 
     def pack(self, samples: Sequence[Sample], weights: dict[str, np.ndarray]) -> list[MicroBatch]:
         """This data rank's micro-batches of ``samples`` (the same list on every rank)."""
-        rank, place = self.layout.data_rank, device.device()
-        context = self.layout.context_rank
-        return pack(samples, weights=weights, data_rank=rank, context_rank=context, device=place, **self._packing)
+        rank, place = self.layout.dp_rank, device.device()
+        context = self.layout.cp_rank
+        return pack(samples, weights=weights, dp_rank=rank, cp_rank=context, device=place, **self._packing)
 
-    def deal(self, samples: Sequence[Sample]) -> list[list[Deal]]:
+    def deal(self, samples: Sequence[Sample]) -> list[list[MicroBatchPlan]]:
         """What ``pack`` gives to every data rank."""
         return deal(samples, **self._packing)
 
@@ -160,10 +160,10 @@ class Policy:
     def _packing(self) -> dict[str, Any]:
         return {
             "max_tokens": self.max_tokens,
-            "data_size": self.layout.data_size,
+            "dp_size": self.layout.dp_size,
             "multiple": self._multiple,
             "packed": self._packed,
-            "context_size": self.layout.context_size,
+            "cp_size": self.layout.cp_size,
             "by_domain": self.packs_by_domain,
         }
 
@@ -211,10 +211,10 @@ class Policy:
         passes = self._passes(batches, (output,), None)
         self._forward_only(passes)
         found = {}
-        if self.layout.is_last_stage:
+        if self.layout.is_pipeline_last_stage:
             for item in passes:
                 whole = self.all_positions(item.batch, getattr(item.result, output))
-                values = item.batch.per_sample(whole) if self.is_leader else ()
+                values = item.batch.per_sample(whole) if self.is_dp_leader else ()
                 found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
@@ -236,9 +236,9 @@ class Policy:
 
     def all_positions(self, batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
         """Values of all positions from this context rank's [N, ...]; collective over the context ranks."""
-        if self.layout.context_size == 1:
+        if self.layout.cp_size == 1:
             return values
-        parts = [torch.empty_like(values) for _ in range(self.layout.context_size)]
+        parts = [torch.empty_like(values) for _ in range(self.layout.cp_size)]
         dist.all_gather(parts, values.contiguous(), group=self.layout.groups.cp)
         return batch.joined(parts)
 
@@ -247,12 +247,12 @@ class Policy:
         self.start_saving(directory, position, with_optimizer=with_optimizer).finish()
 
     def start_saving(
-        self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, in_background: bool = False
-    ) -> Saving:
+        self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, async_save: bool = False
+    ) -> CheckpointSave:
         """See ``parallel.checkpoint.start_saving``; collective."""
         self._waiting.clear()  # copies of other weights
         trainable = self.trainable if with_optimizer else None
-        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+        with contextlib.nullcontext() if trainable is None else trainable.optimizer_loaded():
             return start_saving(
                 directory,
                 self.chunks,
@@ -260,13 +260,13 @@ class Policy:
                 model_spec=self.spec.to_dict(),
                 position=position,
                 trainable=trainable,
-                in_background=in_background,
+                async_save=async_save,
             )
 
     def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:
         """Load a checkpoint of this model, written at any layout; returns its position; collective."""
         trainable = self.trainable if with_optimizer else None
-        with contextlib.nullcontext() if trainable is None else trainable.at_hand():
+        with contextlib.nullcontext() if trainable is None else trainable.optimizer_loaded():
             return load_checkpoint(
                 directory, self.chunks, self.layout, model_spec=self.spec.to_dict(), trainable=trainable
             )
@@ -276,18 +276,18 @@ class Policy:
     @property
     def _multiple(self) -> int:
         """What the length of a micro-batch is a multiple of: every rank's tokens fill the blocks of an FP8 recipe."""
-        shards = self.layout.tensor_size if self.layout.config.sequence_parallel else 1
+        shards = self.layout.tp_size if self.layout.config.sequence_parallel else 1
         return shards * (1 if self._fp8 is None else RECIPES[self._fp8.recipe].tokens)
 
     @property
-    def is_leader(self) -> bool:
+    def is_dp_leader(self) -> bool:
         """Whether this rank speaks for its data rank: it sees outputs, and no other of the same replica reports."""
-        return self.sees_tokens and self.layout.context_rank == 0
+        return self.is_output_rank and self.layout.cp_rank == 0
 
     @property
-    def sees_tokens(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank sees the outputs of tokens that no other rank reports."""
-        return self.layout.is_last_stage and self.layout.tensor_rank == 0
+        return self.layout.is_pipeline_last_stage and self.layout.tp_rank == 0
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -300,7 +300,7 @@ class Policy:
     @property
     def shard(self) -> VocabShard:
         """The vocabulary columns of this rank's place in the tensor-parallel group, padding left out."""
-        tensor = self.layout.tensor_size
+        tensor = self.layout.tp_size
         group = self.layout.groups.tp if tensor > 1 else None
         return VocabShard.of_padded(
             padded_vocab_size(self.spec.vocab_size, tensor) // tensor, self.spec.vocab_size, group
@@ -372,7 +372,7 @@ class Policy:
         none = torch.zeros(0, dtype=torch.int64, device=device.device())
         empty = TokenOutputs(**{name: torch.zeros(0, device=none.device) for name in objective.needs})
         parts = [self._metrics_of(objective, empty, passes[0].batch, none)]
-        if self.sees_tokens:
+        if self.is_output_rank:
             for item in passes:
                 rows = item.batch.response_mask.nonzero().squeeze(1)
                 outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})

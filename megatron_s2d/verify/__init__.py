@@ -8,14 +8,14 @@ from typing import Any
 from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_grader import CodeGrader, isolation, read_label
-from megatron_s2d.verify.math_grader import MathGrader
-from megatron_s2d.verify.verdicts import Grader, Verdict
+from megatron_s2d.verify.code_grader import CodeVerifier, isolation, read_label
+from megatron_s2d.verify.math_grader import MathVerifier
+from megatron_s2d.verify.verdicts import Verifier, Verdict
 
-__all__ = ["VERIFIERS", "Grader", "Graders", "Verdict", "check_labels"]
+__all__ = ["VERIFIERS", "Verifier", "RewardManager", "Verdict", "check_labels"]
 
 
-class TaskGrader:
+class TaskVerifier:
     """The embedded task, which is checked by looking (``data/tasks.py``)."""
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
@@ -28,10 +28,10 @@ class TaskGrader:
 
 
 # key of Prompt.verifier -> what makes its grader
-VERIFIERS: dict[str, Callable[[], Grader]] = {
-    "modular_arithmetic": TaskGrader,
-    "math": MathGrader,
-    "code": CodeGrader,
+VERIFIERS: dict[str, Callable[[], Verifier]] = {
+    "modular_arithmetic": TaskVerifier,
+    "math": MathVerifier,
+    "code": CodeVerifier,
 }
 
 
@@ -52,16 +52,16 @@ def check_labels(prompts: Sequence[Prompt]) -> None:
         isolation()
 
 
-class Graders:
+class RewardManager:
     """Grades batches of responses, each by its prompt's verifier; a context manager, for there are worker processes.
 
     Workers start with the first response that needs them, whether or not torch or a process group is there.
     """
 
     def __init__(self) -> None:
-        self._graders: dict[str, Grader] = {}
+        self._graders: dict[str, Verifier] = {}
 
-    def __enter__(self) -> Graders:
+    def __enter__(self) -> RewardManager:
         return self
 
     def __exit__(self, *_: Any) -> None:

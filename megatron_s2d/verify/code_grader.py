@@ -47,7 +47,7 @@ _FIELDS = {
 }
 
 
-class CodeGrader:
+class CodeVerifier:
     """Runs the program in a response against the prompt's tests.
 
     Verdict words: ``correct``, ``wrong``, ``no_code``, ``error`` (it raised), ``crash`` (it ended, or ran out of

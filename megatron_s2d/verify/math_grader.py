@@ -24,7 +24,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _PHRASE = re.compile(r"answer(?:[ \t]+is)?[ \t*]*:?", re.IGNORECASE)
 
 
-class MathGrader:
+class MathVerifier:
     """Compares the answer in a response with the prompt's answer.
 
     Verdict words: ``correct``, ``wrong``, ``no_answer``, ``unreadable`` (not an expression), ``too_long``, ``timeout``,

@@ -17,7 +17,7 @@ class Verdict:
     word: str  # "correct", "wrong", "no_answer", "timeout", ...
 
 
-class Grader(Protocol):
+class Verifier(Protocol):
     """One way to verify. Made when the first response needs it, closed with the run."""
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:

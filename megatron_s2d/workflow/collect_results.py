@@ -120,7 +120,7 @@ def _gate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str]:
 
 def _dropped_warnings(checked: Preflight) -> list[str]:
     long = [
-        f"{count} prompts of {name} were longer than max_prompt_tokens and left out"
+        f"{count} prompts of {name} were longer than max_prompt_length and left out"
         for name, count in checked.dropped.items()
         if count
     ]

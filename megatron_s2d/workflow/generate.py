@@ -29,7 +29,7 @@ class GenerateRequest:
     limit: int
     num_samples: int
     temperature: float
-    max_response_tokens: int | None
+    max_response_length: int | None
     seed: int
 
 
@@ -46,9 +46,9 @@ def generate(request: GenerateRequest, console: Console) -> None:
     directory.finished()
 
     from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
-    from megatron_s2d.rollout.sampler import Sampler, response_text
+    from megatron_s2d.rollout.sampler import RolloutWorker, response_text
     from megatron_s2d.stages.context import StageContext
-    from megatron_s2d.verify import Graders
+    from megatron_s2d.verify import RewardManager
 
     initialize_distributed()
     layout = build_layout(ParallelConfig())
@@ -56,12 +56,12 @@ def generate(request: GenerateRequest, console: Console) -> None:
     policy = context.frozen(stage)
     prompts = _prompts(request, context)
     update = {"temperature": request.temperature}
-    if request.max_response_tokens is not None:
-        update["max_response_tokens"] = request.max_response_tokens
+    if request.max_response_length is not None:
+        update["max_response_length"] = request.max_response_length
     params = context.sampling(config.evaluation.sampling.model_copy(update=update), config.model_of(stage))
-    with Graders() as graders, contextlib.closing(context):
+    with RewardManager() as graders, contextlib.closing(context):
         labelled = all(prompt.verifier is not None for prompt in prompts)
-        sampler = Sampler(
+        sampler = RolloutWorker(
             policy,
             context.engine(policy, config.model_of(stage), params),
             params,

@@ -138,8 +138,8 @@ def _engine(config: WorkflowConfig) -> dict[str, Any]:
 def _sampling(config: WorkflowConfig) -> dict[str, Any]:
     """``_engine`` for a stage that trains on responses: also how old the weights are that they may come from."""
     sglang = config.rollout.sglang
-    older = {"ahead": sglang.ahead, "oversampling": sglang.oversampling}
-    is_default = config.rollout.engine == "megatron" or older == {"ahead": "off", "oversampling": 1.0}
+    older = {"ahead": sglang.ahead, "over_sampling_ratio": sglang.over_sampling_ratio}
+    is_default = config.rollout.engine == "megatron" or older == {"ahead": "off", "over_sampling_ratio": 1.0}
     return _engine(config) | ({} if is_default else older)
 
 
@@ -161,7 +161,7 @@ def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str
 def _resolved_evaluation(config: WorkflowConfig, digests: Mapping[str, str]) -> dict[str, Any]:
     entries = {entry.partition("/")[0] for entry in config.evaluation.entries}
     settings = dump(config.evaluation)
-    del settings["problems_per_round"]
+    del settings["eval_batch_size"]
     data = {entry: digests[entry] for entry in sorted(entries)}
     return _common(config) | _engine(config) | {"evaluation": settings, "data": data}
 

@@ -20,9 +20,9 @@ from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.precision import check_shapes
-from megatron_s2d.config.sft import SupervisedConfig
+from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.training import SamplingConfig
-from megatron_s2d.config.weights import ExpoConfig, PretrainedConfig
+from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ class Preflight:
     stages: Sequence[str]  # that will run, inputs first
     specs: Mapping[str, ModelSpec]  # entry of `models` -> architecture
     prompts: Mapping[str, Sequence[Prompt]]  # entry or entry/half -> prompts
-    dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_tokens
+    dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_length
     duplicates: Mapping[str, int]  # entry -> rows whose id came before, left out
     totals: Mapping[str, int]  # job id -> rounds, of evaluations and caches
     shapes: Mapping[str, StageShape]  # stage -> its sizes over all data ranks
@@ -165,7 +165,7 @@ def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> 
     starts = [stage for stage in stages if getattr(config.stages[stage], "model", None) == name]
     if path is None:
         for stage in starts:
-            if isinstance(config.stages[stage], PretrainedConfig):
+            if isinstance(config.stages[stage], LoadCheckpointConfig):
                 raise UserError(
                     f"stages.{stage}: model '{name}' has no `path`, from which pretrained weights would come"
                 )
@@ -208,9 +208,9 @@ def _check_stage(
     if isinstance(stage, ExpoConfig):
         _check_expo(config, where, stage)
     if isinstance(stage, GrpoConfig):
-        if stage.overlong is not None and stage.overlong.buffer_tokens > stage.sampling.max_response_tokens:
-            raise UserError(f"{where}.overlong.buffer_tokens: larger than sampling.max_response_tokens")
-    if isinstance(stage, SupervisedConfig) and stage.data in prompts:
+        if stage.overlong is not None and stage.overlong.buffer_tokens > stage.sampling.max_response_length:
+            raise UserError(f"{where}.overlong.buffer_tokens: larger than sampling.max_response_length")
+    if isinstance(stage, SftConfig) and stage.data in prompts:
         missing = [prompt.id for prompt in prompts[stage.data] if prompt.solution_token_ids is None]
         if missing:
             raise UserError(
@@ -223,7 +223,7 @@ def _check_stage(
             raise UserError(f"{where}.cache: '{stage.cache}' is of kind sampled, which has no distributions to match")
     batch = getattr(stage, "batch_size", None)
     if isinstance(stage, (GrpoConfig, OpdConfig)):
-        batch = stage.prompts_per_step * stage.responses_per_prompt // stage.updates_per_step
+        batch = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
     if batch is not None and batch < config.parallel.data_parallel_size:
         raise UserError(
             f"{where}: an update of {batch} responses is smaller than data_parallel_size "
@@ -270,12 +270,12 @@ def _check_length(
 ) -> None:
     model = config.model_of(stage)
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    needed, limit = len(longest.token_ids) + sampling.max_response_tokens, specs[model].max_position_embeddings
+    needed, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
     if needed > limit:
         raise UserError(
-            f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_tokens "
-            f"{sampling.max_response_tokens} exceed the {limit} positions of model '{model}'; lower "
-            "lengths.max_prompt_tokens or sampling.max_response_tokens"
+            f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
+            f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; lower "
+            "lengths.max_prompt_length or sampling.max_response_length"
         )
 
 
@@ -305,11 +305,11 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
     for name in stages:
         stage = config.stages[name]
         if isinstance(stage, TeacherCacheConfig):
-            totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.prompts_per_round)
+            totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.generation_batch_size)
     for name in evaluated_stages(config):
-        rounds = [math.ceil(len(prompts[entry]) / evaluation.problems_per_round) for entry in evaluation.entries]
+        rounds = [math.ceil(len(prompts[entry]) / evaluation.eval_batch_size) for entry in evaluation.entries]
         totals[f"evaluations/{name}"] = sum(rounds)
     for number, gate in enumerate(config.gates):
         problems = min(gate.num_prompts, len(prompts[gate.prompts]))
-        totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.problems_per_round)
+        totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.eval_batch_size)
     return totals

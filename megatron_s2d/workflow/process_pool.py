@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.parallel.watchdog import stacks_left
+from megatron_s2d.parallel.watchdog import has_stack_dump
 from megatron_s2d.workflow.job_outcome import Outcome
 from megatron_s2d.workflow.plan import Job
 
@@ -87,8 +87,8 @@ class RankProcess:
         if self._said is None and code is not None:
             why = f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
             why += " (out of memory?)" if code == -signal.SIGKILL else ""
-            if stacks_left(self._heartbeat):
-                why = f"made no progress for hang_seconds; where it stood is in {self._heartbeat}"
+            if has_stack_dump(self._heartbeat):
+                why = f"made no progress for watchdog_timeout_seconds; where it stood is in {self._heartbeat}"
             self._said = Outcome("crash", f"a process {why}; the same command goes on from its checkpoint")
         return self._said
 

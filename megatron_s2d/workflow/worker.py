@@ -67,7 +67,7 @@ def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, aske
 
 def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
     """Run ``job`` on this rank; collective over the layout's ranks. The directory is marked finished at the end."""
-    with watched(heartbeat_path(job, torch.distributed.get_rank()), config.hang_seconds):
+    with watched(heartbeat_path(job, torch.distributed.get_rank()), config.watchdog_timeout_seconds):
         _execute(config, job, run_dir, layout, stop)
 
 
@@ -76,7 +76,7 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
     directory = job.directory
     inputs = {id_.removeprefix("stages/"): StageDirectory(run_dir / id_) for id_ in job.inputs}
     context = StageContext(config, job.stage, directory, inputs, layout, run_dir / "tokenizer", stop)
-    if context.is_writer:
+    if context.is_rank_zero:
         directory.begin(job.resolved, job.inputs, {"seed": context.seed})
     torch.distributed.barrier()
     seed_everything(context.seed)
@@ -87,7 +87,7 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
             _evaluate(context, job)
     peak = torch.tensor(device.peak_memory(), device=device.device())
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    if context.is_writer:
+    if context.is_rank_zero:
         seconds = time.perf_counter() - started
         summary = {"key": job.key, "seconds": seconds, "outputs": _outputs(directory), "peak_memory": int(peak)}
         directory.finish(summary)
@@ -106,7 +106,7 @@ def _evaluate(context: StageContext, job: Job) -> None:
         parts,
         sampling=evaluation.sampling,
         seed=context.config.seed * 1_000_003 + evaluation.seed,
-        problems_per_round=evaluation.problems_per_round,
+        eval_batch_size=evaluation.eval_batch_size,
     )
 
 

@@ -22,13 +22,13 @@ from training_worker import parse_layout, policy, samples, train, weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from memory import peak_bytes  # noqa: E402
 
-from megatron_s2d.data.packing import UpdateBatch  # noqa: E402
+from megatron_s2d.data.packing import MiniBatch  # noqa: E402
 from megatron_s2d.kl.reshard import redistribute_output_layer  # noqa: E402
-from megatron_s2d.kl.teachers import HiddenStates, WaitingStates  # noqa: E402
+from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates  # noqa: E402
 from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
 from megatron_s2d.parallel import exchange  # noqa: E402
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed  # noqa: E402
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher, TopKTeacher  # noqa: E402
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher, TopKTeacher  # noqa: E402
 from megatron_s2d.train.policy import gather_dicts  # noqa: E402
 
 SCENARIOS = ("full", "few_samples", "by_domain", "geometric", "topk")
@@ -36,9 +36,9 @@ OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_obje
 
 
 class Everywhere:
-    """``ByDomain`` the plain way: all states on every rank, all positions, the output layer cut anew every time."""
+    """``TeacherRouter`` the plain way: all states on every rank, all positions, the output layer cut anew every time."""
 
-    def __init__(self, teachers: ByDomain, waiting: bool):
+    def __init__(self, teachers: TeacherRouter, waiting: bool):
         self.teachers, self.waiting = teachers, waiting
 
     def distributions(self, student, update, batches):
@@ -47,13 +47,13 @@ class Everywhere:
             chosen = [i for i, sample in enumerate(update.samples) if domain in (None, sample.domain)]
             with self.teachers.of(domain) as model:
                 states |= all_states(model, update, chosen)
-                last = model.layout.is_last_stage
+                last = model.layout.is_pipeline_last_stage
                 held = (model.output_weight.detach(), model.shard) if last else (None, None)
                 layers[domain] = redistribute_output_layer(*held, student.shard, dist.group.WORLD)
         return [self.source(student, batch, states, layers) for batch in batches]
 
     def source(self, student, batch, states, layers):
-        if not student.layout.is_last_stage:
+        if not student.layout.is_pipeline_last_stage:
             return None
         weight = layers[batch.domain if self.teachers.is_routed else None]
         sequence, rows = batch.shape
@@ -62,7 +62,7 @@ class Everywhere:
             hidden[: len(states[index]) - 1, row] = states[index][1:]
         hidden = hidden.flatten(0, 1)
         if self.waiting:
-            return WaitingStates(lambda: hidden[batch.response_mask], lambda: weight, batch.temperature)
+            return LazyHiddenStates(lambda: hidden[batch.response_mask], lambda: weight, batch.temperature)
         return HiddenStates(hidden, weight, batch.temperature)
 
 
@@ -70,9 +70,9 @@ def all_states(model, update, chosen) -> dict[int, torch.Tensor]:
     batches = model.pack([update.samples[i] for i in chosen], {})
     found = {}
     for batch, hidden in zip(batches, model.hidden_states(batches), strict=True):
-        if model.layout.is_last_stage:
+        if model.layout.is_pipeline_last_stage:
             rows = batch.per_sample(model.whole_sequences(hidden))
-            found |= {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.is_leader else {}
+            found |= {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.is_dp_leader else {}
     return gather_dicts(found)
 
 
@@ -91,7 +91,7 @@ def models(scenario: str, student_layout, teacher_layout):
     references = {None: policy("tiny-teacher", student_layout, 7)} if scenario == "geometric" else {}
     for model in [*teachers.values(), *references.values()]:
         model.freeze()
-    return batch, student, ByDomain(teachers), ByDomain(references) if references else None
+    return batch, student, TeacherRouter(teachers), TeacherRouter(references) if references else None
 
 
 def losses(scenario: str, layouts, *, plain: bool) -> list[dict[str, float]]:
@@ -133,7 +133,7 @@ def counted():
 def transport(scenario: str, layouts) -> list[dict]:
     """Of every rank, in the second of two updates: what arrives, what is kept, and whether it is what it should be."""
     batch, student, teachers, _ = models(scenario, *layouts)
-    update = UpdateBatch(batch, {})
+    update = MiniBatch(batch, {})
     batches = student.pack(batch, {})
     teachers.distributions(student, update, batches)
     with counted() as found:
@@ -144,7 +144,7 @@ def transport(scenario: str, layouts) -> list[dict]:
     for item, source, other in zip(batches, sources, expected, strict=True):
         if source is None:
             continue
-        size, rank = student.layout.tensor_size, student.layout.tensor_rank
+        size, rank = student.layout.tp_size, student.layout.tp_rank
         part = -(-item.labels.numel() // size)
         due += int(item.response_mask[rank * part : (rank + 1) * part].sum()) * width * 4
         whole += int(item.response_mask.sum()) * width * 4
@@ -156,8 +156,8 @@ def transport(scenario: str, layouts) -> list[dict]:
     mine = dict(sums) | {"same": same, "objects": objects, "broadcasts": found["broadcast"], "width": width}
     mine |= {
         "update": sum(s.response_length for s in batch) * width * 4,
-        "student": [student.layout.data_rank, student.layout.is_last_stage],
-        "computes": [teachers.policies[next(iter(teachers.policies))].layout.is_last_stage],
+        "student": [student.layout.dp_rank, student.layout.is_pipeline_last_stage],
+        "computes": [teachers.policies[next(iter(teachers.policies))].layout.is_pipeline_last_stage],
     }
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

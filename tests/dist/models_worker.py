@@ -68,8 +68,8 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
     spec = ModelConfig(preset=preset).resolve(VOCAB_SIZE)
     chunks = build_model(spec, layout, seed=3)
     tokens = torch.randint(0, VOCAB_SIZE, (8, 12), generator=torch.Generator().manual_seed(0))
-    share = 8 // layout.data_size
-    mine = tokens[layout.data_rank * share : (layout.data_rank + 1) * share]
+    share = 8 // layout.dp_size
+    mine = tokens[layout.dp_rank * share : (layout.dp_rank + 1) * share]
     found = {"before": digest(chunks, spec, layout, bucket_bytes=20_000)}
     logits = forward_only(chunks, layout, forward_step, list(tokens.split(4)))
     found["logits"] = broadcast_from_last_stage(torch.cat(logits) if logits else None, layout).tolist()
@@ -93,9 +93,9 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
 def padding_of(model, spec, layout) -> float:
     """Largest magnitude in the padded rows of the embedding after training, over the ranks."""
     largest = torch.zeros(())
-    if layout.is_first_stage:
-        share = padded_vocab_size(spec.vocab_size, layout.tensor_size) // layout.tensor_size
-        real = max(0, min(share, spec.vocab_size - layout.tensor_rank * share))
+    if layout.is_pipeline_first_stage:
+        share = padded_vocab_size(spec.vocab_size, layout.tp_size) // layout.tp_size
+        real = max(0, min(share, spec.vocab_size - layout.tp_rank * share))
         padding = model.embedding.word_embeddings.weight[real:].detach()
         largest = padding.abs().max() if padding.numel() else largest
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -103,12 +103,12 @@ def padding_of(model, spec, layout) -> float:
 
 
 def broadcast_from_last_stage(tensor, layout):
-    if layout.pipeline_size == 1:
+    if layout.pp_size == 1:
         return tensor
     shape = [tuple(tensor.shape) if tensor is not None else None]
-    dist.broadcast_object_list(shape, layout.last_stage_rank, group=layout.groups.pp)
+    dist.broadcast_object_list(shape, layout.output_rank, group=layout.groups.pp)
     tensor = tensor.contiguous() if tensor is not None else torch.empty(shape[0])
-    dist.broadcast(tensor, layout.last_stage_rank, group=layout.groups.pp)
+    dist.broadcast(tensor, layout.output_rank, group=layout.groups.pp)
     return tensor
 
 

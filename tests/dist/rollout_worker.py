@@ -92,16 +92,16 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
     spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.25)
     chunks = build_model(spec, layout, seed=3)
     chunks[0].train()
-    cuts = {1: [], 2: [6], 4: [2, 7, 14]}[layout.data_size]
+    cuts = {1: [], 2: [6], 4: [2, 7, 14]}[layout.dp_size]
     shares = np.split(np.arange(len(requests())), cuts)
-    mine = [requests()[index] for index in shares[layout.data_rank]]
+    mine = [requests()[index] for index in shares[layout.dp_rank]]
     engine = MegatronEngine(chunks, VOCAB_SIZE, layout, tokenizer=Letters, max_batch_size=9)
     engine.push(chunks, 2)
     samples = engine.generate(mine)
     assert chunks[0].training and chunks[0].config.sequence_parallel == parallel.sequence_parallel
 
     worst = 0.0
-    if layout.config.expert_model_parallel_size <= layout.tensor_size:  # otherwise unequal shares would have to meet
+    if layout.config.expert_model_parallel_size <= layout.tp_size:  # otherwise unequal shares would have to meet
         sequences = [(torch.from_numpy(sample.token_ids), sample.temperature) for sample in samples]
         expected = forward_only(chunks, layout, forward_step, sequences)
         for sample, log_probs in zip(samples, expected, strict=False):

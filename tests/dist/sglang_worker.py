@@ -28,9 +28,9 @@ from megatron_s2d.parallel import layout as layouts  # noqa: E402
 from megatron_s2d.records import Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
 from megatron_s2d.rollout.sglang import client  # noqa: E402
-from megatron_s2d.parallel.collectives import from_all, from_first  # noqa: E402
-from megatron_s2d.rollout.served.engine import SglangEngine  # noqa: E402
-from megatron_s2d.rollout.served.server_group import Fleet  # noqa: E402
+from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0  # noqa: E402
+from megatron_s2d.rollout.served.engine import ServedEngine  # noqa: E402
+from megatron_s2d.rollout.served.server_group import ServerGroup  # noqa: E402
 
 VOCAB_SIZE = 27
 CASES = {
@@ -67,17 +67,17 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
         return [np.concatenate([np.zeros(1, np.float32), table[pair]]) for pair in pairs]
 
     servers = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)] if dist.get_rank() == 0 else []
-    urls = from_first(lambda: [server.url for server in servers])
+    urls = broadcast_from_rank0(lambda: [server.url for server in servers])
     settings = RolloutConfig(engine="sglang", sglang=SglangConfig(attempts=2, bucket_bytes=20_000, recoveries=3))
-    engine = SglangEngine(Fleet(chunks, spec, layout, score, settings, directory, urls=urls))
+    engine = ServedEngine(ServerGroup(chunks, spec, layout, score, settings, directory, urls=urls))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.5)
     engine.push(chunks, 4)
     for server in servers:
         server.faults.extend(["stale", "nan", "500", "malformed"])
-    cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.data_size]  # the first of four data ranks has nothing to ask
-    mine = np.split(np.arange(12), cuts)[layout.data_rank]
+    cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.dp_size]  # the first of four data ranks has nothing to ask
+    mine = np.split(np.arange(12), cuts)[layout.dp_rank]
     samples = engine.generate([requests()[place] for place in mine])
     for server in servers:
         server.score_faults.extend(["nan", "capped", "stale"])
@@ -87,7 +87,7 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     top_agree = len(likeliest) == len(samples) and all(
         np.array_equal(top.ids[1:], ids) for top, ids in zip(likeliest, best, strict=True)
     )
-    faults_left = from_first(lambda: sum(len(server.faults) for server in servers))
+    faults_left = broadcast_from_rank0(lambda: sum(len(server.faults) for server in servers))
     for server in servers:
         server.control_faults["/update_weights_from_disk"] = "500"
     try:
@@ -99,15 +99,15 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     beside = run_beside(chunks, spec, layout, score, servers, urls, mine, directory)
     for server in servers:
         server.close()
-    everyone = from_all({sample.id: [sample.token_ids.tolist(), sample.finish_reason] for sample in samples})
+    everyone = all_gather_object({sample.id: [sample.token_ids.tolist(), sample.finish_reason] for sample in samples})
     merged: dict = {}
     for part in everyone:
         for name, sample in part.items():
             assert merged.setdefault(name, sample) == sample
-    wrong = max(from_all(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
+    wrong = max(all_gather_object(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
                 for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
-    return beside | {"samples": merged, "gap": wrong, "refused": from_all(refused), "faults_left": faults_left,
-                     "top_agree": from_all(top_agree)}  # fmt: skip
+    return beside | {"samples": merged, "gap": wrong, "refused": all_gather_object(refused), "faults_left": faults_left,
+                     "top_agree": all_gather_object(top_agree)}  # fmt: skip
 
 
 def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
@@ -117,13 +117,13 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     for server in servers:
         server.control_faults.clear()
         server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
-    engine = SglangEngine(Fleet(
+    engine = ServedEngine(ServerGroup(
         chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings), directory / "beside", urls=urls
     ))
     own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
     tables = {0: table_of(chunks, spec, layout)}
     engine.begin(own)
-    from_first(lambda: wait_for(lambda: len(held) == 12))
+    broadcast_from_rank0(lambda: wait_for(lambda: len(held) == 12))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.9)
@@ -131,7 +131,7 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     tables[1] = table_of(chunks, spec, layout)
     samples = engine.generate(own)
     gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
-    mixed = sum(len(sample.policy_spans) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
+    mixed = sum(len(sample.weight_versions) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
     groups = {request.group for request in own}
     half = (len(groups) + 1) // 2
     again = [dataclasses.replace(request, id=f"{request.id}again") for request in own]
@@ -140,11 +140,11 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     rest = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
     engine.close()
     return {
-        "begun": sorted({sample.id for part in from_all(samples) for sample in part}),
-        "begun_gap": max(from_all(gap)),
-        "mixed": sum(from_all(mixed)),
-        "carried": sorted({sample.id for part in from_all([*first, *rest]) for sample in part}),
-        "half": from_all(len(taken) == half * 2),
+        "begun": sorted({sample.id for part in all_gather_object(samples) for sample in part}),
+        "begun_gap": max(all_gather_object(gap)),
+        "mixed": sum(all_gather_object(mixed)),
+        "carried": sorted({sample.id for part in all_gather_object([*first, *rest]) for sample in part}),
+        "half": all_gather_object(len(taken) == half * 2),
     }
 
 
@@ -162,7 +162,7 @@ def table_of(chunks, spec, layout) -> np.ndarray:
 def split_gap(tables: dict[int, np.ndarray], sample) -> float:
     """Largest difference from the log-probabilities under the weights that the sample's spans name."""
     worst = 0.0
-    for span in sample.policy_spans:
+    for span in sample.weight_versions:
         places = np.arange(span.start, span.stop)
         expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
         worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))

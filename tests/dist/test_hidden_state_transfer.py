@@ -56,8 +56,8 @@ def test_every_row_is_kept_once_and_by_the_rank_that_is_due(found, case):
         assert rank["received"] <= rank["due"]
     # Over the whole job: each response token once, where the plain way has all tokens on all ranks.
     assert sum(rank["kept"] for rank in ranks) == ranks[0]["update"]
-    for data_rank in {rank["student"][0] for rank in ranks}:
-        group = [rank for rank in ranks if rank["student"] == [data_rank, True]]
+    for dp_rank in {rank["student"][0] for rank in ranks}:
+        group = [rank for rank in ranks if rank["student"] == [dp_rank, True]]
         assert {rank["whole"] for rank in group} == {sum(rank["kept"] for rank in group)}
 
 

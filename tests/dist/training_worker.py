@@ -19,15 +19,15 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.cache import CacheHeader
-from megatron_s2d.data.packing import UpdateBatch
-from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.data.packing import MiniBatch
+from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teacher_cache import distributions_of
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.train.policy import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 3
@@ -71,23 +71,23 @@ def samples(count: int = 13) -> list[Sample]:
     return found
 
 
-def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> Policy:
+def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> MegatronModel:
     spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
-    packed = PACKED or layout.context_size > 1
-    return Policy(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed)
+    packed = PACKED or layout.cp_size > 1
+    return MegatronModel(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed)
 
 
-def weights(batch: list[Sample], aggregation: str) -> np.ndarray:
+def weights(batch: list[Sample], loss_agg_mode: str) -> np.ndarray:
     lengths = [sample.response_length for sample in batch]
-    return token_weights(lengths, aggregation, ResponseCounts.of(lengths), 8)
+    return token_weights(lengths, loss_agg_mode, ResponseCounts.of(lengths), 8)
 
 
-def train(model: Policy, batch: list[Sample], objective, columns: dict, teacher=None) -> list[dict[str, float]]:
+def train(model: MegatronModel, batch: list[Sample], objective, columns: dict, teacher=None) -> list[dict[str, float]]:
     model.prepare_training(OPTIMIZER, STEPS)
     rows = []
     for _ in range(STEPS):
         batches = model.pack(batch, columns)
-        distributions = teacher.distributions(UpdateBatch(batch, columns), batches) if teacher else None
+        distributions = teacher.distributions(MiniBatch(batch, columns), batches) if teacher else None
         count = sum(len(sample.token_ids) for sample in batch)
         row = model.forward_backward(batches, objective, distributions, num_tokens=count)
         rows.append(row | {"grad_norm": model.optim_step()})
@@ -97,11 +97,11 @@ def train(model: Policy, batch: list[Sample], objective, columns: dict, teacher=
 def supervised(layout: Layout, preset: str = "tiny-teacher"):
     batch = samples()
     return train(
-        policy(preset, layout, 1), batch, supervised_objective(), {"supervised_weight": weights(batch, "token_mean")}
+        policy(preset, layout, 1), batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")}
     )
 
 
-def with_rollouts(model: Policy, batch: list[Sample]) -> list[Sample]:
+def with_rollouts(model: MegatronModel, batch: list[Sample]) -> list[Sample]:
     """Samples as of an engine that is off by up to 0.05 nats; one of them was not sampled by the engine."""
     rng = np.random.default_rng(6)
     found = []
@@ -122,7 +122,7 @@ def grpo(layout: Layout):
     ]
     batch = with_rollouts(model, batch)[:-1]
     columns = {"policy_weight": weights(batch, "seq_mean_token_mean")}
-    return train(model, batch, grpo_objective(Surrogate(), kl_coefficient=0.1), columns)
+    return train(model, batch, grpo_objective(Surrogate(), kl_loss_coef=0.1), columns)
 
 
 def opd(layout: Layout, teacher_layout: Layout | None = None):
@@ -131,7 +131,7 @@ def opd(layout: Layout, teacher_layout: Layout | None = None):
     batch = samples()
     columns = {"divergence_weight": weights(batch, "token_mean")}
     student = policy("tiny-student", layout, 5)
-    source = FullTeacher(student, ByDomain({None: teacher}))
+    source = FullTeacher(student, TeacherRouter({None: teacher}))
     objective = divergence_objective("reverse_kl", measure_rollouts=True)
     return train(student, with_rollouts(student, batch), objective, columns, source)
 
@@ -146,7 +146,7 @@ def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None 
     columns = {"divergence_weight": weights(batch, "token_mean")}
     student = policy("tiny-student", layout, 5)
     student.packs_by_domain = True
-    return train(student, batch, divergence_objective("reverse_kl"), columns, FullTeacher(student, ByDomain(teachers)))
+    return train(student, batch, divergence_objective("reverse_kl"), columns, FullTeacher(student, TeacherRouter(teachers)))
 
 
 def scores(layout: Layout):

@@ -17,12 +17,12 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import MicroBatch, UpdateBatch
-from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.data.packing import MicroBatch, MiniBatch
+from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.train.policy import MegatronModel
 
 # Widths are multiples of 128, which blockwise FP8 needs; weights are wide enough to make distributions uneven.
 SPEC = ModelConfig(
@@ -55,10 +55,10 @@ def samples(count: int = 12) -> list[Sample]:
     return found
 
 
-def policy(layout: Layout, precision: str, *, fp8: str | None = None, packed: bool = True, **options) -> Policy:
+def policy(layout: Layout, precision: str, *, fp8: str | None = None, packed: bool = True, **options) -> MegatronModel:
     options = {"max_tokens": 512} | options
     recipe = None if fp8 is None else Fp8Config(recipe=fp8)
-    return Policy(SPEC, layout, precision=precision, seed=7, fp8=recipe, packed=packed, **options)
+    return MegatronModel(SPEC, layout, precision=precision, seed=7, fp8=recipe, packed=packed, **options)
 
 
 def weights_of(batch: list[Sample], column: str) -> dict[str, list[float]]:
@@ -76,14 +76,14 @@ def measure(
         return _by_autograd(model, batches, scores)
     model.prepare_training(OptimizerConfig(), 10)
     count = sum(len(sample.token_ids) for sample in batch)
-    loss = model.forward_backward(batches, supervised_objective(), num_tokens=count)["loss"]
+    loss = model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"]
     (chunk,) = model.trainable.chunks
     gradients = {_local_name(name): p.main_grad.float().cpu().clone() for name, p in chunk.named_parameters()}
     return Measured(loss, scores, gradients)
 
 
-def _by_autograd(model: Policy, batches: list[MicroBatch], scores: list[np.ndarray]) -> Measured:
-    objective, (chunk,), total = supervised_objective(), model.chunks, 0.0
+def _by_autograd(model: MegatronModel, batches: list[MicroBatch], scores: list[np.ndarray]) -> Measured:
+    objective, (chunk,), total = sft_objective(), model.chunks, 0.0
     chunk.train()
     for item in model._passes(batches, objective.needs, None):
         item.objective = objective
@@ -123,15 +123,15 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
 
 
-def divergence(layout: Layout, student: Policy, teacher: Policy) -> float:
+def divergence(layout: Layout, student: MegatronModel, teacher: MegatronModel) -> float:
     """KL of the teacher's from the student's distribution over the whole vocabulary, nats a response token."""
     batch = samples()
     weights = weights_of(batch, "divergence_weight")
     teacher.freeze()
     student.prepare_training(OptimizerConfig(), 10)
     batches = student.pack(batch, weights)
-    source = FullTeacher(student, ByDomain({None: teacher}))
-    distributions = source.distributions(UpdateBatch(batch, weights), batches)
+    source = FullTeacher(student, TeacherRouter({None: teacher}))
+    distributions = source.distributions(MiniBatch(batch, weights), batches)
     count = sum(len(sample.token_ids) for sample in batch)
     return student.forward_backward(batches, divergence_objective("forward_kl"), distributions, num_tokens=count)["kl"]
 
@@ -143,14 +143,14 @@ def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = 
     return np.array(train(model, steps))
 
 
-def train(model: Policy, steps: int) -> list[float]:
+def train(model: MegatronModel, steps: int) -> list[float]:
     """Losses of ``steps`` updates on the batch, of a model that is ready to train."""
     batch = samples()
     batches = model.pack(batch, weights_of(batch, "supervised_weight"))
     count = sum(len(sample.token_ids) for sample in batch)
     losses = []
     for _ in range(steps):
-        losses.append(model.forward_backward(batches, supervised_objective(), num_tokens=count)["loss"])
+        losses.append(model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"])
         model.optim_step()
     return losses
 

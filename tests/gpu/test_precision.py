@@ -95,7 +95,7 @@ def test_a_loss_curve_of_200_steps(layout, recipe, record_property):
 def test_fp8_parameters_follow_their_masters(layout, record_property):
     """Masters start from the weights that were drawn, not from their FP8 form, and weights move with them."""
     skip_without("tensorwise")
-    model = parity_case.Policy(
+    model = parity_case.MegatronModel(
         parity_case.SPEC, layout, precision="bfloat16", max_tokens=512, packed=True, seed=7,
         fp8=Fp8Config(recipe="tensorwise", parameters=True),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_fp8_parameters_follow_their_masters(layout, record_property):
     count = sum(len(sample.token_ids) for sample in batch)
     losses = []
     for _ in range(5):
-        losses.append(model.forward_backward(batches, parity_case.supervised_objective(), num_tokens=count)["loss"])
+        losses.append(model.forward_backward(batches, parity_case.sft_objective(), num_tokens=count)["loss"])
         model.optim_step()
     record(record_property, {"first_loss": losses[0], "fifth_loss": losses[-1]})
     assert losses[-1] < losses[0] - 0.5

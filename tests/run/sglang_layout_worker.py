@@ -17,9 +17,9 @@ from sglang_model import change, make_policy, make_requests, rollout_gap, rollou
 
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.collectives import from_all
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.rollout.served.server_group import Fleet
+from megatron_s2d.parallel.collectives import all_gather_object
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -36,15 +36,15 @@ def main() -> None:
     for name, fields in LAYOUTS.items():
         policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
         for sync in ("disk", "distributed", "tensor"):
-            engine = SglangEngine(Fleet(
+            engine = ServedEngine(ServerGroup(
                 policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync),
                 directory / name / sync, urls=[url],
             ))  # fmt: skip
             change(policy, 0.01)
             engine.push(policy.chunks, 1)
-            mine = make_requests()[policy.layout.data_rank :: policy.layout.data_size]
+            mine = make_requests()[policy.layout.dp_rank :: policy.layout.dp_size]
             samples = engine.generate(mine)
-            merged = [sample for part in from_all(samples) for sample in part]
+            merged = [sample for part in all_gather_object(samples) for sample in part]
             results[f"{name}/{sync}"] = {
                 "gap": rollout_gap(policy, merged),
                 "probe_gap": engine.metrics()["probe_gap"],

@@ -12,19 +12,19 @@ from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 VOCAB_SIZE = 25  # of the embedded task's tokenizer
 EOS = 1
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.25)
 
 
-def make_policy(layout: Layout) -> Policy:
+def make_policy(layout: Layout) -> MegatronModel:
     """Wide initial weights, so that distributions are far from uniform; the same at every layout."""
-    return Policy(SPEC, layout, precision="float32", max_tokens=2048, seed=3)
+    return MegatronModel(SPEC, layout, precision="float32", max_tokens=2048, seed=3)
 
 
-def change(policy: Policy, amount: float) -> None:
+def change(policy: MegatronModel, amount: float) -> None:
     """Move every weight, the same way at every layout."""
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
@@ -51,7 +51,7 @@ def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:
     return found
 
 
-def rollout_gap(policy: Policy, samples: list[Sample]) -> float:
+def rollout_gap(policy: MegatronModel, samples: list[Sample]) -> float:
     """Largest difference, in nats, between the engine's log-probabilities and the trainer's."""
     pairs = zip(samples, policy.score(samples), strict=True)
     return max(float(np.abs(sample.rollout_log_probs - score)[sample.response_mask].max()) for sample, score in pairs)

@@ -38,7 +38,7 @@ def count_rows(path) -> int:
 def test_kill_9_again_and_again(unbroken, tmp_path):
     """Killed inside base training, GRPO, and the bridge, each between two checkpoints, some written in the background."""
     run_dir = tmp_path / "killed"
-    background = [f"stages.{stage}.checkpoint.in_background=true" for stage in ("teacher_base", "opd")]
+    background = [f"stages.{stage}.checkpoint.async_save=true" for stage in ("teacher_base", "opd")]
     settings = [part for setting in background for part in ("--set", setting)]
     for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
         run = start("run", SMOKE, "--out", run_dir, *settings)
@@ -82,14 +82,14 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
 def test_a_rank_that_hangs_is_found_by_the_others(tmp_path):
     """One of two ranks is frozen: the other waits for it in vain, shows where, and the run ends."""
     run_dir = tmp_path / "hang"
-    settings = ["parallel={tensor_model_parallel_size: 2}", "num_workers=1", "hang_seconds=6"]
+    settings = ["parallel={tensor_model_parallel_size: 2}", "num_workers=1", "watchdog_timeout_seconds=6"]
     run = start("run", SMOKE, "--out", run_dir, *(part for setting in settings for part in ("--set", setting)))
     job = run_dir / "stages/teacher_base"
     wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3)
     ranks = [pid for pid in processes_of(job) if pid != run.pid and any_open(pid, "rank1-heartbeat.txt")]
     os.kill(ranks[0], signal.SIGSTOP)
     output, _ = run.communicate(timeout=60)
-    assert run.returncode == 3 and "made no progress for hang_seconds" in output, output
+    assert run.returncode == 3 and "made no progress for watchdog_timeout_seconds" in output, output
     assert "Thread" in (job / "rank0-heartbeat.txt").read_text()
     assert not processes_of(run_dir)
 

@@ -40,15 +40,15 @@ from sglang_model import (
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.rollout.served.server_group import Fleet
-from megatron_s2d.rollout.sglang.checks import Checks, Needs
-from megatron_s2d.teachers.frozen import ByDomain, ServedTeachers, TopKTeacher
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.checks import Checks, ServerRequirements
+from megatron_s2d.teachers.frozen import TeacherRouter, ServedTeachers, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ name: served
 seed: 1
 tokenizer: task:modular_arithmetic
 precision: float32
-lengths: {max_prompt_tokens: 16}
+lengths: {max_prompt_length: 16}
 models:
   student: {preset: tiny-student}
 data:
@@ -72,13 +72,13 @@ stages:
     init: base
     prompts: pool
     steps: 3
-    prompts_per_step: 8
-    responses_per_prompt: 4
-    sampling: &sampling {temperature: 1.0, max_response_tokens: 8}
+    train_batch_size: 8
+    num_generations: 4
+    sampling: &sampling {temperature: 1.0, max_response_length: 8}
     optimizer: {lr: 1.0e-3}
   opd:
-    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, prompts_per_step: 4, responses_per_prompt: 2,
-     updates_per_step: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
+    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, train_batch_size: 4, num_generations: 2,
+     num_mini_batches: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
 arms: {opd: opd}
 evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
 """
@@ -99,7 +99,7 @@ def tokenizer(tmp_path_factory):
 def started(policy, tokenizer, tmp_path_factory):
     """An engine with the server that it started, which the tests below attach to as well."""
     begun = time.perf_counter()
-    engine = SglangEngine(Fleet(
+    engine = ServedEngine(ServerGroup(
         policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(), tmp_path_factory.mktemp("sglang"),
         tokenizer=tokenizer,
     ))  # fmt: skip
@@ -118,10 +118,10 @@ def attach(policy, tokenizer, url, tmp_path):
     """attach(settings): an engine on the running server."""
     found = []
 
-    def make(sync: str = "disk", needs: Needs = Needs(), other_tokenizer=None, **settings) -> SglangEngine:
+    def make(sync: str = "disk", needs: ServerRequirements = ServerRequirements(), other_tokenizer=None, **settings) -> ServedEngine:
         found.append(
-            SglangEngine(
-                Fleet(
+            ServedEngine(
+                ServerGroup(
                     policy.chunks,
                     SPEC,
                     policy.layout,
@@ -145,7 +145,7 @@ def span_gap(policy, samples, version: int) -> float:
     """Largest difference from the trainer's log-probabilities where ``version`` wrote the tokens."""
     worst = 0.0
     for sample, score in zip(samples, policy.score(samples), strict=True):
-        for span in sample.policy_spans:
+        for span in sample.weight_versions:
             if span.version == version:
                 places = slice(span.start, span.stop)
                 worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - score[places]).max()))
@@ -163,7 +163,7 @@ def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
         assert engine.metrics()["probe_gap"] < 1e-4
         samples = engine.generate(make_requests())
         assert rollout_gap(policy, samples) < 1e-4
-        assert {span.version for sample in samples for span in sample.policy_spans} == {version}
+        assert {span.version for sample in samples for span in sample.weight_versions} == {version}
     assert rollout_gap(policy, before) > 1e-2  # the pushes mattered
 
 
@@ -178,7 +178,7 @@ def test_log_probs_are_those_of_the_temperature_before_filters(policy, attach, p
 )
 def test_the_server_is_found_able_to_do_what_a_stage_needs(attach, params):
     longest = SPEC.max_position_embeddings
-    attach(needs=Needs(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
+    attach(needs=ServerRequirements(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
 
 
 def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, url, tmp_path):
@@ -186,21 +186,21 @@ def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, 
     with pytest.raises(UserError, match="another tokenizer than the trainer: '.*' is .* there and .* here"):
         attach(other_tokenizer=other)
     with pytest.raises(UserError, match="has room for sequences of 518 tokens, and the stage has some of 600"):
-        attach(needs=Needs(600))
+        attach(needs=ServerRequirements(600))
     with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
         Checks(
-            dataclasses.replace(SPEC, max_position_embeddings=4096), Needs(4000, top_k=2), rollout_settings().sglang,
+            dataclasses.replace(SPEC, max_position_embeddings=4096), ServerRequirements(4000, top_k=2), rollout_settings().sglang,
             dtype="float32", tokenizer=None, attached=True,
-        ).score_longest(url, "any")  # fmt: skip
+        ).score_max_length(url, "any")  # fmt: skip
     for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
         checks = Checks(
-            dataclasses.replace(SPEC, vocab_size=size), Needs(), rollout_settings().sglang, dtype="float32",
+            dataclasses.replace(SPEC, vocab_size=size), ServerRequirements(), rollout_settings().sglang, dtype="float32",
             tokenizer=tokenizer, attached=True,
         )  # fmt: skip
         with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
             checks.compare(url)
     with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
-        Checks(SPEC, Needs(), rollout_settings().sglang, dtype="bfloat16", tokenizer=None, attached=True).compare(url)
+        Checks(SPEC, ServerRequirements(), rollout_settings().sglang, dtype="bfloat16", tokenizer=None, attached=True).compare(url)
     tokenizer_here = copy.deepcopy(tokenizer)
     tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match="another chat template"):
@@ -290,7 +290,7 @@ def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy
     samples = engine.generate(requests)
     assert [sample.id for sample in samples] == [request.id for request in requests]
     assert {sample.response_length for sample in samples} == {100}
-    versions = {span.version for sample in samples for span in sample.policy_spans}
+    versions = {span.version for sample in samples for span in sample.weight_versions}
     if ahead == "continue":
         assert versions == {old_version, old_version + 1}, f"{seconds:.2f} s without a push"
     else:
@@ -332,10 +332,10 @@ def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
 def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, url, tmp_path):
     where = (policy.chunks, SPEC, policy.layout, policy.score)
-    second = SglangEngine(Fleet(*where, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
+    second = ServedEngine(ServerGroup(*where, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
     urls = [url, *second.urls]
     settings = rollout_settings(router=True, recoveries=1)
-    engine = SglangEngine(Fleet(*where, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
+    engine = ServedEngine(ServerGroup(*where, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
     try:
         fleet = engine._fleet
         workers = f"{fleet.pool.router.url}/workers"
@@ -359,10 +359,10 @@ def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy,
 
 def test_a_served_teachers_top_k_is_that_of_the_teacher_in_the_trainer(policy, attach):
     samples = attach().generate(make_requests(prompts=6, groups=2))
-    engine = attach(needs=Needs(40, top_k=6))
-    batches, update = policy.pack(samples, {}), UpdateBatch(samples, {})
+    engine = attach(needs=ServerRequirements(40, top_k=6))
+    batches, update = policy.pack(samples, {}), MiniBatch(samples, {})
     served = ServedTopK(policy, ServedTeachers({None: engine}), 6, "bucket").distributions(update, batches)
-    inside = TopKTeacher(policy, ByDomain({None: policy}), 6, "teacher", "bucket").distributions(update, batches)
+    inside = TopKTeacher(policy, TeacherRouter({None: policy}), 6, "teacher", "bucket").distributions(update, batches)
     for batch, one, other in zip(batches, served, inside, strict=True):
         rows = batch.response_mask
         assert rows.any() and (one.ids[rows] == other.ids[rows]).float().mean() > 0.99  # but for ties
@@ -418,12 +418,12 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
     """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
     where = (policy.chunks, SPEC, policy.layout, policy.score)
     settings = rollout_settings(arguments=["--host", "0.0.0.0"])
-    first = SglangEngine(Fleet(*where, settings, tmp_path / "first", tokenizer=tokenizer))
+    first = ServedEngine(ServerGroup(*where, settings, tmp_path / "first", tokenizer=tokenizer))
     try:
         port = first._fleet.pool.servers[0].url.rpartition(":")[2]
         urls = [f"http://{outward_address()}:{port}"]
-        engine = SglangEngine(
-            Fleet(*where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
+        engine = ServedEngine(
+            ServerGroup(*where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
         )
         change(policy, 0.02)
         engine.push(policy.chunks, 5)
@@ -435,14 +435,14 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [{"granularity": "sampled"}, {"granularity": "topk", "support": "teacher", "top_k": 6}]
+    "method", [{"kl_estimator": "sampled"}, {"kl_estimator": "topk", "support": "teacher", "top_k": 6}]
 )
 def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path, method):
     config = yaml.safe_load(WORKFLOW)
-    shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "prompts_per_step", "sampling", "optimizer")}
+    shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "train_batch_size", "sampling", "optimizer")}
     config["stages"]["teacher"] = {"like": "base", "steps": 60}
     config["stages"]["opd"] = shared | {
-        "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "responses_per_prompt": 2,
+        "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "num_generations": 2,
     } | method  # fmt: skip
     config["arms"] = {"opd": "opd"}
     rows = {}
@@ -501,7 +501,7 @@ def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
     config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
     found = {}
     for engine in ("megatron", "sglang"):
-        settings = {"ahead": ahead, "oversampling": 1.0 if ahead == "off" else 1.25}
+        settings = {"ahead": ahead, "over_sampling_ratio": 1.0 if ahead == "off" else 1.25}
         config["rollout"] = {"engine": engine, "max_kl": 1e-6 if ahead == "off" else None, "sglang": settings}
         path = tmp_path / f"{engine}.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -537,4 +537,4 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     with pytest.raises(httpx.ConnectError):
         httpx.get(old)
     assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]
-    assert rollout_gap(policy, again) < 1e-4 and {s.policy_spans[0].version for s in again} == {77}
+    assert rollout_gap(policy, again) < 1e-4 and {s.weight_versions[0].version for s in again} == {77}

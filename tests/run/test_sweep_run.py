@@ -16,7 +16,7 @@ def test_a_sweep_runs_goes_on_and_reports(tmp_path):
         },
         "grid": {"size": {"values": {
             "small": {"models.student.hidden_size": 48},
-            "broken": {"evaluation.sampling.max_response_tokens": 900},
+            "broken": {"evaluation.sampling.max_response_length": 900},
         }}},
         "efficiency": [{"axis": "size", "stage": "student_base"}],
     }  # fmt: skip

@@ -79,7 +79,7 @@ class MegatronEngine:
         self._max_batch_tokens = max_batch_tokens
         self._device = device.device()
         # Ranks of a replica are ordered by stage, tensor ranks within (Megatron's order).
-        self._root = layout.tensor_size * (layout.pipeline_size - 1)
+        self._root = layout.tp_size * (layout.pp_size - 1)
         self._is_root = layout.groups.mp.rank() == self._root
         self._is_alone = layout.groups.mp.size() == 1
 
@@ -163,7 +163,7 @@ class MegatronEngine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next tokens [A] int64 and which of them end their response [A] bool, the same on every rank."""
         position = responses.num_steps
-        if logits is not None and self._layout.tensor_size > 1:
+        if logits is not None and self._layout.tp_size > 1:
             logits = self._gather_vocabulary(logits)
         decision = torch.empty(2, len(active.rows), dtype=torch.int64, device=self._device)
         if self._is_root:
@@ -182,7 +182,7 @@ class MegatronEngine:
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Shards [A, V / tensor ranks] put side by side at the root; None elsewhere."""
-        shards = [torch.empty_like(logits) for _ in range(self._layout.tensor_size)] if self._is_root else None
+        shards = [torch.empty_like(logits) for _ in range(self._layout.tp_size)] if self._is_root else None
         dist.gather(logits.contiguous(), shards, group=self._layout.groups.tp, group_dst=0)
         return torch.cat(shards, dim=1) if shards is not None else None
 
@@ -193,18 +193,18 @@ class MegatronEngine:
 
     def _run_stages(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
         layout, config = self._layout, self._chunk.config
-        if not layout.is_first_stage:
+        if not layout.is_pipeline_first_stage:
             shape = (token_ids.shape[1], token_ids.shape[0], config.hidden_size)
             hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=self._device)
-            dist.recv(hidden, group=layout.groups.pp, group_src=layout.pipeline_rank - 1)
+            dist.recv(hidden, group=layout.groups.pp, group_src=layout.pp_rank - 1)
             self._chunk.set_input_tensor(hidden)
         output = self._chunk(
             token_ids, None, cache.attention_mask, inference_context=cache, output_processor=_last_column_logits
         )
         cache.advance()
-        if layout.is_last_stage:
+        if layout.is_pipeline_last_stage:
             return output
-        dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pipeline_rank + 1)
+        dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         return None
 
     def _announce(self, *, working: bool) -> bool:
@@ -243,7 +243,7 @@ class MegatronEngine:
             for owner, name in switches:
                 setattr(owner, name, True)
             chunk.config.fp8 = fp8
-            if not self._layout.is_first_stage:
+            if not self._layout.is_pipeline_first_stage:
                 chunk.set_input_tensor(None)
             chunk.train(was_training)
 

@@ -19,41 +19,41 @@ import torch.distributed as dist
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import from_all, from_first, to_group
+from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0, broadcast_in_group
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.served import scoring
-from megatron_s2d.rollout.served.generation import Generation, Outcome
-from megatron_s2d.rollout.served.server_group import Fleet
-from megatron_s2d.rollout.served.server_pool import Pool
-from megatron_s2d.rollout.sglang.protocol import Expected, Partial
+from megatron_s2d.rollout.served.generation import GenerationTask, Outcome
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.served.server_pool import ServerPool
+from megatron_s2d.rollout.sglang.protocol import ReplyContract, PartialRollout
 
 
-class _Work:
+class PendingBatch:
     """What one ``generate`` asks for, and what there is of it. Samples are known on ranks that speak only."""
 
-    def __init__(self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | Partial]):
+    def __init__(self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]):
         self.requests, self.generation = list(requests), None
         groups = {request.group for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
         known = {place: carried[request.id] for place, request in enumerate(self.requests) if request.id in carried}
         self.samples = {place: found for place, found in known.items() if isinstance(found, Sample)}
-        self.partials = {place: found for place, found in known.items() if isinstance(found, Partial)}
+        self.partials = {place: found for place, found in known.items() if isinstance(found, PartialRollout)}
 
     def complete_groups(self) -> list[int]:
         """Groups whose every response has a sample, in order."""
         open_groups = {request.group for place, request in enumerate(self.requests) if place not in self.samples}
         return [group for group in dict.fromkeys(r.group for r in self.requests) if group not in open_groups]
 
-    def start(self, pool: Pool, expected: Expected, progress: ProgressCallback | None = None) -> None:
+    def start(self, pool: ServerPool, expected: ReplyContract, progress: ProgressCallback | None = None) -> None:
         """Ask for what is missing, if anything."""
         missing = [place for place in range(len(self.requests)) if place not in self.samples]
         groups_left = self.num_groups - len(self.complete_groups())
         open_groups = {self.requests[place].group for place in missing}
         if groups_left > 0:
             self._places = missing
-            self.generation = Generation(
+            self.generation = GenerationTask(
                 pool,
                 [self.requests[place] for place in missing],
                 expected,
@@ -72,7 +72,7 @@ class _Work:
         self.partials |= {self._places[i]: partial for i, partial in outcome.partials.items()}
         return outcome
 
-    def split(self) -> tuple[list[Sample], dict[str, Sample | Partial]]:
+    def split(self) -> tuple[list[Sample], dict[str, Sample | PartialRollout]]:
         """(samples of ``num_groups`` complete groups, what there is of the other groups by the request's id)."""
         chosen = set(self.complete_groups()[: self.num_groups])
         found = self.partials | self.samples
@@ -86,15 +86,15 @@ class _Work:
         )
 
 
-class SglangEngine:
+class ServedEngine:
     """See the module. ``close`` ends the fleet."""
 
-    def __init__(self, fleet: Fleet):
+    def __init__(self, fleet: ServerGroup):
         self._fleet, self._spec, self._layout = fleet, fleet.spec, fleet.layout
         self._settings, self._tokenizer = fleet.settings, fleet.tokenizer
-        self._begun: _Work | None = None  # by ``begin``
+        self._begun: PendingBatch | None = None  # by ``begin``
         self._refused = ""  # what was begun and cannot be answered, whatever is tried
-        self._carried: dict[str, Sample | Partial] = {}  # by request, of groups that were not complete in time
+        self._carried: dict[str, Sample | PartialRollout] = {}  # by request, of groups that were not complete in time
 
     @property
     def version(self) -> int:
@@ -113,7 +113,7 @@ class SglangEngine:
         if self._settings.ahead == "off":
             return
         self._check(requests)
-        self._begun = _Work(requests, num_groups, self._carried)
+        self._begun = PendingBatch(requests, num_groups, self._carried)
         if self._speaks:
             self._begun.start(self._fleet.pool, self._expected)
 
@@ -134,13 +134,13 @@ class SglangEngine:
                 raise RuntimeError("other requests were begun")
         else:
             self._check(requests)
-            work = _Work(requests, num_groups, self._carried)
+            work = PendingBatch(requests, num_groups, self._carried)
         self._fleet.wake()
         self._with_recoveries(lambda: self._ask(work, progress))
         samples, carried = work.split() if self._speaks else ([], {})
         if num_groups is not None:
             self._carried = carried
-        return to_group(samples, self._layout.groups.mp)
+        return broadcast_in_group(samples, self._layout.groups.mp)
 
     def rest(self) -> None:
         """With ``release_memory``: the servers give their GPU memory back until the next push."""
@@ -177,7 +177,7 @@ class SglangEngine:
             return self._agree(refused, reasons)
 
         self._with_recoveries(ask)
-        return to_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
+        return broadcast_in_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
@@ -224,7 +224,7 @@ class SglangEngine:
             return {missing[place]: value for place, value in scores.items()}, reasons, self._fleet.pool.problems
 
         def ask() -> list[str]:
-            scores, reasons, problems = from_first(ask_missing)
+            scores, reasons, problems = broadcast_from_rank0(ask_missing)
             found.update(scores)
             self._fleet.pool.note(problems)
             return reasons
@@ -238,10 +238,10 @@ class SglangEngine:
         return self._layout.groups.mp.rank() == 0
 
     @property
-    def _expected(self) -> Expected:
-        return Expected(self._fleet.label, self.version, self._spec.vocab_size, self._tokenizer)
+    def _expected(self) -> ReplyContract:
+        return ReplyContract(self._fleet.label, self.version, self._spec.vocab_size, self._tokenizer)
 
-    def _ask(self, work: _Work, progress: ProgressCallback | None) -> list[str]:
+    def _ask(self, work: PendingBatch, progress: ProgressCallback | None) -> list[str]:
         """Add samples to ``work``; returns reasons of failures, of all replicas and on all ranks."""
         outcome, refused = Outcome(), self._refused
         if self._speaks and not refused:
@@ -256,14 +256,14 @@ class SglangEngine:
 
     def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
         """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
-        everyone = from_all((refused, self._fleet.pool.problems, reasons))
+        everyone = all_gather_object((refused, self._fleet.pool.problems, reasons))
         for said, _, _ in everyone:
             if said:
                 raise UserError(said)
         self._fleet.pool.note({url: problem for _, found, _ in everyone for url, problem in found.items()})
         return [reason for _, _, reasons in everyone for reason in reasons]
 
-    def _lacks(self, work: _Work) -> bool:
+    def _lacks(self, work: PendingBatch) -> bool:
         return self._speaks and len(work.complete_groups()) < work.num_groups
 
     def _hold(self) -> None:
@@ -278,7 +278,7 @@ class SglangEngine:
             except UserError as error:
                 self._refused = str(error)
         pool = self._fleet.pool
-        pool.note({url: problem for found in from_all(pool.problems) for url, problem in found.items()})
+        pool.note({url: problem for found in all_gather_object(pool.problems) for url, problem in found.items()})
 
     def _check(self, requests: Sequence[Request]) -> None:
         check_requests(

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request
-from megatron_s2d.rollout.served.server_pool import Interrupted, Pool, Session, Unavailable, together
+from megatron_s2d.rollout.served.server_pool import Interrupted, ServerPool, Session, NoHealthyServer, together
 from megatron_s2d.rollout.sglang.protocol import (
-    BadReply,
-    Expected,
-    Partial,
-    ShortContext,
+    InvalidReply,
+    ReplyContract,
+    PartialRollout,
+    ContextLengthExceeded,
     generate_body,
     parse_reply,
     to_partial,
@@ -36,19 +36,19 @@ class Outcome:
 
     samples: dict[int, Sample] = dataclasses.field(default_factory=dict)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
-    partials: dict[int, Partial] = dataclasses.field(default_factory=dict)
+    partials: dict[int, PartialRollout] = dataclasses.field(default_factory=dict)
 
 
-class Generation:
+class GenerationTask:
     """Begins at once. One try after the other for each request until it has a sample or ``attempts`` are used up."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: ServerPool,
         requests: Sequence[Request],
-        expected: Expected,
+        expected: ReplyContract,
         *,
-        partials: Mapping[int, Partial] | None = None,
+        partials: Mapping[int, PartialRollout] | None = None,
         num_groups: int | None = None,
         progress: ProgressCallback | None = None,
     ):
@@ -114,7 +114,7 @@ class Generation:
                     self._groups_left -= 1
                     if self._groups_left == 0:
                         session.stopped.set()
-            except (BadReply, Unavailable) as error:
+            except (InvalidReply, NoHealthyServer) as error:
                 outcome.failures[place] = str(error)
             except Interrupted:
                 if place in self._partials:
@@ -137,7 +137,7 @@ class Generation:
         bodies = (generate_body(request, before) for _ in range(self._pool.settings.attempts))
         try:
             return await session.ask(bodies, first, checked)
-        except ShortContext as error:
+        except ContextLengthExceeded as error:
             raise UserError(f"the response to prompt {request.prompt.id} was cut at {error}") from None
 
 

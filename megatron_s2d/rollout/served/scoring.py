@@ -14,9 +14,9 @@ import numpy as np
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.served.server_pool import Pool
+from megatron_s2d.rollout.served.server_pool import ServerPool
 from megatron_s2d.rollout.served.weight_checks import scored_tokens
-from megatron_s2d.rollout.sglang.protocol import BadReply, GenerateReply, StaleWeights
+from megatron_s2d.rollout.sglang.protocol import InvalidReply, GenerateReply, StaleWeights
 
 _ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right to about their last digit
 
@@ -41,7 +41,7 @@ def check_temperature(samples: Sequence[Sample]) -> None:
 
 
 def score(
-    pool: Pool, sequences: Sequence[np.ndarray], label: str, vocab_size: int
+    pool: ServerPool, sequences: Sequence[np.ndarray], label: str, vocab_size: int
 ) -> tuple[dict[int, np.ndarray], list[str]]:
     """Place -> [length] float32 of each sequence that could be scored, and why the others could not."""
 
@@ -53,7 +53,7 @@ def score(
 
 
 def top_tokens(
-    pool: Pool, sequences: Sequence[np.ndarray], label: str, vocab_size: int, k: int
+    pool: ServerPool, sequences: Sequence[np.ndarray], label: str, vocab_size: int, k: int
 ) -> tuple[dict[int, TopTokens], list[str]]:
     """``score`` for the k likeliest tokens of every position."""
 
@@ -73,20 +73,20 @@ def _check_label(reply: GenerateReply, label: str) -> None:
 def _top(sequence: np.ndarray, reply: GenerateReply, vocab_size: int, k: int) -> TopTokens:
     rows = reply.meta_info.input_top_logprobs
     if len(rows) != len(sequence) or rows[0]:
-        raise BadReply(f"{len(rows)} rows of likeliest tokens for {len(sequence)} tokens")
+        raise InvalidReply(f"{len(rows)} rows of likeliest tokens for {len(sequence)} tokens")
     ids = np.zeros((len(rows), k), dtype=np.int64)
     log_probs = np.zeros((len(rows), k), dtype=np.float32)
     for place, row in enumerate(rows[1:], start=1):
         if row is None or len(row) != k:
-            raise BadReply(f"{len(row or ())} likeliest tokens instead of {k}: does the server cap them?")
+            raise InvalidReply(f"{len(row or ())} likeliest tokens instead of {k}: does the server cap them?")
         if any(value is None or not math.isfinite(value) for value, _, _ in row):
-            raise BadReply("a likeliest token has no finite log-probability")
+            raise InvalidReply("a likeliest token has no finite log-probability")
         ids[place] = [token for _, token, _ in row]
         log_probs[place] = [value for value, _, _ in row]
         if len(set(ids[place])) < k or ids[place].min() < 0 or ids[place].max() >= vocab_size:
-            raise BadReply(f"likeliest tokens {ids[place].tolist()[:8]} are not different tokens of the vocabulary")
+            raise InvalidReply(f"likeliest tokens {ids[place].tolist()[:8]} are not different tokens of the vocabulary")
     if (np.diff(log_probs[1:], axis=1) > 0).any():
-        raise BadReply("likeliest tokens are not in order")
+        raise InvalidReply("likeliest tokens are not in order")
     log_tail = _log_tail(log_probs, vocab_size)
     log_tail[0] = 0.0
     return TopTokens(ids, log_probs, log_tail)

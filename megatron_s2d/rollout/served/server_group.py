@@ -25,21 +25,21 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.weights import export_buckets
-from megatron_s2d.parallel.collectives import from_first
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served import weight_checks as probes
-from megatron_s2d.rollout.served.server_pool import Pool, Server
-from megatron_s2d.rollout.sglang.admin import IDLE_SECONDS, PushFailed, Servers, finish
-from megatron_s2d.rollout.sglang.checks import Checks, Needs
-from megatron_s2d.rollout.sglang.protocol import BadReply, Decoder
+from megatron_s2d.rollout.served.server_pool import ServerPool, Server
+from megatron_s2d.rollout.sglang.admin import IDLE_SECONDS, PushFailed, ServerControl, finish
+from megatron_s2d.rollout.sglang.checks import Checks, ServerRequirements
+from megatron_s2d.rollout.sglang.protocol import InvalidReply, Decoder
 from megatron_s2d.rollout.sglang.server import Router, ServerProcess, is_healthy
 from megatron_s2d.rollout.sglang.weight_sync import (
-    BroadcastSender,
+    BroadcastWeightSync,
     Bucket,
-    DiskSender,
-    Sender,
-    TensorSender,
+    DiskWeightSync,
+    WeightSync,
+    TensorWeightSync,
     refuse_remote,
 )
 
@@ -57,7 +57,7 @@ class Push:
     gap: float  # largest difference of a probe's log-probability, over the servers
 
 
-class Fleet:
+class ServerGroup:
     """See the module. ``score`` gives the trainer's log-probabilities of samples at temperature 1; collective."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Fleet:
         directory: Path,
         *,
         urls: Sequence[str] = (),
-        needs: Needs = Needs(),
+        needs: ServerRequirements = ServerRequirements(),
         tokenizer: Decoder | None = None,
         on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
@@ -89,11 +89,11 @@ class Fleet:
         self._max_tokens = settings.max_batch_tokens
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_first = dist.get_rank() == 0
-        self._tag = from_first(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
+        self._tag = broadcast_from_rank0(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
         self._processes: list[ServerProcess] = []
         self._router: Router | None = None
-        self._disk = DiskSender(directory / "weights", spec, tokenizer)
-        self._sender: Sender = {"disk": self._disk, "distributed": BroadcastSender(), "tensor": TensorSender()}[
+        self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
+        self._sender: WeightSync = {"disk": self._disk, "distributed": BroadcastWeightSync(), "tensor": TensorWeightSync()}[
             self.settings.sync
         ]
         self.last_push = Push(0.0, 0, 0.0)  # what it measured
@@ -108,13 +108,13 @@ class Fleet:
         )
         if urls and self.settings.sync == "tensor":
             refuse_remote(urls)
-        self.pool = Pool(urls or self._start_servers(), self.settings)
+        self.pool = ServerPool(urls or self._start_servers(), self.settings)
         try:
             if self.settings.router:
-                self.pool.router = Server(from_first(self._start_router))
+                self.pool.router = Server(broadcast_from_rank0(self._start_router))
             self._update(self.pool.servers)
             with on_device():
-                self._checks.rehearse(self.pool.servers, self.label, score, self._tolerance)
+                self._checks.dry_run(self.pool.servers, self.label, score, self._tolerance)
         except UserError:
             self.close()
             raise
@@ -152,10 +152,10 @@ class Fleet:
             return
 
         def release() -> dict[str, str]:
-            with Servers(urls) as servers:
+            with ServerControl(urls) as servers:
                 return servers.release_memory()
 
-        problems = from_first(release)
+        problems = broadcast_from_rank0(release)
         self.pool.note(self.pool.problems | problems)
         self._resting = frozenset(urls) - problems.keys()
 
@@ -193,11 +193,11 @@ class Fleet:
             self._wait(self._processes)
             return [process.url for process in self._processes]
 
-        return from_first(start)
+        return broadcast_from_rank0(start)
 
     def _start_router(self) -> str:
         self._router = Router(self.settings, self.directory / "router.log")
-        self._router.wait(time.monotonic() + self.settings.start_seconds)
+        self._router.wait(time.monotonic() + self.settings.startup_timeout_seconds)
         return self._router.url
 
     def _start(self, number: int) -> ServerProcess:
@@ -213,7 +213,7 @@ class Fleet:
         )
 
     def _wait(self, processes: Sequence[ServerProcess]) -> None:
-        deadline = time.monotonic() + self.settings.start_seconds
+        deadline = time.monotonic() + self.settings.startup_timeout_seconds
         try:
             for process in processes:
                 process.wait(deadline)
@@ -253,7 +253,7 @@ class Fleet:
                 problem = self._router.serve(urls)
             return self._router.url, problem
 
-        self.pool.router = Server(*from_first(route))
+        self.pool.router = Server(*broadcast_from_rank0(route))
 
     def _reachable(self, servers: Sequence[Server]) -> list[Server]:
         """Those of ``servers`` that answer, and servers of this run that were gone, or hung, and are started anew."""
@@ -273,7 +273,7 @@ class Fleet:
             self._wait(list(fresh.values()))
             return answering, {number: process.url for number, process in fresh.items()}
 
-        answering, fresh = from_first(look)
+        answering, fresh = broadcast_from_rank0(look)
         for number, url in fresh.items():
             server = self.pool.servers[number]
             server.url, server.problem = url, "it was started anew and has no weights yet"
@@ -294,11 +294,11 @@ class Fleet:
 
     @property
     def _tolerance(self) -> float:
-        return self.settings.probe_tolerance or _TOLERANCES[self._dtype]
+        return self.settings.weight_check_tolerance or _TOLERANCES[self._dtype]
 
     def _push_to(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem."""
-        samples = probes.probe_samples(self.spec)
+        samples = probes.weight_check_sequences(self.spec)
         with self._on_device():
             started = time.perf_counter()
             size, failure = self._send([server.url for server in servers])
@@ -307,10 +307,10 @@ class Fleet:
 
         def test() -> tuple[dict[str, tuple[float, str]], int]:
             found = {server.url: self._test(server, samples, expected) for server in servers}
-            odd, count = _odd_digests([url for url, (_, problem) in found.items() if not problem])
+            odd, count = _mismatching_checksums([url for url, (_, problem) in found.items() if not problem])
             return found | {url: (found[url][0], problem) for url, problem in odd.items()}, count
 
-        found, num_digests = from_first(test)
+        found, num_digests = broadcast_from_rank0(test)
         for server in servers:
             problem = found[server.url][1]
             server.problem = failure if problem and failure.startswith(server.url) else problem
@@ -328,7 +328,7 @@ class Fleet:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
         try:
             gap = probes.gap(self.pool, server, self.spec, samples, expected, self.label)
-        except (BadReply, UserError) as error:
+        except (InvalidReply, UserError) as error:
             return float("nan"), str(error)
         if not gap <= self._tolerance:
             allowed = f"(allowed: {self._tolerance:g})"
@@ -339,7 +339,7 @@ class Fleet:
         """Send the current weights to idle servers; returns their bytes and, where it failed, why."""
         size, failure = 0, ""
         resting, self._resting = self._resting.intersection(urls), self._resting.difference(urls)
-        with Servers(urls if self._is_first else []) as servers, Servers(resting if self._is_first else []) as sleepers:
+        with ServerControl(urls if self._is_first else []) as servers, ServerControl(resting if self._is_first else []) as sleepers:
             try:
                 finish(sleepers.post("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}))
                 finish(servers.post("/pause_generation", {"mode": "abort"}))
@@ -362,14 +362,14 @@ class Fleet:
                 finish(servers.post("/continue_generation", {}))
             except PushFailed as error:
                 failure = failure or str(error)
-        return size, from_first(lambda: failure)
+        return size, broadcast_from_rank0(lambda: failure)
 
 
-def _odd_digests(urls: Sequence[str]) -> tuple[dict[str, str], int]:
+def _mismatching_checksums(urls: Sequence[str]) -> tuple[dict[str, str], int]:
     """Address -> problem of servers whose weights are not bit by bit those of the majority, and how many could tell."""
     if len(urls) < 2:
         return {}, 0
-    with Servers(urls) as servers:
+    with ServerControl(urls) as servers:
         digests = servers.digests()
     counts = collections.Counter(digests.values())
     common = max(counts, key=counts.__getitem__, default="")

@@ -1,7 +1,7 @@
 """Requests to several servers at once: bounded tries with back-off, every reply checked.
 
 A try that fails goes to the next server. A server that is gone, or that answers with other weights than the current
-ones, gets nothing more: ``Pool.problems`` says why, and whoever owns the servers mends them. Responses are generated in
+ones, gets nothing more: ``ServerPool.problems`` says why, and whoever owns the servers mends them. Responses are generated in
 ``generation.py``; here are the single request and scores.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from megatron_s2d.config.training import SglangConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.sglang.protocol import (
-    BadReply,
+    InvalidReply,
     GenerateReply,
     StaleWeights,
     parse_replies,
@@ -34,7 +34,7 @@ _OTHER_FILES = 512  # that the process may have open beside its connections
 _KEEP_SECONDS = 2.0  # an idle connection; servers close theirs after 5 s, which must not meet a request
 
 
-class Unavailable(Exception):
+class NoHealthyServer(Exception):
     """No server is left that may be asked."""
 
 
@@ -50,7 +50,7 @@ class Server:
     problem: str = ""
 
 
-class Pool:
+class ServerPool:
     """The servers that hold one model. With a ``router`` requests go through that, and aborts to all servers."""
 
     def __init__(self, urls: Sequence[str], settings: SglangConfig):
@@ -71,12 +71,12 @@ class Pool:
             server.problem = problems.get(server.url, "")
 
     def next_server(self, place: int) -> Server:
-        """Where a request goes: servers without a problem in turn; ``Unavailable`` where there is none."""
+        """Where a request goes: servers without a problem in turn; ``NoHealthyServer`` where there is none."""
         usable = [server for server in self.servers if not server.problem]
         if usable and self.router is not None:
             usable = [] if self.router.problem else [self.router]
         if not usable:
-            raise Unavailable("; ".join(f"{url}: {problem}" for url, problem in self.problems.items()))
+            raise NoHealthyServer("; ".join(f"{url}: {problem}" for url, problem in self.problems.items()))
         return usable[place % len(usable)]
 
     @contextlib.asynccontextmanager
@@ -84,7 +84,7 @@ class Pool:
         """A ``Session`` in the running event loop."""
         # aiohttp's work for a request does not grow with the number of connections, unlike httpx's.
         async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(self.settings.request_seconds, sock_connect=_CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(self.settings.request_timeout_seconds, sock_connect=_CONNECT_SECONDS),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
             trust_env=False,  # a proxy of the environment is not for servers of the run
         ) as client:
@@ -95,7 +95,7 @@ class Pool:
     ) -> tuple[dict[int, Result], list[str]]:
         """``checked`` replies by the place of their sequence, over all servers, and the reasons of those that failed.
 
-        Tries are bounded as for responses; ``checked`` raises ``BadReply`` for a reply that it does not take.
+        Tries are bounded as for responses; ``checked`` raises ``InvalidReply`` for a reply that it does not take.
         """
         found: dict[int, Result] = {}
         reasons: list[str] = []
@@ -108,7 +108,7 @@ class Pool:
                 try:
                     bodies = (score_body([sequences[place]], top_k) for _ in range(self.settings.attempts))
                     found[place] = await session.ask(bodies, place, one)
-                except (BadReply, Unavailable) as error:
+                except (InvalidReply, NoHealthyServer) as error:
                     reasons.append(str(error))
 
         async def ask() -> None:
@@ -120,7 +120,7 @@ class Pool:
         return found, sorted(set(reasons))
 
     def score(self, server: Server, sequences: Sequence[np.ndarray]) -> list[GenerateReply]:
-        """The parsed replies of ``server`` to a request that scores ``sequences``; ``BadReply`` where it has none."""
+        """The parsed replies of ``server`` to a request that scores ``sequences``; ``InvalidReply`` where it has none."""
 
         async def ask() -> list[GenerateReply]:
             async with self.session() as session:
@@ -132,7 +132,7 @@ class Pool:
 class Session:
     """The requests of one event loop to the servers of a pool."""
 
-    def __init__(self, pool: Pool, client: aiohttp.ClientSession):
+    def __init__(self, pool: ServerPool, client: aiohttp.ClientSession):
         self.stopped = asyncio.Event()  # set: no further tries, and what is in flight is given up
         self._pool, self._client = pool, client
         self._in_flight: dict[str, Server] = {}
@@ -142,10 +142,10 @@ class Session:
     ) -> Result:
         """Send one body after the other, each to the next server, until ``checked`` takes a reply.
 
-        Raises ``BadReply`` of the last try, ``Unavailable``, ``Interrupted``, and ``UserError`` for a request that the
+        Raises ``InvalidReply`` of the last try, ``NoHealthyServer``, ``Interrupted``, and ``UserError`` for a request that the
         servers refuse, which no other try would change.
         """
-        last = BadReply("it was not sent")
+        last = InvalidReply("it was not sent")
         for attempt, body in enumerate(bodies):
             if attempt:
                 with contextlib.suppress(TimeoutError):
@@ -157,9 +157,9 @@ class Session:
                 return checked(await self.post(server, body))
             except StaleWeights as error:
                 server.problem = f"it answered with {error}"
-                last = BadReply(f"{server.url}: {server.problem}")
-            except BadReply as error:
-                last = BadReply(f"{server.url}: {error}")
+                last = InvalidReply(f"{server.url}: {server.problem}")
+            except InvalidReply as error:
+                last = InvalidReply(f"{server.url}: {error}")
             except UserError:
                 if self.stopped.is_set():  # a request that is given up before it was queued is refused
                     raise Interrupted from None
@@ -169,7 +169,7 @@ class Session:
         raise last
 
     async def post(self, server: Server, body: dict[str, Any]) -> bytes:
-        """The content of a reply of status 200; everything else is ``BadReply``, or ``UserError`` where it is 4xx."""
+        """The content of a reply of status 200; everything else is ``InvalidReply``, or ``UserError`` where it is 4xx."""
         rids = [body["rid"]] if isinstance(body["rid"], str) else body["rid"]
         self._in_flight |= dict.fromkeys(rids, server)
         try:
@@ -177,18 +177,18 @@ class Session:
                 status, content = reply.status, await reply.read()
         except TimeoutError:
             await self._abort(server, rids, "it hangs")
-            raise BadReply(f"no answer within {self._pool.settings.request_seconds:g} seconds") from None
+            raise InvalidReply(f"no answer within {self._pool.settings.request_timeout_seconds:g} seconds") from None
         except aiohttp.ClientError as error:
             reason = f"the connection failed ({type(error).__name__})"
             await self._abort(server, rids, reason)
-            raise BadReply(reason) from None
+            raise InvalidReply(reason) from None
         finally:
             for rid in rids:
                 del self._in_flight[rid]
         if 400 <= status < 500:
             raise UserError(f"{server.url} refused a request: {_text(content)[:300]}")
         if status != 200:
-            raise BadReply(f"status {status}: {_text(content)[:200]}")
+            raise InvalidReply(f"status {status}: {_text(content)[:200]}")
         return content
 
     async def give_up(self) -> None:
@@ -241,7 +241,7 @@ def _text(content: bytes) -> str:
 def _replies(content: bytes, count: int) -> list[GenerateReply]:
     replies = parse_replies(content)
     if len(replies) != count:
-        raise BadReply(f"{len(replies)} replies to {count} sequences")
+        raise InvalidReply(f"{len(replies)} replies to {count} sequences")
     return replies
 
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.served.server_pool import Pool, Server
-from megatron_s2d.rollout.sglang.protocol import BadReply, GenerateReply, checked_log_probs
+from megatron_s2d.rollout.served.server_pool import ServerPool, Server
+from megatron_s2d.rollout.sglang.protocol import InvalidReply, GenerateReply, checked_log_probs
 
 _COUNT = 4
 _LENGTH = 32
 
 
-def probe_samples(spec: ModelSpec) -> list[Sample]:
+def weight_check_sequences(spec: ModelSpec) -> list[Sample]:
     """The probes of a model as samples whose every token but the first is scored; the same on every rank."""
     generator = np.random.default_rng(0)
     length = min(_LENGTH, spec.max_position_embeddings)
@@ -46,25 +46,25 @@ def named_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -> np.ndarray:
-    """[length] float32: log-probability of each given token at temperature 1, 0 for the first; may be ``BadReply``."""
+    """[length] float32: log-probability of each given token at temperature 1, 0 for the first; may be ``InvalidReply``."""
     ids = named_ids(sequence.tolist(), vocab_size)
     scored = reply.meta_info.input_token_logprobs
     if reply.output_ids or len(scored) != len(ids):
-        raise BadReply(f"{len(scored)} scores of {len(ids)} tokens, and {len(reply.output_ids)} new tokens")
+        raise InvalidReply(f"{len(scored)} scores of {len(ids)} tokens, and {len(reply.output_ids)} new tokens")
     if scored[0][0] is not None or scored[0][1] != ids[0]:
-        raise BadReply("the first token has a score: labels are shifted")
+        raise InvalidReply("the first token has a score: labels are shifted")
     return np.concatenate([np.zeros(1, dtype=np.float32), checked_log_probs(scored[1:], ids[1:])])
 
 
 def gap(
-    pool: Pool, server: Server, spec: ModelSpec, samples: Sequence[Sample], expected: Sequence[np.ndarray], label: str
+    pool: ServerPool, server: Server, spec: ModelSpec, samples: Sequence[Sample], expected: Sequence[np.ndarray], label: str
 ) -> float:
-    """Largest difference, in nats, between ``server`` and the trainer's ``expected``; ``BadReply`` on another label."""
+    """Largest difference, in nats, between ``server`` and the trainer's ``expected``; ``InvalidReply`` on another label."""
     sequences = [sample.token_ids for sample in samples]
     worst = 0.0
     for sequence, reply, wanted in zip(sequences, pool.score(server, sequences), expected, strict=True):
         if reply.meta_info.weight_version != label:
-            raise BadReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
+            raise InvalidReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
         found = scored_tokens(sequence, reply, spec.vocab_size)
         worst = max(worst, float(np.abs(found - wanted)[1:].max()))
     return worst

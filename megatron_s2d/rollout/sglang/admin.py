@@ -17,7 +17,7 @@ class PushFailed(Exception):
     """A server did not take the weights; it may hold a mixture of old and new ones."""
 
 
-class Servers:
+class ServerControl:
     """Use as a context manager; requests that still wait at its end are not waited for."""
 
     def __init__(self, urls: Sequence[str]):
@@ -25,7 +25,7 @@ class Servers:
         self._client = httpx.Client(timeout=_SECONDS, trust_env=False)
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.urls)), thread_name_prefix="weight push")
 
-    def __enter__(self) -> Servers:
+    def __enter__(self) -> ServerControl:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,14 +20,14 @@ from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.collectives import from_first
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.served import scoring
-from megatron_s2d.rollout.served.server_pool import Pool, Server
+from megatron_s2d.rollout.served.server_pool import ServerPool, Server
 from megatron_s2d.rollout.served.weight_checks import named_ids
 from megatron_s2d.rollout.sglang.protocol import (
-    BadReply,
+    InvalidReply,
     checked_log_probs,
     generate_body,
     parse_replies,
@@ -51,7 +51,7 @@ _PROMPT_TOKENS, _NEW_TOKENS, _DRAWS = 8, 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class ServerRequirements:
     """What a stage will ask of its servers; the default is nothing."""
 
     max_length: int = 0  # tokens of its longest sequence, prompt and response
@@ -67,7 +67,7 @@ class Checks:
     """``dtype``: the trainer's. ``attached``: the server was started by somebody else."""
 
     def __init__(
-        self, spec: ModelSpec, needs: Needs, settings: SglangConfig, *, dtype: str, tokenizer: Any, attached: bool
+        self, spec: ModelSpec, needs: ServerRequirements, settings: SglangConfig, *, dtype: str, tokenizer: Any, attached: bool
     ):
         self._spec, self._needs, self._settings = spec, needs, settings
         self._dtype, self._tokenizer, self._attached = dtype, tokenizer, attached
@@ -89,13 +89,13 @@ class Checks:
                     problems[url] = str(error)
             return problems
 
-        problems = from_first(compare) if new else {}
+        problems = broadcast_from_rank0(compare) if new else {}
         self._compared.update(url for url in new if url not in problems)
         for server in servers:
             server.problem = problems.get(server.url, server.problem)
         return [server for server in servers if server.url not in problems]
 
-    def rehearse(self, servers: Sequence[Server], label: str, score: Score, tolerance: float) -> None:
+    def dry_run(self, servers: Sequence[Server], label: str, score: Score, tolerance: float) -> None:
         """Have every server without a problem do once what the stage needs, or raise ``UserError``; collective.
 
         score: the trainer's log-probabilities of samples, collective.
@@ -108,11 +108,11 @@ class Checks:
             except Unreachable as error:
                 raise UserError(f"an SGLang server does not sample before the first step: {error}") from None
 
-        for url, samples in zip(urls, [] if self._needs.params is None else from_first(draw), strict=False):
+        for url, samples in zip(urls, [] if self._needs.params is None else broadcast_from_rank0(draw), strict=False):
             here, at_one = score(samples), score([dataclasses.replace(sample, temperature=1.0) for sample in samples])
-            from_first(functools.partial(self.judge, url, samples, here, at_one, tolerance))
+            broadcast_from_rank0(functools.partial(self.judge, url, samples, here, at_one, tolerance))
         if self._needs.top_k is not None:
-            from_first(lambda: [self.score_longest(url, label) for url in urls])
+            broadcast_from_rank0(lambda: [self.score_max_length(url, label) for url in urls])
 
     # ------------------------------------------------------------------ before weights
 
@@ -132,7 +132,7 @@ class Checks:
             )
         self._compare_room(url, info)
         self._compare_vocabulary(url)
-        if self._attached and self._settings.probe_tolerance is None:
+        if self._attached and self._settings.weight_check_tolerance is None:
             self._compare_precision(url, info)
         if info.get("skip_tokenizer_init"):
             if self._needs.params is not None and self._needs.params.stop_strings:
@@ -176,7 +176,7 @@ class Checks:
             if found not in (None, "auto", self._dtype):
                 raise UserError(
                     f"{url} has {name} {found}, and the trainer computes in {self._dtype}: start it with --dtype "
-                    f"{self._dtype}, or say in rollout.sglang.probe_tolerance how far they may be apart"
+                    f"{self._dtype}, or say in rollout.sglang.weight_check_tolerance how far they may be apart"
                 )
 
     def _compare_tokenizer(self, url: str) -> None:
@@ -191,7 +191,7 @@ class Checks:
             raise UserError(f"{url} does not tokenize texts (status {status}: {content[:200]})")
         try:
             replies = parse_replies(content.encode())
-        except BadReply as error:
+        except InvalidReply as error:
             raise UserError(f"{url} does not tokenize texts ({error})") from None
         for text, reply in zip(texts, replies, strict=False):
             ours = self._tokenizer(text)["input_ids"]
@@ -259,12 +259,12 @@ class Checks:
                 f"the trainer's (allowed: {allowed:.1e})" + (hint if is_of_one else "")
             )
 
-    def score_longest(self, url: str, label: str) -> None:
+    def score_max_length(self, url: str, label: str) -> None:
         """Have the longest sequence scored, with as many likeliest tokens as the stage will ask for."""
         needs, spec = self._needs, self._spec
         length = max(2, min(needs.max_length, spec.max_position_embeddings))
         sequence = np.random.default_rng(2).integers(0, spec.vocab_size, length)
-        pool, reasons = Pool([url], self._settings), []
+        pool, reasons = ServerPool([url], self._settings), []
         try:
             if needs.top_k:
                 _, reasons = scoring.top_tokens(pool, [sequence], label, spec.vocab_size, needs.top_k)
@@ -288,7 +288,7 @@ class Checks:
     def _ask(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
         try:
             reply = httpx.request(
-                method, url + path, json=body, timeout=self._settings.request_seconds, trust_env=False
+                method, url + path, json=body, timeout=self._settings.request_timeout_seconds, trust_env=False
             )
         except httpx.HTTPError as error:
             raise Unreachable(f"{path}: {type(error).__name__}") from None
@@ -301,11 +301,11 @@ def _drawn(url: str, request: Request, text: str, label: str) -> Sample:
     try:
         reply = parse_reply(text.encode())
         if reply.meta_info.weight_version != label:
-            raise BadReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
+            raise InvalidReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
         if len(reply.output_ids) != request.params.max_new_tokens:
-            raise BadReply(f"{len(reply.output_ids)} tokens instead of {request.params.max_new_tokens}")
+            raise InvalidReply(f"{len(reply.output_ids)} tokens instead of {request.params.max_new_tokens}")
         reported = checked_log_probs(reply.meta_info.output_token_logprobs, reply.output_ids)
-    except BadReply as error:
+    except InvalidReply as error:
         raise UserError(f"{url} does not sample as the stage needs it ({error})") from None
     token_ids = np.concatenate([request.prompt.token_ids, np.array(reply.output_ids, dtype=np.int64)])
     mask = np.arange(len(token_ids)) >= len(request.prompt.token_ids)

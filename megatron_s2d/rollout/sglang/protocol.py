@@ -25,15 +25,15 @@ _ABOVE_ZERO = 1e-4
 Scored = tuple[float | None, int, str | None]
 
 
-class BadReply(Exception):
+class InvalidReply(Exception):
     """A reply that breaks the protocol; asking again may help."""
 
 
-class StaleWeights(BadReply):
+class StaleWeights(InvalidReply):
     """The server answered with other weights than the current ones."""
 
 
-class ShortContext(Exception):
+class ContextLengthExceeded(Exception):
     """The server cut a response short of its limit; it would do so again."""
 
 
@@ -44,7 +44,7 @@ class Decoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Expected:
+class ReplyContract:
     """What a good reply agrees with."""
 
     weight_version: str  # that the server reports
@@ -54,7 +54,7 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Partial:
+class PartialRollout:
     """The beginning of a response; r tokens of it."""
 
     token_ids: np.ndarray  # [r] int64
@@ -62,13 +62,13 @@ class Partial:
     versions: np.ndarray  # [r] int64, of the weights that sampled them
 
     @classmethod
-    def empty(cls) -> Partial:
+    def empty(cls) -> PartialRollout:
         """Nothing yet."""
         return cls(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
-    def with_more(self, token_ids: Sequence[int], log_probs: np.ndarray, version: int) -> Partial:
+    def with_more(self, token_ids: Sequence[int], log_probs: np.ndarray, version: int) -> PartialRollout:
         """This and what ``version`` wrote after it."""
-        return Partial(
+        return PartialRollout(
             np.concatenate([self.token_ids, np.array(token_ids, dtype=np.int64)]),
             np.concatenate([self.log_probs, log_probs]),
             np.concatenate([self.versions, np.full(len(token_ids), version)]),
@@ -101,7 +101,7 @@ class GenerateReply(_Reply):
     meta_info: _Meta
 
 
-def generate_body(request: Request, before: Partial | None = None) -> dict[str, Any]:
+def generate_body(request: Request, before: PartialRollout | None = None) -> dict[str, Any]:
     """The body of POST /generate for one response, or for the rest of it; every call has a request id of its own."""
     params = request.params
     written = [] if before is None else before.token_ids.tolist()
@@ -142,7 +142,7 @@ def _unique() -> str:
 
 
 def parse_reply(content: bytes) -> GenerateReply:
-    """The fields that are used, with their types; ``BadReply`` names the first that is missing or wrong."""
+    """The fields that are used, with their types; ``InvalidReply`` names the first that is missing or wrong."""
     return _parse(_ONE, content)
 
 
@@ -161,37 +161,37 @@ def _parse(adapter: pydantic.TypeAdapter, content: bytes) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise BadReply(f"{where + ': ' if where else ''}{first['msg']}") from None
+        raise InvalidReply(f"{where + ': ' if where else ''}{first['msg']}") from None
 
 
-def to_sample(request: Request, reply: GenerateReply, expected: Expected, before: Partial | None = None) -> Sample:
-    """The sample that ``reply`` completes; raises ``BadReply``, ``StaleWeights`` or ``ShortContext``."""
+def to_sample(request: Request, reply: GenerateReply, expected: ReplyContract, before: PartialRollout | None = None) -> Sample:
+    """The sample that ``reply`` completes; raises ``InvalidReply``, ``StaleWeights`` or ``ContextLengthExceeded``."""
     meta, ids, params = reply.meta_info, reply.output_ids, request.params
     if meta.finish_reason.type == "abort":
         _check_version(reply, expected)
-        raise BadReply(f"the server gave the request up ({meta.finish_reason.message or 'no reason given'})")
-    before = before or Partial.empty()
+        raise InvalidReply(f"the server gave the request up ({meta.finish_reason.message or 'no reason given'})")
+    before = before or PartialRollout.empty()
     whole = _checked(request, reply, expected, before)
     if meta.prompt_tokens != len(request.prompt.token_ids) + len(before.token_ids):
-        raise BadReply(f"{meta.prompt_tokens} prompt tokens for a prompt of {len(request.prompt.token_ids)}")
+        raise InvalidReply(f"{meta.prompt_tokens} prompt tokens for a prompt of {len(request.prompt.token_ids)}")
     if not ids:
-        raise BadReply("no tokens")
+        raise InvalidReply("no tokens")
     stops = [place for place, token in enumerate(ids) if token in params.stop_token_ids]
     if stops and stops[0] != len(ids) - 1:
-        raise BadReply(f"the response goes on after the stop token {ids[stops[0]]}")
+        raise InvalidReply(f"the response goes on after the stop token {ids[stops[0]]}")
     ended = bool(stops) or (bool(params.stop_strings) and _contains(expected.tokenizer, ids, params.stop_strings))
     if not ended and meta.finish_reason.type == "stop":
-        raise BadReply(f"stopped at token {ids[-1]}, which is no stop token of the request")
+        raise InvalidReply(f"stopped at token {ids[-1]}, which is no stop token of the request")
     if not ended and len(whole.token_ids) < params.max_new_tokens:
-        raise ShortContext(
+        raise ContextLengthExceeded(
             f"{len(whole.token_ids)} tokens of {params.max_new_tokens}: the server's context is too short"
         )
     return sample_of(request, whole.token_ids, whole.log_probs, "stop" if ended else "length", whole.versions)
 
 
 def to_partial(
-    request: Request, reply: GenerateReply, expected: Expected, before: Partial | None = None
-) -> Partial | None:
+    request: Request, reply: GenerateReply, expected: ReplyContract, before: PartialRollout | None = None
+) -> PartialRollout | None:
     """What there is of a response that was given up; None where nothing can be gone on from.
 
     A response with stop strings is begun anew: one that begins in these tokens would not be seen in the next ones.
@@ -199,38 +199,38 @@ def to_partial(
     if request.params.stop_strings:
         return None
     try:
-        whole = _checked(request, reply, expected, before or Partial.empty())
-    except BadReply:
+        whole = _checked(request, reply, expected, before or PartialRollout.empty())
+    except InvalidReply:
         return None
     room = request.params.max_new_tokens - len(whole.token_ids)
     return None if not room or set(reply.output_ids) & set(request.params.stop_token_ids) else whole
 
 
-def _checked(request: Request, reply: GenerateReply, expected: Expected, before: Partial) -> Partial:
+def _checked(request: Request, reply: GenerateReply, expected: ReplyContract, before: PartialRollout) -> PartialRollout:
     """``before`` and the reply's tokens, which are from the expected weights and scored one by one."""
     _check_version(reply, expected)
     meta, ids, most = reply.meta_info, reply.output_ids, request.params.max_new_tokens - len(before.token_ids)
     if len(ids) > most or meta.completion_tokens != len(ids):
-        raise BadReply(f"{len(ids)} tokens ({meta.completion_tokens} counted) of at most {most}")
+        raise InvalidReply(f"{len(ids)} tokens ({meta.completion_tokens} counted) of at most {most}")
     if ids and (min(ids) < 0 or max(ids) >= expected.vocab_size):
-        raise BadReply(f"a token outside of the vocabulary of {expected.vocab_size}")
+        raise InvalidReply(f"a token outside of the vocabulary of {expected.vocab_size}")
     return before.with_more(ids, checked_log_probs(meta.output_token_logprobs, ids), expected.version)
 
 
-def _check_version(reply: GenerateReply, expected: Expected) -> None:
+def _check_version(reply: GenerateReply, expected: ReplyContract) -> None:
     if reply.meta_info.weight_version != expected.weight_version:
         raise StaleWeights(f"weights '{reply.meta_info.weight_version}' instead of '{expected.weight_version}'")
 
 
 def checked_log_probs(scored: Sequence[Scored], ids: Sequence[int]) -> np.ndarray:
-    """[len(ids)] float32, after comparing count and ids; ``BadReply`` otherwise, and for values that are none."""
+    """[len(ids)] float32, after comparing count and ids; ``InvalidReply`` otherwise, and for values that are none."""
     if len(scored) != len(ids):
-        raise BadReply(f"{len(scored)} log-probabilities for {len(ids)} tokens")
+        raise InvalidReply(f"{len(scored)} log-probabilities for {len(ids)} tokens")
     for (value, token, _), expected in zip(scored, ids, strict=True):
         if token != expected:
-            raise BadReply(f"a log-probability of token {token} where token {expected} stands")
+            raise InvalidReply(f"a log-probability of token {token} where token {expected} stands")
         if value is None or not math.isfinite(value) or value > _ABOVE_ZERO:
-            raise BadReply(f"the log-probability of token {token} is {value}")
+            raise InvalidReply(f"the log-probability of token {token} is {value}")
     return np.array([value for value, _, _ in scored], dtype=np.float32)
 
 

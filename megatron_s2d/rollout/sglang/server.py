@@ -65,7 +65,7 @@ class _Process:
                 raise UserError(f"another program took the port of the {self.name} while it started; run again")
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"the {self.name} is not ready after rollout.sglang.start_seconds; see {self.log}, or allow more"
+                    f"the {self.name} is not ready after rollout.sglang.startup_timeout_seconds; see {self.log}, or allow more"
                 )
             time.sleep(0.25)
 
@@ -119,7 +119,7 @@ class ServerProcess(_Process):
         ]  # fmt: skip
         added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if cuda:
-            command += ["--base-gpu-id", str(settings.first_gpu + number * settings.tensor_parallel_size)]
+            command += ["--base-gpu-id", str(settings.base_gpu_id + number * settings.tensor_parallel_size)]
             command += ["--enable-memory-saver"] if settings.release_memory else []
         else:
             added["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -160,7 +160,7 @@ class Router(_Process):
             settings.python or sys.executable, "-m", "sglang_router.launch_router",
             "--host", _HOST, "--port", str(port),
             "--prometheus-host", _HOST, "--prometheus-port", str(_free_port()),
-            "--policy", "cache_aware", "--request-timeout-secs", str(int(settings.request_seconds) + 60),
+            "--policy", "cache_aware", "--request-timeout-secs", str(int(settings.request_timeout_seconds) + 60),
             "--disable-retries", "--disable-circuit-breaker", "--disable-health-check", "--log-level", "warn",
         ]  # fmt: skip
         super().__init__(command, log, {})

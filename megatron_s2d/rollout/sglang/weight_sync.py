@@ -1,7 +1,7 @@
 """Three ways of a bucket of weights from rank 0 of the trainer to the servers; names are Hugging Face's.
 
-Files that the servers read (``DiskSender``), broadcasts in a process group of this rank and all servers' ranks
-(``BroadcastSender``: NCCL, or gloo on a CPU), and memory shared on one machine (``TensorSender``). All raise
+Files that the servers read (``DiskWeightSync``), broadcasts in a process group of this rank and all servers' ranks
+(``BroadcastWeightSync``: NCCL, or gloo on a CPU), and memory shared on one machine (``TensorWeightSync``). All raise
 ``PushFailed``. That the weights arrived whole is checked elsewhere (``engine.py``).
 """
 
@@ -33,17 +33,17 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import INDEX_NAME
 from megatron_s2d.parallel import device
-from megatron_s2d.rollout.sglang.admin import PushFailed, Servers, finish, first_failure
+from megatron_s2d.rollout.sglang.admin import PushFailed, ServerControl, finish, first_failure
 
 Bucket = list[tuple[str, torch.Tensor]]
 _HOST = "127.0.0.1"
 _GROUP_SECONDS = 300.0
 
 
-class Sender(Protocol):
+class WeightSync(Protocol):
     """Takes the buckets of one push after another."""
 
-    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
+    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
         """Bring one bucket to all servers; after the ``last`` of a push they report ``label``."""
         ...
 
@@ -52,7 +52,7 @@ class Sender(Protocol):
         ...
 
 
-class DiskSender:
+class DiskWeightSync:
     """Writes a Hugging Face directory, one file a bucket, and has the servers read it under the same path."""
 
     def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
@@ -64,8 +64,8 @@ class DiskSender:
         self._num_bytes = self._num_files = 0
         self.complete: Path | None = None  # the last version that was written whole
 
-    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
-        """See ``Sender``."""
+    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``WeightSync``."""
         self.write(bucket, label, last=last)
         if last:
             body = {"model_path": str(self.complete.resolve()), "weight_version": label, "flush_cache": True}
@@ -113,11 +113,11 @@ class DiskSender:
         self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
 
 
-class TensorSender:
+class TensorWeightSync:
     """Hands buckets over through shared memory (CUDA IPC for tensors on a GPU)."""
 
-    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
-        """See ``Sender``."""
+    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``WeightSync``."""
         if not device.capabilities().cuda:
             # The other way of sharing host memory passes file descriptors, which only related processes can.
             torch.multiprocessing.set_sharing_strategy("file_system")
@@ -136,7 +136,7 @@ class TensorSender:
         """Nothing is remembered."""
 
 
-class BroadcastSender:
+class BroadcastWeightSync:
     """Broadcasts buckets in a group of this process and all ranks of the servers, made once and again after trouble."""
 
     def __init__(self) -> None:
@@ -144,8 +144,8 @@ class BroadcastSender:
         self._name = ""
         self._group: dist.ProcessGroup | None = None
 
-    def send(self, servers: Servers, bucket: Bucket, label: str, *, last: bool) -> None:
-        """See ``Sender``."""
+    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+        """See ``WeightSync``."""
         if self._group is None or self._urls != servers.urls:
             self.forget()
             self._join(servers)
@@ -174,7 +174,7 @@ class BroadcastSender:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _join(self, servers: Servers) -> None:
+    def _join(self, servers: ServerControl) -> None:
         counts, host = servers.ranks(), own_address(servers.urls)
         world_size, backend, seconds = 1 + sum(counts), device.backend(), datetime.timedelta(seconds=_GROUP_SECONDS)
         store = dist.TCPStore(host, 0, world_size, True, seconds, wait_for_workers=False)

@@ -15,7 +15,7 @@ from megatron_s2d.config.model import ModelConfig, ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.presets import PRESETS
 from megatron_s2d.errors import UserError
-from megatron_s2d.models.families import check_layout, layers_of_stage, padded_vocab_size
+from megatron_s2d.models.families import check_layout, layers_of_pp_rank, padded_vocab_size
 
 # Parameter counts in the published safetensors indexes.
 PUBLISHED = {
@@ -153,7 +153,7 @@ def test_layouts_that_divide():
             sequence_parallel=True,
         ),
     )
-    stages = [layers_of_stage(spec, stage, 4) for stage in range(4)]
+    stages = [layers_of_pp_rank(spec, stage, 4) for stage in range(4)]
     assert [layer for stage in stages for layer in stage] == list(range(48))
 
 

@@ -17,7 +17,7 @@ from megatron_s2d.workflow.preflight import check_workflow
 WORKFLOW = """
 name: served
 tokenizer: task:modular_arithmetic
-lengths: {max_prompt_tokens: 16}
+lengths: {max_prompt_length: 16}
 models: {student: {preset: tiny-student}}
 data:
   corpus: {type: task, split: corpus, num_operations: 2}
@@ -25,12 +25,12 @@ data:
   problems: {type: task, split: eval, num_operations: 2, num_prompts: 8}
 stages:
   base: {type: supervised, model: student, data: corpus, steps: 1}
-  grpo: {type: grpo, init: base, prompts: pool, steps: 1, prompts_per_step: 2, sampling: {max_response_tokens: 8}}
+  grpo: {type: grpo, init: base, prompts: pool, steps: 1, train_batch_size: 2, sampling: {max_response_length: 8}}
   opd:
-    {type: opd, init: base, teacher: grpo, prompts: pool, steps: 1, granularity: sampled, prompts_per_step: 2,
-     sampling: {max_response_tokens: 8}}
+    {type: opd, init: base, teacher: grpo, prompts: pool, steps: 1, kl_estimator: sampled, train_batch_size: 2,
+     sampling: {max_response_length: 8}}
 arms: {opd: opd}
-evaluation: {prompts: problems, sampling: {max_response_tokens: 8}}
+evaluation: {prompts: problems, sampling: {max_response_length: 8}}
 """
 
 
@@ -54,7 +54,7 @@ def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, *
         ({"urls": {"student": ["http://a:1"]}, "deterministic": True}, "deterministic is a setting of started servers"),
         ({"sync": "carrier pigeon"}, "'disk', 'distributed' or 'tensor'"),
         ({"attempts": 0}, "greater than or equal to 1"),
-        ({"oversampling": 0.5}, "greater than or equal to 1"),
+        ({"over_sampling_ratio": 0.5}, "greater than or equal to 1"),
         ({"release_memory": True, "ahead": "wait"}, "have no memory while the trainer works: set ahead: off"),
         ({"replica": 2}, "did you mean 'replicas'"),
     ],
@@ -88,37 +88,37 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
 
 def test_a_served_teacher_has_conditions():
     for change, message in [
-        ({"granularity": "full"}, "needs granularity: sampled, or topk with support: teacher"),
-        ({"granularity": "topk"}, "needs granularity: sampled, or topk with support: teacher"),
-        ({"granularity": "topk", "support": "union"}, "needs granularity: sampled, or topk with support: teacher"),
+        ({"kl_estimator": "full"}, "needs kl_estimator: sampled, or topk with support: teacher"),
+        ({"kl_estimator": "topk"}, "needs kl_estimator: sampled, or topk with support: teacher"),
+        ({"kl_estimator": "topk", "support": "union"}, "needs kl_estimator: sampled, or topk with support: teacher"),
         (
-            {"granularity": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_tokens": 8}},
+            {"kl_estimator": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_length": 8}},
             "sampling.temperature 1",
         ),
-        ({"sampling": {"temperature": 0.7, "max_response_tokens": 8}}, "sampling.temperature 1"),
+        ({"sampling": {"temperature": 0.7, "max_response_length": 8}}, "sampling.temperature 1"),
     ]:
         with pytest.raises(UserError, match=message):
             workflow({}, {"teacher_engine": "sglang"} | change)
-    for change in ({}, {"granularity": "topk", "support": "teacher", "divergence": "forward_kl"}):
+    for change in ({}, {"kl_estimator": "topk", "support": "teacher", "divergence": "forward_kl"}):
         assert workflow({}, {"teacher_engine": "sglang"} | change).stages["opd"].teacher_engine == "sglang"
 
 
-@pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"oversampling": 1.5}])
+@pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"over_sampling_ratio": 1.5}])
 def test_responses_of_older_weights_must_be_corrected_for(sglang):
     rollout = {"engine": "sglang", "sglang": sglang}
     with pytest.raises(
-        UserError, match="stages.grpo: with rollout.sglang.ahead or oversampling responses come from older"
+        UserError, match="stages.grpo: with rollout.sglang.ahead or over_sampling_ratio responses come from older"
     ):
         workflow(rollout)
-    full = {"granularity": "full"}  # needs no correction: a distribution is compared, whoever wrote the tokens
+    full = {"kl_estimator": "full"}  # needs no correction: a distribution is compared, whoever wrote the tokens
     workflow(rollout, full, grpo={"importance": TRUNCATE})
     workflow({"engine": "megatron", "sglang": sglang})
 
 
 def test_oversampling_has_conditions():
-    rollout = {"engine": "sglang", "sglang": {"oversampling": 1.5}}
+    rollout = {"engine": "sglang", "sglang": {"over_sampling_ratio": 1.5}}
     truncate = {"importance": TRUNCATE}
-    with pytest.raises(UserError, match="dynamic_sampling_rounds goes with rollout.sglang.oversampling: 1 only"):
+    with pytest.raises(UserError, match="dynamic_sampling_rounds goes with rollout.sglang.over_sampling_ratio: 1 only"):
         workflow(rollout, truncate, grpo=truncate | {"dynamic_sampling_rounds": 2})
 
 

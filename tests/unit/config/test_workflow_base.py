@@ -28,7 +28,7 @@ def test_what_merges_and_what_replaces(tmp_path):
     before, after = load_workflow(SMOKE), load_workflow(path)
     assert after.models["student"].num_layers is None and after.models["teacher"] == before.models["teacher"]
     assert (after.stages["opd"].steps, after.stages["opd"].optimizer.lr) == (3, 0.5)
-    assert after.stages["opd"].prompts_per_step == before.stages["opd"].prompts_per_step
+    assert after.stages["opd"].train_batch_size == before.stages["opd"].train_batch_size
     assert after.stages["student_base"].seed == 7 and after.arms == {"only": "opd"} and after.seed == before.seed
 
 

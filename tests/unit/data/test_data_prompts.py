@@ -58,7 +58,7 @@ def _write(path, rows):
 
 
 def _load(path, tokenizer, max_tokens=None, **settings):
-    return load_prompts(_source(path, **settings), tokenizer, max_prompt_tokens=max_tokens)
+    return load_prompts(_source(path, **settings), tokenizer, max_prompt_length=max_tokens)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -204,9 +204,9 @@ def test_the_length_filter(tmp_path, tokenizer):
     found = _load(path, tokenizer, max_tokens=lengths[1] - 1)
     assert [p.id for p in found.prompts] == ["a/0", "a/2"] and found.dropped_too_long == 1
     assert _load(path, tokenizer, max_tokens=lengths[1]).dropped_too_long == 0
-    with pytest.raises(UserError, match=f"a/1 has {lengths[1]} tokens, max_prompt_tokens is 40"):
+    with pytest.raises(UserError, match=f"a/1 has {lengths[1]} tokens, max_prompt_length is 40"):
         _load(path, tokenizer, max_tokens=40, on_long_prompt="error")
-    with pytest.raises(UserError, match="no prompt of .* has at most max_prompt_tokens 3"):
+    with pytest.raises(UserError, match="no prompt of .* has at most max_prompt_length 3"):
         _load(path, tokenizer, max_tokens=3)
 
 

@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 
 def _prompts(tokenizer, **settings):
-    return load_prompts(TaskSource(**settings), tokenizer, max_prompt_tokens=None).prompts
+    return load_prompts(TaskSource(**settings), tokenizer, max_prompt_length=None).prompts
 
 
 def _results(text, modulus=17):

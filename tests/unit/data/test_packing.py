@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_s2d.data.packing import pack, plan_micro_batches
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.context_parallel import held_positions
+from megatron_s2d.parallel.context_parallel import cp_positions
 from megatron_s2d.records import Sample
 
 
@@ -33,13 +33,13 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
 @settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    data_size=st.integers(1, 5),
+    dp_size=st.integers(1, 5),
     max_tokens=st.integers(1, 100),
     multiple=st.sampled_from([1, 2, 4]),
     packed=st.booleans(),
 )
-def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, multiple, packed):
-    plan = plan_micro_batches(lengths, data_size=data_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
+def test_every_sample_once_and_equal_counts(lengths, dp_size, max_tokens, multiple, packed):
+    plan = plan_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
     assert len({len(batches) for batches in plan}) == 1
     dealt = sorted(index for batches in plan for batch in batches for index in batch)
     assert dealt == list(range(len(lengths)))
@@ -55,7 +55,7 @@ def test_every_sample_once_and_equal_counts(lengths, data_size, max_tokens, mult
 @settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), max_tokens=st.integers(30, 100))
 def test_packed_micro_batches_are_more_than_half_full(lengths, max_tokens):
-    (batches,) = plan_micro_batches(lengths, data_size=1, max_tokens=max_tokens, packed=True)
+    (batches,) = plan_micro_batches(lengths, dp_size=1, max_tokens=max_tokens, packed=True)
     sizes = sorted(sum(lengths[index] for index in batch) for batch in batches)
     assert len(sizes) == 1 or sizes[0] + sizes[1] > max_tokens  # two that fit together would be one
 
@@ -97,7 +97,7 @@ def test_greedy_samples_are_scored_at_temperature_one():
 def test_a_rank_without_samples_gets_an_empty_micro_batch_of_the_same_columns():
     one = [sample([1], [2], advantages=np.zeros(2, np.float32))]
     batches = [
-        pack(one, weights={"policy_weight": np.ones(1)}, max_tokens=10, data_rank=rank, data_size=2) for rank in (0, 1)
+        pack(one, weights={"policy_weight": np.ones(1)}, max_tokens=10, dp_rank=rank, dp_size=2) for rank in (0, 1)
     ]
     empty = next(batch for (batch,) in batches if not batch.indices)
     assert empty.num_tokens == 0 and not empty.response_mask.any()
@@ -137,7 +137,7 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
 
 
 def test_a_packed_micro_batch_without_samples_is_a_sequence_of_padding():
-    batches = [pack([sample([1], [2])], weights={}, max_tokens=10, data_rank=rank, data_size=2, multiple=4, packed=True)
+    batches = [pack([sample([1], [2])], weights={}, max_tokens=10, dp_rank=rank, dp_size=2, multiple=4, packed=True)
                for rank in (0, 1)]  # fmt: skip
     empty = next(batch for (batch,) in batches if not batch.indices)
     assert empty.bounds.tolist() == [0, 4] and empty.deal.longest == 4 and empty.num_tokens == 0
@@ -168,10 +168,10 @@ def test_samples_become_the_same_columns_in_either_layout():
 
 def test_context_ranks_hold_a_piece_from_either_end_of_every_sequence():
     """Megatron's own example, and its other rank."""
-    assert held_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    assert held_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert cp_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert cp_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
     with pytest.raises(ValueError, match="cannot be cut for 2 context ranks"):
-        held_positions([0, 6], 2)
+        cp_positions([0, 6], 2)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -181,8 +181,8 @@ def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
     weights = {"policy_weight": np.array([0.5, 0.25])}
     (whole,) = pack(samples, weights=weights, max_tokens=100, packed=True)
     parts = [
-        pack(samples, weights=weights, max_tokens=100, multiple=multiple, packed=True, context_rank=rank,
-             context_size=size)[0]
+        pack(samples, weights=weights, max_tokens=100, multiple=multiple, packed=True, cp_rank=rank,
+             cp_size=size)[0]
         for rank in range(size)
     ]  # fmt: skip
     assert all(part.shape[0] % multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
@@ -194,4 +194,4 @@ def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
         for part in parts:
             assert torch.equal(part.part(joined), getattr(part, name))
     with pytest.raises(UserError, match="set micro_batch.packed to true"):
-        pack(samples, weights=weights, max_tokens=100, context_size=size)
+        pack(samples, weights=weights, max_tokens=100, cp_size=size)

@@ -19,10 +19,10 @@ from megatron_s2d.estimate.memory import (
     trained,
     workload,
 )
-from megatron_s2d.objectives.distill import supervised_objective
+from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 # Every width differs from every other, so a term that is left out or counted twice shows.
 SIZES = {
@@ -47,12 +47,12 @@ def layout():
     return build_layout(ParallelConfig())
 
 
-def policy(layout, family: str, precision: str, num_layers: int) -> Policy:
+def policy(layout, family: str, precision: str, num_layers: int) -> MegatronModel:
     spec = model(family, num_layers).resolve()
-    return Policy(spec, layout, precision=precision, max_tokens=10**6, seed=1)
+    return MegatronModel(spec, layout, precision=precision, max_tokens=10**6, seed=1)
 
 
-def saved_bytes(trained_policy: Policy) -> int:
+def saved_bytes(trained_policy: MegatronModel) -> int:
     """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out."""
     rng = np.random.default_rng(0)
     samples = [
@@ -70,7 +70,7 @@ def saved_bytes(trained_policy: Policy) -> int:
 
     batches = trained_policy.pack(samples, {"supervised_weight": [0.01] * ROWS})
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trained_policy.forward_backward(batches, supervised_objective(), num_tokens=ROWS * LENGTH)
+        trained_policy.forward_backward(batches, sft_objective(), num_tokens=ROWS * LENGTH)
     own = {parameter.untyped_storage().data_ptr() for parameter in trained_policy.chunks[0].parameters()}
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for pointer, size in found.items() if pointer not in own)
@@ -94,7 +94,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(layout, family, precision):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_model_that_is_built(layout, family, tied):
     spec = model(family, 2, tie_word_embeddings=tied).resolve()
-    built = Policy(spec, layout, precision="float32", max_tokens=64, seed=1)
+    built = MegatronModel(spec, layout, precision="float32", max_tokens=64, seed=1)
     counts = sorted(parameter.numel() for parameter in built.chunks[0].parameters())
     part = Part(spec, ParallelConfig(), 0)
     assert sorted(count for count, _ in part.tensors()) == counts
@@ -204,7 +204,7 @@ def test_keys_and_values_by_hand():
     part = Part(spec, ParallelConfig(tensor_model_parallel_size=2), 0)
     found = generate_phases(
         part, Build(2, fused=True), requests=512, prompts=64, prompt_length=1024,
-        sampling=SamplingConfig(max_response_tokens=1024), rollout=RolloutConfig(max_batch_tokens=65536),
+        sampling=SamplingConfig(max_response_length=1024), rollout=RolloutConfig(max_batch_tokens=65536),
     )  # fmt: skip
     rows, column = 65536 // 2048, 2 * 4 * 128 * 2  # keys and values of four heads
     assert found["decode"]["KV cache"] == rows * column * (32 * 2048 + 1024)

@@ -124,7 +124,7 @@ def large(tmp_path_factory):
     """The smoke workflow with a published teacher and student and long responses."""
     overrides = [
         "precision=bfloat16", "models={teacher: {preset: llama-3.3-70b}, student: {preset: llama-3.1-8b}}",
-        *(f"stages.{name}.sampling.max_response_tokens=4096" for name in ("rl_teacher", "cache", "opd")),
+        *(f"stages.{name}.sampling.max_response_length=4096" for name in ("rl_teacher", "cache", "opd")),
     ]  # fmt: skip
     return check_workflow(load_workflow(SMOKE, overrides), tmp_path_factory.mktemp("tokenizer"))
 

@@ -91,15 +91,15 @@ def test_recomputation_gives_the_same_gradients(recompute, layout):
         torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("tensor_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
-def test_joining_undoes_cutting(preset, tensor_size):
+def test_joining_undoes_cutting(preset, tp_size):
     spec = ModelConfig(preset=preset).resolve(27)
     source = SeededWeights(spec, 3)
     shapes = dict(hf_tensor_shapes(spec))
     seen = set()
     for entry in [*global_entries(spec, "first"), *layer_entries(spec, 1), *global_entries(spec, "last")]:
-        shards = [read_shard(entry, spec, source, rank, tensor_size) for rank in range(tensor_size)]
+        shards = [read_shard(entry, spec, source, rank, tp_size) for rank in range(tp_size)]
         assert len({shard.shape for shard in shards}) == 1
         for name, tensor in join_shards(entry, spec, shards):
             assert tuple(tensor.shape) == shapes[name]

@@ -54,7 +54,7 @@ def test_group_relative_by_hand():
 
 
 def test_dr_grpo_leaves_the_deviation_out():
-    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), normalize_by_std=False)
+    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), norm_adv_by_std=False)
     assert found.advantages.tolist() == [-0.25, -0.25, 0.75, -0.25]
 
 
@@ -98,10 +98,10 @@ def test_group_relative_refuses_nonsense():
 def test_overlong_penalty_by_hand():
     # Limit 100, buffer 20: free to 80, a twentieth a token, all of it at 100 and beyond.
     lengths = np.array([0, 80, 81, 90, 100, 130])
-    found = overlong_penalty(lengths, max_response_tokens=100, buffer_tokens=20, penalty=2.0)
+    found = overlong_penalty(lengths, max_response_length=100, buffer_tokens=20, penalty=2.0)
     assert found == pytest.approx([0, 0, -0.1, -1.0, -2.0, -2.0])
     with pytest.raises(UserError, match="buffer_tokens 200"):
-        overlong_penalty(lengths, max_response_tokens=100, buffer_tokens=200)
+        overlong_penalty(lengths, max_response_length=100, buffer_tokens=200)
 
 
 def test_distillation_advantage_by_hand():
@@ -158,7 +158,7 @@ def test_gate_by_hand():
     }
     for fallback, advantages in expected.items():
         beta = 0.25 if fallback == "interp" else None
-        gate = SignGate(lambda_high=1.5, lambda_base=1.1, fallback=fallback, interp_beta=beta)
+        gate = SignGate(lambda_high=1.5, lambda_base=1.1, fallback=fallback, conflict_beta=beta)
         found = sg_opd_gate(verifier, teacher, student, teacher - 2, gate)
         assert found.advantages == pytest.approx(advantages, abs=1e-12), fallback
         assert found.agreement.tolist() == [1, 1, -1, -1, 0, 0]
@@ -177,7 +177,7 @@ def test_interp_beta_one_is_opd_and_zero_masks():
     verifier, *models = signals()
     conflict = sg_opd_gate(verifier, *models, SignGate(fallback="mask")).agreement < 0
     for beta, expected in ((1.0, distillation_advantage(*models[:2])), (0.0, np.zeros(200, np.float32))):
-        found = sg_opd_gate(verifier, *models, SignGate(fallback="interp", interp_beta=beta))
+        found = sg_opd_gate(verifier, *models, SignGate(fallback="interp", conflict_beta=beta))
         assert np.array_equal(found.advantages[conflict], expected[conflict])
     masked = sg_opd_gate(verifier, *models, SignGate(fallback="mask"))
     assert np.array_equal(found.advantages, masked.advantages)
@@ -220,12 +220,12 @@ def test_gate_fractions_over_both_denominators():
 def test_gate_settings_refuse():
     with pytest.raises(UserError, match="interp, preserve, grpo, mask"):
         SignGate(fallback="drop")
-    with pytest.raises(UserError, match="interp_beta goes with fallback interp"):
+    with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
         SignGate(fallback="interp")
-    with pytest.raises(UserError, match="interp_beta goes with fallback interp"):
-        SignGate(fallback="mask", interp_beta=0.5)
+    with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
+        SignGate(fallback="mask", conflict_beta=0.5)
     with pytest.raises(UserError, match="0 \\(mask\\) to 1 \\(OPD\\)"):
-        SignGate(interp_beta=1.5)
+        SignGate(conflict_beta=1.5)
 
 
 def test_stability_weight_by_hand():

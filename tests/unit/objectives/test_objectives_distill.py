@@ -15,7 +15,7 @@ from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import HiddenStates, TopK
 from megatron_s2d.objectives.advantages import distillation_advantage, g_opd_advantage
-from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, supervised_objective
+from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, clipped_surrogate, grpo_objective
 from megatron_s2d.objectives.terms import TokenColumns, mix_objectives
 
@@ -235,8 +235,8 @@ def layer():
 
 
 OBJECTIVES = {
-    "supervised": supervised_objective(),
-    "grpo": grpo_objective(Surrogate(0.1, 0.28, 2.0, "truncate", 1.1), kl_coefficient=0.05),
+    "supervised": sft_objective(),
+    "grpo": grpo_objective(Surrogate(0.1, 0.28, 2.0, "truncate", 1.1), kl_loss_coef=0.05),
     "sg_opd": policy_distillation_objective(Surrogate(importance="mask", importance_cap=1.3), anchor=True),
     **{kind: divergence_objective(kind) for kind in DIVERGENCES},
     "mixture": mix_objectives([(1.0, grpo_objective()), (0.3, divergence_objective("forward_kl"))]),
@@ -277,7 +277,7 @@ def test_cross_entropy_is_torchs(layer):
     count = int(anchors.sum())
     columns = TokenColumns(supervised_weight=anchors / count)
     expected = torch.nn.functional.cross_entropy(z[anchors], layer.target[anchors])
-    found = supervised_objective()
+    found = sft_objective()
     torch.testing.assert_close(found.token_loss(outputs, columns).sum(), expected, rtol=1e-6, atol=0)
     assert found.metrics(outputs, columns)["cross_entropy"].value() == pytest.approx(float(expected), rel=1e-12)
 

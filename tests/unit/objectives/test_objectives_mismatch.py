@@ -79,6 +79,6 @@ def test_grpo_measures_the_same_under_the_old_weights():
         policy_weight=weight, advantages=torch.ones(5), old_log_probs=LOG_PROBS, rollout_log_probs=rollout()
     )
     outputs = TokenOutputs(log_probs=LOG_PROBS + 3.0)  # after an update
-    found = values(grpo_objective(Surrogate(), kl_coefficient=0).metrics(outputs, columns))
+    found = values(grpo_objective(Surrogate(), kl_loss_coef=0).metrics(outputs, columns))
     expected = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
     assert {name: found[name] for name in expected} == pytest.approx(expected)

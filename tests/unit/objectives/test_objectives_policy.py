@@ -49,7 +49,7 @@ def as_written(log_probs, old, advantages, low, high, dual):
 def test_surrogate_is_the_formula(rows, low, high, dual):
     log_probs, difference, advantages = double(*rows).T
     old = log_probs - difference
-    settings_ = Surrogate(clip_low=low, clip_high=high, dual_clip=dual)
+    settings_ = Surrogate(clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=dual)
     found = clipped_surrogate(log_probs, old, advantages, settings_)
     torch.testing.assert_close(found, as_written(log_probs, old, advantages, low, high, dual), rtol=1e-12, atol=1e-12)
     # float32 in, float32 out, to its own accuracy; near a clip boundary either side of it has that value.
@@ -62,7 +62,7 @@ def test_surrogate_and_slopes_by_hand():
     # Ratios 1, 2, 2, 1/2, 1/2, 8 with advantages 3, 1, -1, 1, -1, -1 at clip 0.2 / 0.28 and dual clip 3.
     log_probs = double(1, 2, 2, 0.5, 0.5, 8).log().requires_grad_()
     advantages = double(3, 1, -1, 1, -1, -1)
-    settings_ = Surrogate(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    settings_ = Surrogate(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)
     loss = clipped_surrogate(log_probs, ZERO.expand(6), advantages, settings_)
     torch.testing.assert_close(loss.detach(), double(-3, -1.28, 2, -0.5, 0.8, 3), rtol=1e-12, atol=0)
     loss.sum().backward()
@@ -148,7 +148,7 @@ def example(on_policy=False):
 
 def test_grpo_objective_by_hand():
     outputs, columns = example()
-    objective = grpo_objective(Surrogate(importance="truncate", importance_cap=4.0), kl_coefficient=0.1)
+    objective = grpo_objective(Surrogate(importance="truncate", importance_cap=4.0), kl_loss_coef=0.1)
     penalty = 0.1 * (1 - math.log(2))
     expected = [-0.25, 0.25 * (-1.2 + penalty), 0.5 * 4 * 1.6, 0.0]
     assert objective.token_loss(outputs, columns).tolist() == pytest.approx(expected, rel=1e-12)
@@ -172,11 +172,11 @@ def test_grpo_objective_by_hand():
 
 def test_mismatch_is_reported_even_when_nothing_is_done_about_it():
     outputs, columns = example()
-    metrics = grpo_objective(kl_coefficient=0).metrics(outputs, columns)
+    metrics = grpo_objective(kl_loss_coef=0).metrics(outputs, columns)
     assert metrics["importance_clipped_fraction"].value() == pytest.approx(1 / 3)
     assert metrics["importance_weight_mean"].value() == 1.0
     without = dataclasses.replace(columns, rollout_log_probs=None)
-    assert "rollout_kl" not in grpo_objective(kl_coefficient=0).metrics(outputs, without)
+    assert "rollout_kl" not in grpo_objective(kl_loss_coef=0).metrics(outputs, without)
 
 
 def test_on_policy_equals_old_log_probs_of_the_same_weights():
@@ -185,7 +185,7 @@ def test_on_policy_equals_old_log_probs_of_the_same_weights():
     slopes = []
     for on_policy, given_columns in ((True, columns), (False, scored)):
         leaf = outputs.log_probs.clone().requires_grad_()
-        objective = grpo_objective(Surrogate(on_policy=on_policy, importance="mask"), kl_coefficient=0.1)
+        objective = grpo_objective(Surrogate(on_policy=on_policy, importance="mask"), kl_loss_coef=0.1)
         objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), given_columns).sum().backward()
         slopes.append(leaf.grad)
         assert objective.metrics(outputs, given_columns)["ratio_max"].value() == 1.0
@@ -194,10 +194,10 @@ def test_on_policy_equals_old_log_probs_of_the_same_weights():
 
 def test_settings_refuse():
     for bad, message in (
-        ({"clip_low": 1.0}, "clip_low"), ({"clip_high": 0.0}, "clip_high"), ({"dual_clip": 1.0}, "above 1"),
+        ({"clip_ratio_low": 1.0}, "clip_ratio_low"), ({"clip_ratio_high": 0.0}, "clip_ratio_high"), ({"clip_ratio_c": 1.0}, "above 1"),
         ({"importance": "clip"}, "off, truncate or mask"), ({"importance_cap": 0.0}, "importance_cap"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             Surrogate(**bad)
-    with pytest.raises(UserError, match="kl_coefficient"):
-        grpo_objective(kl_coefficient=-1.0)
+    with pytest.raises(UserError, match="kl_loss_coef"):
+        grpo_objective(kl_loss_coef=-1.0)

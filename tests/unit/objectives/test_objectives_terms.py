@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
-from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, supervised_objective
+from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import (
     Metric,
@@ -55,16 +55,16 @@ def rows_of(outputs, rows):
 
 
 def everything():
-    policy = policy_distillation_objective(Surrogate(dual_clip=3.0, importance="truncate", importance_cap=1.2))
-    return mix_objectives([(1.0, policy), (0.5, supervised_objective()), (0.25, divergence_objective("reverse_kl"))])
+    policy = policy_distillation_objective(Surrogate(clip_ratio_c=3.0, importance="truncate", importance_cap=1.2))
+    return mix_objectives([(1.0, policy), (0.5, sft_objective()), (0.25, divergence_objective("reverse_kl"))])
 
 
-def definition(aggregation, lengths, values, limit):
+def definition(loss_agg_mode, lengths, values, limit):
     """The mean over responses or tokens as it is written down."""
     kept = [found for found in values if len(found)]
-    if aggregation == "token_mean":
+    if loss_agg_mode == "token_mean":
         return np.concatenate(kept).mean()
-    if aggregation == "seq_mean_token_mean":
+    if loss_agg_mode == "seq_mean_token_mean":
         return np.mean([found.mean() for found in kept])
     return np.mean([found.sum() / limit for found in kept])
 
@@ -72,10 +72,10 @@ def definition(aggregation, lengths, values, limit):
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 @given(lengths=LENGTHS, seed=st.integers(0, 2**16), parts=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_any_partition_gives_the_defined_mean(aggregation, lengths, seed, parts):
+def test_any_partition_gives_the_defined_mean(loss_agg_mode, lengths, seed, parts):
     random = np.random.default_rng(seed)
     lengths = np.array(lengths)
     values = [random.normal(size=length) for length in lengths]
@@ -87,9 +87,9 @@ def test_any_partition_gives_the_defined_mean(aggregation, lengths, seed, parts)
     total = 0.0
     for part in range(parts):
         mine = np.flatnonzero(owner == part)
-        weights = token_weights(lengths[mine], aggregation, counts, 9)
+        weights = token_weights(lengths[mine], loss_agg_mode, counts, 9)
         total += sum(weight * values[i].sum() for weight, i in zip(weights, mine, strict=True))
-    assert total == pytest.approx(definition(aggregation, lengths, values, 9), rel=1e-12, abs=1e-12)
+    assert total == pytest.approx(definition(loss_agg_mode, lengths, values, 9), rel=1e-12, abs=1e-12)
 
 
 def test_weights_by_hand():
@@ -104,7 +104,7 @@ def test_weights_refuse_nonsense():
     counts = ResponseCounts.of([3])
     with pytest.raises(UserError, match="token_mean, seq_mean_token_mean"):
         token_weights([3], "mean", counts)
-    with pytest.raises(UserError, match="max_response_tokens"):
+    with pytest.raises(UserError, match="max_response_length"):
         token_weights([3], "seq_mean_token_sum_norm", counts)
     with pytest.raises(ValueError, match="cannot be part of"):
         token_weights([3, 1], "token_mean", counts)
@@ -182,8 +182,8 @@ def test_metric_reductions_by_hand():
 
 def test_tokens_outside_a_term_may_hold_anything():
     """Anchor tokens have no old log-probabilities; NaN there must reach neither the loss, its gradient nor a metric."""
-    objective = mix_objectives([(1.0, grpo_objective(Surrogate(importance="mask"), kl_coefficient=0.1)),
-                                (1.0, supervised_objective())])  # fmt: skip
+    objective = mix_objectives([(1.0, grpo_objective(Surrogate(importance="mask"), kl_loss_coef=0.1)),
+                                (1.0, sft_objective())])  # fmt: skip
     outputs, columns = random_batch()
     inactive = columns.policy_weight == 0
     spoiled = {
@@ -207,7 +207,7 @@ def test_tokens_outside_a_term_may_hold_anything():
 
 def test_advantage_zero_stays_counted_and_weight_zero_does_not():
     outputs, columns = random_batch()
-    objective = grpo_objective(kl_coefficient=0)
+    objective = grpo_objective(kl_loss_coef=0)
     counted = int((columns.policy_weight != 0).sum())
     muted = dataclasses.replace(columns, advantages=torch.zeros(40, dtype=torch.float64))
     metrics = objective.metrics(outputs, muted)
@@ -220,13 +220,13 @@ def test_missing_column_names_the_step():
     with pytest.raises(UserError, match="needs reference_log_probs: run the scoring by the reference"):
         grpo_objective().token_loss(outputs, dataclasses.replace(columns, reference_log_probs=None))
     with pytest.raises(UserError, match="supervised_weight"):
-        supervised_objective().metrics(outputs, dataclasses.replace(columns, supervised_weight=None))
+        sft_objective().metrics(outputs, dataclasses.replace(columns, supervised_weight=None))
 
 
 def test_objectives_say_what_they_need():
     assert grpo_objective().needs == {"log_probs", "entropy"}
     assert grpo_objective().columns == {"old_log_probs", "advantages", "reference_log_probs", "policy_weight"}
-    assert grpo_objective(Surrogate(on_policy=True), kl_coefficient=0).columns == {"advantages", "policy_weight"}
+    assert grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0).columns == {"advantages", "policy_weight"}
     assert "rollout_log_probs" in grpo_objective(Surrogate(importance="truncate")).columns
     assert divergence_objective("jsd").needs == {"jsd", "entropy"}
     assert divergence_objective("jsd").columns == {"divergence_weight"}
@@ -238,15 +238,15 @@ def test_objectives_say_what_they_need():
 
 def test_mixture_scales_and_refuses():
     outputs, columns = random_batch()
-    single = supervised_objective().token_loss(outputs, columns)
-    assert torch.equal(mix_objectives([(0.5, supervised_objective())]).token_loss(outputs, columns), 0.5 * single)
-    twice = mix_objectives([(0.5, mix_objectives([(0.5, grpo_objective(kl_coefficient=0.4))]))])
+    single = sft_objective().token_loss(outputs, columns)
+    assert torch.equal(mix_objectives([(0.5, sft_objective())]).token_loss(outputs, columns), 0.5 * single)
+    twice = mix_objectives([(0.5, mix_objectives([(0.5, grpo_objective(kl_loss_coef=0.4))]))])
     assert [term.coefficient for term in twice.terms] == [0.25, pytest.approx(0.1)]
     with pytest.raises(UserError, match="each term once"):
-        mix_objectives([(1.0, supervised_objective()), (1.0, supervised_objective())])
+        mix_objectives([(1.0, sft_objective()), (1.0, sft_objective())])
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="positive number"):
-            mix_objectives([(bad, supervised_objective())])
+            mix_objectives([(bad, sft_objective())])
     with pytest.raises(UserError, match="at least one term"):
         Objective(())
 
@@ -260,7 +260,7 @@ def test_columns_must_fit_together():
 
 def test_kl_is_shown_beside_the_other_metrics():
     outputs, columns = random_batch()
-    assert "kl" not in supervised_objective().metrics(outputs, columns)
+    assert "kl" not in sft_objective().metrics(outputs, columns)
     metrics = everything().metrics(outputs, columns)
     assert {"ratio_mean", "clip_fraction_dual", "rollout_kl", "cross_entropy", "reverse_kl"} <= metrics.keys()
     active = columns.policy_weight != 0

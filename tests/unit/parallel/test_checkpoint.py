@@ -12,10 +12,10 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.objectives.distill import supervised_objective
+from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def layout():
     return build_layout(ParallelConfig())
 
 
-def trainee(layout, preset="tiny-student", **changes) -> Policy:
+def trainee(layout, preset="tiny-student", **changes) -> MegatronModel:
     spec = ModelConfig(preset=preset, vocab_size=27, **changes).resolve()
-    policy = Policy(spec, layout, precision="float32", max_tokens=64, seed=1)
+    policy = MegatronModel(spec, layout, precision="float32", max_tokens=64, seed=1)
     policy.prepare_training(OptimizerConfig(lr=1e-2, lr_schedule="cosine", warmup_steps=2), 6)
     return policy
 
 
-def step(policy: Policy, number: int) -> tuple[float, float]:
+def step(policy: MegatronModel, number: int) -> tuple[float, float]:
     rng = np.random.default_rng(number)
     samples = [
         Sample(
@@ -48,7 +48,7 @@ def step(policy: Policy, number: int) -> tuple[float, float]:
         for i in range(4)
     ]
     batches = policy.pack(samples, {"supervised_weight": np.full(4, 1 / 24)})
-    metrics = policy.forward_backward(batches, supervised_objective(), num_tokens=36)
+    metrics = policy.forward_backward(batches, sft_objective(), num_tokens=36)
     return metrics["loss"], policy.optim_step()
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_in_the_background_holds_the_state_of_its_start(layout, tmp
     expected = [step(unbroken, number) for number in range(6)]
     first = trainee(layout)
     assert [step(first, number) for number in range(3)] == expected[:3]
-    saving = first.start_saving(tmp_path / "c", {"step": 3, "updates": 3}, with_optimizer=True, in_background=True)
+    saving = first.start_saving(tmp_path / "c", {"step": 3, "updates": 3}, with_optimizer=True, async_save=True)
     assert [step(first, number) for number in range(3, 6)] == expected[3:]
     assert not (tmp_path / "c").exists()
     saving.finish()
@@ -87,7 +87,7 @@ def test_a_writer_that_fails_in_the_background_is_noticed(layout, tmp_path, monk
 
     policy = trainee(layout)
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multithread", fail)
-    saving = policy.start_saving(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=False, in_background=True)
+    saving = policy.start_saving(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=False, async_save=True)
     with pytest.raises(UserError, match="checkpoint not saved .*gone"):
         saving.finish()
     assert not list(tmp_path.iterdir())
@@ -98,7 +98,7 @@ def test_weights_alone_load_from_either_kind(layout, tmp_path):
     step(policy, 0)
     for name, with_optimizer in (("whole", True), ("weights", False)):
         policy.save(tmp_path / name, {"step": 1, "updates": 1}, with_optimizer=with_optimizer)
-        other = Policy(policy.spec, layout, precision="float32", max_tokens=64, seed=2)
+        other = MegatronModel(policy.spec, layout, precision="float32", max_tokens=64, seed=2)
         other.load(tmp_path / name)
         for mine, theirs in zip(other.chunks[0].parameters(), policy.chunks[0].parameters(), strict=True):
             assert torch.equal(mine, theirs)
@@ -142,13 +142,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("in_background", [False, True])
-def test_a_full_disk_leaves_the_last_checkpoint(layout, small_disk, in_background):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_leaves_the_last_checkpoint(layout, small_disk, async_save):
     policy = trainee(layout)
     policy.save(small_disk / "first", {"step": 1, "updates": 1}, with_optimizer=False)
     step(policy, 0)
     with pytest.raises(UserError, match="no space left on the disk.*earlier checkpoints are intact"):
         position = {"step": 2, "updates": 2}
-        policy.start_saving(small_disk / "second", position, with_optimizer=True, in_background=in_background).finish()
+        policy.start_saving(small_disk / "second", position, with_optimizer=True, async_save=async_save).finish()
     assert os.listdir(small_disk) == ["first"]
     assert policy.load(small_disk / "first") == {"step": 1, "updates": 1}

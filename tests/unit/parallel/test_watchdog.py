@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_s2d.parallel.watchdog import stacks_left
+from megatron_s2d.parallel.watchdog import has_stack_dump
 
 PROGRAM = """
 import re, sys, time
@@ -36,12 +36,12 @@ def run(path, what):
 def test_a_hang_ends_with_the_stacks(tmp_path, what):
     path = tmp_path / "job" / "rank0-heartbeat.txt"
     assert run(path, what).returncode == 1
-    assert stacks_left(path) and ("match" if what == "regex" else "<module>") in path.read_text()
+    assert has_stack_dump(path) and ("match" if what == "regex" else "<module>") in path.read_text()
 
 
 @pytest.mark.parametrize(("what", "code"), [("nothing", 0), ("never", 0), ("error", 1)])
 def test_progress_and_errors_leave_no_stacks(tmp_path, what, code):
     path = tmp_path / "rank0-heartbeat.txt"
     done = run(path, what)
-    assert done.returncode == code and not stacks_left(path), done.stderr
+    assert done.returncode == code and not has_stack_dump(path), done.stderr
     assert ("an error" in done.stderr) == (what == "error")

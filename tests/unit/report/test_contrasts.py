@@ -8,7 +8,7 @@ import pytest
 
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.sft import SupervisedConfig
+from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.workflow import ContrastConfig, WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.report.contrasts import (
@@ -197,8 +197,8 @@ def test_patterns_cross_dots_and_roles_must_be_unique():
 
 def test_arms_of_a_workflow_are_compared_by_role():
     stages = {
-        "base_s": SupervisedConfig(role="student_base", model="student", data="corpus", steps=8),
-        "base_t": SupervisedConfig(role="teacher_base", model="teacher", data="corpus", steps=8),
+        "base_s": SftConfig(role="student_base", model="student", data="corpus", steps=8),
+        "base_t": SftConfig(role="teacher_base", model="teacher", data="corpus", steps=8),
         "rl": GrpoConfig(role="teacher_grpo", init="base_t", prompts="pool", steps=4),
         "opd_rl": OpdConfig(role="opd", init="base_s", teacher="rl", prompts="pool", steps=4),
         "opd_raw": OpdConfig(role="opd", init="base_s", teacher="base_t", prompts="pool", steps=4),

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import SamplingParams, sample_of
-from megatron_s2d.rollout.sampler import PromptStream, Rounds, Sampler
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, RolloutWorker
 from megatron_s2d.stages import rollouts
 
 NUM_PROMPTS, PER_STEP, RESPONSES, STEPS = 10, 4, 3, 12
@@ -48,12 +48,12 @@ def make_prompts() -> list[Prompt]:
     return [Prompt(f"p{number}", np.array([number]), "", "math", None, None) for number in range(NUM_PROMPTS)]
 
 
-def make_rounds(engine, rank=0, size=1, **settings) -> Rounds:
-    layout = types.SimpleNamespace(data_rank=rank, data_size=size)
-    policy = types.SimpleNamespace(layout=layout, is_leader=True)
-    sampler = Sampler(policy, engine, SamplingParams(4, (0,)), 7, None)
-    stream = PromptStream(make_prompts(), PER_STEP, 5)
-    return Rounds(stream, sampler, PER_STEP, RESPONSES, STEPS, **settings)
+def make_rounds(engine, rank=0, size=1, **settings) -> RolloutBuffer:
+    layout = types.SimpleNamespace(dp_rank=rank, dp_size=size)
+    policy = types.SimpleNamespace(layout=layout, is_dp_leader=True)
+    sampler = RolloutWorker(policy, engine, SamplingParams(4, (0,)), 7, None)
+    stream = PromptDataLoader(make_prompts(), PER_STEP, 5)
+    return RolloutBuffer(stream, sampler, PER_STEP, RESPONSES, STEPS, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_without_oversampling_a_step_is_a_function_of_its_number():
     rounds = make_rounds(ToyEngine())
     seen = [rounds.take(step) for step in range(1, STEPS + 1)]
     for step, (prompts, samples) in enumerate(seen, start=1):
-        assert [prompt.id for prompt in prompts] == [prompt.id for prompt in rounds.stream.of_step(step)]
+        assert [prompt.id for prompt in prompts] == [prompt.id for prompt in rounds.stream.batch_for_step(step)]
         assert [sample.group for sample in samples] == sorted(list(range(PER_STEP)) * RESPONSES)
         assert [sample.prompt_id for sample in samples[::RESPONSES]] == [prompt.id for prompt in prompts]
         assert rounds.position() == {}
@@ -88,11 +88,11 @@ def test_the_next_step_is_announced_before_this_one_trains_and_asked_for_alike()
     assert len(late.sampler.engine.begun) == 1
 
 
-@pytest.mark.parametrize("oversampling", [1.25, 1.5, 2.6])
-def test_with_oversampling_each_prompt_has_its_turn_once(oversampling):
+@pytest.mark.parametrize("over_sampling_ratio", [1.25, 1.5, 2.6])
+def test_with_oversampling_each_prompt_has_its_turn_once(over_sampling_ratio):
     engine = ToyEngine()
-    rounds = make_rounds(engine, oversampling=oversampling)
-    extra = int(np.ceil(PER_STEP * (oversampling - 1)))
+    rounds = make_rounds(engine, over_sampling_ratio=over_sampling_ratio)
+    extra = int(np.ceil(PER_STEP * (over_sampling_ratio - 1)))
     taken = []
     for step in range(1, STEPS + 1):
         prompts, samples = rounds.take(step)
@@ -112,7 +112,7 @@ def test_with_oversampling_each_prompt_has_its_turn_once(oversampling):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_data_ranks_share_the_prompts_and_keep_their_numbers(size):
-    found = [make_rounds(ToyEngine(rank), rank, size, oversampling=1.75) for rank in range(size)]
+    found = [make_rounds(ToyEngine(rank), rank, size, over_sampling_ratio=1.75) for rank in range(size)]
     for step in range(1, 8):
         per_rank = [rounds.take(step)[1] for rounds in found]
         assert sum(map(len, per_rank)) == PER_STEP * RESPONSES
@@ -125,19 +125,19 @@ def test_data_ranks_share_the_prompts_and_keep_their_numbers(size):
 
 def test_what_was_under_way_at_a_kill_is_begun_anew():
     engine = ToyEngine()
-    rounds = make_rounds(engine, oversampling=1.5)
+    rounds = make_rounds(engine, over_sampling_ratio=1.5)
     for step in range(1, 6):
         rounds.take(step)
     position = rounds.position()
     carried = engine.asked[-1]
-    again = make_rounds(ToyEngine(9), oversampling=1.5)
+    again = make_rounds(ToyEngine(9), over_sampling_ratio=1.5)
     again.resume({"step": 5} | position)
     again.take(6)
     rounds.take(6)
     assert again.sampler.engine.asked[0] == engine.asked[-1]
     assert set(carried) & set(engine.asked[-1])
     # On another number of data ranks the same prompts are under way.
-    parts = [make_rounds(ToyEngine(), rank, 2, oversampling=1.5) for rank in range(2)]
+    parts = [make_rounds(ToyEngine(), rank, 2, over_sampling_ratio=1.5) for rank in range(2)]
     for part in parts:
         part.resume(position)
         part.take(6)

@@ -15,7 +15,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models import kv_cache
 from megatron_s2d.models.build import build_model
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.records import WeightVersionSpan, Prompt
 from megatron_s2d.rollout import batching
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
@@ -150,7 +150,7 @@ def test_records_are_complete(layout, chunks):
         assert sample.response_mask.dtype == np.bool_ and sample.response_mask.sum() == length - start
         assert sample.response_mask[start:].all()
         assert sample.rollout_log_probs.dtype == np.float32 and len(sample.rollout_log_probs) == length
-        assert sample.policy_spans == (PolicySpan(start, length, 17),)
+        assert sample.weight_versions == (WeightVersionSpan(start, length, 17),)
 
 
 def test_a_stop_token_ends_the_response_and_changes_nothing_before(layout, chunks):

@@ -16,17 +16,17 @@ from fake_sglang import FakeServer, log_prob_table
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import SglangConfig
-from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.records import WeightVersionSpan, Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.rollout.served.generation import Generation
-from megatron_s2d.rollout.served.server_pool import Pool
+from megatron_s2d.rollout.served.generation import GenerationTask
+from megatron_s2d.rollout.served.server_pool import ServerPool
 from megatron_s2d.rollout.sglang import client
-from megatron_s2d.rollout.sglang.protocol import Expected, Partial, parse_reply, to_partial
+from megatron_s2d.rollout.sglang.protocol import ReplyContract, PartialRollout, parse_reply, to_partial
 
 VOCAB_SIZE, EOS = 19, 3
-EXPECTED = Expected("v7", 7, VOCAB_SIZE)
-SETTINGS = SglangConfig(attempts=3, request_seconds=30.0, concurrency=8)
-IMPATIENT = SETTINGS.model_copy(update={"request_seconds": 2.0})
+EXPECTED = ReplyContract("v7", 7, VOCAB_SIZE)
+SETTINGS = SglangConfig(attempts=3, request_timeout_seconds=30.0, concurrency=8)
+IMPATIENT = SETTINGS.model_copy(update={"request_timeout_seconds": 2.0})
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,8 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
 
 
 def ask(servers, requests, settings=SETTINGS, progress=None):
-    pool = Pool([server.url for server in servers], settings)
-    return pool, Generation(pool, requests, EXPECTED, progress=progress).result()
+    pool = ServerPool([server.url for server in servers], settings)
+    return pool, GenerationTask(pool, requests, EXPECTED, progress=progress).result()
 
 
 def posts(server, path="/generate") -> list[dict]:
@@ -89,7 +89,7 @@ def test_a_sample_is_what_the_server_said_under_the_request_that_asked(servers):
         assert sample.token_ids[:start].tolist() == request.prompt.token_ids.tolist()
         expected = table[sample.token_ids[start - 1 : -1], sample.token_ids[start:]]
         assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
-        assert sample.policy_spans == (PolicySpan(start, len(sample.token_ids), 7),)
+        assert sample.weight_versions == (WeightVersionSpan(start, len(sample.token_ids), 7),)
         assert sample.response_mask.tolist() == [False] * start + [True] * (len(sample.token_ids) - start)
     reasons = collections.Counter(sample.finish_reason for sample in outcome.samples.values())
     assert reasons["stop"] and reasons["length"]
@@ -240,7 +240,7 @@ def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, capsys
     monkeypatch.setattr(client.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(client.resource, "setrlimit", lambda _, new: calls.append(new))
     urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
-    assert Pool(urls, SglangConfig(concurrency=256)).concurrency == found
+    assert ServerPool(urls, SglangConfig(concurrency=256)).concurrency == found
     assert calls == ([] if raised is None else [(raised, limits[1])])
     assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (found < 2048)
 
@@ -280,8 +280,8 @@ def test_an_interrupted_response_goes_on_with_later_weights(servers):
     held = set()
     server.holds = lambda body, n: n == 3 and not held.add(body["rid"])
     requests = make_requests(prompts=2, groups=2, stop_token_ids=(), max_new_tokens=8)
-    pool = Pool([server.url], SETTINGS)
-    generation = Generation(pool, requests, EXPECTED)
+    pool = ServerPool([server.url], SETTINGS)
+    generation = GenerationTask(pool, requests, EXPECTED)
     wait_for(lambda: len(held) == 4)
     generation.interrupt()
     outcome = generation.result()
@@ -290,14 +290,14 @@ def test_an_interrupted_response_goes_on_with_later_weights(servers):
     server.embedding = np.random.default_rng(5).normal(0, 0.1, server.embedding.shape).astype(np.float32)
     server.weight_version, server.holds = "v8", lambda body, n: False
     second = log_prob_table(server.embedding)
-    later = Generation(pool, requests, Expected("v8", 8, VOCAB_SIZE), partials=outcome.partials).result()
+    later = GenerationTask(pool, requests, ReplyContract("v8", 8, VOCAB_SIZE), partials=outcome.partials).result()
     assert sorted(later.samples) == [0, 1, 2, 3]
     for place, sample in later.samples.items():
         written, start = len(outcome.partials[place].token_ids), sample.prompt_length
         assert written == 3 and sample.response_length == 8 and sample.finish_reason == "length"
-        assert sample.policy_spans == (
-            PolicySpan(start, start + written, 7),
-            PolicySpan(start + written, start + 8, 8),
+        assert sample.weight_versions == (
+            WeightVersionSpan(start, start + written, 7),
+            WeightVersionSpan(start + written, start + 8, 8),
         )
         previous, own = sample.token_ids[start - 1 : -1], sample.token_ids[start:]
         expected = np.concatenate([first[previous, own][:written], second[previous, own][written:]])
@@ -310,7 +310,7 @@ def test_the_first_groups_to_be_complete_end_the_others(servers):
     for server in servers:
         server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
     requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
-    outcome = Generation(Pool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2).result()
+    outcome = GenerationTask(ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2).result()
     assert sorted(outcome.samples) == [0, 1, 4, 5] and not outcome.failures
     assert set(outcome.partials) <= {2, 3}
     aborted = [body["rid"] for server in servers for body in posts(server, "/abort_request")]
@@ -321,7 +321,7 @@ def test_a_generation_that_is_interrupted_at_once_loses_nothing(servers):
     for server in servers:
         server.holds = lambda body, n: True
     requests = make_requests()
-    generation = Generation(Pool([server.url for server in servers], SETTINGS), requests, EXPECTED)
+    generation = GenerationTask(ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED)
     generation.interrupt()
     outcome = generation.result()
     assert not outcome.samples and not outcome.failures
@@ -336,8 +336,8 @@ def test_a_response_with_stop_strings_begins_anew(servers):
     held = set()
     servers[0].holds = lambda body, n: n == 2 and not held.add(body["rid"])
     requests = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
-    expected = Expected("v7", 7, VOCAB_SIZE, Words())
-    generation = Generation(Pool([servers[0].url], SETTINGS), requests, expected)
+    expected = ReplyContract("v7", 7, VOCAB_SIZE, Words())
+    generation = GenerationTask(ServerPool([servers[0].url], SETTINGS), requests, expected)
     wait_for(lambda: held)
     generation.interrupt()
     assert not generation.result().partials
@@ -360,7 +360,7 @@ def test_an_interrupted_reply_is_checked_like_any_other(ids):
         ).encode()
     )
     assert to_partial(request, reply, EXPECTED) is None
-    before = Partial.empty().with_more([5], np.array([-2.0], np.float32), 6)
+    before = PartialRollout.empty().with_more([5], np.array([-2.0], np.float32), 6)
     reply.output_ids, reply.meta_info.completion_tokens = [4], 1
     reply.meta_info.output_token_logprobs = [(-1.0, 4, None)]
     longer = to_partial(request, reply, EXPECTED, before)

@@ -30,18 +30,18 @@ from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_weights
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.records import PolicySpan, Prompt
+from megatron_s2d.records import WeightVersionSpan, Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.rollout.served.engine import SglangEngine
-from megatron_s2d.rollout.served.server_group import Fleet
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.sglang import client
 from megatron_s2d.rollout.sglang.admin import PushFailed
-from megatron_s2d.rollout.sglang.checks import Needs
+from megatron_s2d.rollout.sglang.checks import ServerRequirements
 from megatron_s2d.rollout.sglang.weight_sync import own_address, refuse_remote
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
-SETTINGS = SglangConfig(attempts=2, request_seconds=30.0, start_seconds=60.0)
+SETTINGS = SglangConfig(attempts=2, request_timeout_seconds=30.0, startup_timeout_seconds=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def toy_score(chunks):
     return score
 
 
-def make_engine(chunks, layout, directory, servers=(), needs=Needs(), tokenizer=None, **settings) -> SglangEngine:
+def make_engine(chunks, layout, directory, servers=(), needs=ServerRequirements(), tokenizer=None, **settings) -> ServedEngine:
     rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
     urls = [server.url for server in servers]
-    return SglangEngine(
-        Fleet(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer)
+    return ServedEngine(
+        ServerGroup(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer)
     )
 
 
@@ -130,8 +130,8 @@ def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_pat
     engine.push(chunks, 5)
     second = engine.generate(make_requests())
     assert gap(chunks, second) < 1e-5 < gap(chunks, first)
-    assert {span for sample in second for span in sample.policy_spans} == {
-        PolicySpan(sample.prompt_length, len(sample.token_ids), 5) for sample in second
+    assert {span for sample in second for span in sample.weight_versions} == {
+        WeightVersionSpan(sample.prompt_length, len(sample.token_ids), 5) for sample in second
     }
     assert engine.metrics()["probe_gap"] < 1e-5 and engine.metrics()["push_gb_per_second"] > 0
     assert "GB/s" in capsys.readouterr().out
@@ -357,7 +357,7 @@ def test_a_server_that_differs_is_named_before_it_gets_weights(chunks, layout, s
     for name, value in fields.items():
         setattr(servers[1], name, value)
     with pytest.raises(UserError, match=message) as error:
-        make_engine(chunks, layout, tmp_path, servers, needs=Needs(max_length=100))
+        make_engine(chunks, layout, tmp_path, servers, needs=ServerRequirements(max_length=100))
     assert servers[1].url in str(error.value) and "\n" not in str(error.value)
     assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
 
@@ -371,7 +371,7 @@ def test_a_server_of_another_vocabulary_is_named(chunks, layout, servers, tmp_pa
 
 def test_a_precision_may_differ_where_the_tolerance_is_given(chunks, layout, servers, tmp_path):
     servers[0].info = {"dtype": "bfloat16"}
-    make_engine(chunks, layout, tmp_path, servers, probe_tolerance=0.1)
+    make_engine(chunks, layout, tmp_path, servers, weight_check_tolerance=0.1)
 
 
 class OtherTokenizer:
@@ -387,7 +387,7 @@ class OtherTokenizer:
 def test_tokenizer_and_template_are_compared(chunks, layout, servers, tmp_path, tokenizer):
     for server in servers:
         server.tokenizer, server.template = tokenizer, ""
-    needs = Needs(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
+    needs = ServerRequirements(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
     make_engine(chunks, layout, tmp_path, servers, needs, tokenizer).close()
     servers[1].template = "3 "
     with pytest.raises(UserError, match="another chat template"):
@@ -401,19 +401,19 @@ def test_tokenizer_and_template_are_compared(chunks, layout, servers, tmp_path, 
 
 
 def test_the_temperature_is_proven_before_the_first_step(chunks, layout, servers, tmp_path):
-    needs = Needs(params=SamplingParams(6, (3,), temperature=0.7))
+    needs = ServerRequirements(params=SamplingParams(6, (3,), temperature=0.7))
     make_engine(chunks, layout, tmp_path, servers, needs).close()
     servers[1].original_log_probs = True
     for tolerance in (None, 50.0):  # a wide one does not hide it
         with pytest.raises(UserError, match="at temperature 0.7 .*those of temperature 1") as error:
-            make_engine(chunks, layout, tmp_path, servers, needs, probe_tolerance=tolerance)
+            make_engine(chunks, layout, tmp_path, servers, needs, weight_check_tolerance=tolerance)
         assert servers[1].url in str(error.value)
     # At temperature 1 both are the same.
-    make_engine(chunks, layout, tmp_path, servers, Needs(params=SamplingParams(6, (3,)))).close()
+    make_engine(chunks, layout, tmp_path, servers, ServerRequirements(params=SamplingParams(6, (3,)))).close()
 
 
 def test_caps_of_a_teachers_server_are_found_before_the_first_step(chunks, layout, servers, tmp_path):
-    needs = Needs(max_length=60, top_k=8)
+    needs = ServerRequirements(max_length=60, top_k=8)
     make_engine(chunks, layout, tmp_path, servers, needs).close()
     servers[0].cap = 7
     with pytest.raises(UserError, match="60 tokens, with the 8 likeliest at each, and did not: .* 7 likeliest tokens"):
@@ -572,14 +572,14 @@ def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
 
 
 def spans(samples) -> set[tuple[int, ...]]:
-    return {tuple(span.version for span in sample.policy_spans) for sample in samples}
+    return {tuple(span.version for span in sample.weight_versions) for sample in samples}
 
 
 def split_gap(tables, samples) -> float:
     """Largest difference from the log-probabilities under the weights that a sample's spans name."""
     worst = 0.0
     for sample in samples:
-        for span in sample.policy_spans:
+        for span in sample.weight_versions:
             places = np.arange(span.start, span.stop)
             expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
             worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))

@@ -17,9 +17,9 @@ def sample(length, finish_reason):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
-def test_masked_responses_weigh_nothing_and_are_not_counted(aggregation):
-    stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", aggregation=aggregation)
+@pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_masked_responses_weigh_nothing_and_are_not_counted(loss_agg_mode):
+    stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", loss_agg_mode=loss_agg_mode)
     samples = [sample(4, "stop"), sample(10, "length"), sample(6, "stop")]
     masked = policy_weights(samples, stage.model_copy(update={"truncated_responses": "mask"}))
     ended = policy_weights([samples[0], samples[2]], stage)

@@ -138,7 +138,7 @@ def test_impossible_measurements_and_layouts_are_one_line(simulation):
     with pytest.raises(UserError, match="memory_bandwidth: 9e[+]12 bytes/s is above the data sheet's 4.8e[+]12"):
         predict(simulation.model_copy(update={"measured": fast}))
     with pytest.raises(UserError, match="1024 GPUs leave 128 data ranks for 64 responses"):
-        predict(simulation.model_copy(update={"prompts_per_step": 8}))
+        predict(simulation.model_copy(update={"train_batch_size": 8}))
     other = simulation.student.model_copy(update={"preset": "qwen3-8b"})
     with pytest.raises(UserError, match="must share one vocabulary"):
         predict(simulation.model_copy(update={"student": other}))

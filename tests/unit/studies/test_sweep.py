@@ -194,7 +194,7 @@ def test_markup_is_escaped_and_mfu_is_not_known_without_a_gpu(tmp_path, console,
 
 
 def test_a_dry_run_lists_points_with_their_checks(tmp_path, console):
-    grid = {"length": {"key": "evaluation.sampling.max_response_tokens", "values": [8, 900]}}
+    grid = {"length": {"key": "evaluation.sampling.max_response_length", "values": [8, 900]}}
     sweep = load_sweep(sweep_file(tmp_path, grid=grid, contrasts=[], fits=[], efficiency=[], seeds=[1]))
     print_points(sweep, tmp_path / "out", console)
     text = console.file.getvalue()

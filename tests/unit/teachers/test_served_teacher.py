@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.data.packing import UpdateBatch, pack
+from megatron_s2d.data.packing import MiniBatch, pack
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.records import Sample
@@ -20,7 +20,7 @@ from megatron_s2d.teachers.frozen import ServedTeachers
 from megatron_s2d.teachers.served import ServedTopK
 
 VOCAB_SIZE, K = 11, 4
-STUDENT = types.SimpleNamespace(layout=types.SimpleNamespace(is_last_stage=True))
+STUDENT = types.SimpleNamespace(layout=types.SimpleNamespace(is_pipeline_last_stage=True))
 
 
 def sample(number: int, prompt: int, response: int, domain: str) -> Sample:
@@ -57,11 +57,11 @@ class Server:
 def test_rows_are_those_of_the_teacher_of_the_sample():
     samples = [sample(0, 2, 3, "math"), sample(1, 4, 1, "code"), sample(2, 1, 5, "math"), sample(3, 3, 2, "code")]
     servers = {"math": Server(1), "code": Server(2)}
-    update = UpdateBatch(samples, {})
+    update = MiniBatch(samples, {})
     for size in (1, 2):  # data ranks
         asked = []
         for rank in range(size):
-            batches = pack(samples, weights={}, max_tokens=14, data_rank=rank, data_size=size)
+            batches = pack(samples, weights={}, max_tokens=14, dp_rank=rank, dp_size=size)
             teacher = ServedTopK(STUDENT, ServedTeachers(servers), K, "bucket")
             for batch, source in zip(batches, teacher.distributions(update, batches), strict=True):
                 assert source.ids.shape == (batch.labels.numel(), K) and source.support == "teacher"
@@ -86,7 +86,7 @@ def test_a_domain_without_a_teacher_is_named():
     batches = pack(samples, weights={}, max_tokens=14)
     teacher = ServedTopK(STUDENT, ServedTeachers({"math": Server(1)}), K, "bucket")
     with pytest.raises(UserError, match="no teacher for the domain 'law'"):
-        teacher.distributions(UpdateBatch(samples, {}), batches)
+        teacher.distributions(MiniBatch(samples, {}), batches)
 
 
 def test_a_tail_below_rounding_is_small_and_not_nothing():

@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("torch")
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.data.packing import UpdateBatch, pack
+from megatron_s2d.data.packing import MiniBatch, pack
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
-from megatron_s2d.records import PolicySpan, Sample
+from megatron_s2d.records import WeightVersionSpan, Sample
 from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, staleness, summarise
 
 
@@ -39,21 +39,21 @@ def sample(name: str, rollout: bool) -> Sample:
 
 
 def test_the_engine_is_compared_with_the_weights_that_sampled_only():
-    update = UpdateBatch([sample("a", True)], {})
+    update = MiniBatch([sample("a", True)], {})
     full = divergence_objective("reverse_kl", measure_rollouts=True)
     assert comparable(full, update, 0) is update
     assert comparable(full, update, 1).samples[0].rollout_log_probs is None
     # Old log-probabilities are of the weights that sampled, whatever the update.
-    assert comparable(grpo_objective(Surrogate(), kl_coefficient=0), update, 1) is update
+    assert comparable(grpo_objective(Surrogate(), kl_loss_coef=0), update, 1) is update
 
 
 def test_staleness_counts_tokens_of_the_policy_and_no_others():
-    spans = {"a": (PolicySpan(1, 2, 3), PolicySpan(2, 3, 5)), "b": (PolicySpan(1, 3, 5),)}
-    spans["teacher"] = (PolicySpan(1, 3, 0),)
-    samples = [dataclasses.replace(sample(name, name != "teacher"), policy_spans=spans[name]) for name in spans]
-    updates = [UpdateBatch(samples[:1], {}), UpdateBatch(samples[1:], {})]
+    spans = {"a": (WeightVersionSpan(1, 2, 3), WeightVersionSpan(2, 3, 5)), "b": (WeightVersionSpan(1, 3, 5),)}
+    spans["teacher"] = (WeightVersionSpan(1, 3, 0),)
+    samples = [dataclasses.replace(sample(name, name != "teacher"), weight_versions=spans[name]) for name in spans]
+    updates = [MiniBatch(samples[:1], {}), MiniBatch(samples[1:], {})]
     assert staleness(updates, 5) == {"staleness": 0.5, "staleness_max": 2.0}  # of four tokens one is two updates old
-    assert staleness([UpdateBatch(samples[2:], {})], 5) == {}
+    assert staleness([MiniBatch(samples[2:], {})], 5) == {}
 
 
 def test_responses_of_a_teacher_beside_the_students_are_not_compared():

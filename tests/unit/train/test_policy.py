@@ -10,18 +10,18 @@ import torch
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import UpdateBatch
+from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.errors import UserError
-from megatron_s2d.objectives.distill import divergence_objective, supervised_objective
+from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.device import capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import ByDomain, FullTeacher
+from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
 from megatron_s2d.train import policy as policy_module
 from megatron_s2d.train.loop import check_rollout_kl
-from megatron_s2d.train.policy import Policy
+from megatron_s2d.train.policy import MegatronModel
 
 VOCAB = 27
 
@@ -32,9 +32,9 @@ def layout():
     return build_layout(ParallelConfig())
 
 
-def policy(layout, preset="tiny-student", seed=1, max_tokens=64, precision="float32", **options) -> Policy:
+def policy(layout, preset="tiny-student", seed=1, max_tokens=64, precision="float32", **options) -> MegatronModel:
     spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
-    return Policy(spec, layout, precision=precision, max_tokens=max_tokens, seed=seed, **options)
+    return MegatronModel(spec, layout, precision=precision, max_tokens=max_tokens, seed=seed, **options)
 
 
 def samples(count: int = 9) -> list[Sample]:
@@ -60,15 +60,15 @@ def samples(count: int = 9) -> list[Sample]:
     return found
 
 
-def gradients(layout, objective, column, aggregation, max_tokens, teacher=None, **options) -> tuple[float, dict]:
+def gradients(layout, objective, column, loss_agg_mode, max_tokens, teacher=None, **options) -> tuple[float, dict]:
     model = policy(layout, max_tokens=max_tokens, **options)
     model.prepare_training(OptimizerConfig(lr=1e-3), 10)
     batch = samples()
     lengths = [sample.response_length for sample in batch]
-    weights = {column: token_weights(lengths, aggregation, ResponseCounts.of(lengths), 10)}
+    weights = {column: token_weights(lengths, loss_agg_mode, ResponseCounts.of(lengths), 10)}
     batches = model.pack(batch, weights)
-    source = FullTeacher(model, ByDomain({None: teacher})) if teacher else None
-    distributions = source.distributions(UpdateBatch(batch, weights), batches) if teacher else None
+    source = FullTeacher(model, TeacherRouter({None: teacher})) if teacher else None
+    distributions = source.distributions(MiniBatch(batch, weights), batches) if teacher else None
     count = sum(len(sample.token_ids) for sample in batch)
     metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
     found = {name: p.main_grad.clone() for name, p in model.trainable.chunks[0].named_parameters()}
@@ -78,9 +78,9 @@ def gradients(layout, objective, column, aggregation, max_tokens, teacher=None, 
 def method_of(layout, name: str):
     """(objective, weight column, teacher)."""
     if name == "supervised":
-        return supervised_objective(), "supervised_weight", None
+        return sft_objective(), "supervised_weight", None
     if name == "grpo":
-        return grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0), "policy_weight", None
+        return grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0.0), "policy_weight", None
     return divergence_objective("reverse_kl"), "divergence_weight", policy(layout, "tiny-teacher")
 
 
@@ -98,7 +98,7 @@ def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
             batch = [dataclasses.replace(s, rollout_log_probs=m) for s, m in zip(batch, moved, strict=True)]
         weights = {"divergence_weight": np.full(len(batch), 0.01)}
         batches = model.pack(batch, weights)
-        source = FullTeacher(model, ByDomain({None: teacher})).distributions(UpdateBatch(batch, weights), batches)
+        source = FullTeacher(model, TeacherRouter({None: teacher})).distributions(MiniBatch(batch, weights), batches)
         objective = divergence_objective("reverse_kl", measure_rollouts=shift is not None)
         count = sum(len(sample.token_ids) for sample in batch)
         report = model.forward_backward(batches, objective, source, num_tokens=count)
@@ -114,13 +114,13 @@ def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
         check_rollout_kl(found[0.3][0], 0.01, 1)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 @pytest.mark.parametrize("method", ["supervised", "grpo", "opd"])
-def test_gradients_do_not_depend_on_micro_batches(layout, method, aggregation):
+def test_gradients_do_not_depend_on_micro_batches(layout, method, loss_agg_mode):
     objective, column, teacher = method_of(layout, method)
-    loss, whole = gradients(layout, objective, column, aggregation, 10_000, teacher)
+    loss, whole = gradients(layout, objective, column, loss_agg_mode, 10_000, teacher)
     for max_tokens in (1, 24):
-        other_loss, cut = gradients(layout, objective, column, aggregation, max_tokens, teacher)
+        other_loss, cut = gradients(layout, objective, column, loss_agg_mode, max_tokens, teacher)
         assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
         for name, gradient in whole.items():
             torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=2e-6)
@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_micro_batches(layout, method, aggregation):
 
 def test_the_gradient_is_that_of_the_plain_loss(layout):
     """Against autograd through whole logits, in the definition's own words: mean over all response tokens."""
-    _, found = gradients(layout, supervised_objective(), "supervised_weight", "token_mean", 24)
+    _, found = gradients(layout, sft_objective(), "supervised_weight", "token_mean", 24)
     model = policy(layout)
     (chunk,) = model.chunks
     total, count = 0.0, 0
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing(layout):
     with np.errstate(invalid="ignore"):
         bad = [dataclasses.replace(s, advantages=np.nan_to_num(s.advantages, nan=0.0, posinf=np.inf)) for s in bad]
     batches = model.pack(bad, {"policy_weight": np.ones(len(bad))})
-    objective = grpo_objective(Surrogate(on_policy=True), kl_coefficient=0.0)
+    objective = grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0.0)
     with pytest.raises(UserError, match="the loss is"):
         model.forward_backward(batches, objective, num_tokens=10)
     for name, parameter in model.chunks[0].named_parameters():
@@ -260,5 +260,5 @@ def test_a_frozen_model_that_takes_turns_is_copied_to_the_host_once(layout, monk
         np.testing.assert_array_equal(one, other)
 
 
-def gradient_buffers(model: Policy) -> list:
+def gradient_buffers(model: MegatronModel) -> list:
     return [buffer for chunk in model.trainable.chunks for buffer in chunk.buffers]

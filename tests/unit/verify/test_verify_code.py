@@ -16,7 +16,7 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.files import read_problems
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_grader import CodeGrader, extract_program, isolation, same_output
+from megatron_s2d.verify.code_grader import CodeVerifier, extract_program, isolation, same_output
 from megatron_s2d.verify.serialization import Opaque, calls_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -27,7 +27,7 @@ ASSERTS = {"kind": "asserts", "setup": "", "entry_point": "f", "tests": "def che
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = CodeGrader(num_workers=2, cpu_seconds=1, memory_bytes=512 << 20, wall_seconds=60)
+    grader = CodeVerifier(num_workers=2, cpu_seconds=1, memory_bytes=512 << 20, wall_seconds=60)
     yield grader
     grader.close()
 
@@ -238,7 +238,7 @@ def test_hostile_programs(grader, name):
 
 
 def test_sleepers_are_stopped():
-    grader = CodeGrader(num_workers=3, wall_seconds=2)
+    grader = CodeVerifier(num_workers=3, wall_seconds=2)
     programs = {
         "import time\ndef f(x):\n    time.sleep(1e6)": ASSERTS,
         "import threading\ndef f(x):\n    lock = threading.Lock()\n    lock.acquire()\n    lock.acquire()": ASSERTS,
@@ -382,7 +382,7 @@ def _words(grader, problems, responses):
 
 
 def _check_benchmark(name, problems, allowed):
-    grader = CodeGrader()
+    grader = CodeVerifier()
     try:
         words = _words(grader, problems, [problem.solution for problem in problems])
         changed = _words(grader, problems, [_mutant(problem) for problem in problems])

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify import VERIFIERS, Graders, check_labels
-from megatron_s2d.verify.math_grader import MathGrader, extract_answer
+from megatron_s2d.verify import VERIFIERS, RewardManager, check_labels
+from megatron_s2d.verify.math_grader import MathVerifier, extract_answer
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
@@ -21,7 +21,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = MathGrader(num_workers=2, cpu_seconds=2, memory_bytes=1 << 30)
+    grader = MathVerifier(num_workers=2, cpu_seconds=2, memory_bytes=1 << 30)
     yield grader
     grader.close()
 
@@ -131,7 +131,7 @@ def test_hostile_answers_neither_hang_nor_win(grader):
 
 
 def test_memory_is_bounded():
-    small = MathGrader(num_workers=1, cpu_seconds=5, memory_bytes=300 << 20)
+    small = MathVerifier(num_workers=1, cpu_seconds=5, memory_bytes=300 << 20)
     try:
         words = _words(small, [("1", "\\boxed{2^{10^{10}}}"), ("1", "\\boxed{1}")])
     finally:
@@ -173,7 +173,7 @@ def test_a_label_that_is_no_expression_shows(grader):
 def test_graders_route_by_verifier():
     assert {"math", "modular_arithmetic"} <= set(VERIFIERS)
     prompts = [_prompt("2", "math"), _prompt("2", "modular_arithmetic"), _prompt("3", "math")]
-    with Graders() as graders:
+    with RewardManager() as graders:
         verdicts = graders.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
         assert [verdict.word for verdict in verdicts] == ["correct", "correct", "wrong"]
         for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess"), _prompt("1", "code")):
@@ -193,9 +193,9 @@ def rank():
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
     from megatron_s2d.records import Prompt
-    from megatron_s2d.verify import Graders
+    from megatron_s2d.verify import RewardManager
     prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
-    graders = Graders().__enter__()
+    graders = RewardManager().__enter__()
     words = [v.word for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
     workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
     torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
@@ -265,7 +265,7 @@ def test_references_grade_as_correct(grader, name):
     "name", ["math500", "gsm8k_test", "gsm8k_train", "aime24", "aime25", "hmmt25_feb", "hmmt25_nov"]
 )
 def test_all_references_grade_as_correct(name):
-    grader = MathGrader(num_workers=len(os.sched_getaffinity(0)))
+    grader = MathVerifier(num_workers=len(os.sched_getaffinity(0)))
     try:
         _check_benchmark(grader, name, _benchmark(name))
     finally:

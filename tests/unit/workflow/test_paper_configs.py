@@ -161,12 +161,12 @@ def test_the_tiny_table_has_the_same_rows_and_methods(table):
         assert stage.type == other.type or {stage.type, other.type} <= methods and stage.type == "pretrained"
         for key in (
             "reward_scale",
-            "granularity",
+            "kl_estimator",
             "gate",
             "divergence",
             "on_policy_fraction",
             "alpha",
-            "verified_only",
+            "only_correct",
         ):
             assert getattr(stage, key, None) == getattr(other, key, None), (name, key)
 
