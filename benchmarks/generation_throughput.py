@@ -15,7 +15,7 @@ from device_common import ON_GPU, begin, gpu_here, random_policy, seconds_of, sp
 from megatron_s2d.config.hardware import AssumptionsConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.estimate.layers import Build
-from megatron_s2d.estimate.roofline import Machine, Placed
+from megatron_s2d.estimate.roofline import Machine, ModelOnMachine
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
@@ -42,7 +42,7 @@ def roofline(spec, rows: int, prompt: int, response: int) -> float | None:
     if gpu is None:
         return None
     machine = Machine(gpu, AssumptionsConfig(memory_efficiency=1.0, matmul_efficiency=1.0))
-    return Placed(spec, ParallelConfig(), Build(2, fused=True), machine).decode_seconds(rows, prompt, response)
+    return ModelOnMachine(spec, ParallelConfig(), Build(2, fused=True), machine).decode_seconds(rows, prompt, response)
 
 
 def main(arguments: list[str] | None = None) -> None:

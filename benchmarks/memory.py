@@ -33,7 +33,7 @@ from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, Samplin
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.estimate.layers import Build, MicroBatch, Part
 from megatron_s2d.estimate.memory import (
-    TeacherStates,
+    TeacherInputs,
     Workload,
     frozen,
     generate_phases,
@@ -47,7 +47,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed, s
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.policy import MegatronModel
 
 DENSE = {
@@ -262,7 +262,7 @@ def training(case: Case, policy: MegatronModel, layout):
         teacher = build_policy(model, case, layout, seed=2)
         teacher.freeze()
         source = FullTeacher(policy, TeacherRouter({None: teacher}))
-        states = TeacherStates("hidden", teacher.spec)
+        states = TeacherInputs("hidden", teacher.spec)
         objective = divergence_objective("reverse_kl")
     count = sum(len(sample.token_ids) for sample in batch)
 

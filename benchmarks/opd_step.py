@@ -22,7 +22,7 @@ from megatron_s2d.objectives.distill import divergence_objective, policy_distill
 from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.policy import MegatronModel
 
 

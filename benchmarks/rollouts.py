@@ -81,7 +81,7 @@ def main() -> None:
         tokenizer.save_pretrained(directory / "client")
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
         policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
-        settings = SglangConfig(concurrency=options.concurrency, python=options.python)
+        settings = SglangConfig(python=options.python)
         engine = ServedEngine(ServerGroup(
             policy.chunks, spec, layout, policy.score, RolloutConfig(engine="sglang", sglang=settings),
             directory / "servers", tokenizer=tokenizer,

@@ -64,7 +64,7 @@ def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[t
 
     def step() -> tuple[float, float]:
         losses = trainable.forward_backward(forward_step, batches)
-        return float(sum(losses)) / count, trainable.update()
+        return float(sum(losses)) / count, trainable.optim_step()
 
     return step
 

@@ -3,7 +3,7 @@
     python benchmarks/weight_push.py --preset qwen3-0.6b --json OUT
     python benchmarks/weight_push.py --preset qwen3-8b --precision bfloat16 --json OUT      (on a GPU)
 
-One server on this machine, random weights. ``push`` is what ``metrics.jsonl`` has as push_gb_per_second: full tensors
+One server on this machine, random weights. ``push`` is what ``metrics.jsonl`` has as weight_sync/gb_per_s: full tensors
 from the trainer's layout, sent, loaded. ``whole`` adds the probes that every push must pass. The best of the repeats.
 """
 
@@ -41,9 +41,11 @@ def main() -> None:
         policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=4096, seed=1)
 
         def fleet(sync: str, urls=()) -> ServerGroup:
-            settings = RolloutConfig(engine="sglang", sglang=SglangConfig(sync=sync, python=options.python))
+            settings = RolloutConfig(engine="sglang", sglang=SglangConfig(weight_sync=sync, python=options.python))
             directory = Path(name) / f"{sync}{len(urls)}"
-            return ServerGroup(policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer)
+            return ServerGroup(
+                policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer
+            )
 
         started = fleet("disk")
         try:
@@ -52,7 +54,7 @@ def main() -> None:
                 times = []
                 for version in range(1, options.repeats + 1):
                     begin = time.perf_counter()
-                    attached.push(policy.chunks, version)
+                    attached.update_weights(policy.chunks, version)
                     times.append((attached.last_push.seconds, time.perf_counter() - begin))
                 push, whole = map(min, zip(*times, strict=True))
                 size = attached.last_push.num_bytes / 1e9

@@ -1,4 +1,4 @@
-"""``s2d convert import | export | check | inspect``: arguments and printed results.
+"""``s2d convert hf-to-megatron | megatron-to-hf | check | inspect``: arguments and printed results.
 
 Parsing needs no torch; ``run`` imports what its command needs.
 """
@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     quiet = argparse.ArgumentParser(add_help=False)
     quiet.add_argument("--no-progress", action="store_true", help="no progress bars")
 
-    command = actions.add_parser("import", parents=[quiet], help="Hugging Face directory to Megatron checkpoint")
+    command = actions.add_parser(
+        "hf-to-megatron", parents=[quiet], help="Hugging Face directory to Megatron checkpoint"
+    )
     command.add_argument("hf_directory")
     command.add_argument("megatron_directory")
     for name in ("tensor", "pipeline", "expert"):
@@ -36,7 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             help="layout that the files are cut for; they load at every other one too",
         )
 
-    command = actions.add_parser("export", parents=[quiet], help="Megatron checkpoint to Hugging Face directory")
+    command = actions.add_parser(
+        "megatron-to-hf", parents=[quiet], help="Megatron checkpoint to Hugging Face directory"
+    )
     command.add_argument("megatron_directory")
     command.add_argument("hf_directory")
     command.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="such as 5GB, 500MB")
@@ -57,11 +61,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carry out a parsed command; errors are ``UserError``."""
     report = silent if arguments.no_progress else bar
-    actions = {"import": _import, "export": _export, "check": _check, "inspect": _inspect}
+    actions = {
+        "hf-to-megatron": _hf_to_megatron,
+        "megatron-to-hf": _megatron_to_hf,
+        "check": _check,
+        "inspect": _inspect,
+    }
     actions[arguments.convert_action](arguments, report)
 
 
-def _import(arguments: argparse.Namespace, report: Report) -> None:
+def _hf_to_megatron(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import import_checkpoint
 
     done = import_checkpoint(
@@ -75,7 +84,7 @@ def _import(arguments: argparse.Namespace, report: Report) -> None:
     _print_result(arguments.megatron_directory, done)
 
 
-def _export(arguments: argparse.Namespace, report: Report) -> None:
+def _megatron_to_hf(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import export_checkpoint
 
     done = export_checkpoint(

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import ParamMapping, global_entries, layer_entries, padded_vocab_size
+from megatron_s2d.models.families import ParamMapping, global_param_mappings, layer_param_mappings, padded_vocab_size
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size within a global tensor."""
@@ -39,16 +39,16 @@ def pieces(spec: ModelSpec, tp_size: int = 1) -> Iterator[Piece]:
 
     ``tp_size`` decides how far the vocabulary is padded.
     """
-    (embedding,) = global_entries(spec, "first")
+    (embedding,) = global_param_mappings(spec, "first")
     vocabulary = (padded_vocab_size(spec.vocab_size, tp_size), spec.hidden_size)
     yield Piece(embedding, "model." + embedding.parameter, (), (), vocabulary)
     for layer in range(spec.num_layers):
-        for entry in layer_entries(spec, layer):
+        for entry in layer_param_mappings(spec, layer):
             leading, leading_shape = (layer,), (spec.num_layers,)
             if entry.expert is not None:
                 leading, leading_shape = (layer, entry.expert), (spec.num_layers, spec.num_experts)
             yield Piece(entry, _layer_key(spec, entry), leading, leading_shape, _layer_shape(spec, entry))
-    norm, output = global_entries(spec, "last")
+    norm, output = global_param_mappings(spec, "last")
     yield Piece(norm, "model." + norm.parameter, (), (), (spec.hidden_size,))
     if not spec.tie_word_embeddings:
         yield Piece(output, "model." + output.parameter, (), (), vocabulary)
@@ -65,7 +65,7 @@ def _layer_key(spec: ModelSpec, entry: ParamMapping) -> str:
 
 def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
     ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
-    match entry.rule:
+    match entry.parallelism:
         case "qkv":
             return (spec.q_dim + 2 * spec.kv_dim, spec.hidden_size)
         case "gate_up":
@@ -79,12 +79,12 @@ def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
 
 def boxes(piece: Piece, tp_size: int) -> list[Box]:
     """How ``tp_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
-    rule, parts = piece.entry.rule, tp_size if piece.entry.expert is None else 1
-    if rule == "replicated":
+    parallelism, parts = piece.entry.parallelism, tp_size if piece.entry.expert is None else 1
+    if parallelism == "replicated":
         return [((0,) * len(piece.shape), piece.shape)]
-    dim = 1 if rule == "columns" else 0
+    dim = 1 if parallelism == "columns" else 0
     # Gate and up projection are two halves, each cut by itself.
-    parts *= 2 if rule == "gate_up" else 1
+    parts *= 2 if parallelism == "gate_up" else 1
     share = piece.shape[dim] // parts
     size = tuple(share if axis == dim else length for axis, length in enumerate(piece.shape))
     return [(tuple(part * share if axis == dim else 0 for axis in range(2)), size) for part in range(parts)]

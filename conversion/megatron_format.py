@@ -6,7 +6,7 @@ any layout, and one written at any layout is read.
 
 Files: ``__<n>_0.distcp`` (chunks, each a ``torch.save`` record), ``.metadata`` (where each chunk lies; a pickle, read
 with an unpickler that knows only the few classes in it), ``metadata.json``, ``integrity.json`` (SHA-256 of each file),
-and this project's ``model_spec.json`` and ``position.json``. Optimizer state is skipped when reading.
+and this project's ``model_spec.json`` and ``trainer_state.json``. Optimizer state is skipped when reading.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Chunk:
 def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tp_size: int) -> Iterator[Chunk]:
     """The chunks of a parameter, from its Hugging Face tensors; each is read by itself where its bytes lie together."""
     entry, half = piece.entry, piece.shape[0] // 2
-    whole = source.read(entry.hf_names[0]) if entry.rule == "columns" else None
+    whole = source.read(entry.hf_names[0]) if entry.parallelism == "columns" else None
     for number, (offset, size) in enumerate(boxes(piece, tp_size)):
         if whole is not None:
             tensor = whole.narrow(1, offset[1], size[1])
-        elif entry.rule == "gate_up":
+        elif entry.parallelism == "gate_up":
             name, row = entry.hf_names[offset[0] // half], offset[0] % half
             tensor = source.read(name, 0, row, row + size[0])
         else:
@@ -116,7 +116,7 @@ class MegatronWriter:
         elif not piece.key.startswith("model.embedding"):
             stage = parallel.pipeline_model_parallel_size - 1
         writers = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
-        if piece.entry.rule == "gate_up":
+        if piece.entry.parallelism == "gate_up":
             number %= parallel.tensor_model_parallel_size
         if piece.entry.expert is not None:
             number = piece.entry.expert * parallel.expert_model_parallel_size // spec.num_experts
@@ -146,7 +146,7 @@ class MegatronWriter:
             self._digests[name] = hashlib.sha256(content).hexdigest()
         documents = {
             SPEC_NAME: self._spec.to_dict(),
-            "position.json": {"step": 0, "updates": 0},
+            "trainer_state.json": {"step": 0, "updates": 0},
             _INTEGRITY_NAME: {"algorithm": "sha256", "files": dict(sorted(self._digests.items()))},
         }
         for name, document in documents.items():
@@ -247,7 +247,7 @@ class MegatronReader:
         """The chunks of a parameter that is cut by rows: name of the Hugging Face tensor, first row, rows."""
         names, count = piece.entry.hf_names, len(piece.leading)
         height = piece.shape[0] // len(names)
-        limit = self.spec.vocab_size if piece.entry.rule == "vocabulary" else height
+        limit = self.spec.vocab_size if piece.entry.parallelism == "vocabulary" else height
         for chunk in sorted(self._chunks[piece.key, piece.leading], key=lambda chunk: tuple(chunk.offsets)):
             tensor, row = chunk.offsets[count] // height, chunk.offsets[count] % height
             if row < limit:
@@ -332,7 +332,7 @@ def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
 
 def _same_shape(found: tuple[int, ...], piece: Piece, spec: ModelSpec) -> bool:
     """Whether a stored shape fits; the vocabulary may be padded for another tensor-parallel size."""
-    if piece.entry.rule != "vocabulary":
+    if piece.entry.parallelism != "vocabulary":
         return found == piece.global_shape
     return len(found) == 2 and found[0] >= spec.vocab_size and found[1:] == piece.global_shape[1:]
 

@@ -35,8 +35,10 @@ def with_servers(workflow: WorkflowConfig, settings: LaunchConfig) -> WorkflowCo
             raise UserError(f"server_nodes: model '{name}' has no `path`; a server starts from a checkpoint")
     if workflow.rollout.engine != "sglang":
         raise UserError("server_nodes: the workflow samples without servers; set rollout.engine: sglang")
-    if workflow.rollout.sglang.sync == "tensor":
-        raise UserError("server_nodes: weights reach other machines with rollout.sglang.sync: disk or distributed")
+    if workflow.rollout.sglang.weight_sync == "tensor":
+        raise UserError(
+            "server_nodes: weights reach other machines with rollout.sglang.weight_sync: disk or distributed"
+        )
     span = nodes_per_server(workflow, settings)
     for name, count in settings.server_nodes.items():
         if count % span:
@@ -71,7 +73,7 @@ def server_script(workflow: WorkflowConfig, settings: LaunchConfig, python: str,
     """What srun starts for every server, on each of its nodes: model's directory, positions, and the first node."""
     size, span = workflow.rollout.sglang.tensor_parallel_size, nodes_per_server(workflow, settings)
     nodes = f'--nnodes {span} --node-rank "$SLURM_NODEID" --dist-init-addr "$3:{_RENDEZVOUS_PORT}"' if span > 1 else ""
-    dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.arguments)
+    dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.extra_args)
     return f"""#!/bin/bash
 # An SGLang server of {workflow.name}: the directory of its model, the positions it needs, its first node.
 {preamble}

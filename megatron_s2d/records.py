@@ -56,7 +56,7 @@ class Sample:
     rollout_log_probs: np.ndarray | None = None  # [length] float32, engine: of the sampled tokens at `temperature`
     weight_versions: tuple[WeightVersionSpan, ...] = ()  # engine
     reward: float | None = None  # verifier
-    verdict: str | None = None  # verifier: one word on how the reward came about, such as "correct", "no_answer"
+    verifier_label: str | None = None  # verifier: one word on how the reward came about, such as "correct", "no_answer"
     old_log_probs: np.ndarray | None = None  # [length] float32, trainer under the weights before the update
     teacher_log_probs: np.ndarray | None = None  # [length] float32, teacher scoring (of the sampled tokens)
     reference_log_probs: np.ndarray | None = None  # [length] float32, reference scoring

@@ -111,10 +111,10 @@ class StageDirectory:
             shutil.rmtree(path)
 
     def supersede(self, reason: str) -> Path | None:
-        """Move the directory to ``superseded/<name>-<n>`` beside it, with ``reason.txt``; None where it is absent."""
+        """Move the directory to ``.archive/<name>-<n>`` beside it, with ``reason.txt``; None where it is absent."""
         if not self.path.exists():
             return None
-        shelf = self.path.parent / "superseded"
+        shelf = self.path.parent / ".archive"
         shelf.mkdir(exist_ok=True)
         atomic_write_text(self.path / "reason.txt", f"{timestamp()} {reason}\n")
         taken = {path.name for path in shelf.iterdir()}

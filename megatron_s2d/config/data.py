@@ -67,7 +67,7 @@ class FileSource(Config):
     verifier: str | None = Field("math", description="how answers are checked; null for prompts without labels")
     template: Template = Field("math", description="what is put around the question (methods.md M7)")
     system_prompt: str | None = None
-    at_least: dict[str, float] = Field(
+    min_values: dict[str, float] = Field(
         default_factory=dict, description="column -> least value of a row that is kept, such as {difficulty: 6}"
     )
     limit: int | None = Field(None, ge=1, description="first rows only, of those that are kept")

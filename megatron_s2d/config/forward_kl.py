@@ -18,10 +18,11 @@ class TeacherCacheConfig(StageConfig):
     prompts: str = Field(description="prompts: an entry of `data`, or `entry/half`; labels are not used")
     num_generations: int = Field(8, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    kind: Literal["sampled", "topk", "hidden", "full"] = Field(
-        "hidden", description="what is stored per position; hidden and full are exact, topk keeps `top_k` entries"
+    representation: Literal["sampled_token", "top_k", "hidden_states", "full_vocab"] = Field(
+        "hidden_states",
+        description="what is stored per position; hidden_states and full_vocab are exact, top_k keeps `top_k` entries",
     )
-    top_k: int = Field(256, ge=1, description="entries per position of kind topk")
+    top_k: int = Field(256, ge=1, description="entries per position of representation top_k")
     generation_batch_size: int = Field(256, ge=1, description="prompts generated between two progress reports")
     only_correct: bool = Field(False, description="keep only responses that the verifier accepts; this uses labels")
 
@@ -42,10 +43,10 @@ class ForwardKlConfig(TrainingStageConfig):
 
     type: Literal["forward_kl"] = "forward_kl"
     cache: str = Field(description="teacher_cache stage")
-    batch_size: int = Field(64, ge=1, description="responses of one update")
+    global_batch_size: int = Field(64, ge=1, description="responses of one update")
     temperature: float = Field(1.0, gt=0, description="tau of both sides")
-    tail: Literal["bucket", "renormalise", "truncate"] = Field(
-        "bucket", description="what a topk cache's remaining mass becomes"
+    tail_mass: Literal["bucket", "renormalise", "truncate"] = Field(
+        "bucket", description="what becomes of the mass beyond a top_k cache's entries"
     )
     loss_agg_mode: LossAggMode = "token_mean"
 

@@ -15,15 +15,26 @@ from megatron_s2d.config.training import SamplingConfig
 class RolloutCorrectionConfig(Config):
     """Correction of the gap between the engine that sampled and the trainer (methods M1)."""
 
-    mode: Literal["off", "truncate", "mask"] = "off"
-    cap: float = Field(5.0, gt=0, description="largest weight; beyond it the weight is cut (truncate) or zero (mask)")
+    mode: Literal["off", "tis", "mask"] = "off"
+    cap: float = Field(
+        5.0, gt=0, description="largest importance weight; tis truncates at it, mask drops tokens beyond it"
+    )
 
 
 class OverlongBufferConfig(Config):
     """Soft punishment of responses that come near the limit (DAPO)."""
 
-    buffer_tokens: int = Field(ge=1, description="length of the zone before the limit in which the penalty grows")
-    penalty: float = Field(1.0, ge=0, description="largest penalty, at the limit")
+    len: int = Field(ge=1, description="length of the zone before the limit in which the penalty grows")
+    penalty_factor: float = Field(1.0, ge=0, description="largest penalty, at the limit")
+
+
+class FilterGroupsConfig(Config):
+    """Dynamic sampling (DAPO): groups without a reward signal are replaced by newly sampled ones."""
+
+    max_num_gen_batches: int = Field(
+        ge=2,
+        description="batches sampled at most for one step, the first one included; fewer prompts are trained on then",
+    )
 
 
 class GrpoConfig(TrainingStageConfig):
@@ -47,11 +58,11 @@ class GrpoConfig(TrainingStageConfig):
     norm_adv_by_std: bool = Field(True, description="false: the Dr. GRPO advantage")
     loss_agg_mode: LossAggMode = "token_mean"
     truncated_responses: Truncated = Field("keep", description=TRUNCATED)
-    dynamic_sampling_rounds: int = Field(
-        0, ge=0, description="extra rounds that refill groups whose rewards are all equal (DAPO); 0 is off"
+    filter_groups: FilterGroupsConfig | None = Field(
+        None, description="DAPO's dynamic sampling: replace groups whose rewards are all equal; null: off"
     )
-    overlong: OverlongBufferConfig | None = None
-    importance: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    overlong_buffer: OverlongBufferConfig | None = None
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
     def _divisible(self) -> GrpoConfig:

@@ -12,7 +12,7 @@ from megatron_s2d.config.grpo import RolloutCorrectionConfig
 from megatron_s2d.config.stage import TRUNCATED, LossAggMode, TrainingStageConfig, Truncated
 from megatron_s2d.config.training import SamplingConfig
 
-TeacherRouter = str | dict[str, str]
+StageByDomain = str | dict[str, str]
 
 
 class SignGateConfig(Config):
@@ -20,16 +20,18 @@ class SignGateConfig(Config):
 
     lambda_high: float = Field(1.8, ge=0, description="reward scale of tokens on which verifier and teacher agree")
     lambda_base: float = Field(1.0, ge=0, description="reward scale of tokens without a verifier signal")
-    fallback: Literal["interp", "preserve", "grpo", "mask"] = Field(
+    conflict_fallback: Literal["interp", "preserve", "grpo", "mask"] = Field(
         "interp", description="what tokens get on which verifier and teacher disagree"
     )
-    conflict_beta: float | None = Field(None, ge=0, le=1, description="of fallback interp: 1 is OPD, 0 masks")
+    conflict_beta: float | None = Field(None, ge=0, le=1, description="for conflict_fallback interp: 1 is OPD, 0 masks")
     stability_clip: float | None = Field(None, gt=0, description="c of the stability weight, in nats; null: none")
 
     @pydantic.model_validator(mode="after")
     def _interp(self) -> SignGateConfig:
-        if (self.fallback == "interp") != (self.conflict_beta is not None):
-            raise ValueError(f"conflict_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
+        if (self.conflict_fallback == "interp") != (self.conflict_beta is not None):
+            raise ValueError(
+                f"conflict_beta goes with conflict_fallback interp, and only with it; conflict_fallback is {self.conflict_fallback}"
+            )
         return self
 
 
@@ -55,35 +57,39 @@ class OpdConfig(TrainingStageConfig):
     """Stage 2b: on-policy distillation to frozen teachers (methods M3), G-OPD (M4), SG-OPD (M5), GKD."""
 
     type: Literal["opd"] = "opd"
-    teacher: TeacherRouter = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
+    teacher: StageByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
     teacher_engine: Literal["trainer", "sglang"] = Field(
         "trainer",
-        description="who scores with the teacher: the trainer, or SGLang servers (kl_estimator sampled, or topk with "
-        "support teacher)",
+        description="who scores with the teacher: the trainer, or SGLang servers (kl_estimator sampled_token, or "
+        "top_k with top_k_source teacher)",
     )
-    prompts: str | list[str] = Field(description="entries of `data`, or `entry/half`; labels are used with `gate` only")
+    prompts: str | list[str] = Field(
+        description="entries of `data`, or `entry/half`; labels are used with `sign_gate` only"
+    )
     label_reuse: Literal["refuse", "allow"] = Field(
-        "allow", description="refuse: an error where `gate` or `teacher_sampling` would use labels a second time"
+        "allow", description="refuse: an error where `sign_gate` or `teacher_sampling` would use labels a second time"
     )
     train_batch_size: int = Field(64, ge=1)
     num_generations: int = Field(8, ge=1)
     num_mini_batches: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    kl_estimator: Literal["full", "topk", "sampled"] = Field(
-        "full",
-        description="full: exact divergence over the vocabulary; topk: on a support of `top_k` tokens; sampled: "
-        "log-ratio of the sampled token",
+    kl_estimator: Literal["full_vocab", "top_k", "sampled_token"] = Field(
+        "full_vocab",
+        description="full_vocab: exact divergence over the vocabulary; top_k: over a support of `top_k` tokens; "
+        "sampled_token: log-ratio of the sampled token",
     )
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "reverse_kl"
     beta: float | None = Field(None, gt=0, lt=1, description="mixing weight of jsd and the skew divergences")
-    top_k: int = Field(64, ge=1, description="tokens of a topk support (twice as many for union)")
-    support: Literal["student", "teacher", "union"] = Field("student", description="whose likeliest tokens: topk only")
-    tail: Literal["bucket", "renormalise", "truncate"] = Field("bucket", description="mass beyond the support")
+    top_k: int = Field(64, ge=1, description="size of the top_k support (twice as many for union)")
+    top_k_source: Literal["student", "teacher", "union"] = Field(
+        "student", description="whose most likely tokens form the support of top_k"
+    )
+    tail_mass: Literal["bucket", "renormalise", "truncate"] = Field("bucket", description="mass beyond the support")
     reward_scale: float = Field(1.0, gt=0, description="lambda of G-OPD; 1 is OPD, above 1 extrapolates (ExOPD)")
-    reference: TeacherRouter | None = Field(
+    reference: StageByDomain | None = Field(
         None, description="stage of G-OPD's reference (the student's start, or the raw teacher), or domain -> stage"
     )
-    gate: SignGateConfig | None = Field(None, description="SG-OPD; needs labels and kl_estimator sampled")
+    sign_gate: SignGateConfig | None = Field(None, description="SG-OPD; needs labels and kl_estimator sampled_token")
     teacher_sampling: TeacherSamplingConfig | None = Field(None, description="SG-OPD's anchor; needs labels")
     on_policy_fraction: float = Field(
         1.0, ge=0, le=1, description="share of a step's responses that the student samples; the rest is from `cache`"
@@ -92,7 +98,7 @@ class OpdConfig(TrainingStageConfig):
     token_weighting: Literal["none", "entropy", "log_ratio", "position"] = Field(
         "none",
         description="weights of response tokens, mean 1 over a step: the student's entropy; |log pi_T - log pi_S| of "
-        "the sampled token; 1 - place / max_response_length",
+        "the sampled token; 1 - position / max_response_length",
     )
     max_kl: float | None = Field(
         None, gt=0, description="stop with an error when the mean KL to the teacher exceeds it"
@@ -101,17 +107,17 @@ class OpdConfig(TrainingStageConfig):
     clip_ratio_high: float = Field(0.2, gt=0)
     loss_agg_mode: LossAggMode = "token_mean"
     truncated_responses: Truncated = Field("keep", description=TRUNCATED)
-    importance: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
     def _divergence_fits(self) -> OpdConfig:
         needs_beta = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
         if needs_beta != (self.beta is not None):
             raise ValueError(f"beta goes with jsd and skew divergences; divergence is {self.divergence}")
-        if self.kl_estimator == "sampled" and self.divergence != "reverse_kl":
-            raise ValueError("kl_estimator sampled is defined for reverse_kl; use kl_estimator: full")
-        if self.kl_estimator == "topk" and needs_beta:
-            raise ValueError("kl_estimator topk is defined for reverse_kl and forward_kl; use kl_estimator: full")
+        if self.kl_estimator == "sampled_token" and self.divergence != "reverse_kl":
+            raise ValueError("kl_estimator sampled_token is defined for reverse_kl; use kl_estimator: full_vocab")
+        if self.kl_estimator == "top_k" and needs_beta:
+            raise ValueError("kl_estimator top_k is defined for reverse_kl and forward_kl; use full_vocab")
         if self.train_batch_size % self.num_mini_batches:
             raise ValueError("train_batch_size must be a multiple of num_mini_batches")
         return self
@@ -120,10 +126,10 @@ class OpdConfig(TrainingStageConfig):
     def _served_teacher_fits(self) -> OpdConfig:
         if self.teacher_engine != "sglang":
             return self
-        if self.kl_estimator == "full" or (self.kl_estimator == "topk" and self.support != "teacher"):
+        if self.kl_estimator == "full_vocab" or (self.kl_estimator == "top_k" and self.top_k_source != "teacher"):
             raise ValueError(
-                "teacher_engine: sglang needs kl_estimator: sampled, or topk with support: teacher: a server gives the "
-                "log-probabilities of the given tokens and of its own likeliest ones, and no others"
+                "teacher_engine: sglang needs kl_estimator: sampled_token, or top_k with top_k_source: teacher: a server "
+                "returns the log-probabilities of given tokens and of its own most likely tokens, and no others"
             )
         if self.sampling.temperature != 1.0:
             raise ValueError("teacher_engine: sglang needs sampling.temperature 1, at which servers score given tokens")
@@ -133,11 +139,15 @@ class OpdConfig(TrainingStageConfig):
 
     @pydantic.model_validator(mode="after")
     def _reference_fits(self) -> OpdConfig:
-        scales = [self.reward_scale] if self.gate is None else [self.gate.lambda_high, self.gate.lambda_base]
+        scales = (
+            [self.reward_scale] if self.sign_gate is None else [self.sign_gate.lambda_high, self.sign_gate.lambda_base]
+        )
         if any(scale != 1.0 for scale in scales) and self.reference is None:
             raise ValueError("a reward scale other than 1 needs a `reference` stage (methods M4)")
-        if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.kl_estimator == "topk"):
-            raise ValueError("reward_scale other than 1 is defined for reverse_kl, full or sampled")
+        if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.kl_estimator == "top_k"):
+            raise ValueError(
+                "reward_scale other than 1 is defined for reverse_kl with kl_estimator full_vocab or sampled_token"
+            )
         if isinstance(self.reference, dict) and (
             not isinstance(self.teacher, dict) or set(self.reference) != set(self.teacher)
         ):
@@ -146,16 +156,18 @@ class OpdConfig(TrainingStageConfig):
 
     @pydantic.model_validator(mode="after")
     def _labels_fit(self) -> OpdConfig:
-        if self.gate is not None and (self.kl_estimator != "sampled" or self.num_generations < 2):
-            raise ValueError("gate needs kl_estimator: sampled and num_generations of at least 2")
-        if self.gate is not None and self.reward_scale != 1.0:
-            raise ValueError("with a gate, reward scales are gate.lambda_high and gate.lambda_base")
-        if self.teacher_sampling is not None and self.kl_estimator != "sampled":
-            raise ValueError("teacher_sampling needs kl_estimator: sampled")
+        if self.sign_gate is not None and (self.kl_estimator != "sampled_token" or self.num_generations < 2):
+            raise ValueError("sign_gate needs kl_estimator: sampled_token and num_generations of at least 2")
+        if self.sign_gate is not None and self.reward_scale != 1.0:
+            raise ValueError("with sign_gate, the reward scales are sign_gate.lambda_high and sign_gate.lambda_base")
+        if self.teacher_sampling is not None and self.kl_estimator != "sampled_token":
+            raise ValueError("teacher_sampling needs kl_estimator: sampled_token")
         if (self.on_policy_fraction < 1.0) != (self.cache is not None):
             raise ValueError("on_policy_fraction below 1 and `cache` go together")
-        if self.cache is not None and self.kl_estimator == "sampled":
-            raise ValueError("on_policy_fraction below 1 needs kl_estimator full or topk: cached tokens are off-policy")
+        if self.cache is not None and self.kl_estimator == "sampled_token":
+            raise ValueError(
+                "on_policy_fraction below 1 needs kl_estimator full_vocab or top_k: cached tokens are off-policy"
+            )
         return self
 
     @property
@@ -164,7 +176,7 @@ class OpdConfig(TrainingStageConfig):
 
     @property
     def uses_labels(self) -> bool:
-        return self.gate is not None or self.teacher_sampling is not None
+        return self.sign_gate is not None or self.teacher_sampling is not None
 
     def inputs(self) -> dict[str, str]:
         found = super().inputs() | _by_domain("teacher", self.teacher)
@@ -173,7 +185,7 @@ class OpdConfig(TrainingStageConfig):
         return found | ({"cache": self.cache} if self.cache else {})
 
 
-def _by_domain(relation: str, stages: TeacherRouter) -> dict[str, str]:
+def _by_domain(relation: str, stages: StageByDomain) -> dict[str, str]:
     if isinstance(stages, str):
         return {relation: stages}
     return {f"{relation}.{domain}": stage for domain, stage in stages.items()}

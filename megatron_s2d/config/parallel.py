@@ -13,7 +13,7 @@ class ParallelConfig(Config):
     tensor_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share each layer")
     pipeline_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the depth")
     context_parallel_size: int = pydantic.Field(
-        1, ge=1, description="ranks that share a sequence (needs micro_batch.packed)"
+        1, ge=1, description="ranks that share a sequence (needs micro_batch.sequence_packing)"
     )
     expert_model_parallel_size: int = pydantic.Field(
         1, ge=1, description="ranks that share the experts of a layer; taken from tensor x context x data ranks"

@@ -30,7 +30,7 @@ class Fp8Config(Config):
     parameters: bool = Field(
         False, description="keep the layers' weights in FP8 beside their float32 masters, instead of in bfloat16"
     )
-    frozen_models: bool = Field(
+    frozen: bool = Field(
         False, description="teachers and references run their layers in FP8 too; by default in bfloat16"
     )
 

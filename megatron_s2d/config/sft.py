@@ -13,12 +13,12 @@ from megatron_s2d.config.stage import LossAggMode, TrainingStageConfig
 class SftConfig(TrainingStageConfig):
     """Cross-entropy on given responses: base pre-training, SFT, and teacher-sample SFT / SeqKD (from a cache)."""
 
-    type: Literal["supervised"] = "supervised"
+    type: Literal["sft"] = "sft"
     data: str | None = Field(None, description="entry of `data` with reference solutions")
     cache: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="teacher_cache stage whose responses are the data, or several"
     )
-    batch_size: int = Field(64, ge=1, description="responses of one update")
+    global_batch_size: int = Field(64, ge=1, description="responses of one update")
     loss_agg_mode: LossAggMode = "token_mean"
 
     @pydantic.model_validator(mode="after")

@@ -1,6 +1,6 @@
 """The file that ``s2d sweep`` takes: a workflow, a grid over its keys, seeds, and what to make of the results.
 
-    base: ../quickstart.yaml
+    workflow: ../quickstart.yaml
     grid:
       prompts: {key: data.pool.num_prompts, values: [256, 512, 1024]}
       layout: {values: {one: {}, two: {parallel.data_parallel_size: 2}}}
@@ -20,6 +20,7 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config, load_yaml, parse
+from megatron_s2d.config.migration import SWEEP_KEYS, refuse_renamed
 from megatron_s2d.errors import UserError
 
 _LABEL = re.compile(r"[A-Za-z0-9.+]+")
@@ -86,7 +87,7 @@ class SweepConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     description: str = ""
-    base: Path = Field(description="workflow file, relative to this one")
+    workflow: Path = Field(description="workflow file, relative to this one")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value, for every point")
     grid: dict[str, AxisConfig] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
@@ -133,9 +134,11 @@ class SweepConfig(Config):
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read and validate a sweep file; ``base`` is made relative to its folder. ``UserError`` for every problem."""
-    sweep: SweepConfig = parse(SweepConfig, load_yaml(path), str(path))
-    base = path.parent / sweep.base
-    if not base.is_file():
-        raise UserError(f"{path}: base: {base}: no such file")
-    return sweep.model_copy(update={"base": base})
+    """Read and validate a sweep file; ``workflow`` is made relative to its folder. ``UserError`` for every problem."""
+    document = load_yaml(path)
+    refuse_renamed(document, str(path), SWEEP_KEYS)
+    sweep: SweepConfig = parse(SweepConfig, document, str(path))
+    workflow = path.parent / sweep.workflow
+    if not workflow.is_file():
+        raise UserError(f"{path}: workflow: {workflow}: no such file")
+    return sweep.model_copy(update={"workflow": workflow})

@@ -31,7 +31,7 @@ class CheckpointConfig(Config):
     """When a stage saves its training state, so that it can be resumed inside."""
 
     interval_steps: int = Field(50, ge=1, description="updates between two checkpoints")
-    keep: int = Field(2, ge=1, description="resumable checkpoints kept while the stage runs")
+    keep_last_n: int = Field(2, ge=1, description="resumable checkpoints kept while the stage runs")
     async_save: bool = Field(False, description="write while training goes on, from a copy in host memory")
 
 
@@ -62,8 +62,10 @@ class SamplingConfig(Config):
 class MicroBatchConfig(Config):
     """How samples are cut into micro-batches; never changes a gradient beyond rounding."""
 
-    max_tokens: int = Field(16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)")
-    packed: bool = Field(
+    max_tokens_per_gpu: int = Field(
+        16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)"
+    )
+    sequence_packing: bool = Field(
         False, description="lay the sequences of a micro-batch end to end instead of padding them to the longest"
     )
 
@@ -75,48 +77,26 @@ class SglangConfig(Config):
         default_factory=dict,
         description="entry of `models` -> addresses of servers that run already; for the others servers are started",
     )
-    replicas: int = Field(1, ge=1, description="servers to start for a model")
+    num_servers: int = Field(1, ge=1, description="servers to start for a model")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one started server")
     base_gpu_id: int = Field(0, ge=0, description="started servers take the GPUs from this one on")
     python: str | None = Field(
         None, description="interpreter that has sglang, where it is in an environment of its own; null: this one"
     )
-    arguments: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server")
-    deterministic: bool = Field(
+    extra_args: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server")
+    enable_deterministic_inference: bool = Field(
         False, description="SGLang's deterministic inference: per-request seeds count. Needs a GPU; slower"
     )
     router: bool = Field(False, description="put sglang-router in front of the servers; it chooses among replicas")
-    ahead: Literal["off", "wait", "continue"] = Field(
-        "off",
-        description="generate what the next step needs while this one trains, with weights that are one step older "
-        "(off: no). wait: an update waits for these responses; continue: they go on with the new weights",
-    )
-    over_sampling_ratio: float = Field(
-        1.0,
-        ge=1.0,
-        le=8.0,
-        description="prompts under way for each that a step needs; a step trains on the first to be complete, and the "
-        "others go on in the next one",
-    )
-    release_memory: bool = Field(
+    enable_memory_saver: bool = Field(
         False, description="servers give their GPU memory back while the trainer works (GPUs shared with it)"
     )
-    sync: Literal["disk", "distributed", "tensor"] = Field(
+    weight_sync: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="how weights reach the servers: disk: through files; distributed: over a process group (NCCL or "
         "gloo); tensor: through shared memory, servers on this machine only",
     )
     bucket_bytes: int = Field(512 * 2**20, ge=1, description="weights that travel together")
-    weight_check_tolerance: float | None = Field(
-        None,
-        gt=0,
-        description="largest difference, in nats, between server and trainer on the probe sequences after a push; "
-        "null: 1e-4 in float32, 0.5 in bfloat16",
-    )
-    concurrency: int = Field(256, ge=1, description="requests in flight at one server, of each model replica")
-    attempts: int = Field(4, ge=1, description="tries of one request before the servers are looked after")
-    recoveries: int = Field(2, ge=0, description="times that servers are restarted or updated again in one round")
-    request_timeout_seconds: float = Field(600.0, gt=0, description="time limit of one request")
     startup_timeout_seconds: float = Field(900.0, gt=0, description="time limit of a server's start")
 
     @pydantic.field_validator("urls")
@@ -132,18 +112,26 @@ class SglangConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _seeds(self) -> SglangConfig:
-        if self.deterministic and self.urls:
-            raise ValueError("deterministic is a setting of started servers; start yours with the option instead")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _memory(self) -> SglangConfig:
-        if self.release_memory and self.ahead != "off":
+        if self.enable_deterministic_inference and self.urls:
             raise ValueError(
-                "with release_memory the servers have no memory while the trainer works: set ahead: off, or give them "
-                "GPUs of their own"
+                "enable_deterministic_inference is a setting of started servers; start yours with SGLang's option"
             )
         return self
+
+
+class ServerConfig(Config):
+    """How requests to inference servers are bounded and checked, whatever engine they run."""
+
+    max_concurrent_requests: int = Field(256, ge=1, description="requests in flight per server")
+    max_attempts: int = Field(4, ge=1, description="attempts of one request before the servers are checked")
+    max_restarts: int = Field(2, ge=0, description="restarts or repeated weight updates of servers per step")
+    request_timeout_seconds: float = Field(600.0, gt=0, description="time limit of one request")
+    weight_check_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference in log-probability, in nats, between server and trainer on the check sequences "
+        "after a weight update; null: 1e-4 in float32, 0.5 in bfloat16",
+    )
 
 
 class RolloutConfig(Config):
@@ -156,10 +144,33 @@ class RolloutConfig(Config):
     max_batch_tokens: int = Field(
         262_144, ge=1, description="bound of responses x (prompt + response) tokens in a batch: keys and values held"
     )
-    max_kl: float | None = Field(
+    max_mismatch_kl: float | None = Field(
         None,
         gt=0,
-        description="stop with an error when the mean KL between engine and trainer (rollout_kl), in nats a token, "
-        "exceeds it",
+        description="stop with an error when the mean KL between engine and trainer (mismatch/k3_kl), in nats per "
+        "token, exceeds it",
     )
+    async_mode: Literal["sync", "one_step_off", "partial_rollout"] = Field(
+        "sync",
+        description="one_step_off: generate the next step's responses during the training step, with weights one step "
+        "older; a weight update waits for them. partial_rollout: a weight update interrupts them and they continue with "
+        "the new weights. Needs an engine that runs beside the trainer",
+    )
+    over_sampling_ratio: float = Field(
+        1.0,
+        ge=1.0,
+        le=8.0,
+        description="prompts in flight per prompt that a step needs; a step trains on the first groups to finish and "
+        "carries the others over. Needs an engine that runs beside the trainer",
+    )
+    server: ServerConfig = ServerConfig()
     sglang: SglangConfig = SglangConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _memory(self) -> RolloutConfig:
+        if self.sglang.enable_memory_saver and self.async_mode != "sync":
+            raise ValueError(
+                "with sglang.enable_memory_saver the servers have no memory during training: set async_mode: sync, or "
+                "give them GPUs of their own"
+            )
+        return self

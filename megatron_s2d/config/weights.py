@@ -12,7 +12,7 @@ from megatron_s2d.config.stage import ModelStageConfig
 class LoadCheckpointConfig(ModelStageConfig):
     """The weights of a published checkpoint as they are: a raw teacher, a reference, an arm without any training."""
 
-    type: Literal["pretrained"] = "pretrained"
+    type: Literal["load_checkpoint"] = "load_checkpoint"
     model: str = Field(description="entry of `models` that has a `path`")
 
 

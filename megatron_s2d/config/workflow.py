@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from megatron_s2d.config.base import Config, apply_overrides, load_yaml, parse
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
+from megatron_s2d.config.migration import WORKFLOW_KEYS, WORKFLOW_VALUES, refuse_renamed
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
@@ -101,10 +102,10 @@ class WorkflowConfig(Config):
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
-    gates: list[PassRateCheck] = Field(default_factory=list)
+    pass_rate_checks: list[PassRateCheck] = Field(default_factory=list)
     table: TableConfig | None = Field(None, description="the paper's table that the arms are rows of")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
-    num_workers: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
+    max_parallel_stages: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
     watchdog_timeout_seconds: float | None = Field(
         3600, gt=0, description="a rank that makes no progress for so long shows where it stands and ends; null: never"
     )
@@ -132,21 +133,26 @@ class WorkflowConfig(Config):
     @pydantic.model_validator(mode="after")
     def _older_weights(self) -> WorkflowConfig:
         """What stages must have where responses can come from older weights than those that are trained."""
-        sglang = self.rollout.sglang
-        if self.rollout.engine != "sglang" or (sglang.over_sampling_ratio == 1.0 and sglang.ahead == "off"):
+        rollout = self.rollout
+        if rollout.over_sampling_ratio == 1.0 and rollout.async_mode == "sync":
             return self
+        if rollout.engine == "megatron":
+            raise ValueError(
+                "rollout.async_mode and rollout.over_sampling_ratio need servers beside the trainer: set rollout.engine: "
+                "sglang, or leave them out"
+            )
         for name, stage in self.stages.items():
-            importance, where = getattr(stage, "importance", None), f"stages.{name}"
-            sampled = getattr(stage, "kl_estimator", "sampled") == "sampled"
-            if sampled and importance is not None and importance.mode == "off":
+            correction, where = getattr(stage, "rollout_correction", None), f"stages.{name}"
+            sampled = getattr(stage, "kl_estimator", "sampled_token") == "sampled_token"
+            if sampled and correction is not None and correction.mode == "off":
                 raise ValueError(
-                    f"{where}: with rollout.sglang.ahead or over_sampling_ratio responses come from older weights: set "
-                    "importance.mode to truncate or mask, which corrects for it"
+                    f"{where}: with rollout.async_mode or over_sampling_ratio responses come from older weights: set "
+                    "rollout_correction.mode to tis or mask, which corrects for it"
                 )
-            if sglang.over_sampling_ratio > 1.0 and getattr(stage, "dynamic_sampling_rounds", 0):
-                raise ValueError(f"{where}: dynamic_sampling_rounds goes with rollout.sglang.over_sampling_ratio: 1 only")
-            if sglang.over_sampling_ratio > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
-                raise ValueError(f"{where}: on_policy_fraction below 1 goes with rollout.sglang.over_sampling_ratio: 1 only")
+            if rollout.over_sampling_ratio > 1.0 and getattr(stage, "filter_groups", None):
+                raise ValueError(f"{where}: filter_groups needs rollout.over_sampling_ratio: 1")
+            if rollout.over_sampling_ratio > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
+                raise ValueError(f"{where}: on_policy_fraction below 1 needs rollout.over_sampling_ratio: 1")
         return self
 
     def with_world_size(self, world_size: int) -> WorkflowConfig:
@@ -190,9 +196,9 @@ class WorkflowConfig(Config):
             for side in (contrast.a, contrast.b):
                 if side not in self.arms:
                     raise ValueError(f"contrasts.{index} names the arm '{side}', which is not among `arms`")
-        for index, gate in enumerate(self.gates):
-            self._need_stage(f"gates.{index}.stage", gate.stage, ModelStageConfig)
-            self._need_prompts(f"gates.{index}.prompts", gate.prompts)
+        for index, gate in enumerate(self.pass_rate_checks):
+            self._need_stage(f"pass_rate_checks.{index}.stage", gate.stage, ModelStageConfig)
+            self._need_prompts(f"pass_rate_checks.{index}.prompts", gate.prompts)
         return self
 
     def _check_stage(self, name: str, stage: Stage) -> None:
@@ -203,7 +209,7 @@ class WorkflowConfig(Config):
             wanted = TeacherCacheConfig if relation.partition(".")[0] == "cache" else ModelStageConfig
             self._need_stage(f"{where}.{relation}", other, wanted)
         for entry in stage.entries:
-            self._need_prompts(f"{where}.{'data' if stage.type == 'supervised' else 'prompts'}", entry)
+            self._need_prompts(f"{where}.{'data' if stage.type == 'sft' else 'prompts'}", entry)
             if stage.uses_labels and entry.partition("/")[0] in {e.partition("/")[0] for e in self.evaluation.entries}:
                 raise ValueError(f"{where}: '{entry}' is the evaluation set; training on its labels is refused")
 
@@ -275,8 +281,9 @@ class WorkflowConfig(Config):
 
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
-    """Read, override, expand ``like`` and validate a workflow file; every problem is a one-line ``UserError``."""
+    """Read, override, expand ``extends`` and validate a workflow file; every problem is a one-line ``UserError``."""
     document = apply_overrides(functools.reduce(_over, _documents(Path(path))), overrides or [])
+    refuse_renamed(document, str(path), WORKFLOW_KEYS, WORKFLOW_VALUES)
     stages = document.get("stages")
     if isinstance(stages, dict):
         expanded = {name: _expand(name, stages, str(path), ()) for name in stages}
@@ -287,14 +294,15 @@ def load_workflow(path: str | Path, overrides: list[str] | None = None) -> Workf
 
 
 def _documents(path: Path, users: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """The documents of the files that the file's ``base`` names, relative to its folder, in order, and its own."""
+    """The documents of the files that the file's ``defaults`` name, relative to its folder, in order, and its own."""
     document = load_yaml(path)
-    names = document.pop("base", [])
+    refuse_renamed(document, str(path), WORKFLOW_KEYS, WORKFLOW_VALUES)
+    names = document.pop("defaults", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: base: give the name of another workflow file, or a list of names")
+        raise UserError(f"{path}: defaults: give the name of another workflow file, or a list of names")
     if path.resolve() in users:
-        raise UserError(f"{path}: base: the file builds on itself")
+        raise UserError(f"{path}: defaults: the file builds on itself")
     users = (*users, path.resolve())
     return [part for name in names for part in _documents(path.parent / name, users)] + [document]
 
@@ -310,17 +318,17 @@ def _over(base: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:
-    """The stage with what it inherits through ``like: other`` filled in; mappings merge key by key, null removes."""
+    """The stage with what it inherits through ``extends: other`` filled in; mappings merge key by key, null removes."""
     stage = stages[name]
-    if not isinstance(stage, dict) or "like" not in stage:
+    if not isinstance(stage, dict) or "extends" not in stage:
         return stage
-    other = stage["like"]
+    other = stage["extends"]
     if other not in stages:
-        raise UserError(f"{source}: stages.{name}.like: there is no stage '{other}' (stages: {', '.join(stages)})")
+        raise UserError(f"{source}: stages.{name}.extends: there is no stage '{other}' (stages: {', '.join(stages)})")
     if other in seen or other == name:
-        raise UserError(f"{source}: stages.{name}.like: '{other}' inherits from '{name}'")
+        raise UserError(f"{source}: stages.{name}.extends: '{other}' inherits from '{name}'")
     inherited = _expand(other, stages, source, (*seen, name))
-    return _merge(inherited, {key: value for key, value in stage.items() if key != "like"})
+    return _merge(inherited, {key: value for key, value in stage.items() if key != "extends"})
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

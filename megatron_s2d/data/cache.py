@@ -33,42 +33,53 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample, read_samples, sample_to_json
 
 FORMAT = "megatron_s2d teacher cache"
-VERSION = 1
+VERSION = 2
 _SHARD_BYTES = 256 << 20
 _HEADER, _SAMPLES, _INDEX = "header.json", "samples.jsonl", "index.jsonl"
 _TENSORS = {
-    "sampled": ("log_probs",),
-    "topk": ("ids", "log_probs", "log_tail_mass"),
-    "hidden": ("hidden",),
-    "full": ("log_probs",),
+    "sampled_token": ("log_probs",),
+    "top_k": ("ids", "log_probs", "log_tail_mass"),
+    "hidden_states": ("hidden",),
+    "full_vocab": ("log_probs",),
 }
 
 
 class CacheHeader(Config):
     """Where the distributions come from. A reader that expects anything else is refused."""
 
-    kind: Literal["sampled", "topk", "hidden", "full"] = Field(description="what is stored per response token")
+    representation: Literal["sampled_token", "top_k", "hidden_states", "full_vocab"] = Field(
+        description="what is stored per response token"
+    )
     teacher_digest: str = Field(description="digest of the teacher's weights")
     tokenizer_fingerprint: str = Field(description="digest of the tokenizer")
     template_fingerprint: str = Field(description="digest of the chat template that rendered the prompts")
-    temperature: float = Field(gt=0, description="of the log-probabilities; 1 for hidden, which has none of its own")
+    temperature: float = Field(
+        gt=0, description="of the log-probabilities; 1 for hidden_states, which have none of their own"
+    )
     vocab_size: int = Field(ge=1, description="valid token ids, without padding")
-    k: int | None = Field(None, ge=1, description="entries per token of kind topk")
-    hidden_size: int | None = Field(None, ge=1, description="width of kind hidden")
+    k: int | None = Field(None, ge=1, description="entries per token of representation top_k")
+    hidden_size: int | None = Field(None, ge=1, description="width of representation hidden_states")
 
     @pydantic.model_validator(mode="after")
-    def _sizes_of_kind(self) -> CacheHeader:
-        if (self.kind == "topk") != (self.k is not None) or (self.kind == "hidden") != (self.hidden_size is not None):
-            raise ValueError("k belongs to kind topk and hidden_size to kind hidden, each to no other")
+    def _sizes_of_representation(self) -> CacheHeader:
+        if (self.representation == "top_k") != (self.k is not None) or (self.representation == "hidden_states") != (
+            self.hidden_size is not None
+        ):
+            raise ValueError("k belongs to representation top_k and hidden_size to hidden_states, each to no other")
         if self.k is not None and self.k > self.vocab_size:
             raise ValueError(f"k {self.k} exceeds the vocabulary of {self.vocab_size}")
         return self
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Shape of each stored tensor for ``rows`` response tokens."""
-        widths = {"topk": (self.k,), "full": (self.vocab_size,), "hidden": (self.hidden_size,), "sampled": ()}
-        wide = (rows, *widths[self.kind])
-        return {name: (rows,) if name == "log_tail_mass" else wide for name in _TENSORS[self.kind]}
+        widths = {
+            "top_k": (self.k,),
+            "full_vocab": (self.vocab_size,),
+            "hidden_states": (self.hidden_size,),
+            "sampled_token": (),
+        }
+        wide = (rows, *widths[self.representation])
+        return {name: (rows,) if name == "log_tail_mass" else wide for name in _TENSORS[self.representation]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +165,7 @@ class CacheWriter:
         self._pending_rows += sample.response_length
         self._pending_bytes += sum(value.nbytes for value in tensors.values())
         self._tokens += sample.response_length
-        if self.header.kind == "topk":
+        if self.header.representation == "top_k":
             self._captured += float(tensors["log_probs"].double().exp().sum())
         if self._pending_bytes >= self._shard_bytes:
             self._flush()
@@ -163,7 +174,7 @@ class CacheWriter:
         expected = self.header.shapes(sample.response_length)
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         if found != expected:
-            raise UserError(f"sample {sample.id}: a {self.header.kind} cache needs {expected}, got {found}")
+            raise UserError(f"sample {sample.id}: a {self.header.representation} cache needs {expected}, got {found}")
         for name, value in tensors.items():
             wanted = {"ids": (torch.int32,), "hidden": (torch.float32, torch.bfloat16, torch.float16)}
             if value.dtype not in wanted.get(name, (torch.float32,)):
@@ -185,7 +196,9 @@ class CacheWriter:
         if not self._pending:
             return
         path = self._path / _shard_name(len(self._shards))
-        joined = {name: torch.cat([part[name] for part in self._pending]) for name in _TENSORS[self.header.kind]}
+        joined = {
+            name: torch.cat([part[name] for part in self._pending]) for name in _TENSORS[self.header.representation]
+        }
         save_file(joined, path)
         self._shards.append({"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": self._pending_rows})
         self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
@@ -203,7 +216,7 @@ class CacheWriter:
                 "shards": self._shards,
                 "files": {name: file_digest(self._path / name) for name in self._files},
             }
-            if self.header.kind == "topk":
+            if self.header.representation == "top_k":
                 body["captured_mass"] = self._captured / max(1, self._tokens)
             document = {"format": FORMAT, "version": VERSION, "body": body, "body_digest": json_digest(body)}
             atomic_write_json(self._path / _HEADER, document)

@@ -114,7 +114,7 @@ def read_problems(source: FileSource) -> tuple[list[Problem], int]:
             if len(found) == source.limit:
                 return list(found.values()), duplicates
             row = _Row(source, columns, path, number + 1)
-            if any(row.number_in(column) < least for column, least in source.at_least.items()):
+            if any(row.number_in(column) < least for column, least in source.min_values.items()):
                 continue
             id, *rest = layout(row)
             problem = Problem(f"{name}/{number if id is None else id}", *rest)

@@ -24,7 +24,7 @@ import torch
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.terms import TokenColumns
-from megatron_s2d.parallel.context_parallel import cp_positions, pieces
+from megatron_s2d.parallel.context_parallel import cp_positions, num_pieces
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
@@ -36,7 +36,7 @@ class MiniBatch:
 
     samples: Sequence[Sample]  # n
     # weight column -> one entry a sample: the weight of its response tokens, a number or [length]
-    weights: Mapping[str, Sequence[float | np.ndarray]]
+    loss_weights: Mapping[str, Sequence[float | np.ndarray]]
 
     @property
     def num_tokens(self) -> int:
@@ -52,61 +52,61 @@ class MicroBatchPlan:
     lengths: tuple[int, ...]  # tokens of each
     domain: str | None  # of all, where samples were packed by domain
     packed: bool = False
-    multiple: int = 1  # of the length on one context rank
+    pad_to_multiple: int = 1  # of the length on one context rank
     cp_size: int = 1
 
     @functools.cached_property
-    def places(self) -> tuple[tuple[int, int], ...]:
+    def offsets(self) -> tuple[tuple[int, int], ...]:
         """Row and column of each sequence's first token."""
         if not self.packed:
             return tuple((row, 0) for row in range(len(self.lengths)))
-        ends = np.cumsum([0, *map(self._taken, self.lengths)]).tolist()
+        ends = np.cumsum([0, *map(self._padded_length, self.lengths)]).tolist()
         return tuple((0, end) for end in ends[:-1])
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
         """Rows, and their length over all context ranks."""
         if not self.packed:
-            return max(1, len(self.lengths)), _padded(max(self.lengths, default=1), self.multiple)
-        filled = max(1, sum(map(self._taken, self.lengths)))
-        return 1, _padded(filled, packed_length_multiple(self.multiple, self.cp_size))
+            return max(1, len(self.lengths)), _padded(max(self.lengths, default=1), self.pad_to_multiple)
+        filled = max(1, sum(map(self._padded_length, self.lengths)))
+        return 1, _padded(filled, packed_length_multiple(self.pad_to_multiple, self.cp_size))
 
     @property
-    def bounds(self) -> list[int]:
+    def cu_seqlens(self) -> list[int]:
         """Of a packed one: where each sequence begins, that of the padding at the end included, and the end."""
-        filled = sum(map(self._taken, self.lengths))
-        starts = [column for _, column in self.places] + ([filled] if filled < self.shape[1] else [])
+        filled = sum(map(self._padded_length, self.lengths))
+        starts = [column for _, column in self.offsets] + ([filled] if filled < self.shape[1] else [])
         return [*starts, self.shape[1]]
 
     @property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         """Tokens of the longest sequence, with padding."""
-        return max(np.diff(self.bounds).tolist()) if self.packed else self.shape[1]
+        return max(np.diff(self.cu_seqlens).tolist()) if self.packed else self.shape[1]
 
     @functools.cached_property
-    def held(self) -> np.ndarray:
+    def cp_indices(self) -> np.ndarray:
         """[context ranks, N] int64: the positions of every context rank. Positions are in the order [length, rows]."""
         rows, length = self.shape
-        return cp_positions(self.bounds if self.packed else [0, rows * length], self.cp_size)
+        return cp_positions(self.cu_seqlens if self.packed else [0, rows * length], self.cp_size)
 
     def positions(self) -> list[slice]:
         """Where each sequence's tokens are among all positions."""
         rows = self.shape[0]
         return [
             slice(column * rows + row, (column + length) * rows + row - rows + 1, rows)
-            for (row, column), length in zip(self.places, self.lengths, strict=True)
+            for (row, column), length in zip(self.offsets, self.lengths, strict=True)
         ]
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which context rank holds each of ``positions``, and its number there."""
-        where = np.empty(self.held.size, dtype=np.int64)
-        where[self.held.reshape(-1)] = np.arange(self.held.size)
-        return np.divmod(where[positions], self.held.shape[1])
+        where = np.empty(self.cp_indices.size, dtype=np.int64)
+        where[self.cp_indices.reshape(-1)] = np.arange(self.cp_indices.size)
+        return np.divmod(where[positions], self.cp_indices.shape[1])
 
-    def fill(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
+    def scatter_rows(self, dtype: type, values: Sequence[Any], elsewhere: Any = 0) -> np.ndarray:
         """[rows, length] with each sequence's ``values`` ([its length], or one for all tokens) at its tokens."""
         filled = np.full(self.shape, elsewhere, dtype=dtype)
-        for (row, column), length, own in zip(self.places, self.lengths, values, strict=True):
+        for (row, column), length, own in zip(self.offsets, self.lengths, values, strict=True):
             filled[row, column : column + length] = own
         return filled
 
@@ -114,14 +114,14 @@ class MicroBatchPlan:
         """[rows, length] by token -> [positions] by the one that predicts it; 0 where a position predicts nothing."""
         shifted = np.zeros_like(values.T)
         shifted[:-1] = values.T[1:]
-        for row, column in self.places:
+        for row, column in self.offsets:
             if column:
                 shifted[column - 1, row] = 0
         return shifted.reshape(-1)
 
-    def _taken(self, length: int) -> int:
+    def _padded_length(self, length: int) -> int:
         """Columns that a packed sequence takes."""
-        return _padded(length, pieces(self.cp_size))
+        return _padded(length, num_pieces(self.cp_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,9 +131,9 @@ class MicroBatch:
     With context parallelism arrays by position are this rank's: N = S / ranks.
     """
 
-    deal: MicroBatchPlan
+    plan: MicroBatchPlan
     cp_rank: int
-    bounds: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
+    cu_seqlens: torch.Tensor | None  # [sequences + 1] int32, where each begins and the last ends; None where padded
     token_ids: torch.Tensor  # [B, S] int64 (with context parallelism [1, N])
     padding_mask: torch.Tensor  # as token_ids, bool, True at padding
     labels: torch.Tensor  # [N] int64, the token that each position predicts (0 at the end of a sequence)
@@ -146,12 +146,12 @@ class MicroBatch:
     @property
     def indices(self) -> tuple[int, ...]:
         """The sequences' places in the samples that were packed."""
-        return self.deal.indices
+        return self.plan.indices
 
     @property
     def domain(self) -> str | None:
         """Of all sequences, where samples were packed by domain."""
-        return self.deal.domain
+        return self.plan.domain
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,27 +161,27 @@ class MicroBatch:
     @property
     def num_positions(self) -> int:
         """S * B, over all context ranks."""
-        return self.deal.held.size
+        return self.plan.cp_indices.size
 
     def positions(self) -> list[slice]:
         """Where each sequence's tokens are among all positions."""
-        return self.deal.positions()
+        return self.plan.positions()
 
-    def part(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_for_cp(self, whole: torch.Tensor) -> torch.Tensor:
         """This context rank's [N, ...] of values of all positions."""
-        if self.deal.cp_size == 1:
+        if self.plan.cp_size == 1:
             return whole
-        return whole[torch.from_numpy(self.deal.held[self.cp_rank]).to(whole.device)]
+        return whole[torch.from_numpy(self.plan.cp_indices[self.cp_rank]).to(whole.device)]
 
-    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def gather_from_cp(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Values of all positions from ``parts`` [N, ...], one of each context rank."""
-        if self.deal.cp_size == 1:
+        if self.plan.cp_size == 1:
             return parts[0]
         whole = parts[0].new_zeros(self.num_positions, *parts[0].shape[1:])
-        whole[torch.from_numpy(self.deal.held.reshape(-1)).to(whole.device)] = torch.cat(list(parts))
+        whole[torch.from_numpy(self.plan.cp_indices.reshape(-1)).to(whole.device)] = torch.cat(list(parts))
         return whole
 
-    def per_sample(self, values: torch.Tensor) -> list[torch.Tensor]:
+    def unpack(self, values: torch.Tensor) -> list[torch.Tensor]:
         """``values`` of all positions as one tensor a sample, [length, ...], entry t for token t (entry 0: zeros).
 
         The inverse of the shift to labels.
@@ -195,7 +195,7 @@ class MicroBatch:
         return found
 
 
-def deal(
+def plan_micro_batches(
     samples: Sequence[Sample],
     *,
     max_tokens: int,
@@ -208,14 +208,14 @@ def deal(
     """The micro-batches of every data rank, the same number for each; arguments as in ``pack``."""
     if cp_size > 1 and not packed:
         raise UserError(
-            f"context_parallel_size {cp_size} cuts sequences that lie end to end: set micro_batch.packed to true"
+            f"context_parallel_size {cp_size} cuts sequences that lie end to end: set micro_batch.sequence_packing to true"
         )
     found: list[list[MicroBatchPlan]] = [[] for _ in range(dp_size)]
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
         chosen = [place for place, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[place].token_ids) for place in chosen]
-        plan = plan_micro_batches(
-            [_padded(length, pieces(cp_size)) for length in lengths],
+        plan = assign_micro_batches(
+            [_padded(length, num_pieces(cp_size)) for length in lengths],
             dp_size=dp_size,
             max_tokens=max_tokens * cp_size,
             multiple=packed_length_multiple(multiple, cp_size),
@@ -256,14 +256,14 @@ def pack(
     present = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
     for name in present:
         _refuse_gaps(name, samples, weights)
-    dealt = deal(
+    dealt = plan_micro_batches(
         samples, max_tokens=max_tokens, dp_size=dp_size, multiple=multiple, packed=packed,
         cp_size=cp_size, by_domain=by_domain,
     )  # fmt: skip
     return [_build(samples, weights, present, batch, cp_rank, device) for batch in dealt[dp_rank]]
 
 
-def plan_micro_batches(
+def assign_micro_batches(
     lengths: Sequence[int], *, dp_size: int, max_tokens: int, multiple: int = 1, packed: bool = False
 ) -> list[list[list[int]]]:
     """Indices of samples by data rank and micro-batch, longest first; ranks get like work.
@@ -334,11 +334,11 @@ def _build(
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         """The context rank's part of ``values`` [..., positions]."""
-        own = values if batch.cp_size == 1 else values[..., batch.held[cp_rank]]
+        own = values if batch.cp_size == 1 else values[..., batch.cp_indices[cp_rank]]
         return torch.from_numpy(own).to(device)
 
     def shifted(dtype: type, values: Sequence[Any]) -> torch.Tensor:
-        return tensor(batch.shift_to_labels(batch.fill(dtype, values)))
+        return tensor(batch.shift_to_labels(batch.scatter_rows(dtype, values)))
 
     columns = {}
     for name in present:
@@ -351,13 +351,13 @@ def _build(
     temperatures = [row.temperature if row.temperature > 0 else 1.0 for row in rows] or [1.0]
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
-        temperature = tensor(batch.fill(np.float32, temperatures, elsewhere=1.0).T.reshape(-1))
-    padding = tensor(batch.fill(np.bool_, [False] * len(rows), elsewhere=True))
+        temperature = tensor(batch.scatter_rows(np.float32, temperatures, elsewhere=1.0).T.reshape(-1))
+    padding = tensor(batch.scatter_rows(np.bool_, [False] * len(rows), elsewhere=True))
     return MicroBatch(
-        deal=batch,
+        plan=batch,
         cp_rank=cp_rank,
-        bounds=torch.tensor(batch.bounds, dtype=torch.int32, device=device) if batch.packed else None,
-        token_ids=tensor(batch.fill(np.int64, [row.token_ids for row in rows])),
+        cu_seqlens=torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device) if batch.packed else None,
+        token_ids=tensor(batch.scatter_rows(np.int64, [row.token_ids for row in rows])),
         padding_mask=padding,
         labels=shifted(np.int64, [row.token_ids for row in rows]),
         response_mask=shifted(np.bool_, masks),

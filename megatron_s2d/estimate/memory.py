@@ -27,7 +27,7 @@ _UNIFORM_BLOCK = 256  # positions whose random numbers are drawn together: rollo
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class ResidentMemory:
     """Bytes that a model holds from the start of a stage to its end."""
 
     role: str  # student, teacher, reference; for a stage on the teacher's weights still the trained model: student
@@ -46,7 +46,7 @@ class StageMemory:
     """One stage on the pipeline rank that needs most."""
 
     pp_rank: int
-    held: tuple[Held, ...]
+    held: tuple[ResidentMemory, ...]
     phases: Mapping[str, Mapping[str, int]]  # prefill, decode, score, train, update -> purpose -> bytes
 
     @property
@@ -96,23 +96,23 @@ def workload(
     return Workload(batch, math.ceil(on_rank / tokens))
 
 
-def trained(part: Part, build: Build, model: str = "", role: str = "student") -> Held:
+def trained(part: Part, build: Build, model: str = "", role: str = "student") -> ResidentMemory:
     """Weights, Megatron's float32 gradient buffers and the distributed optimizer's share of Adam's state."""
     size = build.bytes_per_value
     buffers = part.buffers()
     elements = sum(count for count, _ in buffers)
     share = sum(count / ranks for count, ranks in buffers)
     weights = elements * size + part.fp8_copies(build)
-    return Held(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
+    return ResidentMemory(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
 
 
-def frozen(part: Part, build: Build, role: str, model: str = "", copies: int = 1) -> Held:
+def frozen(part: Part, build: Build, role: str, model: str = "", copies: int = 1) -> ResidentMemory:
     """Weights alone."""
-    return Held(role, model, copies * (part.parameters * build.bytes_per_value + part.fp8_copies(build)))
+    return ResidentMemory(role, model, copies * (part.parameters * build.bytes_per_value + part.fp8_copies(build)))
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherStates:
+class TeacherInputs:
     """What the loss reads of teachers, for all micro-batches of an update at once."""
 
     kind: str  # hidden (exact distributions), logits (a cache of whole distributions) or topk
@@ -148,7 +148,7 @@ def lazy_hidden_states(part: Part, build: Build, work: Workload, teacher: ModelS
 
 
 def train_phase(
-    part: Part, build: Build, work: Workload, *, on_gpu: bool, teacher: TeacherStates | None = None
+    part: Part, build: Build, work: Workload, *, on_gpu: bool, teacher: TeacherInputs | None = None
 ) -> dict[str, int]:
     """Forward and backward passes of one update."""
     batch, size = work.batch, build.bytes_per_value
@@ -181,7 +181,7 @@ def update_phase(part: Part, build: Build, *, on_gpu: bool) -> dict[str, int]:
 
 
 def output_workspace(
-    part: Part, build: Build, batch: MicroBatch, *, on_gpu: bool, teacher: TeacherStates | None, training: bool = True
+    part: Part, build: Build, batch: MicroBatch, *, on_gpu: bool, teacher: TeacherInputs | None, training: bool = True
 ) -> int:
     """Bytes of ``linear_divergence`` at its peak: chunks of logits, operands, gradients, statistics."""
     size, hidden, rows = build.bytes_per_value, part.spec.hidden_size, batch.responses

@@ -61,7 +61,7 @@ class Traffic:
         return self.bytes_sent / machine.link(self.span) + self.calls * machine.assumptions.latency
 
 
-def travelling(
+def hidden_state_traffic(
     teacher: ModelSpec, responses: int, bytes_per_value: int, scorer: ParallelConfig, trainer: ParallelConfig
 ) -> Traffic:
     """Hidden states of ``responses`` tokens from a teacher's ranks to a student's: each once, every rank a share.
@@ -93,7 +93,7 @@ def added(*parts: Mapping[str, Traffic]) -> dict[str, Traffic]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class ModelOnMachine:
     """A model at a layout on a machine."""
 
     spec: ModelSpec

@@ -23,18 +23,18 @@ from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.estimate.layers import Build, Part, parts
 from megatron_s2d.estimate.memory import (
     BUCKET_BYTES,
-    Held,
+    ResidentMemory,
     StageMemory,
-    TeacherStates,
+    TeacherInputs,
     Workload,
     frozen,
     generate_phases,
+    lazy_hidden_states,
     score_phase,
     support_bytes,
     train_phase,
     trained,
     update_phase,
-    lazy_hidden_states,
     workload,
 )
 from megatron_s2d.records import Prompt
@@ -71,10 +71,10 @@ def stage_shape(
         caches = stage.cache if isinstance(stage.cache, list) else [stage.cache]
         shapes = [stage_shape(config, cache, prompts, tokenizer) for cache in caches]
         cached = max(shapes, key=lambda shape: shape.length)
-        return dataclasses.replace(cached, responses=stage.batch_size, updates=1, requests=0, prompts=0)
+        return dataclasses.replace(cached, responses=stage.global_batch_size, updates=1, requests=0, prompts=0)
     if isinstance(stage, SftConfig):
         prompt, response = _longest_solution(config, stage.data, prompts, tokenizer)
-        return StageShape(stage.batch_size, 1, 0, 0, prompt, response)
+        return StageShape(stage.global_batch_size, 1, 0, 0, prompt, response)
     longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
     limit = stage.sampling.max_response_length
     if isinstance(stage, TeacherCacheConfig):
@@ -166,7 +166,7 @@ class _Stage:
             shape.responses if responses is None else responses,
             shape.length,
             shape.response_length,
-            max_tokens=self.stage.micro_batch.max_tokens,
+            max_tokens=self.stage.micro_batch.max_tokens_per_gpu,
             parallel=parallel or self.parallel,
         )
 
@@ -188,21 +188,21 @@ class _Stage:
         """Scoring of a round's responses for a cache: all hidden states are there at once."""
         work = self._workload(self.shape.requests)
         states = None
-        if self.stage.kind != "sampled" and part.is_last:
+        if self.stage.representation != "sampled_token" and part.is_last:
             states = work.tokens * self.spec.hidden_size * self.build.bytes_per_value // part.sequence_shards
         found = score_phase(part, self.build, work, on_gpu=self.on_gpu, states=states)
-        if self.stage.kind in ("full", "topk") and part.is_last:
+        if self.stage.representation in ("full_vocab", "top_k") and part.is_last:
             found["logits"] = self.shape.response_length * part.vocabulary * 4 * (2 + part.tensor)
         return found
 
-    def _frozen_models(self, part: Part) -> list[Held]:
+    def _frozen_models(self, part: Part) -> list[ResidentMemory]:
         found = []
         for role, other, parallel in frozen_roles(self.config, self.name):
             spec = self.specs[self.config.model_of(other)]
             candidates = parts(spec, parallel)
             if parallel == self.parallel:
                 candidates = [candidates[part.stage]]
-            fp8 = self.config.fp8 is not None and self.config.fp8.frozen_models
+            fp8 = self.config.fp8 is not None and self.config.fp8.frozen
             build = dataclasses.replace(self.build, recompute="none", fp8=fp8)
             model = self.config.model_of(other)
             found.append(max((frozen(item, build, role, model) for item in candidates), key=lambda held: held.total))
@@ -214,22 +214,22 @@ class _Stage:
                 found.append(max(alike, key=lambda held: held.total))
         return found
 
-    def _teacher_states(self) -> TeacherStates | None:
+    def _teacher_states(self) -> TeacherInputs | None:
         stage = self.stage
         if isinstance(stage, ForwardKlConfig):
             cache = self.config.stages[stage.cache]
-            kind = {"hidden": "hidden", "full": "logits", "topk": "topk"}[cache.kind]
+            kind = {"hidden_states": "hidden", "full_vocab": "logits", "top_k": "topk"}[cache.representation]
             spec = self.specs[self.config.model_of(stage.cache)]
-            return TeacherStates(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden")
-        if not isinstance(stage, OpdConfig) or stage.kl_estimator == "sampled":
+            return TeacherInputs(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden")
+        if not isinstance(stage, OpdConfig) or stage.kl_estimator == "sampled_token":
             return None
         models = frozen_roles(self.config, self.name)
         parallel = next(layout for role, _, layout in models if role == "teacher")
-        return TeacherStates(
-            "topk" if stage.kl_estimator == "topk" else "hidden",
+        return TeacherInputs(
+            "topk" if stage.kl_estimator == "top_k" else "hidden",
             max((self.specs[self.config.model_of(other)] for _, other, _ in models), key=lambda spec: spec.hidden_size),
             sources=2 if stage.reward_scale != 1.0 else 1,
-            top_k=stage.top_k * (2 if stage.support == "union" else 1),
+            top_k=stage.top_k * (2 if stage.top_k_source == "union" else 1),
             own_copy=parallel != self.parallel,
         )
 
@@ -249,7 +249,7 @@ class _Stage:
                 if parallel != self.parallel:
                     states += 2 * BUCKET_BYTES
             phase = score_phase(own, self.build, at, on_gpu=self.on_gpu, states=states)
-            if getattr(self.stage, "kl_estimator", "") == "topk" and part.is_last:
+            if getattr(self.stage, "kl_estimator", "") == "top_k" and part.is_last:
                 phase["support"] = support_bytes(part, spec)
             if sum(phase.values()) > sum(found.get(role, {}).values()):
                 found[role] = phase
@@ -282,5 +282,7 @@ def frozen_roles(config: WorkflowConfig, name: str) -> list[tuple[str, str, Para
 
 def uses_reference(stage: OpdConfig) -> bool:
     """Whether any reward scale in use is not 1 (``stages/distill.py``)."""
-    scales = [stage.reward_scale] if stage.gate is None else [stage.gate.lambda_high, stage.gate.lambda_base]
+    scales = (
+        [stage.reward_scale] if stage.sign_gate is None else [stage.sign_gate.lambda_high, stage.sign_gate.lambda_base]
+    )
     return any(scale != 1.0 for scale in scales)

@@ -18,7 +18,15 @@ from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.estimate.layers import Build, model_flops
 from megatron_s2d.estimate.memory import Workload, workload
-from megatron_s2d.estimate.roofline import Machine, Placed, Traffic, added, repeated, total_seconds, travelling
+from megatron_s2d.estimate.roofline import (
+    Machine,
+    ModelOnMachine,
+    Traffic,
+    added,
+    hidden_state_traffic,
+    repeated,
+    total_seconds,
+)
 from megatron_s2d.estimate.stage_memory import BYTES, StageShape, frozen_roles
 
 
@@ -52,18 +60,18 @@ def stage_time(
     if isinstance(stage, TeacherCacheConfig):
         parallel = config.frozen_parallel(stage.teacher)
     build = Build(BYTES[config.precision], True, config.models[model].recompute)
-    student = Placed(specs[model], parallel, build, machine)
+    student = ModelOnMachine(specs[model], parallel, build, machine)
     seconds, traffic = _generation(config, stage, shape, student)
     if isinstance(stage, TeacherCacheConfig):
         work = _work(shape, shape.requests, stage, parallel)
-        seconds["score"] = student.score_seconds(work, outputs=stage.kind != "hidden")
+        seconds["score"] = student.score_seconds(work, outputs=stage.representation != "hidden_states")
         traffic = added(traffic, repeated(student.pass_traffic(work, trains=False), work.num_micro_batches))
         return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
     work, teacher = _work(shape, shape.responses, stage, parallel), None
-    exact = isinstance(stage, OpdConfig) and stage.kl_estimator != "sampled"
+    exact = isinstance(stage, OpdConfig) and stage.kl_estimator != "sampled_token"
     for role, other, layout in frozen_roles(config, name):
         spec = specs[config.model_of(other)]
-        scorer = Placed(spec, layout, dataclasses.replace(build, recompute="none"), machine)
+        scorer = ModelOnMachine(spec, layout, dataclasses.replace(build, recompute="none"), machine)
         at, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
         seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(at, outputs=not exact)
         passes = repeated(scorer.pass_traffic(at, trains=False), at.num_micro_batches * shape.updates)
@@ -72,7 +80,7 @@ def stage_time(
             teacher = spec
         if exact and layout != parallel:
             responses = shape.responses * shape.response_length
-            one = {f"{role} states": travelling(spec, responses, build.bytes_per_value, layout, parallel)}
+            one = {f"{role} states": hidden_state_traffic(spec, responses, build.bytes_per_value, layout, parallel)}
             travel = repeated(one, shape.updates)
             phase = f"{role} states travel"
             seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
@@ -95,12 +103,16 @@ def output_flops(spec: ModelSpec) -> float:
 
 def _work(shape: StageShape, responses: int, stage, parallel: ParallelConfig) -> Workload:
     return workload(
-        responses, shape.length, shape.response_length, max_tokens=stage.micro_batch.max_tokens, parallel=parallel
+        responses,
+        shape.length,
+        shape.response_length,
+        max_tokens=stage.micro_batch.max_tokens_per_gpu,
+        parallel=parallel,
     )
 
 
 def _generation(
-    config: WorkflowConfig, stage, shape: StageShape, student: Placed
+    config: WorkflowConfig, stage, shape: StageShape, student: ModelOnMachine
 ) -> tuple[dict[str, float], dict[str, Traffic]]:
     if not shape.requests:
         return {}, {}

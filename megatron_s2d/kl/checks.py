@@ -17,7 +17,7 @@ def sampled_reverse_kl(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
     if log_probs.requires_grad:
         raise UserError(
             "the sampled reverse KL log p - log q must not be back-propagated (its gradient does not depend on the "
-            "teacher): use -(log p - log q), detached, as the advantage of a policy loss, or kl_estimator: full"
+            "teacher): use -(log p - log q), detached, as the advantage of a policy loss, or kl_estimator: full_vocab"
         )
     return log_probs - teacher_log_probs.detach()
 
@@ -27,7 +27,7 @@ def support_metrics(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What a top-k support sees, as (sum, count) pairs over the rows that count; the caller adds them over ranks.
 
-    captured_mass: teacher mass on the support. student_captured_mass: the student's. zeroed_gradient: student mass
+    captured_mass: teacher mass on the support. student_captured_mass: the student's. topk/dropped_student_mass: student mass
     whose logits get no gradient ("renormalise"), 0 under the other tail rules.
     """
     if outputs.captured_mass is None or outputs.student_captured_mass is None:
@@ -36,7 +36,7 @@ def support_metrics(
     student = (outputs.student_captured_mass * response_mask).sum()
     zeroed = (count - student) if tail == "renormalise" else torch.zeros_like(student)
     return {
-        "captured_mass": ((outputs.captured_mass * response_mask).sum(), count),
-        "student_captured_mass": (student, count),
-        "zeroed_gradient": (zeroed, count),
+        "topk/teacher_mass": ((outputs.captured_mass * response_mask).sum(), count),
+        "topk/student_mass": (student, count),
+        "topk/dropped_student_mass": (zeroed, count),
     }

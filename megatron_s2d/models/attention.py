@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.context_parallel import cp_positions
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

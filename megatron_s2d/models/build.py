@@ -21,7 +21,7 @@ from megatron_s2d.models.weights import SeededWeights, import_weights
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,

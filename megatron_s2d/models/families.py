@@ -20,19 +20,19 @@ from megatron_s2d.errors import UserError
 
 __all__ = [
     "PRESETS",
-    "Entry",
+    "ParamMapping",
     "ModelSpec",
     "RopeScaling",
-    "Rule",
+    "Parallelism",
     "check_layout",
-    "global_entries",
+    "global_param_mappings",
     "hf_tensor_shapes",
-    "layer_entries",
+    "layer_param_mappings",
     "layers_of_pp_rank",
     "padded_vocab_size",
 ]
 
-Rule = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
+Parallelism = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
 """How a parameter is cut over tensor ranks.
 
 ``replicated`` not at all; ``vocabulary`` by rows, padded with zero rows; ``columns`` along dimension 1 of the weight
@@ -47,12 +47,12 @@ class ParamMapping:
 
     parameter: str
     hf_names: tuple[str, ...]
-    rule: Rule
+    parallelism: Parallelism
     expert: int | None = None
     """Index among all experts of the layer; expert parameters live on one expert-parallel rank."""
 
 
-def global_entries(spec: ModelSpec, stage: Literal["first", "last"]) -> list[ParamMapping]:
+def global_param_mappings(spec: ModelSpec, stage: Literal["first", "last"]) -> list[ParamMapping]:
     """Parameters outside the layers that the first or the last pipeline stage holds.
 
     The output layer of a tied model is listed, because with pipeline stages the last one holds its own copy.
@@ -66,7 +66,7 @@ def global_entries(spec: ModelSpec, stage: Literal["first", "last"]) -> list[Par
     ]
 
 
-def layer_entries(spec: ModelSpec, layer: int) -> list[ParamMapping]:
+def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
     """Parameters of one layer, named within it; ``layer`` counts from 0 over the whole model."""
     hf = f"model.layers.{layer}."
     attention = hf + "self_attn."
@@ -86,15 +86,15 @@ def layer_entries(spec: ModelSpec, layer: int) -> list[ParamMapping]:
             ParamMapping("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
         ]
     if not spec.num_experts:
-        return entries + _mlp_entries("mlp.", hf + "mlp.", None)
+        return entries + _mlp_param_mappings("mlp.", hf + "mlp.", None)
     entries.append(ParamMapping("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
     for expert in range(spec.num_experts):
         prefix = f"mlp.experts.local_experts.{expert}."
-        entries += _mlp_entries(prefix, f"{hf}mlp.experts.{expert}.", expert)
+        entries += _mlp_param_mappings(prefix, f"{hf}mlp.experts.{expert}.", expert)
     return entries
 
 
-def _mlp_entries(prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
+def _mlp_param_mappings(prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
     return [
         ParamMapping(prefix + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), "gate_up", expert),
         ParamMapping(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "columns", expert),
@@ -106,7 +106,7 @@ def hf_tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = spec.hidden_size
     yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
     for layer in range(spec.num_layers):
-        for entry in layer_entries(spec, layer):
+        for entry in layer_param_mappings(spec, layer):
             for name in entry.hf_names:
                 yield name, _layer_shape(spec, name, expert=entry.expert is not None)
     yield "model.norm.weight", (hidden,)

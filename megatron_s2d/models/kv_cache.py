@@ -15,7 +15,7 @@ import torch
 
 from megatron_s2d.parallel import device
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention

@@ -6,7 +6,7 @@ import torch
 
 from megatron_s2d.parallel import device
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.transformer import TransformerConfig
 

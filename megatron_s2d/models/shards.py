@@ -54,7 +54,7 @@ class SeededWeights:
 def read_shard(entry: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
     """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
     names = entry.hf_names
-    match entry.rule:
+    match entry.parallelism:
         case "replicated":
             return source.read(names[0])
         case "vocabulary":
@@ -109,7 +109,7 @@ def join_shards(entry: ParamMapping, spec: ModelSpec, shards: list[torch.Tensor]
     With one rank they may be views of its part.
     """
     names = entry.hf_names
-    match entry.rule:
+    match entry.parallelism:
         case "replicated":
             return [(names[0], shards[0])]
         case "vocabulary":

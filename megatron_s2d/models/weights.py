@@ -15,13 +15,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.models.families import ParamMapping, global_entries, hf_tensor_shapes, layer_entries, layers_of_pp_rank
+from megatron_s2d.models.families import (
+    ParamMapping,
+    global_param_mappings,
+    hf_tensor_shapes,
+    layer_param_mappings,
+    layers_of_pp_rank,
+)
 from megatron_s2d.models.shards import SeededWeights, WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import remember_values
 from megatron_s2d.parallel.layout import Layout
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
@@ -36,7 +42,7 @@ def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layou
     (model,) = chunks
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, entry in _held_entries(spec, layout):
+        for name, entry in _local_param_mappings(spec, layout):
             parameter = parameters.pop(_parameter_name(name, parameters))
             group = layout.groups.tp if entry.expert is None else layout.groups.expt_tp
             shard = read_shard(entry, spec, source, group.rank(), group.size())
@@ -55,16 +61,16 @@ def _dense(parameter: torch.Tensor) -> torch.Tensor:
     return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 
-def _held_entries(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
+def _local_param_mappings(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
     """The parameters that this rank holds: name within its chunk, and entry."""
     if layout.is_pipeline_first_stage:
-        yield from ((entry.parameter, entry) for entry in global_entries(spec, "first"))
+        yield from ((entry.parameter, entry) for entry in global_param_mappings(spec, "first"))
     for local, layer in enumerate(layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size)):
         for item in _layer_items(spec, layout, layer, local):
             yield item.parameter, item.entries[layout.groups.ep.rank() if len(item.entries) > 1 else 0]
     if layout.is_pipeline_last_stage:
-        for entry in global_entries(spec, "last"):
-            if entry.rule != "vocabulary" or not spec.tie_word_embeddings or layout.pp_size > 1:
+        for entry in global_param_mappings(spec, "last"):
+            if entry.parallelism != "vocabulary" or not spec.tie_word_embeddings or layout.pp_size > 1:
                 yield entry.parameter, entry
 
 
@@ -82,7 +88,7 @@ class _Item:
 
 def _layer_items(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_Item]:
     prefix = f"decoder.layers.{local_layer}."
-    entries = layer_entries(spec, layer)
+    entries = layer_param_mappings(spec, layer)
     for entry in entries:
         if entry.expert is None:
             yield _Item(prefix + entry.parameter, (entry,))
@@ -148,12 +154,12 @@ def export_buckets(
 
 def _stage_items(spec: ModelSpec, layout: Layout, stage: int) -> Iterator[_Item]:
     if stage == 0:
-        yield from (_Item(entry.parameter, (entry,)) for entry in global_entries(spec, "first"))
+        yield from (_Item(entry.parameter, (entry,)) for entry in global_param_mappings(spec, "first"))
     for local, layer in enumerate(layers_of_pp_rank(spec, stage, layout.pp_size)):
         yield from _layer_items(spec, layout, layer, local)
     if stage == layout.pp_size - 1:
-        for entry in global_entries(spec, "last"):
-            if entry.rule != "vocabulary" or not spec.tie_word_embeddings:
+        for entry in global_param_mappings(spec, "last"):
+            if entry.parallelism != "vocabulary" or not spec.tie_word_embeddings:
                 yield _Item(entry.parameter, (entry,))
 
 

@@ -133,14 +133,16 @@ class SignGate:
 
     lambda_high: float = 1.8  # reward scale of consensus tokens
     lambda_base: float = 1.0  # of neutral tokens, and of conflict tokens with fallback preserve
-    fallback: Fallback = "interp"  # what conflict tokens get
+    conflict_fallback: Fallback = "interp"  # what conflict tokens get
     conflict_beta: float | None = None  # with interp: 1 is OPD, 0 masks
 
     def __post_init__(self) -> None:
-        if self.fallback not in FALLBACKS:
-            raise UserError(f"conflict fallback {self.fallback!r}: choose one of {', '.join(FALLBACKS)}")
-        if (self.fallback == "interp") != (self.conflict_beta is not None):
-            raise UserError(f"conflict_beta goes with fallback interp, and only with it; fallback is {self.fallback}")
+        if self.conflict_fallback not in FALLBACKS:
+            raise UserError(f"conflict fallback {self.conflict_fallback!r}: choose one of {', '.join(FALLBACKS)}")
+        if (self.conflict_fallback == "interp") != (self.conflict_beta is not None):
+            raise UserError(
+                f"conflict_beta goes with fallback interp, and only with it; fallback is {self.conflict_fallback}"
+            )
         if self.conflict_beta is not None and not 0 <= self.conflict_beta <= 1:
             raise UserError(f"conflict_beta {self.conflict_beta}: give a number from 0 (mask) to 1 (OPD)")
 
@@ -207,7 +209,7 @@ def sg_opd_gate(
         "mask": lambda: np.zeros_like(distillation),
     }
     agreement = (np.sign(verifier) * np.sign(distillation)).astype(np.int8)
-    advantages = np.select([agreement > 0, agreement < 0], [high, fallbacks[gate.fallback]()], base)
+    advantages = np.select([agreement > 0, agreement < 0], [high, fallbacks[gate.conflict_fallback]()], base)
     counts = GateCounts(*(int((agreement == kind).sum()) for kind in (1, -1, 0)))
     return GatedAdvantages(advantages, agreement, counts)
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_s2d.objectives.terms import Metric
 
-GAP_PREFIX = "rollout_gap_at/"  # of the histogram: share of tokens whose gap is at least this, and below the next
+GAP_PREFIX = "mismatch/hist/"  # of the histogram: share of tokens whose gap is at least this, and below the next
 # Half a decade apart, rounded; float32 rounding is at the low end, bfloat16 in the middle, other weights at the top.
 GAP_EDGES = (0.0, *(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3)), 10.0)
 
@@ -28,7 +28,7 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def gap_metrics(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor) -> dict[str, Metric]:
-    """rollout_gap_mean, rollout_gap_max and the histogram in nats, and rollout_kl, over ``active`` tokens (bool [C]).
+    """mismatch/log_prob_abs_diff_mean, mismatch/log_prob_abs_diff_max and the histogram in nats, and mismatch/k3_kl, over ``active`` tokens (bool [C]).
 
     log_probs: [C] of the trainer under the weights that sampled. rollout_log_probs: [C] of the engine, or NaN.
     """
@@ -40,7 +40,7 @@ def gap_metrics(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active
     counts = torch.bincount(bins[active], minlength=len(GAP_EDGES)).double()
     total = active.sum(dtype=torch.float64)
     return {
-        "rollout_gap_mean": Metric.over(gap, active),
-        "rollout_gap_max": Metric.over(gap, active, "max"),
-        "rollout_kl": Metric.over(k3(log_ratio), active),
+        "mismatch/log_prob_abs_diff_mean": Metric.over(gap, active),
+        "mismatch/log_prob_abs_diff_max": Metric.over(gap, active, "max"),
+        "mismatch/k3_kl": Metric.over(k3(log_ratio), active),
     } | {f"{GAP_PREFIX}{edge:g}": Metric(counts[place], total, "mean") for place, edge in enumerate(GAP_EDGES)}

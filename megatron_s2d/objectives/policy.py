@@ -19,7 +19,7 @@ from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.mismatch import gap_metrics, k3
 from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns, refuse_sampled_k1
 
-RolloutCorrectionMode = Literal["off", "truncate", "mask"]
+RolloutCorrectionMode = Literal["off", "tis", "mask"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Surrogate:
     """Settings of the policy loss. Defaults: S2D table 8."""
 
     clip_ratio_low: float = 0.2  # ratios below 1 - clip_ratio_low are cut where the advantage is negative
-    clip_ratio_high: float = 0.2  # ratios above 1 + clip_ratio_high are cut where it is positive; 0.28 is DAPO's clip-higher
+    clip_ratio_high: float = (
+        0.2  # ratios above 1 + clip_ratio_high are cut where it is positive; 0.28 is DAPO's clip-higher
+    )
     clip_ratio_c: float | None = None  # largest ratio where the advantage is negative, above 1; None: unbounded
-    importance: RolloutCorrectionMode = "off"  # correction of the gap between engine and trainer
-    importance_cap: float = 5.0  # C: larger importance weights are cut (truncate) or set to zero (mask)
+    rollout_correction: RolloutCorrectionMode = "off"  # correction of the gap between engine and trainer
+    rollout_correction_cap: float = 5.0  # C: larger importance weights are truncated (tis) or set to zero (mask)
     on_policy: bool = False  # the weights before the update are the current ones: old_log_probs are not needed
 
     def __post_init__(self) -> None:
@@ -40,10 +42,10 @@ class Surrogate:
             )
         if self.clip_ratio_c is not None and not 1 < self.clip_ratio_c < math.inf:
             raise UserError(f"clip_ratio_c {self.clip_ratio_c}: give a number above 1, or leave it out")
-        if self.importance not in ("off", "truncate", "mask"):
-            raise UserError(f"importance {self.importance!r}: choose off, truncate or mask")
-        if not 0 < self.importance_cap < math.inf:
-            raise UserError(f"importance_cap {self.importance_cap}: give a positive number")
+        if self.rollout_correction not in ("off", "tis", "mask"):
+            raise UserError(f"rollout_correction {self.rollout_correction!r}: choose off, tis or mask")
+        if not 0 < self.rollout_correction_cap < math.inf:
+            raise UserError(f"rollout_correction_cap {self.rollout_correction_cap}: give a positive number")
 
     def old_log_probs(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
         """Log-probabilities under the weights before the update."""
@@ -102,7 +104,7 @@ def importance_weight(
     if mode == "off":
         return torch.ones_like(old_log_probs)
     ratio = torch.exp((old_log_probs - rollout_log_probs).detach())
-    return ratio.clamp(max=cap) if mode == "truncate" else torch.where(ratio > cap, 0.0, ratio)
+    return ratio.clamp(max=cap) if mode == "tis" else torch.where(ratio > cap, 0.0, ratio)
 
 
 def policy_term(settings: Surrogate) -> Term:
@@ -110,16 +112,16 @@ def policy_term(settings: Surrogate) -> Term:
     required = {"advantages"}
     if not settings.on_policy:
         required.add("old_log_probs")
-    if settings.importance != "off":
+    if settings.rollout_correction != "off":
         required.add("rollout_log_probs")
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
         old = settings.old_log_probs(outputs.log_probs, columns)
         loss = clipped_surrogate(outputs.log_probs, old, columns.advantages, settings)
-        if settings.importance == "off":
+        if settings.rollout_correction == "off":
             return loss
         weight = importance_weight(
-            old, columns.rollout_log_probs, mode=settings.importance, cap=settings.importance_cap
+            old, columns.rollout_log_probs, mode=settings.rollout_correction, cap=settings.rollout_correction_cap
         )
         return weight * loss
 
@@ -161,11 +163,13 @@ def mismatch_metrics(
     importance_ratio: pi_old / pi_rollout before any cut. importance_clipped_fraction: of tokens beyond the cap.
     """
     ratio = torch.exp(old_log_probs - rollout_log_probs)
-    weight = importance_weight(old_log_probs, rollout_log_probs, mode=settings.importance, cap=settings.importance_cap)
+    weight = importance_weight(
+        old_log_probs, rollout_log_probs, mode=settings.rollout_correction, cap=settings.rollout_correction_cap
+    )
     return {
         "importance_ratio_mean": Metric.over(ratio, active),
         "importance_ratio_max": Metric.over(ratio, active, "max"),
-        "importance_clipped_fraction": Metric.over(ratio > settings.importance_cap, active),
+        "importance_clipped_fraction": Metric.over(ratio > settings.rollout_correction_cap, active),
         "importance_weight_mean": Metric.over(weight, active),
     } | gap_metrics(old_log_probs, rollout_log_probs, active)
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory that appears in one rename when all of it is on disk, so a killed or failed save leaves the
 previous one as it was. Files: Megatron's ``dist_checkpointing`` shards with their SHA-256 manifest, ``model_spec.json``
-(which model this is) and ``position.json`` (where training stands). Nothing is unpickled: Megatron loads its common
+(which model this is) and ``trainer_state.json`` (where training stands). Nothing is unpickled: Megatron loads its common
 part with ``weights_only``.
 """
 
@@ -27,7 +27,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.trainable_model import TrainableModel
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -218,7 +218,7 @@ def read_model_spec(directory: Path) -> dict[str, Any]:
 
 def read_position(directory: Path) -> dict[str, Any]:
     """Where training stood when the checkpoint was written (``step``, ``updates`` and what the stage added)."""
-    return _read_json(directory, "position.json")
+    return _read_json(directory, "trainer_state.json")
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def _fresh_directory(temporary: Path, directory: Path) -> None:
 
 
 def _appear(temporary: Path, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]) -> None:
-    for name, content in (("model_spec.json", model_spec), ("position.json", position)):
+    for name, content in (("model_spec.json", model_spec), ("trainer_state.json", position)):
         (temporary / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)

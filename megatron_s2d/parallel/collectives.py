@@ -41,3 +41,16 @@ def broadcast_in_group[Value](values: list[Value], group: dist.ProcessGroup) -> 
     box = [values]
     dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
+
+
+def gather_dicts(found: dict[Any, Any], *, first_only: bool = False) -> dict[Any, Any]:
+    """The union of every rank's dictionary, on all ranks, or on rank 0 (and empty elsewhere). Keys must differ."""
+    size = dist.get_world_size()
+    if size == 1:
+        return found
+    parts: list[dict[Any, Any]] = [{}] * size
+    if first_only:
+        dist.gather_object(found, parts if dist.get_rank() == 0 else None, dst=0)
+    else:
+        dist.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pieces(size: int) -> int:
+def num_pieces(size: int) -> int:
     """What the length of every sequence has to be a multiple of at ``size`` context ranks."""
     return 1 if size == 1 else 2 * size
 
@@ -22,7 +22,7 @@ def cp_positions(bounds: Sequence[int], size: int) -> np.ndarray:
     ``bounds``: where each sequence begins, and the end; lengths are multiples of ``pieces(size)``.
     """
     starts, lengths = np.asarray(bounds[:-1]), np.diff(bounds)
-    if np.any(lengths % pieces(size)):
+    if np.any(lengths % num_pieces(size)):
         raise ValueError(f"sequences of {lengths.tolist()} tokens cannot be cut for {size} context ranks")
     if size == 1:
         return np.arange(bounds[-1])[None]

@@ -85,14 +85,14 @@ def pinned_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, pin_memory=capabilities().cuda)
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in ``pinned_empty`` memory, made in the order of the device's work; the tensor itself on a CPU."""
     if not capabilities().cuda:
         return tensor
     return pinned_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
 
 
-def wait() -> None:
+def synchronize() -> None:
     """Until the device has done what it was asked to: before the host reads memory that the device writes."""
     if capabilities().cuda:
         torch.cuda.current_stream().synchronize()
@@ -113,7 +113,7 @@ def peak_memory() -> int:
 
 
 @functools.cache
-def prepare() -> None:
+def patch_megatron_for_cpu() -> None:
     """Make Megatron-Core usable in this process; idempotent."""
     if capabilities().cuda:
         return

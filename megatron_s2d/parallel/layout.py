@@ -23,7 +23,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.launcher_env import is_launched, local_rank
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -81,6 +81,16 @@ class Layout:
     def is_pipeline_last_stage(self) -> bool:
         """Whether this rank holds the output layer and therefore sees outputs and losses."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether this rank computes outputs of tokens that no other rank reports: last pipeline stage, first TP rank."""
+        return self.is_pipeline_last_stage and self.tp_rank == 0
+
+    @property
+    def is_dp_leader(self) -> bool:
+        """Whether this rank reports for its data-parallel rank: an output rank, the first of its CP group."""
+        return self.is_output_rank and self.cp_rank == 0
 
     @property
     def output_rank(self) -> int:

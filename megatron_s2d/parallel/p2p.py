@@ -17,7 +17,7 @@ from megatron_s2d.parallel import device
 BUCKET_BYTES = 128 << 20  # on the device in each direction
 
 
-def exchange(
+def p2p_exchange(
     sent: Mapping[int, torch.Tensor],
     received: Mapping[int, Sequence[torch.Tensor]],
     *,
@@ -33,7 +33,7 @@ def exchange(
     """
     own = dist.get_rank()
     if own in sent:
-        device.wait()  # the only copy that the host makes itself
+        device.synchronize()  # the only copy that the host makes itself
         _fill(received[own], 0, sent[own])
     sent = {rank: rows for rank, rows in sent.items() if rank != own}
     totals = {rank: sum(map(len, blocks)) for rank, blocks in received.items() if rank != own}

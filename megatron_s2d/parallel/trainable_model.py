@@ -19,7 +19,7 @@ from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -84,7 +84,7 @@ class TrainableModel:
         )
         self._parking = OptimizerOffloader(self) if offload else None
         if self._parking is not None:
-            self._parking.park()
+            self._parking.offload()
 
     @contextlib.contextmanager
     def optimizer_loaded(self) -> Iterator[None]:
@@ -92,22 +92,22 @@ class TrainableModel:
         if self._parking is None:
             yield
             return
-        self._parking.fetch()
+        self._parking.reload()
         yield
-        self._parking.park()
+        self._parking.offload()
 
     def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any]) -> list[Any]:
         """Accumulate the gradients of ``micro_batches``; returns their results (empty except on the last stage)."""
         with self.layout.active():
             if self._parking is not None:
-                self._parking.fetch_gradients()
+                self._parking.reload_gradients()
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             return _run_schedule(self.chunks, forward_step, micro_batches, forward_only=False)
 
-    def update(self) -> float:
+    def optim_step(self) -> float:
         """One optimizer update; returns the global gradient norm before clipping (NaN or inf: nothing was changed)."""
         with self.layout.active(), self.optimizer_loaded():
             successful, norm, _ = self.optimizer.step()
@@ -133,7 +133,7 @@ class OptimizerOffloader:
         self._host = WeakTensorKeyDictionary()  # tensor -> its place in host memory, pinned on a machine with a GPU
         self._away: list[torch.Tensor] = []
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Move masters and optimizer state to the host, and let go of gradient buffers that an update has used."""
         for tensor in self._state():
             if tensor not in self._host:
@@ -146,7 +146,7 @@ class OptimizerOffloader:
         for chunk in self._trainable.chunks:
             chunk.offload_grad_buffers()
 
-    def fetch(self) -> None:
+    def reload(self) -> None:
         """Bring masters and optimizer state back."""
         for tensor in self._away:
             host = self._host[tensor]
@@ -154,7 +154,7 @@ class OptimizerOffloader:
             tensor.copy_(host, non_blocking=True)
         self._away.clear()
 
-    def fetch_gradients(self) -> None:
+    def reload_gradients(self) -> None:
         """Make the gradient buffers anew, zero."""
         for chunk in self._trainable.chunks:
             chunk.restore_grad_buffers()

@@ -24,7 +24,7 @@ _renewed = 0.0
 
 
 @contextlib.contextmanager
-def watched(path: Path, watchdog_timeout_seconds: float | None) -> Iterator[None]:
+def watchdog(path: Path, watchdog_timeout_seconds: float | None) -> Iterator[None]:
     """Within the block, end the process (exit code 1) if no ``beat`` comes for ``watchdog_timeout_seconds``; None: never.
 
     ``path`` exists meanwhile: its time of change is the last sign of life, its content the stacks of all threads once the
@@ -37,7 +37,7 @@ def watched(path: Path, watchdog_timeout_seconds: float | None) -> Iterator[None
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         _file, _limit = file, watchdog_timeout_seconds
-        beat(force=True)
+        heartbeat(force=True)
         try:
             yield
         finally:
@@ -46,7 +46,7 @@ def watched(path: Path, watchdog_timeout_seconds: float | None) -> Iterator[None
     path.unlink(missing_ok=True)
 
 
-def beat(*, force: bool = False) -> None:
+def heartbeat(*, force: bool = False) -> None:
     """Progress was made. Does nothing outside of ``watched``."""
     global _renewed
     now = time.monotonic()

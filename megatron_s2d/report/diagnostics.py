@@ -18,17 +18,17 @@ from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, ti
 Rows = Sequence[Mapping[str, Any]]
 # metrics by place in the response: prefix -> title
 _POSITIONS = {
-    "kl_at/": "KL by token of the response",
-    "gate_consensus_at/": "consensus by token of the response",
-    "gate_conflict_at/": "conflict by token of the response",
+    "kl_by_position/": "KL by token of the response",
+    "gate/consensus_by_position/": "consensus by token of the response",
+    "gate/conflict_by_position/": "conflict by token of the response",
 }
-_GAPS = "rollout_gap_at/"  # shares of tokens by |log pi_trainer - log pi_engine|, named by the least of each bin
+_GAPS = "mismatch/hist/"  # shares of tokens by |log pi_trainer - log pi_engine|, named by the least of each bin
 _LEAST_GAP = 3e-8  # where a logarithmic axis begins to show what is smaller
 _LINES = {
     "gap between trainer and engine, nats": {
-        "rollout_gap_max": (ORANGE, "max"),
-        "rollout_gap_mean": (BLUE, "mean"),
-        "rollout_kl": (GREEN, "KL"),
+        "mismatch/log_prob_abs_diff_max": (ORANGE, "max"),
+        "mismatch/log_prob_abs_diff_mean": (BLUE, "mean"),
+        "mismatch/k3_kl": (GREEN, "KL"),
     },
     "importance ratio, trainer / engine": {
         "importance_ratio_max": (ORANGE, "max"),
@@ -45,8 +45,8 @@ _LINES = {
         "gate/conflict_fraction": (ORANGE, "conflict"),
         "gate/neutral_fraction": (GREY, "neutral"),
     },
-    "top-k of student and teacher": {"topk_overlap": (BLUE, "overlap"), "captured_mass": (GREEN, "teacher's mass")},
-    "teacher anchors": {"anchor_alpha": (BLUE, "weight"), "anchor_kept_fraction": (GREEN, "kept")},
+    "top-k of student and teacher": {"topk/overlap": (BLUE, "overlap"), "topk/teacher_mass": (GREEN, "teacher's mass")},
+    "teacher anchors": {"anchor/alpha": (BLUE, "weight"), "anchor/kept_fraction": (GREEN, "kept")},
     "responses": {
         "truncated_fraction": (ORANGE, "cut off"),
         "zero_variance_fraction": (BLUE, "groups without a signal"),

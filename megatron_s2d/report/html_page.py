@@ -331,7 +331,7 @@ alt="Diagnostics of stage {{ stage.name }}"></figure></details>
 {% for rollout in results.rollouts %}
 <div class="rollout">
 <h3>{{ rollout.stage }} <span class="muted">{{ rollout.problem_id }}, reward
-{{ "–" if rollout.reward is none else "%g"|format(rollout.reward) }} ({{ rollout.verdict }}), ended by
+{{ "–" if rollout.reward is none else "%g"|format(rollout.reward) }} ({{ rollout.verifier_label }}), ended by
 {{ rollout.finish_reason }}{% if rollout.answer is not none %}, label <code>{{ rollout.answer|shorten }}</code>
 {% endif %}</span></h3>
 <pre>{{ rollout.prompt|shorten }}</pre>

@@ -161,7 +161,7 @@ class RolloutExample:
     response: str
     answer: str | None  # the label; None where there is none
     reward: float | None
-    verdict: str
+    verifier_label: str
     finish_reason: str
     tokens: Sequence[Mapping[str, Any]] = ()  # "text", and where known "advantage" and "log_ratio", of each token
 

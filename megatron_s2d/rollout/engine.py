@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_s2d.config.training import LEAST_TEMPERATURE
 from megatron_s2d.errors import UserError
-from megatron_s2d.records import WeightVersionSpan, Prompt, Sample
+from megatron_s2d.records import Prompt, Sample, WeightVersionSpan
 
 # Called with (finished requests, all requests of the call) from time to time.
 ProgressCallback = Callable[[int, int], None]
@@ -91,15 +91,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
         """Say what the next ``generate`` will ask for; an engine that works beside the trainer may begin with it."""
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing is asked for until the next ``push``: memory that generation needs may be given back."""
         ...
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Use the current weights of the live model ``chunks`` from the next ``generate`` on, as ``version``."""
         ...
 

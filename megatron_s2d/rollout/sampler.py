@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_s2d.parallel.collectives import gather_dicts
+from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import (
     Request,
@@ -21,7 +23,6 @@ from megatron_s2d.rollout.engine import (
     SamplingParams,
     sample_seed,
 )
-from megatron_s2d.train.policy import MegatronModel, gather_dicts
 from megatron_s2d.verify import RewardManager, Verdict
 
 _EXAMPLES_PER_STEP = 2
@@ -44,7 +45,7 @@ class PromptDataLoader:
         orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
         return [self.prompts[orders[place // size][place % size]] for place in places]
 
-    def refill(self, step: int, round_: int, excluded: set[str], count: int) -> list[Prompt]:
+    def resample(self, step: int, round_: int, excluded: set[str], count: int) -> list[Prompt]:
         """Up to ``count`` further prompts for ``step``, none of ``excluded``; a function of the arguments."""
         order = np.random.default_rng([self._seed, 1, step, round_]).permutation(len(self.prompts))
         chosen = (self.prompts[place] for place in order)
@@ -75,7 +76,7 @@ class Group:
 class RolloutWorker:
     """Generates (and grades) responses with an engine, data-parallel: the result is the same on every rank."""
 
-    policy: MegatronModel
+    layout: Layout
     engine: RolloutEngine
     params: SamplingParams
     seed: int
@@ -90,8 +91,8 @@ class RolloutWorker:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
         """``num_generations`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place."""
-        mine = self.share(self.groups(prompts, num_generations, step))
-        return self.graded(mine, self.engine.generate(flat(mine), progress))
+        mine = self.dp_shard(self.groups(prompts, num_generations, step))
+        return self.grade_and_gather(mine, self.engine.generate(flatten(mine), progress))
 
     def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int, first: int = 0) -> list[Group]:
         """The group of each prompt, numbered from ``first``; a prompt that comes twice has different seeds."""
@@ -110,19 +111,19 @@ class RolloutWorker:
             requests.append(Request(f"{prompt.id}#{index}@{origin.step}", prompt, place, seed, self.params))
         return Group(origin, requests)
 
-    def share[Item](self, items: Sequence[Item]) -> Sequence[Item]:
+    def dp_shard[Item](self, items: Sequence[Item]) -> Sequence[Item]:
         """The consecutive part of ``items`` that this data rank works on."""
-        layout = self.policy.layout
+        layout = self.layout
         count, rank, size = len(items), layout.dp_rank, layout.dp_size
         return items[count * rank // size : count * (rank + 1) // size]
 
-    def graded(self, groups: Sequence[Group], samples: Sequence[Sample]) -> list[Sample]:
+    def grade_and_gather(self, groups: Sequence[Group], samples: Sequence[Sample]) -> list[Sample]:
         """The samples of this data rank with reward and verdict, joined with those of the others in their order."""
         found = {}
-        if self.policy.is_dp_leader:
-            prompts = {request.id: request.prompt for request in flat(groups)}
+        if self.layout.is_dp_leader:
+            prompts = {request.id: request.prompt for request in flatten(groups)}
             graded = samples if self.graders is None else self._grade([prompts[s.id] for s in samples], samples)
-            found = {self.policy.layout.dp_rank: graded}
+            found = {self.layout.dp_rank: graded}
         merged = gather_dicts(found)
         return [sample for rank in sorted(merged) for sample in merged[rank]]
 
@@ -134,7 +135,7 @@ class RolloutWorker:
         found = dict(zip(ended, verdicts, strict=True))
         truncated = Verdict(0.0, "truncated")
         return [
-            dataclasses.replace(sample, reward=verdict.reward, verdict=verdict.word)
+            dataclasses.replace(sample, reward=verdict.reward, verdict=verdict.label)
             for sample, verdict in ((sample, found.get(place, truncated)) for place, sample in enumerate(samples))
         ]
 
@@ -154,49 +155,49 @@ class RolloutBuffer:
     num_generations: int
     steps: int
     over_sampling_ratio: float = 1.0
-    announces: bool = True  # False: ``announce`` is called by the source, which asks for more before that
+    prefetches: bool = True  # False: ``announce`` is called by the source, which asks for more before that
     _groups: list[Group] = dataclasses.field(default_factory=list)  # of this data rank, for step ``_prepared``
-    _left: list[Group] = dataclasses.field(default_factory=list)  # under way after the last step taken
+    _in_flight: list[Group] = dataclasses.field(default_factory=list)  # under way after the last step taken
     _prepared: int = 0
 
-    def take(self, step: int) -> tuple[list[Prompt], list[Sample]]:
+    def next_batch(self, step: int) -> tuple[list[Prompt], list[Sample]]:
         """(prompts, their samples, prompt by prompt) of ``step``; a sample's group is the place of its prompt."""
         self._prepare(step)
         groups, engine = self._groups, self.sampler.engine
         if self._num_extra:
-            samples = engine.generate(flat(groups), num_groups=self._num_own)
+            samples = engine.generate(flatten(groups), num_groups=self._num_own)
             taken = {sample.id for sample in samples}
-            self._left = [group for group in groups if group.requests[0].id not in taken]
+            self._in_flight = [group for group in groups if group.requests[0].id not in taken]
         else:
-            samples = engine.generate(flat(groups))
-        if self.announces:
-            self.announce(step + 1)
-        samples = self.sampler.graded(groups, samples)
+            samples = engine.generate(flatten(groups))
+        if self.prefetches:
+            self.prefetch(step + 1)
+        samples = self.sampler.grade_and_gather(groups, samples)
         places = {group: place for place, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
         samples = [dataclasses.replace(sample, group=places[sample.group]) for sample in samples]
         return [self._by_id[sample.prompt_id] for sample in samples[:: self.num_generations]], samples
 
-    def announce(self, step: int) -> None:
+    def prefetch(self, step: int) -> None:
         """Tell the engine what ``step`` will ask for, unless it is beyond the last."""
         if step <= self.steps:
             self._prepare(step)
-            self.sampler.engine.begin(flat(self._groups), self._num_own if self._num_extra else None)
+            self.sampler.engine.submit(flatten(self._groups), self._num_own if self._num_extra else None)
 
-    def position(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What ``resume`` needs to go on after the last step taken. Collective."""
         if not self._num_extra:
             return {}
-        policy = self.sampler.policy
-        own = [dataclasses.astuple(group.origin) for group in self._left]
-        merged = gather_dicts({policy.layout.dp_rank: own} if policy.is_dp_leader else {})
+        layout = self.sampler.layout
+        own = [dataclasses.astuple(group.origin) for group in self._in_flight]
+        merged = gather_dicts({layout.dp_rank: own} if layout.is_dp_leader else {})
         return {"carried": [origin for rank in sorted(merged) for origin in merged[rank]]}
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Begin anew with what was under way at a checkpoint: its tokens so far are not kept, the prompts are."""
         origins = [GroupKey(*values) for values in position.get("carried", [])]
-        self._left = [
+        self._in_flight = [
             self.sampler.group(self._by_id[origin.prompt_id], self.num_generations, -1 - place, origin)
-            for place, origin in self.sampler.share(list(enumerate(origins)))
+            for place, origin in self.sampler.dp_shard(list(enumerate(origins)))
         ]
 
     @functools.cached_property
@@ -211,7 +212,7 @@ class RolloutBuffer:
     @property
     def _num_own(self) -> int:
         """Prompts of a step on this data rank."""
-        return len(self.sampler.share(range(self.train_batch_size)))
+        return len(self.sampler.dp_shard(range(self.train_batch_size)))
 
     def _prepare(self, step: int) -> None:
         """Set ``_groups`` to what is left of the last step and the new prompts of ``step``."""
@@ -223,11 +224,11 @@ class RolloutBuffer:
         # Numbers of groups differ from those of what is left; without any they are places in the step.
         groups = self.sampler.groups(prompts, self.num_generations, step, first if self._num_extra else 0)
         own, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
-        self._groups = [*self._left, *self.sampler.share(own), *self.sampler.share(extra)]
+        self._groups = [*self._in_flight, *self.sampler.dp_shard(own), *self.sampler.dp_shard(extra)]
         self._prepared = step
 
 
-def flat(groups: Sequence[Group]) -> list[Request]:
+def flatten(groups: Sequence[Group]) -> list[Request]:
     """The requests of ``groups``, group by group."""
     return [request for group in groups for request in group.requests]
 
@@ -247,8 +248,8 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
     if all(sample.reward is not None for sample in samples):
         found["reward"] = float(np.mean([sample.reward for sample in samples]))
-        words = [sample.verdict for sample in samples]
-        found |= {f"verdict/{word}": words.count(word) / len(words) for word in sorted(set(words))}
+        words = [sample.verifier_label for sample in samples]
+        found |= {f"verifier/{word}": words.count(word) / len(words) for word in sorted(set(words))}
     return found
 
 
@@ -265,7 +266,7 @@ def examples(step: int, samples: Sequence[Sample], prompts: Sequence[Prompt], to
             "response": response_text(tokenizer, sample),
             "answer": _shortened(prompt.answer) if sample.reward is not None else None,
             "reward": sample.reward,
-            "verdict": sample.verdict or "",
+            "verifier_label": sample.verifier_label or "",
             "finish_reason": sample.finish_reason,
             "tokens": _tokens(sample, tokenizer),
         }

@@ -16,6 +16,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.prompts import prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
@@ -30,6 +31,7 @@ from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, Rollou
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.sglang.checks import ServerRequirements
+from megatron_s2d.teachers.cached import open_cache
 from megatron_s2d.train.loop import LoopSettings
 from megatron_s2d.train.policy import MegatronModel
 
@@ -75,8 +77,8 @@ class StageContext:
     def settings(self) -> LoopSettings:
         """How the loop runs this stage."""
         tensorboard = self.directory.path / "tensorboard" if self.config.tensorboard else None
-        max_kl = self.config.rollout.max_kl
-        return LoopSettings(self.stage.steps, self.stage.checkpoint, self.stop, tensorboard, max_rollout_kl=max_kl)
+        max_kl = self.config.rollout.max_mismatch_kl
+        return LoopSettings(self.stage.steps, self.stage.checkpoint, self.stop, tensorboard, max_mismatch_kl=max_kl)
 
     def spec(self, model_name: str) -> ModelSpec:
         """The architecture of an entry of ``models``."""
@@ -133,7 +135,9 @@ class StageContext:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
-    def served_teacher(self, policy: MegatronModel, model_name: str, params: SamplingParams, top_k: int) -> ServedEngine:
+    def served_teacher(
+        self, policy: MegatronModel, model_name: str, params: SamplingParams, top_k: int
+    ) -> ServedEngine:
         """Servers that score responses by ``params`` with the weights of ``policy``, which waits in host memory.
 
         top_k: how many likeliest tokens will be asked for at each token; 0 for none.
@@ -146,7 +150,9 @@ class StageContext:
         longest = self.config.lengths.max_prompt_length + params.max_new_tokens
         return min(longest, policy.spec.max_position_embeddings)
 
-    def served(self, policy: MegatronModel, model_name: str, needs: ServerRequirements, *, release: bool = False) -> ServedEngine:
+    def served(
+        self, policy: MegatronModel, model_name: str, needs: ServerRequirements, *, release: bool = False
+    ) -> ServedEngine:
         """SGLang servers with the weights of ``policy``, started or attached to as the configuration says.
 
         release: the policy itself waits in host memory whenever nothing is pushed.
@@ -176,7 +182,12 @@ class StageContext:
         return engine
 
     def rounds(
-        self, stream: PromptDataLoader, sampler: RolloutWorker, train_batch_size: int | None = None, *, announces: bool = True
+        self,
+        stream: PromptDataLoader,
+        sampler: RolloutWorker,
+        train_batch_size: int | None = None,
+        *,
+        announces: bool = True,
     ) -> RolloutBuffer:
         """What the stage's steps train on; see ``RolloutBuffer``. train_batch_size: None for those of the stage."""
         stage, rollout = self.stage, self.config.rollout
@@ -186,7 +197,7 @@ class StageContext:
             stage.train_batch_size if train_batch_size is None else train_batch_size,
             stage.num_generations,
             stage.steps,
-            rollout.sglang.over_sampling_ratio if rollout.engine == "sglang" else 1.0,
+            rollout.over_sampling_ratio,
             announces,
         )
 
@@ -194,6 +205,12 @@ class StageContext:
         """End the engines, and with them the servers that they started."""
         while self._engines:
             self._engines.pop()[1].close()
+
+    def open_cache(self, stage_name: str) -> TeacherCache:
+        """The cache that the finished stage ``stage_name`` left; ``UserError`` where it does not belong to this run."""
+        directory = self.inputs[stage_name]
+        teacher = StageDirectory(directory.path.with_name(self.config.stages[stage_name].teacher))
+        return open_cache(directory, teacher, self.tokenizer)
 
     def sampling(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
         """Parameters for the engine, with the stop tokens of tokenizer and model."""
@@ -220,13 +237,13 @@ class StageContext:
         model, fp8 = self.config.models[model_name], self.config.fp8
         if fp8 is not None and not trained:
             # Weights in bfloat16 serve saving and moving to the host as they are.
-            fp8 = fp8.model_copy(update={"parameters": False}) if fp8.frozen_models else None
+            fp8 = fp8.model_copy(update={"parameters": False}) if fp8.frozen else None
         policy = MegatronModel(
             self.spec(model_name),
             layout or self.layout,
             precision=self.config.precision,
-            max_tokens=self.stage.micro_batch.max_tokens,
-            packed=self.stage.micro_batch.packed,
+            max_tokens=self.stage.micro_batch.max_tokens_per_gpu,
+            packed=self.stage.micro_batch.sequence_packing,
             seed=self.seed if fresh and model.path is None else None,
             options=model,
             beta=beta,

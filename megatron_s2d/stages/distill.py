@@ -39,8 +39,8 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.grpo import policy_weights, split_updates
 from megatron_s2d.stages.sft import OfflineSource, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
-from megatron_s2d.teachers.cached import CachedTeacher, open_cache
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher, ServedTeachers, TopKTeacher
+from megatron_s2d.teachers.cached import CachedTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.policy import MegatronModel
@@ -53,13 +53,15 @@ def run_forward_kl(context: StageContext) -> None:
     policy = context.start_policy()
     policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
     directory = context.inputs[stage.cache]
-    cache = open_cache(context, stage.cache)
+    cache = context.open_cache(stage.cache)
     teacher = CachedTeacher(
-        cache, directory.path / OUTPUT_LAYER_NAME, policy, tail=stage.tail, temperature=stage.temperature
+        cache, directory.path / OUTPUT_LAYER_NAME, policy, tail=stage.tail_mass, temperature=stage.temperature
     )
     samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
-    source = OfflineSource(shuffled(samples, context.seed), stage.batch_size, stage.loss_agg_mode, "divergence_weight")
-    objective = divergence_objective("forward_kl", tail=stage.tail if cache.header.kind == "topk" else None)
+    source = OfflineSource(
+        shuffled(samples, context.seed), stage.global_batch_size, stage.loss_agg_mode, "divergence_weight"
+    )
+    objective = divergence_objective("forward_kl", tail=stage.tail_mass if cache.header.kind == "top_k" else None)
     train(policy, source, objective, context.directory, context.settings(), teacher=teacher)
     context.save_model(policy)
 
@@ -73,16 +75,16 @@ def run_opd(context: StageContext) -> None:
     scorers = _served(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
     references = TeacherRouter.load(stage.reference, context.frozen) if needs_reference(stage) else None
     policy.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
-    policy.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled"
+    policy.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled_token"
     model = context.config.model_of(context.name)
     engine = context.engine(policy, model, params)
     prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
     with RewardManager() as graders:
         sampler = RolloutWorker(
-            policy, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None
+            policy.layout, engine, params, context.seed, context.tokenizer, graders if stage.uses_labels else None
         )
         stream = PromptDataLoader(prompts, stage.train_batch_size, context.seed)
-        if stage.kl_estimator == "sampled":
+        if stage.kl_estimator == "sampled_token":
             anchors = TeacherAnchorSource.of(context, stage, teachers, graders) if stage.teacher_sampling else None
             source = PolicyGradientOpdSource(stage, context.rounds(stream, sampler), scorers, references, anchors)
             teacher = None
@@ -103,28 +105,30 @@ def _served(context: StageContext, stage: OpdConfig, teachers: TeacherRouter, pa
     engines: dict[str, ServedEngine] = {}
     for domain, name in names.items():
         if name not in engines:
-            policy = teachers.policies[domain]
-            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.kl_estimator == "topk" else 0
+            policy = teachers.models[domain]
+            top_k = min(stage.top_k, policy.spec.vocab_size) if stage.kl_estimator == "top_k" else 0
             engines[name] = context.served_teacher(policy, context.config.model_of(name), params, top_k)
     return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
 
 def needs_reference(stage: OpdConfig) -> bool:
     """Whether any reward scale in use is not 1."""
-    scales = [stage.reward_scale] if stage.gate is None else [stage.gate.lambda_high, stage.gate.lambda_base]
+    scales = (
+        [stage.reward_scale] if stage.sign_gate is None else [stage.sign_gate.lambda_high, stage.sign_gate.lambda_base]
+    )
     return any(scale != 1.0 for scale in scales)
 
 
 def objective_of(stage: OpdConfig) -> Objective:
     """The stage's loss."""
-    if stage.kl_estimator != "sampled":
-        tail = stage.tail if stage.kl_estimator == "topk" else None
+    if stage.kl_estimator != "sampled_token":
+        tail = stage.tail_mass if stage.kl_estimator == "top_k" else None
         return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
     surrogate = Surrogate(
         clip_ratio_low=stage.clip_ratio_low,
         clip_ratio_high=stage.clip_ratio_high,
-        importance=stage.importance.mode,
-        importance_cap=stage.importance.cap,
+        rollout_correction=stage.rollout_correction.mode,
+        rollout_correction_cap=stage.rollout_correction.cap,
         on_policy=stage.num_mini_batches == 1,
     )
     return policy_distillation_objective(surrogate, anchor=stage.teacher_sampling is not None)
@@ -134,16 +138,18 @@ def _distributions(
     stage: OpdConfig, policy: MegatronModel, teachers: TeacherRouter | ServedTeachers, references: TeacherRouter | None
 ) -> Teacher:
     if isinstance(teachers, ServedTeachers):
-        return ServedTopK(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.tail)
-    if stage.kl_estimator == "topk":
-        return TopKTeacher(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.support, stage.tail)
+        return ServedTopK(policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.tail_mass)
+    if stage.kl_estimator == "top_k":
+        return TopKTeacher(
+            policy, teachers, min(stage.top_k, policy.spec.vocab_size), stage.top_k_source, stage.tail_mass
+        )
     return FullTeacher(policy, teachers, references, stage.reward_scale)
 
 
 def _cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, int], Sequence[Sample]] | None:
     if stage.cache is None:
         return None
-    cached = open_cache(context, stage.cache).samples
+    cached = context.open_cache(stage.cache).samples
     temperature = stage.sampling.temperature or 1.0
     return shuffled([dataclasses.replace(sample, temperature=temperature) for sample in cached], context.seed)
 
@@ -165,7 +171,7 @@ class DivergenceOpdSource:
         """Sample; nothing is scored, for the loss asks for distributions."""
         stage = self.stage
         live, sampler = self.rounds.train_batch_size, self.rounds.sampler
-        prompts, samples = self.rounds.take(step) if live else ([], [])
+        prompts, samples = self.rounds.next_batch(step) if live else ([], [])
         metrics = response_metrics(samples) if samples else {}
         shown = examples(step, samples, prompts, sampler.tokenizer) if samples else []
         others = stage.train_batch_size - live
@@ -186,7 +192,7 @@ class DivergenceOpdSource:
         for part in split_updates(samples, stage.num_mini_batches):
             weights = policy_weights(part, stage)
             updates.append(MiniBatch(part, {"divergence_weight": with_factors(part, weights, factors)}))
-        return StepData(updates, metrics, shown, self.rounds.position())
+        return StepData(updates, metrics, shown, self.rounds.state())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,18 +212,20 @@ class PolicyGradientOpdSource:
     def step(self, step: int) -> StepData:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
-        prompts, samples = self.rounds.take(step)
+        prompts, samples = self.rounds.next_batch(step)
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
         factors = token_factors(stage, samples, self.rounds.sampler.policy, self.teachers)
         parts = split_updates(samples, stage.num_mini_batches)
-        anchors, anchored = ([[] for _ in parts], {}) if self.anchors is None else self.anchors.batch_for_step(step, prompts)
+        anchors, anchored = (
+            ([[] for _ in parts], {}) if self.anchors is None else self.anchors.batch_for_step(step, prompts)
+        )
         updates = [
-            self._update(part, extra, anchored.get("anchor_alpha", 0.0), factors)
+            self._update(part, extra, anchored.get("anchor/alpha", 0.0), factors)
             for part, extra in zip(parts, anchors, strict=True)
         ]
         shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
-        return StepData(updates, metrics | gated | anchored, shown, self.rounds.position())
+        return StepData(updates, metrics | gated | anchored, shown, self.rounds.state())
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
         students = self.rounds.sampler.policy.score(samples)
@@ -238,7 +246,7 @@ class PolicyGradientOpdSource:
             for name in ("teacher_log_probs", "old_log_probs", "reference_log_probs")
         }
         scores = (flat["teacher_log_probs"], flat["old_log_probs"], flat["reference_log_probs"])
-        if self.stage.gate is None:
+        if self.stage.sign_gate is None:
             values, metrics = g_opd_advantage(*scores, reward_scale=self.stage.reward_scale), {}
         else:
             values, metrics = self._gated(samples, masks, *scores)
@@ -251,13 +259,13 @@ class PolicyGradientOpdSource:
         return found, metrics
 
     def _gated(self, samples, masks, teacher, student, reference) -> tuple[np.ndarray, dict[str, float]]:
-        settings = self.stage.gate
+        settings = self.stage.sign_gate
         rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
         groups = group_relative(rewards, np.array([sample.group for sample in samples]))
         verifier = np.concatenate(
             [np.full(int(mask.sum()), value) for mask, value in zip(masks, groups.advantages, strict=True)]
         )
-        gate = SignGate(settings.lambda_high, settings.lambda_base, settings.fallback, settings.conflict_beta)
+        gate = SignGate(settings.lambda_high, settings.lambda_base, settings.conflict_fallback, settings.conflict_beta)
         gated = sg_opd_gate(verifier, teacher, student, reference, gate)
         metrics = {f"gate/{name}": value for name, value in gated.counts.fractions().items()}
         places = np.concatenate([np.arange(int(mask.sum())) for mask in masks])
@@ -297,7 +305,9 @@ def fractions_by_position(agreement: np.ndarray, places: np.ndarray) -> dict[str
     for kind, name in ((1, "consensus"), (-1, "conflict")):
         shares = np.bincount(bins, weights=agreement == kind) / np.maximum(counts, 1)
         firsts = [0, *(2**power for power in range(len(counts) - 1))]
-        found |= {f"gate_{name}_at/{first}": float(share) for first, share, n in zip(firsts, shares, counts) if n}
+        found |= {
+            f"gate/{name}_by_position/{first}": float(share) for first, share, n in zip(firsts, shares, counts) if n
+        }
     return found
 
 
@@ -340,17 +350,21 @@ class TeacherAnchorSource:
     schedule: AnchorSchedule
 
     @classmethod
-    def of(cls, context: StageContext, stage: OpdConfig, teachers: TeacherRouter, graders: RewardManager) -> TeacherAnchorSource:
+    def of(
+        cls, context: StageContext, stage: OpdConfig, teachers: TeacherRouter, graders: RewardManager
+    ) -> TeacherAnchorSource:
         """Samplers over the frozen teachers, which stay on the device."""
         settings = stage.teacher_sampling
         schedule = AnchorSchedule(settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end)
         params = context.sampling(stage.sampling, context.config.model_of(context.name))
         samplers = {}
-        for domain, policy in teachers.policies.items():
-            policy.to_device()
+        for domain, policy in teachers.models.items():
+            policy.onload()
             name = stage.teacher if domain is None else stage.teacher[domain]
             engine = context.engine(policy, context.config.model_of(name), params)
-            samplers[domain] = RolloutWorker(policy, engine, params, context.seed + 1, context.tokenizer, graders)
+            samplers[domain] = RolloutWorker(
+                policy.layout, engine, params, context.seed + 1, context.tokenizer, graders
+            )
         return cls(stage, samplers, schedule)
 
     def batch_for_step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[list[Sample]], dict[str, float]]:
@@ -359,7 +373,7 @@ class TeacherAnchorSource:
         progress = (step - 1) / stage.steps
         parts: list[list[Sample]] = [[] for _ in range(stage.num_mini_batches)]
         if not self.schedule.samples_teacher(progress):
-            return parts, {"anchor_alpha": 0.0, "anchor_kept": 0.0}
+            return parts, {"anchor/alpha": 0.0, "anchor/num_samples": 0.0}
         alpha = self.schedule.alpha(progress)
         chosen = prompts[: max(1, round(settings.fraction * len(prompts)))]
         drawn, kept = 0, []
@@ -373,7 +387,7 @@ class TeacherAnchorSource:
             anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)
             parts[place % len(parts)].append(anchor)
         return parts, {
-            "anchor_alpha": alpha,
-            "anchor_kept": float(len(kept)),
-            "anchor_kept_fraction": len(kept) / drawn,
+            "anchor/alpha": alpha,
+            "anchor/num_samples": float(len(kept)),
+            "anchor/kept_fraction": len(kept) / drawn,
         }

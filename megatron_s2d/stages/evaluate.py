@@ -12,12 +12,12 @@ from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
+from megatron_s2d.train.loop import Stopped, broadcast_flag, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.verify import RewardManager
 
 ROWS_NAME = "evaluation.jsonl"
-_PARTIAL_NAME = "rounds.jsonl"
+_PARTIAL_NAME = "partial.jsonl"
 
 
 def run_evaluation(
@@ -48,15 +48,19 @@ def run_evaluation(
         truncate_jsonl_after(partial, last=done)
     log, timer = open_log(context.directory, done, None), Timer()
     with RewardManager() as graders:
-        sampler = RolloutWorker(policy, context.engine(policy, model, params), params, seed, context.tokenizer, graders)
+        sampler = RolloutWorker(
+            policy.layout, context.engine(policy, model, params), params, seed, context.tokenizer, graders
+        )
         for number, (part, k) in enumerate(rounds[done:], start=done + 1):
             samples = sampler.sample(part, k, 0)
             if context.is_rank_zero:
                 append_line(partial, json.dumps({"step": number, "rows": rows_of(part, samples)}))
-            tokens, times = sum(sample.response_length for sample in samples), timer.lap()
-            log.write(number, response_metrics(samples) | {"tokens_per_second": tokens / times["seconds"]} | times)
+            tokens, times = sum(sample.response_length for sample in samples), timer.collect_and_reset()
+            log.write(
+                number, response_metrics(samples) | {"tokens_per_second": tokens / times["timing_s/step"]} | times
+            )
             write_examples(context.directory, examples(number, samples, part, context.tokenizer))
-            if agree(context.stop()) and number < len(rounds):
+            if broadcast_flag(context.stop()) and number < len(rounds):
                 raise Stopped(f"stopped after round {number} of {len(rounds)}")
     if context.is_rank_zero:
         rows = [row for step in read_jsonl(partial) for row in step["rows"]]

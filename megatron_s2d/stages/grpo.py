@@ -41,9 +41,9 @@ def run_grpo(context: StageContext) -> None:
     params = context.sampling(stage.sampling, model)
     engine = context.engine(policy, model, params)
     with RewardManager() as graders:
-        sampler = RolloutWorker(policy, engine, params, context.seed, context.tokenizer, graders)
+        sampler = RolloutWorker(policy.layout, engine, params, context.seed, context.tokenizer, graders)
         stream = PromptDataLoader(context.prompts(stage.prompts), stage.train_batch_size, context.seed)
-        rounds = context.rounds(stream, sampler, announces=not stage.dynamic_sampling_rounds)
+        rounds = context.rounds(stream, sampler, announces=stage.filter_groups is None)
         source = GrpoSource(stage, rounds, reference)
         train(policy, source, objective_of(stage), context.directory, context.settings(), engine=engine)
     context.save_model(policy)
@@ -55,8 +55,8 @@ def objective_of(stage: GrpoConfig):
         clip_ratio_low=stage.clip_ratio_low,
         clip_ratio_high=stage.clip_ratio_high,
         clip_ratio_c=stage.clip_ratio_c,
-        importance=stage.importance.mode,
-        importance_cap=stage.importance.cap,
+        rollout_correction=stage.rollout_correction.mode,
+        rollout_correction_cap=stage.rollout_correction.cap,
         on_policy=stage.num_mini_batches == 1,
     )
     return grpo_objective(surrogate, kl_loss_coef=stage.kl_loss_coef)
@@ -96,24 +96,24 @@ class GrpoSource:
                 for sample, score in zip(samples, scores, strict=True)
             ]
         samples, zero_variance = with_advantages(samples, stage)
-        metrics |= {"zero_variance_fraction": zero_variance, "samples_drawn": float(len(drawn))}
+        metrics |= {"zero_variance_fraction": zero_variance, "rollout/num_generated": float(len(drawn))}
         updates = split_updates(samples, stage.num_mini_batches)
         batches = [MiniBatch(part, {"policy_weight": policy_weights(part, stage)}) for part in updates]
         shown = examples(step, samples, prompts, self.rounds.sampler.tokenizer)
-        return StepData(batches, metrics, shown, self.rounds.position())
+        return StepData(batches, metrics, shown, self.rounds.state())
 
     def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
         """(samples to train on, their prompts, all samples drawn); whole groups, ``train_batch_size`` of them."""
         stage = self.stage
-        prompts, drawn = self.rounds.take(step)
-        if not stage.dynamic_sampling_rounds:
+        prompts, drawn = self.rounds.next_batch(step)
+        if stage.filter_groups is None:
             return drawn, prompts, drawn
         groups, seen = [drawn], {prompt.id for prompt in prompts}
         all_prompts = list(prompts)
         kept = _informative(drawn)
-        for round_ in range(1, stage.dynamic_sampling_rounds + 1):
+        for round_ in range(1, stage.filter_groups.max_num_gen_batches):
             missing = stage.train_batch_size - len(kept) // stage.num_generations
-            more = self.rounds.stream.refill(step, round_, seen, missing) if missing else []
+            more = self.rounds.stream.resample(step, round_, seen, missing) if missing else []
             if not more:
                 break
             seen |= {prompt.id for prompt in more}
@@ -123,7 +123,7 @@ class GrpoSource:
             all_prompts += more
             groups.append(found)
             kept += _informative(found)
-        self.rounds.announce(step + 1)
+        self.rounds.prefetch(step + 1)
         drawn = [sample for part in groups for sample in part]
         chosen = {sample.group for sample in kept}
         # Where even the refills do not fill the batch, uninformative groups keep its size; their advantages are zero.
@@ -143,12 +143,12 @@ def _informative(samples: Sequence[Sample]) -> list[Sample]:
 def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[Sample], float]:
     """Samples with group-relative advantages, and the fraction of groups whose rewards are all equal."""
     rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
-    if stage.overlong is not None:
+    if stage.overlong_buffer is not None:
         rewards = rewards + overlong_penalty(
             np.array([sample.response_length for sample in samples]),
             max_response_length=stage.sampling.max_response_length,
-            buffer_tokens=stage.overlong.buffer_tokens,
-            penalty=stage.overlong.penalty,
+            buffer_tokens=stage.overlong_buffer.len,
+            penalty=stage.overlong_buffer.penalty_factor,
         )
     groups = np.array([sample.group for sample in samples])
     found = group_relative(rewards, groups, norm_adv_by_std=stage.norm_adv_by_std)

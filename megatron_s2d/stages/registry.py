@@ -11,8 +11,8 @@ from megatron_s2d.stages.sft import run_sft
 from megatron_s2d.stages.teacher_cache import run_teacher_cache
 
 STAGES: dict[str, Callable[[StageContext], None]] = {
-    "pretrained": run_load_checkpoint,
-    "supervised": run_sft,
+    "load_checkpoint": run_load_checkpoint,
+    "sft": run_sft,
     "grpo": run_grpo,
     "teacher_cache": run_teacher_cache,
     "forward_kl": run_forward_kl,

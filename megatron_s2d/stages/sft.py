@@ -16,7 +16,6 @@ from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.teachers.cached import open_cache
 from megatron_s2d.train.loop import StepData, train
 
 
@@ -25,7 +24,7 @@ def run_sft(context: StageContext) -> None:
     stage: SftConfig = context.stage
     policy = context.start_policy()
     policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
-    source = OfflineSource(_reader(context, stage), stage.batch_size, stage.loss_agg_mode, "supervised_weight")
+    source = OfflineSource(_reader(context, stage), stage.global_batch_size, stage.loss_agg_mode, "supervised_weight")
     train(policy, source, sft_objective(), context.directory, context.settings())
     context.save_model(policy)
 
@@ -69,7 +68,7 @@ def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[
 def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Sequence[Sample]]:
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
-        cached = [sample for name in names for sample in open_cache(context, name).samples]
+        cached = [sample for name in names for sample in context.open_cache(name).samples]
         return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
     source = context.config.data[stage.data.partition("/")[0]]
     if is_corpus(source):

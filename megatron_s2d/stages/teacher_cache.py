@@ -24,12 +24,13 @@ from megatron_s2d.data.cache import (
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
+from megatron_s2d.parallel.collectives import gather_dicts
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.train.loop import Stopped, agree, open_log, write_examples
+from megatron_s2d.train.loop import Stopped, broadcast_flag, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
-from megatron_s2d.train.policy import MegatronModel, gather_dicts
+from megatron_s2d.train.policy import MegatronModel
 from megatron_s2d.verify import RewardManager
 
 OUTPUT_LAYER_NAME = "output_layer.safetensors"
@@ -50,7 +51,7 @@ def run_teacher_cache(context: StageContext) -> None:
     log, timer = open_log(context.directory, done, None), Timer()
     with RewardManager() as graders:
         judge = graders if stage.only_correct else None
-        sampler = RolloutWorker(teacher, engine, params, context.seed, context.tokenizer, judge)
+        sampler = RolloutWorker(teacher.layout, engine, params, context.seed, context.tokenizer, judge)
         for number, part in enumerate(rounds[done:], start=done + 1):
             samples = sampler.sample(part, stage.num_generations, number)
             kept = [sample for sample in samples if not stage.only_correct or sample.reward == 1.0]
@@ -60,14 +61,14 @@ def run_teacher_cache(context: StageContext) -> None:
                     for index, sample in enumerate(kept):
                         writer.add(sample, distributions[index])
             dist.barrier()
-            times = timer.lap()
+            times = timer.collect_and_reset()
             tokens = sum(sample.response_length for sample in samples)
-            measured = {"kept": len(kept), "tokens_per_second": tokens / times["seconds"]}
+            measured = {"kept": len(kept), "tokens_per_second": tokens / times["timing_s/step"]}
             log.write(number, response_metrics(samples) | measured | times)
             write_examples(context.directory, examples(number, samples, part, context.tokenizer))
-            if agree(context.stop()) and number < len(rounds):
+            if broadcast_flag(context.stop()) and number < len(rounds):
                 raise Stopped(f"stopped after round {number} of {len(rounds)}")
-    if header.kind == "hidden":
+    if header.kind == "hidden_states":
         save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
     if context.is_rank_zero:
         join_rounds(parts, len(rounds), context.directory.cache_path, header)
@@ -79,21 +80,23 @@ def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Mega
     sampled_at = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
     vocab_size = teacher.spec.vocab_size
     return CacheHeader(
-        kind=stage.kind,
+        kind=stage.representation,
         teacher_digest=tree_digest(context.model_directory(stage.teacher)),
         tokenizer_fingerprint=tokenizer_fingerprint(context.tokenizer),
         template_fingerprint=template_fingerprint(context.tokenizer),
-        temperature=1.0 if stage.kind == "hidden" else sampled_at,
+        temperature=1.0 if stage.representation == "hidden_states" else sampled_at,
         vocab_size=vocab_size,
-        k=min(stage.top_k, vocab_size) if stage.kind == "topk" else None,
-        hidden_size=teacher.spec.hidden_size if stage.kind == "hidden" else None,
+        k=min(stage.top_k, vocab_size) if stage.representation == "top_k" else None,
+        hidden_size=teacher.spec.hidden_size if stage.representation == "hidden_states" else None,
     )
 
 
 @torch.no_grad()
-def distributions_of(teacher: MegatronModel, samples: list[Sample], header: CacheHeader) -> dict[int, CachedDistribution]:
+def distributions_of(
+    teacher: MegatronModel, samples: list[Sample], header: CacheHeader
+) -> dict[int, CachedDistribution]:
     """The teacher at the response tokens of every sample, on rank 0, which writes; keys are places in ``samples``."""
-    if header.kind == "sampled":
+    if header.kind == "sampled_token":
         scores = teacher.score(samples)
         return {
             index: CachedDistribution(log_probs=torch.from_numpy(score[sample.response_mask]))
@@ -104,7 +107,7 @@ def distributions_of(teacher: MegatronModel, samples: list[Sample], header: Cach
     found = {}
     if teacher.layout.is_pipeline_last_stage:
         for batch, hidden in zip(batches, states, strict=True):
-            rows = batch.per_sample(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
+            rows = batch.unpack(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
                 found[index] = _distribution(teacher, row[mask], header)
@@ -113,10 +116,10 @@ def distributions_of(teacher: MegatronModel, samples: list[Sample], header: Cach
 
 def _distribution(teacher: MegatronModel, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
     """hidden [R, d] -> the fields of the cache's kind, on the CPU; collective over the tensor-parallel group."""
-    if header.kind == "hidden":
+    if header.kind == "hidden_states":
         return CachedDistribution(hidden=hidden.cpu())
     logits = hidden.float() @ teacher.output_weight.float().t()
-    if header.kind == "topk":
+    if header.kind == "top_k":
         shard = teacher.shard
         ids, log_probs, tail = vocab_parallel_topk(logits, header.k, shard, header.temperature)
         return CachedDistribution(

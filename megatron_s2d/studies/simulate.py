@@ -19,6 +19,7 @@ from rich.console import Console
 
 from megatron_s2d.config.base import load_yaml, parse
 from megatron_s2d.config.hardware import gpu_of
+from megatron_s2d.config.migration import SIMULATION_KEYS, refuse_renamed
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.simulation import ShareConfig, SimulationConfig
@@ -26,14 +27,14 @@ from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, model_flops, parts
 from megatron_s2d.estimate.memory import (
-    TeacherStates,
+    TeacherInputs,
     frozen,
     generate_phases,
     train_phase,
     trained,
     workload,
 )
-from megatron_s2d.estimate.roofline import Machine, Placed, Traffic, travelling
+from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, Traffic, hidden_state_traffic
 from megatron_s2d.estimate.stage_time import output_flops
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
@@ -68,7 +69,9 @@ class Prediction:
 
 def load_simulation(path: Path) -> SimulationConfig:
     """Read and check a simulation file."""
-    return parse(SimulationConfig, load_yaml(path), str(path))
+    document = load_yaml(path)
+    refuse_renamed(document, str(path), SIMULATION_KEYS)
+    return parse(SimulationConfig, document, str(path))
 
 
 def machine_of(config: SimulationConfig) -> Machine:
@@ -150,8 +153,8 @@ class _Step:
         share = config.teacher_parallel or config.parallel
         own = self._layout(config.parallel, self.student, "parallel")
         its = self._layout(share, self.teacher, "teacher_parallel")
-        trainer = Placed(self.student, own, Build(2, True, config.student.recompute), self.machine)
-        scorer = Placed(self.teacher, its, Build(2, True), self.machine)
+        trainer = ModelOnMachine(self.student, own, Build(2, True, config.student.recompute), self.machine)
+        scorer = ModelOnMachine(self.teacher, its, Build(2, True), self.machine)
         seconds = self._rollout(trainer) | self._training(trainer, scorer)
         tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens)
         flops = 3 * model_flops(self.student, tokens, (config.prompt_tokens + config.response_tokens) / 2)
@@ -164,14 +167,14 @@ class _Step:
 
     # ------------------------------------------------------------------------------ time
 
-    def _engine(self, trainer: Placed) -> Placed:
+    def _engine(self, trainer: ModelOnMachine) -> ModelOnMachine:
         size = self.config.engine_tensor_parallel_size
         if size is None:
             return trainer
         parallel = ParallelConfig(tensor_model_parallel_size=size, data_parallel_size=self.count // size)
         return dataclasses.replace(trainer, parallel=parallel)
 
-    def _rollout(self, trainer: Placed) -> dict[str, float]:
+    def _rollout(self, trainer: ModelOnMachine) -> dict[str, float]:
         """Rows that end are replaced until none is left, and the longest response is waited for."""
         config, engine = self.config, self._engine(trainer)
         engines = engine.parallel.data_parallel_size
@@ -200,7 +203,7 @@ class _Step:
             parallel=parallel,
         )
 
-    def _training(self, trainer: Placed, scorer: Placed) -> dict[str, float]:
+    def _training(self, trainer: ModelOnMachine, scorer: ModelOnMachine) -> dict[str, float]:
         work, at = self._work(trainer.parallel), self._work(scorer.parallel)
         found = trainer.train_seconds(work, self.teacher)
         loss = found["loss"]
@@ -214,7 +217,7 @@ class _Step:
         if scorer.parallel != trainer.parallel:
             places = (scorer.parallel, trainer.parallel)
             responses = at.responses * scorer.parallel.data_parallel_size
-            travel = travelling(self.teacher, responses, 2, *places).seconds(self.machine)
+            travel = hidden_state_traffic(self.teacher, responses, 2, *places).seconds(self.machine)
         passes = ("layers", "tensor, pipeline, expert traffic", "pipeline idle")
         return {
             "teacher forward": scorer.score_seconds(at, outputs=False),
@@ -226,10 +229,10 @@ class _Step:
 
     # ------------------------------------------------------------------------------ memory
 
-    def _memory(self, trainer: Placed, scorer: Placed) -> int:
+    def _memory(self, trainer: ModelOnMachine, scorer: ModelOnMachine) -> int:
         config, build = self.config, trainer.build
         same = scorer.parallel == trainer.parallel
-        states = TeacherStates("hidden", self.teacher, own_copy=not same)
+        states = TeacherInputs("hidden", self.teacher, own_copy=not same)
         teacher = max(frozen(part, build, "teacher").total for part in parts(self.teacher, scorer.parallel))
         engine = self._engine(trainer)
         server = 0

@@ -66,7 +66,7 @@ def points_of(sweep: SweepConfig) -> list[Point]:
         for seed in sweep.seeds:
             where = ", ".join(f"{axis} {label}" for axis, label in choice.items())
             try:
-                config = load_workflow(sweep.base, [*overrides, f"seed={seed}"])
+                config = load_workflow(sweep.workflow, [*overrides, f"seed={seed}"])
             except UserError as error:
                 raise UserError(f"point {where or 'base'}: {error}") from None
             found.append(Point(choice, seed, config))

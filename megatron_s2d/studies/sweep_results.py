@@ -141,7 +141,9 @@ def training_flops(spec: ModelSpec) -> float:
 def _speed(run_dir: Path, stage: str) -> tuple[float, float]:
     """(tokens, seconds) of all steps of a stage."""
     rows = StageDirectory(run_dir / "stages" / stage).metrics()
-    return sum(row["tokens_per_second"] * row["seconds"] for row in rows), sum(row["seconds"] for row in rows)
+    return sum(row["tokens_per_second"] * row["timing_s/step"] for row in rows), sum(
+        row["timing_s/step"] for row in rows
+    )
 
 
 def _last_losses(run_dir: Path, stage: str) -> np.ndarray:
@@ -234,7 +236,7 @@ def _measured(out: Path, points: Sequence[Point], stage: str) -> tuple[int, floa
         if len(rows) < 2:
             raise UserError(f"{out / point.name}: stage '{stage}' has {len(rows)} steps; efficiency needs at least 2")
         for row in rows[1:]:
-            tokens += row["tokens_per_second"] * row["seconds"]
-            seconds += row["seconds"]
+            tokens += row["tokens_per_second"] * row["timing_s/step"]
+            seconds += row["timing_s/step"]
             steps += 1
     return points[0].config.parallel.world_size, tokens / steps, tokens / seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,23 +14,20 @@ from megatron_s2d.data.cache import CacheHeader, TeacherCache, cache_info
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.teachers import Logits, TeacherSource, TopK, LazyHiddenStates
+from megatron_s2d.kl.teachers import LazyHiddenStates, Logits, TeacherSource, TopK
 from megatron_s2d.parallel import device
-from megatron_s2d.stages.context import StageContext
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows
 from megatron_s2d.train.policy import MegatronModel
 
 
-def open_cache(context: StageContext, stage_name: str) -> TeacherCache:
-    """The cache that a finished stage left, refused where it is of another teacher, tokenizer or chat template."""
-    directory = context.inputs[stage_name]
-    teacher = StageDirectory(directory.path.with_name(context.config.stages[stage_name].teacher))
+def open_cache(directory: StageDirectory, teacher: StageDirectory, tokenizer: Any) -> TeacherCache:
+    """The cache in ``directory``; ``UserError`` where it is of another teacher, tokenizer or chat template."""
     info = cache_info(directory.cache_path)
     found = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
     expected = {
         "teacher_digest": teacher.finished()["outputs"][teacher.model_path.name],
-        "tokenizer_fingerprint": tokenizer_fingerprint(context.tokenizer),
-        "template_fingerprint": template_fingerprint(context.tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "template_fingerprint": template_fingerprint(tokenizer),
     }
     return TeacherCache.open(directory.cache_path, expect=found.model_copy(update=expected))
 
@@ -46,18 +44,18 @@ class CachedTeacher:
         that were taken at another temperature.
         """
         header = cache.header
-        if header.kind == "sampled":
+        if header.kind == "sampled_token":
             raise UserError(
-                f"{cache.directory}: a cache of kind sampled has no distributions; use kind hidden, full or topk"
+                f"{cache.directory}: a cache of representation sampled_token holds no distributions; use hidden_states, full_vocab or top_k"
             )
-        if header.kind == "topk" and header.temperature != temperature:
+        if header.kind == "top_k" and header.temperature != temperature:
             raise UserError(
                 f"{cache.directory}: top-k log-probabilities at temperature {header.temperature} cannot be used at "
                 f"{temperature}; set the stage's temperature to the cache's, or cache hidden states"
             )
         self._cache, self._student, self._tail, self._temperature = cache, student, tail, temperature
         self._weight = None
-        if header.kind == "hidden" and student.layout.is_pipeline_last_stage:
+        if header.kind == "hidden_states" and student.layout.is_pipeline_last_stage:
             with safe_open(output_layer, "pt") as file:
                 rows = file.get_slice("weight")
                 shard = student.shard
@@ -79,11 +77,11 @@ class CachedTeacher:
             _empty(header)
         ]
         rows = _rows(update, batch)
-        if header.kind == "hidden":
+        if header.kind == "hidden_states":
             hidden = OffloadedRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
             return LazyHiddenStates(hidden.read, lambda: self._weight, self._temperature)
         spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
-        if header.kind == "full":
+        if header.kind == "full_vocab":
             shard = self._student.shard
             log_probs = spread["log_probs"][:, shard.start : shard.stop]
             # log-probabilities times their temperature are logits up to a constant
@@ -113,4 +111,4 @@ def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torc
     """Rows of response tokens at their positions in [N, ...]; zeros elsewhere, where nothing is counted."""
     whole = values.new_zeros(batch.num_positions, *values.shape[1:])
     whole[rows] = values
-    return batch.part(whole).to(device.device())
+    return batch.slice_for_cp(whole).to(device.device())

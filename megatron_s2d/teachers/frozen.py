@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
-from megatron_s2d.kl.teachers import GeometricTarget, Projection, TeacherSource, TopK, LazyHiddenStates
+from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, TopK
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served.engine import ServedEngine
@@ -33,7 +33,7 @@ _ROWS_PER_CHUNK = 1024  # positions whose whole logits exist at a time while a s
 class TeacherRouter:
     """A model for every domain, or one (under the key ``None``) for all."""
 
-    policies: Mapping[str | None, MegatronModel]
+    models: Mapping[str | None, MegatronModel]
     _output_layers: OutputLayers = dataclasses.field(default_factory=OutputLayers)
 
     @classmethod
@@ -45,28 +45,28 @@ class TeacherRouter:
         found = cls({domain: loaded[stage] for domain, stage in stages.items()})
         if len(loaded) > 1:
             for policy in loaded.values():
-                policy.to_host()
+                policy.offload()
         return found
 
     @property
     def is_routed(self) -> bool:
         """Whether domains have models of their own."""
-        return None not in self.policies
+        return None not in self.models
 
     @property
-    def _waits(self) -> bool:
+    def _is_offloaded(self) -> bool:
         """Whether models take turns on the device."""
-        return len(set(map(id, self.policies.values()))) > 1
+        return len(set(map(id, self.models.values()))) > 1
 
     @contextlib.contextmanager
-    def of(self, domain: str) -> Iterator[MegatronModel]:
+    def model_for(self, domain: str) -> Iterator[MegatronModel]:
         """The model of ``domain``, on the device for the length of the block."""
-        policy = self.policies.get(domain if self.is_routed else None)
+        policy = self.models.get(domain if self.is_routed else None)
         if policy is None:
             raise UserError(
-                f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.policies)})"
+                f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.models)})"
             )
-        with policy.on_device(release=self._waits):
+        with policy.on_device(release=self._is_offloaded):
             yield policy
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -74,7 +74,7 @@ class TeacherRouter:
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            with self.of(domain) as policy:
+            with self.model_for(domain) as policy:
                 for place, score in zip(places, policy.score([samples[place] for place in places]), strict=True):
                     found[place] = score
         return found
@@ -89,8 +89,8 @@ class TeacherRouter:
         found: list[LazyHiddenStates | None] = [None] * len(batches)
         for domain in sorted({sample.domain for sample in update.samples}) if self.is_routed else [None]:
             places = [place for place, batch in enumerate(batches) if not self.is_routed or batch.domain == domain]
-            with self.of(domain) as policy:
-                weight = self._output_layers.of(policy, student, waits=self._waits)
+            with self.model_for(domain) as policy:
+                weight = self._output_layers.of(policy, student, waits=self._is_offloaded)
                 own = [batches[place] for place in places]
                 if policy.layout is student.layout:
                     rows = rows_of(policy, own)
@@ -113,7 +113,7 @@ class ServedTeachers:
         """Whether domains have models of their own."""
         return None not in self.engines
 
-    def engine_of(self, domain: str) -> ServedEngine:
+    def engine_for(self, domain: str) -> ServedEngine:
         """The servers of the teacher of ``domain``."""
         engine = self.engines.get(domain if self.is_routed else None)
         if engine is None:
@@ -125,7 +125,7 @@ class ServedTeachers:
         found: list[np.ndarray | None] = [None] * len(samples)
         for domain in sorted({sample.domain for sample in samples}):
             places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            engine = self.engine_of(domain)
+            engine = self.engine_for(domain)
             for place, score in zip(places, engine.score([samples[place] for place in places]), strict=True):
                 found[place] = score
         return found
@@ -172,12 +172,12 @@ class TopKTeacher:
     _counted: int = 0  # response tokens times k
 
     def metrics(self) -> dict[str, float]:
-        """``topk_overlap``: share of the student's k likeliest tokens that are among the teacher's."""
+        """``topk/overlap``: share of the student's k likeliest tokens that are among the teacher's."""
         if self.support == "teacher":
             return {}
         sums = torch.tensor([self._shared, self._counted], dtype=torch.float64, device=device.device())
         dist.all_reduce(sums)
-        return {"topk_overlap": float(sums[0] / sums[1])}
+        return {"topk/overlap": float(sums[0] / sums[1])}
 
     def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""

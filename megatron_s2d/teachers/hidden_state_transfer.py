@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.data.packing import MicroBatchPlan, MicroBatch
+from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan
 from megatron_s2d.kl.reshard import redistribute_output_layer
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.parallel import device
@@ -40,14 +40,16 @@ class OffloadedRows:
     order: torch.Tensor | None = None  # row i of the part in order is part[order[i]]; None: it is in order
 
     @classmethod
-    def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: MegatronModel) -> OffloadedRows:
+    def cut(
+        cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: MegatronModel
+    ) -> OffloadedRows:
         """Of rows [R, d] in host memory that every rank has, at the counted ``positions`` [R] of a micro-batch.
 
         Positions are those over all context ranks, and those that this one has not are left out.
         """
         cuts = own_positions(batch, policy.layout)
         start = sum(map(len, cuts[: policy.shard.rank]))
-        holder, places = map(torch.from_numpy, batch.deal.locate(positions.numpy()))
+        holder, places = map(torch.from_numpy, batch.plan.locate(positions.numpy()))
         mine = (holder == batch.cp_rank).nonzero().squeeze(1)
         chosen = mine[places[mine].argsort()][start : start + len(cuts[policy.shard.rank])]
         part = device.pinned_empty(len(chosen), rows.shape[1], dtype=rows.dtype)
@@ -76,7 +78,7 @@ def rows_of(policy: MegatronModel, batches: Sequence[MicroBatch]) -> list[Offloa
         rows = torch.from_numpy(cuts[layout.tp_rank])
         if layout.config.sequence_parallel:
             rows = rows - layout.tp_rank * hidden.shape[0]
-        kept = device.to_host(hidden[rows.to(hidden.device)])
+        kept = device.copy_to_host(hidden[rows.to(hidden.device)])
         return OffloadedRows(kept, tuple(map(len, cuts)), policy.shard)
 
     return policy.hidden_states(batches, keep)
@@ -96,7 +98,11 @@ def _part(positions: int, layout: Layout) -> int:
 
 
 def transfer_hidden_states(
-    policy: MegatronModel, student: MegatronModel, samples: Sequence[Sample], domain: str | None, batches: Sequence[MicroBatch]
+    policy: MegatronModel,
+    student: MegatronModel,
+    samples: Sequence[Sample],
+    domain: str | None,
+    batches: Sequence[MicroBatch],
 ) -> list[OffloadedRows | None]:
     """Final hidden states of ``policy`` for the micro-batches of a student of another layout; collective.
 
@@ -104,17 +110,22 @@ def transfer_hidden_states(
     """
     chosen = [i for i, sample in enumerate(samples) if domain is None or sample.domain == domain]
     asked = [samples[i] for i in chosen]
-    sources = _places(policy.deal(asked))
-    dealt = [[deal for deal in deals if domain is None or deal.domain == domain] for deals in student.deal(samples)]
+    sources = _places(policy.plan_micro_batches(asked))
+    dealt = [
+        [deal for deal in deals if domain is None or deal.domain == domain]
+        for deals in student.plan_micro_batches(samples)
+    ]
     targets = _places(dealt)
     journeys = [(samples[i], sources[place], targets[i]) for place, i in enumerate(chosen)]
     rows = _TransferPlan.of(journeys, policy.layout, student.layout)
     width, dtype = policy.spec.hidden_size, policy.output_weight_dtype
-    sent = _compute(policy, asked, rows.leaving(dist.get_rank()), width, dtype)
-    arriving = rows.arriving(dist.get_rank())
-    kept = [device.pinned_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))]
+    sent = _compute(policy, asked, rows.sends(dist.get_rank()), width, dtype)
+    arriving = rows.receives(dist.get_rank())
+    kept = [
+        device.pinned_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))
+    ]
     ranks = [sum(map(len, layout.output_ranks)) for layout in (policy.layout, student.layout)]
-    exchange.exchange(sent, _blocks(arriving, kept), partners=max(ranks))
+    exchange.p2p_exchange(sent, _blocks(arriving, kept), partners=max(ranks))
     if not student.layout.is_pipeline_last_stage:
         return [None] * len(batches)
     found = []
@@ -166,11 +177,11 @@ class _TransferPlan:
                 parts.append(np.stack([*_locations(begin, source, predicted), *_locations(end, target, predicted)]))
         return cls(*np.concatenate(parts, axis=1))
 
-    def leaving(self, rank: int) -> _TransferPlan:
+    def sends(self, rank: int) -> _TransferPlan:
         """The rows that ``rank`` computes: together by target, then in the order in which they are computed."""
         return self._chosen(self.source == rank, self.target)
 
-    def arriving(self, rank: int) -> _TransferPlan:
+    def receives(self, rank: int) -> _TransferPlan:
         """The rows that ``rank`` keeps: together by source, in the order in which the source sends them."""
         return self._chosen(self.target == rank, self.source)
 
@@ -185,7 +196,7 @@ def _locations(place: _Place, layout: Layout, predicted: np.ndarray) -> tuple[np
     first, step = place.deal.positions()[place.number].start, place.deal.positions()[place.number].step or 1
     context, positions = place.deal.locate(first + step * predicted)
     ranks = np.array(layout.output_ranks[place.dp_rank]).reshape(layout.cp_size, layout.tp_size)
-    part = _part(place.deal.held.shape[1], layout)
+    part = _part(place.deal.cp_indices.shape[1], layout)
     return ranks[context, positions // part], np.full_like(positions, place.batch), positions
 
 
@@ -244,11 +255,13 @@ class OutputLayers:
         Collective, with ``policy`` on the device. waits: the model takes turns on the device with others.
         """
         if policy.layout is not student.layout and policy not in self._cut:
-            held = (policy.output_weight.detach(), policy.shard) if policy.layout.is_pipeline_last_stage else (None, None)
+            held = (
+                (policy.output_weight.detach(), policy.shard) if policy.layout.is_pipeline_last_stage else (None, None)
+            )
             wanted = student.shard if student.layout.is_pipeline_last_stage else None
             weight = redistribute_output_layer(*held, wanted, dist.group.WORLD)
             if weight is not None and waits:
-                weight = device.to_host(weight)
+                weight = device.copy_to_host(weight)
             self._cut[policy] = weight
         return functools.partial(self._read, policy) if student.layout.is_pipeline_last_stage else None
 

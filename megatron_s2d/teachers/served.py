@@ -35,7 +35,7 @@ class ServedTopK:
         mine = [index for batch in batches for index in batch.indices]
         for domain in sorted({sample.domain for sample in update.samples}):
             places = [index for index in mine if update.samples[index].domain == domain]
-            engine = self.teachers.engine_of(domain)
+            engine = self.teachers.engine_for(domain)
             tokens = engine.top_tokens([update.samples[index] for index in places], self.k, self.student.layout)
             found |= dict(zip(places, tokens, strict=True))
         if not self.student.layout.is_pipeline_last_stage:
@@ -57,5 +57,5 @@ class ServedTopK:
             ids[place][tokens - 1] = top.ids[tokens]
             log_probs[place][tokens - 1] = top.log_probs[tokens]
             log_tail[place][tokens - 1] = top.log_tail[tokens]
-        parts = [batch.part(torch.from_numpy(part)).to(device.device()) for part in (ids, log_probs, log_tail)]
+        parts = [batch.slice_for_cp(torch.from_numpy(part)).to(device.device()) for part in (ids, log_probs, log_tail)]
         return TopK(*parts, tail=self.tail, support="teacher")

@@ -48,5 +48,5 @@ class CheckpointManager:
         saving, self._saving = self._saving, None
         saving.finish()
         if dist.get_rank() == 0:
-            self._stage.retain_checkpoints(self._settings.keep)
+            self._stage.retain_checkpoints(self._settings.keep_last_n)
         dist.barrier()

@@ -41,10 +41,10 @@ class Stopped(Exception):
 class StepData:
     """What one step trains on: the same on every rank."""
 
-    updates: Sequence[MiniBatch]
+    mini_batches: Sequence[MiniBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
-    position: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
+    state: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
 
 
 class SampleSource(Protocol):
@@ -80,7 +80,7 @@ class LoopSettings:
     stop: Callable[[], bool] = lambda: False  # asked after every step on rank 0
     tensorboard: Path | None = None
     max_kl: float | None = None  # largest mean KL to the teacher, in nats a token; beyond it the run is stopped
-    max_rollout_kl: float | None = None  # largest mean KL between engine and trainer, in nats a token; likewise
+    max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats a token; likewise
 
 
 def train(
@@ -103,45 +103,45 @@ def train(
     updates = position["updates"]
     source.resume(position)
     if engine is not None:
-        engine.push(policy.chunks, updates)
+        engine.update_weights(policy.chunks, updates)
     log = open_log(stage, position["step"], settings.tensorboard)
     timer = Timer()
     for step in range(position["step"] + 1, settings.steps + 1):
-        with timer.section("samples"):
+        with timer.section("rollout"):
             data = source.step(step)
             if engine is not None:
-                engine.rest()
-        stale = {} if engine is None else staleness(data.updates, updates)
+                engine.sleep()
+        stale = {} if engine is None else policy_lag(data.mini_batches, updates)
         with timer.section("score"):
             batches_of_step = [
-                with_old_log_probs(policy, objective, comparable(objective, update, place))
-                for place, update in enumerate(data.updates)
+                with_old_log_probs(policy, objective, drop_incomparable_rollout_log_probs(objective, update, place))
+                for place, update in enumerate(data.mini_batches)
             ]
         reports = []
         for update in batches_of_step:
             with timer.section("teacher"):
-                batches = policy.pack(update.samples, update.weights)
+                batches = policy.pack(update.samples, update.loss_weights)
                 distributions = None if teacher is None else teacher.distributions(update, batches)
             with timer.section("train"):
                 learning_rate = policy.trainable.learning_rate
                 report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
                 report |= {} if teacher is None else teacher.metrics()
                 check_kl(report, settings.max_kl, step)
-                check_rollout_kl(report, settings.max_rollout_kl, step)
+                check_mismatch_kl(report, settings.max_mismatch_kl, step)
                 report["grad_norm"] = policy.optim_step()
             reports.append(report | {"learning_rate": learning_rate})
             updates += 1
         if engine is not None:
-            with timer.section("push"):
-                engine.push(policy.chunks, updates)
-        tokens = sum(update.num_tokens for update in data.updates)
+            with timer.section("update_weights"):
+                engine.update_weights(policy.chunks, updates)
+        tokens = sum(update.num_tokens for update in data.mini_batches)
         measured = dict(data.metrics) | stale | ({} if engine is None else engine.metrics())
-        log.write(step, summarise(reports, measured, tokens, timer.lap()))
+        log.write(step, aggregate_metrics(reports, measured, tokens, timer.collect_and_reset()))
         write_examples(stage, data.examples)
-        stopping = agree(settings.stop())
+        stopping = broadcast_flag(settings.stop())
         checkpoints.poll()
         if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            checkpoints.save(dict(data.position) | {"step": step, "updates": updates})
+            checkpoints.save(dict(data.state) | {"step": step, "updates": updates})
         if stopping and step < settings.steps:
             checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
@@ -161,7 +161,7 @@ def with_old_log_probs(policy: MegatronModel, objective: Objective, update: Mini
     return dataclasses.replace(update, samples=samples)
 
 
-def staleness(updates: Sequence[MiniBatch], version: int) -> dict[str, float]:
+def policy_lag(updates: Sequence[MiniBatch], version: int) -> dict[str, float]:
     """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
 
     version: of the weights at the step's beginning. Responses of a teacher have no ``rollout_log_probs``.
@@ -172,10 +172,10 @@ def staleness(updates: Sequence[MiniBatch], version: int) -> dict[str, float]:
         return {}
     ages = np.array([version - span.version for span in spans])
     tokens = np.array([span.stop - span.start for span in spans])
-    return {"staleness": float((ages * tokens).sum() / tokens.sum()), "staleness_max": float(ages.max())}
+    return {"policy_lag": float((ages * tokens).sum() / tokens.sum()), "policy_lag_max": float(ages.max())}
 
 
-def comparable(objective: Objective, update: MiniBatch, place: int) -> MiniBatch:
+def drop_incomparable_rollout_log_probs(objective: Objective, update: MiniBatch, place: int) -> MiniBatch:
     """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
 
     They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of
@@ -196,18 +196,18 @@ def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> Non
         )
 
 
-def check_rollout_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
+def check_mismatch_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
     """Stop a run whose samples come from another distribution than the trained one, before the update."""
-    if limit is not None and report.get("rollout_kl", 0.0) > limit:
+    if limit is not None and report.get("mismatch/k3_kl", 0.0) > limit:
         raise UserError(
-            f"step {step}: trainer and engine differ by a KL of {report['rollout_kl']:.3g} nats a token "
-            f"(rollout_kl), above rollout.max_kl {limit}: are precision, weights and model settings of the servers "
-            "those of the trainer? See probe_gap and staleness in metrics.jsonl (older weights count here, too) and the "
+            f"step {step}: trainer and engine differ by a KL of {report['mismatch/k3_kl']:.3g} nats a token "
+            f"(mismatch/k3_kl), above rollout.max_mismatch_kl {limit}: are precision, weights and model settings of the servers "
+            "those of the trainer? See weight_sync/max_log_prob_diff and staleness in metrics.jsonl (older weights count here, too) and the "
             "servers' logs"
         )
 
 
-def summarise(
+def aggregate_metrics(
     reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
 ) -> dict[str, float]:
     """One row of metrics: the mean over the step's updates (of extremes the extreme), the source's, and speed."""
@@ -216,7 +216,7 @@ def summarise(
         combine = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
         row[name] = float(combine([report[name] for report in reports if name in report]))
     row = {name: value for name, value in row.items() if value or not name.startswith(GAP_PREFIX)}
-    return row | dict(samples) | {"tokens_per_second": tokens / times["seconds"]} | dict(times)
+    return row | dict(samples) | {"tokens_per_second": tokens / times["timing_s/step"]} | dict(times)
 
 
 def open_log(stage: StageDirectory, step: int, tensorboard: Path | None) -> MetricsLog:
@@ -234,7 +234,7 @@ def write_examples(stage: StageDirectory, examples: Sequence[str]) -> None:
             append_line(stage.path / ROLLOUTS_NAME, line)
 
 
-def agree(stop: bool) -> bool:
+def broadcast_flag(stop: bool) -> bool:
     """Whether rank 0 says stop; the same answer on every rank."""
     flag = torch.tensor([int(stop)], device=device.device())
     dist.broadcast(flag, src=0)

@@ -24,7 +24,7 @@ from rich.progress import Progress as RichProgress
 from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.formatting import format_seconds
-from megatron_s2d.parallel.watchdog import beat
+from megatron_s2d.parallel.watchdog import heartbeat
 
 _TAIL_BYTES = 1 << 16
 
@@ -82,14 +82,16 @@ class Timer:
             yield
         finally:
             self._sections[name] = self._sections.get(name, 0.0) + time.perf_counter() - start
-            beat()
+            heartbeat()
 
-    def lap(self) -> dict[str, float]:
+    def collect_and_reset(self) -> dict[str, float]:
         """``seconds`` since the last lap and ``seconds_<section>`` of each section; the next lap starts at zero."""
         now = time.perf_counter()
-        result = {"seconds": now - self._start} | {f"seconds_{name}": took for name, took in self._sections.items()}
+        result = {"timing_s/step": now - self._start} | {
+            f"timing_s/{name}": took for name, took in self._sections.items()
+        }
         self._start, self._sections = now, {}
-        beat()
+        heartbeat()
         return result
 
 

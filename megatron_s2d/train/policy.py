@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import MicroBatchPlan, MicroBatch, deal, pack
+from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan, pack, plan_micro_batches
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
@@ -40,15 +40,16 @@ from megatron_s2d.objectives.terms import (
 )
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import CheckpointSave, load_checkpoint, start_saving
+from megatron_s2d.parallel.collectives import gather_dicts
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 from megatron_s2d.records import Sample
 
-device.prepare()
+device.patch_megatron_for_cpu()
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
-POSITION_PREFIX = "kl_at/"  # of the metrics that give the KL by position in the response
+POSITION_PREFIX = "kl_by_position/"  # of the metrics that give the KL by position in the response
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -94,7 +95,7 @@ class MegatronModel:
         )
         self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, fp8=fp8, **extra)
         self.trainable: TrainableModel | None = None
-        self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
+        self._host_copies: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
     def prepare_training(self, optimizer: OptimizerConfig, total_updates: int, *, offload: bool = False) -> None:
@@ -109,7 +110,7 @@ class MegatronModel:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
 
-    def to_host(self) -> None:
+    def offload(self) -> None:
         """Have a frozen model's weights wait in host memory; ``to_device`` brings them back. Nothing to do on a CPU.
 
         The copy there is kept, so only the first move out copies.
@@ -119,12 +120,12 @@ class MegatronModel:
         if not device.capabilities().cuda:
             return
         for parameter in self._parameters():
-            if parameter not in self._waiting:
-                self._waiting[parameter] = device.to_host(parameter.data)
-            parameter.data = self._waiting[parameter]
-        device.wait()  # until the copies are whole
+            if parameter not in self._host_copies:
+                self._host_copies[parameter] = device.copy_to_host(parameter.data)
+            parameter.data = self._host_copies[parameter]
+        device.synchronize()  # until the copies are whole
 
-    def to_device(self) -> None:
+    def onload(self) -> None:
         """Bring the weights to where they compute."""
         for parameter in self._parameters():
             parameter.data = parameter.data.to(device.device(), non_blocking=True)
@@ -139,10 +140,10 @@ class MegatronModel:
     @contextlib.contextmanager
     def on_device(self, *, release: bool) -> Iterator[None]:
         """The weights are on the device inside the block, and afterwards too unless ``release``."""
-        self.to_device()
+        self.onload()
         yield
         if release:
-            self.to_host()
+            self.offload()
 
     # ------------------------------------------------------------------ the verbs
 
@@ -152,9 +153,9 @@ class MegatronModel:
         context = self.layout.cp_rank
         return pack(samples, weights=weights, dp_rank=rank, cp_rank=context, device=place, **self._packing)
 
-    def deal(self, samples: Sequence[Sample]) -> list[list[MicroBatchPlan]]:
+    def plan_micro_batches(self, samples: Sequence[Sample]) -> list[list[MicroBatchPlan]]:
         """What ``pack`` gives to every data rank."""
-        return deal(samples, **self._packing)
+        return plan_micro_batches(samples, **self._packing)
 
     @property
     def _packing(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class MegatronModel:
 
     def optim_step(self) -> float:
         """One optimizer update; returns the gradient norm before clipping, refusing one that is not finite."""
-        norm = self.trainable.update()
+        norm = self.trainable.optim_step()
         if not math.isfinite(norm):
             raise UserError(f"the gradient norm is {norm}: lower the learning rate, or check rewards and teacher")
         return norm
@@ -214,7 +215,7 @@ class MegatronModel:
         if self.layout.is_pipeline_last_stage:
             for item in passes:
                 whole = self.all_positions(item.batch, getattr(item.result, output))
-                values = item.batch.per_sample(whole) if self.is_dp_leader else ()
+                values = item.batch.unpack(whole) if self.is_dp_leader else ()
                 found |= {index: value.float().cpu().numpy() for index, value in zip(item.batch.indices, values)}
         merged = gather_dicts(found)
         return [merged[index] for index in range(len(samples))]
@@ -240,7 +241,7 @@ class MegatronModel:
             return values
         parts = [torch.empty_like(values) for _ in range(self.layout.cp_size)]
         dist.all_gather(parts, values.contiguous(), group=self.layout.groups.cp)
-        return batch.joined(parts)
+        return batch.gather_from_cp(parts)
 
     def save(self, directory: Path, position: dict[str, Any], *, with_optimizer: bool) -> None:
         """Write a checkpoint that appears whole or not at all; collective."""
@@ -250,7 +251,7 @@ class MegatronModel:
         self, directory: Path, position: dict[str, Any], *, with_optimizer: bool, async_save: bool = False
     ) -> CheckpointSave:
         """See ``parallel.checkpoint.start_saving``; collective."""
-        self._waiting.clear()  # copies of other weights
+        self._host_copies.clear()  # copies of other weights
         trainable = self.trainable if with_optimizer else None
         with contextlib.nullcontext() if trainable is None else trainable.optimizer_loaded():
             return start_saving(
@@ -281,13 +282,13 @@ class MegatronModel:
 
     @property
     def is_dp_leader(self) -> bool:
-        """Whether this rank speaks for its data rank: it sees outputs, and no other of the same replica reports."""
-        return self.is_output_rank and self.layout.cp_rank == 0
+        """``Layout.is_dp_leader``."""
+        return self.layout.is_dp_leader
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank sees the outputs of tokens that no other rank reports."""
-        return self.layout.is_pipeline_last_stage and self.layout.tp_rank == 0
+        """``Layout.is_output_rank``."""
+        return self.layout.is_output_rank
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -402,17 +403,17 @@ class MegatronModel:
 
 def _packed_sequences(batch: MicroBatch) -> PackedSeqParams | None:
     """The bounds of a packed micro-batch in Megatron's form; None for a padded one."""
-    if batch.bounds is None:
+    if batch.cu_seqlens is None:
         return None
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.bounds,
-        cu_seqlens_kv=batch.bounds,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
         # Padding belongs to its sequence and is masked by causality, so these are the same.
-        cu_seqlens_q_padded=batch.bounds,
-        cu_seqlens_kv_padded=batch.bounds,
-        max_seqlen_q=batch.deal.longest,
-        max_seqlen_kv=batch.deal.longest,
+        cu_seqlens_q_padded=batch.cu_seqlens,
+        cu_seqlens_kv_padded=batch.cu_seqlens,
+        max_seqlen_q=batch.plan.max_seqlen,
+        max_seqlen_kv=batch.plan.max_seqlen,
         pad_between_seqs=False,
     )
 
@@ -427,16 +428,3 @@ def kl_by_position(values: torch.Tensor, positions: torch.Tensor, limit: int) ->
     return {
         f"{POSITION_PREFIX}{first}": Metric(sums[place], counts[place], "mean") for place, first in enumerate(firsts)
     }
-
-
-def gather_dicts(found: dict[Any, Any], *, first_only: bool = False) -> dict[Any, Any]:
-    """The union of every rank's dictionary, on all ranks, or on rank 0 (and empty elsewhere). Keys must differ."""
-    size = dist.get_world_size()
-    if size == 1:
-        return found
-    parts: list[dict[Any, Any]] = [{}] * size
-    if first_only:
-        dist.gather_object(found, parts if dist.get_rank() == 0 else None, dst=0)
-    else:
-        dist.all_gather_object(parts, found)
-    return {key: value for part in parts for key, value in part.items()}

@@ -8,9 +8,9 @@ from typing import Any
 from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_grader import CodeVerifier, isolation, read_label
-from megatron_s2d.verify.math_grader import MathVerifier
-from megatron_s2d.verify.verdicts import Verifier, Verdict
+from megatron_s2d.verify.code_verifier import CodeVerifier, isolation, read_label
+from megatron_s2d.verify.math_verifier import MathVerifier
+from megatron_s2d.verify.verdicts import Verdict, Verifier
 
 __all__ = ["VERIFIERS", "Verifier", "RewardManager", "Verdict", "check_labels"]
 

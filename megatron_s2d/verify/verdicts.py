@@ -14,7 +14,7 @@ class Verdict:
     """What a verifier says of one response."""
 
     reward: float  # 0 or 1
-    word: str  # "correct", "wrong", "no_answer", "timeout", ...
+    label: str  # "correct", "wrong", "no_answer", "timeout", ...
 
 
 class Verifier(Protocol):

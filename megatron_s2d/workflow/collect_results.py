@@ -44,7 +44,7 @@ def collect_results(
     evaluations = {
         job.stage: read_evaluation(job.directory.path / EVALUATION_NAME)
         for job in jobs
-        if not job.is_stage and job.gate is None
+        if not job.is_stage and job.pass_rate_check is None
     }
     contrasts, refused = compare_arms(config, evaluations)
     stages = [job for job in jobs if job.is_stage]
@@ -106,9 +106,9 @@ def compare_arms(
 def _gate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str]:
     found = []
     for job in jobs:
-        if job.gate is None:
+        if job.pass_rate_check is None:
             continue
-        gate = config.gates[job.gate]
+        gate = config.pass_rate_checks[job.pass_rate_check]
         rate = avg_at_k(read_evaluation(job.directory.path / EVALUATION_NAME)).mean
         if not gate.low <= rate <= gate.high:
             found.append(

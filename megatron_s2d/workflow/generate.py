@@ -62,7 +62,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
     with RewardManager() as graders, contextlib.closing(context):
         labelled = all(prompt.verifier is not None for prompt in prompts)
         sampler = RolloutWorker(
-            policy,
+            policy.layout,
             context.engine(policy, config.model_of(stage), params),
             params,
             request.seed,
@@ -73,7 +73,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
     for place, prompt in enumerate(prompts):
         console.print(prompt.text, style="bold", markup=False, highlight=False)
         for sample in samples[place * request.num_samples : (place + 1) * request.num_samples]:
-            verdict = f"   [{sample.verdict}]" if sample.verdict else ""
+            verdict = f"   [{sample.verifier_label}]" if sample.verifier_label else ""
             cut = "" if sample.finish_reason == "stop" else " ..."
             console.print(f"  {response_text(context.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False)
     shutdown_distributed()

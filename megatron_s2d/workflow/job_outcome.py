@@ -7,10 +7,10 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job ended on one rank; ``error`` is the user's to mend, ``crash`` ours."""
 
-    word: Literal["finished", "stopped", "error", "crash"]
+    status: Literal["finished", "stopped", "error", "crash"]
     text: str = ""  # one line
     trace: str = ""  # for --debug
 

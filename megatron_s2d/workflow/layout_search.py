@@ -46,7 +46,7 @@ class Proposal:
         inner = ", ".join(f"{key}: {str(value).lower()}" for key, value in sizes.items())
         return (
             f"parallel: {{{inner}}}; in each of `models`: recompute: {self.recompute}; "
-            f"in each of `stages`: micro_batch: {{max_tokens: {self.max_tokens}}}"
+            f"in each of `stages`: micro_batch: {{max_tokens_per_gpu: {self.max_tokens}}}"
         )
 
 
@@ -134,7 +134,7 @@ def _divides(spec: ModelSpec, parallel: ParallelConfig) -> bool:
 
 
 def _with(config: WorkflowConfig, parallel: ParallelConfig, recompute: str, max_tokens: int) -> WorkflowConfig:
-    micro = MicroBatchConfig(max_tokens=max_tokens)
+    micro = MicroBatchConfig(max_tokens_per_gpu=max_tokens)
     stages: dict[str, StageConfig] = {
         name: stage.model_copy(update={"micro_batch": micro}) for name, stage in config.stages.items()
     }

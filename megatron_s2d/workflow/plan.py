@@ -33,9 +33,9 @@ _UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_eng
 class Job:
     """One unit of work; ``id`` is its directory below the run's."""
 
-    id: str  # stages/NAME, evaluations/NAME or gates/NUMBER-NAME
+    id: str  # stages/NAME, evaluations/NAME or pass_rate_checks/NUMBER-NAME
     stage: str  # the stage that is run, or whose weights are evaluated
-    gate: int | None  # index of the gate, of a gate's evaluation
+    pass_rate_check: int | None  # index of the gate, of a gate's evaluation
     directory: StageDirectory
     resolved: Mapping[str, Any]  # what decides the result
     inputs: Mapping[str, str]  # job id -> key
@@ -64,7 +64,7 @@ def key_of(resolved: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
-    """All jobs that the arms, evaluations and gates need, inputs first. Nothing is changed on disk."""
+    """All jobs that the arms, evaluations and pass-rate checks need, inputs first. Nothing is changed on disk."""
     digests = {name: data_digest(config, name) for name in used_data(config)}
     jobs: dict[str, Job] = {}
     for name in needed_stages(config):
@@ -77,20 +77,20 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
         inputs = {f"stages/{name}": jobs[f"stages/{name}"].key}
         resolved = _resolved_evaluation(config, digests)
         _add(jobs, run_dir, f"evaluations/{name}", name, None, resolved, inputs, 0)
-    for number, gate in enumerate(config.gates):
+    for number, gate in enumerate(config.pass_rate_checks):
         inputs = {f"stages/{gate.stage}": jobs[f"stages/{gate.stage}"].key}
         entry = gate.prompts.partition("/")[0]
         resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
         resolved |= {"gate": {"prompts": gate.prompts, "k": gate.samples_per_prompt, "num_prompts": gate.num_prompts}}
         resolved |= {"sampling": dump(config.evaluation.sampling)}
-        _add(jobs, run_dir, f"gates/{number}-{gate.stage}", gate.stage, number, resolved, inputs, 0)
+        _add(jobs, run_dir, f"pass_rate_checks/{number}-{gate.stage}", gate.stage, number, resolved, inputs, 0)
     return list(jobs.values())
 
 
 def needed_stages(config: WorkflowConfig) -> list[str]:
     """Stages that lead to something that is measured, inputs first."""
     wanted = {name for end in evaluated_stages(config) for name in config.chain(end)}
-    wanted |= {name for gate in config.gates for name in config.chain(gate.stage)}
+    wanted |= {name for gate in config.pass_rate_checks for name in config.chain(gate.stage)}
     return [name for name in config.stage_order() if name in wanted]
 
 
@@ -102,7 +102,7 @@ def evaluated_stages(config: WorkflowConfig) -> list[str]:
 
 def used_data(config: WorkflowConfig) -> list[str]:
     """Entries of ``data`` that a job reads, sorted."""
-    entries = [*config.evaluation.entries, *(gate.prompts for gate in config.gates)]
+    entries = [*config.evaluation.entries, *(gate.prompts for gate in config.pass_rate_checks)]
     entries += [entry for name in needed_stages(config) for entry in config.stages[name].entries]
     return sorted({entry.partition("/")[0] for entry in entries})
 
@@ -132,14 +132,18 @@ def _common(config: WorkflowConfig) -> dict[str, Any]:
 def _engine(config: WorkflowConfig) -> dict[str, Any]:
     """What of the engine decides a result: servers draw other random numbers than the trainer."""
     rollout = config.rollout
-    return {} if rollout.engine == "megatron" else {"engine": [rollout.engine, rollout.sglang.deterministic]}
+    return (
+        {}
+        if rollout.engine == "megatron"
+        else {"engine": [rollout.engine, rollout.sglang.enable_deterministic_inference]}
+    )
 
 
 def _sampling(config: WorkflowConfig) -> dict[str, Any]:
     """``_engine`` for a stage that trains on responses: also how old the weights are that they may come from."""
-    sglang = config.rollout.sglang
-    older = {"ahead": sglang.ahead, "over_sampling_ratio": sglang.over_sampling_ratio}
-    is_default = config.rollout.engine == "megatron" or older == {"ahead": "off", "over_sampling_ratio": 1.0}
+    rollout = config.rollout
+    older = {"async_mode": rollout.async_mode, "over_sampling_ratio": rollout.over_sampling_ratio}
+    is_default = older == {"async_mode": "sync", "over_sampling_ratio": 1.0}
     return _engine(config) | ({} if is_default else older)
 
 

@@ -20,7 +20,7 @@ def print_plan(checked: Preflight, jobs: list[Job], run_dir: Path, console: Cons
         f"{config.name}: {len(checked.stages)} stages, {len(jobs) - len(checked.stages)} evaluations, in {run_dir}; "
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x context "
         f"{parallel.context_parallel_size} x data {parallel.data_parallel_size}, expert "
-        f"{parallel.expert_model_parallel_size}: {parallel.world_size} ranks a stage, {config.num_workers} stages at a "
+        f"{parallel.expert_model_parallel_size}: {parallel.world_size} ranks a stage, {config.max_parallel_stages} stages at a "
         f"time; {config.precision}; tokenizer {config.tokenizer} ({len(checked.tokenizer)} tokens)",
         markup=False,
         highlight=False,

@@ -91,8 +91,8 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     for name in evaluated_stages(config):
         for entry in evaluation.entries:
             _check_length(config, f"evaluation of {name}", name, specs, prompts[entry], evaluation.sampling)
-    for index, gate in enumerate(config.gates):
-        _check_graded(prompts[gate.prompts], f"gates.{index}.prompts: '{gate.prompts}'")
+    for index, gate in enumerate(config.pass_rate_checks):
+        _check_graded(prompts[gate.prompts], f"pass_rate_checks.{index}.prompts: '{gate.prompts}'")
     shapes = {name: stage_shape(config, name, prompts, tokenizer) for name in stages}
     dropped = {name: found.dropped_too_long for name, found in sets.items()}
     duplicates = {name: found.dropped_duplicates for name, found in sets.items()}
@@ -111,10 +111,10 @@ def _check_engine(config: WorkflowConfig) -> None:
     served = [name for name, stage in config.stages.items() if getattr(stage, "teacher_engine", "") == "sglang"]
     if config.rollout.engine != "sglang" and not served:
         return
-    if sglang.urls and config.num_workers > 1:
+    if sglang.urls and config.max_parallel_stages > 1:
         raise UserError(
-            f"num_workers is {config.num_workers}, but the servers of rollout.sglang.urls hold one model at a time: "
-            "set num_workers to 1, or leave urls out to have servers started for each stage"
+            f"max_parallel_stages is {config.max_parallel_stages}, but the servers of rollout.sglang.urls hold one model at a time: "
+            "set max_parallel_stages to 1, or leave urls out to have servers started for each stage"
         )
     if set(sglang.urls) >= {config.model_of(name) for name in needed_stages(config)}:
         return
@@ -133,10 +133,10 @@ def _check_context(config: WorkflowConfig) -> None:
         stage, layouts = config.stages[name], [config.parallel]
         layouts += [config.frozen_parallel(other) for other in stage.inputs().values()]
         size = max(layout.context_parallel_size for layout in layouts)
-        if size > 1 and not stage.micro_batch.packed:
+        if size > 1 and not stage.micro_batch.sequence_packing:
             raise UserError(
                 f"stages.{name}: context_parallel_size {size} cuts sequences that lie end to end: set "
-                "micro_batch.packed to true"
+                "micro_batch.sequence_packing to true"
             )
     if config.parallel.context_parallel_size > 1 and config.rollout.engine == "megatron":
         raise UserError(
@@ -152,7 +152,7 @@ def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
         for layout in [config.parallel, *frozen]:
             check_layout(spec, layout)
         if config.fp8 is not None:
-            for layout in [config.parallel, *(frozen if config.fp8.frozen_models else [])]:
+            for layout in [config.parallel, *(frozen if config.fp8.frozen else [])]:
                 check_shapes(config.fp8, spec, layout)
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
@@ -180,7 +180,7 @@ def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> 
 
 def _load_prompts(config: WorkflowConfig, stages: Sequence[str], tokenizer: Any) -> dict[str, PromptSet]:
     """Every entry (or half) that a stage, a gate or the evaluation reads; corpora have no prompts."""
-    names = [*config.evaluation.entries, *(gate.prompts for gate in config.gates)]
+    names = [*config.evaluation.entries, *(gate.prompts for gate in config.pass_rate_checks)]
     names += [entry for name in stages for entry in config.stages[name].entries]
     return {
         name: prompts_of(config, name, tokenizer)
@@ -208,8 +208,8 @@ def _check_stage(
     if isinstance(stage, ExpoConfig):
         _check_expo(config, where, stage)
     if isinstance(stage, GrpoConfig):
-        if stage.overlong is not None and stage.overlong.buffer_tokens > stage.sampling.max_response_length:
-            raise UserError(f"{where}.overlong.buffer_tokens: larger than sampling.max_response_length")
+        if stage.overlong_buffer is not None and stage.overlong_buffer.len > stage.sampling.max_response_length:
+            raise UserError(f"{where}.overlong_buffer.len: larger than sampling.max_response_length")
     if isinstance(stage, SftConfig) and stage.data in prompts:
         missing = [prompt.id for prompt in prompts[stage.data] if prompt.solution_token_ids is None]
         if missing:
@@ -219,7 +219,7 @@ def _check_stage(
             )
     if isinstance(stage, ForwardKlConfig):
         cache = config.stages[stage.cache]
-        if cache.kind == "sampled":
+        if cache.representation == "sampled_token":
             raise UserError(f"{where}.cache: '{stage.cache}' is of kind sampled, which has no distributions to match")
     batch = getattr(stage, "batch_size", None)
     if isinstance(stage, (GrpoConfig, OpdConfig)):
@@ -309,7 +309,7 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
     for name in evaluated_stages(config):
         rounds = [math.ceil(len(prompts[entry]) / evaluation.eval_batch_size) for entry in evaluation.entries]
         totals[f"evaluations/{name}"] = sum(rounds)
-    for number, gate in enumerate(config.gates):
+    for number, gate in enumerate(config.pass_rate_checks):
         problems = min(gate.num_prompts, len(prompts[gate.prompts]))
         totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.eval_batch_size)
     return totals

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.parallel.watchdog import has_stack_dump
-from megatron_s2d.workflow.job_outcome import Outcome
+from megatron_s2d.workflow.job_outcome import JobOutcome
 from megatron_s2d.workflow.plan import Job
 
 
@@ -69,14 +69,14 @@ class RankProcess:
 
     def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path):
         self._process, self._pipe, self._heartbeat = process, pipe, heartbeat
-        self._said: Outcome | None = None
+        self._said: JobOutcome | None = None
 
     @property
     def sentinel(self) -> int:
         """For ``multiprocessing.connection.wait``: ready when the process has ended."""
         return self._process.sentinel
 
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> JobOutcome | None:
         """How the rank ended; None while it works. A process that ended without a word has crashed."""
         code = self._process.exitcode  # read before the pipe: what was said was said before the end
         if self._said is None and self._pipe.poll():
@@ -89,7 +89,7 @@ class RankProcess:
             why += " (out of memory?)" if code == -signal.SIGKILL else ""
             if has_stack_dump(self._heartbeat):
                 why = f"made no progress for watchdog_timeout_seconds; where it stood is in {self._heartbeat}"
-            self._said = Outcome("crash", f"a process {why}; the same command goes on from its checkpoint")
+            self._said = JobOutcome("crash", f"a process {why}; the same command goes on from its checkpoint")
         return self._said
 
     def ask_to_stop(self) -> None:

@@ -111,7 +111,7 @@ def finish(
     environment = library_versions() | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     results = collect_results(config, run_dir, jobs, checked, seconds, environment)
     page = write_report(run_dir, results)
-    atomic_write_text(run_dir / "ledger.json", checked.ledger_json())
+    atomic_write_text(run_dir / "label_ledger.json", checked.ledger_json())
     print_report(results, console)
     console.print(f"report: {page}   ({format_seconds(seconds)})", markup=False, highlight=False, soft_wrap=True)
     return page
@@ -162,7 +162,7 @@ class _Runner:
 
     def _start_ready(self) -> None:
         for job in list(self._pending):
-            if len(self._running) >= self._config.num_workers:
+            if len(self._running) >= self._config.max_parallel_stages:
                 return
             if all(name in self._done for name in job.inputs):
                 self._pending.remove(job)
@@ -173,7 +173,7 @@ class _Runner:
     def _look_at(self, item: _Running) -> None:
         """Settle a job whose ranks have all ended, or of which one failed: then the others cannot go on."""
         outcomes = [rank.outcome() for rank in item.ranks]
-        bad = next((found for found in outcomes if found is not None and found.word in ("error", "crash")), None)
+        bad = next((found for found in outcomes if found is not None and found.status in ("error", "crash")), None)
         if bad is None and None in outcomes:
             return
         for rank in item.ranks:
@@ -185,8 +185,8 @@ class _Runner:
         if bad is not None:
             self._progress.finish(item.job.id, "failed")
             text = f"{item.job.id}: {bad.text}"
-            self._fail(UserError(text) if bad.word == "error" else JobCrashed(text, bad.trace))
-        elif all(found.word == "finished" for found in outcomes):
+            self._fail(UserError(text) if bad.status == "error" else JobCrashed(text, bad.trace))
+        elif all(found.status == "finished" for found in outcomes):
             self._done.add(item.job.id)
             self._progress.finish(item.job.id, f"done in {format_seconds(time.monotonic() - item.started)}")
         else:

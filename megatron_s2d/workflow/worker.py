@@ -32,12 +32,12 @@ from megatron_s2d.parallel.layout import (
     seed_everything,
     shutdown_distributed,
 )
-from megatron_s2d.parallel.watchdog import watched
+from megatron_s2d.parallel.watchdog import watchdog
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.evaluate import ROWS_NAME, run_evaluation
 from megatron_s2d.stages.registry import STAGES
 from megatron_s2d.train.loop import Stopped
-from megatron_s2d.workflow.job_outcome import Outcome
+from megatron_s2d.workflow.job_outcome import JobOutcome
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.process_pool import Rank, heartbeat_path
 
@@ -67,7 +67,7 @@ def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, aske
 
 def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
     """Run ``job`` on this rank; collective over the layout's ranks. The directory is marked finished at the end."""
-    with watched(heartbeat_path(job, torch.distributed.get_rank()), config.watchdog_timeout_seconds):
+    with watchdog(heartbeat_path(job, torch.distributed.get_rank()), config.watchdog_timeout_seconds):
         _execute(config, job, run_dir, layout, stop)
 
 
@@ -96,8 +96,8 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
 
 def _evaluate(context: StageContext, job: Job) -> None:
     evaluation = context.config.evaluation
-    if job.gate is not None:
-        gate = context.config.gates[job.gate]
+    if job.pass_rate_check is not None:
+        gate = context.config.pass_rate_checks[job.pass_rate_check]
         parts = [(context.prompts(gate.prompts)[: gate.num_prompts], gate.samples_per_prompt)]
     else:
         parts = [(part, evaluation.samples_of(part[0].domain)) for part in map(context.prompts, evaluation.entries)]
@@ -122,17 +122,17 @@ def _outputs(directory: StageDirectory) -> dict[str, str]:
     return found
 
 
-def outcome_of(action: Callable[[], None]) -> Outcome:
+def outcome_of(action: Callable[[], None]) -> JobOutcome:
     """Run ``action`` and say how it ended."""
     try:
         action()
     except Stopped as stopped:
-        return Outcome("stopped", str(stopped))
+        return JobOutcome("stopped", str(stopped))
     except UserError as error:
-        return Outcome("error", str(error), traceback.format_exc())
+        return JobOutcome("error", str(error), traceback.format_exc())
     except Exception as error:  # the boundary of the process: everything is reported, nothing swallowed
-        return Outcome("crash", f"{type(error).__name__}: {error}", traceback.format_exc())
-    return Outcome("finished")
+        return JobOutcome("crash", f"{type(error).__name__}: {error}", traceback.format_exc())
+    return JobOutcome("finished")
 
 
 class StopOnSignal:

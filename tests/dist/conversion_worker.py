@@ -136,7 +136,7 @@ def reshard(directory: Path, spec, tokens) -> dict:
     import_weights(chunks, spec, layout, HfCheckpoint(directory / "hf"))
     trainable = TrainableModel(chunks, layout, OptimizerConfig(lr=1e-2), total_steps=1)
     trainable.forward_backward(forward_step, [(tokens, None)])
-    trainable.update()
+    trainable.optim_step()
     position = {"step": 1, "updates": 1}
     start_saving(
         directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable

@@ -29,7 +29,7 @@ from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
 from megatron_s2d.parallel import exchange  # noqa: E402
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed  # noqa: E402
 from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher, TopKTeacher  # noqa: E402
-from megatron_s2d.train.policy import gather_dicts  # noqa: E402
+from megatron_s2d.parallel.collectives import gather_dicts  # noqa: E402
 
 SCENARIOS = ("full", "few_samples", "by_domain", "geometric", "topk")
 OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
@@ -45,7 +45,7 @@ class Everywhere:
         states, layers = {}, {}
         for domain in sorted({sample.domain for sample in update.samples}) if self.teachers.is_routed else [None]:
             chosen = [i for i, sample in enumerate(update.samples) if domain in (None, sample.domain)]
-            with self.teachers.of(domain) as model:
+            with self.teachers.model_for(domain) as model:
                 states |= all_states(model, update, chosen)
                 last = model.layout.is_pipeline_last_stage
                 held = (model.output_weight.detach(), model.shard) if last else (None, None)
@@ -139,7 +139,7 @@ def transport(scenario: str, layouts) -> list[dict]:
     with counted() as found:
         sources = teachers.distributions(student, update, batches)
     expected = Everywhere(teachers, waiting=True).distributions(student, update, batches)
-    width = teachers.policies[next(iter(teachers.policies))].spec.hidden_size
+    width = teachers.models[next(iter(teachers.models))].spec.hidden_size
     kept, due, whole, same = 0, 0, 0, True
     for item, source, other in zip(batches, sources, expected, strict=True):
         if source is None:
@@ -157,7 +157,7 @@ def transport(scenario: str, layouts) -> list[dict]:
     mine |= {
         "update": sum(s.response_length for s in batch) * width * 4,
         "student": [student.layout.dp_rank, student.layout.is_pipeline_last_stage],
-        "computes": [teachers.policies[next(iter(teachers.policies))].layout.is_pipeline_last_stage],
+        "computes": [teachers.models[next(iter(teachers.models))].layout.is_pipeline_last_stage],
     }
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

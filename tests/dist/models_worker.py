@@ -82,7 +82,7 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
         total = broadcast_from_last_stage(total, layout)
         dist.all_reduce(total, group=layout.groups.dp)
         found["losses"].append(float(total) / (8 * 11))
-        found["norms"].append(trainable.update())
+        found["norms"].append(trainable.optim_step())
     bare = [chunk.module for chunk in trainable.chunks]
     after = {name: tensor for bucket in export_buckets(bare, spec, layout) for name, tensor in bucket}
     found["after"] = {name: float(tensor.double().norm()) for name, tensor in after.items()}

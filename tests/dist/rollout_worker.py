@@ -96,7 +96,7 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
     shares = np.split(np.arange(len(requests())), cuts)
     mine = [requests()[index] for index in shares[layout.dp_rank]]
     engine = MegatronEngine(chunks, VOCAB_SIZE, layout, tokenizer=Letters, max_batch_size=9)
-    engine.push(chunks, 2)
+    engine.update_weights(chunks, 2)
     samples = engine.generate(mine)
     assert chunks[0].training and chunks[0].config.sequence_parallel == parallel.sequence_parallel
 

@@ -21,13 +21,13 @@ from fake_sglang import FakeServer, log_prob_table  # noqa: E402
 from megatron_s2d.config.base import UserError  # noqa: E402
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.config.training import RolloutConfig, SglangConfig  # noqa: E402
+from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig  # noqa: E402
 from megatron_s2d.models.build import build_model  # noqa: E402
 from megatron_s2d.models.weights import export_weights  # noqa: E402
 from megatron_s2d.parallel import layout as layouts  # noqa: E402
 from megatron_s2d.records import Prompt  # noqa: E402
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.sglang import client  # noqa: E402
+from megatron_s2d.rollout.served import server_pool  # noqa: E402
 from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0  # noqa: E402
 from megatron_s2d.rollout.served.engine import ServedEngine  # noqa: E402
 from megatron_s2d.rollout.served.server_group import ServerGroup  # noqa: E402
@@ -68,12 +68,12 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
 
     servers = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)] if dist.get_rank() == 0 else []
     urls = broadcast_from_rank0(lambda: [server.url for server in servers])
-    settings = RolloutConfig(engine="sglang", sglang=SglangConfig(attempts=2, bucket_bytes=20_000, recoveries=3))
+    settings = RolloutConfig(engine="sglang", sglang=SglangConfig(bucket_bytes=20_000), server=ServerConfig(max_attempts=2, max_restarts=3))
     engine = ServedEngine(ServerGroup(chunks, spec, layout, score, settings, directory, urls=urls))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.5)
-    engine.push(chunks, 4)
+    engine.update_weights(chunks, 4)
     for server in servers:
         server.faults.extend(["stale", "nan", "500", "malformed"])
     cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.dp_size]  # the first of four data ranks has nothing to ask
@@ -91,7 +91,7 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
     for server in servers:
         server.control_faults["/update_weights_from_disk"] = "500"
     try:
-        engine.push(chunks, 5)
+        engine.update_weights(chunks, 5)
         refused = ""
     except UserError as error:
         refused = str(error)
@@ -112,22 +112,22 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
 
 def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
     """Responses that are begun, interrupted by a push and gone on with; then with half of the groups carried over."""
-    settings = SglangConfig(bucket_bytes=20_000, ahead="continue")
+    settings = SglangConfig(bucket_bytes=20_000)
     held = set()
     for server in servers:
         server.control_faults.clear()
         server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
     engine = ServedEngine(ServerGroup(
-        chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings), directory / "beside", urls=urls
+        chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings, async_mode="partial_rollout"), directory / "beside", urls=urls
     ))
     own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
     tables = {0: table_of(chunks, spec, layout)}
-    engine.begin(own)
+    engine.submit(own)
     broadcast_from_rank0(lambda: wait_for(lambda: len(held) == 12))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.9)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     tables[1] = table_of(chunks, spec, layout)
     samples = engine.generate(own)
     gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
@@ -171,7 +171,7 @@ def split_gap(tables: dict[int, np.ndarray], sample) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    client._FIRST_PAUSE_SECONDS = 0.01
+    server_pool._FIRST_PAUSE_SECONDS = 0.01
     layouts.initialize_distributed()
     output = Path(sys.argv[1])
     results = {}

@@ -156,7 +156,7 @@ def scores(layout: Layout):
 def cached(layout: Layout):
     model = policy("tiny-teacher", layout, 4)
     found = {}
-    for kind, extra in (("full", {}), ("topk", {"k": 5}), ("hidden", {"hidden_size": model.spec.hidden_size})):
+    for kind, extra in (("full_vocab", {}), ("top_k", {"k": 5}), ("hidden_states", {"hidden_size": model.spec.hidden_size})):
         header = CacheHeader(
             kind=kind,
             teacher_digest="t",
@@ -167,7 +167,7 @@ def cached(layout: Layout):
             **extra,
         )
         rows = distributions_of(model, samples(), header)
-        tensor = "hidden" if kind == "hidden" else "log_probs"
+        tensor = "hidden" if kind == "hidden_states" else "log_probs"
         found[kind] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
     return found
 

@@ -21,7 +21,7 @@ from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.policy import MegatronModel
 
 # Widths are multiples of 128, which blockwise FP8 needs; weights are wide enough to make distributions uneven.

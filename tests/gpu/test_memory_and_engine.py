@@ -32,13 +32,13 @@ def test_a_frozen_model_moves_to_the_host_and_back(layout):
     model.freeze()
     before, held = model.score(samples()), torch.cuda.memory_allocated()
     for _ in range(2):
-        model.to_host()
+        model.offload()
         assert held - torch.cuda.memory_allocated() >= 1.9 * SPEC.num_parameters
         places = [parameter.data_ptr() for parameter in model.chunks[0].parameters()]
-        model.to_device()
+        model.onload()
         for one, other in zip(model.score(samples()), before, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
-    model.to_host()
+    model.offload()
     assert places == [parameter.data_ptr() for parameter in model.chunks[0].parameters()]  # no further copies
 
 

@@ -42,7 +42,7 @@ def metrics(run_dir: Path, job: str) -> list[dict]:
     """Rows of a job without what depends on the clock."""
     lines = (run_dir / job / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if key not in _TIMES and not key.startswith("seconds")}
+        {key: value for key, value in json.loads(line).items() if key not in _TIMES and not key.startswith("timing_s/")}
         for line in lines
     ]
 

@@ -41,13 +41,13 @@ def main() -> None:
                 directory / name / sync, urls=[url],
             ))  # fmt: skip
             change(policy, 0.01)
-            engine.push(policy.chunks, 1)
+            engine.update_weights(policy.chunks, 1)
             mine = make_requests()[policy.layout.dp_rank :: policy.layout.dp_size]
             samples = engine.generate(mine)
             merged = [sample for part in all_gather_object(samples) for sample in part]
             results[f"{name}/{sync}"] = {
                 "gap": rollout_gap(policy, merged),
-                "probe_gap": engine.metrics()["probe_gap"],
+                "weight_sync/max_log_prob_diff": engine.metrics()["weight_sync/max_log_prob_diff"],
                 "samples": len({sample.id for sample in merged}),
             }
             engine.close()

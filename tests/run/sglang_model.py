@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_s2d.config.model import ModelConfig
-from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
@@ -31,9 +31,15 @@ def change(policy: MegatronModel, amount: float) -> None:
             parameter.mul_(1 + amount).add_(amount / 10)
 
 
-def rollout_settings(sync: str = "disk", **settings) -> RolloutConfig:
+def rollout_settings(weight_sync: str = "disk", **settings) -> RolloutConfig:
+    server = {name: settings.pop(name) for name in list(settings) if name in ServerConfig.model_fields}
+    rollout = {name: settings.pop(name) for name in list(settings) if name in RolloutConfig.model_fields}
     return RolloutConfig(
-        engine="sglang", max_batch_tokens=16_384, sglang=SglangConfig(sync=sync, bucket_bytes=40_000, **settings)
+        engine="sglang",
+        max_batch_tokens=16_384,
+        server=ServerConfig(**server),
+        sglang=SglangConfig(weight_sync=weight_sync, bucket_bytes=40_000, **settings),
+        **rollout,
     )
 
 

@@ -82,7 +82,7 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
 def test_a_rank_that_hangs_is_found_by_the_others(tmp_path):
     """One of two ranks is frozen: the other waits for it in vain, shows where, and the run ends."""
     run_dir = tmp_path / "hang"
-    settings = ["parallel={tensor_model_parallel_size: 2}", "num_workers=1", "watchdog_timeout_seconds=6"]
+    settings = ["parallel={tensor_model_parallel_size: 2}", "max_parallel_stages=1", "watchdog_timeout_seconds=6"]
     run = start("run", SMOKE, "--out", run_dir, *(part for setting in settings for part in ("--set", setting)))
     job = run_dir / "stages/teacher_base"
     wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3)
@@ -136,7 +136,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroke
 )
 def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
     run_dir = tmp_path / "ranks"
-    finished = s2d("run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "num_workers=1")
+    finished = s2d(
+        "run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "max_parallel_stages=1"
+    )
     assert finished.returncode == 0, finished.stderr
     for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
         assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)

@@ -26,7 +26,7 @@ def killed_run(run_dir, seed, kills, timeout):
 def assert_equals(run_dir, unbroken):
     finished = s2d("run", SMOKE, "--out", run_dir)  # everything is there: only the report is written
     assert finished.returncode == 0, finished.stderr
-    assert (run_dir / "ledger.json").read_bytes() == (unbroken / "ledger.json").read_bytes()
+    assert (run_dir / "label_ledger.json").read_bytes() == (unbroken / "label_ledger.json").read_bytes()
     for path in sorted([*unbroken.glob("stages/*/"), *unbroken.glob("evaluations/*/")]):
         job = str(path.relative_to(unbroken))
         mine = metrics(run_dir, job)

@@ -47,8 +47,8 @@ from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang.checks import Checks, ServerRequirements
-from megatron_s2d.teachers.frozen import TeacherRouter, ServedTeachers, TopKTeacher
+from megatron_s2d.rollout.sglang.checks import ServerChecks, ServerRequirements
+from megatron_s2d.teachers.frozen import ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +64,9 @@ data:
   corpus: {type: task, split: corpus, num_operations: 2}
   pool: {type: task, split: pool, num_operations: 2, num_prompts: 64}
   problems: {type: task, split: eval, num_operations: 2, num_prompts: 32}
-rollout: {engine: sglang, max_kl: 1.0e-6}
+rollout: {engine: sglang, max_mismatch_kl: 1.0e-6}
 stages:
-  base: {type: supervised, model: student, data: corpus, steps: 40, batch_size: 64, optimizer: {lr: 5.0e-3}}
+  base: {type: sft, model: student, data: corpus, steps: 40, global_batch_size: 64, optimizer: {lr: 5.0e-3}}
   grpo:
     type: grpo
     init: base
@@ -118,7 +118,9 @@ def attach(policy, tokenizer, url, tmp_path):
     """attach(settings): an engine on the running server."""
     found = []
 
-    def make(sync: str = "disk", needs: ServerRequirements = ServerRequirements(), other_tokenizer=None, **settings) -> ServedEngine:
+    def make(
+        sync: str = "disk", needs: ServerRequirements = ServerRequirements(), other_tokenizer=None, **settings
+    ) -> ServedEngine:
         found.append(
             ServedEngine(
                 ServerGroup(
@@ -160,7 +162,7 @@ def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
     for version in (1, 2):
         change(policy, 0.02)
         engine.push(policy.chunks, version)
-        assert engine.metrics()["probe_gap"] < 1e-4
+        assert engine.metrics()["weight_sync/max_log_prob_diff"] < 1e-4
         samples = engine.generate(make_requests())
         assert rollout_gap(policy, samples) < 1e-4
         assert {span.version for sample in samples for span in sample.weight_versions} == {version}
@@ -188,19 +190,21 @@ def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, 
     with pytest.raises(UserError, match="has room for sequences of 518 tokens, and the stage has some of 600"):
         attach(needs=ServerRequirements(600))
     with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
-        Checks(
-            dataclasses.replace(SPEC, max_position_embeddings=4096), ServerRequirements(4000, top_k=2), rollout_settings().sglang,
+        ServerChecks(
+            dataclasses.replace(SPEC, max_position_embeddings=4096), ServerRequirements(4000, top_k=2), rollout_settings().server,
             dtype="float32", tokenizer=None, attached=True,
         ).score_max_length(url, "any")  # fmt: skip
     for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
-        checks = Checks(
-            dataclasses.replace(SPEC, vocab_size=size), ServerRequirements(), rollout_settings().sglang, dtype="float32",
+        checks = ServerChecks(
+            dataclasses.replace(SPEC, vocab_size=size), ServerRequirements(), rollout_settings().server, dtype="float32",
             tokenizer=tokenizer, attached=True,
         )  # fmt: skip
         with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
             checks.compare(url)
     with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
-        Checks(SPEC, ServerRequirements(), rollout_settings().sglang, dtype="bfloat16", tokenizer=None, attached=True).compare(url)
+        ServerChecks(
+            SPEC, ServerRequirements(), rollout_settings().server, dtype="bfloat16", tokenizer=None, attached=True
+        ).compare(url)
     tokenizer_here = copy.deepcopy(tokenizer)
     tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match="another chat template"):
@@ -274,9 +278,9 @@ def test_given_tokens_are_scored_as_the_trainer_scores_them(policy, attach):
         assert top.log_tail[1:] == pytest.approx(rest, abs=1e-2)
 
 
-@pytest.mark.parametrize("ahead", ["wait", "continue"])
-def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy, attach, ahead):
-    engine = attach(ahead=ahead)
+@pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
+def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy, attach, async_mode):
+    engine = attach(async_mode=async_mode)
     requests = make_requests(prompts=6, groups=12, max_new_tokens=100, stop_token_ids=())
     engine.generate(make_requests())  # so that what comes next starts at once
     started = time.perf_counter()
@@ -291,7 +295,7 @@ def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy
     assert [sample.id for sample in samples] == [request.id for request in requests]
     assert {sample.response_length for sample in samples} == {100}
     versions = {span.version for sample in samples for span in sample.weight_versions}
-    if ahead == "continue":
+    if async_mode == "partial_rollout":
         assert versions == {old_version, old_version + 1}, f"{seconds:.2f} s without a push"
     else:
         assert versions == {old_version}
@@ -334,23 +338,23 @@ def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy,
     where = (policy.chunks, SPEC, policy.layout, policy.score)
     second = ServedEngine(ServerGroup(*where, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
     urls = [url, *second.urls]
-    settings = rollout_settings(router=True, recoveries=1)
+    settings = rollout_settings(router=True, max_restarts=1)
     engine = ServedEngine(ServerGroup(*where, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
     try:
-        fleet = engine._fleet
+        fleet = engine._server_group
         workers = f"{fleet.pool.router.url}/workers"
         samples = engine.generate(make_requests(prompts=12, groups=2))
         assert rollout_gap(policy, samples) < 1e-4
         assert {worker["url"] for worker in httpx.get(workers).json()["workers"]} == set(urls)
         change(policy, 0.02)
-        engine.push(policy.chunks, 3)
+        engine.update_weights(policy.chunks, 3)
         assert rollout_gap(policy, engine.generate(make_requests(prompts=12, groups=2))) < 1e-4
         # A server that missed an update gets no traffic.
         fleet.pool.servers[1].problem = "it missed an update"
         fleet._route()
         assert [worker["url"] for worker in httpx.get(workers).json()["workers"]] == [url]
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-        engine.push(policy.chunks, 4)
+        engine.update_weights(policy.chunks, 4)
         assert len(httpx.get(workers).json()["workers"]) == 2
     finally:
         engine.close()
@@ -382,7 +386,7 @@ def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     assert len(results) == 9
     for case, found in results.items():
-        assert found["gap"] < 1e-4 and found["probe_gap"] < 1e-4 and found["samples"] == 12, case
+        assert found["gap"] < 1e-4 and found["weight_sync/max_log_prob_diff"] < 1e-4 and found["samples"] == 12, case
 
 
 def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
@@ -395,10 +399,14 @@ def test_a_workflow_runs_with_served_rollouts(url, tmp_path):
     rows = metrics(tmp_path / "run", "stages/grpo")
     assert len(rows) == 3
     for row in rows:
-        assert row["rollout_kl"] < 1e-6 and row["probe_gap"] < 1e-4 and row["push_gb_per_second"] > 0
+        assert (
+            row["mismatch/k3_kl"] < 1e-6
+            and row["weight_sync/max_log_prob_diff"] < 1e-4
+            and row["weight_sync/gb_per_s"] > 0
+        )
     for row in rows + metrics(tmp_path / "run", "stages/opd"):
-        assert row["rollout_gap_mean"] <= row["rollout_gap_max"] < 1e-4
-        assert sum(share for name, share in row.items() if name.startswith("rollout_gap_at/")) == pytest.approx(1)
+        assert row["mismatch/log_prob_abs_diff_mean"] <= row["mismatch/log_prob_abs_diff_max"] < 1e-4
+        assert sum(share for name, share in row.items() if name.startswith("mismatch/hist/")) == pytest.approx(1)
     assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
 
 
@@ -417,16 +425,16 @@ def outward_address() -> str | None:
 def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
     """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
     where = (policy.chunks, SPEC, policy.layout, policy.score)
-    settings = rollout_settings(arguments=["--host", "0.0.0.0"])
+    settings = rollout_settings(extra_args=["--host", "0.0.0.0"])
     first = ServedEngine(ServerGroup(*where, settings, tmp_path / "first", tokenizer=tokenizer))
     try:
-        port = first._fleet.pool.servers[0].url.rpartition(":")[2]
+        port = first._server_group.pool.servers[0].url.rpartition(":")[2]
         urls = [f"http://{outward_address()}:{port}"]
         engine = ServedEngine(
             ServerGroup(*where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
         )
         change(policy, 0.02)
-        engine.push(policy.chunks, 5)
+        engine.update_weights(policy.chunks, 5)
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
         engine.close()
     finally:
@@ -435,12 +443,12 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [{"kl_estimator": "sampled"}, {"kl_estimator": "topk", "support": "teacher", "top_k": 6}]
+    "method", [{"kl_estimator": "sampled_token"}, {"kl_estimator": "top_k", "top_k_source": "teacher", "top_k": 6}]
 )
 def test_a_served_teacher_trains_the_same_student_as_one_in_the_trainer(url, tmp_path, method):
     config = yaml.safe_load(WORKFLOW)
     shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "train_batch_size", "sampling", "optimizer")}
-    config["stages"]["teacher"] = {"like": "base", "steps": 60}
+    config["stages"]["teacher"] = {"extends": "base", "steps": 60}
     config["stages"]["opd"] = shared | {
         "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "num_generations": 2,
     } | method  # fmt: skip
@@ -493,22 +501,24 @@ def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, att
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", ["off", "continue"])
-def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
+@pytest.mark.parametrize("async_mode", ["sync", "partial_rollout"])
+def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, async_mode):
     """Statistically: other random numbers, so every arm and the rewards of training within four standard errors."""
-    config = {"base": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
-    truncate = {"importance": {"mode": "truncate"}}
+    config = {"defaults": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
+    truncate = {"rollout_correction": {"mode": "tis"}}
     config["stages"] = {name: truncate for name in ("rl_teacher", "student_grpo", "stage3")}
     found = {}
     for engine in ("megatron", "sglang"):
-        settings = {"ahead": ahead, "over_sampling_ratio": 1.0 if ahead == "off" else 1.25}
-        config["rollout"] = {"engine": engine, "max_kl": 1e-6 if ahead == "off" else None, "sglang": settings}
+        settings = {"async_mode": async_mode, "over_sampling_ratio": 1.0 if async_mode == "sync" else 1.25}
+        config["rollout"] = {"engine": engine, "max_mismatch_kl": 1e-6 if async_mode == "sync" else None} | (
+            settings if engine == "sglang" else {}
+        )
         path = tmp_path / f"{engine}.yaml"
         path.write_text(yaml.safe_dump(config))
         finished = s2d("run", path, "--out", tmp_path / engine, timeout=1500)
         assert finished.returncode == 0, finished.stderr
         found[engine] = json.loads((tmp_path / engine / "results.json").read_text())["arms"]
-        print(engine, ahead, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in found[engine].items()})
+        print(engine, async_mode, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in found[engine].items()})
     for name, arm in found["megatron"].items():
         other = found["sglang"][name]
         error = (arm["std_err"] ** 2 + other["std_err"] ** 2) ** 0.5
@@ -519,7 +529,7 @@ def test_the_smoke_workflow_gives_the_same_with_servers(tmp_path, ahead):
     chance = np.mean(list(rewards.values()))  # of 8 steps of 128 responses each
     assert abs(rewards["megatron"] - rewards["sglang"]) < 4 * (2 * chance * (1 - chance) / 1024) ** 0.5, rewards
     rows = metrics(tmp_path / "sglang", "stages/rl_teacher")
-    assert all(row["staleness_max"] == 0 for row in rows) if ahead == "off" else rows[-1]["staleness_max"] >= 1
+    assert all(row["policy_lag_max"] == 0 for row in rows) if async_mode == "sync" else rows[-1]["policy_lag_max"] >= 1
 
 
 @pytest.mark.slow

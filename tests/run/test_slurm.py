@@ -107,8 +107,10 @@ def assert_equals(run_dir: Path, unbroken: Path) -> None:
         assert steps == list(range(1, len(steps) + 1)), job
     evaluation = "evaluations/student_grpo/evaluation.jsonl"
     assert (run_dir / evaluation).read_bytes() == (unbroken / evaluation).read_bytes()
-    assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((unbroken / "ledger.json").read_text())
-    assert not (run_dir / "stages/superseded").exists() and (run_dir / "report.html").exists()
+    assert json.loads((run_dir / "label_ledger.json").read_text()) == json.loads(
+        (unbroken / "label_ledger.json").read_text()
+    )
+    assert not (run_dir / "stages/.archive").exists() and (run_dir / "report.html").exists()
 
 
 def resumes(run_dir: Path, job: str) -> int:
@@ -189,7 +191,9 @@ def test_a_node_that_stays_away_leaves_its_work_to_the_other(cluster, here, tmp_
     assert "nodes left: node1\n" in logs(run_dir)
     for mine, expected in zip(metrics(run_dir, JOBS[0]), metrics(here, JOBS[0]), strict=True):
         assert mine["step"] == expected["step"] and mine["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((here / "ledger.json").read_text())
+    assert json.loads((run_dir / "label_ledger.json").read_text()) == json.loads(
+        (here / "label_ledger.json").read_text()
+    )
 
 
 @pytest.mark.slow

@@ -50,12 +50,12 @@ def test_training_means_something(unbroken):
     bridge = metrics(unbroken, "stages/opd")
     assert bridge[-1]["kl"] < bridge[0]["kl"]
     for row in metrics(unbroken, "stages/rl_teacher"):
-        assert row["rollout_kl"] < 1e-9 and abs(row["importance_ratio_max"] - 1) < 1e-4
-        assert row["rollout_gap_max"] < 1e-4
+        assert row["mismatch/k3_kl"] < 1e-9 and abs(row["importance_ratio_max"] - 1) < 1e-4
+        assert row["mismatch/log_prob_abs_diff_max"] < 1e-4
 
 
 def test_the_ledger_is_written(unbroken):
-    entries = {entry["stage"]: entry for entry in json.loads((unbroken / "ledger.json").read_text())}
+    entries = {entry["stage"]: entry for entry in json.loads((unbroken / "label_ledger.json").read_text())}
     first, last = set(entries["rl_teacher"]["prompt_ids"]), set(entries["stage3"]["prompt_ids"])
     assert len(first) == len(last) == 128 and not first & last
     assert not entries["opd"]["labels_used"]
@@ -76,7 +76,7 @@ def test_a_changed_config_runs_again_what_it_affects(unbroken, tmp_path):
     assert "stages/stage3: runs again, stage.steps: 4 -> 2" in finished.stdout
     assert "8 of 10 stages and evaluations are finished and reused" in finished.stdout
     assert len(metrics(run_dir, "stages/stage3")) == 2
-    shelved = run_dir / "stages" / "superseded" / "stage3-1"
+    shelved = run_dir / "stages" / ".archive" / "stage3-1"
     assert "stage.steps: 4 -> 2" in (shelved / "reason.txt").read_text() and (shelved / "model").exists()
     assert metrics(run_dir, "stages/stage3") == metrics(unbroken, "stages/stage3")[:2]
 

@@ -9,7 +9,7 @@ from s2d import SMOKE, s2d
 def test_a_sweep_runs_goes_on_and_reports(tmp_path):
     sweep = {
         "name": "sizes",
-        "base": str(SMOKE),
+        "workflow": str(SMOKE),
         "set": {
             "arms": {"base": "student_base"}, "contrasts": [], "stages.student_base.steps": 6,
             "evaluation.samples_per_prompt": 1,

@@ -270,7 +270,7 @@ def test_supersede_keeps_everything(tmp_path):
         stage.begin({"number": number}, {}, {})
         targets.append(stage.supersede(f"lr changed {number}"))
     assert [path.name for path in targets] == ["grpo-1", "grpo-2"]
-    assert names(tmp_path) == ["superseded"]
+    assert names(tmp_path) == [".archive"]
     assert read_json(targets[0] / "config.json") == {"number": 1}
     assert "lr changed 2" in (targets[1] / "reason.txt").read_text()
 

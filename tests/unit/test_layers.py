@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_conversion_stays_beside_the_trainer(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launchers").glob("*.py")), ids=lambda path: path.name)
 def test_launchers_know_the_plan_and_not_the_training(path):
-    assert imports_of(path) <= {"config", "artifacts", "errors", "formatting", "workflow", "launchers"}
+    assert imports_of(path) <= {"config", "artifacts", "errors", "formatting", "workflow", "studies", "launchers"}
 
 
 def test_configuration_planning_and_launchers_import_without_torch():
@@ -75,6 +76,15 @@ def test_configuration_planning_and_launchers_import_without_torch():
     ]
     code = f"import sys\nfor name in {modules!r}: __import__(name)\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_package_is_installed():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py") if "cpu_stub" not in path.parts}
+    assert listed == {".".join(folder.parts) for folder in folders} | {
+        "megatron_s2d.launchers",
+        "megatron_s2d.conversion",
+    }
 
 
 def test_the_environment_is_read_in_two_places():

@@ -83,7 +83,7 @@ class MegatronEngine:
         self._is_root = layout.groups.mp.rank() == self._root
         self._is_alone = layout.groups.mp.size() == 1
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """The engine reads the live weights, so only the version changes; ``chunks`` must be its own model."""
         if len(chunks) != 1 or chunks[0] is not self._chunk:
             raise ValueError("this engine generates with the model it was built on and was pushed another one")
@@ -96,10 +96,10 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing is held between calls."""
 
-    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
         """Nothing: the model generates when it does not train."""
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing: between two calls of ``generate`` nothing is held."""
 
     def generate(

@@ -24,16 +24,18 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.served import scoring
-from megatron_s2d.rollout.served.generation import GenerationTask, Outcome
+from megatron_s2d.rollout.served.generation import GenerationResult, GenerationTask
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.server_pool import ServerPool
-from megatron_s2d.rollout.sglang.protocol import ReplyContract, PartialRollout
+from megatron_s2d.rollout.sglang.protocol import PartialRollout, ReplyContract
 
 
 class PendingBatch:
     """What one ``generate`` asks for, and what there is of it. Samples are known on ranks that speak only."""
 
-    def __init__(self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]):
+    def __init__(
+        self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]
+    ):
         self.requests, self.generation = list(requests), None
         groups = {request.group for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
@@ -62,10 +64,10 @@ class PendingBatch:
                 progress=progress,
             )
 
-    def collect(self) -> Outcome:
+    def collect(self) -> GenerationResult:
         """Wait for what was started, and take it; may raise ``UserError``."""
         if self.generation is None:
-            return Outcome()
+            return GenerationResult()
         generation, self.generation = self.generation, None
         outcome = generation.result()
         self.samples |= {self._places[i]: sample for i, sample in outcome.samples.items()}
@@ -90,8 +92,8 @@ class ServedEngine:
     """See the module. ``close`` ends the fleet."""
 
     def __init__(self, fleet: ServerGroup):
-        self._fleet, self._spec, self._layout = fleet, fleet.spec, fleet.layout
-        self._settings, self._tokenizer = fleet.settings, fleet.tokenizer
+        self._server_group, self._spec, self._layout = fleet, fleet.spec, fleet.layout
+        self._rollout, self._tokenizer = fleet.rollout, fleet.tokenizer
         self._begun: PendingBatch | None = None  # by ``begin``
         self._refused = ""  # what was begun and cannot be answered, whatever is tried
         self._carried: dict[str, Sample | PartialRollout] = {}  # by request, of groups that were not complete in time
@@ -99,23 +101,23 @@ class ServedEngine:
     @property
     def version(self) -> int:
         """Of the weights that the servers hold."""
-        return self._fleet.version
+        return self._server_group.version
 
     @property
     def urls(self) -> list[str]:
         """Addresses of the servers."""
-        return [server.url for server in self._fleet.pool.servers]
+        return [server.url for server in self._server_group.pool.servers]
 
     # ------------------------------------------------------------------ RolloutEngine
 
-    def begin(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
+    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
         """With ``ahead``: have the requests answered from now on; the next ``generate`` must ask for the same."""
-        if self._settings.ahead == "off":
+        if self._rollout.async_mode == "sync":
             return
         self._check(requests)
         self._begun = PendingBatch(requests, num_groups, self._carried)
-        if self._speaks:
-            self._begun.start(self._fleet.pool, self._expected)
+        if self._sends_requests:
+            self._begun.start(self._server_group.pool, self._reply_contract)
 
     def generate(
         self,
@@ -135,16 +137,16 @@ class ServedEngine:
         else:
             self._check(requests)
             work = PendingBatch(requests, num_groups, self._carried)
-        self._fleet.wake()
-        self._with_recoveries(lambda: self._ask(work, progress))
-        samples, carried = work.split() if self._speaks else ([], {})
+        self._server_group.wake_up()
+        self._with_recoveries(lambda: self._generate_once(work, progress))
+        samples, carried = work.split() if self._sends_requests else ([], {})
         if num_groups is not None:
             self._carried = carried
         return broadcast_in_group(samples, self._layout.groups.mp)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """With ``release_memory``: the servers give their GPU memory back until the next push."""
-        self._fleet.rest()
+        self._server_group.sleep()
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """log pi of every sample's response tokens at temperature 1, [length] float32 each (0 elsewhere), on all ranks.
@@ -161,7 +163,7 @@ class ServedEngine:
         errors as in ``score``.
         """
         scoring.check_temperature(samples)
-        group, fleet = (layout or self._layout).groups.mp, self._fleet
+        group, fleet = (layout or self._layout).groups.mp, self._server_group
         found: dict[int, scoring.TopTokens] = {}
 
         def ask() -> list[str]:
@@ -170,7 +172,9 @@ class ServedEngine:
             if group.rank() == 0 and missing:
                 part = [samples[place].token_ids for place in missing]
                 try:
-                    tokens, reasons = scoring.top_tokens(fleet.pool, part, fleet.label, self._spec.vocab_size, k)
+                    tokens, reasons = scoring.top_tokens(
+                        fleet.pool, part, fleet.weight_version, self._spec.vocab_size, k
+                    )
                     found.update({missing[place]: value for place, value in tokens.items()})
                 except UserError as error:
                     refused = str(error)
@@ -179,36 +183,36 @@ class ServedEngine:
         self._with_recoveries(ask)
         return broadcast_in_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
-        self._hold()
-        self._fleet.push(chunks, version)
-        if self._begun is not None and self._speaks:
-            self._begun.start(self._fleet.pool, self._expected)
+        self._pause_generation()
+        self._server_group.update_weights(chunks, version)
+        if self._begun is not None and self._sends_requests:
+            self._begun.start(self._server_group.pool, self._reply_contract)
 
     def metrics(self) -> dict[str, float]:
-        """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
-        return self._fleet.metrics()
+        """``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last push."""
+        return self._server_group.metrics()
 
     def close(self) -> None:
         """End the servers that were started here, and remove the weights that they read."""
         if self._begun is not None and self._begun.generation is not None:
             self._begun.generation.interrupt()
-        self._fleet.close()
+        self._server_group.close()
 
     # ------------------------------------------------------------------ requests
 
     def _with_recoveries(self, ask: Callable[[], list[str]]) -> None:
         """Ask, and recover, until ``ask`` returns no reasons of failures; they are the same on all ranks."""
-        for recovery in range(self._settings.recoveries + 1):
+        for recovery in range(self._rollout.server.max_restarts + 1):
             reasons = ask()
             if not reasons:
                 return
-            if recovery < self._settings.recoveries:
-                self._fleet.recover()
+            if recovery < self._rollout.server.max_restarts:
+                self._server_group.recover()
         raise UserError(
-            f"the SGLang servers left some requests unanswered, after {self._settings.recoveries} recoveries too "
-            f"({reasons[0]}); see the servers' logs in {self._fleet.directory}"
+            f"the SGLang servers left some requests unanswered, after {self._rollout.server.max_restarts} recoveries too "
+            f"({reasons[0]}); see the servers' logs in {self._server_group.directory}"
         )
 
     def _scored(self, samples: Sequence[Sample], score: Callable[..., tuple[dict[int, Any], list[str]]]) -> dict:
@@ -220,65 +224,69 @@ class ServedEngine:
         def ask_missing() -> tuple[dict[int, Any], list[str], dict[str, str]]:
             missing = [place for place in range(len(samples)) if place not in found]
             part = [sequences[place] for place in missing]
-            scores, reasons = score(self._fleet.pool, part, self._fleet.label, self._spec.vocab_size)
-            return {missing[place]: value for place, value in scores.items()}, reasons, self._fleet.pool.problems
+            scores, reasons = score(
+                self._server_group.pool, part, self._server_group.weight_version, self._spec.vocab_size
+            )
+            return {missing[place]: value for place, value in scores.items()}, reasons, self._server_group.pool.problems
 
         def ask() -> list[str]:
             scores, reasons, problems = broadcast_from_rank0(ask_missing)
             found.update(scores)
-            self._fleet.pool.note(problems)
+            self._server_group.pool.mark_failed(problems)
             return reasons
 
         self._with_recoveries(ask)
         return found
 
     @property
-    def _speaks(self) -> bool:
+    def _sends_requests(self) -> bool:
         """Whether this rank sends the requests of its replica."""
         return self._layout.groups.mp.rank() == 0
 
     @property
-    def _expected(self) -> ReplyContract:
-        return ReplyContract(self._fleet.label, self.version, self._spec.vocab_size, self._tokenizer)
+    def _reply_contract(self) -> ReplyContract:
+        return ReplyContract(self._server_group.weight_version, self.version, self._spec.vocab_size, self._tokenizer)
 
-    def _ask(self, work: PendingBatch, progress: ProgressCallback | None) -> list[str]:
+    def _generate_once(self, work: PendingBatch, progress: ProgressCallback | None) -> list[str]:
         """Add samples to ``work``; returns reasons of failures, of all replicas and on all ranks."""
-        outcome, refused = Outcome(), self._refused
-        if self._speaks and not refused:
+        outcome, refused = GenerationResult(), self._refused
+        if self._sends_requests and not refused:
             try:
                 if work.generation is None:
-                    work.start(self._fleet.pool, self._expected, progress)
+                    work.start(self._server_group.pool, self._reply_contract, progress)
                 outcome = work.collect()
             except UserError as error:
                 refused = str(error)
-        reasons = sorted(set(outcome.failures.values())) or ["no answer"] if self._lacks(work) else []
+        reasons = sorted(set(outcome.failures.values())) or ["no answer"] if self._is_incomplete(work) else []
         return self._agree(refused, reasons)
 
     def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
         """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
-        everyone = all_gather_object((refused, self._fleet.pool.problems, reasons))
+        everyone = all_gather_object((refused, self._server_group.pool.problems, reasons))
         for said, _, _ in everyone:
             if said:
                 raise UserError(said)
-        self._fleet.pool.note({url: problem for _, found, _ in everyone for url, problem in found.items()})
+        self._server_group.pool.mark_failed(
+            {url: problem for _, found, _ in everyone for url, problem in found.items()}
+        )
         return [reason for _, _, reasons in everyone for reason in reasons]
 
-    def _lacks(self, work: PendingBatch) -> bool:
-        return self._speaks and len(work.complete_groups()) < work.num_groups
+    def _is_incomplete(self, work: PendingBatch) -> bool:
+        return self._sends_requests and len(work.complete_groups()) < work.num_groups
 
-    def _hold(self) -> None:
+    def _pause_generation(self) -> None:
         """Before a push: responses that were begun are complete, or interrupted; no request is in flight."""
         if self._begun is None:
             return
         if self._begun.generation is not None:
-            if self._settings.ahead == "continue":
+            if self._rollout.async_mode == "partial_rollout":
                 self._begun.generation.interrupt()
             try:
                 self._begun.collect()  # what failed is asked for again
             except UserError as error:
                 self._refused = str(error)
-        pool = self._fleet.pool
-        pool.note({url: problem for found in all_gather_object(pool.problems) for url, problem in found.items()})
+        pool = self._server_group.pool
+        pool.mark_failed({url: problem for found in all_gather_object(pool.problems) for url, problem in found.items()})
 
     def _check(self, requests: Sequence[Request]) -> None:
         check_requests(

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request
-from megatron_s2d.rollout.served.server_pool import Interrupted, ServerPool, Session, NoHealthyServer, together
+from megatron_s2d.rollout.served.server_pool import Interrupted, NoHealthyServer, ServerPool, Session, gather_all
 from megatron_s2d.rollout.sglang.protocol import (
-    InvalidReply,
-    ReplyContract,
-    PartialRollout,
     ContextLengthExceeded,
+    InvalidReply,
+    PartialRollout,
+    ReplyContract,
     generate_body,
     parse_reply,
     to_partial,
@@ -31,7 +31,7 @@ from megatron_s2d.rollout.sglang.protocol import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class GenerationResult:
     """By the place of the request: samples, the last reason of each that failed, beginnings of interrupted ones."""
 
     samples: dict[int, Sample] = dataclasses.field(default_factory=dict)
@@ -57,7 +57,7 @@ class GenerationTask:
         self._partials = dict(partials or {})
         self._open = collections.Counter(request.group for request in requests)  # group -> responses without a sample
         self._groups_left = num_groups
-        self._outcome, self._error = Outcome(), None
+        self._outcome, self._error = GenerationResult(), None
         self._interrupted = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Session | None = None
@@ -74,7 +74,7 @@ class GenerationTask:
             except RuntimeError:  # the loop is closed: the generation has ended
                 return
 
-    def result(self) -> Outcome:
+    def result(self) -> GenerationResult:
         """Wait for the end. Raises ``UserError`` for a request that is refused or that a context is too short for."""
         self._thread.join()
         if self._error is not None:
@@ -94,21 +94,21 @@ class GenerationTask:
             self._loop, self._session = asyncio.get_running_loop(), session
             if self._interrupted.is_set():  # before there was a session to stop
                 session.stopped.set()
-            giving_up = asyncio.create_task(session.give_up())
+            giving_up = asyncio.create_task(session.abort_all())
             try:
-                await together(
-                    self._answer(session, room, place, groups[_prompt_key(request)])
+                await gather_all(
+                    self._request_sample(session, room, place, groups[_prompt_key(request)])
                     for place, request in enumerate(self._requests)
                 )
             finally:
                 giving_up.cancel()
                 self._session = None
 
-    async def _answer(self, session: Session, room: asyncio.Semaphore, place: int, first: int) -> None:
+    async def _request_sample(self, session: Session, room: asyncio.Semaphore, place: int, first: int) -> None:
         outcome, request = self._outcome, self._requests[place]
         async with room:
             try:
-                outcome.samples[place] = await self._sample(session, place, first)
+                outcome.samples[place] = await self._try_sample(session, place, first)
                 self._open[request.group] -= 1
                 if self._groups_left is not None and not self._open[request.group]:
                     self._groups_left -= 1
@@ -122,7 +122,7 @@ class GenerationTask:
         if self._progress is not None and not session.stopped.is_set():
             self._progress(len(outcome.samples) + len(outcome.failures), len(self._requests))
 
-    async def _sample(self, session: Session, place: int, first: int) -> Sample:
+    async def _try_sample(self, session: Session, place: int, first: int) -> Sample:
         request, expected = self._requests[place], self._expected
         before = self._partials.get(place)
 
@@ -134,9 +134,9 @@ class GenerationTask:
                 raise Interrupted
             return to_sample(request, reply, expected, before)
 
-        bodies = (generate_body(request, before) for _ in range(self._pool.settings.attempts))
+        bodies = (generate_body(request, before) for _ in range(self._pool.settings.max_attempts))
         try:
-            return await session.ask(bodies, first, checked)
+            return await session.request(bodies, first, checked)
         except ContextLengthExceeded as error:
             raise UserError(f"the response to prompt {request.prompt.id} was cut at {error}") from None
 

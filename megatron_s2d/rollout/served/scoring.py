@@ -16,7 +16,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served.server_pool import ServerPool
 from megatron_s2d.rollout.served.weight_checks import scored_tokens
-from megatron_s2d.rollout.sglang.protocol import InvalidReply, GenerateReply, StaleWeights
+from megatron_s2d.rollout.sglang.protocol import GenerateReply, InvalidReply, StaleWeights
 
 _ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right to about their last digit
 
@@ -46,7 +46,7 @@ def score(
     """Place -> [length] float32 of each sequence that could be scored, and why the others could not."""
 
     def checked(place: int, reply: GenerateReply) -> np.ndarray:
-        _check_label(reply, label)
+        _check_weight_version(reply, label)
         return scored_tokens(sequences[place], reply, vocab_size)
 
     return pool.score_all(sequences, checked)
@@ -58,14 +58,14 @@ def top_tokens(
     """``score`` for the k likeliest tokens of every position."""
 
     def checked(place: int, reply: GenerateReply) -> TopTokens:
-        _check_label(reply, label)
+        _check_weight_version(reply, label)
         scored_tokens(sequences[place], reply, vocab_size)
         return _top(sequences[place], reply, vocab_size, k)
 
     return pool.score_all(sequences, checked, top_k=k)
 
 
-def _check_label(reply: GenerateReply, label: str) -> None:
+def _check_weight_version(reply: GenerateReply, label: str) -> None:
     if reply.meta_info.weight_version != label:
         raise StaleWeights(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
 

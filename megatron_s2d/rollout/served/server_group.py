@@ -29,17 +29,17 @@ from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served import weight_checks as probes
-from megatron_s2d.rollout.served.server_pool import ServerPool, Server
-from megatron_s2d.rollout.sglang.admin import IDLE_SECONDS, PushFailed, ServerControl, finish
-from megatron_s2d.rollout.sglang.checks import Checks, ServerRequirements
-from megatron_s2d.rollout.sglang.protocol import InvalidReply, Decoder
+from megatron_s2d.rollout.served.server_pool import Server, ServerPool
+from megatron_s2d.rollout.sglang.admin import IDLE_SECONDS, ServerControl, WeightUpdateFailed, finish
+from megatron_s2d.rollout.sglang.checks import ServerChecks, ServerRequirements
+from megatron_s2d.rollout.sglang.protocol import Decoder, InvalidReply
 from megatron_s2d.rollout.sglang.server import Router, ServerProcess, is_healthy
 from megatron_s2d.rollout.sglang.weight_sync import (
     BroadcastWeightSync,
     Bucket,
     DiskWeightSync,
-    WeightSync,
     TensorWeightSync,
+    WeightSync,
     refuse_remote,
 )
 
@@ -49,12 +49,12 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
-class Push:
+class WeightUpdate:
     """What a push measured."""
 
     seconds: float
     num_bytes: int  # of the weights, once
-    gap: float  # largest difference of a probe's log-probability, over the servers
+    max_log_prob_diff: float  # largest difference of a probe's log-probability, over the servers
 
 
 class ServerGroup:
@@ -84,47 +84,52 @@ class ServerGroup:
         """
         self.version = 0
         self.directory = directory
-        self.spec, self.layout, self.settings, self.tokenizer = spec, layout, settings.sglang, tokenizer
+        self.spec, self.layout, self.rollout, self.tokenizer = spec, layout, settings, tokenizer
+        self.settings = settings.sglang
         self._chunks, self._score, self._on_device = chunks, score, on_device
         self._max_tokens = settings.max_batch_tokens
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_first = dist.get_rank() == 0
-        self._tag = broadcast_from_rank0(lambda: uuid.uuid4().hex[:12])  # an attached server may hold versions of another run
+        self._tag = broadcast_from_rank0(
+            lambda: uuid.uuid4().hex[:12]
+        )  # an attached server may hold versions of another run
         self._processes: list[ServerProcess] = []
         self._router: Router | None = None
         self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
-        self._sender: WeightSync = {"disk": self._disk, "distributed": BroadcastWeightSync(), "tensor": TensorWeightSync()}[
-            self.settings.sync
-        ]
-        self.last_push = Push(0.0, 0, 0.0)  # what it measured
+        self._sender: WeightSync = {
+            "disk": self._disk,
+            "distributed": BroadcastWeightSync(),
+            "tensor": TensorWeightSync(),
+        }[self.settings.weight_sync]
+        self.last_push = WeightUpdate(0.0, 0, 0.0)  # what it measured
         self._resting: frozenset[str] = frozenset()  # servers that have given their memory back
-        self._checks = Checks(
+        self._checks = ServerChecks(
             spec,
             needs,
-            self.settings,
+            settings.server,
             dtype=str(self._dtype).removeprefix("torch."),
             tokenizer=tokenizer,
             attached=bool(urls),
         )
-        if urls and self.settings.sync == "tensor":
+        if urls and self.settings.weight_sync == "tensor":
             refuse_remote(urls)
-        self.pool = ServerPool(urls or self._start_servers(), self.settings)
+        self.pool = ServerPool(urls or self._start_servers(), settings.server)
         try:
             if self.settings.router:
                 self.pool.router = Server(broadcast_from_rank0(self._start_router))
             self._update(self.pool.servers)
             with on_device():
-                self._checks.dry_run(self.pool.servers, self.label, score, self._tolerance)
+                self._checks.dry_run(self.pool.servers, self.weight_version, score, self._tolerance)
         except UserError:
             self.close()
             raise
 
     @property
-    def label(self) -> str:
+    def weight_version(self) -> str:
         """What servers call the current weights."""
         return f"{self._tag}-{self.version}"
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Bring the weights of ``chunks`` to all servers, which are idle; ``UserError`` where none holds them then."""
         self._chunks, self.version = chunks, version
         self._update(self.pool.servers)
@@ -141,14 +146,17 @@ class ServerGroup:
             self._update([server for server in self.pool.servers if server.problem])
 
     def metrics(self) -> dict[str, float]:
-        """``push_gb_per_second`` and ``probe_gap`` (nats) of the last push."""
+        """``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last push."""
         last = self.last_push
-        return {"push_gb_per_second": last.num_bytes / 1e9 / max(last.seconds, 1e-9), "probe_gap": last.gap}
+        return {
+            "weight_sync/gb_per_s": last.num_bytes / 1e9 / max(last.seconds, 1e-9),
+            "weight_sync/max_log_prob_diff": last.max_log_prob_diff,
+        }
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """With ``release_memory``: the servers, which are idle, give their GPU memory back until the next push."""
         urls = [server.url for server in self.pool.servers if not server.problem]
-        if not self.settings.release_memory or self._resting:
+        if not self.settings.enable_memory_saver or self._resting:
             return
 
         def release() -> dict[str, str]:
@@ -156,17 +164,17 @@ class ServerGroup:
                 return servers.release_memory()
 
         problems = broadcast_from_rank0(release)
-        self.pool.note(self.pool.problems | problems)
+        self.pool.mark_failed(self.pool.problems | problems)
         self._resting = frozenset(urls) - problems.keys()
 
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         """End a rest without a push."""
         if self._resting:
             self._update(self.pool.servers)
 
     def close(self) -> None:
         """End the servers that were started here, and remove the weights that they read."""
-        self._sender.forget()
+        self._sender.reset()
         for process in self._processes:
             process.close()
         self._processes = []
@@ -189,7 +197,7 @@ class ServerGroup:
         def start() -> list[str]:
             if failure:
                 raise UserError(failure)
-            self._processes = [self._start(number) for number in range(self.settings.replicas)]
+            self._processes = [self._start(number) for number in range(self.settings.num_servers)]
             self._wait(self._processes)
             return [process.url for process in self._processes]
 
@@ -227,10 +235,10 @@ class ServerGroup:
 
         ``recoveries`` times again; ``UserError`` where no server of the pool holds them then.
         """
-        for _ in range(self.settings.recoveries + 1 if servers else 0):
+        for _ in range(self.rollout.server.max_restarts + 1 if servers else 0):
             reachable = self._reachable(servers)
-            if reachable := self._checks.comparable(reachable):
-                self._push_to(reachable)
+            if reachable := self._checks.check_compatibility(reachable):
+                self._update_weights_of(reachable)
             servers = [server for server in {*servers, *reachable} if server.problem]
             if not servers or not reachable:
                 break
@@ -294,19 +302,19 @@ class ServerGroup:
 
     @property
     def _tolerance(self) -> float:
-        return self.settings.weight_check_tolerance or _TOLERANCES[self._dtype]
+        return self.rollout.server.weight_check_tolerance or _TOLERANCES[self._dtype]
 
-    def _push_to(self, servers: Sequence[Server]) -> None:
+    def _update_weights_of(self, servers: Sequence[Server]) -> None:
         """Push to ``servers`` and test them; those that fail get a problem."""
         samples = probes.weight_check_sequences(self.spec)
         with self._on_device():
             started = time.perf_counter()
-            size, failure = self._send([server.url for server in servers])
+            size, failure = self._send_weights([server.url for server in servers])
             seconds = time.perf_counter() - started
             expected = self._score(samples)
 
         def test() -> tuple[dict[str, tuple[float, str]], int]:
-            found = {server.url: self._test(server, samples, expected) for server in servers}
+            found = {server.url: self._check_server(server, samples, expected) for server in servers}
             odd, count = _mismatching_checksums([url for url, (_, problem) in found.items() if not problem])
             return found | {url: (found[url][0], problem) for url, problem in odd.items()}, count
 
@@ -314,20 +322,22 @@ class ServerGroup:
         for server in servers:
             problem = found[server.url][1]
             server.problem = failure if problem and failure.startswith(server.url) else problem
-        self.last_push = Push(seconds, size, max(gap for gap, _ in found.values()))
+        self.last_push = WeightUpdate(seconds, size, max(gap for gap, _ in found.values()))
         if self._is_first:
             print(
-                f"weights {self.label} to {len(servers)} server(s) by {self.settings.sync}: {size / 1e9:.4f} GB in "
+                f"weights {self.weight_version} to {len(servers)} server(s) by {self.settings.weight_sync}: {size / 1e9:.4f} GB in "
                 f"{seconds:.2f} s ({size / 1e9 / seconds:.3f} GB/s), largest probe difference "
-                f"{self.last_push.gap:.1e}, {num_digests} digest(s) compared",
+                f"{self.last_push.max_log_prob_diff:.1e}, {num_digests} digest(s) compared",
                 *[f"; {url}: {problem}" for url, (_, problem) in found.items() if problem],
                 flush=True,
             )
 
-    def _test(self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]) -> tuple[float, str]:
+    def _check_server(
+        self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]
+    ) -> tuple[float, str]:
         """Largest difference on the probes, and what is wrong with the server, if anything."""
         try:
-            gap = probes.gap(self.pool, server, self.spec, samples, expected, self.label)
+            gap = probes.max_log_prob_diff(self.pool, server, self.spec, samples, expected, self.weight_version)
         except (InvalidReply, UserError) as error:
             return float("nan"), str(error)
         if not gap <= self._tolerance:
@@ -335,32 +345,35 @@ class ServerGroup:
             return gap, f"its log-probabilities differ from the trainer's by {gap:.1e} nats {allowed}"
         return gap, ""
 
-    def _send(self, urls: list[str]) -> tuple[int, str]:
+    def _send_weights(self, urls: list[str]) -> tuple[int, str]:
         """Send the current weights to idle servers; returns their bytes and, where it failed, why."""
         size, failure = 0, ""
         resting, self._resting = self._resting.intersection(urls), self._resting.difference(urls)
-        with ServerControl(urls if self._is_first else []) as servers, ServerControl(resting if self._is_first else []) as sleepers:
+        with (
+            ServerControl(urls if self._is_first else []) as servers,
+            ServerControl(resting if self._is_first else []) as sleepers,
+        ):
             try:
                 finish(sleepers.post("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}))
                 finish(servers.post("/pause_generation", {"mode": "abort"}))
                 # A request that its sender gave up may still be running, and SGLang ends itself where it is asked to
                 # forget the keys and values of old weights then: wait until nothing runs.
                 finish(servers.post(f"/flush_cache?timeout={IDLE_SECONDS}", {}))
-            except PushFailed as error:
+            except WeightUpdateFailed as error:
                 failure = str(error)
             for bucket, last in self._buckets():  # to the end on every rank, because making buckets is collective
                 size += sum(tensor.nbytes for _, tensor in bucket)
                 if self._is_first and not failure:
                     try:
-                        self._sender.send(servers, bucket, self.label, last=last)
-                    except (PushFailed, UserError) as error:
+                        self._sender.send(servers, bucket, self.weight_version, last=last)
+                    except (WeightUpdateFailed, UserError) as error:
                         failure = str(error)
-                        self._sender.forget()
+                        self._sender.reset()
             try:
                 # Keys and values last: the senders need memory of their own.
                 finish(sleepers.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
                 finish(servers.post("/continue_generation", {}))
-            except PushFailed as error:
+            except WeightUpdateFailed as error:
                 failure = failure or str(error)
         return size, broadcast_from_rank0(lambda: failure)
 

@@ -17,11 +17,11 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from megatron_s2d.config.training import SglangConfig
+from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.sglang.protocol import (
-    InvalidReply,
     GenerateReply,
+    InvalidReply,
     StaleWeights,
     parse_replies,
     score_body,
@@ -53,11 +53,11 @@ class Server:
 class ServerPool:
     """The servers that hold one model. With a ``router`` requests go through that, and aborts to all servers."""
 
-    def __init__(self, urls: Sequence[str], settings: SglangConfig):
+    def __init__(self, urls: Sequence[str], settings: ServerConfig):
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.router: Server | None = None
         self.settings = settings
-        self.concurrency = _connections(settings.concurrency * len(urls))  # requests in flight at most
+        self.concurrency = _connections(settings.max_concurrent_requests * len(urls))  # requests in flight at most
 
     @property
     def problems(self) -> dict[str, str]:
@@ -65,7 +65,7 @@ class ServerPool:
         found = self.servers if self.router is None else [*self.servers, self.router]
         return {server.url: server.problem for server in found if server.problem}
 
-    def note(self, problems: Mapping[str, str]) -> None:
+    def mark_failed(self, problems: Mapping[str, str]) -> None:
         """Take over what is known of the servers elsewhere: those without a problem there have none."""
         for server in self.servers if self.router is None else [*self.servers, self.router]:
             server.problem = problems.get(server.url, "")
@@ -106,15 +106,15 @@ class ServerPool:
 
             async with room:
                 try:
-                    bodies = (score_body([sequences[place]], top_k) for _ in range(self.settings.attempts))
-                    found[place] = await session.ask(bodies, place, one)
+                    bodies = (score_body([sequences[place]], top_k) for _ in range(self.settings.max_attempts))
+                    found[place] = await session.request(bodies, place, one)
                 except (InvalidReply, NoHealthyServer) as error:
                     reasons.append(str(error))
 
         async def ask() -> None:
             room = asyncio.Semaphore(self.concurrency)
             async with self.session() as session:
-                await together(work(session, room, place) for place in range(len(sequences)))
+                await gather_all(work(session, room, place) for place in range(len(sequences)))
 
         asyncio.run(ask())
         return found, sorted(set(reasons))
@@ -137,7 +137,7 @@ class Session:
         self._pool, self._client = pool, client
         self._in_flight: dict[str, Server] = {}
 
-    async def ask[Result](
+    async def request[Result](
         self, bodies: Iterable[dict[str, Any]], first: int, checked: Callable[[bytes], Result]
     ) -> Result:
         """Send one body after the other, each to the next server, until ``checked`` takes a reply.
@@ -191,7 +191,7 @@ class Session:
             raise InvalidReply(f"status {status}: {_text(content)[:200]}")
         return content
 
-    async def give_up(self) -> None:
+    async def abort_all(self) -> None:
         """Once ``stopped``: have everything in flight end, whose replies then come with the tokens so far.
 
         Runs until it is cancelled: a request that has not reached its server yet is not known there.
@@ -227,7 +227,7 @@ def _connections(wanted: int) -> int:
             fitting = max(1, soft - _OTHER_FILES)
             print(
                 f"{fitting} instead of {wanted} requests in flight: this process may not open more than {hard} files; "
-                "raise its hard limit (ulimit -Hn) or lower rollout.sglang.concurrency",
+                "raise its hard limit (ulimit -Hn) or lower rollout.server.max_concurrent_requests",
                 flush=True,
             )
             return min(wanted, fitting)
@@ -245,7 +245,7 @@ def _replies(content: bytes, count: int) -> list[GenerateReply]:
     return replies
 
 
-async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+async def gather_all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run all; the first ``UserError`` ends the others and is raised."""
     refused: UserError | None = None
     try:

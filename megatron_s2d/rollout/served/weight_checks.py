@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.served.server_pool import ServerPool, Server
-from megatron_s2d.rollout.sglang.protocol import InvalidReply, GenerateReply, checked_log_probs
+from megatron_s2d.rollout.served.server_pool import Server, ServerPool
+from megatron_s2d.rollout.sglang.protocol import GenerateReply, InvalidReply, checked_log_probs
 
 _COUNT = 4
 _LENGTH = 32
@@ -56,8 +56,13 @@ def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -
     return np.concatenate([np.zeros(1, dtype=np.float32), checked_log_probs(scored[1:], ids[1:])])
 
 
-def gap(
-    pool: ServerPool, server: Server, spec: ModelSpec, samples: Sequence[Sample], expected: Sequence[np.ndarray], label: str
+def max_log_prob_diff(
+    pool: ServerPool,
+    server: Server,
+    spec: ModelSpec,
+    samples: Sequence[Sample],
+    expected: Sequence[np.ndarray],
+    label: str,
 ) -> float:
     """Largest difference, in nats, between ``server`` and the trainer's ``expected``; ``InvalidReply`` on another label."""
     sequences = [sample.token_ids for sample in samples]

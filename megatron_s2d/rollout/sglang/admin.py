@@ -13,7 +13,7 @@ _SECONDS = 1800.0  # loading a large checkpoint takes minutes
 IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 
 
-class PushFailed(Exception):
+class WeightUpdateFailed(Exception):
     """A server did not take the weights; it may hold a mixture of old and new ones."""
 
 
@@ -43,9 +43,9 @@ class ServerControl:
         try:
             reply = self._client.post(url + path, json=body)
         except httpx.HTTPError as error:
-            raise PushFailed(f"{url}{path}: {type(error).__name__}") from None
+            raise WeightUpdateFailed(f"{url}{path}: {type(error).__name__}") from None
         if reply.status_code != 200:
-            raise PushFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
+            raise WeightUpdateFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
 
     def release_memory(self) -> dict[str, str]:
         """Have every server give its GPU memory back; address -> why one did not."""
@@ -78,7 +78,7 @@ class ServerControl:
                 info = self._client.get(f"{url}/server_info").json()
                 found.append(int(info["tp_size"]) * int(info["pp_size"]))
             except (httpx.HTTPError, ValueError, KeyError) as error:
-                raise PushFailed(f"{url}/server_info: {type(error).__name__}: {error}") from None
+                raise WeightUpdateFailed(f"{url}/server_info: {type(error).__name__}: {error}") from None
         return found
 
 
@@ -89,9 +89,13 @@ def finish(futures: Sequence[Future[None]]) -> None:
         future.result()
 
 
-def first_failure(futures: Sequence[Future[None]]) -> PushFailed | None:
+def first_failure(futures: Sequence[Future[None]]) -> WeightUpdateFailed | None:
     """The failure of a request that has ended, if one has failed."""
     for future in futures:
         if future.done() and (error := future.exception()) is not None:
-            return error if isinstance(error, PushFailed) else PushFailed(f"{type(error).__name__}: {error}")
+            return (
+                error
+                if isinstance(error, WeightUpdateFailed)
+                else WeightUpdateFailed(f"{type(error).__name__}: {error}")
+            )
     return None

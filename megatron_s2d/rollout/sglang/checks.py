@@ -18,13 +18,13 @@ import numpy as np
 
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
+from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, ServerConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.served import scoring
-from megatron_s2d.rollout.served.server_pool import ServerPool, Server
+from megatron_s2d.rollout.served.server_pool import Server, ServerPool
 from megatron_s2d.rollout.served.weight_checks import named_ids
 from megatron_s2d.rollout.sglang.protocol import (
     InvalidReply,
@@ -63,17 +63,24 @@ class Unreachable(Exception):
     """The server does not answer now."""
 
 
-class Checks:
+class ServerChecks:
     """``dtype``: the trainer's. ``attached``: the server was started by somebody else."""
 
     def __init__(
-        self, spec: ModelSpec, needs: ServerRequirements, settings: SglangConfig, *, dtype: str, tokenizer: Any, attached: bool
+        self,
+        spec: ModelSpec,
+        needs: ServerRequirements,
+        settings: ServerConfig,
+        *,
+        dtype: str,
+        tokenizer: Any,
+        attached: bool,
     ):
         self._spec, self._needs, self._settings = spec, needs, settings
         self._dtype, self._tokenizer, self._attached = dtype, tokenizer, attached
         self._compared: set[str] = set()  # servers that are what the trainer takes them for
 
-    def comparable(self, servers: Sequence[Server]) -> list[Server]:
+    def check_compatibility(self, servers: Sequence[Server]) -> list[Server]:
         """Those of ``servers`` that are what the trainer takes them for; collective.
 
         ``UserError`` for one that is not; one that does not answer has a problem.
@@ -104,13 +111,13 @@ class Checks:
 
         def draw() -> list[list[Sample]]:
             try:
-                return [self.draw(url, label) for url in urls]
+                return [self.sample_probe(url, label) for url in urls]
             except Unreachable as error:
                 raise UserError(f"an SGLang server does not sample before the first step: {error}") from None
 
         for url, samples in zip(urls, [] if self._needs.params is None else broadcast_from_rank0(draw), strict=False):
             here, at_one = score(samples), score([dataclasses.replace(sample, temperature=1.0) for sample in samples])
-            broadcast_from_rank0(functools.partial(self.judge, url, samples, here, at_one, tolerance))
+            broadcast_from_rank0(functools.partial(self.compare_log_probs, url, samples, here, at_one, tolerance))
         if self._needs.top_k is not None:
             broadcast_from_rank0(lambda: [self.score_max_length(url, label) for url in urls])
 
@@ -130,7 +137,7 @@ class Checks:
                 f"{url} adds sampling parameters of its own to every request ({', '.join(sorted(unasked))}); start it "
                 "without --preferred-sampling-params"
             )
-        self._compare_room(url, info)
+        self._compare_context_length(url, info)
         self._compare_vocabulary(url)
         if self._attached and self._settings.weight_check_tolerance is None:
             self._compare_precision(url, info)
@@ -143,7 +150,7 @@ class Checks:
             if self._attached:
                 self._compare_template(url)
 
-    def _compare_room(self, url: str, info: dict[str, Any]) -> None:
+    def _compare_context_length(self, url: str, info: dict[str, Any]) -> None:
         """A prompt may have one token less than max_req_input_len, which is 6 less than the whole (SGLang 0.5.17)."""
         limit, needed = info.get("max_req_input_len"), self._needs.max_length
         room = None if limit is None else limit + 4
@@ -176,7 +183,7 @@ class Checks:
             if found not in (None, "auto", self._dtype):
                 raise UserError(
                     f"{url} has {name} {found}, and the trainer computes in {self._dtype}: start it with --dtype "
-                    f"{self._dtype}, or say in rollout.sglang.weight_check_tolerance how far they may be apart"
+                    f"{self._dtype}, or say in rollout.server.weight_check_tolerance how far they may be apart"
                 )
 
     def _compare_tokenizer(self, url: str) -> None:
@@ -220,7 +227,7 @@ class Checks:
 
     # ------------------------------------------------------------------ with weights, before the first step
 
-    def draw(self, url: str, label: str) -> list[Sample]:
+    def sample_probe(self, url: str, label: str) -> list[Sample]:
         """A few short responses as the stage samples them, with the log-probabilities that the server reports."""
         spec, generator = self._spec, np.random.default_rng(1)
         length = min(_PROMPT_TOKENS, spec.max_position_embeddings // 2)
@@ -237,7 +244,7 @@ class Checks:
             found.append(_drawn(url, request, text, label))
         return found
 
-    def judge(
+    def compare_log_probs(
         self, url: str, samples: Sequence[Sample], here: Sequence[np.ndarray], at_one: Sequence[np.ndarray],
         tolerance: float,
     ) -> None:  # fmt: skip

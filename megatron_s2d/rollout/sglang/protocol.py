@@ -164,7 +164,9 @@ def _parse(adapter: pydantic.TypeAdapter, content: bytes) -> Any:
         raise InvalidReply(f"{where + ': ' if where else ''}{first['msg']}") from None
 
 
-def to_sample(request: Request, reply: GenerateReply, expected: ReplyContract, before: PartialRollout | None = None) -> Sample:
+def to_sample(
+    request: Request, reply: GenerateReply, expected: ReplyContract, before: PartialRollout | None = None
+) -> Sample:
     """The sample that ``reply`` completes; raises ``InvalidReply``, ``StaleWeights`` or ``ContextLengthExceeded``."""
     meta, ids, params = reply.meta_info, reply.output_ids, request.params
     if meta.finish_reason.type == "abort":

@@ -120,15 +120,15 @@ class ServerProcess(_Process):
         added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if cuda:
             command += ["--base-gpu-id", str(settings.base_gpu_id + number * settings.tensor_parallel_size)]
-            command += ["--enable-memory-saver"] if settings.release_memory else []
+            command += ["--enable-memory-saver"] if settings.enable_memory_saver else []
         else:
             added["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
             command.append("--sleep-on-idle")  # or it would take the cores from the trainer
             command += ["--max-total-tokens", str(max_tokens)]
-        if settings.deterministic:
+        if settings.enable_deterministic_inference:
             command.append("--enable-deterministic-inference")
-        command += settings.arguments
+        command += settings.extra_args
         super().__init__(command, log, added, None if cuda else _FOLDER / "cpu_stub")
 
     def is_ready(self) -> bool:

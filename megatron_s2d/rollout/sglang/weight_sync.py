@@ -33,7 +33,7 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import INDEX_NAME
 from megatron_s2d.parallel import device
-from megatron_s2d.rollout.sglang.admin import PushFailed, ServerControl, finish, first_failure
+from megatron_s2d.rollout.sglang.admin import ServerControl, WeightUpdateFailed, finish, first_failure
 
 Bucket = list[tuple[str, torch.Tensor]]
 _HOST = "127.0.0.1"
@@ -47,7 +47,7 @@ class WeightSync(Protocol):
         """Bring one bucket to all servers; after the ``last`` of a push they report ``label``."""
         ...
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start anew after a failure: what the servers hold or are connected to is not known any more."""
         ...
 
@@ -98,7 +98,7 @@ class DiskWeightSync:
             self._tokenizer.save_pretrained(path)
         self._keep(path, self.complete)
         self.complete, self._path = path, None
-        self.forget()
+        self.reset()
 
     def _keep(self, *paths: Path | None) -> None:
         """Remove the other versions: all but the newest once every server has read that, all but two before."""
@@ -106,7 +106,7 @@ class DiskWeightSync:
             if other not in paths:
                 shutil.rmtree(other)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin a new directory with the next bucket; one that is not complete goes."""
         if self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
@@ -132,7 +132,7 @@ class TensorWeightSync:
 
         finish(servers.post("/update_weights_from_tensor", body))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Nothing is remembered."""
 
 
@@ -147,7 +147,7 @@ class BroadcastWeightSync:
     def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
         """See ``WeightSync``."""
         if self._group is None or self._urls != servers.urls:
-            self.forget()
+            self.reset()
             self._join(servers)
         body = {
             "names": [name for name, _ in bucket],
@@ -168,7 +168,7 @@ class BroadcastWeightSync:
             time.sleep(0.0005)
         finish(replies)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Leave the group; servers that are well have a group of another name next time."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -203,7 +203,7 @@ class BroadcastWeightSync:
                 timeout=seconds,
             )
         except (RuntimeError, dist.DistError) as error:
-            raise first_failure(joined) or PushFailed(f"the weight group did not form: {error}") from None
+            raise first_failure(joined) or WeightUpdateFailed(f"the weight group did not form: {error}") from None
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
         self._group, self._urls = group, list(servers.urls)
         finish(joined)
@@ -220,7 +220,7 @@ def own_address(urls: Sequence[str]) -> str:
             probe.connect(target[4])  # sends nothing; the system chooses the interface
             return probe.getsockname()[0]
     except OSError as error:
-        raise PushFailed(f"{remote[0]}: no way to that machine ({error})") from None
+        raise WeightUpdateFailed(f"{remote[0]}: no way to that machine ({error})") from None
 
 
 def refuse_remote(urls: Sequence[str]) -> None:
@@ -228,8 +228,8 @@ def refuse_remote(urls: Sequence[str]) -> None:
     for url in urls:
         if not _is_local(url):
             raise UserError(
-                f"rollout.sglang.urls: {url} is another machine, which sync: tensor does not reach; set "
-                "rollout.sglang.sync: distributed, or disk (through a directory that both see)"
+                f"rollout.sglang.urls: {url} is another machine, which weight_sync: tensor does not reach; set "
+                "rollout.sglang.weight_sync: distributed, or disk (through a directory that both see)"
             )
 
 

@@ -24,17 +24,17 @@ data:
   pool: {type: task, split: pool, num_operations: 2, num_prompts: 16}
   problems: {type: task, split: eval, num_operations: 2, num_prompts: 8}
 stages:
-  base: {type: supervised, model: student, data: corpus, steps: 1}
+  base: {type: sft, model: student, data: corpus, steps: 1}
   grpo: {type: grpo, init: base, prompts: pool, steps: 1, train_batch_size: 2, sampling: {max_response_length: 8}}
   opd:
-    {type: opd, init: base, teacher: grpo, prompts: pool, steps: 1, kl_estimator: sampled, train_batch_size: 2,
+    {type: opd, init: base, teacher: grpo, prompts: pool, steps: 1, kl_estimator: sampled_token, train_batch_size: 2,
      sampling: {max_response_length: 8}}
 arms: {opd: opd}
 evaluation: {prompts: problems, sampling: {max_response_length: 8}}
 """
 
 
-TRUNCATE = {"mode": "truncate"}
+TRUNCATE = {"mode": "tis"}
 
 
 def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, **others) -> WorkflowConfig:
@@ -48,20 +48,26 @@ def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, *
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"urls": {"student": ["127.0.0.1:30000"]}}, "is not an address; write it like http://"),
-        ({"urls": {"student": []}}, "give at least one address"),
-        ({"urls": {"student": ["http://a:1", "http://a:1"]}}, "each once"),
-        ({"urls": {"student": ["http://a:1"]}, "deterministic": True}, "deterministic is a setting of started servers"),
-        ({"sync": "carrier pigeon"}, "'disk', 'distributed' or 'tensor'"),
-        ({"attempts": 0}, "greater than or equal to 1"),
+        ({"sglang": {"urls": {"student": ["127.0.0.1:30000"]}}}, "is not an address; write it like http://"),
+        ({"sglang": {"urls": {"student": []}}}, "give at least one address"),
+        ({"sglang": {"urls": {"student": ["http://a:1", "http://a:1"]}}}, "each once"),
+        (
+            {"sglang": {"urls": {"student": ["http://a:1"]}, "enable_deterministic_inference": True}},
+            "enable_deterministic_inference is a setting of started servers",
+        ),
+        ({"sglang": {"weight_sync": "carrier pigeon"}}, "'disk', 'distributed' or 'tensor'"),
+        ({"server": {"max_attempts": 0}}, "greater than or equal to 1"),
         ({"over_sampling_ratio": 0.5}, "greater than or equal to 1"),
-        ({"release_memory": True, "ahead": "wait"}, "have no memory while the trainer works: set ahead: off"),
-        ({"replica": 2}, "did you mean 'replicas'"),
+        (
+            {"async_mode": "one_step_off", "sglang": {"enable_memory_saver": True}},
+            "have no memory during training: set async_mode: sync",
+        ),
+        ({"sglang": {"num_server": 2}}, "did you mean 'num_servers'"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UserError, match=message) as error:
-        parse(RolloutConfig, {"engine": "sglang", "sglang": settings}, "test.yaml")
+        parse(RolloutConfig, {"engine": "sglang", **settings}, "test.yaml")
     assert "\n" not in str(error.value)
 
 
@@ -69,7 +75,7 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
     urls = {"urls": {"student": ["http://127.0.0.1:1"]}}
     cases = [
         ({"engine": "sglang", "sglang": {"urls": {"pupil": ["http://a:1"]}}}, {}, "'pupil' is not among `models`"),
-        ({"engine": "sglang", "sglang": urls}, {"num_workers": 2}, "set num_workers to 1"),
+        ({"engine": "sglang", "sglang": urls}, {"max_parallel_stages": 2}, "set max_parallel_stages to 1"),
         ({"engine": "sglang", "sglang": {"python": str(tmp_path / "python")}}, {}, "python: no such program"),
     ]
     for rollout, others, message in cases:
@@ -88,38 +94,46 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
 
 def test_a_served_teacher_has_conditions():
     for change, message in [
-        ({"kl_estimator": "full"}, "needs kl_estimator: sampled, or topk with support: teacher"),
-        ({"kl_estimator": "topk"}, "needs kl_estimator: sampled, or topk with support: teacher"),
-        ({"kl_estimator": "topk", "support": "union"}, "needs kl_estimator: sampled, or topk with support: teacher"),
+        ({"kl_estimator": "full_vocab"}, "needs kl_estimator: sampled_token, or top_k with top_k_source: teacher"),
+        ({"kl_estimator": "top_k"}, "needs kl_estimator: sampled_token, or top_k with top_k_source: teacher"),
         (
-            {"kl_estimator": "topk", "support": "teacher", "sampling": {"temperature": 0.0, "max_response_length": 8}},
+            {"kl_estimator": "top_k", "top_k_source": "union"},
+            "needs kl_estimator: sampled_token, or top_k with top_k_source: teacher",
+        ),
+        (
+            {
+                "kl_estimator": "top_k",
+                "top_k_source": "teacher",
+                "sampling": {"temperature": 0.0, "max_response_length": 8},
+            },
             "sampling.temperature 1",
         ),
         ({"sampling": {"temperature": 0.7, "max_response_length": 8}}, "sampling.temperature 1"),
     ]:
         with pytest.raises(UserError, match=message):
             workflow({}, {"teacher_engine": "sglang"} | change)
-    for change in ({}, {"kl_estimator": "topk", "support": "teacher", "divergence": "forward_kl"}):
+    for change in ({}, {"kl_estimator": "top_k", "top_k_source": "teacher", "divergence": "forward_kl"}):
         assert workflow({}, {"teacher_engine": "sglang"} | change).stages["opd"].teacher_engine == "sglang"
 
 
-@pytest.mark.parametrize("sglang", [{"ahead": "continue"}, {"over_sampling_ratio": 1.5}])
-def test_responses_of_older_weights_must_be_corrected_for(sglang):
-    rollout = {"engine": "sglang", "sglang": sglang}
+@pytest.mark.parametrize("settings", [{"async_mode": "partial_rollout"}, {"over_sampling_ratio": 1.5}])
+def test_responses_of_older_weights_must_be_corrected_for(settings):
+    rollout = {"engine": "sglang", **settings}
     with pytest.raises(
-        UserError, match="stages.grpo: with rollout.sglang.ahead or over_sampling_ratio responses come from older"
+        UserError, match="stages.grpo: with rollout.async_mode or over_sampling_ratio responses come from older"
     ):
         workflow(rollout)
-    full = {"kl_estimator": "full"}  # needs no correction: a distribution is compared, whoever wrote the tokens
-    workflow(rollout, full, grpo={"importance": TRUNCATE})
-    workflow({"engine": "megatron", "sglang": sglang})
+    full = {"kl_estimator": "full_vocab"}  # needs no correction: a distribution is compared, whoever wrote the tokens
+    workflow(rollout, full, grpo={"rollout_correction": TRUNCATE})
+    with pytest.raises(UserError, match="need servers beside the trainer: set rollout.engine: sglang"):
+        workflow({"engine": "megatron", **settings}, full)
 
 
 def test_oversampling_has_conditions():
-    rollout = {"engine": "sglang", "sglang": {"over_sampling_ratio": 1.5}}
-    truncate = {"importance": TRUNCATE}
-    with pytest.raises(UserError, match="dynamic_sampling_rounds goes with rollout.sglang.over_sampling_ratio: 1 only"):
-        workflow(rollout, truncate, grpo=truncate | {"dynamic_sampling_rounds": 2})
+    rollout = {"engine": "sglang", "over_sampling_ratio": 1.5}
+    truncate = {"rollout_correction": TRUNCATE}
+    with pytest.raises(UserError, match="filter_groups needs rollout.over_sampling_ratio: 1"):
+        workflow(rollout, truncate, grpo=truncate | {"filter_groups": {"max_num_gen_batches": 3}})
 
 
 def test_another_engine_runs_again_what_was_sampled_and_nothing_else(tmp_path):
@@ -128,12 +142,12 @@ def test_another_engine_runs_again_what_was_sampled_and_nothing_else(tmp_path):
         for config in (
             workflow({}),
             workflow({"engine": "sglang"}),
-            workflow({"engine": "sglang", "max_kl": 1.0, "sglang": {"replicas": 2}}),
+            workflow({"engine": "sglang", "max_mismatch_kl": 1.0, "sglang": {"num_servers": 2}}),
             workflow({}, {"teacher_engine": "sglang"}),
         )
     ]
-    ahead = {"engine": "sglang", "sglang": {"ahead": "wait"}}
-    older = workflow(ahead, {"importance": TRUNCATE}, grpo={"importance": TRUNCATE})
+    ahead = {"engine": "sglang", "async_mode": "one_step_off"}
+    older = workflow(ahead, {"rollout_correction": TRUNCATE}, grpo={"rollout_correction": TRUNCATE})
     plain, served, same, teacher = keys
     assert served["stages/base"] == {job.id: job.key for job in make_plan(older, tmp_path)}["stages/base"]
     assert served["stages/grpo"] != {job.id: job.key for job in make_plan(older, tmp_path)}["stages/grpo"]

@@ -23,7 +23,7 @@ def test_what_merges_and_what_replaces(tmp_path):
     path = write(
         tmp_path,
         "own.yaml",
-        {"base": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages},
+        {"defaults": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages},
     )
     before, after = load_workflow(SMOKE), load_workflow(path)
     assert after.models["student"].num_layers is None and after.models["teacher"] == before.models["teacher"]
@@ -34,16 +34,16 @@ def test_what_merges_and_what_replaces(tmp_path):
 
 def test_null_takes_a_key_of_the_base_away(tmp_path):
     write(tmp_path, "part.yaml", {"parallel": {"tensor_model_parallel_size": 2}})
-    path = write(tmp_path, "own.yaml", {"base": [str(SMOKE), "part.yaml"], "parallel": None})
+    path = write(tmp_path, "own.yaml", {"defaults": [str(SMOKE), "part.yaml"], "parallel": None})
     assert load_workflow(path).parallel.world_size == 1
 
 
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"base": "gone.yaml"}, "gone.yaml: no such file"),
-        ({"base": 3}, "base: give the name"),
-        ({"base": "own.yaml"}, "builds on itself"),
+        ({"defaults": "gone.yaml"}, "gone.yaml: no such file"),
+        ({"defaults": 3}, "defaults: give the name"),
+        ({"defaults": "own.yaml"}, "builds on itself"),
     ],
 )
 def test_a_wrong_base_is_named(tmp_path, document, message):
@@ -52,7 +52,7 @@ def test_a_wrong_base_is_named(tmp_path, document, message):
 
 
 def test_samples_by_domain(tmp_path):
-    document = {"base": str(SMOKE), "evaluation": {"samples_per_prompt": {"arithmetic": 3}}}
+    document = {"defaults": str(SMOKE), "evaluation": {"samples_per_prompt": {"arithmetic": 3}}}
     assert load_workflow(write(tmp_path, "a.yaml", document)).evaluation.samples_of("arithmetic") == 3
     document["evaluation"] = {"samples_per_prompt": {"code": 3}}
     with pytest.raises(UserError, match="no number for the domain 'arithmetic' of 'problems'"):

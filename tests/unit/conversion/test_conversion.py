@@ -442,8 +442,8 @@ def test_commands(tmp_path, capsys):
         cli.run(parser.parse_args(["convert", *map(str, arguments)]))
         return capsys.readouterr().out
 
-    s2d("import", source, tmp_path / "m", "--expert-model-parallel-size", "2", "--no-progress")
-    s2d("export", tmp_path / "m", tmp_path / "back", "--max-shard-size", "100KB", "--no-progress")
+    s2d("hf-to-megatron", source, tmp_path / "m", "--expert-model-parallel-size", "2", "--no-progress")
+    s2d("megatron-to-hf", tmp_path / "m", tmp_path / "back", "--max-shard-size", "100KB", "--no-progress")
     found = json.loads(s2d("inspect", tmp_path / "m", "--json"))
     assert found["layout"]["expert_model_parallel_size"] == 2 and found["dtypes"] == ["bfloat16"]
     assert found["num_parameters"] == spec_from_directory(source).num_parameters

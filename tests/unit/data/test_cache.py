@@ -17,11 +17,11 @@ from megatron_s2d.records import Sample
 VOCAB, K, WIDTH = 50, 4, 6
 
 
-def header(kind: str, **changes) -> CacheHeader:
+def header(representation: str, **changes) -> CacheHeader:
     fields = {
-        "kind": kind, "teacher_digest": "t" * 8, "tokenizer_fingerprint": "k" * 8, "template_fingerprint": "c" * 8,
-        "temperature": 1.0, "vocab_size": VOCAB, "k": K if kind == "topk" else None,
-        "hidden_size": WIDTH if kind == "hidden" else None,
+        "representation": representation, "teacher_digest": "t" * 8, "tokenizer_fingerprint": "k" * 8, "template_fingerprint": "c" * 8,
+        "temperature": 1.0, "vocab_size": VOCAB, "k": K if representation == "top_k" else None,
+        "hidden_size": WIDTH if representation == "hidden_states" else None,
     }  # fmt: skip
     return CacheHeader(**(fields | changes))
 
@@ -40,11 +40,11 @@ def sample(number: int, response: int, prompt: int = 3) -> Sample:
 def distribution(kind: str, rows: int, seed: int) -> CachedDistribution:
     generator = torch.Generator().manual_seed(seed)
     log_probs = torch.log_softmax(torch.randn(rows, VOCAB, generator=generator), -1)
-    if kind == "sampled":
+    if kind == "sampled_token":
         return CachedDistribution(log_probs=log_probs[:, 0].clone())
-    if kind == "full":
+    if kind == "full_vocab":
         return CachedDistribution(log_probs=log_probs)
-    if kind == "hidden":
+    if kind == "hidden_states":
         return CachedDistribution(hidden=torch.randn(rows, WIDTH, generator=generator).bfloat16())
     top, ids = log_probs.topk(K)
     return CachedDistribution(log_probs=top, ids=ids.int(), log_tail_mass=torch.log1p(-top.exp().sum(-1)))
@@ -53,13 +53,13 @@ def distribution(kind: str, rows: int, seed: int) -> CachedDistribution:
 LENGTHS = [5, 1, 9, 0, 3, 7]
 
 
-def write(directory, kind="topk", shard_bytes=200, **changes):
+def write(directory, kind="top_k", shard_bytes=200, **changes):
     with CacheWriter(directory, header(kind, **changes), shard_bytes=shard_bytes) as writer:
         for number, length in enumerate(LENGTHS):
             writer.add(sample(number, length), distribution(kind, length, number))
 
 
-@pytest.mark.parametrize("kind", ["sampled", "topk", "hidden", "full"])
+@pytest.mark.parametrize("kind", ["sampled_token", "top_k", "hidden_states", "full_vocab"])
 def test_round_trip_in_any_order(tmp_path, kind):
     write(tmp_path / "cache", kind)
     cache = TeacherCache.open(tmp_path / "cache", expect=header(kind))
@@ -77,13 +77,13 @@ def test_round_trip_in_any_order(tmp_path, kind):
             assert found[name].dtype == value.dtype and torch.equal(found[name], value)
     info = verify_cache(tmp_path / "cache")
     assert info["samples"] == 6 and info["tokens"] == sum(LENGTHS) and info == cache_info(tmp_path / "cache")
-    if kind != "sampled":
+    if kind != "sampled_token":
         assert info["shards"] > 1
 
 
 def test_captured_mass_is_the_mean_over_tokens(tmp_path):
     write(tmp_path / "cache")
-    parts = [distribution("topk", rows, n).log_probs.double().exp().sum(-1) for n, rows in enumerate(LENGTHS)]
+    parts = [distribution("top_k", rows, n).log_probs.double().exp().sum(-1) for n, rows in enumerate(LENGTHS)]
     assert cache_info(tmp_path / "cache")["captured_mass"] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-12)
 
 
@@ -101,7 +101,7 @@ def test_captured_mass_is_the_mean_over_tokens(tmp_path):
 def test_foreign_caches_are_refused(tmp_path, changes, message):
     write(tmp_path / "cache")
     with pytest.raises(UserError, match=message):
-        TeacherCache.open(tmp_path / "cache", expect=header("topk", **changes))
+        TeacherCache.open(tmp_path / "cache", expect=header("top_k", **changes))
 
 
 def test_a_sample_with_other_tokens_is_refused(tmp_path):
@@ -167,8 +167,8 @@ def test_other_versions_and_other_directories_are_refused(tmp_path):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / "header.json"
     document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"version": 2}))
-    with pytest.raises(UserError, match="cache version 2, this program reads 1"):
+    path.write_text(json.dumps(document | {"version": 1}))
+    with pytest.raises(UserError, match="cache version 1, this program reads 2"):
         TeacherCache.open(tmp_path / "cache")
     path.write_text(json.dumps({"format": "something"}))
     with pytest.raises(UserError, match="not the header of a teacher cache"):
@@ -182,25 +182,25 @@ def test_other_versions_and_other_directories_are_refused(tmp_path):
 
 def test_nothing_appears_before_the_end_nor_after_a_failure(tmp_path):
     target = tmp_path / "cache"
-    writer = CacheWriter(target, header("sampled"))
-    writer.add(sample(0, 5), distribution("sampled", 5, 0))
+    writer = CacheWriter(target, header("sampled_token"))
+    writer.add(sample(0, 5), distribution("sampled_token", 5, 0))
     assert not target.exists()
     del writer  # as if the process had been killed: the next writer starts afresh
-    with pytest.raises(RuntimeError, match="teacher went away"), CacheWriter(target, header("sampled")) as writer:
-        writer.add(sample(0, 5), distribution("sampled", 5, 0))
+    with pytest.raises(RuntimeError, match="teacher went away"), CacheWriter(target, header("sampled_token")) as writer:
+        writer.add(sample(0, 5), distribution("sampled_token", 5, 0))
         raise RuntimeError("teacher went away")
     assert list(tmp_path.iterdir()) == []
-    write(target, "sampled")
+    write(target, "sampled_token")
     with pytest.raises(UserError, match="already exists"):
-        CacheWriter(target, header("sampled"))
+        CacheWriter(target, header("sampled_token"))
     assert verify_cache(target)["samples"] == 6
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: dataclasses.replace(d, ids=None), "a topk cache needs"),
-        (lambda d: dataclasses.replace(d, ids=d.ids[:4], log_probs=d.log_probs[:4]), "a topk cache needs"),
+        (lambda d: dataclasses.replace(d, ids=None), "a top_k cache needs"),
+        (lambda d: dataclasses.replace(d, ids=d.ids[:4], log_probs=d.log_probs[:4]), "a top_k cache needs"),
         (lambda d: dataclasses.replace(d, ids=d.ids.long()), "ids must not be stored as torch.int64"),
         (lambda d: dataclasses.replace(d, ids=torch.zeros_like(d.ids)), "name a token twice"),
         (lambda d: dataclasses.replace(d, ids=d.ids + VOCAB), "outside the vocabulary"),
@@ -208,21 +208,25 @@ def test_nothing_appears_before_the_end_nor_after_a_failure(tmp_path):
     ],
 )
 def test_wrong_rows_are_refused(tmp_path, change, message):
-    with pytest.raises(UserError, match=message), CacheWriter(tmp_path / "cache", header("topk")) as writer:
-        writer.add(sample(0, 5), change(distribution("topk", 5, 0)))
+    with pytest.raises(UserError, match=message), CacheWriter(tmp_path / "cache", header("top_k")) as writer:
+        writer.add(sample(0, 5), change(distribution("top_k", 5, 0)))
     assert not (tmp_path / "cache").exists()
 
 
 def test_one_id_is_written_once(tmp_path):
     repeated = pytest.raises(UserError, match="is in the cache already")
-    with repeated, CacheWriter(tmp_path / "c", header("full")) as writer:
-        writer.add(sample(0, 5), distribution("full", 5, 0))
-        writer.add(sample(0, 5), distribution("full", 5, 0))
+    with repeated, CacheWriter(tmp_path / "c", header("full_vocab")) as writer:
+        writer.add(sample(0, 5), distribution("full_vocab", 5, 0))
+        writer.add(sample(0, 5), distribution("full_vocab", 5, 0))
 
 
 def test_headers_without_meaning_are_refused():
-    for fields in ({"kind": "topk", "k": None}, {"kind": "sampled", "k": 3}, {"kind": "hidden", "hidden_size": None}):
-        with pytest.raises(ValueError, match="belongs to kind"):
+    for fields in (
+        {"representation": "top_k", "k": None},
+        {"representation": "sampled_token", "k": 3},
+        {"representation": "hidden_states", "hidden_size": None},
+    ):
+        with pytest.raises(ValueError, match="belongs to representation"):
             header(**fields)
     with pytest.raises(ValueError, match="exceeds the vocabulary"):
-        header("topk", k=VOCAB + 1)
+        header("top_k", k=VOCAB + 1)

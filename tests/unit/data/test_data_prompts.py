@@ -274,16 +274,19 @@ def test_files_of_one_name_in_two_folders(tmp_path, tokenizer):
 def test_rows_below_a_least_value_are_left_out(tokenizer, tmp_path):
     rows = [{"question": f"q{n}", "answer": "1", "difficulty": n / 2} for n in range(6)]
     path = _write(tmp_path / "train.jsonl", rows)
-    assert [p.id for p in _load(path, tokenizer, at_least={"difficulty": 1.5}).prompts] == [
+    assert [p.id for p in _load(path, tokenizer, min_values={"difficulty": 1.5}).prompts] == [
         "train/3",
         "train/4",
         "train/5",
     ]
-    assert [p.id for p in _load(path, tokenizer, at_least={"difficulty": 1}, limit=2).prompts] == ["train/2", "train/3"]
+    assert [p.id for p in _load(path, tokenizer, min_values={"difficulty": 1}, limit=2).prompts] == [
+        "train/2",
+        "train/3",
+    ]
     with pytest.raises(UserError, match="row 1: 'question' is not a number but a str"):
-        _load(path, tokenizer, at_least={"question": 1})
+        _load(path, tokenizer, min_values={"question": 1})
     with pytest.raises(UserError, match="no column 'hardness'"):
-        _load(path, tokenizer, at_least={"hardness": 1})
+        _load(path, tokenizer, min_values={"hardness": 1})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_s2d.data.packing import pack, plan_micro_batches
+from megatron_s2d.data.packing import assign_micro_batches, pack
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.context_parallel import cp_positions
 from megatron_s2d.records import Sample
@@ -39,7 +39,7 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
     packed=st.booleans(),
 )
 def test_every_sample_once_and_equal_counts(lengths, dp_size, max_tokens, multiple, packed):
-    plan = plan_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
+    plan = assign_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
     assert len({len(batches) for batches in plan}) == 1
     dealt = sorted(index for batches in plan for batch in batches for index in batch)
     assert dealt == list(range(len(lengths)))
@@ -55,7 +55,7 @@ def test_every_sample_once_and_equal_counts(lengths, dp_size, max_tokens, multip
 @settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), max_tokens=st.integers(30, 100))
 def test_packed_micro_batches_are_more_than_half_full(lengths, max_tokens):
-    (batches,) = plan_micro_batches(lengths, dp_size=1, max_tokens=max_tokens, packed=True)
+    (batches,) = assign_micro_batches(lengths, dp_size=1, max_tokens=max_tokens, packed=True)
     sizes = sorted(sum(lengths[index] for index in batch) for batch in batches)
     assert len(sizes) == 1 or sizes[0] + sizes[1] > max_tokens  # two that fit together would be one
 
@@ -85,7 +85,7 @@ def test_labels_mask_and_columns_are_shifted_once():
 def test_values_of_positions_come_back_by_sample():
     samples = [sample([1, 2], [3, 4, 5]), sample([1], [2])]
     (batch,) = pack(samples, weights={}, max_tokens=100)
-    for index, values in zip(batch.indices, batch.per_sample(batch.labels), strict=True):
+    for index, values in zip(batch.indices, batch.unpack(batch.labels), strict=True):
         assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
 
 
@@ -121,8 +121,12 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
         sample([5, 6], [7, 8], old_log_probs=log_probs),
     ]
     (batch,) = pack(samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True)
-    assert batch.indices == (1, 0) and batch.deal.lengths == (4, 2) and batch.shape == (8, 1)
-    assert batch.bounds.tolist() == [0, 4, 6, 8] and batch.bounds.dtype == torch.int32 and batch.deal.longest == 4
+    assert batch.indices == (1, 0) and batch.plan.lengths == (4, 2) and batch.shape == (8, 1)
+    assert (
+        batch.cu_seqlens.tolist() == [0, 4, 6, 8]
+        and batch.cu_seqlens.dtype == torch.int32
+        and batch.plan.max_seqlen == 4
+    )
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
     assert batch.padding_mask.tolist() == [[False] * 6 + [True] * 2]
     assert batch.labels.tolist() == [6, 7, 8, 0, 4, 0, 0, 0]
@@ -132,7 +136,7 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
     assert batch.columns.policy_weight.tolist() == [0, 0.5, 0.5, 0, 0.25, 0, 0, 0]
     assert batch.temperature.tolist() == [1.0] * 4 + [0.5] * 2 + [1.0] * 2
     assert batch.num_tokens == 6
-    for index, values in zip(batch.indices, batch.per_sample(batch.labels), strict=True):
+    for index, values in zip(batch.indices, batch.unpack(batch.labels), strict=True):
         assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
 
 
@@ -140,8 +144,8 @@ def test_a_packed_micro_batch_without_samples_is_a_sequence_of_padding():
     batches = [pack([sample([1], [2])], weights={}, max_tokens=10, dp_rank=rank, dp_size=2, multiple=4, packed=True)
                for rank in (0, 1)]  # fmt: skip
     empty = next(batch for (batch,) in batches if not batch.indices)
-    assert empty.bounds.tolist() == [0, 4] and empty.deal.longest == 4 and empty.num_tokens == 0
-    assert empty.padding_mask.all() and empty.per_sample(empty.labels) == []
+    assert empty.cu_seqlens.tolist() == [0, 4] and empty.plan.max_seqlen == 4 and empty.num_tokens == 0
+    assert empty.padding_mask.all() and empty.unpack(empty.labels) == []
 
 
 def test_samples_become_the_same_columns_in_either_layout():
@@ -158,9 +162,9 @@ def test_samples_become_the_same_columns_in_either_layout():
         rows = {}
         for batch in batches:
             for name in ("labels", "response_mask", "response_positions"):
-                for index, value in zip(batch.indices, batch.per_sample(getattr(batch, name)), strict=True):
+                for index, value in zip(batch.indices, batch.unpack(getattr(batch, name)), strict=True):
                     rows[index, name] = value.tolist()
-            for index, value in zip(batch.indices, batch.per_sample(batch.columns.policy_weight), strict=True):
+            for index, value in zip(batch.indices, batch.unpack(batch.columns.policy_weight), strict=True):
                 rows[index, "policy_weight"] = value.tolist()
         found.append(rows)
     assert found[0] == found[1] and len(found[0]) == 28
@@ -188,10 +192,10 @@ def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
     assert all(part.shape[0] % multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
     assert sum(part.num_tokens for part in parts) == whole.num_tokens == 7
     for name in ("labels", "response_mask", "response_positions"):
-        joined = parts[0].joined([getattr(part, name) for part in parts])
-        for mine, expected in zip(parts[0].per_sample(joined), whole.per_sample(getattr(whole, name)), strict=True):
+        joined = parts[0].gather_from_cp([getattr(part, name) for part in parts])
+        for mine, expected in zip(parts[0].unpack(joined), whole.unpack(getattr(whole, name)), strict=True):
             assert torch.equal(mine, expected)
         for part in parts:
-            assert torch.equal(part.part(joined), getattr(part, name))
-    with pytest.raises(UserError, match="set micro_batch.packed to true"):
+            assert torch.equal(part.slice_for_cp(joined), getattr(part, name))
+    with pytest.raises(UserError, match="set micro_batch.sequence_packing to true"):
         pack(samples, weights=weights, max_tokens=100, cp_size=size)

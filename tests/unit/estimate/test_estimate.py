@@ -10,7 +10,7 @@ from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, Samplin
 from megatron_s2d.estimate.layers import Build, MicroBatch, Part, parts
 from megatron_s2d.estimate.memory import (
     StageMemory,
-    TeacherStates,
+    TeacherInputs,
     Workload,
     frozen,
     generate_phases,
@@ -177,7 +177,7 @@ def test_the_loss_by_hand():
     """128,256 columns in bfloat16 on a GPU, 1,024 tokens with a dense teacher: one chunk of both sides' logits."""
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     part, batch = Part(spec, ParallelConfig(), 0), MicroBatch(2048, 2048, 1024)
-    teacher = TeacherStates("hidden", ModelConfig(preset="llama-3.3-70b").resolve())
+    teacher = TeacherInputs("hidden", ModelConfig(preset="llama-3.3-70b").resolve())
     rows = 1024 * 2**20 // (4 * 128256 * 2) // 128 * 128  # of a chunk
     expected = 2 * rows * 128256 * 4 + 2 * 1024 * (4096 + 8192)  # logits, operands
     expected += 2 * 4096 * (1024 + 2048) + 4 * 128256 * 4096  # gradients of hidden states and weight
@@ -191,7 +191,7 @@ def test_teacher_states_wait_in_host_memory():
     part, build = Part(spec, ParallelConfig(), 0), Build(2, fused=True)
     work = workload(64, 4096, 3072, max_tokens=8192, parallel=ParallelConfig(data_parallel_size=2))
     assert work == Workload(MicroBatch(8192, 4096, 6144), 16)
-    teacher = TeacherStates("hidden", large)
+    teacher = TeacherInputs("hidden", large)
     assert train_phase(part, build, work, on_gpu=True, teacher=teacher)["teacher states"] == 0
     # A CPU computes in that memory: the responses of the whole update, shared by tensor ranks.
     assert train_phase(part, build, work, on_gpu=False, teacher=teacher)["teacher states"] == 32 * 3072 * 8192 * 2

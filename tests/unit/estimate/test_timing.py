@@ -12,11 +12,11 @@ from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, MicroBatch
 from megatron_s2d.estimate.memory import Workload
-from megatron_s2d.estimate.roofline import Machine, Placed, travelling
+from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, hidden_state_traffic
 from megatron_s2d.workflow.layout_search import layouts, propose
 from megatron_s2d.workflow.preflight import check_workflow
 
-SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 LLAMA_8B = ModelConfig(preset="llama-3.1-8b").resolve()
 PERFECT = AssumptionsConfig(
     matmul_efficiency=1, memory_efficiency=1, link_efficiency=1, latency=0, reserved_memory=0, network_bandwidth=50e9
@@ -24,8 +24,8 @@ PERFECT = AssumptionsConfig(
 H200 = Machine(GPUS["h200"], PERFECT)
 
 
-def placed(recompute: str = "none", **sizes) -> Placed:
-    return Placed(LLAMA_8B, ParallelConfig(**sizes), Build(2, True, recompute), H200)
+def placed(recompute: str = "none", **sizes) -> ModelOnMachine:
+    return ModelOnMachine(LLAMA_8B, ParallelConfig(**sizes), Build(2, True, recompute), H200)
 
 
 def test_products_by_hand():
@@ -59,7 +59,7 @@ def test_states_of_a_teacher_are_sent_once():
     teacher = ModelConfig(preset="llama-3.3-70b").resolve()
     scorer = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2, data_parallel_size=16)
     trainer = ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=128)
-    found = travelling(teacher, 2**20, 2, scorer, trainer)
+    found = hidden_state_traffic(teacher, 2**20, 2, scorer, trainer)
     assert found.bytes_sent == 2**27 and found.span == 256
     assert found.seconds(H200) == pytest.approx(2**27 / 50e9)
 
@@ -94,7 +94,7 @@ def test_decoding_reads_weights_keys_and_values():
 
 def test_experts_that_no_token_chose_are_not_read():
     moe = ModelConfig(preset="qwen3-30b-a3b").resolve()
-    site = Placed(moe, ParallelConfig(), Build(2, True), H200)
+    site = ModelOnMachine(moe, ParallelConfig(), Build(2, True), H200)
     experts = 3 * 2048 * 768 * 128 * 48
     weights = moe.num_parameters - 151936 * 2048 - experts * (1 - 8 / 128)
     assert site.decode_seconds(1, 0, 1) == pytest.approx(2 * weights / 4.8e12, rel=1e-3)

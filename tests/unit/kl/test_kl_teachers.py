@@ -173,10 +173,10 @@ def test_support_metrics_count_only_rows_that_count():
     outputs = TokenOutputs(captured_mass=torch.tensor([0.9, 0.5, 0.7]), student_captured_mass=torch.tensor([0.8, 0, 1]))
     mask = torch.tensor([True, False, True])
     found = guards.support_metrics(outputs, mask, "renormalise")
-    assert found["captured_mass"][0].item() == pytest.approx(1.6)
-    assert found["zeroed_gradient"][0].item() == pytest.approx(0.2)
-    assert found["captured_mass"][1].item() == 2
-    assert guards.support_metrics(outputs, mask, "bucket")["zeroed_gradient"][0].item() == 0
+    assert found["topk/teacher_mass"][0].item() == pytest.approx(1.6)
+    assert found["topk/dropped_student_mass"][0].item() == pytest.approx(0.2)
+    assert found["topk/teacher_mass"][1].item() == 2
+    assert guards.support_metrics(outputs, mask, "bucket")["topk/dropped_student_mass"][0].item() == 0
 
 
 def call(**changes):

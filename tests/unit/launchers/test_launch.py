@@ -222,14 +222,14 @@ def served(place) -> Path:
     """A workflow that samples from servers of a model with a checkpoint."""
     write_tiny_checkpoint(place / "my model")
     document = {
-        "base": str(SMOKE),
+        "defaults": str(SMOKE),
         "models": {"student": {"path": "my model"}},
         "arms": {"direct": "student_grpo"},
         "contrasts": [],
-        "num_workers": 1,
+        "max_parallel_stages": 1,
         "rollout": {
             "engine": "sglang",
-            "sglang": {"tensor_parallel_size": 2, "arguments": ["--mem-fraction-static", "0.8"]},
+            "sglang": {"tensor_parallel_size": 2, "extra_args": ["--mem-fraction-static", "0.8"]},
         },
     }
     path = place / "served.yaml"
@@ -313,7 +313,10 @@ def test_a_server_can_span_nodes(place, served):
             ["--cluster-set", "server_nodes={student: 3}", "--cluster-set", "gpus_per_node=1"],
             "a server of 'student' takes 2 nodes (2 GPUs, 1 a node), and 3 is no multiple",
         ),
-        (["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.sglang.sync=tensor"], "disk or distributed"),
+        (
+            ["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.sglang.weight_sync=tensor"],
+            "disk or distributed",
+        ),
         (["--cluster-set", "server_nodes={teacher: 1}"], "model 'teacher' has no `path`"),
         (["--cluster-set", "server_nodes={pupil: 1}"], "'pupil' is not among `models`"),
         (["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.engine=megatron"], "samples without servers"),
@@ -330,7 +333,7 @@ def test_a_sweep_submits_a_job_for_every_point(place, monkeypatch, capsys):
     program(place / "bin", "sbatch", f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})))"')
     monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
     grid = {"labels": {"key": "data.pool.num_prompts", "values": [64, 128]}}
-    Path("sweep.yaml").write_text(json.dumps({"name": "two", "base": str(SMOKE), "grid": grid}))
+    Path("sweep.yaml").write_text(json.dumps({"name": "two", "workflow": str(SMOKE), "grid": grid}))
     assert main(["sweep", "sweep.yaml", "--submit", "--cluster-set", "partition=small", "--out", "out"]) == 0
     shown = capsys.readouterr().out
     assert "run: job 101" in shown and "run: job 102" in shown and "--collect" in shown

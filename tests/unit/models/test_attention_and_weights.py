@@ -13,7 +13,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.attention import attend
 from megatron_s2d.models.build import build_model
-from megatron_s2d.models.families import global_entries, hf_tensor_shapes, layer_entries
+from megatron_s2d.models.families import global_param_mappings, hf_tensor_shapes, layer_param_mappings
 from megatron_s2d.models.shards import SeededWeights, join_shards, read_shard
 from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel import layout as layouts
@@ -98,7 +98,11 @@ def test_joining_undoes_cutting(preset, tp_size):
     source = SeededWeights(spec, 3)
     shapes = dict(hf_tensor_shapes(spec))
     seen = set()
-    for entry in [*global_entries(spec, "first"), *layer_entries(spec, 1), *global_entries(spec, "last")]:
+    for entry in [
+        *global_param_mappings(spec, "first"),
+        *layer_param_mappings(spec, 1),
+        *global_param_mappings(spec, "last"),
+    ]:
         shards = [read_shard(entry, spec, source, rank, tp_size) for rank in range(tp_size)]
         assert len({shard.shape for shard in shards}) == 1
         for name, tensor in join_shards(entry, spec, shards):

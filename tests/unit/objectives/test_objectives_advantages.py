@@ -158,7 +158,7 @@ def test_gate_by_hand():
     }
     for fallback, advantages in expected.items():
         beta = 0.25 if fallback == "interp" else None
-        gate = SignGate(lambda_high=1.5, lambda_base=1.1, fallback=fallback, conflict_beta=beta)
+        gate = SignGate(lambda_high=1.5, lambda_base=1.1, conflict_fallback=fallback, conflict_beta=beta)
         found = sg_opd_gate(verifier, teacher, student, teacher - 2, gate)
         assert found.advantages == pytest.approx(advantages, abs=1e-12), fallback
         assert found.agreement.tolist() == [1, 1, -1, -1, 0, 0]
@@ -175,11 +175,11 @@ def test_equal_lambdas_with_preserve_are_g_opd(scale):
 
 def test_interp_beta_one_is_opd_and_zero_masks():
     verifier, *models = signals()
-    conflict = sg_opd_gate(verifier, *models, SignGate(fallback="mask")).agreement < 0
+    conflict = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="mask")).agreement < 0
     for beta, expected in ((1.0, distillation_advantage(*models[:2])), (0.0, np.zeros(200, np.float32))):
-        found = sg_opd_gate(verifier, *models, SignGate(fallback="interp", conflict_beta=beta))
+        found = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="interp", conflict_beta=beta))
         assert np.array_equal(found.advantages[conflict], expected[conflict])
-    masked = sg_opd_gate(verifier, *models, SignGate(fallback="mask"))
+    masked = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="mask"))
     assert np.array_equal(found.advantages, masked.advantages)
 
 
@@ -219,11 +219,11 @@ def test_gate_fractions_over_both_denominators():
 
 def test_gate_settings_refuse():
     with pytest.raises(UserError, match="interp, preserve, grpo, mask"):
-        SignGate(fallback="drop")
+        SignGate(conflict_fallback="drop")
     with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
-        SignGate(fallback="interp")
+        SignGate(conflict_fallback="interp")
     with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
-        SignGate(fallback="mask", conflict_beta=0.5)
+        SignGate(conflict_fallback="mask", conflict_beta=0.5)
     with pytest.raises(UserError, match="0 \\(mask\\) to 1 \\(OPD\\)"):
         SignGate(conflict_beta=1.5)
 

@@ -236,8 +236,10 @@ def layer():
 
 OBJECTIVES = {
     "supervised": sft_objective(),
-    "grpo": grpo_objective(Surrogate(0.1, 0.28, 2.0, "truncate", 1.1), kl_loss_coef=0.05),
-    "sg_opd": policy_distillation_objective(Surrogate(importance="mask", importance_cap=1.3), anchor=True),
+    "grpo": grpo_objective(Surrogate(0.1, 0.28, 2.0, "tis", 1.1), kl_loss_coef=0.05),
+    "sg_opd": policy_distillation_objective(
+        Surrogate(rollout_correction="mask", rollout_correction_cap=1.3), anchor=True
+    ),
     **{kind: divergence_objective(kind) for kind in DIVERGENCES},
     "mixture": mix_objectives([(1.0, grpo_objective()), (0.3, divergence_objective("forward_kl"))]),
 }
@@ -292,9 +294,9 @@ def test_top_k_support_reports_the_mass_it_captures(layer):
         teacher=TopK(ids, log_probs, rest, "renormalise"),
     )  # fmt: skip
     metrics = objective.metrics(outputs, layer.columns)
-    assert metrics["captured_mass"].value() == pytest.approx(float(log_probs.exp().sum(-1).mean()), rel=1e-9)
+    assert metrics["topk/teacher_mass"].value() == pytest.approx(float(log_probs.exp().sum(-1).mean()), rel=1e-9)
     student = torch.softmax(layer.hidden @ layer.weight.T, -1).gather(-1, ids).sum(-1).mean()
-    assert metrics["student_captured_mass"].value() == pytest.approx(float(student), rel=1e-9)
-    assert metrics["zeroed_gradient"].value() == pytest.approx(1 - float(student), rel=1e-9)
+    assert metrics["topk/student_mass"].value() == pytest.approx(float(student), rel=1e-9)
+    assert metrics["topk/dropped_student_mass"].value() == pytest.approx(1 - float(student), rel=1e-9)
     assert metrics["kl"].value() == pytest.approx(float(outputs.forward_kl.mean()), rel=1e-9)
     assert "captured_mass" not in divergence_objective("forward_kl").needs

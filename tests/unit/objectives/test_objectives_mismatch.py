@@ -30,9 +30,9 @@ def values(metrics) -> dict[str, float]:
 def test_mean_max_kl_and_histogram_are_those_by_hand():
     found = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
     differences = np.array(DIFFERENCES)
-    assert found["rollout_gap_mean"] == pytest.approx(np.abs(differences).mean(), rel=1e-5)
-    assert found["rollout_gap_max"] == pytest.approx(12.0)
-    assert found["rollout_kl"] == pytest.approx((np.expm1(differences) - differences).mean(), rel=1e-4)
+    assert found["mismatch/log_prob_abs_diff_mean"] == pytest.approx(np.abs(differences).mean(), rel=1e-5)
+    assert found["mismatch/log_prob_abs_diff_max"] == pytest.approx(12.0)
+    assert found["mismatch/k3_kl"] == pytest.approx((np.expm1(differences) - differences).mean(), rel=1e-4)
     shares = {name: share for name, share in found.items() if name.startswith(GAP_PREFIX) and share}
     assert shares == {f"{GAP_PREFIX}{edge}": 0.2 for edge in ("0", "0.0001", "0.01", "0.3", "10")}
     assert len(GAP_EDGES) == 18 and list(GAP_EDGES) == sorted(GAP_EDGES)
@@ -43,8 +43,8 @@ def test_tokens_that_do_not_count_or_that_no_engine_sampled_are_left_out():
     sampled = rollout()
     sampled[4] = math.nan
     found = values(gap_metrics(LOG_PROBS, sampled, active))
-    assert found["rollout_gap_max"] == pytest.approx(0.7, rel=1e-5)
-    assert found["rollout_gap_mean"] == pytest.approx((0.7 + 2e-4) / 3, rel=1e-3)
+    assert found["mismatch/log_prob_abs_diff_max"] == pytest.approx(0.7, rel=1e-5)
+    assert found["mismatch/log_prob_abs_diff_mean"] == pytest.approx((0.7 + 2e-4) / 3, rel=1e-3)
     assert sum(share for name, share in found.items() if name.startswith(GAP_PREFIX)) == pytest.approx(1.0)
 
 
@@ -67,7 +67,7 @@ def test_a_divergence_measures_the_engine_without_a_change_of_the_loss(tail):
     assert "log_probs" in measuring.needs and "log_probs" not in plain.needs
     assert torch.equal(plain.token_loss(outputs, columns), measuring.token_loss(outputs, columns))
     found = values(measuring.metrics(outputs, columns))
-    assert found["rollout_gap_max"] == pytest.approx(0.7, rel=1e-5)
+    assert found["mismatch/log_prob_abs_diff_max"] == pytest.approx(0.7, rel=1e-5)
     assert not any(name.startswith("rollout") for name in plain.metrics(outputs, columns))
     without = TokenColumns(divergence_weight=weight)
     assert not any(name.startswith("rollout") for name in measuring.metrics(outputs, without))

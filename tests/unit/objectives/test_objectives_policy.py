@@ -123,12 +123,12 @@ def test_k3_estimates_the_kl_and_pulls_towards_the_reference():
 
 def test_importance_weight_by_hand():
     old, rollout = double(0, math.log(3), math.log(8)), ZERO.expand(3)
-    modes = {"off": [1, 1, 1], "truncate": [1, 3, 5], "mask": [1, 3, 0]}
+    modes = {"off": [1, 1, 1], "tis": [1, 3, 5], "mask": [1, 3, 0]}
     for mode, expected in modes.items():
         found = importance_weight(old.requires_grad_(), rollout, mode=mode, cap=5.0)
         torch.testing.assert_close(found, double(*expected))
         assert not found.requires_grad
-    assert importance_weight(torch.tensor([500.0]), torch.zeros(1), mode="truncate", cap=5.0).tolist() == [5.0]
+    assert importance_weight(torch.tensor([500.0]), torch.zeros(1), mode="tis", cap=5.0).tolist() == [5.0]
     assert importance_weight(torch.tensor([500.0]), torch.zeros(1), mode="mask", cap=5.0).tolist() == [0.0]
 
 
@@ -148,7 +148,7 @@ def example(on_policy=False):
 
 def test_grpo_objective_by_hand():
     outputs, columns = example()
-    objective = grpo_objective(Surrogate(importance="truncate", importance_cap=4.0), kl_loss_coef=0.1)
+    objective = grpo_objective(Surrogate(rollout_correction="tis", rollout_correction_cap=4.0), kl_loss_coef=0.1)
     penalty = 0.1 * (1 - math.log(2))
     expected = [-0.25, 0.25 * (-1.2 + penalty), 0.5 * 4 * 1.6, 0.0]
     assert objective.token_loss(outputs, columns).tolist() == pytest.approx(expected, rel=1e-12)
@@ -165,7 +165,7 @@ def test_grpo_objective_by_hand():
     assert metrics["importance_ratio_max"] == pytest.approx(10.0)
     assert metrics["importance_weight_mean"] == pytest.approx(2.0)
     assert metrics["importance_clipped_fraction"] == pytest.approx(1 / 3)
-    assert metrics["rollout_kl"] == pytest.approx((9 - math.log(10)) / 3)
+    assert metrics["mismatch/k3_kl"] == pytest.approx((9 - math.log(10)) / 3)
     assert metrics["entropy"] == pytest.approx(2.0)
     assert metrics["advantage_mean"] == pytest.approx(0.0) and metrics["advantage_abs_mean"] == pytest.approx(4 / 3)
 
@@ -176,7 +176,7 @@ def test_mismatch_is_reported_even_when_nothing_is_done_about_it():
     assert metrics["importance_clipped_fraction"].value() == pytest.approx(1 / 3)
     assert metrics["importance_weight_mean"].value() == 1.0
     without = dataclasses.replace(columns, rollout_log_probs=None)
-    assert "rollout_kl" not in grpo_objective(kl_loss_coef=0).metrics(outputs, without)
+    assert "mismatch/k3_kl" not in grpo_objective(kl_loss_coef=0).metrics(outputs, without)
 
 
 def test_on_policy_equals_old_log_probs_of_the_same_weights():
@@ -185,7 +185,7 @@ def test_on_policy_equals_old_log_probs_of_the_same_weights():
     slopes = []
     for on_policy, given_columns in ((True, columns), (False, scored)):
         leaf = outputs.log_probs.clone().requires_grad_()
-        objective = grpo_objective(Surrogate(on_policy=on_policy, importance="mask"), kl_loss_coef=0.1)
+        objective = grpo_objective(Surrogate(on_policy=on_policy, rollout_correction="mask"), kl_loss_coef=0.1)
         objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), given_columns).sum().backward()
         slopes.append(leaf.grad)
         assert objective.metrics(outputs, given_columns)["ratio_max"].value() == 1.0
@@ -195,7 +195,7 @@ def test_on_policy_equals_old_log_probs_of_the_same_weights():
 def test_settings_refuse():
     for bad, message in (
         ({"clip_ratio_low": 1.0}, "clip_ratio_low"), ({"clip_ratio_high": 0.0}, "clip_ratio_high"), ({"clip_ratio_c": 1.0}, "above 1"),
-        ({"importance": "clip"}, "off, truncate or mask"), ({"importance_cap": 0.0}, "importance_cap"),
+        ({"rollout_correction": "clip"}, "off, tis or mask"), ({"rollout_correction_cap": 0.0}, "rollout_correction_cap"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             Surrogate(**bad)

@@ -55,7 +55,9 @@ def rows_of(outputs, rows):
 
 
 def everything():
-    policy = policy_distillation_objective(Surrogate(clip_ratio_c=3.0, importance="truncate", importance_cap=1.2))
+    policy = policy_distillation_objective(
+        Surrogate(clip_ratio_c=3.0, rollout_correction="tis", rollout_correction_cap=1.2)
+    )
     return mix_objectives([(1.0, policy), (0.5, sft_objective()), (0.25, divergence_objective("reverse_kl"))])
 
 
@@ -182,7 +184,7 @@ def test_metric_reductions_by_hand():
 
 def test_tokens_outside_a_term_may_hold_anything():
     """Anchor tokens have no old log-probabilities; NaN there must reach neither the loss, its gradient nor a metric."""
-    objective = mix_objectives([(1.0, grpo_objective(Surrogate(importance="mask"), kl_loss_coef=0.1)),
+    objective = mix_objectives([(1.0, grpo_objective(Surrogate(rollout_correction="mask"), kl_loss_coef=0.1)),
                                 (1.0, sft_objective())])  # fmt: skip
     outputs, columns = random_batch()
     inactive = columns.policy_weight == 0
@@ -227,7 +229,7 @@ def test_objectives_say_what_they_need():
     assert grpo_objective().needs == {"log_probs", "entropy"}
     assert grpo_objective().columns == {"old_log_probs", "advantages", "reference_log_probs", "policy_weight"}
     assert grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0).columns == {"advantages", "policy_weight"}
-    assert "rollout_log_probs" in grpo_objective(Surrogate(importance="truncate")).columns
+    assert "rollout_log_probs" in grpo_objective(Surrogate(rollout_correction="tis")).columns
     assert divergence_objective("jsd").needs == {"jsd", "entropy"}
     assert divergence_objective("jsd").columns == {"divergence_weight"}
     assert everything().columns == {
@@ -262,7 +264,7 @@ def test_kl_is_shown_beside_the_other_metrics():
     outputs, columns = random_batch()
     assert "kl" not in sft_objective().metrics(outputs, columns)
     metrics = everything().metrics(outputs, columns)
-    assert {"ratio_mean", "clip_fraction_dual", "rollout_kl", "cross_entropy", "reverse_kl"} <= metrics.keys()
+    assert {"ratio_mean", "clip_fraction_dual", "mismatch/k3_kl", "cross_entropy", "reverse_kl"} <= metrics.keys()
     active = columns.policy_weight != 0
     expected = (outputs.log_probs - columns.teacher_log_probs)[active].mean()
     assert metrics["kl"].value() == metrics["teacher_kl"].value() == pytest.approx(float(expected))

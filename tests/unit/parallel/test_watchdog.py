@@ -10,15 +10,15 @@ from megatron_s2d.parallel.watchdog import has_stack_dump
 PROGRAM = """
 import re, sys, time
 from pathlib import Path
-from megatron_s2d.parallel.watchdog import beat, watched
+from megatron_s2d.parallel.watchdog import heartbeat, watchdog
 
 def hang_with_the_lock_of_the_interpreter():
     re.match("(a*)*b", "a" * 60)
 
-with watched(Path(sys.argv[1]), 1.0 if sys.argv[2] != "never" else None):
+with watchdog(Path(sys.argv[1]), 1.0 if sys.argv[2] != "never" else None):
     for _ in range(6):
         time.sleep(0.3)
-        beat()
+        heartbeat()
     if sys.argv[2] == "sleep":
         time.sleep(60)
     elif sys.argv[2] == "regex":

@@ -10,7 +10,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.report.contrasts import evaluation_from_rows, paired_comparison, pass_at_k
 from megatron_s2d.report.paper_table import make_table
 
-SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 TABLE = {
     "title": "a table",
     "paper_columns": ["X", "Y"],
@@ -31,7 +31,7 @@ TABLE = {
 def workflow(folder, **changes):
     data = {"others": {"type": "task", "split": "heldout", "num_operations": 2, "num_prompts": 8}}
     document = {
-        "base": str(SMOKE),
+        "defaults": str(SMOKE),
         "data": data,
         "arms": {"a": "opd", "b": "forward_kl"},
         "contrasts": [],

@@ -299,8 +299,8 @@ def test_stage_without_curves_has_no_plot():
 
 def test_the_histogram_of_gaps_is_the_mean_of_the_steps_that_measured():
     rows = [
-        {"step": 1, "rollout_gap_at/0": 0.5, "rollout_gap_at/1e-06": 0.5},
-        {"step": 2, "rollout_gap_at/1e-06": 0.8, "rollout_gap_at/0.0003": 0.2},
+        {"step": 1, "mismatch/hist/0": 0.5, "mismatch/hist/1e-06": 0.5},
+        {"step": 2, "mismatch/hist/1e-06": 0.8, "mismatch/hist/0.0003": 0.2},
         {"step": 3, "loss": 1.0},  # cached responses only
     ]
     assert gap_shares(rows) == pytest.approx({0.0: 0.25, 1e-6: 0.65, 3e-4: 0.1})

@@ -15,9 +15,9 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models import kv_cache
 from megatron_s2d.models.build import build_model
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.records import WeightVersionSpan, Prompt
-from megatron_s2d.rollout import batching
+from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron import batching
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 VOCAB_SIZE = 27  # padded to 32 by the model
@@ -136,7 +136,7 @@ def test_batching_and_order_do_not_matter(layout, chunks):
 
 def test_records_are_complete(layout, chunks):
     generator = engine(chunks, layout)
-    generator.push(chunks, 17)
+    generator.update_weights(chunks, 17)
     requests = make_requests()
     finished = []
     samples = generator.generate(requests, progress=lambda done, total: finished.append((done, total)))
@@ -245,7 +245,7 @@ def test_generation_uses_the_weights_of_the_moment(layout):
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.7)
-    generator.push(chunks, 1)
+    generator.update_weights(chunks, 1)
     after = generator.generate(make_requests(temperature=0.0, groups=1))
     assert largest_difference(chunks, after) < 2e-5 < largest_difference(chunks, before)
 
@@ -265,7 +265,7 @@ def test_mistakes_are_one_clear_line(layout, chunks):
             generator.generate(requests)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="another one"):
-        generator.push(model(layout), 1)
+        generator.update_weights(model(layout), 1)
     assert generator.generate([]) == []
 
 

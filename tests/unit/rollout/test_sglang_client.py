@@ -15,23 +15,23 @@ pytest.importorskip("aiohttp")
 from fake_sglang import FakeServer, log_prob_table
 
 from megatron_s2d.config.base import UserError
-from megatron_s2d.config.training import SglangConfig
-from megatron_s2d.records import WeightVersionSpan, Prompt
+from megatron_s2d.config.training import ServerConfig
+from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.generation import GenerationTask
 from megatron_s2d.rollout.served.server_pool import ServerPool
-from megatron_s2d.rollout.sglang import client
-from megatron_s2d.rollout.sglang.protocol import ReplyContract, PartialRollout, parse_reply, to_partial
+from megatron_s2d.rollout.sglang.protocol import PartialRollout, ReplyContract, parse_reply, to_partial
 
 VOCAB_SIZE, EOS = 19, 3
 EXPECTED = ReplyContract("v7", 7, VOCAB_SIZE)
-SETTINGS = SglangConfig(attempts=3, request_timeout_seconds=30.0, concurrency=8)
+SETTINGS = ServerConfig(max_attempts=3, request_timeout_seconds=30.0, max_concurrent_requests=8)
 IMPATIENT = SETTINGS.model_copy(update={"request_timeout_seconds": 2.0})
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "_FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_bad_reply_is_asked_for_again_and_bounded(servers, fault, word):
     _, outcome = ask(servers, requests)
     assert not outcome.samples and sorted(outcome.failures) == list(range(12))
     assert all(word in reason and "\n" not in reason for reason in outcome.failures.values())
-    assert sum(len(posts(server)) for server in servers) == 12 * SETTINGS.attempts
+    assert sum(len(posts(server)) for server in servers) == 12 * SETTINGS.max_attempts
 
 
 def test_what_the_server_refuses_is_an_error_at_once(servers):
@@ -165,7 +165,7 @@ def test_a_server_with_other_weights_gets_no_more_requests(servers):
     _, clean = ask(servers, requests)
     servers[0].log.clear()
     servers[0].faults.extend(["stale"] * 1000)
-    settings = SETTINGS.model_copy(update={"concurrency": 1})
+    settings = SETTINGS.model_copy(update={"max_concurrent_requests": 1})
     pool, outcome = ask(servers, requests, settings)
     assert same(outcome.samples, clean.samples)
     assert "'older' instead of 'v7'" in pool.problems[servers[0].url]
@@ -210,7 +210,7 @@ def test_a_try_that_hangs_is_aborted_and_the_request_answered_once(servers):
 
 
 def test_a_server_that_hangs_altogether_is_left_out(servers, monkeypatch):
-    monkeypatch.setattr(client, "_ABORT_SECONDS", 0.3)
+    monkeypatch.setattr(server_pool, "_ABORT_SECONDS", 0.3)
     requests = make_requests(prompts=2, groups=2)
     _, clean = ask(servers, requests)
     servers[0].faults.extend(["hang"] * 100)
@@ -237,17 +237,17 @@ INFINITE = resource.RLIM_INFINITY
 def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, capsys, limits, raised, found):
     """Or servers would be taken for dead, and started anew."""
     calls = []
-    monkeypatch.setattr(client.resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(client.resource, "setrlimit", lambda _, new: calls.append(new))
+    monkeypatch.setattr(server_pool.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(server_pool.resource, "setrlimit", lambda _, new: calls.append(new))
     urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
-    assert ServerPool(urls, SglangConfig(concurrency=256)).concurrency == found
+    assert ServerPool(urls, ServerConfig(max_concurrent_requests=256)).concurrency == found
     assert calls == ([] if raised is None else [(raised, limits[1])])
     assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (found < 2048)
 
 
 def test_no_more_requests_are_in_flight_than_allowed(servers):
     servers[0].faults.extend(["slow"] * 1000)
-    settings = SETTINGS.model_copy(update={"concurrency": 2})
+    settings = SETTINGS.model_copy(update={"max_concurrent_requests": 2})
     busy, most = 0, 0
     original = servers[0].generate
 
@@ -310,7 +310,9 @@ def test_the_first_groups_to_be_complete_end_the_others(servers):
     for server in servers:
         server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
     requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
-    outcome = GenerationTask(ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2).result()
+    outcome = GenerationTask(
+        ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2
+    ).result()
     assert sorted(outcome.samples) == [0, 1, 4, 5] and not outcome.failures
     assert set(outcome.partials) <= {2, 3}
     aborted = [body["rid"] for server in servers for body in posts(server, "/abort_request")]

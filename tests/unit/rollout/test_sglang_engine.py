@@ -24,24 +24,25 @@ from fake_sglang import FakeServer, log_prob_table, read_embedding
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_weights
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
-from megatron_s2d.records import WeightVersionSpan, Prompt
+from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang import client
-from megatron_s2d.rollout.sglang.admin import PushFailed
+from megatron_s2d.rollout.sglang.admin import WeightUpdateFailed
 from megatron_s2d.rollout.sglang.checks import ServerRequirements
 from megatron_s2d.rollout.sglang.weight_sync import own_address, refuse_remote
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
-SETTINGS = SglangConfig(attempts=2, request_timeout_seconds=30.0, startup_timeout_seconds=60.0)
+SGLANG = SglangConfig(startup_timeout_seconds=60.0)
+SERVER = ServerConfig(max_attempts=2, request_timeout_seconds=30.0)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def chunks(layout):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "_FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -87,11 +88,24 @@ def toy_score(chunks):
     return score
 
 
-def make_engine(chunks, layout, directory, servers=(), needs=ServerRequirements(), tokenizer=None, **settings) -> ServedEngine:
-    rollout = RolloutConfig(engine="sglang", sglang=SETTINGS.model_copy(update=settings))
+def make_engine(
+    chunks, layout, directory, servers=(), needs=ServerRequirements(), tokenizer=None, **settings
+) -> ServedEngine:
+    parts = {
+        kind: {name: value for name, value in settings.items() if name in kind.model_fields}
+        for kind in (SglangConfig, ServerConfig, RolloutConfig)
+    }
+    rollout = RolloutConfig(
+        engine="sglang",
+        sglang=SGLANG.model_copy(update=parts[SglangConfig]),
+        server=SERVER.model_copy(update=parts[ServerConfig]),
+        **parts[RolloutConfig],
+    )
     urls = [server.url for server in servers]
     return ServedEngine(
-        ServerGroup(chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer)
+        ServerGroup(
+            chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
+        )
     )
 
 
@@ -127,13 +141,13 @@ def test_what_is_pushed_is_what_is_sampled_from(chunks, layout, servers, tmp_pat
     first = engine.generate(make_requests())
     assert gap(chunks, first) < 1e-5
     change(chunks)
-    engine.push(chunks, 5)
+    engine.update_weights(chunks, 5)
     second = engine.generate(make_requests())
     assert gap(chunks, second) < 1e-5 < gap(chunks, first)
     assert {span for sample in second for span in sample.weight_versions} == {
         WeightVersionSpan(sample.prompt_length, len(sample.token_ids), 5) for sample in second
     }
-    assert engine.metrics()["probe_gap"] < 1e-5 and engine.metrics()["push_gb_per_second"] > 0
+    assert engine.metrics()["weight_sync/max_log_prob_diff"] < 1e-5 and engine.metrics()["weight_sync/gb_per_s"] > 0
     assert "GB/s" in capsys.readouterr().out
     paths = [path for path, _ in servers[0].log if path != "/generate"]
     push = ["/pause_generation", "/flush_cache?timeout=120", "/update_weights_from_disk", "/continue_generation"]
@@ -147,13 +161,13 @@ def test_replicas_whose_digests_differ_get_the_weights_again(chunks, layout, ser
     servers[0].digests, servers[1].digests = itertools.repeat("a"), itertools.chain(["b"], itertools.repeat("a"))
     for server in servers:
         server.log.clear()
-    engine.push(chunks, 1)
-    assert not engine._fleet.pool.problems and next(servers[1].digests) == "a"
+    engine.update_weights(chunks, 1)
+    assert not engine._server_group.pool.problems and next(servers[1].digests) == "a"
     for server in servers:
         assert [path for path, _ in server.log].count("/update_weights_from_disk") == 2
     servers[1].digests = itertools.repeat("c")
     with pytest.raises(UserError, match="digest of its weights is not that of the other servers"):
-        engine.push(chunks, 2)
+        engine.update_weights(chunks, 2)
 
 
 def test_progress_counts_every_response(chunks, layout, servers, tmp_path):
@@ -166,7 +180,7 @@ def test_progress_counts_every_response(chunks, layout, servers, tmp_path):
 
 def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers, bucket_bytes=4000)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     (directory,) = (tmp_path / "weights").iterdir()  # the older version is gone
     checkpoint = HfCheckpoint(directory)
     assert checkpoint.spec == dataclasses.replace(SPEC) and len(checkpoint.shards) > 3
@@ -178,7 +192,7 @@ def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp
 def test_the_servers_of_another_run_do_not_share_its_versions(chunks, layout, servers, tmp_path):
     one, other = (make_engine(chunks, layout, tmp_path / name, servers) for name in "ab")
     with pytest.raises(UserError, match="instead of"):
-        one._settings = one._settings.model_copy(update={"recoveries": 0})
+        one._rollout = one._rollout.model_copy(update={"server": SERVER.model_copy(update={"max_restarts": 0})})
         one.generate(make_requests())
     assert len(other.generate(make_requests())) == 12
 
@@ -187,14 +201,14 @@ def test_a_server_that_says_it_updated_and_did_not_gets_no_requests(chunks, layo
     engine = make_engine(chunks, layout, tmp_path, servers)
     servers[0].control_faults["/update_weights_from_disk"] = "ignore"
     change(chunks)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     servers[0].log.clear()
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     assert not [path for path, _ in servers[0].log if path == "/generate"]
     # It is given the weights again with the next push, and used.
     servers[0].control_faults.clear()
-    engine.push(chunks, 2)
+    engine.update_weights(chunks, 2)
     engine.generate(make_requests())
     assert [path for path, _ in servers[0].log if path == "/generate"]
 
@@ -206,7 +220,7 @@ def test_a_push_that_reaches_no_server_is_an_error(chunks, layout, servers, tmp_
     for server in servers:
         server.control_faults["/update_weights_from_disk"] = fault
     with pytest.raises(UserError, match="no SGLang server holds the current weights") as error:
-        engine.push(chunks, 1)
+        engine.update_weights(chunks, 1)
     assert ("status 500" if fault == "500" else "nats") in str(error.value) and "\n" not in str(error.value)
 
 
@@ -221,7 +235,7 @@ def test_a_server_with_stale_weights_is_updated_again(chunks, layout, servers, t
 
 
 def test_requests_that_keep_failing_stop_with_one_line(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=1)
+    engine = make_engine(chunks, layout, tmp_path, servers, max_restarts=1)
     for server in servers:
         server.faults.extend(["nan"] * 1000)
     with pytest.raises(UserError, match="after 1 recoveries too.*is nan") as error:
@@ -231,41 +245,41 @@ def test_requests_that_keep_failing_stop_with_one_line(chunks, layout, servers, 
 
 def test_weights_come_only_once_nothing_runs(chunks, layout, servers, tmp_path):
     """SGLang ends itself when it has to forget old keys and values and a request still runs."""
-    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    engine = make_engine(chunks, layout, tmp_path, servers, max_restarts=0)
     for server in servers:
         server.log.clear()
         server.control_faults["/flush_cache?timeout=120"] = "400"
     with pytest.raises(UserError, match="no SGLang server holds the current weights .*flush_cache"):
-        engine.push(chunks, 1)
+        engine.update_weights(chunks, 1)
     assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
 
 
 def test_weights_stay_until_every_server_has_read_newer_ones(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
-    engine.push(chunks, 1)
+    engine = make_engine(chunks, layout, tmp_path, servers, max_restarts=0)
+    engine.update_weights(chunks, 1)
     assert len(servers[0].seen_versions) == 2  # the older ones, and those that are read now
     (kept,) = (path.name for path in (tmp_path / "weights").iterdir())
     servers[1].control_faults["/update_weights_from_disk"] = "500"
     for version in (2, 3, 4):  # servers that are in trouble may still read; older versions do not pile up
-        engine.push(chunks, version)
+        engine.update_weights(chunks, version)
         assert len(list((tmp_path / "weights").iterdir())) == 2
     servers[1].control_faults.clear()
-    engine.push(chunks, 4)
+    engine.update_weights(chunks, 4)
     assert len({kept, *(path.name for path in (tmp_path / "weights").iterdir())}) == 2
 
 
 def test_a_slow_server_is_not_given_up(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    engine = make_engine(chunks, layout, tmp_path, servers, max_restarts=0)
     servers[0].weight_version = "another"  # so that it is looked after
     servers[0].health_faults.extend(["503", "503"])
     engine.generate(make_requests())
-    engine.push(chunks, 1)
-    assert not engine._fleet.pool.problems and not servers[0].health_faults
+    engine.update_weights(chunks, 1)
+    assert not engine._server_group.pool.problems and not servers[0].health_faults
     servers[0].weight_version = "another"
     servers[0].health_faults.extend(["503"] * 3)
     engine.generate(make_requests())
-    engine.push(chunks, 2)
-    assert list(engine._fleet.pool.problems) == [servers[0].url]
+    engine.update_weights(chunks, 2)
+    assert list(engine._server_group.pool.problems) == [servers[0].url]
 
 
 def test_a_prompt_that_would_harm_a_server_is_refused_here(chunks, layout, servers, tmp_path):
@@ -280,7 +294,7 @@ def test_given_tokens_are_scored_with_the_pushed_weights(chunks, layout, servers
     engine = make_engine(chunks, layout, tmp_path, servers)
     samples = engine.generate(make_requests())
     change(chunks)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     for found, expected in zip(engine.score(samples), toy_score(chunks)(samples), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
     table = log_prob_table(embedding_of(chunks))
@@ -307,7 +321,7 @@ def test_a_wrong_score_is_asked_for_again(chunks, layout, servers, tmp_path, fau
 
 
 def test_a_server_that_caps_the_likeliest_tokens_is_named(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, recoveries=0)
+    engine = make_engine(chunks, layout, tmp_path, servers, max_restarts=0)
     samples = engine.generate(make_requests())
     for server in servers:
         server.score_faults.extend(["capped"] * 1000)
@@ -330,7 +344,7 @@ def test_tensors_stay_on_this_machine():
 def test_a_group_is_met_where_its_servers_reach_the_trainer():
     assert own_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
     assert own_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
-    with pytest.raises(PushFailed, match="no way to that machine"):
+    with pytest.raises(WeightUpdateFailed, match="no way to that machine"):
         own_address(["http://no-such-machine.invalid:1"])
 
 
@@ -446,7 +460,7 @@ def processes(word: str) -> list[int]:
 
 
 def test_servers_are_started_with_the_weights_and_end_with_the_engine(chunks, layout, interpreter, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
+    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), num_servers=2)
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     assert len(processes(str(tmp_path / "engine"))) == 4  # two servers, each with its watch
@@ -459,9 +473,9 @@ def test_servers_are_started_with_the_weights_and_end_with_the_engine(chunks, la
 def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(chunks, layout, interpreter, tmp_path):
     engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter))
     change(chunks)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     clean = engine.generate(make_requests())
-    (server,) = engine._fleet.pool.servers
+    (server,) = engine._server_group.pool.servers
     old = server.url
     for kind, count in (("slow", 4), ("die", 1)):
         httpx.post(f"{old}/fault", json={"kind": kind, "count": count})
@@ -473,16 +487,16 @@ def test_a_server_that_dies_mid_batch_is_started_anew_with_the_current_weights(c
 
 
 def test_one_of_two_servers_dies_and_is_back_with_the_next_push(chunks, layout, interpreter, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), replicas=2)
+    engine = make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), num_servers=2)
     clean = engine.generate(make_requests())
-    old = [server.url for server in engine._fleet.pool.servers]
+    old = [server.url for server in engine._server_group.pool.servers]
     httpx.post(f"{old[1]}/fault", json={"kind": "die"})
     assert tokens(engine.generate(make_requests())) == tokens(clean)  # the other one answered
-    assert [bool(server.problem) for server in engine._fleet.pool.servers] == [False, True]
+    assert [bool(server.problem) for server in engine._server_group.pool.servers] == [False, True]
     change(chunks)
-    engine.push(chunks, 1)
-    new = [server.url for server in engine._fleet.pool.servers]
-    assert not engine._fleet.pool.problems and new[0] == old[0] and new[1] != old[1]
+    engine.update_weights(chunks, 1)
+    new = [server.url for server in engine._server_group.pool.servers]
+    assert not engine._server_group.pool.problems and new[0] == old[0] and new[1] != old[1]
     samples = engine.generate(make_requests())
     assert gap(chunks, samples) < 1e-5
     engine.close()
@@ -493,30 +507,30 @@ def test_an_attached_server_that_is_gone_does_not_hold_up_a_push(chunks, layout,
     servers[0].close()
     engine.generate(make_requests())
     change(chunks)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     assert gap(chunks, engine.generate(make_requests())) < 1e-5
-    assert list(engine._fleet.pool.problems) == [servers[0].url]
+    assert list(engine._server_group.pool.problems) == [servers[0].url]
 
 
 def test_a_server_that_cannot_start_is_one_clear_line(chunks, layout, interpreter, tmp_path):
     with pytest.raises(UserError, match="ended while it started .RuntimeError: no such device.") as error:
-        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), arguments=["--fail-at-start"])
+        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), extra_args=["--fail-at-start"])
     assert "\n" not in str(error.value) and "server-0.log" in str(error.value)
 
 
 def test_a_server_that_stays_alive_without_its_port_is_not_waited_for(chunks, layout, interpreter, tmp_path):
     with pytest.raises(UserError, match="another program took the port"):
-        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), arguments=["--port-is-taken"])
+        make_engine(chunks, layout, tmp_path / "engine", python=str(interpreter), extra_args=["--port-is-taken"])
 
 
 def test_behind_a_router_a_stale_reply_has_every_server_updated(chunks, layout, servers, interpreter, tmp_path):
     engine = make_engine(chunks, layout, tmp_path / "engine", servers, router=True, python=str(interpreter))
     change(chunks)
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     servers[1].faults.append("stale")  # the router does not say who answered
     samples = engine.generate(make_requests())
     assert [sample.id for sample in samples] == [request.id for request in make_requests()]
-    assert gap(chunks, samples) < 1e-5 and not engine._fleet.pool.problems
+    assert gap(chunks, samples) < 1e-5 and not engine._server_group.pool.problems
     for server in servers:
         paths = [path for path, body in server.log if path == "/update_weights_from_disk"]
         assert len(paths) == 3  # at the start, by the push, after the stale reply
@@ -529,11 +543,11 @@ def test_a_router_that_dies_mid_batch_is_started_anew_and_costs_no_sample(
 ):
     engine = make_engine(chunks, layout, tmp_path / "engine", servers, router=True, python=str(interpreter))
     clean = engine.generate(make_requests())
-    old = engine._fleet.pool.router.url
+    old = engine._server_group.pool.router.url
     httpx.post(f"{old}/fault", json={"die_after": 5})
     again = engine.generate(make_requests())
-    router = engine._fleet.pool.router
-    assert router.url != old and not engine._fleet.pool.problems
+    router = engine._server_group.pool.router
+    assert router.url != old and not engine._server_group.pool.problems
     assert tokens(again) == tokens(clean)
     found = httpx.get(f"{router.url}/workers").json()["workers"]
     assert {worker["url"] for worker in found} == {server.url for server in servers}
@@ -592,62 +606,62 @@ def long_requests() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("ahead", ["wait", "continue"])
-def test_what_the_next_step_needs_is_generated_while_the_trainer_works(chunks, layout, servers, tmp_path, ahead):
-    engine = make_engine(chunks, layout, tmp_path, servers, ahead=ahead)
+@pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
+def test_what_the_next_step_needs_is_generated_while_the_trainer_works(chunks, layout, servers, tmp_path, async_mode):
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode=async_mode)
     tables = {0: log_prob_table(embedding_of(chunks))}
     held = set()
 
     def hold(body, n) -> bool:
-        old = ahead == "continue" and servers[0].weight_version.endswith("-0")
+        old = async_mode == "partial_rollout" and servers[0].weight_version.endswith("-0")
         return old and n == 3 and not held.add(body["rid"])
 
     for server in servers:
         server.holds = hold
-    engine.begin(long_requests())
-    while ahead == "continue" and len(held) < 4:
+    engine.submit(long_requests())
+    while async_mode == "partial_rollout" and len(held) < 4:
         time.sleep(0.01)
     change(chunks)
     tables[1] = log_prob_table(embedding_of(chunks))
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     samples = engine.generate(long_requests())
     assert [sample.id for sample in samples] == [request.id for request in long_requests()]
-    assert spans(samples) == ({(0,)} if ahead == "wait" else {(0, 1)})
+    assert spans(samples) == ({(0,)} if async_mode == "one_step_off" else {(0, 1)})
     assert split_gap(tables, samples) < 1e-5
     with pytest.raises(RuntimeError, match="other requests"):
-        engine.begin(long_requests())
+        engine.submit(long_requests())
         engine.generate(make_requests())
     engine.close()
 
 
 def test_generation_beside_the_trainer_is_off_unless_asked_for(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers)
-    engine.begin(long_requests())
+    engine.submit(long_requests())
     asked = [body.get("rid") for server in servers for path, body in server.log if path == "/generate"]
     assert asked and not any(isinstance(rid, str) for rid in asked)  # checks and probes alone
     engine.close()
 
 
 def test_a_server_that_dies_beside_the_trainer_costs_no_sample(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, ahead="continue")
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="partial_rollout")
     servers[0].faults.extend(["drop"] * 100)
     servers[0].control_faults["/abort_request"] = "drop"
-    engine.begin(make_requests())
+    engine.submit(make_requests())
     time.sleep(0.2)
     servers[0].faults.clear()
     servers[0].control_faults.clear()
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     samples = engine.generate(make_requests())
     assert [sample.id for sample in samples] == [request.id for request in make_requests()]
-    assert not engine._fleet.pool.problems
+    assert not engine._server_group.pool.problems
     engine.close()
 
 
 def test_a_refused_request_beside_the_trainer_is_an_error_when_it_is_asked_for(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, ahead="wait")
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="one_step_off")
     servers[0].faults.append("400")
-    engine.begin(make_requests())
-    engine.push(chunks, 1)
+    engine.submit(make_requests())
+    engine.update_weights(chunks, 1)
     with pytest.raises(UserError, match="refused a request"):
         engine.generate(make_requests())
     engine.close()
@@ -662,7 +676,7 @@ def test_groups_that_are_late_are_carried_over_whole(chunks, layout, servers, tm
     assert [sample.group for sample in first] == [1] * 3 + [2] * 3
     change(chunks)
     tables[1] = log_prob_table(embedding_of(chunks))
-    engine.push(chunks, 1)
+    engine.update_weights(chunks, 1)
     servers[0].holds = lambda body, n: False
     rest = [request for request in requests if request.group in (0, 3)]
     second = engine.generate(rest, num_groups=2)
@@ -672,12 +686,12 @@ def test_groups_that_are_late_are_carried_over_whole(chunks, layout, servers, tm
 
 
 def test_servers_rest_between_generation_and_push(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, release_memory=True)
+    engine = make_engine(chunks, layout, tmp_path, servers, enable_memory_saver=True)
     for server in servers:
         server.log.clear()
-    engine.rest()
-    engine.rest()
-    engine.push(chunks, 1)
+    engine.sleep()
+    engine.sleep()
+    engine.update_weights(chunks, 1)
     assert gap(chunks, engine.generate(make_requests())) < 1e-5
     control = [(path, body.get("tags")) for path, body in servers[0].log if path != "/generate"]
     assert control == [
@@ -691,6 +705,6 @@ def test_servers_rest_between_generation_and_push(chunks, layout, servers, tmp_p
         ("/continue_generation", None),
         ("/weights_checker", None),
     ]
-    engine.rest()
+    engine.sleep()
     assert gap(chunks, engine.generate(make_requests())) < 1e-5  # the weights come back without a push, too
     engine.close()

@@ -13,9 +13,9 @@ def test_shares_of_each_group_of_places():
     agreement = np.array([1, -1, 1, 0, 1, 1, -1, -1, 1])
     found = fractions_by_position(agreement, places)
     assert {key: value for key, value in found.items() if "consensus" in key} == pytest.approx(
-        {f"gate_consensus_at/{first}": value for first, value in ((0, 2 / 3), (1, 1 / 2), (2, 1 / 3), (4, 1))}
+        {f"gate/consensus_by_position/{first}": value for first, value in ((0, 2 / 3), (1, 1 / 2), (2, 1 / 3), (4, 1))}
     )
-    assert found["gate_conflict_at/0"] == pytest.approx(1 / 3) and found["gate_conflict_at/4"] == 0
+    assert found["gate/conflict_by_position/0"] == pytest.approx(1 / 3) and found["gate/conflict_by_position/4"] == 0
 
 
 def test_the_groups_are_those_of_the_kl():

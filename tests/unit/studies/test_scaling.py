@@ -11,7 +11,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.studies.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
 from megatron_s2d.studies.simulate import load_simulation, machine_of, predict
 
-SIMULATION = Path(__file__).resolve().parents[4] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
+SIMULATION = Path(__file__).resolve().parents[3] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
 
 
 # ---------------------------------------------------------------- power laws

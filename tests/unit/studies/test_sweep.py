@@ -20,7 +20,7 @@ from megatron_s2d.studies.sweep_results import collect_sweep
 from megatron_s2d.workflow.job_outcome import Interrupted
 from megatron_s2d.workflow.plan import make_plan
 
-SMOKE = Path(__file__).resolve().parents[4] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 ARM = "direct_student_grpo"
 PROBLEMS = 200
 SHORT = {"arms": {ARM: "student_grpo"}, "contrasts": []}  # two stages and an evaluation a point
@@ -29,7 +29,7 @@ SHORT = {"arms": {ARM: "student_grpo"}, "contrasts": []}  # two stages and an ev
 def sweep_file(tmp_path, **changes) -> Path:
     document = {
         "name": "test",
-        "base": str(SMOKE),
+        "workflow": str(SMOKE),
         "set": SHORT,
         "grid": {
             "labels": {"key": "data.pool.num_prompts", "values": [64, 128, 256]},
@@ -71,7 +71,7 @@ def finished_run(point, run_dir, console):
             speed = 100.0 if ranks == 1 else 180.0
             seconds = 200 / speed  # a step has 200 tokens
             rows = [
-                {"step": n, "loss": 2 / labels, "seconds": seconds if n > 1 else 9.0, "tokens_per_second": speed}
+                {"step": n, "loss": 2 / labels, "timing_s/step": seconds if n > 1 else 9.0, "tokens_per_second": speed}
                 for n in range(1, 5)
             ]
             job.directory.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,7 +207,7 @@ def test_a_dry_run_lists_points_with_their_checks(tmp_path, console):
     ("changes", "message"),
     [
         ({"bse": 1}, "bse: unknown key"),
-        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"workflow": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"grid": {"a b": {"key": "seed", "values": [1]}}}, "'a b' is not a name for an axis"),
         ({"grid": {"a": {"values": [1]}}}, "give `key` with a list of values"),
         ({"grid": {"a": {"key": "x", "values": ["../up"]}}}, "cannot be part of a directory's name"),

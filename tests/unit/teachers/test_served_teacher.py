@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_teacher_of_the_sample():
             for batch, source in zip(batches, teacher.distributions(update, batches), strict=True):
                 assert source.ids.shape == (batch.labels.numel(), K) and source.support == "teacher"
                 assert (source.ids.sort(1).values.diff(dim=1) > 0).all()  # distinct everywhere
-                rows = zip(*(batch.per_sample(part) for part in (source.ids, source.log_probs, source.log_tail_mass)),
+                rows = zip(*(batch.unpack(part) for part in (source.ids, source.log_probs, source.log_tail_mass)),
                            strict=True)  # fmt: skip
                 for index, (ids, log_probs, tail) in zip(batch.indices, rows, strict=True):
                     one = samples[index]

@@ -11,16 +11,24 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.data.packing import MiniBatch, pack
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
-from megatron_s2d.records import WeightVersionSpan, Sample
-from megatron_s2d.train.loop import check_kl, check_rollout_kl, comparable, staleness, summarise
+from megatron_s2d.records import Sample, WeightVersionSpan
+from megatron_s2d.train.loop import (
+    aggregate_metrics,
+    check_kl,
+    check_mismatch_kl,
+    drop_incomparable_rollout_log_probs,
+    policy_lag,
+)
 
 
 def test_an_engine_that_drifts_from_the_trainer_stops_the_run():
-    check_rollout_kl({"rollout_kl": 0.01}, 0.01, 3)
-    check_rollout_kl({"rollout_kl": 5.0}, None, 3)
-    check_rollout_kl({}, 0.01, 3)  # a stage that does not use the engine's log-probabilities
-    with pytest.raises(UserError, match="step 3: .* 0.02 nats a token .*rollout.max_kl 0.01.*probe_gap"):
-        check_rollout_kl({"rollout_kl": 0.02}, 0.01, 3)
+    check_mismatch_kl({"mismatch/k3_kl": 0.01}, 0.01, 3)
+    check_mismatch_kl({"mismatch/k3_kl": 5.0}, None, 3)
+    check_mismatch_kl({}, 0.01, 3)  # a stage that does not use the engine's log-probabilities
+    with pytest.raises(
+        UserError, match="step 3: .* 0.02 nats a token .*rollout.max_mismatch_kl 0.01.*weight_sync/max_log_prob_diff"
+    ):
+        check_mismatch_kl({"mismatch/k3_kl": 0.02}, 0.01, 3)
 
 
 def test_a_student_that_leaves_its_teacher_stops_the_run():
@@ -41,10 +49,10 @@ def sample(name: str, rollout: bool) -> Sample:
 def test_the_engine_is_compared_with_the_weights_that_sampled_only():
     update = MiniBatch([sample("a", True)], {})
     full = divergence_objective("reverse_kl", measure_rollouts=True)
-    assert comparable(full, update, 0) is update
-    assert comparable(full, update, 1).samples[0].rollout_log_probs is None
+    assert drop_incomparable_rollout_log_probs(full, update, 0) is update
+    assert drop_incomparable_rollout_log_probs(full, update, 1).samples[0].rollout_log_probs is None
     # Old log-probabilities are of the weights that sampled, whatever the update.
-    assert comparable(grpo_objective(Surrogate(), kl_loss_coef=0), update, 1) is update
+    assert drop_incomparable_rollout_log_probs(grpo_objective(Surrogate(), kl_loss_coef=0), update, 1) is update
 
 
 def test_staleness_counts_tokens_of_the_policy_and_no_others():
@@ -52,8 +60,8 @@ def test_staleness_counts_tokens_of_the_policy_and_no_others():
     spans["teacher"] = (WeightVersionSpan(1, 3, 0),)
     samples = [dataclasses.replace(sample(name, name != "teacher"), weight_versions=spans[name]) for name in spans]
     updates = [MiniBatch(samples[:1], {}), MiniBatch(samples[1:], {})]
-    assert staleness(updates, 5) == {"staleness": 0.5, "staleness_max": 2.0}  # of four tokens one is two updates old
-    assert staleness([MiniBatch(samples[2:], {})], 5) == {}
+    assert policy_lag(updates, 5) == {"policy_lag": 0.5, "policy_lag_max": 2.0}  # of four tokens one is two updates old
+    assert policy_lag([MiniBatch(samples[2:], {})], 5) == {}
 
 
 def test_responses_of_a_teacher_beside_the_students_are_not_compared():
@@ -68,12 +76,12 @@ def test_responses_of_a_teacher_beside_the_students_are_not_compared():
 
 def test_a_row_has_means_of_updates_extremes_of_extremes_and_no_empty_bins():
     reports = [
-        {"loss": 1.0, "ratio_max": 2.0, "ratio_min": 0.5, "rollout_gap_at/0.1": 0.5, "rollout_gap_at/0.3": 0.0},
-        {"loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.7, "rollout_gap_at/0.1": 0.0, "rollout_gap_at/0.3": 0.0},
+        {"loss": 1.0, "ratio_max": 2.0, "ratio_min": 0.5, "mismatch/hist/0.1": 0.5, "mismatch/hist/0.3": 0.0},
+        {"loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.7, "mismatch/hist/0.1": 0.0, "mismatch/hist/0.3": 0.0},
         {"loss": 5.0},
     ]
-    row = summarise(reports, {"reward": 0.0}, 10, {"seconds": 2.0})
+    row = aggregate_metrics(reports, {"reward": 0.0}, 10, {"timing_s/step": 2.0})
     assert row == {
-        "loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.5, "rollout_gap_at/0.1": 0.25, "reward": 0.0,
-        "tokens_per_second": 5.0, "seconds": 2.0,
+        "loss": 3.0, "ratio_max": 5.0, "ratio_min": 0.5, "mismatch/hist/0.1": 0.25, "reward": 0.0,
+        "tokens_per_second": 5.0, "timing_s/step": 2.0,
     }  # fmt: skip

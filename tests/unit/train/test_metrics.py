@@ -64,9 +64,9 @@ def test_timer_sections_add_up_and_reset():
             time.sleep(0.01)
     with pytest.raises(RuntimeError), timer.section("update"):
         raise RuntimeError
-    lap = timer.lap()
-    assert 0.02 <= lap["seconds_generate"] <= lap["seconds"] and 0 <= lap["seconds_update"] < 0.02
-    assert set(timer.lap()) == {"seconds"}
+    lap = timer.collect_and_reset()
+    assert 0.02 <= lap["timing_s/generate"] <= lap["timing_s/step"] and 0 <= lap["timing_s/update"] < 0.02
+    assert set(timer.collect_and_reset()) == {"timing_s/step"}
 
 
 def test_last_row_ignores_the_line_being_written(stage):

@@ -18,9 +18,9 @@ from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.device import capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train import policy as policy_module
-from megatron_s2d.train.loop import check_rollout_kl
+from megatron_s2d.train.loop import check_mismatch_kl
 from megatron_s2d.train.policy import MegatronModel
 
 VOCAB = 27
@@ -107,11 +107,11 @@ def test_a_whole_divergence_measures_the_engine_in_the_pass_that_trains(layout):
     for shift in (0.0, 0.3):
         report, gradient = found[shift]
         assert report["loss"] == found[None][0]["loss"] and torch.equal(gradient, found[None][1])
-        assert report["rollout_gap_mean"] == pytest.approx(shift, abs=1e-5)
-        assert report["rollout_kl"] == pytest.approx(math.expm1(shift) - shift, abs=1e-6)
-    check_rollout_kl(found[0.0][0], 0.01, 1)
+        assert report["mismatch/log_prob_abs_diff_mean"] == pytest.approx(shift, abs=1e-5)
+        assert report["mismatch/k3_kl"] == pytest.approx(math.expm1(shift) - shift, abs=1e-6)
+    check_mismatch_kl(found[0.0][0], 0.01, 1)
     with pytest.raises(UserError, match="trainer and engine differ by a KL of 0.0499 "):
-        check_rollout_kl(found[0.3][0], 0.01, 1)
+        check_mismatch_kl(found[0.3][0], 0.01, 1)
 
 
 @pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
@@ -232,7 +232,7 @@ def test_a_model_that_is_trained_does_not_wait(layout):
     model = policy(layout)
     model.prepare_training(OptimizerConfig(), 1)
     with pytest.raises(RuntimeError, match="do not wait"):
-        model.to_host()
+        model.offload()
 
 
 def test_a_frozen_model_that_takes_turns_is_copied_to_the_host_once(layout, monkeypatch):
@@ -246,13 +246,13 @@ def test_a_frozen_model_that_takes_turns_is_copied_to_the_host_once(layout, monk
         return copies[-1]
 
     monkeypatch.setattr(policy_module.device, "capabilities", lambda: dataclasses.replace(capabilities(), cuda=True))
-    monkeypatch.setattr(policy_module.device, "to_host", to_host)
-    monkeypatch.setattr(policy_module.device, "wait", lambda: None)
+    monkeypatch.setattr(policy_module.device, "copy_to_host", to_host)
+    monkeypatch.setattr(policy_module.device, "synchronize", lambda: None)
     monkeypatch.setattr(policy_module.device, "device", lambda: torch.device("cpu"))
     for _ in range(2):
-        model.to_host()
+        model.offload()
         assert [parameter.data_ptr() for parameter in model.chunks[0].parameters()] == [c.data_ptr() for c in copies]
-        model.to_device()
+        model.onload()
         for parameter in model.chunks[0].parameters():
             parameter.data = parameter.data.clone()
     monkeypatch.undo()

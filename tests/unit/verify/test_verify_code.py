@@ -16,7 +16,7 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.files import read_problems
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_grader import CodeVerifier, extract_program, isolation, same_output
+from megatron_s2d.verify.code_verifier import CodeVerifier, extract_program, isolation, same_output
 from megatron_s2d.verify.serialization import Opaque, calls_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -38,8 +38,8 @@ def _prompt(label, id="p"):
 
 def _word(grader, program, label):
     verdict = grader.grade([_prompt(label)], [f"```python\n{program}\n```"])[0]
-    assert verdict.reward == (verdict.word == "correct")
-    return verdict.word
+    assert verdict.reward == (verdict.label == "correct")
+    return verdict.label
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_sleepers_are_stopped():
     }
     try:
         prompts, responses = map(_prompt, programs.values()), [f"```python\n{program}\n```" for program in programs]
-        assert [verdict.word for verdict in grader.grade(list(prompts), responses)] == ["timeout"] * 3
+        assert [verdict.label for verdict in grader.grade(list(prompts), responses)] == ["timeout"] * 3
     finally:
         grader.close()
     assert not _processes("program.py") and not _processes("case_runner.py")
@@ -270,7 +270,7 @@ def test_nothing_can_be_written(grader, tmp_path):
     )  # fmt: skip
     responses = [f"```python\nimport os\ndef f(x):\n    {action}\n    return 'SECRET4'\n```" for action in actions]
     verdicts = grader.grade([_prompt(ASSERTS)] * len(actions), responses)
-    assert [verdict.word for verdict in verdicts] == ["error"] * len(actions)
+    assert [verdict.label for verdict in verdicts] == ["error"] * len(actions)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
 
 
@@ -378,7 +378,7 @@ def _mutant(problem):
 
 
 def _words(grader, problems, responses):
-    return [verdict.word for verdict in grader.grade([_prompt(p.answer, p.id) for p in problems], responses)]
+    return [verdict.label for verdict in grader.grade([_prompt(p.answer, p.id) for p in problems], responses)]
 
 
 def _check_benchmark(name, problems, allowed):

@@ -13,7 +13,7 @@ import pytest
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import VERIFIERS, RewardManager, check_labels
-from megatron_s2d.verify.math_grader import MathVerifier, extract_answer
+from megatron_s2d.verify.math_verifier import MathVerifier, extract_answer
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
@@ -32,8 +32,8 @@ def _prompt(answer, verifier="math", id="p"):
 
 def _words(grader, pairs):
     verdicts = grader.grade([_prompt(label) for label, _ in pairs], [response for _, response in pairs])
-    assert all(verdict.reward == (verdict.word == "correct") for verdict in verdicts)
-    return [verdict.word for verdict in verdicts]
+    assert all(verdict.reward == (verdict.label == "correct") for verdict in verdicts)
+    return [verdict.label for verdict in verdicts]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_graders_route_by_verifier():
     prompts = [_prompt("2", "math"), _prompt("2", "modular_arithmetic"), _prompt("3", "math")]
     with RewardManager() as graders:
         verdicts = graders.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
-        assert [verdict.word for verdict in verdicts] == ["correct", "correct", "wrong"]
+        assert [verdict.label for verdict in verdicts] == ["correct", "correct", "wrong"]
         for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess"), _prompt("1", "code")):
             with pytest.raises(UserError, match="prompt p"):
                 graders.grade([bad], ["1"])
@@ -196,7 +196,7 @@ def rank():
     from megatron_s2d.verify import RewardManager
     prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
     graders = RewardManager().__enter__()
-    words = [v.word for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
+    words = [v.label for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
     workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
     torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
     other = os.fork()  # holds the pipes open and outlives this process

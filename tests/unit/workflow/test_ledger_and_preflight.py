@@ -109,7 +109,7 @@ def test_fp8_is_checked_without_a_gpu(cache):
     plain, fp8 = check(cache, bf16).memory(on_gpu=True)["opd"], checked.memory(on_gpu=True)["opd"]
     copies = {held.role: held.weights - own.weights for held, own in zip(fp8.held, plain.held, strict=True)}
     assert copies["student"] > 0 and copies["teacher"] == 0
-    both = check(cache, bf16, "fp8={recipe: tensorwise, frozen_models: true}").memory(on_gpu=True)["opd"]
+    both = check(cache, bf16, "fp8={recipe: tensorwise, frozen: true}").memory(on_gpu=True)["opd"]
     assert all(held.weights > own.weights for held, own in zip(both.held, plain.held, strict=True))
 
 
@@ -128,7 +128,7 @@ def test_fp8_changes_what_a_job_is_and_its_place_in_memory_does_not(tmp_path):
 
     plain = keys()
     assert set(keys("fp8={recipe: tensorwise}")).isdisjoint(plain)
-    assert keys("stages.opd.offload_optimizer=true", "stages.opd.micro_batch={packed: true}") == plain
+    assert keys("stages.opd.offload_optimizer=true", "stages.opd.micro_batch={sequence_packing: true}") == plain
 
 
 def test_an_optimizer_that_waits_is_counted_where_it_is_used(cache):
@@ -142,8 +142,10 @@ def test_an_optimizer_that_waits_is_counted_where_it_is_used(cache):
 
 def test_context_parallel_needs_packed_sequences_and_servers(cache):
     two = "parallel.context_parallel_size=2"
-    with pytest.raises(UserError, match="stages.teacher_base: context_parallel_size 2 .* micro_batch.packed to true"):
+    with pytest.raises(
+        UserError, match="stages.teacher_base: context_parallel_size 2 .* micro_batch.sequence_packing to true"
+    ):
         check(cache, two)
     with pytest.raises(UserError, match="in-process engine does not generate with it: set rollout.engine to sglang"):
-        packed = [f"stages.{name}.micro_batch.packed=true" for name in load_workflow(SMOKE).stages]
+        packed = [f"stages.{name}.micro_batch.sequence_packing=true" for name in load_workflow(SMOKE).stages]
         check(cache, two, *packed)

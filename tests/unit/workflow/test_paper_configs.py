@@ -155,10 +155,10 @@ def test_the_tiny_table_has_the_same_rows_and_methods(table):
         (row.label, row.arm, row.paper) for row in tiny.table.rows
     ]
     assert full.arms == tiny.arms
-    methods = {"pretrained", "supervised", "grpo"}  # published weights are trained from scratch at tiny size
+    methods = {"load_checkpoint", "sft", "grpo"}  # published weights are trained from scratch at tiny size
     for name, stage in full.stages.items():
         other = tiny.stages[name]
-        assert stage.type == other.type or {stage.type, other.type} <= methods and stage.type == "pretrained"
+        assert stage.type == other.type or {stage.type, other.type} <= methods and stage.type == "load_checkpoint"
         for key in (
             "reward_scale",
             "kl_estimator",

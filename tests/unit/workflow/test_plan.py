@@ -73,10 +73,10 @@ def test_what_cannot_change_a_result_runs_nothing_again(tmp_path):
     pretend(tmp_path)
     jobs = plan(
         tmp_path,
-        "num_workers=1",
+        "max_parallel_stages=1",
         "parallel={tensor_model_parallel_size: 2}",
         "stages.opd.checkpoint.interval_steps=1",
-        "stages.opd.micro_batch.max_tokens=100",
+        "stages.opd.micro_batch.max_tokens_per_gpu=100",
     )
     assert {job.action for job in jobs.values()} == {"reuse"}
 

@@ -52,7 +52,7 @@ def test_another_configuration_moves_that_stage_only(tmp_path):
     changed = load_workflow(SMOKE, ["stages.teacher_base.steps=3", "stages.student_base.steps=3"])
     with prepared(changed, tmp_path, CONSOLE, "teacher_base"):
         assert not (tmp_path / "stages/teacher_base").exists() and (tmp_path / "stages/student_base").exists()
-        assert (tmp_path / "stages/superseded/teacher_base-1").exists()
+        assert (tmp_path / "stages/.archive/teacher_base-1").exists()
 
 
 def test_stages_share_a_run_and_a_whole_run_has_it_alone(tmp_path, monkeypatch):
