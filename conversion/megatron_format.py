@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_s2d.conversion.files import FileSlice, HashedFile
-from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,9 +35,12 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.conversion.files import FileSlice, HashedFile
+from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import verify_digests
 from megatron_s2d.models.shards import WeightSource, read_shard
+from megatron_s2d.parallel.safe_load import read_metadata
 
 _COMMON_KEY = "common_state/shard_0_1"
 _INTEGRITY_NAME = "integrity.json"
@@ -172,7 +173,7 @@ class MegatronReader:
         self._digests = self._read_digests()
         # Before anything in it is looked at.
         verify_digests({self.directory / ".metadata": self._digests[".metadata"]})
-        metadata = _load_metadata(self.directory / ".metadata")
+        metadata = read_metadata(self.directory)
         self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         self.entries: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith("model.")
@@ -335,45 +336,3 @@ def _same_shape(found: tuple[int, ...], piece: Piece, spec: ModelSpec) -> bool:
     if piece.entry.parallelism != "vocabulary":
         return found == piece.global_shape
     return len(found) == 2 and found[0] >= spec.vocab_size and found[1:] == piece.global_shape[1:]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes that a ``.metadata`` file consists of, and refuses every other."""
-
-    _ALLOWED = {
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    } | {
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
-        return super().find_class(module, name)
-
-
-def _load_metadata(path: Path) -> Metadata:
-    try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{path}: refused ({error})") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise UserError(f"{path}: refused (not checkpoint metadata)")
-    return metadata

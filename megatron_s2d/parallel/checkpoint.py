@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
 from megatron_s2d.parallel.trainable_model import TrainableModel
 
 device.patch_megatron_for_cpu()
@@ -179,6 +180,7 @@ def load_checkpoint(
     Raises ``UserError`` for a missing, damaged or foreign checkpoint, naming the first field of the model that differs.
     """
     check_checkpoint(directory, model_spec)
+    read_metadata(directory)
     if trainable is not None:
         _make_optimizer_state(trainable)
     try:
@@ -186,7 +188,8 @@ def load_checkpoint(
             state = _sharded_state(chunks, trainable, loading=True)
             # Weights alone may be taken from a checkpoint that has optimizer state as well.
             strict = StrictHandling.RAISE_ALL if trainable is not None else StrictHandling.RAISE_UNEXPECTED
-            loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
+            with no_pickled_code():
+                loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise UserError(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
     with layout.active():
