@@ -135,7 +135,7 @@ class RolloutWorker:
         found = dict(zip(ended, verdicts, strict=True))
         truncated = Verdict(0.0, "truncated")
         return [
-            dataclasses.replace(sample, reward=verdict.reward, verdict=verdict.label)
+            dataclasses.replace(sample, reward=verdict.reward, verifier_label=verdict.label)
             for sample, verdict in ((sample, found.get(place, truncated)) for place, sample in enumerate(samples))
         ]
 

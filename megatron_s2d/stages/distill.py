@@ -61,7 +61,7 @@ def run_forward_kl(context: StageContext) -> None:
     source = OfflineSource(
         shuffled(samples, context.seed), stage.global_batch_size, stage.loss_agg_mode, "divergence_weight"
     )
-    objective = divergence_objective("forward_kl", tail=stage.tail_mass if cache.header.kind == "top_k" else None)
+    objective = divergence_objective("forward_kl", tail=stage.tail_mass if cache.header.representation == "top_k" else None)
     train(policy, source, objective, context.directory, context.settings(), teacher=teacher)
     context.save_model(policy)
 
@@ -86,12 +86,12 @@ def run_opd(context: StageContext) -> None:
         stream = PromptDataLoader(prompts, stage.train_batch_size, context.seed)
         if stage.kl_estimator == "sampled_token":
             anchors = TeacherAnchorSource.of(context, stage, teachers, graders) if stage.teacher_sampling else None
-            source = PolicyGradientOpdSource(stage, context.rounds(stream, sampler), scorers, references, anchors)
+            source = PolicyGradientOpdSource(stage, policy, context.rounds(stream, sampler), scorers, references, anchors)
             teacher = None
         else:
             live = round(stage.on_policy_fraction * stage.train_batch_size)
             rounds = context.rounds(stream, sampler, live)
-            source = DivergenceOpdSource(stage, rounds, scorers, _cached_samples(context, stage))
+            source = DivergenceOpdSource(stage, policy, rounds, scorers, _cached_samples(context, stage))
             teacher = _distributions(stage, policy, scorers, references)
         settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
         objective = objective_of(stage)
@@ -159,6 +159,7 @@ class DivergenceOpdSource:
     """Responses whose tokens are compared with whole distributions; a share may come from a teacher cache (GKD)."""
 
     stage: OpdConfig
+    student: MegatronModel
     rounds: RolloutBuffer
     teachers: TeacherRouter | ServedTeachers  # asked for scores only where tokens are weighted by them
     cached: Callable[[int, int], Sequence[Sample]] | None
@@ -187,7 +188,7 @@ class DivergenceOpdSource:
                 )
                 for place, sample in enumerate(cached)
             ]
-        factors = token_factors(stage, samples, sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, self.student, self.teachers)
         updates = []
         for part in split_updates(samples, stage.num_mini_batches):
             weights = policy_weights(part, stage)
@@ -200,6 +201,7 @@ class PolicyGradientOpdSource:
     """Responses whose sampled tokens carry an advantage: OPD, G-OPD, and with a gate SG-OPD."""
 
     stage: OpdConfig
+    student: MegatronModel
     rounds: RolloutBuffer
     teachers: TeacherRouter | ServedTeachers
     references: TeacherRouter | None
@@ -215,7 +217,7 @@ class PolicyGradientOpdSource:
         prompts, samples = self.rounds.next_batch(step)
         metrics = response_metrics(samples)
         samples, gated = self._with_advantages(self._scored(samples))
-        factors = token_factors(stage, samples, self.rounds.sampler.policy, self.teachers)
+        factors = token_factors(stage, samples, self.student, self.teachers)
         parts = split_updates(samples, stage.num_mini_batches)
         anchors, anchored = (
             ([[] for _ in parts], {}) if self.anchors is None else self.anchors.batch_for_step(step, prompts)
@@ -228,7 +230,7 @@ class PolicyGradientOpdSource:
         return StepData(updates, metrics | gated | anchored, shown, self.rounds.state())
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
-        students = self.rounds.sampler.policy.score(samples)
+        students = self.student.score(samples)
         teachers = self.teachers.score(samples)
         references = [None] * len(samples) if self.references is None else self.references.score(samples)
         return [

@@ -68,7 +68,7 @@ def run_teacher_cache(context: StageContext) -> None:
             write_examples(context.directory, examples(number, samples, part, context.tokenizer))
             if broadcast_flag(context.stop()) and number < len(rounds):
                 raise Stopped(f"stopped after round {number} of {len(rounds)}")
-    if header.kind == "hidden_states":
+    if header.representation == "hidden_states":
         save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
     if context.is_rank_zero:
         join_rounds(parts, len(rounds), context.directory.cache_path, header)
@@ -80,7 +80,7 @@ def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Mega
     sampled_at = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
     vocab_size = teacher.spec.vocab_size
     return CacheHeader(
-        kind=stage.representation,
+        representation=stage.representation,
         teacher_digest=tree_digest(context.model_directory(stage.teacher)),
         tokenizer_fingerprint=tokenizer_fingerprint(context.tokenizer),
         template_fingerprint=template_fingerprint(context.tokenizer),
@@ -96,7 +96,7 @@ def distributions_of(
     teacher: MegatronModel, samples: list[Sample], header: CacheHeader
 ) -> dict[int, CachedDistribution]:
     """The teacher at the response tokens of every sample, on rank 0, which writes; keys are places in ``samples``."""
-    if header.kind == "sampled_token":
+    if header.representation == "sampled_token":
         scores = teacher.score(samples)
         return {
             index: CachedDistribution(log_probs=torch.from_numpy(score[sample.response_mask]))
@@ -116,10 +116,10 @@ def distributions_of(
 
 def _distribution(teacher: MegatronModel, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
     """hidden [R, d] -> the fields of the cache's kind, on the CPU; collective over the tensor-parallel group."""
-    if header.kind == "hidden_states":
+    if header.representation == "hidden_states":
         return CachedDistribution(hidden=hidden.cpu())
     logits = hidden.float() @ teacher.output_weight.float().t()
-    if header.kind == "top_k":
+    if header.representation == "top_k":
         shard = teacher.shard
         ids, log_probs, tail = vocab_parallel_topk(logits, header.k, shard, header.temperature)
         return CachedDistribution(

@@ -44,18 +44,18 @@ class CachedTeacher:
         that were taken at another temperature.
         """
         header = cache.header
-        if header.kind == "sampled_token":
+        if header.representation == "sampled_token":
             raise UserError(
                 f"{cache.directory}: a cache of representation sampled_token holds no distributions; use hidden_states, full_vocab or top_k"
             )
-        if header.kind == "top_k" and header.temperature != temperature:
+        if header.representation == "top_k" and header.temperature != temperature:
             raise UserError(
                 f"{cache.directory}: top-k log-probabilities at temperature {header.temperature} cannot be used at "
                 f"{temperature}; set the stage's temperature to the cache's, or cache hidden states"
             )
         self._cache, self._student, self._tail, self._temperature = cache, student, tail, temperature
         self._weight = None
-        if header.kind == "hidden_states" and student.layout.is_pipeline_last_stage:
+        if header.representation == "hidden_states" and student.layout.is_pipeline_last_stage:
             with safe_open(output_layer, "pt") as file:
                 rows = file.get_slice("weight")
                 shard = student.shard
@@ -77,11 +77,11 @@ class CachedTeacher:
             _empty(header)
         ]
         rows = _rows(update, batch)
-        if header.kind == "hidden_states":
+        if header.representation == "hidden_states":
             hidden = OffloadedRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
             return LazyHiddenStates(hidden.read, lambda: self._weight, self._temperature)
         spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
-        if header.kind == "full_vocab":
+        if header.representation == "full_vocab":
             shard = self._student.shard
             log_probs = spread["log_probs"][:, shard.start : shard.stop]
             # log-probabilities times their temperature are logits up to a constant
