@@ -1,5 +1,6 @@
 # make quickstart   its own environment, then the whole workflow on this machine (about five minutes on two cores)
 # make test         its own environment, then the tests (all but those marked slow: make test-slow)
+# make check        formatter, linter and type checker (ruff and mypy)
 # PYTHON=/path/to/python3.12 chooses the interpreter the environment is made with.
 
 SHELL := /bin/bash
@@ -7,12 +8,14 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVED := $(VENV)/.installed-sglang
+DEV := $(VENV)/.installed-dev
 
-.PHONY: help env quickstart smoke test test-slow test-unit test-dist test-run test-gpu clean
+.PHONY: help env quickstart smoke check check-format check-lint check-types
+.PHONY: test test-slow test-unit test-dist test-run test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 	@echo "make smoke        two arms in under two minutes"
 	@echo "make test-unit | test-dist | test-run | test-gpu | test-slow | clean"
 
@@ -39,7 +42,25 @@ $(SERVED): $(STAMP)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,sglang]'
 	@touch $@
 
+# Formatter, linter and type checker. mypy reads the types of the installed packages, hence the environment first.
+$(DEV): $(STAMP)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
 env: $(STAMP)
+
+# All three run, also when one fails. The hooks of .pre-commit-config.yaml call them one by one.
+check:
+	@$(MAKE) -k --no-print-directory check-format check-lint check-types
+
+check-format: $(DEV)
+	$(RUN)/ruff format --check .
+
+check-lint: $(DEV)
+	$(RUN)/ruff check .
+
+check-types: $(DEV)
+	$(RUN)/mypy
 
 quickstart: env
 	$(RUN)/s2d run configs/quickstart.yaml
