@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
-from megatron_s2d.objectives.terms import TokenColumns
 from megatron_s2d.parallel.context_parallel import cp_positions, num_pieces
 from megatron_s2d.records import Sample
 

@@ -14,10 +14,11 @@ from typing import Literal
 
 import torch
 
+from megatron_s2d.columns import TokenColumns, refuse_sampled_k1
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.mismatch import gap_metrics, k3
-from megatron_s2d.objectives.terms import Metric, Objective, Term, TokenColumns, refuse_sampled_k1
+from megatron_s2d.objectives.terms import Metric, Objective, Term
 
 RolloutCorrectionMode = Literal["off", "tis", "mask"]
 

@@ -15,93 +15,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 
 Reduction = Literal["mean", "sum", "max", "min"]
 LOSS_AGG_MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
-
-# Column -> the step that writes it.
-_WRITERS = {
-    "old_log_probs": "the scoring by the trainer under the weights before the update",
-    "rollout_log_probs": "an engine that returns the log-probabilities of what it samples",
-    "advantages": "the computation of advantages",
-    "teacher_log_probs": "the scoring by the teacher",
-    "reference_log_probs": "the scoring by the reference",
-    "policy_weight": "packing with policy weights",
-    "supervised_weight": "packing with supervised weights",
-    "divergence_weight": "packing with divergence weights",
-}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenColumns:
-    """Data per token, aligned with the rows of ``TokenOutputs``: float32 [N] each, None where it was not computed.
-
-    Log-probabilities are natural, of the sampled token, at the temperature of the sampling. Columns are data: one that
-    carries a gradient is refused.
-    """
-
-    old_log_probs: torch.Tensor | None = None  # of the trained model under the weights before the update
-    rollout_log_probs: torch.Tensor | None = None  # as the engine reported them; NaN for tokens that it did not sample
-    advantages: torch.Tensor | None = None
-    teacher_log_probs: torch.Tensor | None = None
-    reference_log_probs: torch.Tensor | None = None
-    policy_weight: torch.Tensor | None = None  # zero outside the responses of the policy
-    supervised_weight: torch.Tensor | None = None
-    divergence_weight: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        present = self._present()
-        shapes = {name: tuple(column.shape) for name, column in present.items()}
-        if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
-            raise ValueError(f"token columns must be [N] with one N: {shapes}")
-        for name, column in present.items():
-            refuse_sampled_k1(column, name)
-
-    def select(self, rows: torch.Tensor) -> TokenColumns:
-        """The columns at ``rows`` (int64 [C])."""
-        return TokenColumns(**{name: column[rows] for name, column in self._present().items()})
-
-    def require(self, names: Iterable[str]) -> None:
-        """A ``UserError`` that names the step to run, unless all of ``names`` are there."""
-        for name in sorted(names):
-            if getattr(self, name) is None:
-                raise UserError(f"the loss needs {name}: run {_WRITERS[name]} before the update")
-
-    def neutral_outside(self, active: torch.Tensor, log_probs: torch.Tensor | None) -> TokenColumns:
-        """The columns with harmless values where ``active`` (bool [N]) is False.
-
-        Tokens of another term may hold anything there; a weight of zero would not remove a NaN or an infinity. The
-        model's own log-probability makes every ratio 1.
-        """
-        fill = 0.0 if log_probs is None else log_probs.detach()
-        kept = {
-            name: torch.where(active, column, fill if name.endswith("log_probs") else 0.0)
-            for name, column in self._present().items()
-            if not name.endswith("weight")
-        }
-        return dataclasses.replace(self, **kept)
-
-    def _present(self) -> dict[str, torch.Tensor]:
-        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: column for name, column in columns.items() if column is not None}
-
-
-def refuse_sampled_k1(values: torch.Tensor, name: str) -> None:
-    """Refuse data with a graph through the student, above all log pi_S - log pi_T of sampled tokens (methods.md M3)."""
-    if values.requires_grad:
-        raise UserError(
-            f"{name} carries a gradient: back-propagating through the sampled log pi_S - log pi_T is wrong, because "
-            "its gradient does not depend on the teacher and its expectation is zero; detach it and use it as an "
-            "advantage, or use a divergence over the vocabulary"
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megatron_s2d"
 # A module may import from its own layer and from the ones above it (CONTRIBUTING.md).
 LAYERS = [
     ("errors", "formatting"),
-    ("config", "records", "artifacts"),
+    ("config", "records", "columns", "artifacts"),
     ("kl",),
     ("objectives",),
     ("parallel",),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.checks import sampled_reverse_kl
 from megatron_s2d.kl.fused import linear_divergence
@@ -17,7 +18,7 @@ from megatron_s2d.kl.teachers import HiddenStates, TopK
 from megatron_s2d.objectives.advantages import distillation_advantage, g_opd_advantage
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, clipped_surrogate, grpo_objective
-from megatron_s2d.objectives.terms import TokenColumns, mix_objectives
+from megatron_s2d.objectives.terms import mix_objectives
 
 VOCAB, LIMIT, STOP = 3, 3, 2
 

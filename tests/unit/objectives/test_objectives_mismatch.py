@@ -9,11 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.objectives.mismatch import GAP_EDGES, GAP_PREFIX, gap_metrics
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
-from megatron_s2d.objectives.terms import TokenColumns, merge_metrics
+from megatron_s2d.objectives.terms import merge_metrics
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1])
 DIFFERENCES = [0.0, 2e-4, -0.02, 0.7, -12.0]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.policy import (
@@ -18,7 +19,6 @@ from megatron_s2d.objectives.policy import (
     importance_weight,
     k3,
 )
-from megatron_s2d.objectives.terms import TokenColumns
 
 ZERO = torch.zeros(1, dtype=torch.float64)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, sft_objective
@@ -17,7 +18,6 @@ from megatron_s2d.objectives.terms import (
     Metric,
     Objective,
     ResponseCounts,
-    TokenColumns,
     merge_metrics,
     mix_objectives,
     pack_metrics,
@@ -219,7 +219,7 @@ def test_advantage_zero_stays_counted_and_weight_zero_does_not():
 
 def test_missing_column_names_the_step():
     outputs, columns = random_batch()
-    with pytest.raises(UserError, match="needs reference_log_probs: run the scoring by the reference"):
+    with pytest.raises(UserError, match="needs reference_log_probs: run scoring by the reference"):
         grpo_objective().token_loss(outputs, dataclasses.replace(columns, reference_log_probs=None))
     with pytest.raises(UserError, match="supervised_weight"):
         sft_objective().metrics(outputs, dataclasses.replace(columns, supervised_weight=None))
