@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import any_rank, first_error
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
 from megatron_s2d.parallel.trainable_model import TrainableModel
@@ -87,7 +88,7 @@ class CheckpointSave:
         """Agree on who writes what, and write it or begin to; collective."""
         failure = _on_rank_zero(lambda: _fresh_directory(self._temporary, self._directory))
         if failure is None:
-            failure = _everyone(lambda: self._prepare(chunks, layout, trainable, async_save))
+            failure = _on_all_ranks(lambda: self._prepare(chunks, layout, trainable, async_save))
         if failure is not None:
             self._give_up(failure)
         if async_save:
@@ -98,17 +99,15 @@ class CheckpointSave:
 
     def is_written(self) -> bool:
         """Whether ``finish`` would not wait; the same answer on every rank. Collective."""
-        waiting = torch.tensor([int(self._thread is not None and self._thread.is_alive())], device=device.device())
-        dist.all_reduce(waiting)
-        return not waiting.item()
+        return not any_rank(self._thread is not None and self._thread.is_alive())
 
     def finish(self) -> None:
         """Wait for the files, then let the checkpoint appear; collective. Raises as ``start_saving``."""
         if self._thread is not None:
             self._thread.join()
-        failure = _agreed(self._failure)
+        failure = first_error(self._failure)
         if failure is None:
-            failure = _everyone(self._finalize)
+            failure = _on_all_ranks(self._finalize)
         if failure is None:
             failure = _on_rank_zero(lambda: _appear(self._temporary, self._directory, self._model_spec, self._position))
         if failure is not None:
@@ -316,9 +315,9 @@ def _appear(temporary: Path, directory: Path, model_spec: dict[str, Any], positi
     os.rename(temporary, directory)
 
 
-def _everyone(action) -> str | None:
+def _on_all_ranks(action) -> str | None:
     """Run ``action`` on every rank; the first failure, on whichever rank, as one line on all."""
-    return _agreed(_failure_of(action))
+    return first_error(_failure_of(action))
 
 
 def _failure_of(action) -> str | None:
@@ -330,14 +329,8 @@ def _failure_of(action) -> str | None:
     return None
 
 
-def _agreed(problem: str | None) -> str | None:
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((text for text in problems if text is not None), None)
-
-
 def _on_rank_zero(action) -> str | None:
-    return _everyone(action if dist.get_rank() == 0 else lambda: None)
+    return _on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
 
 
 def _one_line(error: BaseException) -> str:

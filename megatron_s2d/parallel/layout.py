@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import all_gather_object
 from megatron_s2d.parallel.launcher_env import is_launched, local_rank
 
 device.patch_megatron_for_cpu()
@@ -168,9 +169,8 @@ def build_layout(config: ParallelConfig) -> Layout:
 
 
 def _output_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
-    places: list[tuple[int, ...]] = [()] * config.world_size
-    dist.all_gather_object(places, (groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
-    rank_at = {place: rank for rank, place in enumerate(places)}
+    coordinates = all_gather_object((groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
+    rank_at = {coordinate: rank for rank, coordinate in enumerate(coordinates)}
     last = config.pipeline_model_parallel_size - 1
     return tuple(
         tuple(

@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import append_line, atomic_write_text, read_jsonl, truncate_jsonl_after
 from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.parallel.collectives import broadcast_flag
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.train.loop import Stopped, broadcast_flag, open_log, write_examples
+from megatron_s2d.train.loop import Stopped, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.verify import RewardManager
 

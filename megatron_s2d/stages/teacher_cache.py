@@ -24,11 +24,11 @@ from megatron_s2d.data.cache import (
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
-from megatron_s2d.parallel.collectives import gather_dicts
+from megatron_s2d.parallel.collectives import broadcast_flag, gather_dicts
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.train.loop import Stopped, broadcast_flag, open_log, write_examples
+from megatron_s2d.train.loop import Stopped, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.train.policy import MegatronModel
 from megatron_s2d.verify import RewardManager

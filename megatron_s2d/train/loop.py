@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
@@ -24,7 +23,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.objectives.mismatch import GAP_PREFIX
 from megatron_s2d.objectives.terms import Objective
-from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import broadcast_flag
 from megatron_s2d.rollout.engine import RolloutEngine
 from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.metrics import MetricsLog, Timer
@@ -232,10 +231,3 @@ def write_examples(stage: StageDirectory, examples: Sequence[str]) -> None:
     if dist.get_rank() == 0:
         for line in examples:
             append_line(stage.path / ROLLOUTS_NAME, line)
-
-
-def broadcast_flag(stop: bool) -> bool:
-    """Whether rank 0 says stop; the same answer on every rank."""
-    flag = torch.tensor([int(stop)], device=device.device())
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())

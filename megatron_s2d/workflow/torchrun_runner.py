@@ -14,8 +14,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import format_seconds
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.job_outcome import Interrupted
@@ -53,14 +53,11 @@ def _decide(
     config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None, stack: contextlib.ExitStack
 ) -> tuple[list[Job], Preflight | None]:
     """The plan of rank 0 on every rank; what it found wrong is raised everywhere. ``stack`` holds the locks."""
-    checked, message = None, [None, None]
-    if dist.get_rank() == 0:
-        try:
-            jobs, checked = stack.enter_context(prepared(config, run_dir, console, stage))
-            message = [jobs, None]
-        except UserError as error:
-            message = [None, str(error)]
-    dist.broadcast_object_list(message, src=0)
-    if message[1] is not None:
-        raise UserError(message[1])
-    return message[0], checked
+    checked = None
+
+    def plan() -> list[Job]:
+        nonlocal checked
+        jobs, checked = stack.enter_context(prepared(config, run_dir, console, stage))
+        return jobs
+
+    return broadcast_from_rank0(plan), checked

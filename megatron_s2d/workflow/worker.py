@@ -25,6 +25,7 @@ from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import max_over_ranks
 from megatron_s2d.parallel.layout import (
     Layout,
     build_layout,
@@ -85,11 +86,10 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
             STAGES[context.stage.type](context)
         else:
             _evaluate(context, job)
-    peak = torch.tensor(device.peak_memory(), device=device.device())
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    peak = max_over_ranks(device.peak_memory())
     if context.is_rank_zero:
         seconds = time.perf_counter() - started
-        summary = {"key": job.key, "seconds": seconds, "outputs": _outputs(directory), "peak_memory": int(peak)}
+        summary = {"key": job.key, "seconds": seconds, "outputs": _outputs(directory), "peak_memory": peak}
         directory.finish(summary)
         shutil.rmtree(directory.checkpoints_path, ignore_errors=True)
 

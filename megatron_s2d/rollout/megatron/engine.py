@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.kv_cache import KeyValueCache
 from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import any_rank, is_same_on_all_ranks
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
@@ -209,12 +210,7 @@ class MegatronEngine:
 
     def _announce(self, *, working: bool) -> bool:
         """Whether any rank that shares experts with this one still works; every forward pass begins with this."""
-        group = self._layout.groups.ep
-        if group.size() == 1:
-            return working
-        flag = torch.tensor([int(working)], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
+        return any_rank(working, self._layout.groups.ep)
 
     def _join_until_all_done(self) -> None:
         """Lend this rank's experts to the others: one token goes along with each of their forward passes."""
@@ -259,10 +255,7 @@ class MegatronEngine:
 
     def _check_same_requests(self, requests: list[Request]) -> None:
         """Ranks that decode different requests would wait for each other forever."""
-        number = requests_digest(requests)
-        extremes = torch.tensor([number, -number], device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._layout.groups.mp)
-        if extremes.tolist() != [number, -number]:
+        if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
             raise RuntimeError("the ranks of one model replica were given different requests")
 
 

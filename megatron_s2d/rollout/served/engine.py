@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0, broadcast_in_group
+from megatron_s2d.parallel.collectives import (
+    all_gather_object,
+    broadcast_from_rank0,
+    broadcast_in_group,
+    is_same_on_all_ranks,
+)
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
@@ -298,10 +300,5 @@ class ServedEngine:
         self._check_same_requests(list(requests))
 
     def _check_same_requests(self, requests: list[Request]) -> None:
-        group = self._layout.groups.mp
-        if group.size() > 1:
-            number = requests_digest(requests)
-            extremes = torch.tensor([number, -number], device=device.device())
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-            if extremes.tolist() != [number, -number]:
-                raise RuntimeError("the ranks of one model replica were given different requests")
+        if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
+            raise RuntimeError("the ranks of one model replica were given different requests")
