@@ -139,10 +139,7 @@ class OpdConfig(TrainingStageConfig):
 
     @pydantic.model_validator(mode="after")
     def _reference_fits(self) -> OpdConfig:
-        scales = (
-            [self.reward_scale] if self.sign_gate is None else [self.sign_gate.lambda_high, self.sign_gate.lambda_base]
-        )
-        if any(scale != 1.0 for scale in scales) and self.reference is None:
+        if self.needs_reference and self.reference is None:
             raise ValueError("a reward scale other than 1 needs a `reference` stage (methods M4)")
         if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.kl_estimator == "top_k"):
             raise ValueError(
@@ -177,6 +174,13 @@ class OpdConfig(TrainingStageConfig):
     @property
     def uses_labels(self) -> bool:
         return self.sign_gate is not None or self.teacher_sampling is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reward scale in use is not 1, so that the reference's log-probabilities enter the loss."""
+        gate = self.sign_gate
+        scales = [self.reward_scale] if gate is None else [gate.lambda_high, gate.lambda_base]
+        return any(scale != 1.0 for scale in scales)
 
     def inputs(self) -> dict[str, str]:
         found = super().inputs() | _by_domain("teacher", self.teacher)

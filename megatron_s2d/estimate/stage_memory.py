@@ -275,14 +275,6 @@ def frozen_roles(config: WorkflowConfig, name: str) -> list[tuple[str, str, Para
             place = (role, other, config.frozen_parallel(other))
             if role == "teacher" and stage.teacher_engine == "sglang":
                 continue
-            if (role == "teacher" or (role == "reference" and uses_reference(stage))) and place not in found:
+            if (role == "teacher" or (role == "reference" and stage.needs_reference)) and place not in found:
                 found.append(place)
     return found
-
-
-def uses_reference(stage: OpdConfig) -> bool:
-    """Whether any reward scale in use is not 1 (``stages/distill.py``)."""
-    scales = (
-        [stage.reward_scale] if stage.sign_gate is None else [stage.sign_gate.lambda_high, stage.sign_gate.lambda_base]
-    )
-    return any(scale != 1.0 for scale in scales)

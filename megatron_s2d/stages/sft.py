@@ -1,4 +1,4 @@
-"""Cross-entropy on given responses: base training, SFT, and teacher-sample SFT from a cache (methods.md M2)."""
+"""Supervised fine-tuning on reference solutions, corpus documents or cached responses (methods.md M2)."""
 
 from __future__ import annotations
 
@@ -22,54 +22,56 @@ from megatron_s2d.train.loop import StepData, train
 def run_sft(context: StageContext) -> None:
     """Train on reference solutions or on cached responses."""
     stage: SftConfig = context.stage
-    policy = context.start_policy()
-    policy.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
+    model = context.start_policy()
+    model.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
     source = OfflineSource(_reader(context, stage), stage.global_batch_size, stage.loss_agg_mode, "supervised_weight")
-    train(policy, source, sft_objective(), context.directory, context.settings())
-    context.save_model(policy)
+    train(model, source, sft_objective(), context.directory, context.settings())
+    context.save_model(model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OfflineSource:
-    """A source of samples that exist already. ``read(start, count)`` gives samples ``start`` to ``start + count``."""
+    """A source of samples that exist already. ``read(start, count)`` returns samples ``start`` to ``start + count``."""
 
     read: Callable[[int, int], Sequence[Sample]]
     batch_size: int
     loss_agg_mode: str
-    weight: str  # weight column of the objective's term
+    weight_column: str  # of the objective's term
 
     def step(self, step: int) -> StepData:
-        """One batch, one update."""
+        """Return one batch as one mini-batch."""
         samples = self.read((step - 1) * self.batch_size, self.batch_size)
         lengths = [sample.response_length for sample in samples]
         weights = token_weights(lengths, self.loss_agg_mode, ResponseCounts.of(lengths), max(lengths))
-        return StepData([MiniBatch(samples, {self.weight: weights})], {"response_length": float(np.mean(lengths))})
+        metrics = {"response_length": float(np.mean(lengths))}
+        return StepData([MiniBatch(samples, {self.weight_column: weights})], metrics)
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        """Nothing: a batch is a function of its step."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Do nothing: a batch is a function of its step."""
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:
-    """A reader of ``samples`` in an order that is drawn anew every epoch."""
+    """Return a reader of ``samples`` that shuffles them anew every epoch."""
 
     def read(start: int, count: int) -> list[Sample]:
         orders: dict[int, np.ndarray] = {}
-        found = []
-        for place in range(start, start + count):
-            epoch, index = divmod(place, len(samples))
+        batch = []
+        for position in range(start, start + count):
+            epoch, index = divmod(position, len(samples))
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(samples))
-            found.append(samples[orders[epoch][index]])
-        return found
+            batch.append(samples[orders[epoch][index]])
+        return batch
 
     return read
 
 
 def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Sequence[Sample]]:
+    """Return the reader of the stage's cached responses, corpus documents or reference solutions."""
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
-        cached = [sample for name in names for sample in context.open_cache(name).samples]
-        return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in cached], context.seed)
+        samples = [sample for name in names for sample in context.open_cache(name).samples]
+        return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in samples], context.seed)
     source = context.config.data[stage.data.partition("/")[0]]
     if is_corpus(source):
 
@@ -82,7 +84,7 @@ def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Seq
 
 
 def solution_sample(prompt: Prompt) -> Sample:
-    """The prompt with its reference solution as the response."""
+    """Return the prompt with its reference solution as the response."""
     if prompt.solution_token_ids is None or not len(prompt.solution_token_ids):
         raise UserError(f"prompt {prompt.id} has no reference solution: name the `solution` column of its data")
     token_ids = np.concatenate([prompt.token_ids, prompt.solution_token_ids])

@@ -1,4 +1,4 @@
-"""Responses that ran into the length limit, kept and left out."""
+"""Loss weights of truncated responses, kept or masked."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.records import Sample
-from megatron_s2d.stages.grpo import policy_weights
+from megatron_s2d.stages.policy_loss import policy_loss_weights
 
 
 def sample(length, finish_reason):
@@ -18,15 +18,15 @@ def sample(length, finish_reason):
 
 
 @pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
-def test_masked_responses_weigh_nothing_and_are_not_counted(loss_agg_mode):
+def test_masked_responses_have_zero_weight_and_are_not_counted(loss_agg_mode):
     stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", loss_agg_mode=loss_agg_mode)
     samples = [sample(4, "stop"), sample(10, "length"), sample(6, "stop")]
-    masked = policy_weights(samples, stage.model_copy(update={"truncated_responses": "mask"}))
-    ended = policy_weights([samples[0], samples[2]], stage)
-    assert masked.tolist() == [ended[0], 0.0, ended[1]]
-    assert policy_weights(samples, stage)[1] > 0
+    masked = policy_loss_weights(samples, stage.model_copy(update={"truncated_responses": "mask"}))
+    finished = policy_loss_weights([samples[0], samples[2]], stage)
+    assert masked.tolist() == [finished[0], 0.0, finished[1]]
+    assert policy_loss_weights(samples, stage)[1] > 0
 
 
-def test_nothing_ended_gives_no_gradient():
+def test_only_truncated_responses_give_no_gradient():
     stage = OpdConfig(role="opd", init="a", steps=1, teacher="t", prompts="p", truncated_responses="mask")
-    assert not policy_weights([sample(4, "length"), dataclasses.replace(sample(5, "length"))], stage).any()
+    assert not policy_loss_weights([sample(4, "length"), dataclasses.replace(sample(5, "length"))], stage).any()

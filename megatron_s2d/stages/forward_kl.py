@@ -1,0 +1,31 @@
+"""Forward-KL warm-up: the student learns a teacher cache's distributions offline (stage 2a; methods.md M2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_s2d.config.forward_kl import ForwardKlConfig
+from megatron_s2d.objectives.distill import divergence_objective
+from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.sft import OfflineSource, shuffled
+from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
+from megatron_s2d.teachers.cached import CachedTeacher
+from megatron_s2d.train.loop import train
+
+
+def run_forward_kl(context: StageContext) -> None:
+    """Train on cached teacher responses against the cached distributions."""
+    stage: ForwardKlConfig = context.stage
+    student = context.start_policy()
+    student.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
+    cache = context.open_cache(stage.cache)
+    output_layer = context.inputs[stage.cache].path / OUTPUT_LAYER_NAME
+    teacher = CachedTeacher(cache, output_layer, student, tail=stage.tail_mass, temperature=stage.temperature)
+    samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
+    source = OfflineSource(
+        shuffled(samples, context.seed), stage.global_batch_size, stage.loss_agg_mode, "divergence_weight"
+    )
+    tail = stage.tail_mass if cache.header.representation == "top_k" else None
+    objective = divergence_objective("forward_kl", tail=tail)
+    train(student, source, objective, context.directory, context.settings(), teacher=teacher)
+    context.save_model(student)
