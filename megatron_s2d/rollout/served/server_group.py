@@ -204,7 +204,7 @@ class ServerGroup:
         return broadcast_from_rank0(start)
 
     def _start_router(self) -> str:
-        self._router = Router(self.settings, self.directory / "router.log")
+        self._router = Router(self.settings, self.rollout.server.request_timeout_seconds, self.directory / "router.log")
         self._router.wait(time.monotonic() + self.settings.startup_timeout_seconds)
         return self._router.url
 

@@ -151,8 +151,8 @@ class Router(_Process):
 
     name = "sglang-router"
 
-    def __init__(self, settings: SglangConfig, log: Path):
-        """Start without servers (``wait`` says when it is ready)."""
+    def __init__(self, settings: SglangConfig, request_timeout_seconds: float, log: Path):
+        """Start without servers (``wait`` says when it is ready); the client's timeout comes before the router's."""
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
         # Retries, health and circuits are looked after here, where every reply is checked.
@@ -160,7 +160,7 @@ class Router(_Process):
             settings.python or sys.executable, "-m", "sglang_router.launch_router",
             "--host", _HOST, "--port", str(port),
             "--prometheus-host", _HOST, "--prometheus-port", str(_free_port()),
-            "--policy", "cache_aware", "--request-timeout-secs", str(int(settings.request_timeout_seconds) + 60),
+            "--policy", "cache_aware", "--request-timeout-secs", str(int(request_timeout_seconds) + 60),
             "--disable-retries", "--disable-circuit-breaker", "--disable-health-check", "--log-level", "warn",
         ]  # fmt: skip
         super().__init__(command, log, {})

@@ -80,7 +80,7 @@ def test_the_next_step_is_announced_before_this_one_trains_and_asked_for_alike()
         rounds.next_batch(step)
         assert len(engine.begun) == min(step, STEPS - 1)  # nothing is begun after the last step
     assert [ids for ids, _ in engine.begun] == engine.asked[1:]
-    late = make_rounds(ToyEngine(), announces=False)
+    late = make_rounds(ToyEngine(), prefetches=False)
     late.next_batch(1)
     assert not late.sampler.engine.begun
     late.prefetch(2)
