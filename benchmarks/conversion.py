@@ -25,13 +25,13 @@ COPY = "import shutil; shutil.copytree('{root}/{source}', '{root}/copy')"
 STEPS = {
     "copy of the Hugging Face directory": COPY.replace("{source}", "hf"),
     "import": (
-        "from megatron_s2d.conversion.convert import import_checkpoint; "
-        "import_checkpoint('{root}/hf', '{root}/megatron', tensor_model_parallel_size={tensor})"
+        "from megatron_s2d.conversion.convert import hf_to_megatron; "
+        "hf_to_megatron('{root}/hf', '{root}/megatron', tensor_model_parallel_size={tensor})"
     ),
     "copy of the Megatron directory": COPY.replace("{source}", "megatron"),
     "export": (
-        "from megatron_s2d.conversion.convert import export_checkpoint; "
-        "export_checkpoint('{root}/megatron', '{root}/back')"
+        "from megatron_s2d.conversion.convert import megatron_to_hf; "
+        "megatron_to_hf('{root}/megatron', '{root}/back')"
     ),
     "check": (
         "from megatron_s2d.conversion.convert import check_conversion; "
@@ -44,10 +44,10 @@ PEAK = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_max
 def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, int]:
     """A random bfloat16 checkpoint; returns its bytes and those of its largest layer or tensor outside the layers."""
     import torch
-    from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 
     from megatron_s2d.config.hf_config import hf_config_from_spec
     from megatron_s2d.config.model import ModelConfig
+    from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
     from megatron_s2d.models.families import hf_tensor_shapes
 
     spec = ModelConfig(preset=preset, num_layers=num_layers).resolve()

@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _hf_to_megatron(arguments: argparse.Namespace, report: Report) -> None:
-    from megatron_s2d.conversion.convert import import_checkpoint
+    from megatron_s2d.conversion.convert import hf_to_megatron
 
-    done = import_checkpoint(
+    done = hf_to_megatron(
         arguments.hf_directory,
         arguments.megatron_directory,
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
@@ -85,9 +85,9 @@ def _hf_to_megatron(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _megatron_to_hf(arguments: argparse.Namespace, report: Report) -> None:
-    from megatron_s2d.conversion.convert import export_checkpoint
+    from megatron_s2d.conversion.convert import megatron_to_hf
 
-    done = export_checkpoint(
+    done = megatron_to_hf(
         arguments.megatron_directory,
         arguments.hf_directory,
         max_shard_bytes=arguments.max_shard_size,

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_s2d.conversion.files import read_ahead
-from megatron_s2d.conversion.global_tensors import pieces
-from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
-from megatron_s2d.conversion.megatron_format import SPEC_NAME, Chunk, MegatronReader, MegatronWriter, read_chunks
-from megatron_s2d.conversion.progress import Report, silent
 
 from megatron_s2d.artifacts.files import atomic_directory, json_digest, read_json
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.conversion.files import read_ahead
+from megatron_s2d.conversion.global_tensors import pieces
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+from megatron_s2d.conversion.megatron_format import SPEC_NAME, Chunk, MegatronReader, MegatronWriter, read_chunks
+from megatron_s2d.conversion.progress import Report, silent
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout, hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
@@ -59,7 +59,7 @@ class Converted:
     notes: tuple[str, ...] = ()
 
 
-def import_checkpoint(
+def hf_to_megatron(
     hf_directory: str | Path,
     megatron_directory: str | Path,
     *,
@@ -104,7 +104,7 @@ def import_checkpoint(
     return Converted(source.spec, (f"{files} have no recorded SHA-256: only their sizes and headers were checked",))
 
 
-def export_checkpoint(
+def megatron_to_hf(
     megatron_directory: str | Path,
     hf_directory: str | Path,
     *,
@@ -117,7 +117,7 @@ def export_checkpoint(
     Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model, or of its
     tokenizer), else from the import that made the checkpoint. ``config.json`` and ``generation_config.json`` are
     generated where they are not found there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as
-    ``import_checkpoint`` does.
+    ``hf_to_megatron`` does.
     """
     source = MegatronReader(megatron_directory)
     asset_directory = Path(assets) if assets is not None else source.directory / _ASSETS_DIRECTORY

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from megatron_s2d.conversion.files import HashedFile
 
+from megatron_s2d.conversion.files import HashedFile
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import DIGESTS_NAME, DTYPES, INDEX_NAME, SINGLE_NAME
 

@@ -6,11 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.launchers import local, nemo, slurm
 from megatron_s2d.launchers.config import load_launch
 from megatron_s2d.launchers.job import Launch, plan_launch
-
-from megatron_s2d.config.workflow import load_workflow
 
 _EXAMPLES = """examples:
   s2d launch local configs/smoke.yaml --processes-per-node 2 --set parallel.data_parallel_size=2

@@ -14,13 +14,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_s2d.launchers.config import LaunchConfig, resolve
-from megatron_s2d.launchers.servers import with_servers
-
 from megatron_s2d.artifacts.files import atomic_write_json, atomic_write_text, json_digest
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.launchers.config import LaunchConfig, resolve
+from megatron_s2d.launchers.servers import with_servers
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import check_workflow
 

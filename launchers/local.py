@@ -9,10 +9,9 @@ from __future__ import annotations
 import signal
 import subprocess
 
+from megatron_s2d.errors import UserError
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, write_launch
-
-from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.job_outcome import Interrupted
 
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_s2d.errors import UserError
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, Task, write_launch
-
-from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
 
 Executor = Literal["local", "slurm"]

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import shlex
 
-from megatron_s2d.launchers.config import LaunchConfig
-
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.launchers.config import LaunchConfig
 
 PORT = 30000
 _RENDEZVOUS_PORT = 29400  # of the nodes of one server

@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_s2d.launchers import scripts
-from megatron_s2d.launchers.config import load_launch
-from megatron_s2d.launchers.job import Launch, plan_launch, write_launch
 from rich.console import Console
 
 from megatron_s2d.errors import UserError
+from megatron_s2d.launchers import scripts
+from megatron_s2d.launchers.config import load_launch
+from megatron_s2d.launchers.job import Launch, plan_launch, write_launch
 from megatron_s2d.studies.sweep import Point
 
 

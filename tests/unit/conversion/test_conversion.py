@@ -12,16 +12,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.conversion import cli, convert
 from megatron_s2d.conversion.files import HashedFile
 from megatron_s2d.conversion.global_tensors import boxes, pieces
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 from megatron_s2d.conversion.megatron_format import MegatronReader
-
-from megatron_s2d.config.base import UserError
-from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory
-from megatron_s2d.config.model import ModelConfig
-from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 
@@ -80,9 +79,9 @@ def test_round_trip_is_bit_exact(tmp_path, name, dtype, layout):
     sizes = dict(zip(("tensor_model_parallel_size", "pipeline_model_parallel_size"), LAYOUTS[layout], strict=True))
     if name == "moe":
         sizes["expert_model_parallel_size"] = 4
-    convert.import_checkpoint(source, tmp_path / "megatron", **sizes)
+    convert.hf_to_megatron(source, tmp_path / "megatron", **sizes)
     assert convert.inspect_checkpoint(tmp_path / "megatron")["layout"] == sizes
-    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=80_000)
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=80_000)
     same_bytes(source, tmp_path / "back")
     assert spec_from_directory(tmp_path / "back") == spec_from_directory(source)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["_name_or_path"] == "kept"
@@ -95,8 +94,8 @@ def test_round_trip_is_bit_exact(tmp_path, name, dtype, layout):
 def test_safetensors_library_reads_the_export(tmp_path):
     """Shards are no larger than asked for, unless they hold one tensor, and the index is that of the library."""
     safetensors = pytest.importorskip("safetensors.torch")
-    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
-    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=20_000)
+    convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=20_000)
     checkpoint = HfCheckpoint(tmp_path / "back")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == checkpoint.num_bytes
@@ -141,11 +140,11 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
     }
     assert found == expected
 
-    done = convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf")
+    done = convert.megatron_to_hf(tmp_path / "trained", tmp_path / "hf")
     assert "--assets" in done.notes[0]
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"_from_model_config": True}
     convert.check_conversion(tmp_path / "hf", tmp_path / "trained")
-    convert.import_checkpoint(tmp_path / "hf", tmp_path / "again", tensor_model_parallel_size=2)
+    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "again", tensor_model_parallel_size=2)
     others = build_model(spec, layout, seed=5)
     load_checkpoint(tmp_path / "again", others, layout, model_spec=spec.to_dict())
     for (key, parameter), other in zip(chunks[0].named_parameters(), others[0].parameters(), strict=True):
@@ -167,7 +166,7 @@ def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
     chunks = build_model(spec, layout, seed=4)
     position = {"step": 7, "updates": 7}
     start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
-    done = convert.export_checkpoint(tmp_path / "trained", tmp_path / "hf", assets=tmp_path / "modular_arithmetic")
+    done = convert.megatron_to_hf(tmp_path / "trained", tmp_path / "hf", assets=tmp_path / "modular_arithmetic")
     assert not done.notes
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
@@ -191,12 +190,12 @@ def test_a_tied_output_layer_that_is_stored_too(tmp_path):
 
     source = make_hf(tmp_path / "hf", change=twice, tie_word_embeddings=True, max_shard_bytes=60_000)
     other = make_hf(tmp_path / "other", change=twice_but_one_bit, tie_word_embeddings=True)
-    convert.import_checkpoint(source, tmp_path / "megatron")
+    convert.hf_to_megatron(source, tmp_path / "megatron")
     convert.check_conversion(source, tmp_path / "megatron")
-    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     same_bytes(source, tmp_path / "back")
     assert "lm_head" not in (tmp_path / "back" / "model.safetensors").read_bytes()[:20_000].decode(errors="replace")
-    refused(tmp_path, "lm_head.weight differs", lambda: convert.import_checkpoint(other, tmp_path / "m"))
+    refused(tmp_path, "lm_head.weight differs", lambda: convert.hf_to_megatron(other, tmp_path / "m"))
 
 
 def test_a_tensor_parallel_size_that_pads_the_vocabulary_further(tmp_path):
@@ -208,10 +207,10 @@ def test_a_tensor_parallel_size_that_pads_the_vocabulary_further(tmp_path):
 
     fields = {"num_attention_heads": 6, "num_query_groups": 3, "ffn_hidden_size": 252}
     source = make_hf(tmp_path / "hf", dtype=torch.float32, change=small, **fields)
-    convert.import_checkpoint(source, tmp_path / "megatron", tensor_model_parallel_size=3)
+    convert.hf_to_megatron(source, tmp_path / "megatron", tensor_model_parallel_size=3)
     reader = MegatronReader(tmp_path / "megatron")
     assert tuple(reader.entries["model.output_layer.weight"].size) == (120, 96)
-    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     same_bytes(source, tmp_path / "back")
     layouts.initialize_distributed()
     layout = layouts.build_layout(ParallelConfig())
@@ -256,7 +255,7 @@ def mixed(tensors):
 )
 def test_every_tensor_is_accounted_for(tmp_path, change, words):
     source = make_hf(tmp_path / "hf", change=change)
-    refused(tmp_path, words, lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+    refused(tmp_path, words, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
 def refused(tmp_path, words, action) -> None:
@@ -274,11 +273,11 @@ def test_truncated_shard(tmp_path):
     content = shard.read_bytes()
     for length in (len(content) - 1, 200, 5):
         shard.write_bytes(content[:length])
-        refused(tmp_path, str(shard), lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+        refused(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     shard.write_bytes(content + b"\0")
-    refused(tmp_path, str(shard), lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+    refused(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     shard.unlink()
-    refused(tmp_path, shard.name, lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+    refused(tmp_path, shard.name, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
 def flip(path, position: int) -> None:
@@ -290,14 +289,14 @@ def flip(path, position: int) -> None:
 def test_corrupted_shard_with_a_recorded_digest(tmp_path):
     source = make_hf(tmp_path / "hf")
     flip(source / "model.safetensors", 50_000)
-    refused(tmp_path, "SHA-256", lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+    refused(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     # The note that the hub's client leaves beside a download serves as well.
     digest = (source / "weights.sha256").read_text().split()[0]
     (source / "weights.sha256").unlink()
     note = source / ".cache/huggingface/download/model.safetensors.metadata"
     note.parent.mkdir(parents=True)
     note.write_text(f"{'0' * 40}\n{digest}\n1700000000.0\n")
-    refused(tmp_path, "SHA-256", lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+    refused(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
 def test_index_that_disagrees(tmp_path):
@@ -313,11 +312,11 @@ def test_index_that_disagrees(tmp_path):
 
 @pytest.mark.parametrize("victim", ["__0_0.distcp", ".metadata"])
 def test_corrupted_megatron_checkpoint(tmp_path, victim):
-    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     flip(tmp_path / "megatron" / victim, 2000)
-    refused(tmp_path, victim, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+    refused(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
     (tmp_path / "megatron" / victim).unlink()
-    refused(tmp_path, victim, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+    refused(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
 @pytest.mark.parametrize(
@@ -330,19 +329,19 @@ def test_corrupted_megatron_checkpoint(tmp_path, victim):
     ],
 )
 def test_every_parameter_of_a_megatron_checkpoint_is_accounted_for(tmp_path, field, value, words):
-    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     path = tmp_path / "megatron" / "model_spec.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
 def test_a_parameter_missing_from_a_megatron_checkpoint(tmp_path):
     source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
-    convert.import_checkpoint(source, tmp_path / "megatron")
+    convert.hf_to_megatron(source, tmp_path / "megatron")
     path = tmp_path / "megatron" / "model_spec.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
     words = "parameter model.output_layer.weight is missing"
-    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
 class Hostile:
@@ -351,7 +350,7 @@ class Hostile:
 
 
 def test_hostile_metadata_is_not_executed(tmp_path, capsys):
-    convert.import_checkpoint(make_hf(tmp_path / "hf"), tmp_path / "megatron")
+    convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     content = pickle.dumps(Hostile())
     (tmp_path / "megatron" / ".metadata").write_bytes(content)
     manifest = tmp_path / "megatron" / "integrity.json"
@@ -365,16 +364,16 @@ def test_hostile_metadata_is_not_executed(tmp_path, capsys):
 def test_existing_target_and_foreign_directories(tmp_path):
     source = make_hf(tmp_path / "hf")
     (tmp_path / "taken").mkdir()
-    refused(tmp_path, "already exists", lambda: convert.import_checkpoint(source, tmp_path / "taken"))
-    refused(tmp_path, "no config.json", lambda: convert.import_checkpoint(tmp_path / "taken", tmp_path / "m"))
-    refused(tmp_path, "not a Megatron checkpoint", lambda: convert.export_checkpoint(source, tmp_path / "m"))
-    convert.import_checkpoint(source, tmp_path / "stage" / "checkpoints" / "step_00000003")
+    refused(tmp_path, "already exists", lambda: convert.hf_to_megatron(source, tmp_path / "taken"))
+    refused(tmp_path, "no config.json", lambda: convert.hf_to_megatron(tmp_path / "taken", tmp_path / "m"))
+    refused(tmp_path, "not a Megatron checkpoint", lambda: convert.megatron_to_hf(source, tmp_path / "m"))
+    convert.hf_to_megatron(source, tmp_path / "stage" / "checkpoints" / "step_00000003")
     words = f"did you mean {tmp_path / 'stage' / 'checkpoints' / 'step_00000003'}?"
-    refused(tmp_path, words, lambda: convert.export_checkpoint(tmp_path / "stage", tmp_path / "m"))
+    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "stage", tmp_path / "m"))
     refused(
         tmp_path,
         "num_attention_heads 4 cannot be divided by tensor_model_parallel_size 3",
-        lambda: convert.import_checkpoint(source, tmp_path / "m", tensor_model_parallel_size=3),
+        lambda: convert.hf_to_megatron(source, tmp_path / "m", tensor_model_parallel_size=3),
     )
 
 
@@ -382,7 +381,7 @@ def test_existing_target_and_foreign_directories(tmp_path):
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
     source = make_hf(tmp_path / "hf")
     if direction == "export":
-        convert.import_checkpoint(source, tmp_path / "megatron")
+        convert.hf_to_megatron(source, tmp_path / "megatron")
     seen = []
 
     write = HashedFile.write
@@ -395,15 +394,15 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
 
     monkeypatch.setattr(HashedFile, "write", fill_up)
     if direction == "import":
-        refused(tmp_path, "no space left", lambda: convert.import_checkpoint(source, tmp_path / "megatron"))
+        refused(tmp_path, "no space left", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     else:
-        refused(tmp_path, "no space left", lambda: convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back"))
+        refused(tmp_path, "no space left", lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
     assert seen
 
 
 def test_check_names_what_differs(tmp_path):
     source = make_hf(tmp_path / "hf", dtype=torch.float32)
-    convert.import_checkpoint(source, tmp_path / "megatron")
+    convert.hf_to_megatron(source, tmp_path / "megatron")
 
     def change(tensors):
         tensors["model.layers.3.mlp.down_proj.weight"].view(torch.int32)[5, 7] ^= 1
@@ -426,7 +425,7 @@ def test_logits_comparison_sees_a_swapped_tensor(tmp_path):
 
     good = make_hf(tmp_path / "good", dtype=torch.float32, change=small)
     bad = make_hf(tmp_path / "bad", dtype=torch.float32, change=swapped)
-    convert.import_checkpoint(good, tmp_path / "megatron", tensor_model_parallel_size=2)
+    convert.hf_to_megatron(good, tmp_path / "megatron", tensor_model_parallel_size=2)
     found = compare_logits(good, tmp_path / "megatron")
     assert found.max_difference < 1e-4 and found.standard_deviation > 0.3
     with pytest.raises(UserError, match="logits differ"):

@@ -10,12 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.conversion import convert
-from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
-
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.conversion import convert
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 from megatron_s2d.models.families import hf_tensor_shapes
 
 # Forks a process for every point; each runs a conversion and kills itself with SIGKILL there.
@@ -49,9 +48,9 @@ def run(direction, point):
     if point == "finish":
         convert.MegatronWriter.finish = convert.HfWriter.finish = killed
     if direction == "import":
-        convert.import_checkpoint(root / "hf", root / f"import_{point}", tensor_model_parallel_size=2)
+        convert.hf_to_megatron(root / "hf", root / f"import_{point}", tensor_model_parallel_size=2)
     else:
-        convert.export_checkpoint(root / "megatron", root / f"export_{point}", max_shard_bytes=60_000)
+        convert.megatron_to_hf(root / "megatron", root / f"export_{point}", max_shard_bytes=60_000)
 
 for direction in ("import", "export"):
     for point in (1, 7, 30, "finish", "rename"):
@@ -66,15 +65,15 @@ for direction in ("import", "export"):
 # Peak resident bytes of an import and an export above those of the imported modules.
 PEAK = """
 import resource, sys
-from megatron_s2d.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_s2d.conversion.convert import megatron_to_hf, hf_to_megatron
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = peak()
-import_checkpoint(sys.argv[1] + "/hf", sys.argv[1] + "/megatron", tensor_model_parallel_size=2)
+hf_to_megatron(sys.argv[1] + "/hf", sys.argv[1] + "/megatron", tensor_model_parallel_size=2)
 imported = peak()
-export_checkpoint(sys.argv[1] + "/megatron", sys.argv[1] + "/back")
+megatron_to_hf(sys.argv[1] + "/megatron", sys.argv[1] + "/back")
 print(imported - before, peak() - before)
 """
 
@@ -101,7 +100,7 @@ def python(code: str, *arguments) -> str:
 def test_what_a_killed_conversion_leaves_does_not_load(tmp_path):
     spec = ModelConfig(preset="tiny-teacher", num_layers=4).resolve(101)
     write_random(tmp_path / "hf", spec)
-    convert.import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     python(KILLED, tmp_path)
     left = {path.name for path in tmp_path.iterdir()} - {"hf", "megatron"}
     points = [f"{direction}_{point}" for direction in ("import", "export") for point in (1, 7, 30, "finish", "rename")]
@@ -114,9 +113,9 @@ def test_what_a_killed_conversion_leaves_does_not_load(tmp_path):
             # Up to the rename not even what is hidden loads; at the rename it is complete.
             with pytest.raises(UserError):
                 convert.inspect_checkpoint(tmp_path / f".{name}.partial")
-    convert.import_checkpoint(tmp_path / "hf", tmp_path / "import_7")
+    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "import_7")
     convert.check_conversion(tmp_path / "hf", tmp_path / "import_7")
-    convert.export_checkpoint(tmp_path / "import_7", tmp_path / "export_7")
+    convert.megatron_to_hf(tmp_path / "import_7", tmp_path / "export_7")
     assert {path.name for path in tmp_path.iterdir() if "_7" in path.name} == {"import_7", "export_7"}
 
 
@@ -139,7 +138,7 @@ def test_parsing_needs_no_torch():
         "from megatron_s2d.conversion import cli\n"
         "parser = argparse.ArgumentParser()\n"
         "cli.add_parser(parser.add_subparsers())\n"
-        "parser.parse_args(['convert', 'import', 'a', 'b', '--tensor-model-parallel-size', '2'])\n"
+        "parser.parse_args(['convert', 'hf-to-megatron', 'a', 'b', '--tensor-model-parallel-size', '2'])\n"
         "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
     )
     assert python(code) == "[]\n"

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_s2d.launchers.config import LaunchConfig, load_launch, resolve
 
 from megatron_s2d.cli import main
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
+from megatron_s2d.launchers.config import LaunchConfig, load_launch, resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
