@@ -254,7 +254,7 @@ def test_mixture_scales_and_refuses():
 
 
 def test_columns_must_fit_together():
-    with pytest.raises(ValueError, match="one N"):
+    with pytest.raises(ValueError, match="one shape"):
         TokenColumns(advantages=torch.zeros(3), policy_weight=torch.zeros(4))
     picked = TokenColumns(advantages=torch.arange(5.0)).select(torch.tensor([4, 1]))
     assert picked.advantages.tolist() == [4.0, 1.0] and picked.policy_weight is None
