@@ -1,7 +1,7 @@
-"""Files that survive a kill: atomic writes of files and directories, JSON, JSON lines, SHA-256 digests.
+"""Crash-safe files: atomic writes of files and directories, JSON, JSON lines, SHA-256 digests.
 
-A file or directory written here appears under its name complete or not at all, so a kill or a full disk at any moment
-leaves the previous content intact. One process writes a directory at a time: on several ranks rank 0 writes. No torch.
+A file or directory written here appears under its name complete or not at all, so a kill or a full disk leaves the
+previous content intact. Only one process at a time may write a directory: with several ranks, rank 0. No torch.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from megatron_s2d.errors import UserError
 
 LOCK_NAME = ".lock"
 PARTIAL_SUFFIX = ".partial"
-_MISPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class NoSpace(UserError):
-    """The disk or the quota is full; what was on disk before is intact."""
+    """The disk or the quota is full; the previous content on disk is intact."""
 
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn "disk full" and "may not write here" inside the block into one ``UserError`` that names ``path``."""
+    """Turn "disk full" and "not writable" errors inside the block into a one-line ``UserError`` that names ``path``."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "disk quota exceeded" if error.errno == errno.EDQUOT else "no space left on the disk"
-            raise NoSpace(f"{path}: {what}; what was saved before is intact: free space and run again") from error
-        if error.errno in _MISPLACED:
-            where = error.filename or path
-            raise UserError(f"{where}: cannot be written ({error.strerror}); choose another place") from error
+            cause = "disk quota exceeded" if error.errno == errno.EDQUOT else "no space left on the disk"
+            raise NoSpace(f"{path}: {cause}; earlier files are intact, so free space and run again") from error
+        if error.errno in _NOT_WRITABLE:
+            location = error.filename or path
+            raise UserError(f"{location}: cannot be written ({error.strerror}); choose another directory") from error
         raise
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:
-    """Replace ``path`` with ``content`` in one rename; parent directories are made.
+    """Replace the content of ``path`` in one rename, creating parent directories.
 
-    Raises ``NoSpace`` or ``UserError`` (not writable); then ``path`` still holds what it held.
+    Raises ``NoSpace`` or ``UserError`` (not writable) and then leaves ``path`` unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
@@ -65,24 +65,24 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """``atomic_write_bytes`` of UTF-8 text."""
+    """Write UTF-8 text with ``atomic_write_bytes``."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """``atomic_write_bytes`` of indented JSON; NaN and infinity are refused (``ValueError``), as JSON has neither."""
+    """Write indented JSON with ``atomic_write_bytes``; NaN and infinity raise ``ValueError`` (no JSON)."""
     atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; it becomes ``path`` in one rename when the block ends, or vanishes on an error.
+    """Yield an empty directory that is renamed to ``path`` at the end of the block, or deleted on an error.
 
-    ``path`` must not exist. What a killed writer left behind is cleared by the next writer of the same ``path``.
+    ``path`` must not exist. The next writer of the same ``path`` deletes what a killed writer left behind.
     """
     path = Path(path)
     if path.exists():
-        raise UserError(f"{path}: already exists; move it away first")
+        raise UserError(f"{path}: already exists; move it first")
     temporary = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -101,17 +101,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append one line with a single write; a line that a killed writer left torn is cut off first.
+    """Append one line in a single write, after removing an incomplete last line left by a killed writer.
 
-    One writer per file. A failed write (``NoSpace``) leaves the file as it was.
+    One writer per file. A failed write (``NoSpace``) leaves the file unchanged.
     """
     if "\n" in line:
-        raise ValueError("append_line writes one line")
+        raise ValueError("append_line takes one line without a line break")
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
-            size = _mend_tail(file)
+            size = _repair_last_line(file)
             content = line.encode("utf-8") + b"\n"
             try:
                 written = file.write(content)
@@ -123,12 +123,12 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file; a missing or damaged file is a ``UserError``."""
+    """Return the value in a JSON file; raise ``UserError`` if the file is missing or damaged."""
     return _decode(_read_text(path), str(path))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line (no newline, not JSON) is left out, other damage refused."""
+    """Return the objects of a JSON-lines file without an incomplete last line; other damage raises ``UserError``."""
     lines = _read_text(path).split("\n")
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1) if line.strip()]
     if lines[-1].strip():
@@ -138,9 +138,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_jsonl_after(path: str | Path, key: str = "step", *, last: int) -> int:
-    """Drop the rows whose ``key`` is beyond ``last``, and a torn last line; returns how many rows went.
+    """Drop rows whose ``key`` is greater than ``last`` and an incomplete last line; return the number of dropped rows.
 
-    For a resume from the checkpoint of step ``last``. A missing file counts as empty. The file is replaced atomically.
+    Used to resume from the checkpoint of step ``last``. A missing file counts as empty. The write is atomic.
     """
     path = Path(path)
     if not path.exists():
@@ -148,22 +148,22 @@ def truncate_jsonl_after(path: str | Path, key: str = "step", *, last: int) -> i
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(key), int):
-            raise UserError(f"{path}:{number}: the row has no whole number '{key}'; move the file away")
-    kept = [row for row in rows if row[key] <= last]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            raise UserError(f"{path}:{number}: row without an integer '{key}'; move the file and run again")
+    remaining = [row for row in rows if row[key] <= last]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in remaining)
     if text.encode("utf-8") != path.read_bytes():
         atomic_write_text(path, text)
-    return len(rows) - len(kept)
+    return len(rows) - len(remaining)
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 (hexadecimal) of the canonical JSON of ``value``: sorted keys, no spaces; NaN is refused."""
+    """Return the hexadecimal SHA-256 of ``value`` as canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 (hexadecimal) of a file's content."""
+    """Return the hexadecimal SHA-256 of a file's content."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -172,22 +172,23 @@ def file_digest(path: str | Path) -> str:
 
 
 def tree_digest(directory: str | Path) -> str:
-    """SHA-256 over the sorted relative names and contents of all files below ``directory``; modes and times are not in.
+    """Return the SHA-256 over sorted relative names and contents of all files below ``directory``.
 
-    Symbolic links to files count by their content; lock files are left out. Nothing is cached: every byte is read.
+    Modes, times and lock files do not count; symbolic links count by the content of their target. Reads every byte.
     """
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"{root}: no such directory")
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     names = [Path(folder, name).relative_to(root) for folder, _, files in os.walk(root) for name in files]
     for name in sorted(names, key=Path.as_posix):
         if name.name != LOCK_NAME:
-            total.update(f"{json.dumps(name.as_posix())} {file_digest(root / name)}\n".encode())
-    return total.hexdigest()
+            digest.update(f"{json.dumps(name.as_posix())} {file_digest(root / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def fsync_path(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -195,8 +196,8 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _mend_tail(file: Any) -> int:
-    """Cut a torn last line off ``file`` (or end a complete one); returns the size that the file then has."""
+def _repair_last_line(file: Any) -> int:
+    """Remove an incomplete last line of ``file``, or end a complete one; return the new size of the file."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return 0
@@ -222,15 +223,15 @@ def _read_text(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _decode(text: str, where: str) -> Any:
+def _decode(text: str, location: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); the file is damaged") from None
+        raise UserError(f"{location}: damaged file, not valid JSON ({error})") from None
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    row = _decode(line, where)
+def _row(line: str, location: str) -> dict[str, Any]:
+    row = _decode(line, location)
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected one JSON object a line")
+        raise UserError(f"{location}: expected one JSON object per line")
     return row

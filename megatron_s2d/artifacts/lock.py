@@ -1,4 +1,8 @@
-"""An advisory lock on a directory that the kernel releases when its process ends. No torch."""
+"""An advisory lock on a directory that the kernel releases when its process ends. No torch.
+
+Not ``filelock``: its file locks have no shared mode and do not name the holder, and its read-write lock is an SQLite
+database, which is not safe on network file systems.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ def directory_lock(
     wait_seconds: float = 0.0,
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Hold ``directory`` (made if missing) for this process; the kernel releases the lock when the process ends.
+    """Lock ``directory`` (created if missing) for this process until the block or the process ends.
 
-    ``shared``: beside other shared holders. Another holder is waited for up to ``wait_seconds`` after one message to
-    ``announce``, then it is a ``UserError`` naming the holder.
+    ``shared``: several shared locks may coexist, and exclude an exclusive one. If another process holds the lock, pass
+    one message to ``announce``, wait up to ``wait_seconds``, then raise a ``UserError`` that names the holder.
     """
     path = Path(directory) / LOCK_NAME
     with disk_errors(path):
@@ -51,7 +55,7 @@ def _acquire(
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"
         except OSError as error:
-            raise UserError(f"{path}: this file system has no locks ({error.strerror}); use another one") from error
+            raise UserError(f"{path}: file system without locks ({error.strerror}); use another one") from error
         if time.monotonic() >= deadline:
             raise UserError(f"{path.parent}: in use by {holder}; wait for it to end or choose another directory")
         if announce is not None:

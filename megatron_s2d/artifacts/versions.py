@@ -1,4 +1,4 @@
-"""Which code and which libraries produced a result, and when. No torch."""
+"""Versions of the code and of the libraries that produced a result, and timestamps. No torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "safetenso
 
 
 def timestamp() -> str:
-    """Now, in UTC, to the second, in ISO 8601."""
+    """Return the current UTC time to the second in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def code_version() -> dict[str, str]:
-    """Version of this package, digest of its source files, and the commit where it runs from a git checkout."""
+    """Return the package version, the digest of its source files and, in a git checkout, the commit."""
     package = Path(__file__).resolve().parent.parent
     digests = {path.relative_to(package).as_posix(): file_digest(path) for path in package.rglob("*.py")}
     version = {"version": importlib.metadata.version("megatron-s2d"), "source_digest": json_digest(digests)}
@@ -34,7 +34,7 @@ def code_version() -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on; absent ones are left out."""
+    """Return the versions of Python and of the installed libraries that results depend on."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -96,7 +96,7 @@ def _supersede(jobs: list[Job], config: WorkflowConfig, run_dir: Path, console: 
     for job in jobs:
         if job.action == "rerun":
             console.print(f"{job.id}: runs again, {job.reason}", markup=False, highlight=False, soft_wrap=True)
-            job.directory.supersede(job.reason)
+            job.directory.archive(job.reason)
     reused = sum(not job.is_pending for job in jobs)
     if reused:
         console.print(f"{reused} of {len(jobs)} stages and evaluations are finished and reused", highlight=False)

@@ -1,4 +1,4 @@
-"""Files that survive a kill, a full disk and a second process."""
+"""Crash-safe files: kills, a full disk, concurrent processes."""
 
 import contextlib
 import errno
@@ -54,7 +54,7 @@ def tiny_disk(tmp_path):
 
 @pytest.fixture
 def failing_fsync(monkeypatch):
-    """Every flush to the disk fails as on a full quota."""
+    """Make every fsync fail as on a full quota."""
 
     def fail(_descriptor):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
@@ -79,7 +79,7 @@ def test_write_below_a_file_is_a_user_error(tmp_path):
         atomic_write_text(tmp_path / "file" / "a.txt", "text")
 
 
-def test_full_disk_keeps_the_old_file(tiny_disk):
+def test_full_disk_leaves_the_previous_file_intact(tiny_disk):
     path = tiny_disk / "good.txt"
     atomic_write_text(path, "good")
     with pytest.raises(NoSpace, match="good.txt: no space left on the disk") as caught:
@@ -92,7 +92,7 @@ def test_full_disk_keeps_the_old_file(tiny_disk):
     assert names(tiny_disk) == ["good.txt"]
 
 
-def test_full_disk_keeps_whole_lines(tiny_disk):
+def test_full_disk_leaves_complete_lines(tiny_disk):
     path = tiny_disk / "metrics.jsonl"
     row = json.dumps({"step": 1, "text": "x" * 3000})
     with pytest.raises(NoSpace, match="metrics.jsonl"):
@@ -102,7 +102,7 @@ def test_full_disk_keeps_whole_lines(tiny_disk):
     assert content.endswith("}\n") and 10 < len(read_jsonl(path)) < 100
 
 
-def test_quota_keeps_the_old_file(tmp_path, failing_fsync):
+def test_full_quota_leaves_the_previous_file_intact(tmp_path, failing_fsync):
     path = tmp_path / "good.txt"
     path.write_text("good")
     with pytest.raises(NoSpace, match="good.txt: disk quota exceeded"):
@@ -113,24 +113,24 @@ def test_quota_keeps_the_old_file(tmp_path, failing_fsync):
     assert names(tmp_path) == ["good.txt"]
 
 
-def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
+def test_atomic_directory_appears_complete_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "result"
     with pytest.raises(RuntimeError), atomic_directory(path) as directory:
         (directory / "a").write_text("half")
         raise RuntimeError("stop")
     assert names(path.parent) == []
     (path.parent / ".result.partial").mkdir()
-    (path.parent / ".result.partial" / "stale").write_text("of a killed writer")
+    (path.parent / ".result.partial" / "stale").write_text("left by a killed writer")
     with atomic_directory(path) as directory:
         assert not path.exists()
         (directory / "sub").mkdir()
-        (directory / "sub" / "a").write_text("whole")
+        (directory / "sub" / "a").write_text("complete")
     assert names(path.parent) == ["result"] and names(path) == ["sub"]
     with pytest.raises(UserError, match="already exists"), atomic_directory(path):
         pass
 
 
-def test_append_mends_a_torn_tail(tmp_path):
+def test_append_repairs_an_incomplete_last_line(tmp_path):
     path = tmp_path / "m.jsonl"
     append_line(path, '{"step": 1}')
     with open(path, "a") as file:
@@ -146,35 +146,35 @@ def test_append_mends_a_torn_tail(tmp_path):
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers()), min_size=1), st.data())
-def test_any_cut_of_a_jsonl_file_loses_the_cut_row_only(tmp_path_factory, rows, data):
+def test_truncated_jsonl_file_loses_only_its_last_row(tmp_path_factory, rows, data):
     path = tmp_path_factory.mktemp("cut") / "m.jsonl"
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     content = b"".join(lines)
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
-    whole, position = 0, 0
+    num_complete, position = 0, 0
     for line in lines:
         position += len(line)
-        whole += position - 1 <= cut  # the newline itself may be missing
-    assert read_jsonl(path) == rows[:whole]
+        num_complete += position - 1 <= cut  # the newline itself may be missing
+    assert read_jsonl(path) == rows[:num_complete]
 
 
-def test_damage_before_the_last_line_is_an_error(tmp_path):
+def test_damage_before_the_last_line_raises(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl:2: not valid JSON"):
+    with pytest.raises(UserError, match=r"m\.jsonl:2: damaged file, not valid JSON"):
         read_jsonl(path)
     path.write_text('{"step": 1}\n{"st\n')
     with pytest.raises(UserError, match=r"m\.jsonl:2"):
         read_jsonl(path)
     path.write_text("[1]\n")
-    with pytest.raises(UserError, match="one JSON object a line"):
+    with pytest.raises(UserError, match="one JSON object per line"):
         read_jsonl(path)
     with pytest.raises(UserError, match="No such file"):
         read_jsonl(tmp_path / "absent.jsonl")
 
 
-def test_truncate_after_a_step(tmp_path):
+def test_truncate_jsonl_after_a_step(tmp_path):
     path = tmp_path / "m.jsonl"
     assert truncate_jsonl_after(path, last=3) == 0
     path.write_text("".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4, 5)) + '{"ste')
@@ -183,7 +183,7 @@ def test_truncate_after_a_step(tmp_path):
     before = path.stat().st_mtime_ns
     assert truncate_jsonl_after(path, last=3) == 0
     assert path.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="no whole number 'other'"):
+    with pytest.raises(UserError, match="without an integer 'other'"):
         truncate_jsonl_after(path, "other", last=1)
 
 
@@ -208,16 +208,16 @@ HOLDER = textwrap.dedent("""
     import sys, time
     from megatron_s2d.artifacts.lock import directory_lock
     with directory_lock(sys.argv[1]):
-        print("held", flush=True)
+        print("locked", flush=True)
         time.sleep(60)
 """)
 
 
 @contextlib.contextmanager
-def other_holder(directory):
+def lock_in_other_process(directory):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(directory)], stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "locked\n"
         yield process
     finally:
         process.kill()
@@ -225,8 +225,8 @@ def other_holder(directory):
         process.stdout.close()
 
 
-def test_lock_excludes_another_process_until_it_dies(tmp_path):
-    with other_holder(tmp_path) as process:
+def test_lock_excludes_another_process_until_it_is_killed(tmp_path):
+    with lock_in_other_process(tmp_path) as process:
         with pytest.raises(UserError, match=f"in use by process {process.pid}"), directory_lock(tmp_path):
             pass
         messages = []
@@ -240,7 +240,7 @@ def test_lock_excludes_another_process_until_it_dies(tmp_path):
         pass
 
 
-def test_stage_directory_life(tmp_path):
+def test_stage_directory_begin_resume_finish(tmp_path):
     stage = StageDirectory(tmp_path / "run" / "grpo")
     config, inputs = {"type": "grpo", "lr": 1e-6}, {"init": "ab12"}
     stage.begin(config, inputs, {"seed": 3})
@@ -262,13 +262,13 @@ def test_stage_directory_life(tmp_path):
     assert stage.config() == config and stage.metrics() == [{"step": 1, "loss": 0.5}]
 
 
-def test_supersede_keeps_everything(tmp_path):
+def test_archive_moves_the_whole_directory(tmp_path):
     stage = StageDirectory(tmp_path / "grpo")
-    assert stage.supersede("nothing there") is None
+    assert stage.archive("nothing there") is None
     targets = []
     for number in (1, 2):
         stage.begin({"number": number}, {}, {})
-        targets.append(stage.supersede(f"lr changed {number}"))
+        targets.append(stage.archive(f"lr changed {number}"))
     assert [path.name for path in targets] == ["grpo-1", "grpo-2"]
     assert names(tmp_path) == [".archive"]
     assert read_json(targets[0] / "config.json") == {"number": 1}
