@@ -1,11 +1,16 @@
 """Starts a worker of this folder on several ranks: torchrun, gloo, one thread a rank."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+# Only ends a worker that hangs: a busy machine may need many times the usual seconds.
+LIMIT_SECONDS = 1500
 
 
 @pytest.fixture(scope="session")
@@ -14,13 +19,23 @@ def run_ranks():
 
     def run(worker: str, ranks: int, *arguments: object) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        finished = subprocess.run(
+        process = subprocess.Popen(
             [*command, str(Path(__file__).with_name(worker)), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=400,
         )
-        assert finished.returncode == 0, finished.stderr[-4000:]
+        try:
+            errors = process.communicate(timeout=LIMIT_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            for rank in psutil.Process(process.pid).children(recursive=True):
+                rank.send_signal(signal.SIGABRT)  # prints the stacks of its threads
+            try:
+                errors = process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+            pytest.fail(f"{worker} took more than {LIMIT_SECONDS} s on {ranks} ranks:\n{errors[-8000:]}")
+        assert process.returncode == 0, errors[-4000:]
 
     return run

@@ -7,13 +7,14 @@ checkpoint of every layout to ``saved/``.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from open_layout import open_layout
 
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
@@ -42,10 +43,8 @@ LAYOUTS = {
 }
 
 
-@functools.cache
-def make_layout(name: str) -> layouts.Layout:
-    """Built once, because every process group has threads of its own."""
-    return layouts.build_layout(ParallelConfig(**LAYOUTS[name]))
+def named_layout(name: str) -> contextlib.AbstractContextManager[layouts.Layout]:
+    return open_layout(ParallelConfig(**LAYOUTS[name]))
 
 
 def forward_step(model, batch):
@@ -101,56 +100,59 @@ def bfloat16_errors(spec, layout, source, case) -> list[float]:
 
 def check_model(directory: Path) -> dict:
     source = HfCheckpoint(directory / "hf")
-    spec = source.spec
     cases = torch.load(directory / "cases.pt", weights_only=True)
-    found: dict = {"live": {}, "converted": {}, "exported": {}, "bfloat16": {}}
+    results: dict = {"live": {}, "converted": {}, "exported": {}, "bfloat16": {}}
     for name in LAYOUTS:
-        if name.startswith("ep") and not spec.num_experts:
+        if name.startswith("ep") and not source.spec.num_experts:
             continue
-        layout = make_layout(name)
-        live = build_model(spec, layout)
-        import_weights(live, spec, layout, source)
-        found["live"][name] = {key: difference(live, layout, case) for key, case in cases.items()}
-        tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
-        equal = tensors.keys() == source.tensors.keys()
-        found["exported"][name] = equal and all(torch.equal(tensors[key], source.read(key)) for key in tensors)
-        start_saving(
-            directory / "saved" / name,
-            live,
-            layout,
-            model_spec=spec.to_dict(),
-            position={"step": 0, "updates": 0},
-        ).finish()
-        converted = build_model(spec, layout)
-        load_checkpoint(directory / "megatron", converted, layout, model_spec=spec.to_dict())
-        found["converted"][name] = same_parameters(live, converted)
-        found["bfloat16"][name] = bfloat16_errors(spec, layout, source, cases["plain"])
-    found["resharded"] = reshard(directory, spec, cases["plain"]["tokens"])
-    return found
+        with named_layout(name) as layout:
+            for check, result in check_layout(directory, source, cases, layout, name).items():
+                results[check][name] = result
+    results["resharded"] = reshard(directory, source.spec, cases["plain"]["tokens"])
+    return results
+
+
+def check_layout(directory: Path, source: HfCheckpoint, cases: dict, layout: layouts.Layout, name: str) -> dict:
+    spec = source.spec
+    live = build_model(spec, layout)
+    import_weights(live, spec, layout, source)
+    tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
+    same_names = tensors.keys() == source.tensors.keys()
+    position = {"step": 0, "updates": 0}
+    start_saving(directory / "saved" / name, live, layout, model_spec=spec.to_dict(), position=position).finish()
+    converted = build_model(spec, layout)
+    load_checkpoint(directory / "megatron", converted, layout, model_spec=spec.to_dict())
+    return {
+        "live": {key: difference(live, layout, case) for key, case in cases.items()},
+        "exported": same_names and all(torch.equal(tensors[key], source.read(key)) for key in tensors),
+        "converted": same_parameters(live, converted),
+        "bfloat16": bfloat16_errors(spec, layout, source, cases["plain"]),
+    }
 
 
 def reshard(directory: Path, spec, tokens) -> dict:
     """Train an update at TP2 x PP2 and save with the optimizer's state; load at TP1, save; load at TP4."""
-    layout = make_layout("tp2pp2")
-    chunks = build_model(spec, layout)
-    import_weights(chunks, spec, layout, HfCheckpoint(directory / "hf"))
-    trainable = TrainableModel(chunks, layout, OptimizerConfig(lr=1e-2), total_steps=1)
-    trainable.forward_backward(forward_step, [(tokens, None)])
-    trainable.optim_step()
     position = {"step": 1, "updates": 1}
-    start_saving(
-        directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable
-    ).finish()
-    digests = {"tp2pp2": weights(chunks, spec, layout)}
-    layout = make_layout("tp1")
-    chunks = build_model(spec, layout)
-    load_checkpoint(directory / "a", chunks, layout, model_spec=spec.to_dict())
-    digests["tp1"] = weights(chunks, spec, layout)
-    start_saving(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
-    layout = make_layout("tp4")
-    chunks = build_model(spec, layout)
-    load_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict())
-    digests["tp4"] = weights(chunks, spec, layout)
+    digests = {}
+    with named_layout("tp2pp2") as layout:
+        chunks = build_model(spec, layout)
+        import_weights(chunks, spec, layout, HfCheckpoint(directory / "hf"))
+        trainable = TrainableModel(chunks, layout, OptimizerConfig(lr=1e-2), total_steps=1)
+        trainable.forward_backward(forward_step, [(tokens, None)])
+        trainable.optim_step()
+        start_saving(
+            directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable
+        ).finish()
+        digests["tp2pp2"] = weights(chunks, spec, layout)
+    with named_layout("tp1") as layout:
+        chunks = build_model(spec, layout)
+        load_checkpoint(directory / "a", chunks, layout, model_spec=spec.to_dict())
+        digests["tp1"] = weights(chunks, spec, layout)
+        start_saving(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
+    with named_layout("tp4") as layout:
+        chunks = build_model(spec, layout)
+        load_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict())
+        digests["tp4"] = weights(chunks, spec, layout)
     first = digests["tp2pp2"]
     original = HfCheckpoint(directory / "hf")
     return {

@@ -20,16 +20,16 @@ import torch.distributed as dist
 from training_worker import parse_layout, policy, samples, train, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from memory import peak_bytes  # noqa: E402
+from memory import peak_bytes
 
-from megatron_s2d.data.packing import MiniBatch  # noqa: E402
-from megatron_s2d.kl.reshard import redistribute_output_layer  # noqa: E402
-from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates  # noqa: E402
-from megatron_s2d.objectives.distill import divergence_objective  # noqa: E402
-from megatron_s2d.parallel import exchange  # noqa: E402
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed  # noqa: E402
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher, TopKTeacher  # noqa: E402
-from megatron_s2d.parallel.collectives import gather_dicts  # noqa: E402
+from megatron_s2d.data.packing import MiniBatch
+from megatron_s2d.kl.reshard import redistribute_output_layer
+from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates
+from megatron_s2d.objectives.distill import divergence_objective
+from megatron_s2d.parallel import exchange
+from megatron_s2d.parallel.collectives import gather_dicts
+from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 
 SCENARIOS = ("full", "few_samples", "by_domain", "geometric", "topk")
 OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
@@ -72,7 +72,9 @@ def all_states(model, update, chosen) -> dict[int, torch.Tensor]:
     for batch, hidden in zip(batches, model.hidden_states(batches), strict=True):
         if model.layout.is_pipeline_last_stage:
             rows = batch.per_sample(model.whole_sequences(hidden))
-            found |= {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.is_dp_leader else {}
+            found |= (
+                {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.is_dp_leader else {}
+            )
     return gather_dicts(found)
 
 

@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
-from kl_problems import combined, make_problem  # noqa: E402
-from kl_sharded_cases import CASES, CONTROLS, Case  # noqa: E402
+from kl_problems import combined, make_problem
+from kl_sharded_cases import CASES, CONTROLS, Case
 
-from megatron_s2d.kl import fused, statistics  # noqa: E402
-from megatron_s2d.kl.fused import linear_divergence  # noqa: E402
-from megatron_s2d.kl.logits import (  # noqa: E402
+from megatron_s2d.kl import fused, statistics
+from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.logits import (
     vocab_parallel_divergence,
     vocab_parallel_support,
     vocab_parallel_topk,
 )
-from megatron_s2d.kl.reshard import redistribute_output_layer  # noqa: E402
-from megatron_s2d.kl.shards import VocabShard  # noqa: E402
-from megatron_s2d.kl.teachers import HiddenStates, TopK  # noqa: E402
+from megatron_s2d.kl.reshard import redistribute_output_layer
+from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.teachers import HiddenStates, TopK
 
 
 def student_shard(case: Case, group) -> VocabShard:

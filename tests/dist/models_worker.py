@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_layout import open_layout
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -63,8 +64,12 @@ def forward_step(model, tokens):
 
 
 def run(preset: str, parallel: ParallelConfig) -> dict:
+    with open_layout(parallel) as layout:
+        return run_at(layout, preset)
+
+
+def run_at(layout: layouts.Layout, preset: str) -> dict:
     """Logits before training, then losses and gradient norms of three updates, and digests of the weights."""
-    layout = layouts.build_layout(parallel)
     spec = ModelConfig(preset=preset).resolve(VOCAB_SIZE)
     chunks = build_model(spec, layout, seed=3)
     tokens = torch.randint(0, VOCAB_SIZE, (8, 12), generator=torch.Generator().manual_seed(0))

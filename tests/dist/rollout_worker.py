@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from open_layout import open_layout
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -87,8 +88,13 @@ def forward_step(model, sequence: tuple[torch.Tensor, float]):
 
 
 def run(preset: str, parallel: ParallelConfig) -> dict:
+    with open_layout(parallel) as layout:
+        return run_at(layout, preset)
+
+
+def run_at(layout: layouts.Layout, preset: str) -> dict:
     """Samples of all data ranks, and how far their log-probabilities are from a full forward at this layout."""
-    layout = layouts.build_layout(parallel)
+    parallel = layout.config
     spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.25)
     chunks = build_model(spec, layout, seed=3)
     chunks[0].train()
@@ -128,7 +134,11 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
 
 def different_requests() -> str:
     """What ranks of one replica get told when their requests differ."""
-    layout = layouts.build_layout(ParallelConfig(tensor_model_parallel_size=4))
+    with open_layout(ParallelConfig(tensor_model_parallel_size=4)) as layout:
+        return error_of_different_requests(layout)
+
+
+def error_of_different_requests(layout: layouts.Layout) -> str:
     spec = ModelConfig(preset="tiny-llama").resolve(VOCAB_SIZE)
     engine = MegatronEngine(build_model(spec, layout, seed=3), VOCAB_SIZE, layout)
     plain = [request for request in requests() if not request.params.stop_strings]

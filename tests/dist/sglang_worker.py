@@ -14,23 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from open_layout import open_layout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "rollout"))
-from fake_sglang import FakeServer, log_prob_table  # noqa: E402
+from fake_sglang import FakeServer, log_prob_table
 
-from megatron_s2d.config.base import UserError  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.config.parallel import ParallelConfig  # noqa: E402
-from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig  # noqa: E402
-from megatron_s2d.models.build import build_model  # noqa: E402
-from megatron_s2d.models.weights import export_weights  # noqa: E402
-from megatron_s2d.parallel import layout as layouts  # noqa: E402
-from megatron_s2d.records import Prompt  # noqa: E402
-from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed  # noqa: E402
-from megatron_s2d.rollout.served import server_pool  # noqa: E402
-from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0  # noqa: E402
-from megatron_s2d.rollout.served.engine import ServedEngine  # noqa: E402
-from megatron_s2d.rollout.served.server_group import ServerGroup  # noqa: E402
+from megatron_s2d.config.base import UserError
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
+from megatron_s2d.models.build import build_model
+from megatron_s2d.models.weights import export_weights
+from megatron_s2d.parallel import layout as layouts
+from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0
+from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served import server_pool
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
 
 VOCAB_SIZE = 27
 CASES = {
@@ -56,7 +57,11 @@ def requests() -> list[Request]:
 
 
 def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
-    layout = layouts.build_layout(parallel)
+    with open_layout(parallel) as layout:
+        return run_at(layout, preset, directory)
+
+
+def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.1)
     chunks = build_model(spec, layout, seed=3)
 
@@ -68,7 +73,9 @@ def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
 
     servers = [FakeServer(np.zeros((VOCAB_SIZE, 4), np.float32)) for _ in range(2)] if dist.get_rank() == 0 else []
     urls = broadcast_from_rank0(lambda: [server.url for server in servers])
-    settings = RolloutConfig(engine="sglang", sglang=SglangConfig(bucket_bytes=20_000), server=ServerConfig(max_attempts=2, max_restarts=3))
+    settings = RolloutConfig(
+        engine="sglang", sglang=SglangConfig(bucket_bytes=20_000), server=ServerConfig(max_attempts=2, max_restarts=3)
+    )
     engine = ServedEngine(ServerGroup(chunks, spec, layout, score, settings, directory, urls=urls))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
@@ -117,9 +124,17 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     for server in servers:
         server.control_faults.clear()
         server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
-    engine = ServedEngine(ServerGroup(
-        chunks, spec, layout, score, RolloutConfig(engine="sglang", sglang=settings, async_mode="partial_rollout"), directory / "beside", urls=urls
-    ))
+    engine = ServedEngine(
+        ServerGroup(
+            chunks,
+            spec,
+            layout,
+            score,
+            RolloutConfig(engine="sglang", sglang=settings, async_mode="partial_rollout"),
+            directory / "beside",
+            urls=urls,
+        )
+    )
     own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
     tables = {0: table_of(chunks, spec, layout)}
     engine.submit(own)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
-from kl_problems import combined, make_problem, relative  # noqa: E402
-from kl_sharded_cases import CASES, CONTROLS  # noqa: E402
+from kl_problems import combined, make_problem, relative
+from kl_sharded_cases import CASES, CONTROLS
 
-from megatron_s2d.kl.reference import dense_outputs, dense_support_outputs  # noqa: E402
+from megatron_s2d.kl.reference import dense_outputs, dense_support_outputs
 
 pytestmark = pytest.mark.dist
 

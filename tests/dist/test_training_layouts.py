@@ -75,7 +75,10 @@ def test_training_moved_the_model(found):
 def test_the_gap_to_the_engine_was_measured(found):
     for scenario in ("grpo", "opd"):
         first = found[f"tp1/{scenario}"][0]
-        assert 0.01 < first["mismatch/log_prob_abs_diff_mean"] < first["mismatch/log_prob_abs_diff_max"] < 0.11 and first["mismatch/k3_kl"] > 1e-5
+        assert (
+            0.01 < first["mismatch/log_prob_abs_diff_mean"] < first["mismatch/log_prob_abs_diff_max"] < 0.11
+            and first["mismatch/k3_kl"] > 1e-5
+        )
         assert sum(share for name, share in first.items() if name.startswith("mismatch/hist/")) == pytest.approx(1)
 
 

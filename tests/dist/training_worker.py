@@ -26,7 +26,7 @@ from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teacher_cache import distributions_of
-from megatron_s2d.teachers.frozen import TeacherRouter, FullTeacher
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.policy import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
@@ -96,9 +96,7 @@ def train(model: MegatronModel, batch: list[Sample], objective, columns: dict, t
 
 def supervised(layout: Layout, preset: str = "tiny-teacher"):
     batch = samples()
-    return train(
-        policy(preset, layout, 1), batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")}
-    )
+    return train(policy(preset, layout, 1), batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")})
 
 
 def with_rollouts(model: MegatronModel, batch: list[Sample]) -> list[Sample]:
@@ -146,7 +144,9 @@ def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None 
     columns = {"divergence_weight": weights(batch, "token_mean")}
     student = policy("tiny-student", layout, 5)
     student.packs_by_domain = True
-    return train(student, batch, divergence_objective("reverse_kl"), columns, FullTeacher(student, TeacherRouter(teachers)))
+    return train(
+        student, batch, divergence_objective("reverse_kl"), columns, FullTeacher(student, TeacherRouter(teachers))
+    )
 
 
 def scores(layout: Layout):
@@ -156,7 +156,11 @@ def scores(layout: Layout):
 def cached(layout: Layout):
     model = policy("tiny-teacher", layout, 4)
     found = {}
-    for kind, extra in (("full_vocab", {}), ("top_k", {"k": 5}), ("hidden_states", {"hidden_size": model.spec.hidden_size})):
+    for kind, extra in (
+        ("full_vocab", {}),
+        ("top_k", {"k": 5}),
+        ("hidden_states", {"hidden_size": model.spec.hidden_size}),
+    ):
         header = CacheHeader(
             kind=kind,
             teacher_digest="t",
