@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from s2d import ROOT, SMOKE, environment, metrics, processes_of, s2d, start, wait_for
+from s2d import DIRECT_ARM, LIMIT_SECONDS, ROOT, SMOKE, environment, metrics, processes_of, s2d, start, wait_for
 
 JOBS = [
     "stages/teacher_base",
@@ -23,10 +23,13 @@ JOBS = [
 ]
 
 
-def assert_equals_unbroken(run_dir, unbroken) -> None:
-    for job in JOBS:
+DIRECT_JOBS = ["stages/student_base", "stages/student_grpo", "evaluations/student_grpo"]
+
+
+def assert_equals_unbroken(run_dir, unbroken, jobs=JOBS) -> None:
+    for job in jobs:
         assert metrics(run_dir, job) == metrics(unbroken, job), job
-    for arm in ("stage3", "student_grpo"):
+    for arm in [job.removeprefix("evaluations/") for job in jobs if job.startswith("evaluations/")]:
         mine = (run_dir / "evaluations" / arm / "evaluation.jsonl").read_bytes()
         assert mine == (unbroken / "evaluations" / arm / "evaluation.jsonl").read_bytes()
 
@@ -35,6 +38,7 @@ def count_rows(path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_kill_9_again_and_again(unbroken, tmp_path):
     """Killed inside base training, GRPO, and the bridge, each between two checkpoints, some written in the background."""
     run_dir = tmp_path / "killed"
@@ -46,7 +50,7 @@ def test_kill_9_again_and_again(unbroken, tmp_path):
         assert run.poll() is None, run.stdout.read()
         run.send_signal(signal.SIGKILL)
         run.wait()
-        wait_for(lambda: not processes_of(run_dir), timeout=10)
+        wait_for(lambda: not processes_of(run_dir))
         assert not (run_dir / job / "finished.json").exists(), "the job ended before the kill: use fewer rows"
     finished = s2d("run", SMOKE, "--out", run_dir, *settings)
     assert finished.returncode == 0, finished.stderr
@@ -55,17 +59,17 @@ def test_kill_9_again_and_again(unbroken, tmp_path):
     assert_equals_unbroken(run_dir, unbroken)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(unbroken, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(unbroken, tmp_path):
     run_dir = tmp_path / "stopped"
-    run = start("run", SMOKE, "--out", run_dir)
-    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 7)
+    run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
+    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 7)
     run.send_signal(signal.SIGTERM)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 130 and "the same command goes on" in output
-    assert list((run_dir / "stages/teacher_base/checkpoints").glob("step_*"))
-    finished = s2d("run", SMOKE, "--out", run_dir)
+    assert list((run_dir / "stages/student_base/checkpoints").glob("step_*"))
+    finished = s2d("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
     assert finished.returncode == 0, finished.stderr
-    assert_equals_unbroken(run_dir, unbroken)
+    assert_equals_unbroken(run_dir, unbroken, DIRECT_JOBS)
 
 
 def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
@@ -74,7 +78,7 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
     wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 3)
     victim = next(pid for pid in processes_of(run_dir / "stages/teacher_base") if pid != run.pid)
     os.kill(victim, signal.SIGKILL)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 3 and "ended with signal 9" in output
     assert not processes_of(run_dir)
 
@@ -88,7 +92,7 @@ def test_a_rank_that_hangs_is_found_by_the_others(tmp_path):
     wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3)
     ranks = [pid for pid in processes_of(job) if pid != run.pid and any_open(pid, "rank1-heartbeat.txt")]
     os.kill(ranks[0], signal.SIGSTOP)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 3 and "made no progress for watchdog_timeout_seconds" in output, output
     assert "Thread" in (job / "rank0-heartbeat.txt").read_text()
     assert not processes_of(run_dir)
@@ -127,20 +131,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroke
     assert not (run_dir / "stages/student_base/finished.json").exists()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_model_parallel_size": 2},
-        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
 def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
     run_dir = tmp_path / "ranks"
     finished = s2d(
         "run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "max_parallel_stages=1"
     )
     assert finished.returncode == 0, finished.stderr
-    for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
+    assert_close_to_unbroken(run_dir, unbroken, "stages/teacher_base")
+
+
+def assert_close_to_unbroken(run_dir, unbroken, job) -> None:
+    """The losses of ``job`` within rounding, the arms' accuracies within four standard errors."""
+    for mine, single in zip(metrics(run_dir, job), metrics(unbroken, job), strict=True):
         assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
     results = json.loads((run_dir / "results.json").read_text())["arms"]
     expected = json.loads((unbroken / "results.json").read_text())["arms"]
@@ -148,35 +152,23 @@ def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, 
         assert abs(arm["avg_at_k"] - expected[name]["avg_at_k"]) < 4 * expected[name]["std_err"]
 
 
-def test_the_workflow_runs_under_torchrun_and_goes_on_from_another_layout(unbroken, tmp_path):
+def test_the_workflow_resumes_under_torchrun_at_another_layout(unbroken, tmp_path):
     """Stopped on one rank, resumed by torchrun with two, which become data-parallel replicas."""
     run_dir = tmp_path / "torchrun"
-    run = start("run", SMOKE, "--out", run_dir)
-    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 25)
+    run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
+    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 25)
     run.send_signal(signal.SIGKILL)
     run.wait()
+    assert not (run_dir / "stages/student_base/finished.json").exists(), "the stage ended before the kill"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finished = subprocess.run(
-        [
-            *command,
-            "-m",
-            "megatron_s2d.cli",
-            "run",
-            str(SMOKE),
-            "--out",
-            str(run_dir),
-            "--elastic",
-        ],
+        [*command, "-m", "megatron_s2d.cli", "run", SMOKE, "--out", run_dir, *DIRECT_ARM, "--elastic"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT_SECONDS,
         cwd=ROOT,
         env=environment(),
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    for mine, single in zip(metrics(run_dir, "stages/teacher_base"), metrics(unbroken, "stages/teacher_base")):
-        assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
-    assert set(json.loads((run_dir / "results.json").read_text())["arms"]) == {
-        "direct_student_grpo",
-        "half_bridge_stage3",
-    }
+    assert_close_to_unbroken(run_dir, unbroken, "stages/student_base")
+    assert set(json.loads((run_dir / "results.json").read_text())["arms"]) == {"direct_student_grpo"}

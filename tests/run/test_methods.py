@@ -15,7 +15,7 @@ CONFIG = Path(__file__).with_name("methods.yaml")
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("methods") / "run"
-    finished = s2d("run", CONFIG, "--out", path, timeout=400)
+    finished = s2d("run", CONFIG, "--out", path)
     assert finished.returncode == 0, finished.stderr
     return path
 
@@ -170,7 +170,7 @@ def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
         ("stages.expo.base=student", "another model"),
         ("stages.sg_opd.sign_gate.conflict_fallback=preserve", "conflict_beta goes with conflict_fallback interp"),
         ("stages.continued_rl.label_reuse=refuse", "were used before"),
-        ("stages.student={type: pretrained, model: student}", "model 'student' has no `path`"),
+        ("stages.student={type: load_checkpoint, model: student}", "model 'student' has no `path`"),
     ],
 )
 def test_nonsense_is_refused_before_anything_runs(override, message, tmp_path):

@@ -154,7 +154,10 @@ def span_gap(policy, samples, version: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
+@pytest.mark.parametrize(
+    "sync",
+    ["tensor", pytest.param("disk", marks=pytest.mark.slow), pytest.param("distributed", marks=pytest.mark.slow)],
+)
 def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
     engine = attach(sync)
     before = engine.generate(make_requests())
@@ -333,6 +336,7 @@ def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
     assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
 def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, url, tmp_path):
     where = (policy.chunks, SPEC, policy.layout, policy.score)
@@ -380,7 +384,7 @@ def test_training_layouts_of_two_ranks_reach_the_server(url, tmp_path):
     with open(tmp_path / "log", "w+") as log:  # not a pipe, which torch's shared-memory daemon would hold open
         finished = subprocess.run(
             [*command, str(Path(__file__).with_name("sglang_layout_worker.py")), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=1500,
         )  # fmt: skip
     assert finished.returncode == 0, (tmp_path / "log").read_text()[-4000:]
     results = json.loads((tmp_path / "out.json").read_text())
