@@ -12,7 +12,7 @@ import subprocess
 from megatron_s2d.errors import UserError
 from megatron_s2d.launchers import scripts
 from megatron_s2d.launchers.job import Launch, write_launch
-from megatron_s2d.workflow.job_outcome import Interrupted
+from megatron_s2d.workflow.status import RESUME_HINT, Interrupted
 
 
 def write(launch: Launch) -> None:
@@ -43,5 +43,5 @@ def run(launch: Launch) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked and code:
-        raise Interrupted("stopped; the same command goes on from here")
+        raise Interrupted(f"stopped; {RESUME_HINT}")
     return code

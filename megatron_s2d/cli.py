@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.workflow.job_outcome import Interrupted, JobCrashed
+from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
 
 _HINT = "(--debug shows where; please report it)"
 _EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         return _fail(str(interrupted), False, _EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from here", False, _EXIT_INTERRUPTED)
+        return _fail(f"stopped; {RESUME_HINT}", False, _EXIT_INTERRUPTED)
     except BrokenPipeError:
         return _EXIT_ERROR
     except JobCrashed as error:
-        return _fail(f"internal error: {error} {_HINT}", options.debug, _EXIT_CRASH, error.trace)
+        return _fail(f"internal error: {error} {_HINT}", options.debug, _EXIT_CRASH, error.traceback)
     except Exception as error:
         return _fail(f"internal error: {type(error).__name__}: {error} {_HINT}", options.debug, _EXIT_CRASH)
 
@@ -355,9 +355,9 @@ def _add_report(commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from megatron_s2d.workflow.runner import report_again
+    from megatron_s2d.workflow.runner import rewrite_report
 
-    report_again(options.run_dir, _console())
+    rewrite_report(options.run_dir, _console())
 
 
 def _add_doctor(commands) -> None:

@@ -52,6 +52,10 @@ class Job:
         """Digest of ``resolved`` and the inputs' keys."""
         return key_of(self.resolved, self.inputs)
 
+    def heartbeat_path(self, rank: int) -> Path:
+        """File in which the watchdog of ``rank`` records its progress."""
+        return self.directory.path / f"rank{rank}-heartbeat.txt"
+
     @property
     def is_pending(self) -> bool:
         """Whether there is something to do."""

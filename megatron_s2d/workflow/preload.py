@@ -1,20 +1,20 @@
-"""Loads the libraries in the process that ranks are forked from; what they print while loading is not for the terminal.
+"""Imported by the process that rank processes are forked from: loads the libraries and hides what they print.
 
-An exception still ends with everything that was printed.
+If an import fails, everything that was printed goes to the terminal together with the exception.
 """
 
 import os
 import sys
 import tempfile
 
-with tempfile.TemporaryFile() as _printed:
+with tempfile.TemporaryFile() as _output:
     _terminal = os.dup(2)
-    os.dup2(_printed.fileno(), 2)
+    os.dup2(_output.fileno(), 2)
     try:
         import megatron_s2d.workflow.worker  # noqa: F401
     except BaseException:
-        _printed.seek(0)
-        os.write(_terminal, _printed.read())
+        _output.seek(0)
+        os.write(_terminal, _output.read())
         raise
     finally:
         sys.stderr.flush()

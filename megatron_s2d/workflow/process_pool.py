@@ -1,8 +1,8 @@
-"""Processes of one job as the runner sees them: where a rank stands, how it ended. No torch here."""
+"""Starts the processes of a job (one per rank) and reports how each one ended. No torch in the runner's process."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -13,55 +13,41 @@ from pathlib import Path
 
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.parallel.watchdog import has_stack_dump
-from megatron_s2d.workflow.job_outcome import JobOutcome
 from megatron_s2d.workflow.plan import Job
-
-
-@dataclasses.dataclass(frozen=True)
-class Rank:
-    """Place of a process among those that run one job; they meet through ``rendezvous``, a file that does not exist."""
-
-    rank: int
-    world_size: int
-    rendezvous: Path
-
-
-def heartbeat_path(job: Job, rank: int) -> Path:
-    """File of the signs of life of ``rank`` in ``job``."""
-    return job.directory.path / f"rank{rank}-heartbeat.txt"
+from megatron_s2d.workflow.status import RESUME_HINT, JobOutcome, RankAddress
 
 
 class ProcessServer:
-    """Forks ranks from one process that has the libraries loaded; start it early, for that takes seconds."""
+    """Forks rank processes from one server process that has imported the libraries (seconds, so start it early)."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["megatron_s2d.workflow.preload"])
 
     def warm_up(self) -> None:
-        """Begin to load the libraries in the server."""
+        """Start the server process, which begins to import the libraries."""
         multiprocessing.forkserver.ensure_running()
 
     def start(self, config: WorkflowConfig, job: Job, run_dir: Path) -> list[RankProcess]:
-        """One process a rank of the job."""
+        """Start one process for each rank of the job."""
         world_size = config.parallel.world_size
-        meeting = Path(tempfile.mkdtemp(prefix="megatron_s2d_")) / "rendezvous"
-        started = []
+        rendezvous = Path(tempfile.mkdtemp(prefix="megatron_s2d_")) / "rendezvous"
+        processes = []
         for rank in range(world_size):
             receiver, sender = self._context.Pipe(duplex=False)
-            arguments = (config, job, run_dir, Rank(rank, world_size, meeting), sender)
-            process = self._context.Process(target=_body, args=arguments, daemon=True)
+            arguments = (config, job, run_dir, RankAddress(rank, world_size, rendezvous), sender)
+            process = self._context.Process(target=_run_worker, args=arguments, daemon=True)
             process.start()
             sender.close()
-            started.append(RankProcess(process, receiver, heartbeat_path(job, rank)))
-        return started
+            processes.append(RankProcess(process, receiver, job.heartbeat_path(rank)))
+        return processes
 
 
-def _body(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: Connection) -> None:
-    # Imported in the server, not in the runner, which starts in a second without torch.
-    from megatron_s2d.workflow.worker import run_in_own_process
+def _run_worker(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddress, pipe: Connection) -> None:
+    # Imported in the forked process: the runner itself starts in a second because it does not load torch.
+    from megatron_s2d.workflow.worker import run_rank
 
-    run_in_own_process(config, job, run_dir, place, report)
+    run_rank(config, job, run_dir, address, pipe)
 
 
 class RankProcess:
@@ -69,31 +55,32 @@ class RankProcess:
 
     def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path):
         self._process, self._pipe, self._heartbeat = process, pipe, heartbeat
-        self._said: JobOutcome | None = None
+        self._outcome: JobOutcome | None = None
 
     @property
     def sentinel(self) -> int:
-        """For ``multiprocessing.connection.wait``: ready when the process has ended."""
+        """Handle for ``multiprocessing.connection.wait`` that is ready when the process has ended."""
         return self._process.sentinel
 
     def outcome(self) -> JobOutcome | None:
-        """How the rank ended; None while it works. A process that ended without a word has crashed."""
-        code = self._process.exitcode  # read before the pipe: what was said was said before the end
-        if self._said is None and self._pipe.poll():
-            try:
-                self._said = self._pipe.recv()
-            except EOFError:
-                pass
-        if self._said is None and code is not None:
-            why = f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
-            why += " (out of memory?)" if code == -signal.SIGKILL else ""
-            if has_stack_dump(self._heartbeat):
-                why = f"made no progress for watchdog_timeout_seconds; where it stood is in {self._heartbeat}"
-            self._said = JobOutcome("crash", f"a process {why}; the same command goes on from its checkpoint")
-        return self._said
+        """Return how the rank ended, or None while it works. A process that ended without an outcome has crashed."""
+        code = self._process.exitcode  # read before the pipe: an outcome is sent before the process ends
+        if self._outcome is None and self._pipe.poll():
+            with contextlib.suppress(EOFError):
+                self._outcome = self._pipe.recv()
+        if self._outcome is None and code is not None:
+            self._outcome = JobOutcome("crash", f"a rank process {self._cause_of_death(code)}; {RESUME_HINT}")
+        return self._outcome
 
-    def ask_to_stop(self) -> None:
-        """Have the rank save a checkpoint and end."""
+    def _cause_of_death(self, exit_code: int) -> str:
+        if has_stack_dump(self._heartbeat):
+            return f"made no progress for watchdog_timeout_seconds; its stacks are in {self._heartbeat}"
+        if exit_code >= 0:
+            return f"exited with code {exit_code}"
+        return f"was killed by signal {-exit_code}" + (" (out of memory?)" if exit_code == -signal.SIGKILL else "")
+
+    def request_stop(self) -> None:
+        """Ask the rank to save a checkpoint and end."""
         if self._process.exitcode is None:
             os.kill(self._process.pid, signal.SIGTERM)
 
@@ -102,5 +89,5 @@ class RankProcess:
         self._process.kill()
 
     def join(self) -> None:
-        """Wait for the process to be gone."""
+        """Wait until the process has ended."""
         self._process.join()

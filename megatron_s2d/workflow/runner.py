@@ -1,9 +1,10 @@
-"""Executes a workflow: plan, checks, jobs in their order, results, report.
+"""Runs a workflow on this machine: checks and plan first, then the jobs in order, then results and report.
 
-Who waits for whom: the runner holds the run directory and starts ready jobs, at most ``num_workers`` at a time, each as
-``parallel.world_size`` processes forked from one server that has the libraries loaded. A job's ranks talk to each other
-only; each sends one ``Outcome`` to the runner when it ends, and the runner reads progress from the jobs' metrics files.
-A rank kills itself when the runner is gone. Under a launcher, see ``launched.py``.
+The runner locks the run directory and starts jobs whose inputs are finished, at most ``max_parallel_stages`` at a time,
+each as ``parallel.world_size`` processes forked from one server that has imported the libraries. Ranks of a job
+communicate with each other only; each sends one ``JobOutcome`` to the runner when it ends, and the runner reads
+progress from the jobs' metrics files. A rank kills itself when the runner has ended. ``torchrun_runner.py`` is the counterpart
+for ranks that a launcher started.
 """
 
 from __future__ import annotations
@@ -29,73 +30,73 @@ from megatron_s2d.formatting import format_seconds
 from megatron_s2d.report.report import print_report, write_report
 from megatron_s2d.train.metrics import Progress
 from megatron_s2d.workflow.collect_results import collect_results
-from megatron_s2d.workflow.job_outcome import Interrupted, JobCrashed
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess
+from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
 
 _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0
 
 
 def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None = None) -> None:
-    """Run what is not done yet, and write the report. The same call goes on after any interruption.
+    """Run the jobs that are not finished and write the report; after an interruption the same call resumes.
 
-    With ``stage`` only that stage runs, with its evaluation and gates, and no report is written. Raises ``UserError``
-    (with the run's state intact), ``Interrupted``, or ``JobCrashed``.
+    With ``stage`` only that stage runs, with its evaluation and pass-rate checks, and no report is written. Raises
+    ``UserError``, ``Interrupted`` or ``JobCrashed``; the run directory can be resumed after each of them.
     """
     started = time.perf_counter()
     server = ProcessServer()
     server.warm_up()
-    with prepared(config, run_dir, console, stage) as (jobs, checked):
+    with prepare_run(config, run_dir, console, stage) as (jobs, preflight):
         if any(job.is_pending for job in jobs):
-            _Runner(config, run_dir, jobs, checked.totals, server, console).run()
+            _Runner(config, run_dir, jobs, preflight.totals, server, console).run()
         if stage is None:
-            finish(config, run_dir, jobs, checked, time.perf_counter() - started, console)
+            write_results(config, run_dir, jobs, preflight, time.perf_counter() - started, console)
 
 
 @contextlib.contextmanager
-def prepared(
+def prepare_run(
     config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None
 ) -> Iterator[tuple[list[Job], Preflight]]:
-    """The jobs of this run and what preflight found; other runs are kept away until the block ends.
+    """Check the workflow and yield its jobs and the checks' result, with the run directory locked inside the block.
 
-    A whole run has the run directory for itself. Runs of single stages share it, one run a stage; the list then holds
-    that stage's jobs, and the finished ones.
+    A run of all stages locks the directory exclusively. Runs of single stages share it, one run per stage; their list
+    has that stage's jobs and the finished ones.
     """
-    patience = {"wait_seconds": _LOCK_WAIT_SECONDS, "announce": console.print}
+    waiting = {"wait_seconds": _LOCK_WAIT_SECONDS, "announce": console.print}
     if stage is None:
-        with directory_lock(run_dir, **patience):
-            checked = check_workflow(config, run_dir / "tokenizer")
-            yield _supersede(make_plan(config, run_dir), config, run_dir, console), checked
+        with directory_lock(run_dir, **waiting):
+            preflight = check_workflow(config, run_dir / "tokenizer")
+            yield _archive_changed(make_plan(config, run_dir), config, run_dir, console), preflight
         return
     running = run_dir / ".running"
-    with directory_lock(run_dir, shared=True, **patience), directory_lock(running / stage, **patience):
-        with directory_lock(running, **patience):
-            checked = check_workflow(config, run_dir / "tokenizer")
-            jobs = _supersede(_only(make_plan(config, run_dir), stage), config, run_dir, console)
-        yield jobs, checked
+    with directory_lock(run_dir, shared=True, **waiting), directory_lock(running / stage, **waiting):
+        with directory_lock(running, **waiting):
+            preflight = check_workflow(config, run_dir / "tokenizer")
+            jobs = _archive_changed(_jobs_for(stage, make_plan(config, run_dir)), config, run_dir, console)
+        yield jobs, preflight
 
 
-def _only(jobs: list[Job], stage: str) -> list[Job]:
-    """The jobs of ``stage``, of which the inputs must be finished, and all finished ones."""
-    own = [job for job in jobs if job.stage == stage]
-    if not own:
+def _jobs_for(stage: str, jobs: list[Job]) -> list[Job]:
+    """Return the jobs of ``stage``, whose inputs must be finished, and all finished ones."""
+    selected = [job for job in jobs if job.stage == stage]
+    if not selected:
         names = ", ".join(job.stage for job in jobs if job.is_stage)
-        raise UserError(f"--stage {stage}: no such stage among those that the arms need ({names})")
+        raise UserError(f"--stage {stage}: no arm needs a stage of this name (stages that run: {names})")
     done = [job for job in jobs if job.stage != stage and not job.is_pending]
-    available = {job.id for job in [*own, *done]}
-    missing = [name for job in own for name in job.inputs if name not in available]
+    available = {job.id for job in [*selected, *done]}
+    missing = [name for job in selected for name in job.inputs if name not in available]
     if missing:
-        raise UserError(f"--stage {stage}: its input {missing[0]} is not finished; run that stage first")
-    return [*done, *own]
+        raise UserError(f"--stage {stage}: its input {missing[0]} is not finished; run that one first")
+    return [*done, *selected]
 
 
-def _supersede(jobs: list[Job], config: WorkflowConfig, run_dir: Path, console: Console) -> list[Job]:
-    """``jobs``; directories of those that changed are moved aside, with the reason."""
+def _archive_changed(jobs: list[Job], config: WorkflowConfig, run_dir: Path, console: Console) -> list[Job]:
+    """Move the directories of jobs whose configuration or inputs changed to the archive; return ``jobs``."""
     for job in jobs:
         if job.action == "rerun":
-            console.print(f"{job.id}: runs again, {job.reason}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{job.id}: will run again: {job.reason}", markup=False, highlight=False, soft_wrap=True)
             job.directory.archive(job.reason)
     reused = sum(not job.is_pending for job in jobs)
     if reused:
@@ -104,22 +105,21 @@ def _supersede(jobs: list[Job], config: WorkflowConfig, run_dir: Path, console: 
     return jobs
 
 
-def finish(
-    config: WorkflowConfig, run_dir: Path, jobs: list[Job], checked: Preflight, seconds: float, console: Console
-) -> Path:
-    """Results, report and table."""
+def write_results(
+    config: WorkflowConfig, run_dir: Path, jobs: list[Job], preflight: Preflight, seconds: float, console: Console
+) -> None:
+    """Write the results, the report and the label ledger of a finished run, and print the table of arms."""
     environment = library_versions() | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    results = collect_results(config, run_dir, jobs, checked, seconds, environment)
+    results = collect_results(config, run_dir, jobs, preflight, seconds, environment)
     page = write_report(run_dir, results)
-    atomic_write_text(run_dir / "label_ledger.json", checked.ledger_json())
+    atomic_write_text(run_dir / "label_ledger.json", preflight.ledger_json())
     print_report(results, console)
     console.print(f"report: {page}   ({format_seconds(seconds)})", markup=False, highlight=False, soft_wrap=True)
-    return page
 
 
 @dataclasses.dataclass
 class _Running:
-    """A job with its processes."""
+    """A job that runs, with its rank processes."""
 
     job: Job
     ranks: list[RankProcess]
@@ -127,7 +127,7 @@ class _Running:
 
 
 class _Runner:
-    """Starts jobs whose inputs are finished, watches them, and stops all when one fails or the user asks."""
+    """Starts jobs whose inputs are finished, and stops all of them when one fails or the user interrupts the run."""
 
     def __init__(
         self,
@@ -146,16 +146,16 @@ class _Runner:
         self._failure: Exception | None = None
 
     def run(self) -> None:
-        """Until everything is done; raises what went wrong first."""
-        with _signals() as asked, self._progress:
+        """Run all pending jobs; raise the first failure after the other jobs have stopped."""
+        with _stop_signals() as stop_requested, self._progress:
             while self._running or (self._pending and self._failure is None):
-                if asked() and self._failure is None:
-                    self._fail(Interrupted("stopped; the same command goes on from here"))
+                if stop_requested() and self._failure is None:
+                    self._stop_all(Interrupted(f"stopped; {RESUME_HINT}"))
                 if self._failure is None:
                     self._start_ready()
                 wait([rank.sentinel for item in self._running for rank in item.ranks], timeout=_POLL_SECONDS)
                 for item in list(self._running):
-                    self._look_at(item)
+                    self._check(item)
                 self._progress.refresh()
         if self._failure is not None:
             raise self._failure
@@ -170,57 +170,59 @@ class _Runner:
                 ranks = self._server.start(self._config, job, self._run_dir)
                 self._running.append(_Running(job, ranks, time.monotonic()))
 
-    def _look_at(self, item: _Running) -> None:
-        """Settle a job whose ranks have all ended, or of which one failed: then the others cannot go on."""
+    def _check(self, item: _Running) -> None:
+        """Record the result of a job whose ranks have all ended; when one rank failed, kill the others."""
         outcomes = [rank.outcome() for rank in item.ranks]
-        bad = next((found for found in outcomes if found is not None and found.status in ("error", "crash")), None)
-        if bad is None and None in outcomes:
+        failures = (outcome for outcome in outcomes if outcome is not None and outcome.status in ("error", "crash"))
+        failure = next(failures, None)
+        if failure is None and None in outcomes:
             return
         for rank in item.ranks:
-            if bad is not None:
+            if failure is not None:
                 rank.kill()
             rank.join()
         self._running.remove(item)
         self._progress.refresh()
-        if bad is not None:
+        if failure is not None:
             self._progress.finish(item.job.id, "failed")
-            text = f"{item.job.id}: {bad.text}"
-            self._fail(UserError(text) if bad.status == "error" else JobCrashed(text, bad.trace))
-        elif all(found.status == "finished" for found in outcomes):
+            message = f"{item.job.id}: {failure.message}"
+            is_error = failure.status == "error"
+            self._stop_all(UserError(message) if is_error else JobCrashed(message, failure.traceback))
+        elif all(outcome.status == "finished" for outcome in outcomes):
             self._done.add(item.job.id)
             self._progress.finish(item.job.id, f"done in {format_seconds(time.monotonic() - item.started)}")
         else:
-            self._progress.finish(item.job.id, outcomes[0].text or "stopped")
+            self._progress.finish(item.job.id, outcomes[0].message or "stopped")
 
-    def _fail(self, failure: Exception) -> None:
+    def _stop_all(self, failure: Exception) -> None:
         """Remember the first failure and ask every job to save a checkpoint and end."""
         if self._failure is None:
             self._failure = failure
             for item in self._running:
                 for rank in item.ranks:
-                    rank.ask_to_stop()
+                    rank.request_stop()
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT, SIGTERM or SIGUSR1 came; a second SIGINT ends the process at once."""
-    asked: list[int] = []
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether SIGINT, SIGTERM or SIGUSR1 came; a second SIGINT raises at once."""
+    received: list[int] = []
 
-    def note(number: int, _: object) -> None:
-        if asked and number == signal.SIGINT:
+    def record(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def report_again(run_dir: Path, console: Console) -> None:
-    """Write the report of a run whose jobs are all finished."""
+def rewrite_report(run_dir: Path, console: Console) -> None:
+    """Write the report of a finished run again."""
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir}: not a run directory (no config.json)")
@@ -228,10 +230,12 @@ def report_again(run_dir: Path, console: Console) -> None:
     jobs = make_plan(config, run_dir)
     missing = [job.id for job in jobs if job.is_pending]
     if missing:
-        raise UserError(f"{run_dir}: {missing[0]} is not finished ({len(missing)} in all); run the workflow first")
+        raise UserError(
+            f"{run_dir}: {len(missing)} jobs are not finished ({missing[0]} is the first); run the workflow first"
+        )
     results = run_dir / "results.json"
-    # Stages that ran one by one, such as jobs of a cluster, leave no time of the whole but their own.
+    # Stages that ran one by one (as jobs of a cluster) record only their own times.
     seconds = sum(job.directory.finished()["seconds"] for job in jobs)
     if results.exists():
         seconds = read_json(results)["wall_seconds"]
-    finish(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)
+    write_results(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)

@@ -1,6 +1,6 @@
-"""One job on one rank: set up the process, run the stage or evaluation, mark it finished.
+"""Runs one job on one rank: sets the process up, runs the stage or evaluation, marks its directory as finished.
 
-``execute`` is what all ways of running share: ranks started here (``run.py``), or by torchrun and srun.
+``execute`` is common to all ways of starting ranks: the runner's processes (``runner.py``), torchrun and srun.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.evaluate import ROWS_NAME, run_evaluation
 from megatron_s2d.stages.registry import STAGES
 from megatron_s2d.train.loop import Stopped
-from megatron_s2d.workflow.job_outcome import JobOutcome
 from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.process_pool import Rank, heartbeat_path
+from megatron_s2d.workflow.status import JobOutcome, RankAddress
 
 LOG_NAME = "log.txt"
 _LOCK_WAIT_SECONDS = 60.0
 
 
-def run_in_own_process(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, report: Connection) -> None:
-    """Body of a process that runs one rank of one job; its ``Outcome`` goes to ``report``."""
-    _end_with(report)
-    _print_to(job.directory.path / LOG_NAME if place.rank == 0 else job.directory.path / f"rank{place.rank}-{LOG_NAME}")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks us to stop in order
-    asked = StopOnSignal()
-    report.send(outcome_of(lambda: _run_rank(config, job, run_dir, place, asked)))
+def run_rank(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddress, pipe: Connection) -> None:
+    """Run one rank of a job in this process, which the runner forked, and send its ``JobOutcome`` to ``pipe``."""
+    _exit_with_runner(pipe)
+    name = LOG_NAME if address.rank == 0 else f"rank{address.rank}-{LOG_NAME}"
+    _redirect_output(job.directory.path / name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks each rank to stop
+    stop = StopOnSignal()
+    pipe.send(capture_outcome(lambda: _run_job(config, job, run_dir, address, stop)))
 
 
-def _run_rank(config: WorkflowConfig, job: Job, run_dir: Path, place: Rank, asked: Callable[[], bool]) -> None:
+def _run_job(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddress, stop: Callable[[], bool]) -> None:
     torch.set_num_threads(config.threads_per_rank)
     with contextlib.ExitStack() as stack:
-        if place.rank == 0:
-            # A killed runner's processes end with it, but not at once: never two writers in one directory.
+        if address.rank == 0:
+            # Processes of a killed runner end shortly after it: the lock prevents two writers in one directory.
             stack.enter_context(directory_lock(job.directory.path, wait_seconds=_LOCK_WAIT_SECONDS))
-        initialize_distributed(rank=place.rank, world_size=place.world_size, rendezvous=place.rendezvous)
-        execute(config, job, run_dir, build_layout(config.parallel), asked)
+        initialize_distributed(rank=address.rank, world_size=address.world_size, rendezvous=address.rendezvous)
+        execute(config, job, run_dir, build_layout(config.parallel), stop)
         shutdown_distributed()
 
 
 def execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, stop: Callable[[], bool]) -> None:
-    """Run ``job`` on this rank; collective over the layout's ranks. The directory is marked finished at the end."""
-    with watchdog(heartbeat_path(job, torch.distributed.get_rank()), config.watchdog_timeout_seconds):
+    """Run ``job`` on this rank, collectively with the layout's ranks, and mark its directory as finished."""
+    with watchdog(job.heartbeat_path(torch.distributed.get_rank()), config.watchdog_timeout_seconds):
         _execute(config, job, run_dir, layout, stop)
 
 
@@ -97,13 +97,15 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
 def _evaluate(context: StageContext, job: Job) -> None:
     evaluation = context.config.evaluation
     if job.pass_rate_check is not None:
-        gate = context.config.pass_rate_checks[job.pass_rate_check]
-        parts = [(context.prompts(gate.prompts)[: gate.num_prompts], gate.samples_per_prompt)]
+        check = context.config.pass_rate_checks[job.pass_rate_check]
+        prompt_sets = [(context.prompts(check.prompts)[: check.num_prompts], check.samples_per_prompt)]
     else:
-        parts = [(part, evaluation.samples_of(part[0].domain)) for part in map(context.prompts, evaluation.entries)]
+        prompt_sets = [
+            (prompts, evaluation.samples_of(prompts[0].domain)) for prompts in map(context.prompts, evaluation.entries)
+        ]
     run_evaluation(
         context,
-        parts,
+        prompt_sets,
         sampling=evaluation.sampling,
         seed=context.config.seed * 1_000_003 + evaluation.seed,
         eval_batch_size=evaluation.eval_batch_size,
@@ -111,47 +113,47 @@ def _evaluate(context: StageContext, job: Job) -> None:
 
 
 def _outputs(directory: StageDirectory) -> dict[str, str]:
-    """Digests of what later stages read."""
-    found = {}
+    """Return file or folder name -> digest of what later stages read."""
+    digests = {}
     for path in (directory.model_path, directory.cache_path):
         if path.exists():
-            found[path.name] = tree_digest(path)
+            digests[path.name] = tree_digest(path)
     rows = directory.path / ROWS_NAME
     if rows.exists():
-        found[rows.name] = file_digest(rows)
-    return found
+        digests[rows.name] = file_digest(rows)
+    return digests
 
 
-def outcome_of(action: Callable[[], None]) -> JobOutcome:
-    """Run ``action`` and say how it ended."""
+def capture_outcome(action: Callable[[], None]) -> JobOutcome:
+    """Run ``action`` and return how it ended."""
     try:
         action()
     except Stopped as stopped:
         return JobOutcome("stopped", str(stopped))
     except UserError as error:
         return JobOutcome("error", str(error), traceback.format_exc())
-    except Exception as error:  # the boundary of the process: everything is reported, nothing swallowed
+    except Exception as error:  # outermost handler of the process: the runner reports it
         return JobOutcome("crash", f"{type(error).__name__}: {error}", traceback.format_exc())
     return JobOutcome("finished")
 
 
 class StopOnSignal:
-    """True once this process was asked to stop (SIGTERM, or SIGUSR1 as schedulers send before a time limit)."""
+    """True once this process got SIGTERM, or SIGUSR1, which schedulers send before a time limit."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+            signal.signal(number, self._record)
 
-    def _note(self, *_: object) -> None:
-        self._asked = True
+    def _record(self, *_: object) -> None:
+        self._requested = True
 
     def __call__(self) -> bool:
-        return self._asked
+        return self._requested
 
 
-def _print_to(path: Path) -> None:
-    """Append what this process prints, libraries' warnings above all, to a file."""
+def _redirect_output(path: Path) -> None:
+    """Append what this process and its libraries print to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
@@ -159,13 +161,13 @@ def _print_to(path: Path) -> None:
     os.close(descriptor)
 
 
-def _end_with(report: Connection) -> None:
-    """Kill this process as soon as nobody can read ``report`` any more: the runner has ended, however that came about.
+def _exit_with_runner(pipe: Connection) -> None:
+    """Kill this process as soon as the runner has ended for any reason and cannot read ``pipe`` any more.
 
-    A parent-death signal would not do: the parent is the process server, which lives as long as its children.
+    A parent-death signal does not work: the parent is the fork server, which lives as long as its children.
     """
     watch = select.poll()
-    watch.register(report.fileno(), 0)  # only POLLERR, which comes when the reading end is gone
+    watch.register(pipe.fileno(), 0)  # only POLLERR, which comes when the reading end is closed
 
     def wait() -> None:
         watch.poll()

@@ -65,7 +65,7 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken, tmp_path):
     wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 7)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
-    assert run.returncode == 130 and "the same command goes on" in output
+    assert run.returncode == 130 and "run the same command again to resume" in output
     assert list((run_dir / "stages/student_base/checkpoints").glob("step_*"))
     finished = s2d("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
     assert finished.returncode == 0, finished.stderr

@@ -282,7 +282,7 @@ def test_a_local_launch_that_is_stopped_saves_and_goes_on(here, tmp_path):
     wait(lambda: rows(run_dir, "stages/student_base") >= 15, run_dir)
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=1500)
-    assert running.returncode == 130 and "the same command goes on" in output
+    assert running.returncode == 130 and "run the same command again to resume" in output
     saved = sorted((run_dir / "stages/student_base/checkpoints").glob("step_*"))[-1].name
     assert int(saved.removeprefix("step_")) == rows(run_dir, "stages/student_base")
     assert launch("local", run_dir).returncode == 0

@@ -73,7 +73,7 @@ def test_a_changed_config_runs_again_what_it_affects(unbroken, tmp_path):
     shutil.copytree(unbroken, run_dir)
     finished = s2d("run", SMOKE, "--out", run_dir, "--set", "stages.stage3.steps=2")
     assert finished.returncode == 0, finished.stderr
-    assert "stages/stage3: runs again, stage.steps: 4 -> 2" in finished.stdout
+    assert "stages/stage3: will run again: stage.steps: 4 -> 2" in finished.stdout
     assert "8 of 10 stages and evaluations are finished and reused" in finished.stdout
     assert len(metrics(run_dir, "stages/stage3")) == 2
     shelved = run_dir / "stages" / ".archive" / "stage3-1"

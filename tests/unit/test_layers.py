@@ -1,9 +1,12 @@
-"""House rules that are tests: who may import whom, and what imports without torch."""
+"""House rules as tests: the layers that imports follow, no circles between files, and what imports without torch."""
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_s2d"
 
-# A module may import from its own layer and from the ones above it (CONTRIBUTING.md).
+# A module imports from its own layer and from the ones above it (CONTRIBUTING.md).
 LAYERS = [
     ("errors", "formatting"),
     ("config", "records", "columns", "artifacts"),
@@ -28,38 +31,99 @@ LAYERS = [
     ("studies",),
     ("cli",),
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# Beside the layers: the packages that these import, and the files that import them.
+CONVERSION_IMPORTS = {"config", "artifacts", "errors", "formatting", "models", "parallel", "conversion"}
+LAUNCHERS_IMPORTS = {"config", "artifacts", "errors", "formatting", "workflow", "studies", "launchers"}
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("megatron_s2d."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("megatron_s2d.")}
-    return found
+def module_name(path: Path) -> str:
+    """Dotted name under which a file is imported; launchers/ and conversion/ are installed inside the package."""
+    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    return ".".join(("megatron_s2d", *parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def source_files() -> list[Path]:
+    """All Python files of the package, of launchers/ and of conversion/."""
+    folders = (PACKAGE, ROOT / "launchers", ROOT / "conversion")
+    files = [path for folder in folders for path in folder.rglob("*.py") if "cpu_stub" not in path.parts]
+    return sorted(files)
+
+
+MODULES = {module_name(path): path for path in source_files()}
+
+
+def imports_in(source: str, modules: Iterable[str]) -> Iterator[str]:
+    """Modules of ``modules`` that ``source`` imports, at any depth: in functions and for type checkers as well."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield from (
+                    name for name in ([submodule] if submodule in modules else [node.module]) if name in modules
+                )
+
+
+@functools.cache
+def imported_modules(path: Path) -> frozenset[str]:
+    return frozenset(imports_in(path.read_text(encoding="utf-8"), MODULES))
+
+
+def packages_imported_by(path: Path) -> set[str]:
+    """First name after ``megatron_s2d`` of each import."""
+    return {name.split(".")[1] for name in imported_modules(path) if "." in name}
+
+
+def find_cycle(graph: dict[str, Iterable[str]]) -> list[str]:
+    """Names along one circle, the first again at the end; empty for a graph without one."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in source_files() if path.is_relative_to(PACKAGE)], ids=lambda path: module_name(path)
+)
 def test_imports_follow_the_layers(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__":
+    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if package == "__init__":
         return
-    allowed = {name for name, rank in RANK.items() if rank <= RANK[own]}
-    if own == "cli":
+    allowed = {name for name, level in LEVELS.items() if level <= LEVELS[package]}
+    if package == "cli":
         allowed |= {"conversion", "launchers"}
-    assert imports_of(path) <= allowed, f"{own} may not import {imports_of(path) - allowed}"
+    assert packages_imported_by(path) <= allowed, f"{package} imports {packages_imported_by(path) - allowed}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conversion").glob("*.py")), ids=lambda path: path.name)
-def test_conversion_stays_beside_the_trainer(path):
-    assert imports_of(path) <= {"config", "artifacts", "errors", "formatting", "models", "parallel", "conversion"}
+def test_conversion_imports_neither_training_nor_workflow(path):
+    assert packages_imported_by(path) <= CONVERSION_IMPORTS
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launchers").glob("*.py")), ids=lambda path: path.name)
-def test_launchers_know_the_plan_and_not_the_training(path):
-    assert imports_of(path) <= {"config", "artifacts", "errors", "formatting", "workflow", "studies", "launchers"}
+def test_launchers_import_the_plan_and_not_the_training(path):
+    assert packages_imported_by(path) <= LAUNCHERS_IMPORTS
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    graph = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    assert find_cycle(graph) == []
+
+
+def test_circle_check_sees_imports_inside_functions():
+    sources = {
+        "a.one": "from a.two import f",
+        "a.two": "def f():\n    from a import three",
+        "a.three": "import a.one",
+    }
+    graph = {name: set(imports_in(source, sources)) for name, source in sources.items()}
+    assert sorted(set(find_cycle(graph))) == ["a.one", "a.three", "a.two"]
+    assert find_cycle(graph | {"a.three": set()}) == []
 
 
 def test_configuration_planning_and_launchers_import_without_torch():

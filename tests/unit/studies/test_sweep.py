@@ -17,7 +17,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.studies.sweep import failures, points_of, print_points, run_sweep
 from megatron_s2d.studies.sweep_report import write_sweep
 from megatron_s2d.studies.sweep_results import collect_sweep
-from megatron_s2d.workflow.job_outcome import Interrupted
+from megatron_s2d.workflow.status import Interrupted
 from megatron_s2d.workflow.plan import make_plan
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"

@@ -1,4 +1,4 @@
-"""``s2d run --stage``: one stage of a run, beside others."""
+"""``s2d run --stage``: one stage of a run, side by side with others."""
 
 import io
 from pathlib import Path
@@ -11,14 +11,14 @@ from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.runner import prepared
+from megatron_s2d.workflow.runner import prepare_run
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 CONSOLE = Console(file=io.StringIO())
 
 
 def finish(config, run_dir, *stages: str) -> None:
-    """Leave directories as finished stages do."""
+    """Write the directories of finished stages."""
     for job in make_plan(config, run_dir):
         if job.id in {f"stages/{name}" for name in stages}:
             directory = StageDirectory(run_dir / job.id)
@@ -26,50 +26,50 @@ def finish(config, run_dir, *stages: str) -> None:
             directory.finish({"seconds": 1.0})
 
 
-def test_the_jobs_of_a_stage_are_its_training_and_its_evaluation(tmp_path):
+def test_jobs_of_a_stage_are_its_training_and_its_evaluation(tmp_path):
     config = load_workflow(SMOKE)
     finish(config, tmp_path, "student_base")
-    with prepared(config, tmp_path, CONSOLE, "student_grpo") as (jobs, checked):
+    with prepare_run(config, tmp_path, CONSOLE, "student_grpo") as (jobs, preflight):
         assert [job.id for job in jobs if job.is_pending] == ["stages/student_grpo", "evaluations/student_grpo"]
         assert [job.id for job in jobs if not job.is_pending] == ["stages/student_base"]
-        assert "student_grpo" in checked.stages
+        assert "student_grpo" in preflight.stages
 
 
-def test_a_stage_waits_for_nothing_that_is_not_finished(tmp_path):
+def test_stage_with_unfinished_input_is_refused(tmp_path):
     config = load_workflow(SMOKE)
     finish(config, tmp_path, "student_base")
     with pytest.raises(UserError, match="--stage opd: its input stages/forward_kl is not finished"):
-        with prepared(config, tmp_path, CONSOLE, "opd"):
+        with prepare_run(config, tmp_path, CONSOLE, "opd"):
             pass
-    with pytest.raises(UserError, match="--stage nothing: no such stage"):
-        with prepared(config, tmp_path, CONSOLE, "nothing"):
+    with pytest.raises(UserError, match="--stage nothing: no arm needs a stage of this name"):
+        with prepare_run(config, tmp_path, CONSOLE, "nothing"):
             pass
 
 
-def test_another_configuration_moves_that_stage_only(tmp_path):
+def test_changed_configuration_archives_that_stage_only(tmp_path):
     config = load_workflow(SMOKE)
     finish(config, tmp_path, "teacher_base", "student_base")
     changed = load_workflow(SMOKE, ["stages.teacher_base.steps=3", "stages.student_base.steps=3"])
-    with prepared(changed, tmp_path, CONSOLE, "teacher_base"):
+    with prepare_run(changed, tmp_path, CONSOLE, "teacher_base"):
         assert not (tmp_path / "stages/teacher_base").exists() and (tmp_path / "stages/student_base").exists()
         assert (tmp_path / "stages/.archive/teacher_base-1").exists()
 
 
-def test_stages_share_a_run_and_a_whole_run_has_it_alone(tmp_path, monkeypatch):
+def test_single_stages_share_the_run_directory_and_a_full_run_locks_it(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_s2d.workflow.runner._LOCK_WAIT_SECONDS", 0.1)
     config = load_workflow(SMOKE)
-    with prepared(config, tmp_path, CONSOLE, "teacher_base"), prepared(config, tmp_path, CONSOLE, "student_base"):
+    with prepare_run(config, tmp_path, CONSOLE, "teacher_base"), prepare_run(config, tmp_path, CONSOLE, "student_base"):
         for other in ("teacher_base", None):
             with pytest.raises(UserError, match="in use by"):
-                with prepared(config, tmp_path, CONSOLE, other):
+                with prepare_run(config, tmp_path, CONSOLE, other):
                     pass
-    with prepared(config, tmp_path, CONSOLE, None):
+    with prepare_run(config, tmp_path, CONSOLE, None):
         with pytest.raises(UserError, match="in use by"):
-            with prepared(config, tmp_path, CONSOLE, "teacher_base"):
+            with prepare_run(config, tmp_path, CONSOLE, "teacher_base"):
                 pass
 
 
-def test_a_shared_lock_keeps_only_others_out(tmp_path):
+def test_shared_lock_excludes_exclusive_locks_only(tmp_path):
     with directory_lock(tmp_path, shared=True), directory_lock(tmp_path, shared=True):
         with pytest.raises(UserError, match="in use by"), directory_lock(tmp_path):
             pass
