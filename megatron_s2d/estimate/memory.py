@@ -12,18 +12,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from megatron_s2d.buffer_sizes import (
+    CHUNKS_PER_PRODUCT,
+    LOGITS_CHUNK_BYTES,
+    POSITIONS_PER_DRAW,
+    ROW_BLOCK_ELEMENTS,
+    TOP_K_ROWS_PER_CHUNK,
+)
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.estimate.layers import Build, MicroBatch, Part
 
-_CHUNK_BYTES = {True: 1 << 30, False: 128 << 20}  # of logits, on a GPU and on a CPU: kl/fused.py
-_CHUNKS_PER_PRODUCT = 4  # on a GPU: kl/fused.py
-_BLOCK_ELEMENTS = 1 << 18  # of logits whose statistics a CPU computes together: kl/torch_backend.py
 _BYTES_PER_POSITION = 50  # ids, labels, masks, positions and half a dozen float32 columns: data/packing.py
-_ROWS_PER_SUPPORT_CHUNK = 1024  # teachers/frozen.py
-BUCKET_BYTES = 128 << 20  # of states that travel, in each direction: parallel/p2p.py
-_UNIFORM_BLOCK = 256  # positions whose random numbers are drawn together: rollout/megatron/batching.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ def output_workspace(
     tensor = part.tensor
     columns = -(-part.spec.vocab_size // tensor)
     dense = teacher is not None and teacher.is_dense
-    chunk = max(1, _CHUNK_BYTES[on_gpu] // (4 * columns * (1 + dense)))
+    chunk = max(1, LOGITS_CHUNK_BYTES["cuda" if on_gpu else "cpu"] // (4 * columns * (1 + dense)))
     chunk = min(rows, chunk // 128 * 128 if chunk > 128 else chunk)
     logits = chunk * columns * 4 * (1 + dense)
     widened = 0 if on_gpu or size == 4 else 4  # a CPU multiplies float32
@@ -205,10 +206,10 @@ def output_workspace(
     if training:
         gradients = hidden * size * (rows + batch.tokens) + part.vocabulary * hidden * 4
         if on_gpu:  # gradients by logits, collected for one product
-            gradients += min(_CHUNKS_PER_PRODUCT * chunk, rows) * columns * size
+            gradients += min(CHUNKS_PER_PRODUCT["cuda"] * chunk, rows) * columns * size
     statistics = 0
     if not on_gpu:
-        block = min(chunk * columns, max(_BLOCK_ELEMENTS, columns))
+        block = min(chunk * columns, max(ROW_BLOCK_ELEMENTS, columns))
         statistics = block * (4 * (2 + 3 * dense) + 8 * (columns < 2048))
     return logits + operands + gradients + statistics
 
@@ -247,7 +248,7 @@ def generate_phases(
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // length))
     distinct = max(1, min(prompts, rows))
     column = 2 * part.kv * size  # of one row and layer
-    buffers = sampling.max_response_length * rows * (8 + 4 + 1) + _UNIFORM_BLOCK * rows * 8
+    buffers = sampling.max_response_length * rows * (8 + 4 + 1) + POSITIONS_PER_DRAW * rows * 8
     prefill = {
         "KV cache": distinct * prompt_length * column * part.num_layers,
         "activations": _forward_peak(part, build, distinct * prompt_length),
@@ -275,5 +276,5 @@ def _sampling_bytes(part: Part, build: Build, sampling: SamplingConfig) -> int:
 
 def support_bytes(part: Part, teacher: ModelSpec) -> int:
     """Bytes while the tokens of a top-k support are chosen: logits of both sides, and the teacher's rows in float32."""
-    logits = _ROWS_PER_SUPPORT_CHUNK * part.vocabulary * 4
+    logits = TOP_K_ROWS_PER_CHUNK * part.vocabulary * 4
     return 3 * logits + part.vocabulary * teacher.hidden_size * 4

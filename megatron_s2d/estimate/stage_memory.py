@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_s2d.buffer_sizes import P2P_BUCKET_BYTES
 from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
@@ -22,7 +23,6 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
 from megatron_s2d.estimate.layers import Build, Part, parts
 from megatron_s2d.estimate.memory import (
-    BUCKET_BYTES,
     ResidentMemory,
     StageMemory,
     TeacherInputs,
@@ -247,7 +247,7 @@ class _Stage:
             if self._teacher_states() is not None and own.is_last:
                 states = lazy_hidden_states(own, self.build, at, spec, on_gpu=self.on_gpu)
                 if parallel != self.parallel:
-                    states += 2 * BUCKET_BYTES
+                    states += 2 * P2P_BUCKET_BYTES
             phase = score_phase(own, self.build, at, on_gpu=self.on_gpu, states=states)
             if getattr(self.stage, "kl_estimator", "") == "top_k" and part.is_last:
                 phase["support"] = support_bytes(part, spec)

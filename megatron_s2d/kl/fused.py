@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.buffer_sizes import CHUNKS_PER_PRODUCT, LOGITS_CHUNK_BYTES
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
     MASSES,
@@ -43,12 +44,6 @@ from megatron_s2d.kl.teachers import (
 from megatron_s2d.kl.torch_backend import Plan
 
 TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
-
-_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
-# Chunks whose logit gradients are kept for one pair of gradient products: the float32 accumulator of the weight's is
-# read and written once per product, which at few rows per chunk costs more than the product. On a CPU the gradient
-# overwrites logits.
-_CHUNKS_PER_PRODUCT = {"cuda": 4, "cpu": 1}
 
 
 def linear_divergence(
@@ -174,7 +169,7 @@ class PendingBatch:
         task = self.task
         columns = -(-task.shard.vocab_size // task.shard.size)
         dense = self.teacher is not None and kind_of(task.teacher) == "dense"
-        budget = task.chunk_bytes or _CHUNK_BYTES[self.student.hidden.device.type]
+        budget = task.chunk_bytes or LOGITS_CHUNK_BYTES[self.student.hidden.device.type]
         size = max(1, budget // (self.dtype.itemsize * columns * (2 if dense else 1)))
         size = size // 128 * 128 if size > 128 else size
         self.chunk_rows = max(1, min(size, self.count))
@@ -278,7 +273,7 @@ class _Accumulator:
         if weight:
             self.weight = student.weight.new_empty(work.weight_shape, dtype=work.dtype)
             self.weight[self.columns :] = 0.0
-        self.kept = _CHUNKS_PER_PRODUCT[student.hidden.device.type]
+        self.kept = CHUNKS_PER_PRODUCT[student.hidden.device.type]
         self.buffer: torch.Tensor | None = None  # logit gradients of ``kept`` chunks, in the dtype of the products
         self.fresh, self.begin, self.end = True, 0, 0  # whether nothing was added; rows in the buffer
 

@@ -19,10 +19,10 @@ import dataclasses
 
 import torch
 
+from megatron_s2d.buffer_sizes import ROW_BLOCK_ELEMENTS
 from megatron_s2d.kl.jsd import MIXTURES, mixture_terms
 
 _PIECE = 512  # elements of a row that are summed, or searched for the maximum, in one go
-_BLOCK_ELEMENTS = 1 << 18  # elements of a row block: its handful of float32 buffers stays in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _in_blocks(z, y, target, owned, plan, *, masked):
 
 def block_rows(z: torch.Tensor) -> int:
     """Rows that are worked on together: all of them on an accelerator, a cache-sized block on a CPU."""
-    return z.shape[0] if z.is_cuda else max(1, _BLOCK_ELEMENTS // z.shape[1])
+    return z.shape[0] if z.is_cuda else max(1, ROW_BLOCK_ELEMENTS // z.shape[1])
 
 
 def _block_statistics(z, y, target, owned, plan, masked):

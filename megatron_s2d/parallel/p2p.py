@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.buffer_sizes import P2P_BUCKET_BYTES
 from megatron_s2d.parallel import device
-
-BUCKET_BYTES = 128 << 20  # on the device in each direction
 
 
 def p2p_exchange(
@@ -22,7 +21,7 @@ def p2p_exchange(
     received: Mapping[int, Sequence[torch.Tensor]],
     *,
     partners: int,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int = P2P_BUCKET_BYTES,
 ) -> None:
     """Send ``sent`` and fill ``received``, both in host memory (``device.pinned_empty``).
 

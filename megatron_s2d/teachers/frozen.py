@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.buffer_sizes import TOP_K_ROWS_PER_CHUNK
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
@@ -25,8 +26,6 @@ from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, OutputLayers, rows_of, transfer_hidden_states
 from megatron_s2d.train.policy import MegatronModel
-
-_ROWS_PER_CHUNK = 1024  # positions whose whole logits exist at a time while a support is chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,8 +202,8 @@ class TopKTeacher:
         # Positions that are not counted need distinct ids too.
         ids = torch.arange(width, device=counted.device).repeat(batch.labels.numel(), 1)
         log_probs, tail = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
-        for start in range(0, len(counted), _ROWS_PER_CHUNK):
-            rows = slice(start, min(start + _ROWS_PER_CHUNK, len(counted)))
+        for start in range(0, len(counted), TOP_K_ROWS_PER_CHUNK):
+            rows = slice(start, min(start + TOP_K_ROWS_PER_CHUNK, len(counted)))
             sizes = (rows.stop - start, shard.columns)
             at = temperature[rows] if isinstance(temperature, torch.Tensor) else temperature
             logits = teacher.logits(rows, torch.empty(sizes, device=counted.device))

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_s2d.buffer_sizes import POSITIONS_PER_DRAW
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import Request, sample_of
 from megatron_s2d.rollout.megatron.sampling import BatchParams, uniforms
-
-_UNIFORM_BLOCK = 256  # response positions whose random numbers are drawn at once
 
 
 def plan_batches(requests: Sequence[Request], max_batch_size: int, max_batch_tokens: int) -> list[list[int]]:
@@ -121,9 +120,9 @@ class Responses:
 
     def uniforms(self, rows: torch.Tensor) -> torch.Tensor:
         """Random numbers of the current position for ``rows``: [A] float64."""
-        offset = self.num_steps % _UNIFORM_BLOCK
+        offset = self.num_steps % POSITIONS_PER_DRAW
         if offset == 0:
-            stop = min(self.num_steps + _UNIFORM_BLOCK, len(self.tokens))
+            stop = min(self.num_steps + POSITIONS_PER_DRAW, len(self.tokens))
             self._uniforms = torch.from_numpy(uniforms(self._seeds, self.num_steps, stop)).to(self._device)
         return self._uniforms[offset][rows]
 

@@ -68,7 +68,7 @@ def test_float64_equals_autograd(names, beta, mode):
 @pytest.mark.parametrize("kept", [2, 3, 100])
 def test_chunks_that_share_a_product(monkeypatch, kept, mode):
     """As on a GPU: gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
-    monkeypatch.setitem(fused._CHUNKS_PER_PRODUCT, "cpu", kept)
+    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", kept)
     problem = make_problem(rows=23)
     found = computed(problem, ALL, None, mode=mode)
     assert_same(found, reference(problem, ALL, None), problem.mask, 1e-13, 1e-12)
@@ -235,7 +235,7 @@ def test_no_row_counts():
 
 @pytest.mark.parametrize("kept", [1, 3])
 def test_chunk_of_tokens_whose_loss_is_constant_takes_no_gradient(monkeypatch, kept):
-    monkeypatch.setitem(fused._CHUNKS_PER_PRODUCT, "cpu", kept)
+    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", kept)
     problem = make_problem(rows=9, masked=())
 
     def gated(outputs, rows):

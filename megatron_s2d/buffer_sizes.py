@@ -1,0 +1,21 @@
+"""Sizes of temporary buffers that the code allocates and the memory estimate counts. No torch here."""
+
+# kl/fused.py: float32 logits of one chunk, of student and teacher together.
+LOGITS_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+
+# kl/fused.py: chunks whose logit gradients are collected for one pair of gradient products. The float32 accumulator of
+# the weight's gradient is read and written once per product, which at few rows per chunk costs more than the product.
+# On a CPU the gradient overwrites logits.
+CHUNKS_PER_PRODUCT = {"cuda": 4, "cpu": 1}
+
+# kl/torch_backend.py: logits of one row block on a CPU; its handful of float32 buffers stays in a core's cache.
+ROW_BLOCK_ELEMENTS = 1 << 18
+
+# teachers/frozen.py: positions whose full logits exist at once while top-k entries are selected.
+TOP_K_ROWS_PER_CHUNK = 1024
+
+# parallel/p2p.py: rows on the device at once, in each direction.
+P2P_BUCKET_BYTES = 128 << 20
+
+# rollout/megatron/batching.py: response positions whose random numbers are drawn at once.
+POSITIONS_PER_DRAW = 256
