@@ -123,6 +123,12 @@ def test_a_full_size_table_passes_the_preflight(folder, table, monkeypatch):
     assert set(found.stages) == {stage for end in config.arms.values() for stage in config.chain(end)}
 
 
+def test_the_opd_example_passes_the_preflight(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    plan = check_workflow(load_workflow(CONFIGS / "opd_qwen3.yaml"), folder / "tokenizers")
+    assert set(plan.stages) == {"base", "teacher", "opd"}
+
+
 def test_dry_run_of_a_full_size_table_starts_nothing(folder):
     done = subprocess.run(
         [sys.executable, "-m", "megatron_s2d.cli", "run", CONFIGS / "papers/sg-opd/table3.yaml", "--dry-run"],
