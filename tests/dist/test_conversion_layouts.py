@@ -15,9 +15,9 @@ from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
 from megatron_s2d.config.model import ModelConfig  # noqa: E402
 from megatron_s2d.conversion.convert import (  # noqa: E402
     check_conversion,
-    export_checkpoint,
-    import_checkpoint,
+    hf_to_megatron,
     inspect_checkpoint,
+    megatron_to_hf,
 )
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
 
@@ -68,7 +68,7 @@ def root(tmp_path_factory, run_ranks) -> Path:
             torch.save(make_cases(model, spec.vocab_size), directory / "cases.pt")
         model.save_pretrained(directory / "hf")
         expert = {"expert_model_parallel_size": 2} if spec.num_experts else {}
-        import_checkpoint(
+        hf_to_megatron(
             directory / "hf",
             directory / "megatron",
             tensor_model_parallel_size=2,
@@ -107,7 +107,7 @@ def test_bfloat16_within_its_own_rounding(root, results, name, layout):
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_export_of_a_checkpoint_of_any_layout_is_bit_exact(root, name, layout):
     saved, exported = root / name / "saved" / layout, root / name / f"hf_{layout}"
-    export_checkpoint(saved, exported, max_shard_bytes=50_000)
+    megatron_to_hf(saved, exported, max_shard_bytes=50_000)
     check_conversion(root / name / "hf", saved)
     first, original = HfCheckpoint(exported), HfCheckpoint(root / name / "hf")
     assert first.tensors.keys() == original.tensors.keys()
@@ -130,7 +130,7 @@ def test_resharding_keeps_every_bit(root, results, name):
     assert results[name]["resharded"]["equal"]
     assert results[name]["resharded"]["moved"] > 1e-3
     for saved in ("a", "b"):
-        export_checkpoint(root / name / saved, root / name / f"hf_{saved}", assets=root / name / "hf")
+        megatron_to_hf(root / name / saved, root / name / f"hf_{saved}", assets=root / name / "hf")
         check_conversion(root / name / f"hf_{saved}", root / name / "a")
     first, original = HfCheckpoint(root / name / "hf_a"), HfCheckpoint(root / name / "hf")
     assert first.tensors.keys() == original.tensors.keys()
