@@ -98,7 +98,7 @@ def random_samples(spec: ModelSpec, count: int, length: int, *, prompt: int = 1)
     mask = np.arange(length) >= prompt
     return [
         Sample(
-            id=str(index), prompt_id=str(index), group=index, domain="d", seed=index,
+            id=str(index), prompt_id=str(index), group_id=str(index), domain="d", seed=index,
             token_ids=rng.integers(0, spec.vocab_size, length), response_mask=mask.copy(), temperature=1.0,
             finish_reason="stop",
         )

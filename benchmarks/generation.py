@@ -50,8 +50,9 @@ def requests(case: Case, **params) -> list[Request]:
     for number in range(case.prompts):
         token_ids = generator.integers(0, case.vocab_size, case.prompt_tokens)
         prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
-        for group in range(case.group):
-            found.append(Request(f"p{number}#{group}@0", prompt, group, sample_seed(1, 0, prompt.id, group), params))
+        for index in range(case.group):
+            seed = sample_seed(1, 0, prompt.id, index)
+            found.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 

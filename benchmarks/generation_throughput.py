@@ -32,7 +32,9 @@ def requests(vocab_size: int, prompts: int, group: int, prompt_tokens: int, toke
     found = []
     for number in range(prompts):
         prompt = Prompt(f"p{number}", rng.integers(0, vocab_size, prompt_tokens), "", "math", None, None)
-        found += [Request(f"p{number}#{k}@0", prompt, k, sample_seed(1, 0, prompt.id, k), params) for k in range(group)]
+        for index in range(group):
+            seed = sample_seed(1, 0, prompt.id, index)
+            found.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 

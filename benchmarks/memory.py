@@ -137,7 +137,7 @@ def samples(case: Case) -> list[Sample]:
     for index in range(case.rows):
         found.append(
             Sample(
-                id=str(index), prompt_id=str(index), group=index, domain="test", seed=index,
+                id=str(index), prompt_id=str(index), group_id=str(index), domain="test", seed=index,
                 token_ids=rng.integers(0, case.model["vocab_size"], case.length),
                 response_mask=np.arange(case.length) >= case.length // 2, temperature=1.0, finish_reason="stop",
             )
@@ -288,7 +288,7 @@ def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object
         Prompt(str(i), rng.integers(0, policy.spec.vocab_size, case.length // 2), "", "test", None, None)
         for i in range(case.rows // 4)
     ]
-    requests = [Request(f"{p.id}/{k}", p, 4 * i + k, i, params) for i, p in enumerate(prompts) for k in range(4)]
+    requests = [Request(f"{p.id}/{k}", p, p.id, i, params) for i, p in enumerate(prompts) for k in range(4)]
     return lambda: engine.generate(requests)
 
 

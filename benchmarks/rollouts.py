@@ -40,7 +40,7 @@ def requests(options: argparse.Namespace, vocab_size: int, round_number: int) ->
     for number in range(options.requests):
         token_ids = generator.integers(0, vocab_size, options.prompt_tokens)
         prompt = Prompt(f"r{round_number}p{number}", token_ids, "", "math", None, None)
-        found.append(Request(f"{prompt.id}#0@0", prompt, number, number, params))
+        found.append(Request(f"{prompt.id}#0@0", prompt, prompt.id, number, params))
     return found
 
 

@@ -44,9 +44,9 @@ class WeightVersionSpan:
 class Sample:
     """One prompt with one response. ``length`` below is prompt plus response."""
 
-    id: str  # engine or data source: unique in a run, "<prompt id>#<group index>@<step>"
+    id: str  # engine or data source: unique in a run, "<prompt id>#<index>@<step>"
     prompt_id: str
-    group: int  # samples of one group share a prompt and are compared by GRPO
+    group_id: str  # "<prompt id>@<step>.<repeat>": samples of one group share a prompt and are compared by GRPO
     domain: str
     seed: int  # of the sampler; 0 where nothing was sampled
     token_ids: np.ndarray  # [length] int64

@@ -33,7 +33,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample, read_samples, sample_to_json
 
 FORMAT = "megatron_s2d teacher cache"
-VERSION = 2
+VERSION = 3
 _SHARD_BYTES = 256 << 20
 _HEADER, _SAMPLES, _INDEX = "header.json", "samples.jsonl", "index.jsonl"
 _TENSORS = {

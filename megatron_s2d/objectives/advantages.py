@@ -36,7 +36,7 @@ def group_relative(
 ) -> GroupAdvantages:
     """A_i = (R_i - mean) / (std + eps) within each group, or R_i - mean (Dr. GRPO) without ``norm_adv_by_std``.
 
-    rewards: [n]; groups: [n] integers, equal for responses to one prompt. std is the sample standard deviation
+    rewards: [n]; groups: [n] ids, equal for responses of one group. std is the sample standard deviation
     (divisor G - 1), as in the frameworks that the papers trained with. A group whose rewards are all equal, a group
     of one included, gets exactly 0. Source: methods.md M1.
     """

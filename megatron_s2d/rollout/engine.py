@@ -65,9 +65,9 @@ class SamplingParams:
 class Request:
     """One response wanted. ``id`` becomes the sample's id, so it is unique in a run."""
 
-    id: str  # "<prompt id>#<group index>@<step>"
+    id: str  # "<prompt id>#<index>@<step>"
     prompt: Prompt
-    group: int  # copied to the sample; groups share a prompt
+    group_id: str  # copied to the sample; requests of one group share a prompt
     seed: int  # 0 <= seed < 2**63, from sample_seed
     params: SamplingParams
 
@@ -173,7 +173,7 @@ def sample_of(
     return Sample(
         id=request.id,
         prompt_id=request.prompt.id,
-        group=request.group,
+        group_id=request.group_id,
         domain=request.prompt.domain,
         seed=request.seed,
         token_ids=token_ids,

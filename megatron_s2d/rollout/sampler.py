@@ -57,18 +57,23 @@ class PromptDataLoader:
 
 @dataclasses.dataclass(frozen=True)
 class GroupKey:
-    """Where a group comes from: its seeds are a function of this."""
+    """Where a group comes from: its id and its seeds are functions of this."""
 
     prompt_id: str
-    step: int  # that it was begun for
-    repeat: int  # how many groups of the same prompt the step began before
+    step: int  # that the group was submitted for
+    repeat: int  # number of earlier groups of the same prompt in that step
+
+    @property
+    def group_id(self) -> str:
+        """Id of the group, unique in a run."""
+        return f"{self.prompt_id}@{self.step}.{self.repeat}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
     """The requests for one prompt."""
 
-    origin: GroupKey
+    key: GroupKey
     requests: Sequence[Request]
 
 
@@ -90,26 +95,26 @@ class RolloutWorker:
         step: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
-        """``num_generations`` samples of each prompt, prompt by prompt; ``group`` is the prompt's place."""
+        """Return ``num_generations`` samples of each prompt, prompt by prompt."""
         mine = self.dp_shard(self.groups(prompts, num_generations, step))
         return self.grade_and_gather(mine, self.engine.generate(flatten(mine), progress))
 
-    def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int, first: int = 0) -> list[Group]:
-        """The group of each prompt, numbered from ``first``; a prompt that comes twice has different seeds."""
-        seen: dict[str, int] = {}
-        found = []
-        for place, prompt in enumerate(prompts, start=first):
-            repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
-            found.append(self.group(prompt, num_generations, place, GroupKey(prompt.id, step, repeat)))
-        return found
+    def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Group]:
+        """Return the group of each prompt; a prompt that comes twice has different seeds and ids."""
+        repeats: dict[str, int] = {}
+        groups = []
+        for prompt in prompts:
+            repeat = repeats[prompt.id] = repeats.get(prompt.id, -1) + 1
+            groups.append(self.group(prompt, num_generations, GroupKey(prompt.id, step, repeat)))
+        return groups
 
-    def group(self, prompt: Prompt, num_generations: int, place: int, origin: GroupKey) -> Group:
-        """The requests for ``prompt`` as group ``place``."""
+    def group(self, prompt: Prompt, num_generations: int, key: GroupKey) -> Group:
+        """Return the requests for ``prompt`` as the group of ``key``."""
         requests = []
-        for index in range(origin.repeat * num_generations, (origin.repeat + 1) * num_generations):
-            seed = sample_seed(self.seed, origin.step, prompt.id, index)
-            requests.append(Request(f"{prompt.id}#{index}@{origin.step}", prompt, place, seed, self.params))
-        return Group(origin, requests)
+        for index in range(key.repeat * num_generations, (key.repeat + 1) * num_generations):
+            seed = sample_seed(self.seed, key.step, prompt.id, index)
+            requests.append(Request(f"{prompt.id}#{index}@{key.step}", prompt, key.group_id, seed, self.params))
+        return Group(key, requests)
 
     def dp_shard[Item](self, items: Sequence[Item]) -> Sequence[Item]:
         """The consecutive part of ``items`` that this data rank works on."""
@@ -161,7 +166,7 @@ class RolloutBuffer:
     _prepared: int = 0
 
     def next_batch(self, step: int) -> tuple[list[Prompt], list[Sample]]:
-        """(prompts, their samples, prompt by prompt) of ``step``; a sample's group is the place of its prompt."""
+        """(prompts, their samples, prompt by prompt) of ``step``."""
         self._prepare(step)
         groups, engine = self._groups, self.sampler.engine
         if self._num_extra:
@@ -173,8 +178,6 @@ class RolloutBuffer:
         if self.prefetches:
             self.prefetch(step + 1)
         samples = self.sampler.grade_and_gather(groups, samples)
-        places = {group: place for place, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
-        samples = [dataclasses.replace(sample, group=places[sample.group]) for sample in samples]
         return [self._by_id[sample.prompt_id] for sample in samples[:: self.num_generations]], samples
 
     def prefetch(self, step: int) -> None:
@@ -188,16 +191,16 @@ class RolloutBuffer:
         if not self._num_extra:
             return {}
         layout = self.sampler.layout
-        own = [dataclasses.astuple(group.origin) for group in self._in_flight]
+        own = [dataclasses.astuple(group.key) for group in self._in_flight]
         merged = gather_dicts({layout.dp_rank: own} if layout.is_dp_leader else {})
-        return {"carried": [origin for rank in sorted(merged) for origin in merged[rank]]}
+        return {"carried": [key for rank in sorted(merged) for key in merged[rank]]}
 
     def resume(self, position: Mapping[str, Any]) -> None:
         """Begin anew with what was under way at a checkpoint: its tokens so far are not kept, the prompts are."""
-        origins = [GroupKey(*values) for values in position.get("carried", [])]
+        keys = [GroupKey(*values) for values in position.get("carried", [])]
         self._in_flight = [
-            self.sampler.group(self._by_id[origin.prompt_id], self.num_generations, -1 - place, origin)
-            for place, origin in self.sampler.dp_shard(list(enumerate(origins)))
+            self.sampler.group(self._by_id[key.prompt_id], self.num_generations, key)
+            for key in self.sampler.dp_shard(keys)
         ]
 
     @functools.cached_property
@@ -221,8 +224,7 @@ class RolloutBuffer:
         first = (step - 1) * self.stream.per_step + (self._num_extra if step > 1 else 0)
         count = self.train_batch_size + (self._num_extra if step == 1 else 0)
         prompts = self.stream.slice(first, first + count)
-        # Numbers of groups differ from those of what is left; without any they are places in the step.
-        groups = self.sampler.groups(prompts, self.num_generations, step, first if self._num_extra else 0)
+        groups = self.sampler.groups(prompts, self.num_generations, step)
         own, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
         self._groups = [*self._in_flight, *self.sampler.dp_shard(own), *self.sampler.dp_shard(extra)]
         self._prepared = step

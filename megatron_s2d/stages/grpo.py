@@ -110,25 +110,24 @@ class GrpoSource:
             if not extra_prompts:
                 break
             extra = self.buffer.sampler.sample(extra_prompts, stage.num_generations, step)
-            extra = [dataclasses.replace(sample, group=sample.group + len(prompts)) for sample in extra]
             prompts += extra_prompts
             generated = generated + extra
             informative += _informative(extra)
         self.buffer.prefetch(step + 1)
-        selected = {sample.group for sample in informative}
+        selected = {sample.group_id for sample in informative}
         # If resampling does not fill the batch, uninformative groups keep its size; their advantages are zero.
         for sample in generated:
             if len(selected) == stage.train_batch_size:
                 break
-            selected.add(sample.group)
-        return [sample for sample in generated if sample.group in selected], prompts, generated
+            selected.add(sample.group_id)
+        return [sample for sample in generated if sample.group_id in selected], prompts, generated
 
 
 def _informative(samples: Sequence[Sample]) -> list[Sample]:
     """Return the samples of groups whose rewards differ."""
     rewards = np.array([sample.reward for sample in samples])
-    uninformative = set(zero_variance_groups(rewards, np.array([sample.group for sample in samples])).tolist())
-    return [sample for sample in samples if sample.group not in uninformative]
+    uninformative = set(zero_variance_groups(rewards, np.array([sample.group_id for sample in samples])).tolist())
+    return [sample for sample in samples if sample.group_id not in uninformative]
 
 
 def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[Sample], float]:
@@ -141,7 +140,7 @@ def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[
             buffer_tokens=stage.overlong_buffer.len,
             penalty=stage.overlong_buffer.penalty_factor,
         )
-    groups = np.array([sample.group for sample in samples])
+    groups = np.array([sample.group_id for sample in samples])
     relative = group_relative(rewards, groups, norm_adv_by_std=stage.norm_adv_by_std)
     scored = [
         dataclasses.replace(sample, advantages=np.where(sample.response_mask, value, 0.0).astype(np.float32))

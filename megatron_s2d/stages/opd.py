@@ -151,15 +151,16 @@ class DivergenceOpdSource:
                 dataclasses.replace(
                     sample,
                     id=f"{sample.id}~cached",
-                    group=num_on_policy + index // stage.num_generations,
                     rollout_log_probs=None,  # the teacher's
                 )
-                for index, sample in enumerate(self.cached((step - 1) * num_cached, num_cached))
+                for sample in self.cached((step - 1) * num_cached, num_cached)
             ]
+        # Cached responses come one by one, not in groups: mini-batches are cut by number of responses.
+        blocks = [index // stage.num_generations for index in range(len(samples))]
         factors = token_factors(stage, samples, self.student, self.teachers)
         mini_batches = [
             MiniBatch(part, {"divergence_weight": with_factors(part, policy_loss_weights(part, stage), factors)})
-            for part in split_into_mini_batches(samples, stage.num_mini_batches)
+            for part in split_into_mini_batches(samples, stage.num_mini_batches, blocks)
         ]
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 

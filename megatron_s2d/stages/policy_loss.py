@@ -29,11 +29,20 @@ def surrogate_of(stage: GrpoConfig | OpdConfig) -> Surrogate:
     )
 
 
-def split_into_mini_batches(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
-    """Cut ``samples`` into ``count`` mini-batches of whole groups, in order."""
-    groups = sorted({sample.group for sample in samples})
-    mini_batch_of = {group: index * count // len(groups) for index, group in enumerate(groups)}
-    return [[sample for sample in samples if mini_batch_of[sample.group] == index] for index in range(count)]
+def split_into_mini_batches(
+    samples: Sequence[Sample], count: int, blocks: Sequence[int] | None = None
+) -> list[list[Sample]]:
+    """Cut ``samples`` into ``count`` mini-batches of whole groups, in order of first occurrence.
+
+    blocks: what stays together instead of groups, one entry per sample.
+    """
+    keys = [sample.group_id for sample in samples] if blocks is None else blocks
+    units = list(dict.fromkeys(keys))
+    mini_batch_of = {unit: index * count // len(units) for index, unit in enumerate(units)}
+    return [
+        [sample for sample, key in zip(samples, keys, strict=True) if mini_batch_of[key] == index]
+        for index in range(count)
+    ]
 
 
 def policy_loss_weights(samples: Sequence[Sample], stage: GrpoConfig | OpdConfig) -> np.ndarray:

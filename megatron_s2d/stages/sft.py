@@ -92,7 +92,7 @@ def solution_sample(prompt: Prompt) -> Sample:
     return Sample(
         id=prompt.id,
         prompt_id=prompt.id,
-        group=0,
+        group_id=prompt.id,
         domain=prompt.domain,
         seed=0,
         token_ids=token_ids,

@@ -38,7 +38,7 @@ def gated_advantages(
     """
     lengths = [sample.response_length for sample in samples]
     rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
-    groups = group_relative(rewards, np.array([sample.group for sample in samples]))
+    groups = group_relative(rewards, np.array([sample.group_id for sample in samples]))
     verifier = np.repeat(groups.advantages, lengths)
     gate = SignGate(settings.lambda_high, settings.lambda_base, settings.conflict_fallback, settings.conflict_beta)
     gated = sg_opd_gate(verifier, teacher, student, reference, gate)

@@ -68,8 +68,9 @@ def requests() -> list[Request]:
             top_p=(1.0, 0.9)[number % 2],
             stop_strings=("ab", "q") if number % 4 == 0 else (),
         )
-        for group in range(2):
-            found.append(Request(f"p{number}#{group}@0", prompt, group, sample_seed(1, 0, prompt.id, group), params))
+        for index in range(2):
+            seed = sample_seed(1, 0, prompt.id, index)
+            found.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 

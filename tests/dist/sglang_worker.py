@@ -52,7 +52,7 @@ def requests() -> list[Request]:
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
         for group in range(2):
             seed = sample_seed(1, 0, prompt.id, group)
-            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+            found.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 
@@ -147,7 +147,7 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
     samples = engine.generate(own)
     gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
     mixed = sum(len(sample.weight_versions) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
-    groups = {request.group for request in own}
+    groups = {request.group_id for request in own}
     half = (len(groups) + 1) // 2
     again = [dataclasses.replace(request, id=f"{request.id}again") for request in own]
     first = engine.generate(again, num_groups=half)

@@ -58,7 +58,7 @@ def samples(count: int = 13) -> list[Sample]:
             Sample(
                 id=str(index),
                 prompt_id=str(index // 3),
-                group=index // 3,
+                group_id=str(index // 3),
                 domain="test",
                 seed=index,
                 token_ids=rng.integers(0, VOCAB, prompt + response),

@@ -47,7 +47,7 @@ def samples(count: int = 12) -> list[Sample]:
         prompt, response = int(rng.integers(4, 20)), int(rng.integers(20, 80))
         found.append(
             Sample(
-                id=str(index), prompt_id=str(index), group=index, domain="d", seed=index,
+                id=str(index), prompt_id=str(index), group_id=str(index), domain="d", seed=index,
                 token_ids=rng.integers(0, SPEC.vocab_size, prompt + response),
                 response_mask=np.arange(prompt + response) >= prompt, temperature=1.0, finish_reason="stop",
             )

@@ -53,7 +53,7 @@ def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:
         prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
         for group in range(groups):
             seed = sample_seed(1, 0, prompt.id, group)
-            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+            found.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 

@@ -315,12 +315,12 @@ def test_the_first_groups_to_be_complete_are_taken_and_the_others_carried_over(p
     engine = attach()
     requests = make_requests(prompts=4, groups=2, max_new_tokens=150, stop_token_ids=())
     requests = [
-        request if request.group in (0, 3) else dataclasses.replace(request, params=SamplingParams(3, ()))
+        dataclasses.replace(request, params=SamplingParams(3, ())) if request.prompt.id in ("p1", "p2") else request
         for request in requests
     ]
     first = engine.generate(requests, num_groups=2)
-    assert {sample.group for sample in first} == {1, 2}
-    rest = engine.generate([request for request in requests if request.group in (0, 3)], num_groups=2)
+    assert {sample.group_id for sample in first} == {"p1@0.0", "p2@0.0"}
+    rest = engine.generate([request for request in requests if request.group_id in ("p0@0.0", "p3@0.0")], num_groups=2)
     assert sorted(sample.id for sample in first + rest) == sorted(request.id for request in requests)
     assert rollout_gap(policy, first + rest) < 1e-4
 

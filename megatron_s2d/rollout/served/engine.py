@@ -39,7 +39,7 @@ class PendingBatch:
         self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]
     ):
         self.requests, self.generation = list(requests), None
-        groups = {request.group for request in self.requests}
+        groups = {request.group_id for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
         known = {place: carried[request.id] for place, request in enumerate(self.requests) if request.id in carried}
         self.samples = {place: found for place, found in known.items() if isinstance(found, Sample)}
@@ -47,14 +47,14 @@ class PendingBatch:
 
     def complete_groups(self) -> list[int]:
         """Groups whose every response has a sample, in order."""
-        open_groups = {request.group for place, request in enumerate(self.requests) if place not in self.samples}
-        return [group for group in dict.fromkeys(r.group for r in self.requests) if group not in open_groups]
+        open_groups = {request.group_id for place, request in enumerate(self.requests) if place not in self.samples}
+        return [group for group in dict.fromkeys(r.group_id for r in self.requests) if group not in open_groups]
 
     def start(self, pool: ServerPool, expected: ReplyContract, progress: ProgressCallback | None = None) -> None:
         """Ask for what is missing, if anything."""
         missing = [place for place in range(len(self.requests)) if place not in self.samples]
         groups_left = self.num_groups - len(self.complete_groups())
-        open_groups = {self.requests[place].group for place in missing}
+        open_groups = {self.requests[place].group_id for place in missing}
         if groups_left > 0:
             self._places = missing
             self.generation = GenerationTask(
@@ -81,11 +81,11 @@ class PendingBatch:
         chosen = set(self.complete_groups()[: self.num_groups])
         found = self.partials | self.samples
         return (
-            [self.samples[place] for place, request in enumerate(self.requests) if request.group in chosen],
+            [self.samples[place] for place, request in enumerate(self.requests) if request.group_id in chosen],
             {
                 request.id: found[place]
                 for place, request in enumerate(self.requests)
-                if request.group not in chosen and place in found
+                if request.group_id not in chosen and place in found
             },
         )
 

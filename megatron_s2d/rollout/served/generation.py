@@ -55,7 +55,8 @@ class GenerationTask:
         """partials: beginnings to go on from, by place. num_groups: interrupt when that many groups are complete."""
         self._pool, self._requests, self._expected, self._progress = pool, list(requests), expected, progress
         self._partials = dict(partials or {})
-        self._open = collections.Counter(request.group for request in requests)  # group -> responses without a sample
+        # group -> responses without a sample
+        self._open = collections.Counter(request.group_id for request in requests)
         self._groups_left = num_groups
         self._outcome, self._error = GenerationResult(), None
         self._interrupted = threading.Event()
@@ -109,8 +110,8 @@ class GenerationTask:
         async with room:
             try:
                 outcome.samples[place] = await self._try_sample(session, place, first)
-                self._open[request.group] -= 1
-                if self._groups_left is not None and not self._open[request.group]:
+                self._open[request.group_id] -= 1
+                if self._groups_left is not None and not self._open[request.group_id]:
                     self._groups_left -= 1
                     if self._groups_left == 0:
                         session.stopped.set()

@@ -28,7 +28,7 @@ def weight_check_sequences(spec: ModelSpec) -> list[Sample]:
         Sample(
             id=f"probe{number}",
             prompt_id=f"probe{number}",
-            group=number,
+            group_id=f"probe{number}",
             domain="probe",
             seed=0,
             token_ids=generator.integers(0, spec.vocab_size, length),

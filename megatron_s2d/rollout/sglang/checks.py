@@ -237,7 +237,7 @@ class ServerChecks:
         for number in range(_DRAWS):
             token_ids = generator.integers(0, spec.vocab_size, length)
             prompt = Prompt(f"draw{number}", token_ids, "", "probe", None, None)
-            request = Request(f"draw{number}", prompt, number, number, params)
+            request = Request(f"draw{number}", prompt, prompt.id, number, params)
             status, text = self._ask("POST", url, "/generate", generate_body(request))
             if status != 200:
                 raise UserError(f"{url} does not sample as the stage needs it (status {status}: {text[:200]})")
@@ -321,7 +321,7 @@ def _drawn(url: str, request: Request, text: str, label: str) -> Sample:
     return Sample(
         id=request.id,
         prompt_id=request.id,
-        group=request.group,
+        group_id=request.group_id,
         domain="probe",
         seed=request.seed,
         token_ids=token_ids,

@@ -31,7 +31,8 @@ def sample(number: int, response: int, prompt: int = 3) -> Sample:
     mask = np.zeros(prompt + response, dtype=bool)
     mask[prompt:] = True
     return Sample(
-        id=f"p{number}#0@0", prompt_id=f"p{number}", group=number, domain="math", seed=number, temperature=1.0,
+        id=f"p{number}#0@0", prompt_id=f"p{number}", group_id=f"p{number}@0.0", domain="math",
+        seed=number, temperature=1.0,
         token_ids=rng.integers(0, VOCAB, prompt + response), response_mask=mask, finish_reason="stop",
         rollout_log_probs=rng.standard_normal(prompt + response).astype(np.float32),
     )  # fmt: skip
@@ -168,7 +169,7 @@ def test_other_versions_and_other_directories_are_refused(tmp_path):
     path = tmp_path / "cache" / "header.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"version": 1}))
-    with pytest.raises(UserError, match="cache version 1, this program reads 2"):
+    with pytest.raises(UserError, match="cache version 1, this program reads 3"):
         TeacherCache.open(tmp_path / "cache")
     path.write_text(json.dumps({"format": "something"}))
     with pytest.raises(UserError, match="not the header of a teacher cache"):

@@ -19,7 +19,7 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
     return Sample(
         id=fields.pop("id", "s"),
         prompt_id="p",
-        group=0,
+        group_id="g",
         domain="d",
         seed=0,
         token_ids=np.array(prompt + response),

@@ -57,7 +57,7 @@ def saved_bytes(trained_policy: MegatronModel) -> int:
     rng = np.random.default_rng(0)
     samples = [
         Sample(
-            id=str(i), prompt_id=str(i), group=i, domain="test", seed=i, token_ids=rng.integers(0, 40, LENGTH),
+            id=str(i), prompt_id=str(i), group_id=str(i), domain="test", seed=i, token_ids=rng.integers(0, 40, LENGTH),
             response_mask=np.arange(LENGTH) >= 8, temperature=1.0, finish_reason="stop",
         )
         for i in range(ROWS)

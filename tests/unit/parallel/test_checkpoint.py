@@ -37,7 +37,7 @@ def step(policy: MegatronModel, number: int) -> tuple[float, float]:
         Sample(
             id=str(i),
             prompt_id="p",
-            group=0,
+            group_id="a",
             domain="d",
             seed=0,
             token_ids=rng.integers(0, 27, 9),

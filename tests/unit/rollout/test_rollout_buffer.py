@@ -33,14 +33,14 @@ class ToyEngine:
 
     def generate(self, requests, progress=None, *, num_groups=None):
         self.asked.append([request.id for request in requests])
-        groups = list(dict.fromkeys(request.group for request in requests))
+        groups = list(dict.fromkeys(request.group_id for request in requests))
         assert len(groups) * RESPONSES == len(requests)  # every group has a number of its own
         if num_groups is not None:
             groups = set(self.generator.permutation(groups)[:num_groups].tolist())
         return [
             sample_of(request, np.array([1, 2]), np.zeros(2, np.float32), "stop", self.version)
             for request in requests
-            if request.group in groups
+            if request.group_id in groups
         ]
 
 
@@ -65,7 +65,9 @@ def test_without_oversampling_a_step_is_a_function_of_its_number():
     seen = [rounds.next_batch(step) for step in range(1, STEPS + 1)]
     for step, (prompts, samples) in enumerate(seen, start=1):
         assert [prompt.id for prompt in prompts] == [prompt.id for prompt in rounds.stream.batch_for_step(step)]
-        assert [sample.group for sample in samples] == sorted(list(range(PER_STEP)) * RESPONSES)
+        group_ids = [sample.group_id for sample in samples]
+        assert group_ids == [name for name in dict.fromkeys(group_ids) for _ in range(RESPONSES)]
+        assert len(set(group_ids)) == PER_STEP
         assert [sample.prompt_id for sample in samples[::RESPONSES]] == [prompt.id for prompt in prompts]
         assert rounds.state() == {}
     alone = make_rounds(ToyEngine())

@@ -61,7 +61,7 @@ def make_requests(lengths=(4, 9, 1, 6), groups=3, **params) -> list[Request]:
         for n, length in enumerate(lengths)
     ]
     return [
-        Request(f"{prompt.id}#{group}@0", prompt, group, sample_seed(1, 0, prompt.id, group), params)
+        Request(f"{prompt.id}#{group}@0", prompt, f"{prompt.id}@0.0", sample_seed(1, 0, prompt.id, group), params)
         for prompt in prompts
         for group in range(groups)
     ]
@@ -143,7 +143,7 @@ def test_records_are_complete(layout, chunks):
     assert finished[-1] == (len(requests), len(requests))
     for request, sample in zip(requests, samples, strict=True):
         start, length = len(request.prompt.token_ids), len(sample.token_ids)
-        assert (sample.id, sample.prompt_id, sample.group) == (request.id, request.prompt.id, request.group)
+        assert (sample.id, sample.prompt_id, sample.group_id) == (request.id, request.prompt.id, request.group_id)
         assert (sample.domain, sample.seed, sample.temperature) == ("math", request.seed, 1.0)
         assert np.array_equal(sample.token_ids[:start], request.prompt.token_ids)
         assert sample.token_ids.dtype == np.int64 and sample.token_ids.max() < VOCAB_SIZE

@@ -50,7 +50,7 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
     for number in range(prompts):
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
         found += [
-            Request(f"p{number}#{group}@0", prompt, number, sample_seed(1, 0, prompt.id, group), params)
+            Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", sample_seed(1, 0, prompt.id, group), params)
             for group in range(groups)
         ]
     return found
@@ -85,7 +85,7 @@ def test_a_sample_is_what_the_server_said_under_the_request_that_asked(servers):
     table = log_prob_table(servers[0].embedding)
     for place, sample in outcome.samples.items():
         request, start = requests[place], len(requests[place].prompt.token_ids)
-        assert (sample.id, sample.seed, sample.group) == (request.id, request.seed, request.group)
+        assert (sample.id, sample.seed, sample.group_id) == (request.id, request.seed, request.group_id)
         assert sample.token_ids[:start].tolist() == request.prompt.token_ids.tolist()
         expected = table[sample.token_ids[start - 1 : -1], sample.token_ids[start:]]
         assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)

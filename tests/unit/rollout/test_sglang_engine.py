@@ -117,7 +117,7 @@ def make_requests(prompts=4, groups=3) -> list[Request]:
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
         for group in range(groups):
             seed = sample_seed(1, 0, prompt.id, group)
-            found.append(Request(f"p{number}#{group}@0", prompt, number, seed, params))
+            found.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
     return found
 
 
@@ -673,12 +673,12 @@ def test_groups_that_are_late_are_carried_over_whole(chunks, layout, servers, tm
     servers[0].holds = lambda body, n: len(body["input_ids"]) in (2, 5) and n == 2
     requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=4, groups=3)]
     first = engine.generate(requests, num_groups=2)
-    assert [sample.group for sample in first] == [1] * 3 + [2] * 3
+    assert [sample.group_id for sample in first] == ["p1@0.0"] * 3 + ["p2@0.0"] * 3
     change(chunks)
     tables[1] = log_prob_table(embedding_of(chunks))
     engine.update_weights(chunks, 1)
     servers[0].holds = lambda body, n: False
-    rest = [request for request in requests if request.group in (0, 3)]
+    rest = [request for request in requests if request.group_id in ("p0@0.0", "p3@0.0")]
     second = engine.generate(rest, num_groups=2)
     assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
     assert (0, 1) in spans(second) and split_gap(tables, first + second) < 1e-5

@@ -12,7 +12,7 @@ from megatron_s2d.stages.policy_loss import policy_loss_weights
 
 def sample(length, finish_reason):
     return Sample(
-        id=f"{length}", prompt_id="p", group=0, domain="d", seed=0, token_ids=np.arange(length + 2),
+        id=f"{length}", prompt_id="p", group_id="p", domain="d", seed=0, token_ids=np.arange(length + 2),
         response_mask=np.arange(length + 2) >= 2, temperature=1.0, finish_reason=finish_reason,
     )  # fmt: skip
 

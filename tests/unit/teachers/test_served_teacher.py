@@ -26,7 +26,7 @@ STUDENT = types.SimpleNamespace(layout=types.SimpleNamespace(is_pipeline_last_st
 def sample(number: int, prompt: int, response: int, domain: str) -> Sample:
     rng = np.random.default_rng(number)
     return Sample(
-        id=f"s{number}", prompt_id="p", group=0, domain=domain, seed=0,
+        id=f"s{number}", prompt_id="p", group_id="p@0.0", domain=domain, seed=0,
         token_ids=rng.integers(0, VOCAB_SIZE, prompt + response),
         response_mask=np.arange(prompt + response) >= prompt, temperature=1.0, finish_reason="stop",
     )  # fmt: skip

@@ -40,7 +40,7 @@ def test_a_student_that_leaves_its_teacher_stops_the_run():
 def sample(name: str, rollout: bool) -> Sample:
     log_probs = np.array([0, -1, -2], np.float32)
     return Sample(
-        id=name, prompt_id=name, group=0, domain="math", seed=0, token_ids=np.array([1, 2, 3]),
+        id=name, prompt_id=name, group_id=name, domain="math", seed=0, token_ids=np.array([1, 2, 3]),
         response_mask=np.array([False, True, True]), temperature=1.0, finish_reason="stop",
         rollout_log_probs=log_probs if rollout else None,
     )  # fmt: skip

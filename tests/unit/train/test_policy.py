@@ -47,7 +47,7 @@ def samples(count: int = 9) -> list[Sample]:
             Sample(
                 id=str(index),
                 prompt_id="p",
-                group=index // 3,
+                group_id=str(index // 3),
                 domain="d",
                 seed=0,
                 token_ids=rng.integers(0, VOCAB, prompt + response),
