@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import graphlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -181,7 +182,7 @@ class WorkflowConfig(Config):
     def _references(self) -> WorkflowConfig:
         for name, stage in self.stages.items():
             self._check_stage(name, stage)
-        self._order()
+        self.stage_order()
         for arm, stage_name in self.arms.items():
             self._need_stage(f"arms.{arm}", stage_name, ModelStageConfig)
         for stage_name in self.also_evaluate:
@@ -238,29 +239,22 @@ class WorkflowConfig(Config):
         if half and half not in HALVES:
             raise ValueError(f"{where}: '{half}' is not a half; write {entry}/1H or {entry}/2H")
 
-    def _order(self) -> list[str]:
-        """Stage names, inputs first; an error names a circle."""
-        done: list[str] = []
-        visiting: list[str] = []
-
-        def visit(name: str) -> None:
-            if name in done:
-                return
-            if name in visiting:
-                raise ValueError(f"stages depend on each other in a circle: {' -> '.join([*visiting, name])}")
-            visiting.append(name)
-            for other in self.stages[name].inputs().values():
-                visit(other)
-            visiting.pop()
-            done.append(name)
-
-        for name in self.stages:
-            visit(name)
-        return done
-
     def stage_order(self) -> list[str]:
-        """Stage names, each after its inputs."""
-        return self._order()
+        """Return the stage names, each after its inputs and otherwise in the order of the file."""
+        positions = {name: position for position, name in enumerate(self.stages)}
+        sorter = graphlib.TopologicalSorter({name: stage.inputs().values() for name, stage in self.stages.items()})
+        try:
+            sorter.prepare()
+        except graphlib.CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise ValueError(f"stages form a circle (each is an input of the next): {circle}") from None
+        order: list[str] = []
+        ready: list[str] = []
+        while sorter.is_active():
+            ready = sorted([*ready, *sorter.get_ready()], key=positions.__getitem__)
+            order.append(ready.pop(0))
+            sorter.done(order[-1])
+        return order
 
     def model_of(self, stage_name: str) -> str:
         """The entry of ``models`` that a stage trains (or samples from, for a cache)."""
@@ -274,10 +268,10 @@ class WorkflowConfig(Config):
     def chain(self, stage_name: str) -> list[str]:
         """Every stage that leads to ``stage_name``, itself last, inputs first."""
         wanted = {stage_name}
-        for name in reversed(self._order()):
+        for name in reversed(self.stage_order()):
             if name in wanted:
                 wanted.update(self.stages[name].inputs().values())
-        return [name for name in self._order() if name in wanted]
+        return [name for name in self.stage_order() if name in wanted]
 
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
