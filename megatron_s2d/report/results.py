@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.data.label_ledger import LedgerEntry
 from megatron_s2d.report.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
 from megatron_s2d.report.paper_table import PaperTable
 
@@ -138,17 +139,6 @@ class StageRun:
     directory: StageDirectory  # config, lineage and metrics are read from here
     seconds: float  # wall-clock, over all its resumes
     reused: bool  # it was finished before this run of the command
-
-
-@dataclasses.dataclass(frozen=True)
-class LedgerEntry:
-    """Which prompts a stage saw and whether it used their labels."""
-
-    stage: str
-    prompts: str  # entry of `data`, with its half
-    num_prompts: int  # distinct prompts
-    labels_used: bool  # rewards or reference solutions, not prompts alone
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

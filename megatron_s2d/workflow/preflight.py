@@ -24,6 +24,7 @@ from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.label_ledger import LabelLedger
 from megatron_s2d.data.prompts import PromptSet, is_corpus, prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
@@ -32,7 +33,6 @@ from megatron_s2d.estimate.stage_memory import StageShape, stage_memory, stage_s
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.records import Prompt
 from megatron_s2d.verify import check_labels
-from megatron_s2d.workflow.ledger import Ledger
 from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
 
 
@@ -57,9 +57,9 @@ class Preflight:
         }
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> LabelLedger:
         """Which labels are used where."""
-        return Ledger(self.config, self.prompts)
+        return LabelLedger(self.config, self.prompts)
 
     def ledger_json(self) -> str:
         """The ledger with the ids of all labelled prompts, for a file."""

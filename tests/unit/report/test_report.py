@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_s2d.artifacts.files import append_line, read_json
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.data.label_ledger import LedgerEntry
 from megatron_s2d.report.contrasts import PairedComparison, evaluation_from_rows, paired_comparison
 from megatron_s2d.report.diagnostics import gap_shares, plot_diagnostics
 from megatron_s2d.report.html_page import MAX_SHOWN_CHARACTERS, visible
@@ -19,7 +20,6 @@ from megatron_s2d.report.report import print_report, render_markdown, write_repo
 from megatron_s2d.report.results import (
     ArmResult,
     ContrastResult,
-    LedgerEntry,
     RefusedContrast,
     RolloutExample,
     RunResults,
