@@ -1,33 +1,20 @@
-"""Verifiers: from a response and a label to a reward of 0 or 1 and one word on how it came about."""
+"""Verifiers: grade responses against reference answers or unit tests, with a reward of 0 or 1 and a reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_s2d.data.tasks import check_answer
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_verifier import CodeVerifier, isolation, read_label
+from megatron_s2d.verify.code_verifier import CodeVerifier, parse_unit_tests, sandbox_layers
 from megatron_s2d.verify.math_verifier import MathVerifier
-from megatron_s2d.verify.verdicts import Verdict, Verifier
+from megatron_s2d.verify.verifier import TaskVerifier, Verdict, Verifier
 
-__all__ = ["VERIFIERS", "Verifier", "RewardManager", "Verdict", "check_labels"]
-
-
-class TaskVerifier:
-    """The embedded task, which is checked by looking (``data/tasks.py``)."""
-
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict a response, in order."""
-        pairs = zip(prompts, responses, strict=True)
-        return [Verdict(*check_answer(response, prompt.answer)) for prompt, response in pairs]
-
-    def close(self) -> None:
-        """Nothing to end."""
+__all__ = ["VERIFIERS", "RewardManager", "Verdict", "Verifier", "check_labels"]
 
 
-# key of Prompt.verifier -> what makes its grader
+# value of Prompt.verifier -> its constructor
 VERIFIERS: dict[str, Callable[[], Verifier]] = {
     "modular_arithmetic": TaskVerifier,
     "math": MathVerifier,
@@ -36,49 +23,51 @@ VERIFIERS: dict[str, Callable[[], Verifier]] = {
 
 
 def check_labels(prompts: Sequence[Prompt]) -> None:
-    """Whether the prompts can be graded here, found out before a run rather than in it.
+    """Check before a run that the prompts can be graded on this machine.
 
-    Raises ``UserError`` for a prompt without a label or with an unknown verifier, for unit tests of no known kind, and
-    on a machine that cannot confine the programs under test.
+    Raises ``UserError`` for a prompt without a label or with an unknown verifier, for malformed unit tests, and if
+    programs cannot be sandboxed here.
     """
     for prompt in prompts:
         if prompt.verifier is None or prompt.answer is None:
-            raise UserError(f"prompt {prompt.id} has no verifier or no answer; it cannot be graded")
+            raise UserError(f"prompt {prompt.id} has no verifier or no answer; set both to grade it")
         if prompt.verifier not in VERIFIERS:
-            raise UserError(f"prompt {prompt.id}: unknown verifier '{prompt.verifier}' (known: {', '.join(VERIFIERS)})")
+            raise UserError(
+                f"prompt {prompt.id}: unknown verifier '{prompt.verifier}'; choose one of {', '.join(VERIFIERS)}"
+            )
         if prompt.verifier == "code":
-            read_label(prompt)
+            parse_unit_tests(prompt)
     if any(prompt.verifier == "code" for prompt in prompts):
-        isolation()
+        sandbox_layers()
 
 
 class RewardManager:
-    """Grades batches of responses, each by its prompt's verifier; a context manager, for there are worker processes.
+    """Grades batches of responses, each with the verifier of its prompt. A context manager: it owns worker processes.
 
-    Workers start with the first response that needs them, whether or not torch or a process group is there.
+    Workers start with the first response that needs them and inherit neither torch nor a process group.
     """
 
     def __init__(self) -> None:
-        self._graders: dict[str, Verifier] = {}
+        self._verifiers: dict[str, Verifier] = {}
 
     def __enter__(self) -> RewardManager:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for grader in self._graders.values():
-            grader.close()
-        self._graders.clear()
+        for verifier in self._verifiers.values():
+            verifier.close()
+        self._verifiers.clear()
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict a response, in order. Raises ``UserError`` as ``check_labels`` does."""
-        places: dict[str, list[int]] = {}
+        """Return one verdict per response, in order. Raises ``UserError`` like ``check_labels``."""
+        indices_by_verifier: dict[str, list[int]] = {}
         check_labels(prompts)
-        for place, (prompt, _) in enumerate(zip(prompts, responses, strict=True)):
-            places.setdefault(prompt.verifier, []).append(place)
-        found: dict[int, Verdict] = {}
-        for name, own in places.items():
-            if name not in self._graders:
-                self._graders[name] = VERIFIERS[name]()
-            verdicts = self._graders[name].grade([prompts[i] for i in own], [responses[i] for i in own])
-            found.update(zip(own, verdicts, strict=True))
-        return [found[place] for place in range(len(prompts))]
+        for index, (prompt, _) in enumerate(zip(prompts, responses, strict=True)):
+            indices_by_verifier.setdefault(prompt.verifier, []).append(index)
+        verdicts: dict[int, Verdict] = {}
+        for name, indices in indices_by_verifier.items():
+            if name not in self._verifiers:
+                self._verifiers[name] = VERIFIERS[name]()
+            graded = self._verifiers[name].grade([prompts[i] for i in indices], [responses[i] for i in indices])
+            verdicts.update(zip(indices, graded, strict=True))
+        return [verdicts[index] for index in range(len(prompts))]

@@ -1,11 +1,12 @@
-"""The process that holds the tests and judges the values that a program's process returns. Standard library only.
+"""Runs the unit tests of a program in a process of their own, apart from the program. Standard library only.
 
-    code grader --label, on standard input--> tester (confined) <==calls and values==> candidate (confined)
-         ^                                       |
-         +-------- one word, standard output ----+
+    code verifier --label, on standard input--> case_runner.py (confined) <==calls and values==> program.py (confined)
+         ^                                            |
+         +-----------status, standard output ---------+
 
-``case_runner.py CALLS ANSWERS LIMITS`` with two open file descriptors. The words: ``correct``, ``wrong`` (a test failed),
-``error`` (the program raised), ``crash`` (it ended), ``bad_label`` (the tests themselves failed to run).
+Usage: ``case_runner.py CALLS ANSWERS LIMITS``, the first two being open file descriptors. It prints one status:
+``correct``, ``wrong`` (a test failed), ``error`` (the program raised), ``crash`` (the program ended or sent an invalid
+reply), ``bad_label`` (the tests themselves could not run).
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from typing import Any
 from sandbox import confine
 from serialization import calls_like, decode, encode, equal
 
-sys.path.pop(0)  # this folder, which was needed for the lines above only
+sys.path.pop(0)  # this folder, needed only for the imports above
 
-_LONGEST_LINE = 32 << 20
+_MAX_LINE_BYTES = 32 << 20
 _FLOAT_TOLERANCE = 1e-6
 
 
 class Crash(BaseException):
-    """The program's process has ended or talks nonsense; a test's ``except`` clauses do not stop it."""
+    """The program's process ended or sent an invalid reply. A BaseException, so that tests cannot catch it."""
 
 
 class BadLabel(Exception):
-    """The tests fail by themselves."""
+    """The tests themselves could not run."""
 
 
 class ProgramError(Exception):
-    """The program raised something that is no built-in exception."""
+    """The program raised an exception that is not built in."""
 
 
-class Remote:
-    """A function of the program's process."""
+class RemoteFunction:
+    """A function that runs in the program's process."""
 
     def __init__(self, name: str, calls: Any, answers: Any) -> None:
         self._name, self._calls, self._answers = name, calls, answers
@@ -55,8 +56,8 @@ class Remote:
         return self.answer()
 
     def answer(self) -> Any:
-        """The value of the last call, or the exception it raised."""
-        line = self._answers.readline(_LONGEST_LINE)
+        """Return the value of the last call, or raise its exception."""
+        line = self._answers.readline(_MAX_LINE_BYTES)
         if not line.endswith("\n"):
             raise Crash
         try:
@@ -72,7 +73,7 @@ class Remote:
         raise ProgramError(str(value))
 
 
-def _asserts(label: dict, function: Remote) -> bool:
+def _asserts(label: dict, function: RemoteFunction) -> bool:
     names = {"__name__": "tests"}
     try:
         exec(compile(label["setup"], "<setup>", "exec"), names)
@@ -88,7 +89,7 @@ def _asserts(label: dict, function: Remote) -> bool:
     return True
 
 
-def _reference(label: dict, function: Remote) -> bool:
+def _reference(label: dict, function: RemoteFunction) -> bool:
     tolerance = max(label["tolerance"], _FLOAT_TOLERANCE)
     names = {"__name__": "reference"}
     try:
@@ -98,7 +99,7 @@ def _reference(label: dict, function: Remote) -> bool:
         raise BadLabel from error
     for arguments in calls:
         try:
-            # Through the wire, as the program's value: what is opaque there is opaque here.
+            # Serialized like the program's value, so that both lose the same types.
             expected = decode(encode(names[label["entry_point"]](*copy.deepcopy(arguments))))
         except Exception as error:
             raise BadLabel from error
@@ -107,19 +108,19 @@ def _reference(label: dict, function: Remote) -> bool:
     return True
 
 
-def _agrees(found: Any, expected: Any, compare: str, tolerance: float) -> bool:
+def _agrees(actual: Any, expected: Any, compare: str, tolerance: float) -> bool:
     if compare == "truth":
-        return bool(found) == bool(expected)
+        return bool(actual) == bool(expected)
     if compare == "set":
         try:
-            return set(found) == set(expected)
+            return set(actual) == set(expected)
         except TypeError:  # not a collection, or one of lists
-            return equal(found, expected, tolerance)
-    return equal(found, expected, tolerance)
+            return equal(actual, expected, tolerance)
+    return equal(actual, expected, tolerance)
 
 
-def _examples(label: dict, function: Remote) -> bool:
-    """Arguments and results as JSON has them, so a tuple may stand for a list."""
+def _examples(label: dict, function: RemoteFunction) -> bool:
+    """Compare results with JSON values, for which a tuple counts as a list."""
     for arguments, expected in zip(label["inputs"], label["outputs"], strict=True):
         if not equal(_lists(function(*arguments)), expected, _FLOAT_TOLERANCE):
             return False
@@ -135,28 +136,28 @@ def _lists(value: Any) -> Any:
 _KINDS = {"asserts": _asserts, "reference": _reference, "examples": _examples}
 
 
-def judge(label: dict, function: Remote) -> str:
-    """The word on a program, from its values."""
+def judge(label: dict, function: RemoteFunction) -> str:
+    """Run the tests against ``function`` and return the status of the program."""
     try:
-        function.answer()  # the definitions were run
+        function.answer()  # the reply to running the definitions
         return "correct" if _KINDS[label["kind"]](label, function) else "wrong"
     except BadLabel:
         return "bad_label"
     except (Crash, MemoryError):
         return "crash"
     except Exception:
-        return "error" if function.failed else "wrong"  # a test that trips over an odd value has failed
+        return "error" if function.failed else "wrong"  # the test raised on an unexpected value: it failed
 
 
 def main() -> None:
     calls, answers, limits = sys.argv[1:]
     label = json.load(sys.stdin)
-    verdict = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what tests print goes nowhere
+    status_file = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard what tests print
     confine(**json.loads(limits))
-    with open(int(calls), "w", encoding="utf-8") as out, open(int(answers), encoding="utf-8") as back:
-        verdict.write(judge(label, Remote(label["entry_point"], out, back)))
-        verdict.flush()
+    with open(int(calls), "w", encoding="utf-8") as call_file, open(int(answers), encoding="utf-8") as answer_file:
+        status_file.write(judge(label, RemoteFunction(label["entry_point"], call_file, answer_file)))
+        status_file.flush()
         os._exit(0)
 
 

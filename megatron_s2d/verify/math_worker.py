@@ -1,13 +1,13 @@
-"""The process that math-verify runs in: a script of its own, so that it imports math-verify and little else.
+"""The worker process that runs math-verify: a script of its own, so that it imports math-verify and little else.
 
-    grader thread  --JSON line-->  this process  --fork-->  child: confined, compares one pair
-          ^                             |  ^                     |
-          +-------- one word -----------+  +------ one word -----+     killed at the deadline
+    verifier thread  --JSON line-->  this process  --fork-->  child: confined, compares one pair
+          ^                               |  ^                     |
+          +---------- status -------------+  +------ status -------+     killed at the deadline
 
-It says ``ready``, reads lines ``{"label", "answer", "cpu_seconds", "memory_bytes"}`` and answers each with one of
-``correct``, ``wrong``, ``unreadable``, ``bad_label``, ``timeout``, ``crash``. Every pair gets a fresh child, so that
-one answer can neither hang nor exhaust nor change what judges the next; the child is confined because expressions are
-built from model output.
+It prints ``ready``, reads lines ``{"label", "answer", "cpu_seconds", "memory_bytes"}`` and answers each with a status:
+``correct``, ``wrong``, ``unreadable``, ``bad_label``, ``timeout`` or ``crash``. Every pair gets a fresh child, so that
+one answer cannot hang, exhaust or change the next comparison; the child is confined because expressions are built from
+model output.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ import sys
 
 from sandbox import confine, die_with_parent
 
-sys.path.pop(0)  # this folder, which was needed for the line above only
+sys.path.pop(0)  # this folder, needed only for the import above
 
 from math_verify import parse, verify
 
-# Compared once before the first child: they load what sympy loads late and build the parser's tables, for all children.
+# Compared once before the first fork: this loads sympy's lazy imports and builds the parser's tables for all children.
 _WARM_UP = (
     ("\\frac{1}{2}", "0.5"), ("\\frac{\\sqrt{3}}{2}", "0.86"), ("x^2+1", "(x+1)^2"), ("(1,2)", "\\{1,3\\}"),
     ("\\frac{\\pi}{4}", "\\sin(1)+\\log(2)"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "x=3"), ("[0,1)", "x \\le 2"),
 )  # fmt: skip
 _WALL_PER_CPU_SECOND = 10
-_WORDS = ("correct", "wrong", "unreadable", "bad_label")
+_STATUSES = ("correct", "wrong", "unreadable", "bad_label")
 
 
 def compare(label: str, answer: str) -> str:
-    """How ``answer`` stands to ``label``, both LaTeX or plain expressions."""
-    gold, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (label, answer))
+    """Compare ``answer`` with ``label``, both LaTeX or plain expressions, and return the status."""
+    gold, parsed = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (label, answer))
     if not gold:
         return "bad_label"
-    if not found:
+    if not parsed:
         return "unreadable"
-    return "correct" if verify(gold, found, timeout_seconds=None) else "wrong"
+    return "correct" if verify(gold, parsed, timeout_seconds=None) else "wrong"
 
 
 def _judge(request: dict) -> str:
-    """The word of a confined child, or what became of it."""
+    """Compare in a confined child and return its status, or how the child failed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -56,22 +56,22 @@ def _judge(request: dict) -> str:
             confine(request["memory_bytes"], request["cpu_seconds"], 0)
             os.write(1, compare(request["label"], request["answer"]).encode())
         finally:
-            os._exit(0)  # whatever was raised: no word on the pipe is a crash
+            os._exit(0)  # even after an exception: no status on the pipe counts as a crash
     os.close(writing)
-    # Processor time is the limit that counts, so that a busy machine judges as an idle one does.
+    # The limit is on processor time, so that the status does not depend on the load of the machine.
     ready, _, _ = select.select([reading], [], [], _WALL_PER_CPU_SECOND * request["cpu_seconds"])
-    word = os.read(reading, 64).decode(errors="replace") if ready else "timeout"
+    status = os.read(reading, 64).decode(errors="replace") if ready else "timeout"
     os.close(reading)
-    os.kill(child, signal.SIGKILL)  # a zombie takes it as well as a process that is stuck
-    _, status = os.waitpid(child, 0)
-    if not word and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+    os.kill(child, signal.SIGKILL)  # harmless for a zombie, needed for a process that hangs
+    _, exit_status = os.waitpid(child, 0)
+    if not status and os.WIFSIGNALED(exit_status) and os.WTERMSIG(exit_status) == signal.SIGXCPU:
         return "timeout"
-    return word if word in (*_WORDS, "timeout") else "crash"
+    return status if status in (*_STATUSES, "timeout") else "crash"
 
 
 def main() -> None:
-    die_with_parent()  # the end of the input would do, but for a copy of the pipe in another child of the trainer
-    logging.disable(logging.CRITICAL)  # math-verify warns that it was told to leave the time limit to us
+    die_with_parent()  # end of input is not enough: another child of the trainer may hold a copy of the pipe
+    logging.disable(logging.CRITICAL)  # math-verify warns about disabled time limits
     for label, answer in _WARM_UP:
         compare(label, answer)
     print("ready", flush=True)

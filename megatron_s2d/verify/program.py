@@ -1,10 +1,10 @@
-"""The confined process that runs a foreign program. A script of its own: standard library only.
+"""The confined process that runs an untrusted program. A script of its own: standard library only.
 
 ``program.py call FILE_DESCRIPTOR LIMITS`` runs the definitions, then answers calls: a line ``encode((name, arguments,
-keywords))`` on the standard input is answered with ``encode(("value", result))`` or ``encode(("error", type name))``.
+keywords))`` on standard input gets the reply ``encode(("value", result))`` or ``encode(("error", type name))``.
 ``program.py script FILE_DESCRIPTOR LIMITS`` runs the program as ``__main__`` between standard input and output.
-The program is read from the open file descriptor: ``{"setup", "program"}`` as JSON, run in this order. Nothing here
-knows what is expected of the program, and nothing it writes is believed to be more than the value of a call.
+The program is read from the open file descriptor as JSON, ``{"setup", "program"}``, and run in this order. This process
+does not know the expected results, and its output is trusted only as the value of a call.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from sandbox import confine
 from serialization import decode, encode
 
-sys.path.pop(0)  # this folder, which was needed for the lines above only
+sys.path.pop(0)  # this folder, needed only for the imports above
 
 
 def main() -> None:
@@ -26,22 +27,21 @@ def main() -> None:
         sources = json.load(file)
     calls = answers = None
     if mode == "call":
-        # What the program prints goes nowhere.
+        # Discard what the program prints.
         calls, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-        nowhere = os.open(os.devnull, os.O_RDWR)
+        devnull = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1):
-            os.dup2(nowhere, standard)
+            os.dup2(devnull, standard)
     sys.argv[:] = ["program"]
     confine(**json.loads(limits))
     names = {"__name__": "__main__" if mode == "script" else "program", "__builtins__": __builtins__}
     if mode == "script":
         _define(sources, names)
         return
-    answers.write(_attempt(lambda: _define(sources, names)) + "\n")
+    answers.write(_attempt(_define, sources, names) + "\n")
     answers.flush()
     for line in calls:
-        name, arguments, keywords = decode(line)
-        answers.write(_attempt(lambda: names[name](*arguments, **keywords)) + "\n")
+        answers.write(_attempt(_call, names, *decode(line)) + "\n")
         answers.flush()
 
 
@@ -50,11 +50,15 @@ def _define(sources: dict[str, str], names: dict[str, object]) -> None:
         exec(compile(sources[part], f"<{part}>", "exec"), names)
 
 
-def _attempt(action: Callable[[], object]) -> str:
-    """The line that tells the value of ``action``, or what it raised."""
+def _call(functions: dict[str, Any], name: str, arguments: tuple, keywords: dict[str, Any]) -> object:
+    return functions[name](*arguments, **keywords)
+
+
+def _attempt(action: Callable[..., object], *arguments: object) -> str:
+    """Return the reply line: the value of the call or the type of the exception it raised."""
     try:
-        return encode(("value", action()))
-    except BaseException as error:  # also SystemExit: leaving is not passing
+        return encode(("value", action(*arguments)))
+    except BaseException as error:  # also SystemExit: exiting does not pass
         return encode(("error", type(error).__name__))
 
 

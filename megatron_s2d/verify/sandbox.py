@@ -1,12 +1,15 @@
-"""Confine the calling process before it runs foreign text: resource limits, Landlock, seccomp. Standard library only.
+"""Confines the calling process before it runs untrusted code: resource limits, Landlock, seccomp.
 
-Everything works without privileges and cannot be undone by the process itself. Seccomp lets through the system calls of
-a program that computes and prints, and refuses the rest: no new processes, no sockets, no signals to others, no
-tracing, no file opened for writing, none created, renamed or removed. Landlock leaves only Python's own files readable;
-kernels before 5.13 lack it, and there a program can read what its user can read. Left out: a name space of its own
-(needs privileges in many clusters) and time limits on the wall clock, which belong to whoever waits for the process.
+Works without privileges and cannot be undone by the process itself. Seccomp allows only the system calls of a program
+that computes and prints: no new processes, no sockets, no signals to others, no tracing, no file opened for writing,
+created, renamed or removed. Landlock leaves only Python's own files readable; kernels before 5.13 lack it, and there a
+program can read all files of its user. Not covered: namespaces (they need privileges in many clusters) and wall-clock
+limits, which the waiting process enforces.
 
-Run as a script it prints, as a JSON list, the layers that this machine offers.
+Not nsjail or bubblewrap: both are binaries that a cluster must install, and both need user namespaces or root, which
+containers often deny. Standard library only, because the confined scripts import this file.
+
+Run as a script it prints, as a JSON list, the layers that this machine supports.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ _OPENS_FOR_WRITING = 0o3 | 0o100 | 0o1000 | 0o2000 | 0o20000000
 _IOCTLS = (0x5401, 0x5413, 0x5421, 0x5451)  # TCGETS, TIOCGWINSZ, FIONBIO, FIOCLEX
 _FCNTLS = (0, 1, 2, 3, 4, 1030)  # DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC: nothing that sends signals
 
-# Instructions of classic BPF, and where struct seccomp_data has what.
+# Instructions of classic BPF, and offsets in struct seccomp_data.
 _LOAD, _EQUAL, _ANY_BIT, _AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _NR, _ARCH = 0, 4
 _KILL, _ALLOW, _EPERM, _ENOSYS = 0x80000000, 0x7FFF0000, 0x00050001, 0x00050026
@@ -67,7 +70,7 @@ def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -
 
 
 def _when(number: int | None, body: list[bytes]) -> list[bytes]:
-    """``body`` (which returns on every path) for the call ``number``; other calls pass by."""
+    """Run ``body`` (which returns on every path) for the system call ``number`` only."""
     if number is None:
         return []
     return [_instruction(_LOAD, _NR), _instruction(_EQUAL, number, 0, len(body)), *body]
@@ -84,20 +87,20 @@ def _allow_if_no_bit(argument: int, mask: int) -> list[bytes]:
 
 def _allow_if_in(argument: int, values: tuple[int, ...]) -> list[bytes]:
     body = [_instruction(_LOAD, _argument(argument))]
-    for place, value in enumerate(values):
-        body.append(_instruction(_EQUAL, value, len(values) - place, 0))
+    for index, value in enumerate(values):
+        body.append(_instruction(_EQUAL, value, len(values) - index, 0))
     return [*body, _instruction(_RETURN, _EPERM), _instruction(_RETURN, _ALLOW)]
 
 
 def _filter(column: int, architecture: int) -> bytes:
-    """The program that the kernel runs at every system call."""
+    """Return the BPF program that the kernel runs at every system call."""
     allow, refuse = _instruction(_RETURN, _ALLOW), _instruction(_RETURN, _EPERM)
     program = [
         _instruction(_LOAD, _ARCH),
         _instruction(_EQUAL, architecture, 1, 0),
         _instruction(_RETURN, _KILL),
         _instruction(_LOAD, _NR),
-        _instruction(_AT_LEAST, 0x40000000, 0, 1),  # the x32 numbers of x86_64 would pass by every test below
+        _instruction(_AT_LEAST, 0x40000000, 0, 1),  # x32 numbers of x86_64 would bypass every test below
         _instruction(_RETURN, _KILL),
     ]
     for numbers in _CALLS.values():
@@ -105,7 +108,7 @@ def _filter(column: int, architecture: int) -> bytes:
             program += [_instruction(_EQUAL, numbers[column], 0, 1), allow]
     thread = [_instruction(_LOAD, _argument(0)), _instruction(_ANY_BIT, _CLONE_THREAD, 0, 1), allow, refuse]
     program += _when(_CLONE[column], thread)
-    # Its flags lie in memory, which a filter cannot see; the C library goes on with clone.
+    # Its flags are in memory, which a filter cannot read; the C library falls back to clone.
     program += _when(_CLONE3[column], [_instruction(_RETURN, _ENOSYS)])
     program += _when(_OPEN[column], _allow_if_no_bit(1, _OPENS_FOR_WRITING))
     program += _when(_OPENAT[column], _allow_if_no_bit(2, _OPENS_FOR_WRITING))
@@ -125,10 +128,10 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-def _check(result: int, what: str) -> int:
+def _check(result: int, action: str) -> int:
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"{what}: {os.strerror(error)}")
+        raise OSError(error, f"{action}: {os.strerror(error)}")
     return result
 
 
@@ -154,7 +157,7 @@ _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 
 
 def _landlock_version() -> int:
-    """0 where the kernel has no Landlock, or has it switched off."""
+    """Return the Landlock version of the kernel; 0 if it has none or disables it."""
     return max(0, _libc().syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
@@ -180,30 +183,30 @@ def _apply_landlock(readable: list[str]) -> None:
 
 
 def python_files() -> list[str]:
-    """What a Python program reads: the standard library, installed packages, shared libraries, time zones."""
+    """Return the paths a Python program reads: standard library, packages, shared libraries, time zones."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
-    found = [sysconfig.get_path(name) for name in names]
-    found += [sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix}) for name in names]
+    paths = [sysconfig.get_path(name) for name in names]
+    paths += [sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix}) for name in names]
     library = sysconfig.get_config_var("LIBDIR")
-    found += [library] if library else []
-    found += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom"]
-    return sorted(set(found))
+    paths += [library] if library else []
+    paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom"]
+    return sorted(set(paths))
 
 
-# ------------------------------------------------------------------------------------------------------------ together
+# -------------------------------------------------------------------------------------------------------- entry points
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the thread that started it ends."""
+    """Ask the kernel to kill this process when the thread that started it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> list[str]:
-    """Confine this process for good; the layers applied, of ``limits``, ``landlock``, ``seccomp``.
+    """Confine this process permanently and return the applied layers of ``limits``, ``landlock``, ``seccomp``.
 
-    ``memory_bytes`` bounds the address space, ``cpu_seconds`` the processor time, ``file_bytes`` what may be written
-    to a file that is open already. The process dies with the thread that started it. Raises ``OSError`` where a layer
-    that the machine offers cannot be applied, and where there is no seccomp.
+    ``memory_bytes`` limits the address space, ``cpu_seconds`` the processor time, ``file_bytes`` the size of files that
+    are already open. The process dies with the thread that started it. Raises ``OSError`` if seccomp is missing or a
+    layer that the machine supports cannot be applied.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,9 +1,8 @@
-"""Plain Python values as JSON, with their types: what a foreign program and the tests of it exchange.
+"""Plain Python values as JSON with their types: the exchange format between an untrusted program and its tests.
 
-Only data crosses: numbers, text, bytes and containers of them; of a named tuple, an enumeration of numbers or a scalar
-of numpy its plain part. Anything else becomes ``Opaque``, which equals nothing and knows only whether it was true. So a
-program cannot hand its judge an object with an ``__eq__`` of its own.
-Standard library only.
+Only data crosses: numbers, text, bytes and containers of them. A named tuple, a numeric enumeration or a numpy scalar
+crosses as its plain value. Anything else becomes ``Opaque``, which equals nothing and has only a truth value, so a
+program cannot hand its tests an object with an ``__eq__`` of its own. Standard library only.
 """
 
 from __future__ import annotations
@@ -40,54 +39,56 @@ _MAKERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 
 
 def encode(value: Any) -> str:
-    """One line of text for ``value``."""
+    """Return ``value`` as one line of text."""
     return json.dumps(_pack(value))
 
 
 def decode(text: str) -> Any:
-    """The value of a line that ``encode`` wrote. Raises ``ValueError`` for any other text."""
+    """Return the value of a line written by ``encode``; raise ``ValueError`` for any other text."""
     try:
         return _unpack(json.loads(text))
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an encoded value: {error}") from None
 
 
-def equal(found: Any, expected: Any, tolerance: float) -> bool:
-    """Python's equality, but floats within a relative or absolute tolerance and nan equal to nan, at any depth."""
-    if type(found) in (int, float) and type(expected) in (int, float) and float in (type(found), type(expected)):
-        both_nan = math.isnan(found) and math.isnan(expected)
-        return both_nan or math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
-    if type(found) is not type(expected):
-        return found == expected
+def equal(actual: Any, expected: Any, tolerance: float) -> bool:
+    """Compare like ``==``, but at any depth floats within a tolerance are equal, and so are nan and nan."""
+    if type(actual) in (int, float) and type(expected) in (int, float) and float in (type(actual), type(expected)):
+        both_nan = math.isnan(actual) and math.isnan(expected)
+        return both_nan or math.isclose(actual, expected, rel_tol=tolerance, abs_tol=tolerance)
+    if type(actual) is not type(expected):
+        return actual == expected
     if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(
-            equal(one, other, tolerance) for one, other in zip(found, expected, strict=True)
+        return len(actual) == len(expected) and all(
+            equal(one, other, tolerance) for one, other in zip(actual, expected, strict=True)
         )
     if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(equal(found[key], expected[key], tolerance) for key in expected)
-    return found == expected
+        return actual.keys() == expected.keys() and all(
+            equal(actual[key], expected[key], tolerance) for key in expected
+        )
+    return actual == expected
 
 
 def calls_like(calls: list[list], example: tuple) -> list[list]:
-    """The arguments of calls from JSON, with the types of the call ``example``.
+    """Give the arguments of ``calls``, read from JSON, the types of the call ``example``.
 
-    Complex numbers come as text; where one call has one ("1j"), the texts in place of numbers ("2") are numbers in all.
+    JSON has complex numbers as text. If one call has one ("1j"), texts in place of numbers ("2") are numbers in all.
     """
-    found = [list(like(arguments, example)) for arguments in calls]
+    typed = [list(like(arguments, example)) for arguments in calls]
     texts = [
-        (arguments, place)
-        for arguments in found
-        for place, (value, shown) in enumerate(zip(arguments, example, strict=False))
+        (arguments, index)
+        for arguments in typed
+        for index, (value, shown) in enumerate(zip(arguments, example, strict=False))
         if isinstance(value, str) and isinstance(shown, (int, float, complex))
     ]
-    if any(_COMPLEX.fullmatch(arguments[place]) for arguments, place in texts):
-        for arguments, place in texts:
-            arguments[place] = complex(arguments[place])
-    return found
+    if any(_COMPLEX.fullmatch(arguments[index]) for arguments, index in texts):
+        for arguments, index in texts:
+            arguments[index] = complex(arguments[index])
+    return typed
 
 
 def like(value: Any, example: Any) -> Any:
-    """``value`` from JSON with the types that ``example`` shows: tuples and sets are not JSON.
+    """Convert ``value`` from JSON to the types in ``example``, because JSON has no tuples and sets.
 
     ``like([[1, [2]], [3, 4]], ((1, (2,)), {5}))`` is ``((1, (2,)), {3, 4})``.
     """
@@ -95,14 +96,15 @@ def like(value: Any, example: Any) -> Any:
         return {key: like(item, next(iter(example.values()))) for key, item in value.items()}
     if not isinstance(value, list) or not isinstance(example, (list, tuple, set)):
         return value
-    shown = list(example)
-    # For what lies beyond the example: the first container that it shows, or one like itself.
-    general = next((item for item in shown if isinstance(item, _CONTAINERS)), type(example)())
-    found = []
-    for place, item in enumerate(value):
-        own = shown[place] if place < len(shown) else shown[-1] if shown else None
-        found.append(like(item, general if isinstance(item, list) and not isinstance(own, _CONTAINERS) else own))
-    return type(example)(found)
+    templates = list(example)
+    # For items beyond the example: its first container, or an empty one of the type of the example.
+    general = next((item for item in templates if isinstance(item, _CONTAINERS)), type(example)())
+    items = []
+    for index, item in enumerate(value):
+        template = templates[index] if index < len(templates) else templates[-1] if templates else None
+        use_general = isinstance(item, list) and not isinstance(template, _CONTAINERS)
+        items.append(like(item, general if use_general else template))
+    return type(example)(items)
 
 
 def _pack(value: Any) -> Any:
@@ -112,7 +114,7 @@ def _pack(value: Any) -> Any:
     if kind is int:
         return value if abs(value) < _SAFE_INTEGER else {"int": hex(value)}  # no limit on digits, no loss
     if kind is float:
-        return {"float": value.hex()}  # tells 1.0 from 1, and keeps nan and infinities
+        return {"float": value.hex()}  # distinguishes 1.0 from 1 and keeps nan and infinities
     if kind is list:
         return [_pack(item) for item in value]
     if kind in _SEQUENCES:
@@ -125,7 +127,7 @@ def _pack(value: Any) -> Any:
         return {"bytes": value.hex()}
     if kind is range:
         return {"range": [value.start, value.stop, value.step]}
-    for plain in (str, int, float, tuple, list, dict):  # a named tuple or an enumeration, by its plain part
+    for plain in (str, int, float, tuple, list, dict):  # a named tuple or an enumeration as its plain value
         if isinstance(value, plain):
             return _pack(plain(value) if plain in _CONTAINERS else plain.__add__(value, plain()))
     if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:

@@ -1,7 +1,7 @@
-"""A pool of long-lived worker processes that answer one JSON line with one word.
+"""A pool of long-lived worker processes that answer each JSON request with one status line.
 
-Plain pipes rather than ``multiprocessing``: a worker is a script of its own that imports little, is started afresh
-(nothing of torch or of a process group is inherited), and exchanges text only.
+Plain pipes rather than ``multiprocessing``: a worker is a script of its own with few imports, inherits nothing of torch
+or of a process group, and exchanges text only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_START_SECONDS = 300  # for imports on a busy machine with a cold file system
+_STARTUP_TIMEOUT_S = 300  # imports on a busy machine with a cold file system
 
 
 class _Worker:
-    """One process, started when first asked and again after it was lost."""
+    """One process, started with its first request and restarted after a failure."""
 
     def __init__(self, script: Path) -> None:
         self._script = script
         self._process: subprocess.Popen | None = None
 
-    def ask(self, request: dict[str, Any], seconds: float) -> str:
-        """The word for ``request``; "crash" if the process ends, "timeout" if it says nothing for ``seconds``."""
+    def run(self, request: dict[str, Any], timeout_s: float) -> str:
+        """Return the status of ``request``; "crash" if the process ends, "timeout" after ``timeout_s``."""
         if self._process is None:
             self._start()
         try:
@@ -37,10 +37,10 @@ class _Worker:
         except BrokenPipeError:
             self.close()
             return "crash"
-        word = self._line(seconds)
-        if word is None or not word:
+        status = self._read_line(timeout_s)
+        if not status:
             self.close()
-        return "timeout" if word is None else word or "crash"
+        return "timeout" if status is None else status or "crash"
 
     def close(self) -> None:
         if self._process is not None:
@@ -49,21 +49,21 @@ class _Worker:
             self._process = None
 
     def _start(self) -> None:
-        # -E -s: settings of the user's shell do not reach the worker. Its own session: Ctrl-C is for the trainer,
-        # which then closes the pool.
+        # -E -s: ignore the user's Python settings. A new session: Ctrl-C goes to the trainer only, which then closes
+        # the pool.
         self._process = subprocess.Popen(
             [sys.executable, "-E", "-s", str(self._script)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
-        if self._line(_START_SECONDS) != "ready":
+        if self._read_line(_STARTUP_TIMEOUT_S) != "ready":
             self.close()
-            raise RuntimeError(f"the worker {self._script.name} did not start; its message is on the error output")
+            raise RuntimeError(f"the worker {self._script.name} did not start; see its error output")
 
-    def _line(self, seconds: float) -> str | None:
-        """The next line, "" at the end of the stream, None after ``seconds``."""
-        text, end = b"", time.monotonic() + seconds
+    def _read_line(self, timeout_s: float) -> str | None:
+        """Return the next line, "" at the end of the stream, None after ``timeout_s``."""
+        text, deadline = b"", time.monotonic() + timeout_s
         while not text.endswith(b"\n"):
-            if not _is_readable(self._process.stdout, max(0.0, end - time.monotonic())):
+            if not _is_readable(self._process.stdout, max(0.0, deadline - time.monotonic())):
                 return None
             part = self._process.stdout.read(4096)
             if not part:
@@ -72,15 +72,15 @@ class _Worker:
         return text.decode().strip()
 
 
-def _is_readable(file: Any, seconds: float) -> bool:
-    """Whether ``file`` has something to read (or has ended) within ``seconds``; for any number of open files."""
-    watch = select.poll()
-    watch.register(file, select.POLLIN)
-    return bool(watch.poll(1000 * seconds))
+def _is_readable(file: Any, timeout_s: float) -> bool:
+    """Return whether ``file`` has data or ends within ``timeout_s``; unlike select, for any descriptor number."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
 class WorkerPool:
-    """At most ``num_workers`` processes of ``script``, started as they are needed."""
+    """At most ``num_workers`` processes of ``script``, started on demand."""
 
     def __init__(self, script: Path, num_workers: int) -> None:
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix=script.stem)
@@ -89,9 +89,9 @@ class WorkerPool:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def ask(self, requests: Sequence[dict[str, Any]], seconds: float) -> list[str]:
-        """The words for ``requests``, in order; no single one takes longer than ``seconds`` and a start."""
-        return list(self._threads.map(lambda request: self._ask(request, seconds), requests))
+    def run(self, requests: Sequence[dict[str, Any]], timeout_s: float) -> list[str]:
+        """Return the statuses of ``requests`` in order; ``timeout_s`` limits each of them, without startup time."""
+        return list(self._threads.map(lambda request: self._run_one(request, timeout_s), requests))
 
     def close(self) -> None:
         """Kill the processes."""
@@ -99,9 +99,9 @@ class WorkerPool:
         for worker in self._workers:
             worker.close()
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> str:
+    def _run_one(self, request: dict[str, Any], timeout_s: float) -> str:
         worker = self._idle.get()
         try:
-            return worker.ask(request, seconds)
+            return worker.run(request, timeout_s)
         finally:
             self._idle.put(worker)

@@ -1,4 +1,4 @@
-"""Programs against unit tests: right ones pass, changed ones fail, hostile ones do neither harm nor pass."""
+"""Programs against unit tests: correct ones pass, mutated ones fail, hostile ones neither do harm nor pass."""
 
 import ast
 import collections
@@ -16,7 +16,7 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data.files import read_problems
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_verifier import CodeVerifier, extract_program, isolation, same_output
+from megatron_s2d.verify.code_verifier import CodeVerifier, extract_program, same_output, sandbox_layers
 from megatron_s2d.verify.serialization import Opaque, calls_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -26,18 +26,18 @@ ASSERTS = {"kind": "asserts", "setup": "", "entry_point": "f", "tests": "def che
 
 
 @pytest.fixture(scope="module")
-def grader():
-    grader = CodeVerifier(num_workers=2, cpu_seconds=1, memory_bytes=512 << 20, wall_seconds=60)
-    yield grader
-    grader.close()
+def verifier():
+    verifier = CodeVerifier(num_workers=2, cpu_seconds=1, memory_bytes=512 << 20, wall_seconds=60)
+    yield verifier
+    verifier.close()
 
 
 def _prompt(label, id="p"):
     return Prompt(id, None, "", "code", "code", label if isinstance(label, str) else json.dumps(label))
 
 
-def _word(grader, program, label):
-    verdict = grader.grade([_prompt(label)], [f"```python\n{program}\n```"])[0]
+def _status(verifier, program, label):
+    verdict = verifier.grade([_prompt(label)], [f"```python\n{program}\n```"])[0]
     assert verdict.reward == (verdict.label == "correct")
     return verdict.label
 
@@ -61,23 +61,23 @@ def _word(grader, program, label):
         ("", None),
     ],
 )
-def test_the_program_of_a_response(response, program):
+def test_extract_program(response, program):
     assert extract_program(response) == program
 
 
-def test_plain_values_cross_with_their_types():
+def test_plain_values_keep_their_types():
     values = [
         None, True, 1, -(10**5000), 1.0, float("inf"), "a\n\ud800", b"\x00", (1, [2, (3,)]), {1, 2}, frozenset({"a"}),
         {(1, 2): [1.5], "k": None}, 1 + 2j, range(3), [],
     ]  # fmt: skip
     for value in values:
-        found = decode(encode(value))
-        assert found == value and type(found) is type(value)
+        decoded = decode(encode(value))
+        assert decoded == value and type(decoded) is type(value)
     assert decode(encode(float("nan"))) != 0
 
     for value in (Always(), object(), lambda: 1, iter([1]), np.ones(1)):
-        found = decode(encode(value))
-        assert isinstance(found, Opaque) and bool(found) == bool(value) and found != value and found != 3
+        decoded = decode(encode(value))
+        assert isinstance(decoded, Opaque) and bool(decoded) == bool(value) and decoded != value and decoded != 3
 
 
 class Always:
@@ -97,35 +97,35 @@ class AlwaysText(Always, str):
         return "SECRET4"
 
 
-class Colour(str, enum.Enum):
+class Colour(str, enum.Enum):  # noqa: UP042 (StrEnum has another __str__)
     RED = "red"
 
 
-def test_of_other_types_the_plain_part_crosses():
+def test_other_types_become_plain_values():
     named = collections.namedtuple("Named", "a b")(1, [2])
     for value, plain in [
         (named, (1, [2])), (np.float64(0.1), 0.1), (np.int64(3), 3), (np.bool_(True), True), (np.float32(0.5), 0.5),
         (enum.IntEnum("E", "A B").B, 2), (Colour.RED, "red"), (AlwaysInt(3), 3), (AlwaysText("x"), "x"),
         (type("D", (dict,), {})({1: 2}), {1: 2}), (type("L", (list,), {})([1]), [1]),
     ]:  # fmt: skip
-        found = decode(encode(value))
-        assert found == plain and type(found) is type(plain)
+        decoded = decode(encode(value))
+        assert decoded == plain and type(decoded) is type(plain)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", '{"code": 1}', '{"int": 3}', '{"tuple": 3}', "{}", "[" * 100_000])
-def test_other_lines_are_refused(text):
+def test_decode_rejects_other_text(text):
     with pytest.raises(ValueError):
         decode(text)
 
 
-def test_equality_of_results():
+def test_equal_with_tolerance():
     assert equal([1.0, (2, {"a": 0.1 + 0.2})], [1, (2, {"a": 0.3})], 1e-6)
     assert equal(float("nan"), float("nan"), 1e-6) and equal(1e9, 1e9 + 1, 1e-6)
-    for found, expected in [([1], (1,)), (1.1, 1.0), ([1, 2], [1]), (None, 0), ("1", 1), ({1: 2}, {1: 3})]:
-        assert not equal(found, expected, 1e-6)
+    for actual, expected in [([1], (1,)), (1.1, 1.0), ([1, 2], [1]), (None, 0), ("1", 1), ({1: 2}, {1: 3})]:
+        assert not equal(actual, expected, 1e-6)
 
 
-def test_arguments_get_their_types_back():
+def test_json_arguments_get_the_types_of_the_example():
     assert like([[1, [2]], [3, 4, 3]], ((1, (2,)), {5})) == ((1, (2,)), {3, 4})
     calls = [["(1+2j)", "0", "j"], ["2", "3.5", "x"]]
     assert calls_like(calls, (1, 1j, "y")) == [[1 + 2j, 0j, "j"], [2 + 0j, 3.5 + 0j, "x"]]
@@ -136,7 +136,7 @@ def test_arguments_get_their_types_back():
 
 
 @pytest.mark.parametrize(
-    ("program", "word"),
+    ("program", "status"),
     [
         ("def f(x):\n    return 'SECRET' + str(2 * x)", "correct"),
         ("print('noise')\ndef f(x):\n    print('noise')\n    return 'SECRET4'", "correct"),
@@ -149,24 +149,24 @@ def test_arguments_get_their_types_back():
         ("g = 1", "error"),
     ],
 )
-def test_function_style(grader, program, word):
-    assert _word(grader, program, ASSERTS) == word
+def test_function_style(verifier, program, status):
+    assert _status(verifier, program, ASSERTS) == status
 
 
 READ_ALL_DESCRIPTORS = """
 import os
 def f(x):
-    found = b""
+    content = b""
     for descriptor in range(64):
         for read in (lambda: os.pread(descriptor, 1 << 20, 0), lambda: os.read(descriptor, 1 << 20)):
             if descriptor > 2:
                 try:
                     os.set_blocking(descriptor, False)
-                    found += read()
+                    content += read()
                 except OSError:
                     pass
-    place = found.find(b"SECRET4")
-    return found[place:place + 7].decode() if place >= 0 else "nothing"
+    index = content.find(b"SECRET4")
+    return content[index:index + 7].decode() if index >= 0 else "nothing"
 """
 SPRAY = """
 import os
@@ -203,7 +203,7 @@ HOSTILE = {
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)",
         {"error", "crash", "timeout"},
     ),
-    "kill the judge": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return 'SECRET4'", {"error"}),
+    "kill the test runner": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return 'SECRET4'", {"error"}),
     "kill everything": ("import os\nos.kill(-1, 9)", {"error"}),
     "always equal": ("class A:\n    def __eq__(s, o): return True\ndef f(x):\n    return A()", {"wrong"}),
     "always equal text": ("class A(str):\n    def __eq__(s, o): return True\ndef f(x):\n    return A()", {"wrong"}),
@@ -216,7 +216,7 @@ HOSTILE = {
         "import sys\nm = sys.modules['__main__']\nm.encode = lambda v: '\"correct\"'\ndef f(x): return 1",
         {"crash"},
     ),
-    "word on every channel": (SPRAY.format(line=b"correct\n"), {"crash", "wrong"}),
+    "status on every channel": (SPRAY.format(line=b"correct\n"), {"crash", "wrong"}),
     "value on every channel": (SPRAY.format(line=b'{"tuple": ["value", true]}\n'), {"wrong", "crash"}),
     "tests through open files": (READ_ALL_DESCRIPTORS, {"wrong", "crash", "timeout", "error"}),
     "reading outside": ("def f(x):\n    return open('/etc/passwd').read()", {"error"}),
@@ -229,16 +229,16 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs(grader, name):
-    program, words = HOSTILE[name]
+def test_hostile_programs(verifier, name):
+    program, statuses = HOSTILE[name]
     start = time.monotonic()
-    assert _word(grader, program, ASSERTS) in words
+    assert _status(verifier, program, ASSERTS) in statuses
     assert time.monotonic() - start < 60
     assert not _processes("program.py") and not _processes("case_runner.py")
 
 
-def test_sleepers_are_stopped():
-    grader = CodeVerifier(num_workers=3, wall_seconds=2)
+def test_sleeping_programs_time_out():
+    verifier = CodeVerifier(num_workers=3, wall_seconds=2)
     programs = {
         "import time\ndef f(x):\n    time.sleep(1e6)": ASSERTS,
         "import threading\ndef f(x):\n    lock = threading.Lock()\n    lock.acquire()\n    lock.acquire()": ASSERTS,
@@ -246,51 +246,52 @@ def test_sleepers_are_stopped():
     }
     try:
         prompts, responses = map(_prompt, programs.values()), [f"```python\n{program}\n```" for program in programs]
-        assert [verdict.label for verdict in grader.grade(list(prompts), responses)] == ["timeout"] * 3
+        assert [verdict.label for verdict in verifier.grade(list(prompts), responses)] == ["timeout"] * 3
     finally:
-        grader.close()
+        verifier.close()
     assert not _processes("program.py") and not _processes("case_runner.py")
 
 
-@pytest.mark.skipif("landlock" not in isolation(), reason="this kernel has no Landlock")
-def test_the_repository_cannot_be_read(grader):
+@pytest.mark.skipif("landlock" not in sandbox_layers(), reason="this kernel has no Landlock")
+def test_repository_cannot_be_read(verifier):
     program = f"def f(x):\n    return open({__file__!r}).read()"
-    assert _word(grader, program, ASSERTS) == "error"
-    assert _word(grader, "import os\ndef f(x):\n    return os.listdir('/')", ASSERTS) == "error"
+    assert _status(verifier, program, ASSERTS) == "error"
+    assert _status(verifier, "import os\ndef f(x):\n    return os.listdir('/')", ASSERTS) == "error"
 
 
-def test_nothing_can_be_written(grader, tmp_path):
-    kept = tmp_path / "kept"
-    kept.write_text("as it was")
+def test_nothing_can_be_written(verifier, tmp_path):
+    existing = tmp_path / "existing"
+    existing.write_text("unchanged")
     actions = (
-        f"open({str(tmp_path / 'new')!r}, 'w')", f"os.remove({str(kept)!r})", f"os.truncate({str(kept)!r}, 0)",
-        f"os.rename({str(kept)!r}, {str(tmp_path / 'moved')!r})", f"os.mkdir({str(tmp_path / 'folder')!r})",
-        f"os.symlink('/', {str(tmp_path / 'link')!r})", f"os.chmod({str(kept)!r}, 0)",
-        f"os.utime({str(kept)!r}, (1, 1))", f"open({str(kept)!r}, 'r+')", f"os.open({str(kept)!r}, os.O_WRONLY)",
+        f"open({str(tmp_path / 'new')!r}, 'w')", f"os.remove({str(existing)!r})", f"os.truncate({str(existing)!r}, 0)",
+        f"os.rename({str(existing)!r}, {str(tmp_path / 'moved')!r})", f"os.mkdir({str(tmp_path / 'folder')!r})",
+        f"os.symlink('/', {str(tmp_path / 'link')!r})", f"os.chmod({str(existing)!r}, 0)",
+        f"os.utime({str(existing)!r}, (1, 1))", f"open({str(existing)!r}, 'r+')",
+        f"os.open({str(existing)!r}, os.O_WRONLY)",
     )  # fmt: skip
     responses = [f"```python\nimport os\ndef f(x):\n    {action}\n    return 'SECRET4'\n```" for action in actions]
-    verdicts = grader.grade([_prompt(ASSERTS)] * len(actions), responses)
+    verdicts = verifier.grade([_prompt(ASSERTS)] * len(actions), responses)
     assert [verdict.label for verdict in verdicts] == ["error"] * len(actions)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"] and existing.read_text() == "unchanged"
 
 
 def _processes(script):
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if script in (entry / "cmdline").read_text() and str(os.getpid()) in (entry / "status").read_text():
-                    found.append(entry.name)
+                    pids.append(entry.name)
             except OSError:
                 continue
-    return found
+    return pids
 
 
 ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
 
 
 @pytest.mark.parametrize(
-    ("program", "word"),
+    ("program", "status"),
     [
         ("a, b = map(int, input().split())\nprint(a + b)", "correct"),
         ("import sys\nif __name__ == '__main__':\n    print(sum(map(int, sys.stdin.read().split())), ' ')", "correct"),
@@ -305,43 +306,43 @@ ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
         ("while True: print('x' * 10**6)", "error"),
     ],
 )
-def test_script_style(grader, program, word):
-    assert _word(grader, program, ECHO) == word
+def test_script_style(verifier, program, status):
+    assert _status(verifier, program, ECHO) == status
 
 
-def test_text_that_is_no_unicode_does_no_harm(grader):
-    assert _word(grader, "print(len(input()))", {"inputs": ["\ud800"], "outputs": ["1"]}) == "correct"
-    assert _word(grader, "print(1)", {"inputs": ["1"], "outputs": ["\ud800"]}) == "wrong"
-    assert _word(grader, "def f(x):\n    return '\ud800'", ASSERTS) == "error"
+def test_invalid_unicode_is_handled(verifier):
+    assert _status(verifier, "print(len(input()))", {"inputs": ["\ud800"], "outputs": ["1"]}) == "correct"
+    assert _status(verifier, "print(1)", {"inputs": ["1"], "outputs": ["\ud800"]}) == "wrong"
+    assert _status(verifier, "def f(x):\n    return '\ud800'", ASSERTS) == "error"
 
 
-def test_extraction_of_programs_is_linear():
+def test_extract_program_is_linear():
     for part in ("```", "```\n", "` ", "```python\na", "````python`", " " * 50 + "\n"):
         start = time.perf_counter()
         extract_program(part * (2_000_000 // len(part)))
         assert time.perf_counter() - start < 5
 
 
-def test_output_is_compared_but_for_trailing_space():
+def test_output_comparison_ignores_trailing_space():
     assert same_output("1 2 \n3\n\n", "1 2\n3") and same_output("", "\n")
     assert not same_output("1  2", "1 2") and not same_output("1\n2", "1 2") and not same_output("1.0", "1")
 
 
-def test_named_function_style(grader):
+def test_named_function_style(verifier):
     label = {"fn_name": "pairs", "inputs": [[[1, 2], 2], [[], 0]], "outputs": [[[1, 2], [1, 2]], []]}
-    assert _word(grader, "def pairs(a, n):\n    return [tuple(a)] * n", label) == "correct"
-    assert _word(grader, "def pairs(a, n):\n    return [a]", label) == "wrong"
+    assert _status(verifier, "def pairs(a, n):\n    return [tuple(a)] * n", label) == "correct"
+    assert _status(verifier, "def pairs(a, n):\n    return [a]", label) == "wrong"
 
 
-def test_the_program_sees_nothing_of_the_trainer(grader, monkeypatch):
+def test_program_does_not_see_the_environment_of_the_trainer(verifier, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "SECRET4")
     program = "import os\ndef f(x):\n    return os.environ.get('SOME_TOKEN', sorted(os.environ))"
-    assert _word(grader, program, ASSERTS) == "wrong"
+    assert _status(verifier, program, ASSERTS) == "wrong"
 
 
-def test_broken_tests_show(grader):
-    assert _word(grader, "def f(x): return 1", ASSERTS | {"tests": "def check(:"}) == "bad_label"
-    assert _word(grader, "def f(x): return 1", ASSERTS | {"tests": "pass"}) == "bad_label"
+def test_broken_tests_are_a_bad_label(verifier):
+    assert _status(verifier, "def f(x): return 1", ASSERTS | {"tests": "def check(:"}) == "bad_label"
+    assert _status(verifier, "def f(x): return 1", ASSERTS | {"tests": "pass"}) == "bad_label"
 
 
 @pytest.mark.parametrize(
@@ -355,9 +356,9 @@ def test_broken_tests_show(grader):
         ({"inputs": [], "outputs": []}, "no unit tests"),
     ],
 )
-def test_labels_that_are_no_tests(grader, label, message):
+def test_malformed_unit_tests_raise(verifier, label, message):
     with pytest.raises(UserError, match=f"prompt p: .*{message}"):
-        grader.grade([_prompt(label)], [""])
+        verifier.grade([_prompt(label)], [""])
 
 
 def _benchmark(name):
@@ -366,7 +367,7 @@ def _benchmark(name):
 
 
 class _Mutant(ast.NodeTransformer):
-    """The first return value of the entry point gives way to another one."""
+    """Replaces every return value by another one."""
 
     def visit_Return(self, node):
         return ast.Return(ast.Tuple([ast.Constant("mutant"), node.value or ast.Constant(None)], ast.Load()))
@@ -377,34 +378,34 @@ def _mutant(problem):
     return f"```python\n{ast.unparse(ast.fix_missing_locations(tree))}\n```"
 
 
-def _words(grader, problems, responses):
-    return [verdict.label for verdict in grader.grade([_prompt(p.answer, p.id) for p in problems], responses)]
+def _statuses(verifier, problems, responses):
+    return [verdict.label for verdict in verifier.grade([_prompt(p.answer, p.id) for p in problems], responses)]
 
 
 def _check_benchmark(name, problems, allowed):
-    grader = CodeVerifier()
+    verifier = CodeVerifier()
     try:
-        words = _words(grader, problems, [problem.solution for problem in problems])
-        changed = _words(grader, problems, [_mutant(problem) for problem in problems])
+        statuses = _statuses(verifier, problems, [problem.solution for problem in problems])
+        mutated = _statuses(verifier, problems, [_mutant(problem) for problem in problems])
     finally:
-        grader.close()
-    missed = [(problem.id, word) for problem, word in zip(problems, words, strict=True) if word != "correct"]
-    passed = [problem.id for problem, word in zip(problems, changed, strict=True) if word == "correct"]
-    print(f"{name}: {len(problems) - len(missed)} of {len(problems)} canonical solutions pass; not: {missed}")
-    print(f"{name}: {len(passed)} of {len(problems)} changed solutions pass: {passed}")
-    assert len(missed) <= allowed, missed
-    assert len(passed) <= allowed, passed
+        verifier.close()
+    failing = [(problem.id, status) for problem, status in zip(problems, statuses, strict=True) if status != "correct"]
+    passing = [problem.id for problem, status in zip(problems, mutated, strict=True) if status == "correct"]
+    print(f"{name}: {len(problems) - len(failing)} of {len(problems)} canonical solutions pass; failing: {failing}")
+    print(f"{name}: {len(passing)} of {len(problems)} mutated solutions pass: {passing}")
+    assert len(failing) <= allowed, failing
+    assert len(passing) <= allowed, passing
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "every"), [("humaneval", 41), ("mbpp_plus", 95)])
-def test_canonical_solutions_pass_and_changed_ones_fail(name, every):
-    _check_benchmark(name, _benchmark(name)[::every], allowed=0)
+@pytest.mark.parametrize(("name", "stride"), [("humaneval", 41), ("mbpp_plus", 95)])
+def test_canonical_solutions_pass_and_mutated_ones_fail(name, stride):
+    _check_benchmark(name, _benchmark(name)[::stride], allowed=0)
 
 
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["humaneval", "mbpp_plus"])
-def test_all_canonical_solutions_pass_and_changed_ones_fail(name):
+def test_all_canonical_solutions_pass_and_mutated_ones_fail(name):
     problems = _benchmark(name)
     _check_benchmark(name, problems, allowed=len(problems) // 100)

@@ -1,4 +1,4 @@
-"""Mathematical answers: what is taken as the answer, what is equal to what, and what hostile answers can do."""
+"""Mathematical answers: extraction, equivalence, and hostile answers."""
 
 import json
 import os
@@ -20,18 +20,18 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in
 
 
 @pytest.fixture(scope="module")
-def grader():
-    grader = MathVerifier(num_workers=2, cpu_seconds=2, memory_bytes=1 << 30)
-    yield grader
-    grader.close()
+def verifier():
+    verifier = MathVerifier(num_workers=2, cpu_seconds=2, memory_bytes=1 << 30)
+    yield verifier
+    verifier.close()
 
 
 def _prompt(answer, verifier="math", id="p"):
     return Prompt(id=id, token_ids=None, text="", domain="math", verifier=verifier, answer=answer)
 
 
-def _words(grader, pairs):
-    verdicts = grader.grade([_prompt(label) for label, _ in pairs], [response for _, response in pairs])
+def _statuses(verifier, pairs):
+    verdicts = verifier.grade([_prompt(label) for label, _ in pairs], [response for _, response in pairs])
     assert all(verdict.reward == (verdict.label == "correct") for verdict in verdicts)
     return [verdict.label for verdict in verdicts]
 
@@ -65,14 +65,14 @@ def _words(grader, pairs):
         ("42", None),
     ],
 )
-def test_what_counts_as_the_answer(response, answer):
+def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
 @pytest.mark.parametrize(
     "part", [r"\boxed{", "answer is ", "$", "answer" + " " * 50, "####", "{", "\\", "</think>", "*."]
 )
-def test_extraction_is_linear(part):
+def test_extract_answer_is_linear(part):
     text = part * (2_000_000 // len(part))
     start = time.perf_counter()
     extract_answer(text)
@@ -96,19 +96,19 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
-def test_equivalent_forms_are_right(grader):
-    words = _words(grader, [(label, f"\\boxed{{{answer}}}") for label, answer in EQUIVALENT])
-    assert [pair for pair, word in zip(EQUIVALENT, words, strict=True) if word != "correct"] == []
+def test_equivalent_forms_are_correct(verifier):
+    statuses = _statuses(verifier, [(label, f"\\boxed{{{answer}}}") for label, answer in EQUIVALENT])
+    assert [pair for pair, status in zip(EQUIVALENT, statuses, strict=True) if status != "correct"] == []
 
 
-def test_other_answers_are_wrong(grader):
-    words = _words(grader, [(label, f"\\boxed{{{answer}}}") for label, answer in DIFFERENT])
-    assert [(pair, word) for pair, word in zip(DIFFERENT, words, strict=True) if word != "wrong"] == []
+def test_other_answers_are_wrong(verifier):
+    statuses = _statuses(verifier, [(label, f"\\boxed{{{answer}}}") for label, answer in DIFFERENT])
+    assert [(pair, status) for pair, status in zip(DIFFERENT, statuses, strict=True) if status != "wrong"] == []
 
 
-def test_order_is_kept_and_guesses_earn_nothing(grader):
+def test_verdicts_are_in_order_and_several_guesses_are_wrong(verifier):
     responses = [f"\\boxed{{{n}}}" for n in (1, 2, 3)] + ["\\boxed{1} \\boxed{2}", "nothing"]
-    assert _words(grader, [("1", response) for response in responses]) == [
+    assert _statuses(verifier, [("1", response) for response in responses]) == [
         "correct", "wrong", "wrong", "wrong", "no_answer",
     ]  # fmt: skip
 
@@ -120,33 +120,33 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_answers_neither_hang_nor_win(grader):
+def test_hostile_answers_neither_hang_nor_pass(verifier):
     start = time.perf_counter()
     pairs = [("\\frac{1}{2}", f"\\boxed{{{answer}}}") for answer in HOSTILE]
-    words = _words(grader, [*pairs, ("\\frac{1}{2}", "\\boxed{0.5}")])
-    assert words[-1] == "correct"
-    assert not set(words[:-1]) & {"correct", "bad_label"}
-    assert "timeout" in words[:-1] and "too_long" in words[:-1]
+    statuses = _statuses(verifier, [*pairs, ("\\frac{1}{2}", "\\boxed{0.5}")])
+    assert statuses[-1] == "correct"
+    assert not set(statuses[:-1]) & {"correct", "bad_label"}
+    assert "timeout" in statuses[:-1] and "too_long" in statuses[:-1]
     assert time.perf_counter() - start < 60
 
 
-def test_memory_is_bounded():
+def test_memory_is_limited():
     small = MathVerifier(num_workers=1, cpu_seconds=5, memory_bytes=300 << 20)
     try:
-        words = _words(small, [("1", "\\boxed{2^{10^{10}}}"), ("1", "\\boxed{1}")])
+        statuses = _statuses(small, [("1", "\\boxed{2^{10^{10}}}"), ("1", "\\boxed{1}")])
     finally:
         small.close()
-    assert words[0] in ("crash", "wrong", "timeout") and words[1] == "correct"
+    assert statuses[0] in ("crash", "wrong", "timeout") and statuses[1] == "correct"
 
 
-def test_a_killed_worker_is_replaced(grader):
-    assert _words(grader, [("1", "\\boxed{1}")]) == ["correct"]
-    for worker in grader._pool._workers:
+def test_killed_worker_is_restarted(verifier):
+    assert _statuses(verifier, [("1", "\\boxed{1}")]) == ["correct"]
+    for worker in verifier._pool._workers:
         if worker._process is not None:
             worker._process.kill()
-    words = _words(grader, [("1", "\\boxed{1}"), ("1", "\\boxed{1.0}"), ("1", "\\boxed{1.00}")])
-    assert set(words) <= {"crash", "correct"} and "crash" in words
-    assert _words(grader, [("1", "\\boxed{1}")] * 3) == ["correct"] * 3
+    statuses = _statuses(verifier, [("1", "\\boxed{1}"), ("1", "\\boxed{1.0}"), ("1", "\\boxed{1.00}")])
+    assert set(statuses) <= {"crash", "correct"} and "crash" in statuses
+    assert _statuses(verifier, [("1", "\\boxed{1}")] * 3) == ["correct"] * 3
 
 
 HEDGES = [
@@ -156,37 +156,37 @@ HEDGES = [
 ]  # fmt: skip
 
 
-def test_no_answer_is_right_for_two_labels(grader):
-    words = [_words(grader, [(label, f"\\boxed{{{answer}}}") for answer in HEDGES]) for label in ("5", "6")]
-    both = [answer for answer, *found in zip(HEDGES, *words, strict=True) if found == ["correct"] * 2]
+def test_no_answer_is_correct_for_two_labels(verifier):
+    statuses = [_statuses(verifier, [(label, f"\\boxed{{{answer}}}") for answer in HEDGES]) for label in ("5", "6")]
+    both = [answer for answer, *pair in zip(HEDGES, *statuses, strict=True) if pair == ["correct"] * 2]
     assert both == []
 
 
-def test_a_full_stop_after_a_label_does_not_count(grader):
-    assert _words(grader, [("5. ", "\\boxed{5}"), ("0.5", "\\boxed{.5}")]) == ["correct", "correct"]
+def test_full_stop_after_a_label_is_ignored(verifier):
+    assert _statuses(verifier, [("5. ", "\\boxed{5}"), ("0.5", "\\boxed{.5}")]) == ["correct", "correct"]
 
 
-def test_a_label_that_is_no_expression_shows(grader):
-    assert _words(grader, [(" ", "\\boxed{1}"), ("1", "\\boxed{1}")]) == ["bad_label", "correct"]
+def test_unparsable_label_is_a_bad_label(verifier):
+    assert _statuses(verifier, [(" ", "\\boxed{1}"), ("1", "\\boxed{1}")]) == ["bad_label", "correct"]
 
 
-def test_graders_route_by_verifier():
+def test_reward_manager_routes_by_verifier():
     assert {"math", "modular_arithmetic"} <= set(VERIFIERS)
     prompts = [_prompt("2", "math"), _prompt("2", "modular_arithmetic"), _prompt("3", "math")]
-    with RewardManager() as graders:
-        verdicts = graders.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
+    with RewardManager() as rewards:
+        verdicts = rewards.grade(prompts, ["\\boxed{2}", "[ 2 ]", "\\boxed{2}"])
         assert [verdict.label for verdict in verdicts] == ["correct", "correct", "wrong"]
         for bad in (_prompt(None), _prompt("1", None), _prompt("1", "chess"), _prompt("1", "code")):
             with pytest.raises(UserError, match="prompt p"):
-                graders.grade([bad], ["1"])
+                rewards.grade([bad], ["1"])
             with pytest.raises(UserError, match="prompt p"):
                 check_labels([*prompts, bad])
         with pytest.raises(ValueError):
-            graders.grade(prompts, ["1"])
+            rewards.grade(prompts, ["1"])
 
 
-def test_grading_beside_a_process_group_leaves_no_process(tmp_path):
-    """In a daemonic process, which may start none through ``multiprocessing``; it is killed with the pipes copied."""
+def test_killed_trainer_leaves_no_worker_process(tmp_path):
+    """Also in a daemonic process (no ``multiprocessing`` children), and with copies of the pipes in another process."""
     script = f"""
 import json, multiprocessing, os, sys, time
 def rank():
@@ -195,9 +195,9 @@ def rank():
     from megatron_s2d.records import Prompt
     from megatron_s2d.verify import RewardManager
     prompt = Prompt(id="p", token_ids=None, text="", domain="", verifier="math", answer="4")
-    graders = RewardManager().__enter__()
-    words = [v.label for v in graders.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
-    workers = [w._process.pid for w in graders._graders["math"]._pool._workers if w._process]
+    rewards = RewardManager().__enter__()
+    statuses = [v.label for v in rewards.grade([prompt] * 2, ["\\\\boxed{{2+2}}", "\\\\boxed{{5}}"])]
+    workers = [w._process.pid for w in rewards._verifiers["math"]._pool._workers if w._process]
     torch_loaded = any("torch" in open(f"/proc/{{pid}}/maps").read() for pid in workers)
     other = os.fork()  # holds the pipes open and outlives this process
     if other == 0:
@@ -205,7 +205,7 @@ def rank():
             os.close(descriptor)
         time.sleep(60)
         os._exit(0)
-    print(json.dumps([words, workers, torch_loaded, other]))
+    print(json.dumps([statuses, workers, torch_loaded, other]))
     sys.stdout.flush()
     os.kill(os.getpid(), 9)
 process = multiprocessing.get_context("fork").Process(target=rank, daemon=True)
@@ -213,9 +213,9 @@ process.start()
 process.join()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    words, workers, torch_loaded, other = json.loads(run.stdout)
+    statuses, workers, torch_loaded, other = json.loads(run.stdout)
     try:
-        assert words == ["correct", "wrong"] and workers and not torch_loaded
+        assert statuses == ["correct", "wrong"] and workers and not torch_loaded
         end = time.monotonic() + 10
         while any(_alive(pid) for pid in workers) and time.monotonic() < end:
             time.sleep(0.05)
@@ -240,13 +240,17 @@ def _benchmark(name):
     return [(str(row["answer"]), f"It is \\boxed{{{row['answer']}}}.") for row in rows]
 
 
-def _check_benchmark(grader, name, pairs):
-    words = _words(grader, pairs)
-    missed = [(pair[0], word) for pair, word in zip(pairs, words, strict=True) if word != "correct"]
-    print(f"{name}: {len(pairs) - len(missed)} of {len(pairs)} references grade as correct; not: {missed}")
-    assert len(missed) <= 0.01 * len(pairs), missed
-    shifted = [(label, pairs[(place + 1) % len(pairs)][1]) for place, (label, _) in enumerate(pairs)]
-    wrong = [(pair, word) for pair, word in zip(shifted, _words(grader, shifted), strict=True) if word == "correct"]
+def _check_benchmark(verifier, name, pairs):
+    statuses = _statuses(verifier, pairs)
+    failing = [(pair[0], status) for pair, status in zip(pairs, statuses, strict=True) if status != "correct"]
+    print(f"{name}: {len(pairs) - len(failing)} of {len(pairs)} references are graded correct; failing: {failing}")
+    assert len(failing) <= 0.01 * len(pairs), failing
+    shifted = [(label, pairs[(index + 1) % len(pairs)][1]) for index, (label, _) in enumerate(pairs)]
+    wrong = [
+        (pair, status)
+        for pair, status in zip(shifted, _statuses(verifier, shifted), strict=True)
+        if status == "correct"
+    ]
     labels = [label for label, _ in pairs]
     equal_neighbours = sum(a == b for a, b in zip(labels, labels[1:] + labels[:1], strict=True))
     assert len(wrong) <= equal_neighbours + 0.01 * len(pairs), wrong
@@ -254,9 +258,9 @@ def _check_benchmark(grader, name, pairs):
 
 @needs_data
 @pytest.mark.parametrize("name", ["math500", "gsm8k_test", "aime24", "aime25", "hmmt25_feb", "hmmt25_nov"])
-def test_references_grade_as_correct(grader, name):
+def test_references_are_graded_correct(verifier, name):
     pairs = _benchmark(name)
-    _check_benchmark(grader, name, pairs[:: max(1, len(pairs) // 60)])
+    _check_benchmark(verifier, name, pairs[:: max(1, len(pairs) // 60)])
 
 
 @needs_data
@@ -264,9 +268,9 @@ def test_references_grade_as_correct(grader, name):
 @pytest.mark.parametrize(
     "name", ["math500", "gsm8k_test", "gsm8k_train", "aime24", "aime25", "hmmt25_feb", "hmmt25_nov"]
 )
-def test_all_references_grade_as_correct(name):
-    grader = MathVerifier(num_workers=len(os.sched_getaffinity(0)))
+def test_all_references_are_graded_correct(name):
+    verifier = MathVerifier(num_workers=len(os.sched_getaffinity(0)))
     try:
-        _check_benchmark(grader, name, _benchmark(name))
+        _check_benchmark(verifier, name, _benchmark(name))
     finally:
-        grader.close()
+        verifier.close()
