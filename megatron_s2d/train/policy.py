@@ -151,7 +151,7 @@ class MegatronModel:
         """This data rank's micro-batches of ``samples`` (the same list on every rank)."""
         rank, place = self.layout.dp_rank, device.device()
         context = self.layout.cp_rank
-        return pack(samples, weights=weights, dp_rank=rank, cp_rank=context, device=place, **self._packing)
+        return pack(samples, loss_weights=weights, dp_rank=rank, cp_rank=context, device=place, **self._packing)
 
     def plan_micro_batches(self, samples: Sequence[Sample]) -> list[list[MicroBatchPlan]]:
         """What ``pack`` gives to every data rank."""
@@ -162,7 +162,7 @@ class MegatronModel:
         return {
             "max_tokens": self.max_tokens,
             "dp_size": self.layout.dp_size,
-            "multiple": self._multiple,
+            "pad_to_multiple": self._multiple,
             "packed": self._packed,
             "cp_size": self.layout.cp_size,
             "by_domain": self.packs_by_domain,

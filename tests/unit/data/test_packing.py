@@ -1,4 +1,4 @@
-"""Micro-batches: every sample exactly once, equal counts on all data ranks, the one shift to labels."""
+"""Micro-batches: every sample exactly once, equal counts on all data-parallel ranks, one shift to labels."""
 
 import dataclasses
 
@@ -35,20 +35,20 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     dp_size=st.integers(1, 5),
     max_tokens=st.integers(1, 100),
-    multiple=st.sampled_from([1, 2, 4]),
+    alignment=st.sampled_from([1, 2, 4]),
     packed=st.booleans(),
 )
-def test_every_sample_once_and_equal_counts(lengths, dp_size, max_tokens, multiple, packed):
-    plan = assign_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, multiple=multiple, packed=packed)
+def test_every_sample_is_assigned_once_with_equal_counts(lengths, dp_size, max_tokens, alignment, packed):
+    plan = assign_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, alignment=alignment, packed=packed)
     assert len({len(batches) for batches in plan}) == 1
-    dealt = sorted(index for batches in plan for batch in batches for index in batch)
-    assert dealt == list(range(len(lengths)))
+    indices = sorted(index for batches in plan for batch in batches for index in batch)
+    assert indices == list(range(len(lengths)))
     for batch in (batch for batches in plan for batch in batches):
-        own = [lengths[index] for index in batch]
+        batch_lengths = [lengths[index] for index in batch]
         if packed:
-            size = -(-sum(own) // multiple) * multiple
+            size = -(-sum(batch_lengths) // alignment) * alignment
         else:
-            size = len(batch) * (-(-max(own, default=0) // multiple) * multiple)
+            size = len(batch) * (-(-max(batch_lengths, default=0) // alignment) * alignment)
         assert len(batch) <= 1 or size <= max_tokens
 
 
@@ -67,12 +67,15 @@ def test_labels_mask_and_columns_are_shifted_once():
             sample([5, 6], [7, 8], old_log_probs=log_probs, temperature=0.5),
             sample([9], [4], old_log_probs=log_probs[:2]),
         ],
-        weights={"policy_weight": np.array([0.25, 0.5])},
+        loss_weights={"policy_weight": np.array([0.25, 0.5])},
         max_tokens=100,
     )
     sequence, rows = batch.shape
     assert (sequence, rows) == (4, 2)
-    grid = lambda values: values.view(sequence, rows).t().tolist()
+
+    def grid(values):
+        return values.view(sequence, rows).t().tolist()
+
     assert batch.token_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
     assert grid(batch.labels) == [[6, 7, 8, 0], [4, 0, 0, 0]]
     assert grid(batch.response_mask) == [[False, True, True, False], [True, False, False, False]]
@@ -82,45 +85,47 @@ def test_labels_mask_and_columns_are_shifted_once():
     assert batch.num_tokens == 6
 
 
-def test_values_of_positions_come_back_by_sample():
+def test_unpack_returns_values_by_sample():
     samples = [sample([1, 2], [3, 4, 5]), sample([1], [2])]
-    (batch,) = pack(samples, weights={}, max_tokens=100)
+    (batch,) = pack(samples, loss_weights={}, max_tokens=100)
     for index, values in zip(batch.indices, batch.unpack(batch.labels), strict=True):
         assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
 
 
 def test_greedy_samples_are_scored_at_temperature_one():
-    (batch,) = pack([sample([1], [2], temperature=0.0)], weights={}, max_tokens=10)
+    (batch,) = pack([sample([1], [2], temperature=0.0)], loss_weights={}, max_tokens=10)
     assert batch.temperature == 1.0
 
 
-def test_a_rank_without_samples_gets_an_empty_micro_batch_of_the_same_columns():
+def test_rank_without_samples_gets_an_empty_micro_batch_with_the_same_columns():
     one = [sample([1], [2], advantages=np.zeros(2, np.float32))]
     batches = [
-        pack(one, weights={"policy_weight": np.ones(1)}, max_tokens=10, dp_rank=rank, dp_size=2) for rank in (0, 1)
+        pack(one, loss_weights={"policy_weight": np.ones(1)}, max_tokens=10, dp_rank=rank, dp_size=2) for rank in (0, 1)
     ]
     empty = next(batch for (batch,) in batches if not batch.indices)
     assert empty.num_tokens == 0 and not empty.response_mask.any()
     assert isinstance(empty.columns.advantages, torch.Tensor) and not empty.columns.policy_weight.any()
 
 
-def test_missing_columns_are_refused_where_they_count():
+def test_missing_columns_raise_if_the_sample_has_a_weight():
     complete = sample([1], [2], advantages=np.ones(2, np.float32))
     without = dataclasses.replace(complete, id="other", advantages=None)
     with pytest.raises(UserError, match="sample other has no advantages"):
-        pack([complete, without], weights={"policy_weight": np.ones(2)}, max_tokens=10)
+        pack([complete, without], loss_weights={"policy_weight": np.ones(2)}, max_tokens=10)
     weights = {"policy_weight": np.array([1.0, 0.0]), "supervised_weight": np.array([0.0, 1.0])}
-    (batch,) = pack([complete, without], weights=weights, max_tokens=10)
+    (batch,) = pack([complete, without], loss_weights=weights, max_tokens=10)
     assert float(batch.columns.advantages.sum()) == 1.0
 
 
-def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds():
+def test_packed_sequences_predict_nothing_across_their_boundaries():
     log_probs = np.array([9, 0, -1, -2], dtype=np.float32)  # the first would be at the end of the sequence before
     samples = [
         sample([9], [4], old_log_probs=log_probs[:2], temperature=0.5),
         sample([5, 6], [7, 8], old_log_probs=log_probs),
     ]
-    (batch,) = pack(samples, weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, multiple=4, packed=True)
+    (batch,) = pack(
+        samples, loss_weights={"policy_weight": np.array([0.25, 0.5])}, max_tokens=100, pad_to_multiple=4, packed=True
+    )
     assert batch.indices == (1, 0) and batch.plan.lengths == (4, 2) and batch.shape == (8, 1)
     assert (
         batch.cu_seqlens.tolist() == [0, 4, 6, 8]
@@ -140,25 +145,25 @@ def test_packed_sequences_lie_end_to_end_and_predict_nothing_across_their_bounds
         assert values.tolist() == [0, *samples[index].token_ids[1:].tolist()]
 
 
-def test_a_packed_micro_batch_without_samples_is_a_sequence_of_padding():
-    batches = [pack([sample([1], [2])], weights={}, max_tokens=10, dp_rank=rank, dp_size=2, multiple=4, packed=True)
-               for rank in (0, 1)]  # fmt: skip
+def test_packed_micro_batch_without_samples_is_one_sequence_of_padding():
+    settings = {"loss_weights": {}, "max_tokens": 10, "dp_size": 2, "pad_to_multiple": 4, "packed": True}
+    batches = [pack([sample([1], [2])], dp_rank=rank, **settings) for rank in (0, 1)]
     empty = next(batch for (batch,) in batches if not batch.indices)
     assert empty.cu_seqlens.tolist() == [0, 4] and empty.plan.max_seqlen == 4 and empty.num_tokens == 0
     assert empty.padding_mask.all() and empty.unpack(empty.labels) == []
 
 
-def test_samples_become_the_same_columns_in_either_layout():
-    """What a position predicts, and its weight, belong to the sample and not to the layout."""
+def test_padded_and_packed_layouts_give_the_same_columns():
+    """Labels, masks and weights depend on the sample and not on the layout."""
     rng = np.random.default_rng(0)
     samples = [
         sample(list(rng.integers(1, 9, rng.integers(1, 5))), list(rng.integers(1, 9, rng.integers(1, 6))))
         for _ in range(7)
     ]
     weights = {"policy_weight": [rng.random(len(item.token_ids)) for item in samples]}
-    found = []
+    layouts = []
     for packed in (False, True):
-        batches = pack(samples, weights=weights, max_tokens=20, packed=packed)
+        batches = pack(samples, loss_weights=weights, max_tokens=20, packed=packed)
         rows = {}
         for batch in batches:
             for name in ("labels", "response_mask", "response_positions"):
@@ -166,12 +171,12 @@ def test_samples_become_the_same_columns_in_either_layout():
                     rows[index, name] = value.tolist()
             for index, value in zip(batch.indices, batch.unpack(batch.columns.policy_weight), strict=True):
                 rows[index, "policy_weight"] = value.tolist()
-        found.append(rows)
-    assert found[0] == found[1] and len(found[0]) == 28
+        layouts.append(rows)
+    assert layouts[0] == layouts[1] and len(layouts[0]) == 28
 
 
-def test_context_ranks_hold_a_piece_from_either_end_of_every_sequence():
-    """Megatron's own example, and its other rank."""
+def test_context_rank_has_a_piece_from_each_end_of_every_sequence():
+    """The example in Megatron's documentation, and its other rank."""
     assert cp_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
     assert cp_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
     with pytest.raises(ValueError, match="cannot be cut for 2 context ranks"):
@@ -179,23 +184,23 @@ def test_context_ranks_hold_a_piece_from_either_end_of_every_sequence():
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("multiple", [1, 4])
-def test_context_ranks_together_hold_what_one_rank_would(size, multiple):
+@pytest.mark.parametrize("pad_to_multiple", [1, 4])
+def test_context_ranks_together_match_one_rank(size, pad_to_multiple):
     samples = [sample([5, 6], [7, 8, 9]), sample([9], [4])]
     weights = {"policy_weight": np.array([0.5, 0.25])}
-    (whole,) = pack(samples, weights=weights, max_tokens=100, packed=True)
+    (full,) = pack(samples, loss_weights=weights, max_tokens=100, packed=True)
     parts = [
-        pack(samples, weights=weights, max_tokens=100, multiple=multiple, packed=True, cp_rank=rank,
+        pack(samples, loss_weights=weights, max_tokens=100, pad_to_multiple=pad_to_multiple, packed=True, cp_rank=rank,
              cp_size=size)[0]
         for rank in range(size)
     ]  # fmt: skip
-    assert all(part.shape[0] % multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
-    assert sum(part.num_tokens for part in parts) == whole.num_tokens == 7
+    assert all(part.shape[0] % pad_to_multiple == 0 and part.num_positions == size * part.shape[0] for part in parts)
+    assert sum(part.num_tokens for part in parts) == full.num_tokens == 7
     for name in ("labels", "response_mask", "response_positions"):
-        joined = parts[0].gather_from_cp([getattr(part, name) for part in parts])
-        for mine, expected in zip(parts[0].unpack(joined), whole.unpack(getattr(whole, name)), strict=True):
-            assert torch.equal(mine, expected)
+        gathered = parts[0].gather_from_cp([getattr(part, name) for part in parts])
+        for actual, expected in zip(parts[0].unpack(gathered), full.unpack(getattr(full, name)), strict=True):
+            assert torch.equal(actual, expected)
         for part in parts:
-            assert torch.equal(part.slice_for_cp(joined), getattr(part, name))
+            assert torch.equal(part.slice_for_cp(gathered), getattr(part, name))
     with pytest.raises(UserError, match="set micro_batch.sequence_packing to true"):
-        pack(samples, weights=weights, max_tokens=100, cp_size=size)
+        pack(samples, loss_weights=weights, max_tokens=100, cp_size=size)

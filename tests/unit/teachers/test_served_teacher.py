@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_teacher_of_the_sample():
     for size in (1, 2):  # data ranks
         asked = []
         for rank in range(size):
-            batches = pack(samples, weights={}, max_tokens=14, dp_rank=rank, dp_size=size)
+            batches = pack(samples, loss_weights={}, max_tokens=14, dp_rank=rank, dp_size=size)
             teacher = ServedTopK(STUDENT, ServedTeachers(servers), K, "bucket")
             for batch, source in zip(batches, teacher.distributions(update, batches), strict=True):
                 assert source.ids.shape == (batch.labels.numel(), K) and source.support == "teacher"
@@ -83,7 +83,7 @@ def test_rows_are_those_of_the_teacher_of_the_sample():
 
 def test_a_domain_without_a_teacher_is_named():
     samples = [dataclasses.replace(sample(0, 2, 3, "law"))]
-    batches = pack(samples, weights={}, max_tokens=14)
+    batches = pack(samples, loss_weights={}, max_tokens=14)
     teacher = ServedTopK(STUDENT, ServedTeachers({"math": Server(1)}), K, "bucket")
     with pytest.raises(UserError, match="no teacher for the domain 'law'"):
         teacher.distributions(MiniBatch(samples, {}), batches)

@@ -66,12 +66,12 @@ def test_staleness_counts_tokens_of_the_policy_and_no_others():
 
 def test_responses_of_a_teacher_beside_the_students_are_not_compared():
     samples = [sample("a", True), sample("b", False)]
-    (batch,) = pack(samples, weights={"divergence_weight": [0.5, 0.5]}, max_tokens=100)
+    (batch,) = pack(samples, loss_weights={"divergence_weight": [0.5, 0.5]}, max_tokens=100)
     found = batch.columns.rollout_log_probs[batch.response_mask].view(-1, 2)
     known = found.isnan().logical_not().all(0)
     assert known.sum() == 1 and found[:, known].flatten().tolist() == [-1, -2]
     with pytest.raises(UserError, match="sample b has no rollout_log_probs"):
-        pack(samples, weights={"policy_weight": [0.5, 0.5]}, max_tokens=100)
+        pack(samples, loss_weights={"policy_weight": [0.5, 0.5]}, max_tokens=100)
 
 
 def test_a_row_has_means_of_updates_extremes_of_extremes_and_no_empty_bins():
