@@ -1,7 +1,7 @@
-"""Prompts from a task or from files: templates, chat template, length filter, halves.
+"""Builds prompts from the embedded task or from files: templates, chat template, length filter, halves.
 
-Templates and halves are methods.md M7; the template for code is that of G-OPD (arXiv 2602.12125, appendix D). Left out:
-reading files (``data/files.py``), what labels mean (``verify``) and which stage uses which prompts.
+Templates and halves are methods.md M7; the code template is that of G-OPD (arXiv 2602.12125, appendix D). Files are
+read by ``data/files.py``, labels are interpreted by ``verify``.
 """
 
 from __future__ import annotations
@@ -30,68 +30,70 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one source, and how many were left out."""
+    """Prompts of one source, and the numbers of dropped ones."""
 
     prompts: list[Prompt]
     dropped_too_long: int  # longer than max_prompt_length
-    dropped_duplicates: int = 0  # rows whose id came before (on_duplicate_id: drop)
+    dropped_duplicates: int = 0  # rows with a repeated id (on_duplicate_id: drop)
 
 
 def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_length: int | None) -> PromptSet:
-    """The prompts of a task or of files, tokenized; those longer than ``max_prompt_length`` are dropped and counted.
+    """Tokenize the prompts of a task or of files; drop and count those longer than ``max_prompt_length``.
 
-    Raises ``UserError`` for a missing file or column, an empty data set, ids that come twice, and, with
-    ``on_long_prompt: error``, a prompt beyond the limit.
+    Raises ``UserError`` for a missing file or column, an empty data set, repeated ids, and, with
+    ``on_long_prompt: error``, a prompt that is too long.
     """
-    duplicates = 0
+    num_duplicates = 0
     if isinstance(source, TaskSource):
         prompts = task_prompts(source, tokenizer)
     else:
-        problems, duplicates = read_problems(source)
+        problems, num_duplicates = read_problems(source)
         prompts = [_prompt(source, problem, tokenizer) for problem in problems]
-    kept = [prompt for prompt in prompts if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length]
-    if len(kept) < len(prompts) and getattr(source, "on_long_prompt", "drop") == "error":
+    fitting = [prompt for prompt in prompts if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length]
+    if len(fitting) < len(prompts) and getattr(source, "on_long_prompt", "drop") == "error":
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         raise UserError(
-            f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: raise "
-            "the limit, or set on_long_prompt: drop"
+            f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: "
+            "increase it, or set on_long_prompt: drop"
         )
-    if not kept:
-        raise UserError(f"no prompt of {_name(source)} has at most max_prompt_length {max_prompt_length}; raise it")
-    return PromptSet(kept, len(prompts) - len(kept), duplicates)
+    if not fitting:
+        raise UserError(
+            f"all prompts of {_name(source)} are longer than max_prompt_length {max_prompt_length}; increase it"
+        )
+    return PromptSet(fitting, len(prompts) - len(fitting), num_duplicates)
 
 
 def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any) -> PromptSet:
-    """The prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``."""
+    """Return the prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``."""
     entry, _, half = name.partition("/")
     try:
-        found = load_prompts(config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length)
+        prompt_set = load_prompts(config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length)
     except UserError as error:
         raise UserError(f"data.{entry}: {error}") from None
     if half:
-        halves = split_halves(found.prompts, config.split_seed)
-        found = dataclasses.replace(found, prompts=halves[HALVES.index(half)])
-    if not found.prompts:
-        raise UserError(f"data.{name}: the half is empty; {entry} needs at least two prompts")
-    return found
+        halves = split_halves(prompt_set.prompts, config.split_seed)
+        prompt_set = dataclasses.replace(prompt_set, prompts=halves[HALVES.index(half)])
+    if not prompt_set.prompts:
+        raise UserError(f"data.{name}: this half is empty; {entry} needs at least two prompts")
+    return prompt_set
 
 
 def is_corpus(source: DataSource) -> bool:
-    """Whether ``source`` is an endless corpus rather than a set of prompts."""
+    """Return whether ``source`` is an endless corpus rather than a set of prompts."""
     return isinstance(source, TaskSource) and source.split == "corpus"
 
 
 def corpus_documents(source: TaskSource, tokenizer: Any, start: int, count: int) -> list[Prompt]:
-    """Documents ``start`` to ``start + count`` of an endless corpus, with ``solution_token_ids``."""
+    """Return documents ``start`` to ``start + count`` of an endless corpus, with ``solution_token_ids``."""
     return task_documents(source, tokenizer, start, count)
 
 
 def split_halves(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Two random halves (1H, 2H) that depend on the prompts' ids and the seed, not on their order."""
+    """Split into two random halves (1H, 2H) that depend on the prompts' ids and the seed, not on their order."""
     ordered = sorted(prompts, key=lambda prompt: prompt.id)
-    places = np.random.default_rng(seed).permutation(len(ordered))
+    permutation = np.random.default_rng(seed).permutation(len(ordered))
     middle = (len(ordered) + 1) // 2
-    return [ordered[place] for place in places[:middle]], [ordered[place] for place in places[middle:]]
+    return [ordered[index] for index in permutation[:middle]], [ordered[index] for index in permutation[middle:]]
 
 
 def _name(source: DataSource) -> str:
@@ -103,10 +105,10 @@ def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
     messages = [*problem.context, {"role": "user", "content": question}]
     if source.system_prompt is not None:
         if messages[0]["role"] == "system":
-            raise UserError(f"prompt {problem.id} has a system message of its own; take system_prompt out")
+            raise UserError(f"prompt {problem.id} already has a system message; remove system_prompt")
         messages.insert(0, {"role": "system", "content": source.system_prompt})
     text = render(messages, tokenizer)
-    # A chat template writes the start token itself; plain text needs what the tokenizer puts before it.
+    # A chat template writes the start token itself; plain text needs the tokenizer's special tokens.
     ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
     if not ids:
         raise UserError(f"prompt {problem.id} is empty")
@@ -126,14 +128,14 @@ def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    """The conversation through the tokenizer's chat template, thinking off; without a template, its one message.
+    """Render the conversation with the tokenizer's chat template, thinking off; without a template, its one message.
 
-    Raises ``UserError`` where the template refuses the conversation (some know no system message), and for several
+    Raises ``UserError`` if the template rejects the conversation (some do not support system messages), and for several
     messages without a template.
     """
     if tokenizer.chat_template is None:
         if len(messages) > 1:
-            raise UserError("the tokenizer has no chat template; it takes one message, and no system_prompt")
+            raise UserError("the tokenizer has no chat template: use one message per prompt and no system_prompt")
         return messages[-1]["content"]
     try:
         return tokenizer.apply_chat_template(
@@ -141,4 +143,4 @@ def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a conversation of {roles}: {error}") from error
+        raise UserError(f"the chat template rejects a conversation of {roles}: {error}") from error

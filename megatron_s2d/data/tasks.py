@@ -1,9 +1,9 @@
-"""A generated, verifiable task: a start value in Z_p and k operations, worked step by step.
+"""The embedded task: generated, verifiable problems of a start value in Z_p and k operations, worked step by step.
 
-Prompt ``v op d op d ... =``, response ``r1 ... rk [ rk ]`` and the end token; every residue is one token. The corpus of
-base training is noisy in a way that a model inherits: some facts (op, v, d) are misconceptions, stated mostly with one
-fixed wrong result, others are wrong now and then, and some documents answer without the steps. A model trained on it
-knows the right answer with low probability, which is the room that sparse reward needs.
+Prompt ``v op d op d ... =``, response ``r1 ... rk [ rk ]`` and the end token; every residue is one token. The corpus
+for base training is noisy in ways that a model learns: some facts (op, v, d) are misconceptions, stated mostly with
+one fixed wrong result, others are wrong occasionally, and some documents answer without the steps. A model trained on
+it gives the correct answer with low probability, so that a sparse reward can improve it.
 
 Problems are numbered; the splits are residue classes of a bijective hash of the number, so no problem is in two.
 """
@@ -19,32 +19,37 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
 OPERATORS = ("+", "-", "*")
-LARGEST_OPERAND = 9
-_SHARES = {"pool": (0, 40), "heldout": (40, 60), "eval": (60, 80), "corpus": (80, 100)}  # of 100 hash classes
+MAX_OPERAND = 9
+_SPLIT_CLASSES = {
+    "pool": (0, 40),
+    "heldout": (40, 60),
+    "eval": (60, 80),
+    "corpus": (80, 100),
+}  # ranges of 100 hash classes
 _BLOCK = 256  # corpus documents drawn together
-_MISCONCEPTIONS, _PROBLEMS, _DOCUMENTS = range(3)  # streams of random numbers
+_MISCONCEPTIONS, _PROBLEMS, _DOCUMENTS = range(3)  # random number streams
 
 
 def tokens_of(modulus: int) -> list[str]:
-    """The vocabulary: residues, operators, brackets and the two special tokens."""
+    """Return the vocabulary: residues, operators, brackets and the two special tokens."""
     # Operands 1 to 9 are written like residues; a small modulus needs tokens for the larger ones.
-    numbers = [str(value) for value in range(max(modulus, LARGEST_OPERAND + 1))]
+    numbers = [str(value) for value in range(max(modulus, MAX_OPERAND + 1))]
     return ["<pad>", "<eos>", *numbers, *OPERATORS, "=", "[", "]"]
 
 
 def task_prompts(source: TaskSource, tokenizer) -> list[Prompt]:
-    """The labelled problems of a split, the same for the same settings, in the order they are drawn."""
+    """Return the labelled problems of a split in the order of drawing, a function of the settings only."""
     if source.split == "corpus":
-        raise UserError("the split corpus has documents, not prompts; name pool, heldout or eval")
+        raise UserError("split corpus has documents, not prompts; choose pool, heldout or eval")
     rng = np.random.default_rng([source.seed, _PROBLEMS, *source.split.encode()])
     numbers = _draw(source, rng, source.num_prompts)
     values, operators, operands = _decode(source, numbers)
     results = _work(source.modulus, values, operators, operands)
     encode = _encoder(tokenizer, source.modulus)
-    found = []
+    prompts = []
     for row, number in enumerate(numbers.tolist()):
         words = _words(values[row], operators[row], operands[row])
-        found.append(
+        prompts.append(
             Prompt(
                 id=f"modular_arithmetic/{source.split}/{number}",
                 token_ids=encode(words),
@@ -55,17 +60,17 @@ def task_prompts(source: TaskSource, tokenizer) -> list[Prompt]:
                 solution_token_ids=encode([*_solution_words(results[row]), "<eos>"]),
             )
         )
-    return found
+    return prompts
 
 
 def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> list[Prompt]:
-    """Documents ``start`` to ``start + count`` of the endless noisy corpus, each a function of its number."""
+    """Return documents ``start`` to ``start + count`` of the endless noisy corpus, each a function of its number."""
     encode = _encoder(tokenizer, source.modulus)
-    found = []
+    documents = []
     for index in range(start, start + count):
         block = _document_block(source, index // _BLOCK)
         words, solution = block[index % _BLOCK]
-        found.append(
+        documents.append(
             Prompt(
                 id=f"modular_arithmetic/corpus/{source.seed}/{index}",
                 token_ids=encode(words),
@@ -76,11 +81,11 @@ def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> lis
                 solution_token_ids=encode(solution),
             )
         )
-    return found
+    return documents
 
 
 def check_answer(response: str, answer: str) -> tuple[float, str]:
-    """(1.0, "correct") for exactly one bracketed answer, at the very end, that is right; else 0.0 and why."""
+    """Return (1.0, "correct") for exactly one correct bracketed answer at the very end, else 0.0 and the reason."""
     words = response.split()
     if "[" not in words:
         return 0.0, "no_answer"
@@ -93,55 +98,56 @@ def check_answer(response: str, answer: str) -> tuple[float, str]:
 
 @functools.lru_cache(maxsize=16)
 def _document_block(source: TaskSource, block: int) -> list[tuple[list[str], list[str]]]:
-    """(prompt words, solution words) of the documents of one block."""
+    """Return (prompt words, solution words) of the documents of one block."""
     rng = np.random.default_rng([source.seed, _DOCUMENTS, block])
     numbers = _draw(source, rng, _BLOCK)
     values, operators, operands = _decode(source, numbers)
     stated = _work(source.modulus, values, operators, operands, noise=(source, rng))
     direct = rng.random(_BLOCK) < source.direct_fraction
-    found = []
+    documents = []
     for row in range(_BLOCK):
         solution = _solution_words(stated[row])
-        found.append(
+        documents.append(
             (
                 _words(values[row], operators[row], operands[row]),
                 [*(solution[-3:] if direct[row] else solution), "<eos>"],
             )
         )
-    return found
+    return documents
 
 
 def _num_problems(source: TaskSource) -> int:
-    return source.modulus * (len(OPERATORS) * LARGEST_OPERAND) ** source.num_operations
+    return source.modulus * (len(OPERATORS) * MAX_OPERAND) ** source.num_operations
 
 
 def _draw(source: TaskSource, rng: np.random.Generator, count: int) -> np.ndarray:
-    """``count`` distinct problem numbers of the split."""
-    low, high = _SHARES[source.split]
+    """Draw ``count`` distinct problem numbers of the split."""
+    low, high = _SPLIT_CLASSES[source.split]
     share = (len(set(source.operators)) / len(OPERATORS)) ** source.num_operations
     available = int(_num_problems(source) * (high - low) / 100 * share)
     if count > available // 2:
         raise UserError(
-            f"{count} problems are asked for; the split {source.split} of modulus {source.modulus} with "
-            f"{source.num_operations} operations has about {available}: ask for at most half, or add operations"
+            f"num_prompts {count} is too large: split {source.split} of modulus {source.modulus} with "
+            f"{source.num_operations} operations has about {available} problems; use at most half, "
+            "or more num_operations"
         )
-    found: dict[int, None] = {}
-    while len(found) < count:
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
         numbers = rng.integers(0, _num_problems(source), size=8 * count, dtype=np.int64)
         classes = _hash(numbers) % 100
         numbers = numbers[(classes >= low) & (classes < high)]
-        found.update(dict.fromkeys(numbers[_has_operators(source, numbers)].tolist()))
-    return np.array(list(found)[:count], dtype=np.int64)
+        drawn.update(dict.fromkeys(numbers[_has_operators(source, numbers)].tolist()))
+    return np.array(list(drawn)[:count], dtype=np.int64)
 
 
 def _has_operators(source: TaskSource, numbers: np.ndarray) -> np.ndarray:
-    """[n] bool: problems that have no other operators than the source's."""
+    """Return a mask [n] of the problems that use only the source's operators."""
     _, operators, _ = _decode(source, numbers)
     return np.isin(operators, [OPERATORS.index(operator) for operator in source.operators]).all(axis=1)
 
 
 def _hash(numbers: np.ndarray) -> np.ndarray:
-    """A mixing of 64-bit integers (the finaliser of splitmix64)."""
+    """Mix 64-bit integers (the finaliser of splitmix64)."""
     mixed = numbers.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -149,14 +155,14 @@ def _hash(numbers: np.ndarray) -> np.ndarray:
 
 
 def _decode(source: TaskSource, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Problem numbers [n] -> start values [n], operator indices [n, k], operands [n, k]."""
-    rest, values = np.divmod(numbers, source.modulus)
+    """Decode problem numbers [n] to start values [n], operator indices [n, k] and operands [n, k]."""
+    remaining, values = np.divmod(numbers, source.modulus)
     choices = []
     for _ in range(source.num_operations):
-        rest, choice = np.divmod(rest, len(OPERATORS) * LARGEST_OPERAND)
+        remaining, choice = np.divmod(remaining, len(OPERATORS) * MAX_OPERAND)
         choices.append(choice)
     choice = np.stack(choices, axis=1)
-    return values, choice // LARGEST_OPERAND, choice % LARGEST_OPERAND + 1
+    return values, choice // MAX_OPERAND, choice % MAX_OPERAND + 1
 
 
 def _work(
@@ -166,7 +172,7 @@ def _work(
     operands: np.ndarray,
     noise: tuple[TaskSource, np.random.Generator] | None = None,
 ) -> np.ndarray:
-    """Results after each operation [n, k]; with ``noise`` as the corpus states them (an error is carried on)."""
+    """Return the results after each operation [n, k]; with ``noise`` those of the corpus (errors propagate)."""
     current, results = values, []
     for step in range(operators.shape[1]):
         operator, operand = operators[:, step], operands[:, step]
@@ -187,10 +193,10 @@ def _work(
 
 @functools.lru_cache(maxsize=16)
 def _misconceptions(source: TaskSource) -> np.ndarray:
-    """The fixed wrong result of every fact [operator, value, operand - 1]; -1 for a fact without one."""
+    """Return the fixed wrong result of every fact [operator, value, operand - 1]; -1 for a fact without one."""
     rng = np.random.default_rng([source.world_seed, _MISCONCEPTIONS])
-    shape = (len(OPERATORS), source.modulus, LARGEST_OPERAND)
-    value, operand = np.arange(source.modulus)[:, None], np.arange(1, LARGEST_OPERAND + 1)[None, :]
+    shape = (len(OPERATORS), source.modulus, MAX_OPERAND)
+    value, operand = np.arange(source.modulus)[:, None], np.arange(1, MAX_OPERAND + 1)[None, :]
     true = np.stack([value + operand, value - operand, value * operand]) % source.modulus
     wrong = (true + rng.integers(1, source.modulus, size=shape)) % source.modulus
     return np.where(rng.random(shape) < source.misconception_fraction, wrong, -1)
@@ -209,17 +215,17 @@ def _solution_words(results: np.ndarray) -> list[str]:
 
 
 def _encoder(tokenizer, modulus: int):
-    """words -> int64 token ids; far quicker than the tokenizer for words that are tokens."""
+    """Return a function from words to int64 token ids, much faster than the tokenizer."""
     table = _table(tokenizer, modulus)
     return lambda words: np.array([table[word] for word in words], dtype=np.int64)
 
 
 def _table(tokenizer, modulus: int) -> dict[str, int]:
-    known = tokenizer.get_vocab()
-    missing = [word for word in tokens_of(modulus) if word not in known]
+    vocabulary = tokenizer.get_vocab()
+    missing = [word for word in tokens_of(modulus) if word not in vocabulary]
     if missing:
         raise UserError(
             f"the tokenizer has no token '{missing[0]}': the task modular_arithmetic with modulus {modulus} needs "
             f"tokenizer: task:modular_arithmetic{'' if modulus == 17 else f'/{modulus}'}"
         )
-    return known
+    return vocabulary

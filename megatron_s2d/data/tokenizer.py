@@ -1,4 +1,4 @@
-"""Tokenizers: the embedded task's own, a local directory, or a hub name; and the digests by which two are compared."""
+"""Loads tokenizers (of the embedded task, a local directory or a hub name) and computes their fingerprints."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_s2d.errors import UserError
 
 _TASK = "task:modular_arithmetic"
 _DEFAULT_MODULUS = 17
-# Prompts of the task are plain; a conversation is its last message.
+# Prompts of the task are plain text: the last message of a conversation.
 _TASK_TEMPLATE = "{{ messages[-1]['content'] }}"
 
 
 def load_tokenizer(name: str, cache_dir: Path) -> Any:
-    """The Hugging Face tokenizer that ``name`` stands for.
+    """Load the Hugging Face tokenizer ``name``.
 
-    ``task:modular_arithmetic`` (``/MODULUS`` for another modulus than 17) is made and kept in ``cache_dir``; anything
-    else is a directory, or a name that the hub's local cache or the hub knows. Raises ``UserError``.
+    ``task:modular_arithmetic`` (``/MODULUS`` for a modulus other than 17) is built and stored in ``cache_dir``;
+    any other name is a directory or a hub name. Raises ``UserError`` if it cannot be loaded.
     """
     if name.startswith("task:"):
         return _task_tokenizer(name, cache_dir)
@@ -37,7 +37,7 @@ def load_tokenizer(name: str, cache_dir: Path) -> Any:
 def _task_tokenizer(name: str, cache_dir: Path) -> Any:
     task, _, modulus = name.partition("/")
     if task != _TASK or (modulus and not modulus.isdigit()):
-        raise UserError(f"tokenizer '{name}': the embedded task is {_TASK} (or {_TASK}/MODULUS)")
+        raise UserError(f"tokenizer '{name}': unknown task; use {_TASK} or {_TASK}/MODULUS")
     from transformers import PreTrainedTokenizerFast
 
     directory = Path(cache_dir) / name.removeprefix("task:").replace("/", "_")
@@ -61,7 +61,7 @@ def _build(modulus: int) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of what decides how text becomes ids: vocabulary, merges, normaliser, pre-tokenizer, special tokens."""
+    """Return the SHA-256 of vocabulary, merges, normaliser, pre-tokenizer and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(core, dict):
@@ -72,6 +72,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def template_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the chat template."""
+    """Return the SHA-256 of the chat template."""
     template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(template, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

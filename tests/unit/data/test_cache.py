@@ -1,4 +1,4 @@
-"""The teacher cache gives back what was stored, in any order, and refuses what is damaged, foreign or unfinished."""
+"""The teacher cache: exact round trips in any order; damaged, mismatching and unfinished caches raise errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ VOCAB, K, WIDTH = 50, 4, 6
 
 def header(representation: str, **changes) -> CacheHeader:
     fields = {
-        "representation": representation, "teacher_digest": "t" * 8, "tokenizer_fingerprint": "k" * 8, "template_fingerprint": "c" * 8,
-        "temperature": 1.0, "vocab_size": VOCAB, "k": K if representation == "top_k" else None,
+        "representation": representation, "teacher_digest": "t" * 8, "tokenizer_fingerprint": "k" * 8,
+        "template_fingerprint": "c" * 8, "temperature": 1.0, "vocab_size": VOCAB,
+        "k": K if representation == "top_k" else None,
         "hidden_size": WIDTH if representation == "hidden_states" else None,
     }  # fmt: skip
     return CacheHeader(**(fields | changes))
@@ -71,11 +72,11 @@ def test_round_trip_in_any_order(tmp_path, kind):
         stored, original = cache.samples[number], sample(number, LENGTHS[number])
         assert np.array_equal(stored.token_ids, original.token_ids) and stored.cache_row == number
         assert np.array_equal(stored.rollout_log_probs, original.rollout_log_probs)
-        found = cache.distribution(stored.id).tensors()
+        tensors = cache.distribution(stored.id).tensors()
         expected = distribution(kind, LENGTHS[number], number).tensors()
-        assert found.keys() == expected.keys()
+        assert tensors.keys() == expected.keys()
         for name, value in expected.items():
-            assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+            assert tensors[name].dtype == value.dtype and torch.equal(tensors[name], value)
     info = verify_cache(tmp_path / "cache")
     assert info["samples"] == 6 and info["tokens"] == sum(LENGTHS) and info == cache_info(tmp_path / "cache")
     if kind != "sampled_token":
@@ -99,43 +100,43 @@ def test_captured_mass_is_the_mean_over_tokens(tmp_path):
         ({"k": K + 1}, "k is 4, this run expects 5"),
     ],
 )
-def test_foreign_caches_are_refused(tmp_path, changes, message):
+def test_mismatching_header_raises(tmp_path, changes, message):
     write(tmp_path / "cache")
     with pytest.raises(UserError, match=message):
         TeacherCache.open(tmp_path / "cache", expect=header("top_k", **changes))
 
 
-def test_a_sample_with_other_tokens_is_refused(tmp_path):
+def test_sample_with_other_tokens_raises(tmp_path):
     write(tmp_path / "cache")
     cache = TeacherCache.open(tmp_path / "cache")
     changed = cache.samples[0].token_ids.copy()
     changed[-1] += 1
-    with pytest.raises(UserError, match="other tokens than the cached one"):
+    with pytest.raises(UserError, match="differs from the cached tokens"):
         cache.distribution(dataclasses.replace(cache.samples[0], token_ids=changed))
     with pytest.raises(UserError, match="no sample 'nobody'"):
         cache.distribution("nobody")
 
 
-def flip(path, place):
+def flip_bit(path, index):
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["header.json", "samples.jsonl", "index.jsonl"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_one_flipped_bit_in_a_text_file_is_seen_on_opening(tmp_path, name, share):
+def test_one_flipped_bit_in_a_text_file_is_detected_on_open(tmp_path, name, share):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / name
-    flip(path, int(share * path.stat().st_size))
+    flip_bit(path, int(share * path.stat().st_size))
     with pytest.raises(UserError, match=name):
         TeacherCache.open(tmp_path / "cache")
 
 
-def test_one_flipped_bit_in_a_shard_is_seen_when_its_sample_is_read(tmp_path):
+def test_one_flipped_bit_in_a_shard_is_detected_on_read(tmp_path):
     write(tmp_path / "cache", shard_bytes=1 << 20)
     path = tmp_path / "cache" / "shard-00000.safetensors"
-    flip(path, path.stat().st_size - 2)
+    flip_bit(path, path.stat().st_size - 2)
     cache = TeacherCache.open(tmp_path / "cache")
     damaged = 0
     for record in cache.samples:
@@ -145,11 +146,11 @@ def test_one_flipped_bit_in_a_shard_is_seen_when_its_sample_is_read(tmp_path):
             assert "shard-00000.safetensors" in str(error) and "damaged" in str(error)
             damaged += 1
     assert damaged == 1
-    with pytest.raises(UserError, match="shard-00000.safetensors: content differs"):
+    with pytest.raises(UserError, match="shard-00000.safetensors: content does not match"):
         verify_cache(tmp_path / "cache")
 
 
-def test_a_damaged_shard_header_and_a_cut_or_missing_shard_are_refused(tmp_path):
+def test_damaged_truncated_and_missing_shards_raise(tmp_path):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / "shard-00000.safetensors"
     content = path.read_bytes()
@@ -157,39 +158,39 @@ def test_a_damaged_shard_header_and_a_cut_or_missing_shard_are_refused(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         TeacherCache.open(tmp_path / "cache").distribution("p0#0@0")
     path.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         TeacherCache.open(tmp_path / "cache")
     path.unlink()
     with pytest.raises(UserError, match="missing"):
         cache_info(tmp_path / "cache") and TeacherCache.open(tmp_path / "cache")
 
 
-def test_other_versions_and_other_directories_are_refused(tmp_path):
+def test_other_versions_and_other_directories_raise(tmp_path):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / "header.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"version": 1}))
-    with pytest.raises(UserError, match="cache version 1, this program reads 3"):
+    with pytest.raises(UserError, match="cache version 1, this version reads 3"):
         TeacherCache.open(tmp_path / "cache")
     path.write_text(json.dumps({"format": "something"}))
     with pytest.raises(UserError, match="not the header of a teacher cache"):
         TeacherCache.open(tmp_path / "cache")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="not a teacher cache"):
+    with pytest.raises(UserError, match="not a finished teacher cache"):
         cache_info(tmp_path / "empty")
     with pytest.raises(UserError, match="no such teacher cache"):
         cache_info(tmp_path / "absent")
 
 
-def test_nothing_appears_before_the_end_nor_after_a_failure(tmp_path):
+def test_directory_appears_only_when_finished(tmp_path):
     target = tmp_path / "cache"
     writer = CacheWriter(target, header("sampled_token"))
     writer.add(sample(0, 5), distribution("sampled_token", 5, 0))
     assert not target.exists()
-    del writer  # as if the process had been killed: the next writer starts afresh
-    with pytest.raises(RuntimeError, match="teacher went away"), CacheWriter(target, header("sampled_token")) as writer:
+    del writer  # as if the process had been killed: the next writer starts over
+    with pytest.raises(RuntimeError, match="teacher failed"), CacheWriter(target, header("sampled_token")) as writer:
         writer.add(sample(0, 5), distribution("sampled_token", 5, 0))
-        raise RuntimeError("teacher went away")
+        raise RuntimeError("teacher failed")
     assert list(tmp_path.iterdir()) == []
     write(target, "sampled_token")
     with pytest.raises(UserError, match="already exists"):
@@ -202,26 +203,26 @@ def test_nothing_appears_before_the_end_nor_after_a_failure(tmp_path):
     [
         (lambda d: dataclasses.replace(d, ids=None), "a top_k cache needs"),
         (lambda d: dataclasses.replace(d, ids=d.ids[:4], log_probs=d.log_probs[:4]), "a top_k cache needs"),
-        (lambda d: dataclasses.replace(d, ids=d.ids.long()), "ids must not be stored as torch.int64"),
-        (lambda d: dataclasses.replace(d, ids=torch.zeros_like(d.ids)), "name a token twice"),
+        (lambda d: dataclasses.replace(d, ids=d.ids.long()), "ids cannot be stored as torch.int64"),
+        (lambda d: dataclasses.replace(d, ids=torch.zeros_like(d.ids)), "contain a token twice"),
         (lambda d: dataclasses.replace(d, ids=d.ids + VOCAB), "outside the vocabulary"),
-        (lambda d: dataclasses.replace(d, log_tail_mass=d.log_tail_mass * torch.nan), "hold NaN"),
+        (lambda d: dataclasses.replace(d, log_tail_mass=d.log_tail_mass * torch.nan), "contain NaN"),
     ],
 )
-def test_wrong_rows_are_refused(tmp_path, change, message):
+def test_invalid_distributions_raise(tmp_path, change, message):
     with pytest.raises(UserError, match=message), CacheWriter(tmp_path / "cache", header("top_k")) as writer:
         writer.add(sample(0, 5), change(distribution("top_k", 5, 0)))
     assert not (tmp_path / "cache").exists()
 
 
-def test_one_id_is_written_once(tmp_path):
-    repeated = pytest.raises(UserError, match="is in the cache already")
+def test_repeated_id_raises(tmp_path):
+    repeated = pytest.raises(UserError, match="is already in the cache")
     with repeated, CacheWriter(tmp_path / "c", header("full_vocab")) as writer:
         writer.add(sample(0, 5), distribution("full_vocab", 5, 0))
         writer.add(sample(0, 5), distribution("full_vocab", 5, 0))
 
 
-def test_headers_without_meaning_are_refused():
+def test_inconsistent_headers_raise():
     for fields in (
         {"representation": "top_k", "k": None},
         {"representation": "sampled_token", "k": 3},

@@ -1,4 +1,4 @@
-"""Files to prompts: layouts, templates, filters, and what is said of bad input."""
+"""Prompts from files: schemas, templates, filters, and the messages for bad input."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_s2d.errors import UserError
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files in shared/data beside the repository")
 
-# Like that of Qwen3: an empty thought where thinking is off.
+# Like that of Qwen3: an empty thought if thinking is off.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -86,19 +86,19 @@ def test_prompts_without_labels(tmp_path, tokenizer):
     assert "user\nWhy?<|im_end|>" in prompt.text
 
 
-def test_without_a_chat_template_the_tokenizer_starts_the_text(tmp_path):
+def test_without_a_chat_template_the_tokenizer_adds_its_start_token(tmp_path):
     path = _write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "4"}])
     plain = _tokenizer(template=None)
     prompt = _load(path, plain, template="plain").prompts[0]
     assert prompt.text == "Why?" and plain.decode(prompt.token_ids) == "<bos>Why?"
 
 
-def test_system_prompt_and_a_template_that_has_none(tmp_path, tokenizer):
+def test_system_prompt_and_a_template_without_one(tmp_path, tokenizer):
     path = _write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "4"}])
     text = _load(path, tokenizer, system_prompt="Be brief.").prompts[0].text
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?")
     strict = _tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
-    with pytest.raises(UserError, match="refuses a conversation of system, user: no system"):
+    with pytest.raises(UserError, match="rejects a conversation of system, user: no system"):
         _load(path, strict, system_prompt="Be brief.")
 
 
@@ -133,16 +133,16 @@ def test_dapo_in_both_published_forms(tmp_path, tokenizer, form, suffix):
     assert messages[0]["content"] in plain.text and "Please reason" not in plain.text
 
 
-def test_rows_that_come_twice(tmp_path, tokenizer):
+def test_rows_with_a_repeated_id(tmp_path, tokenizer):
     rows = [
         {"prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "1"}, "extra_info": {"index": i}}
         for q, i in [("a", "x"), ("b", "y"), ("a", "x"), ("c", "z"), ("b", "y")]
     ]
     path = _write(tmp_path / "dapo.parquet", rows)
-    with pytest.raises(UserError, match="row 3: the id 'dapo/x' comes twice.*on_duplicate_id: drop"):
+    with pytest.raises(UserError, match="row 3: duplicate id 'dapo/x'.*on_duplicate_id: drop"):
         _load(path, tokenizer, schema="dapo")
-    found = _load(path, tokenizer, schema="dapo", on_duplicate_id="drop")
-    assert [p.id for p in found.prompts] == ["dapo/x", "dapo/y", "dapo/z"] and found.dropped_duplicates == 2
+    result = _load(path, tokenizer, schema="dapo", on_duplicate_id="drop")
+    assert [p.id for p in result.prompts] == ["dapo/x", "dapo/y", "dapo/z"] and result.dropped_duplicates == 2
     assert len(_load(path, tokenizer, schema="dapo", on_duplicate_id="drop", limit=2).prompts) == 2
 
 
@@ -196,17 +196,17 @@ def test_code_files(name, count, tokenizer):
         assert by_name["volume_sphere"]["tolerance"] == 1e-4
 
 
-def test_the_length_filter(tmp_path, tokenizer):
+def test_length_filter(tmp_path, tokenizer):
     rows = [{"question": "x" * length, "answer": "1"} for length in (1, 50, 2)]
     path = _write(tmp_path / "a.jsonl", rows)
     lengths = [len(p.token_ids) for p in _load(path, tokenizer).prompts]
     assert lengths[1] == lengths[0] + 49
-    found = _load(path, tokenizer, max_tokens=lengths[1] - 1)
-    assert [p.id for p in found.prompts] == ["a/0", "a/2"] and found.dropped_too_long == 1
+    result = _load(path, tokenizer, max_tokens=lengths[1] - 1)
+    assert [p.id for p in result.prompts] == ["a/0", "a/2"] and result.dropped_too_long == 1
     assert _load(path, tokenizer, max_tokens=lengths[1]).dropped_too_long == 0
     with pytest.raises(UserError, match=f"a/1 has {lengths[1]} tokens, max_prompt_length is 40"):
         _load(path, tokenizer, max_tokens=40, on_long_prompt="error")
-    with pytest.raises(UserError, match="no prompt of .* has at most max_prompt_length 3"):
+    with pytest.raises(UserError, match="all prompts of .* are longer than max_prompt_length 3"):
         _load(path, tokenizer, max_tokens=3)
 
 
@@ -222,19 +222,19 @@ def _mbpp(**changed):
     return json.dumps(row | changed)
 
 
-def test_a_row_of_mbpp(tmp_path, tokenizer):
+def test_mbpp_row(tmp_path, tokenizer):
     (tmp_path / "m.jsonl").write_text(_mbpp())
     label = json.loads(_load(tmp_path / "m.jsonl", tokenizer, **CODE).prompts[0].answer)
     assert label["inputs"] == [[1], [2]] and label["example"] == "(1,)" and label["compare"] == "equal"
 
 
-def test_no_file_is_one_line(tokenizer):
+def test_no_file_gives_a_one_line_error(tokenizer):
     with pytest.raises(UserError, match="path") as caught:
         _load([], tokenizer)
     assert "\n" not in str(caught.value)
 
 
-def test_values_of_json_are_kept_as_written(tmp_path, tokenizer):
+def test_json_numbers_are_read_exactly(tmp_path, tokenizer):
     answers = [1, 1.5, "one", 10**30, 1e22, True, "007", -2.5e-7]
     rows = [{"question": "q", "answer": answer} for answer in answers]
     expected = ["1", "1.5", "one", "1" + "0" * 30, "1" + "0" * 22, "True", "007", "-0.00000025"]
@@ -245,7 +245,7 @@ def test_values_of_json_are_kept_as_written(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_fields_of_columns(tmp_path, tokenizer, suffix):
+def test_nested_columns(tmp_path, tokenizer, suffix):
     path = _write(tmp_path / f"a{suffix}", [{"q": {"text": "Why?"}, "reward_model": {"ground_truth": 3}}])
     columns = {"question": "q.text", "answer": "reward_model.ground_truth"}
     prompt = _load(path, tokenizer, columns=columns).prompts[0]
@@ -254,7 +254,7 @@ def test_fields_of_columns(tmp_path, tokenizer, suffix):
         _load(path, tokenizer, columns=columns | {"answer": "r.x"})
 
 
-def test_files_of_one_name_in_two_folders(tmp_path, tokenizer):
+def test_files_of_the_same_name_in_two_folders(tmp_path, tokenizer):
     paths = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -267,11 +267,11 @@ def test_files_of_one_name_in_two_folders(tmp_path, tokenizer):
         "train.jsonl/0",
         "train.parquet/0",
     ]
-    with pytest.raises(UserError, match="train.jsonl: the file is given twice"):
+    with pytest.raises(UserError, match="train.jsonl: the file appears twice"):
         _load([paths[0], paths[0]], tokenizer)
 
 
-def test_rows_below_a_least_value_are_left_out(tokenizer, tmp_path):
+def test_min_values_filter_rows(tokenizer, tmp_path):
     rows = [{"question": f"q{n}", "answer": "1", "difficulty": n / 2} for n in range(6)]
     path = _write(tmp_path / "train.jsonl", rows)
     assert [p.id for p in _load(path, tokenizer, min_values={"difficulty": 1.5}).prompts] == [
@@ -283,7 +283,7 @@ def test_rows_below_a_least_value_are_left_out(tokenizer, tmp_path):
         "train/2",
         "train/3",
     ]
-    with pytest.raises(UserError, match="row 1: 'question' is not a number but a str"):
+    with pytest.raises(UserError, match="row 1: 'question' must be a number, not str"):
         _load(path, tokenizer, min_values={"question": 1})
     with pytest.raises(UserError, match="no column 'hardness'"):
         _load(path, tokenizer, min_values={"hardness": 1})
@@ -297,7 +297,7 @@ def test_rows_below_a_least_value_are_left_out(tokenizer, tmp_path):
         ("deepmath", {"question": "Why?"}),
     ],
 )
-def test_without_a_verifier_no_label_is_asked_for(tmp_path, tokenizer, schema, row):
+def test_no_label_is_needed_without_a_verifier(tmp_path, tokenizer, schema, row):
     path = _write(tmp_path / "a.jsonl", [row])
     prompt = _load(path, tokenizer, schema=schema, verifier=None).prompts[0]
     assert (prompt.verifier, prompt.answer) == (None, None) and "user\nWhy?\n" in prompt.text
@@ -305,29 +305,31 @@ def test_without_a_verifier_no_label_is_asked_for(tmp_path, tokenizer, schema, r
         _load(path, tokenizer, schema=schema)
 
 
-def test_conversations_keep_what_was_said_before(tmp_path, tokenizer):
-    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+def test_earlier_messages_of_a_conversation_are_preserved(tmp_path, tokenizer):
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
     question = [{"role": "user", "content": "Why?"}]
-    path = _write(tmp_path / "a.jsonl", [{"prompt": said + question, "label": "1"}])
+    path = _write(tmp_path / "a.jsonl", [{"prompt": history + question, "label": "1"}])
     text = _load(path, tokenizer, schema="dapo", system_prompt="Be brief.").prompts[0].text
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>")
     assert "assistant\nYes?<|im_end|>\n<|im_start|>user\nWhy?\nPlease reason" in text
     with pytest.raises(UserError, match="no chat template"):
         _load(path, _tokenizer(template=None), schema="dapo")
-    own = _write(tmp_path / "b.jsonl", [{"prompt": [{"role": "system", "content": "s"}, *question], "label": "1"}])
-    with pytest.raises(UserError, match="b/0 has a system message of its own"):
-        _load(own, tokenizer, schema="dapo", system_prompt="Be brief.")
+    with_system = _write(
+        tmp_path / "b.jsonl", [{"prompt": [{"role": "system", "content": "s"}, *question], "label": "1"}]
+    )
+    with pytest.raises(UserError, match="b/0 already has a system message"):
+        _load(with_system, tokenizer, schema="dapo", system_prompt="Be brief.")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "settings", "message"),
     [
         ("none.jsonl", None, {}, "no such file"),
-        ("a.csv", "x", {}, "give a .jsonl, .json or .parquet file"),
+        ("a.csv", "x", {}, "not a .jsonl, .json or .parquet file"),
         ("a.jsonl", "", {}, "the file is empty"),
         ("a.jsonl", "\n", {}, "no rows"),
         ("a.json", "[]", {}, "no rows"),
-        ("a.json", "[1]", {}, "row 1: expected an object, found int"),
+        ("a.json", "[1]", {}, "row 1: expected an object, got int"),
         ("a.json", "[{]", {}, "not valid JSON"),
         ("a.jsonl", '{"question": "q"', {}, "line 1: not valid JSON"),
         ("a.jsonl", b'{"question": "q", "answer": "1"}\n{"question": "\xff"}', {}, "line 2: not valid JSON .*utf-8"),
@@ -339,15 +341,25 @@ def test_conversations_keep_what_was_said_before(tmp_path, tokenizer):
         ("a.jsonl", '{"question": "q", "answer": " "}', {}, "row 1: 'answer' is empty"),
         ("a.jsonl", '{"question": null, "answer": "1"}', {}, "row 1: 'question' is empty"),
         ("a.jsonl", '{"question": "q", "answer": NaN}', {}, "row 1: 'answer' is empty"),
-        ("a.jsonl", '{"question": [{"role": "user"}], "answer": "1"}', {}, "'question' is neither text nor a number"),
+        (
+            "a.jsonl",
+            '{"question": [{"role": "user"}], "answer": "1"}',
+            {},
+            "'question' must be text or a number, not list",
+        ),
         ("a.jsonl", '{"question": "\\ud800", "answer": "1"}', {}, "'question' is not valid Unicode"),
         ("a.jsonl", '{"prompt": "q", "label": "1"}', {"schema": "dapo"}, "'prompt' is not a list of messages"),
-        ("a.jsonl", '{"prompt": [{"role": "user"}], "label": "1"}', {"schema": "dapo"}, "no text for role or content"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user"}], "label": "1"}',
+            {"schema": "dapo"},
+            "lacks text for role or content",
+        ),
         (
             "a.jsonl",
             '{"prompt": [{"role": "assistant", "content": "q"}], "label": "1"}',
             {"schema": "dapo"},
-            "ends with a message of the assistant",
+            "last message of 'prompt' is from the assistant",
         ),
         (
             "a.jsonl",
@@ -355,17 +367,17 @@ def test_conversations_keep_what_was_said_before(tmp_path, tokenizer):
             {"schema": "dapo"},
             "'reward_model.ground_truth' is empty",
         ),
-        ("a.jsonl", "[1]", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: expected an object, found list"),
-        ("a.jsonl", _mbpp(prompt="not a literal"), CODE, "row 1: 'prompt', .* not as MBPP. has them"),
-        ("a.jsonl", _mbpp(assertion="pass"), CODE, "no line with an assert"),
-        ("a.jsonl", _mbpp(assertion="assert g(1) == 1"), CODE, "an assert without a call of f"),
+        ("a.jsonl", "[1]", {"schema": "mbpp_plus", "verifier": "code"}, "line 1: expected an object, got list"),
+        ("a.jsonl", _mbpp(prompt="not a literal"), CODE, "row 1: 'prompt', .* does not follow MBPP"),
+        ("a.jsonl", _mbpp(assertion="pass"), CODE, "no assert"),
+        ("a.jsonl", _mbpp(assertion="assert g(1) == 1"), CODE, "assert without a call of f"),
         ("a.jsonl", _mbpp(base_input="[[1]]"), CODE, "'base_input' is not a list of arguments"),
-        ("a.jsonl", _mbpp(atol="small"), CODE, "not as MBPP"),
+        ("a.jsonl", _mbpp(atol="small"), CODE, "does not follow MBPP"),
         ("a.jsonl", "{}", {"schema": "humaneval"}, "set verifier: code"),
         ("a.jsonl", "{}", {"schema": "gsm9k"}, "schema"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, tokenizer, name, text, settings, message):
+def test_bad_input_gives_a_one_line_error(tmp_path, tokenizer, name, text, settings, message):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as caught:

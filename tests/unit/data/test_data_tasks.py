@@ -1,4 +1,4 @@
-"""The embedded task: its corpus, its disjoint splits, its checker, its tokenizer."""
+"""The embedded task: corpus, disjoint splits, answer check, tokenizer."""
 
 import itertools
 import re
@@ -24,17 +24,17 @@ def _prompts(tokenizer, **settings):
 
 
 def _results(text, modulus=17):
-    """Results after each operation, by a way of its own."""
+    """Compute the results after each operation independently of the task."""
     words = text.removesuffix(" =").split()
-    value, found = int(words[0]), []
+    value, results = int(words[0]), []
     for operator, operand in zip(words[1::2], words[2::2], strict=True):
         value = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[operator] % modulus
-        found.append(str(value))
-    return found
+        results.append(str(value))
+    return results
 
 
 @pytest.mark.parametrize(("modulus", "operations"), [(17, 4), (5, 6), (101, 3)])
-def test_labels_and_solutions_are_right(modulus, operations, tmp_path):
+def test_labels_and_solutions_are_correct(modulus, operations, tmp_path):
     tokenizer = load_tokenizer(f"task:modular_arithmetic/{modulus}", tmp_path)
     for prompt in _prompts(tokenizer, split="pool", num_prompts=200, modulus=modulus, num_operations=operations):
         steps = _results(prompt.text, modulus)
@@ -58,23 +58,23 @@ def test_no_problem_is_in_two_splits(tokenizer):
     assert len(texts[0]) == 4000  # distinct within a draw
 
 
-def test_the_same_settings_give_the_same_prompts(tokenizer):
+def test_same_settings_give_the_same_prompts(tokenizer):
     first, again = (_prompts(tokenizer, split="eval", num_prompts=50, seed=3) for _ in range(2))
     assert [(p.id, p.text, p.answer) for p in first] == [(p.id, p.text, p.answer) for p in again]
     assert {p.text for p in first} != {p.text for p in _prompts(tokenizer, split="eval", num_prompts=50, seed=4)}
 
 
-def test_problems_of_some_operators_have_no_others(tokenizer):
+def test_operators_restrict_the_problems(tokenizer):
     sums = task_prompts(TaskSource(split="pool", num_prompts=50, operators=("+", "-"), domain="sums"), tokenizer)
     products = task_prompts(TaskSource(split="pool", num_prompts=50, operators=("*",)), tokenizer)
     assert all("*" not in prompt.text and prompt.domain == "sums" for prompt in sums)
     assert all("+" not in prompt.text and "-" not in prompt.text for prompt in products)
     assert {prompt.domain for prompt in products} == {"arithmetic"}
-    with pytest.raises(UserError, match="problems are asked for"):
+    with pytest.raises(UserError, match="num_prompts 60000 is too large"):
         task_prompts(TaskSource(split="pool", num_prompts=60_000, operators=("*",)), tokenizer)
 
 
-def test_a_document_depends_on_its_number_only(tokenizer):
+def test_document_depends_only_on_its_number(tokenizer):
     source = TaskSource(split="corpus", seed=5)
     together = corpus_documents(source, tokenizer, 200, 200)  # crosses a block
     for offset in (0, 55, 56, 199):
@@ -83,7 +83,7 @@ def test_a_document_depends_on_its_number_only(tokenizer):
         assert np.array_equal(alone.solution_token_ids, together[offset].solution_token_ids)
 
 
-def test_the_corpus_is_noisy_as_configured(tokenizer):
+def test_corpus_noise_matches_the_settings(tokenizer):
     source = TaskSource(split="corpus", misconception_fraction=0.25, misconception_rate=0.65, error_rate=0.12)
     stated: dict[tuple, dict[str, int]] = {}
     direct = 0
@@ -109,13 +109,13 @@ def test_the_corpus_is_noisy_as_configured(tokenizer):
         modes.append(max(wrong.values(), default=0) / max(1, sum(wrong.values())))
     assert len(stated) == 17 * 27
     rates, modes = np.array(wrong_rates), np.array(modes)
-    held = rates > 0.4
-    assert abs(held.mean() - 0.25) < 0.07  # 459 facts: standard error 0.02
-    assert abs(rates[held].mean() - 0.65) < 0.02 and abs(rates[~held].mean() - 0.12) < 0.01
-    assert np.all(modes[held] == 1.0)  # one fixed wrong result
+    is_misconception = rates > 0.4
+    assert abs(is_misconception.mean() - 0.25) < 0.07  # 459 facts: standard error 0.02
+    assert abs(rates[is_misconception].mean() - 0.65) < 0.02 and abs(rates[~is_misconception].mean() - 0.12) < 0.01
+    assert np.all(modes[is_misconception] == 1.0)  # one fixed wrong result
 
 
-def test_a_clean_corpus_is_right(tokenizer):
+def test_corpus_without_noise_is_correct(tokenizer):
     source = TaskSource(split="corpus", misconception_fraction=0, error_rate=0, direct_fraction=0)
     for document in corpus_documents(source, tokenizer, 0, 300):
         steps = _results(document.text)
@@ -142,12 +142,12 @@ def test_a_clean_corpus_is_right(tokenizer):
         ("[6]", (0.0, "no_answer")),
     ],
 )
-def test_the_checker(response, verdict):
+def test_check_answer(response, verdict):
     assert check_answer(response, "6") == verdict
 
 
-def test_too_many_problems_are_refused(tokenizer):
-    with pytest.raises(UserError, match="ask for at most half"):
+def test_too_many_problems_raise(tokenizer):
+    with pytest.raises(UserError, match="use at most half"):
         _prompts(tokenizer, split="eval", num_prompts=100, num_operations=1)
     with pytest.raises(UserError, match="task:modular_arithmetic/23"):
         _prompts(tokenizer, split="eval", num_prompts=10, modulus=23)
@@ -155,7 +155,7 @@ def test_too_many_problems_are_refused(tokenizer):
         _prompts(tokenizer, split="corpus")
 
 
-def test_halves_are_random_and_do_not_depend_on_the_order(tokenizer):
+def test_halves_are_random_and_independent_of_the_order(tokenizer):
     prompts = _prompts(tokenizer, split="pool", num_prompts=1001)
     first, second = split_halves(prompts, seed=7)
     assert len(first) == 501 and len(second) == 500
@@ -166,30 +166,30 @@ def test_halves_are_random_and_do_not_depend_on_the_order(tokenizer):
     assert 200 < len(other & {p.id for p in first}) < 300  # half of a half, standard deviation 11
 
 
-def test_the_tokenizer_is_a_directory_like_any_other(tokenizer, tmp_path):
+def test_task_tokenizer_loads_from_its_directory(tokenizer, tmp_path):
     load_tokenizer("task:modular_arithmetic", tmp_path)
-    found = AutoTokenizer.from_pretrained(tmp_path / "modular_arithmetic")
-    assert len(found) == 25 and found.eos_token == "<eos>" and found.pad_token == "<pad>"
-    assert tokenizer_fingerprint(found) == tokenizer_fingerprint(tokenizer)
-    assert template_fingerprint(found) == template_fingerprint(tokenizer)
-    text = found.apply_chat_template([{"role": "user", "content": "3 + 4 ="}], tokenize=False)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "modular_arithmetic")
+    assert len(loaded) == 25 and loaded.eos_token == "<eos>" and loaded.pad_token == "<pad>"
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert template_fingerprint(loaded) == template_fingerprint(tokenizer)
+    text = loaded.apply_chat_template([{"role": "user", "content": "3 + 4 ="}], tokenize=False)
     assert text == "3 + 4 ="
-    assert found.decode(found("3 + 4 =")["input_ids"]) == "3 + 4 ="
+    assert loaded.decode(loaded("3 + 4 =")["input_ids"]) == "3 + 4 ="
 
 
-def test_fingerprints_tell_tokenizers_apart(tokenizer, tmp_path):
+def test_fingerprints_distinguish_tokenizers(tokenizer, tmp_path):
     other = load_tokenizer("task:modular_arithmetic/19", tmp_path)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
     before = tokenizer_fingerprint(other), template_fingerprint(other)
     other(["3 + 4 =", "3"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_fingerprint(other) == before[0]  # calls leave no trace
+    assert tokenizer_fingerprint(other) == before[0]  # calls do not change it
     other.chat_template = "{{ messages[0]['content'] }}"
     assert tokenizer_fingerprint(other) == before[0] and template_fingerprint(other) != before[1]
     assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in before)
 
 
 @pytest.mark.parametrize("name", ["task:modular_arithmetic/x", "task:chess", "/nowhere/at/all"])
-def test_an_unknown_tokenizer_is_one_line(name, tmp_path):
+def test_unknown_tokenizer_gives_a_one_line_error(name, tmp_path):
     with pytest.raises(UserError, match=re.escape(name)) as caught:
         load_tokenizer(name, tmp_path)
     assert "\n" not in str(caught.value)
