@@ -78,7 +78,7 @@ def ours(operands: Operands, chunk: int, name: str = "forward_kl", backend: str 
     loss, _ = linear_divergence(
         hidden,
         weight,
-        shard=VocabShard.whole(len(weight)),
+        shard=VocabShard.unsharded(len(weight)),
         outputs=(name,),
         teacher=HiddenStates(operands.teacher_hidden, operands.teacher_weight),
         beta=0.5 if name == "jsd" else None,
@@ -358,7 +358,7 @@ def accuracy(vocab: int, device: str) -> list[dict[str, object]]:
             if dtype == torch.float64:
                 outputs = dense_outputs(leaf, other, (name,), beta=beta)
             else:
-                outputs = vocab_parallel_divergence(leaf, Logits(other), VocabShard.whole(vocab), (name,), beta=beta)
+                outputs = vocab_parallel_divergence(leaf, Logits(other), VocabShard.unsharded(vocab), (name,), beta=beta)
             getattr(outputs, name).sum().backward()
             results.append((getattr(outputs, name).detach(), leaf.grad))
         errors = [relative(value, wanted) for wanted, value in zip(*results, strict=True)]

@@ -1,30 +1,66 @@
 """One chunk of tokens on one shard: logits to per-token outputs, and cotangents of the outputs back to logits.
 
-This is the whole protocol between the shards: one all-gather of a few numbers per token (two for a mixture, whose
-terms need the normalisers first), none on the way back. Autograd never crosses a collective.
+The communication between shards is complete here: one all-gather of a few numbers per token (two for a mixture, whose
+terms need the normalisers first), and none in the backward pass. Autograd never crosses a collective.
+
+Shapes: c tokens of the chunk, v_tp local vocabulary columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl import torch_backend
 from megatron_s2d.kl.jsd import MIXTURES
+from megatron_s2d.kl.merge import Merged, Plan, merge
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.top_k import SupportChunk, support_gradient, support_merge, support_statistics
-from megatron_s2d.kl.torch_backend import Merged, Plan, merge
+from megatron_s2d.kl.top_k import SupportChunk, SupportMerged, support_gradient, support_merge, support_statistics
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TokenOutputs))
 MASSES = ("captured_mass", "student_captured_mass")
+Target = tuple[torch.Tensor, torch.Tensor]  # [c] local columns of the target ids, and which are this shard's
+
+
+class Backend(Protocol):
+    """The shard-local arithmetic, implemented by the modules ``torch_backend`` and ``triton_backend``."""
+
+    def statistics(
+        self,
+        z: torch.Tensor,
+        y: torch.Tensor | None,
+        target: torch.Tensor | None,
+        owned: torch.Tensor | None,
+        plan: Plan,
+    ) -> tuple[torch.Tensor, bool]:
+        """Return the statistics of a shard, and whether minus infinities occurred."""
+
+    def divergence_sums(
+        self, z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan, masked: bool
+    ) -> tuple[torch.Tensor, bool]:
+        """Return the sums of a mixture divergence, and whether minus infinities occurred."""
+
+    def logits_gradient(
+        self,
+        z: torch.Tensor,
+        y: torch.Tensor | None,
+        target: torch.Tensor | None,
+        owned: torch.Tensor | None,
+        merged: Merged,
+        cotangents: dict[str, torch.Tensor],
+        plan: Plan,
+        masked: bool,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write the gradient by the shard's logits to ``out``."""
 
 
 def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | None, has_target: bool) -> Plan:
-    """The plan for ``outputs``, or a ``UserError`` for a combination that has no meaning.
+    """Return the plan for ``outputs``; raise ``UserError`` for a combination that has no meaning.
 
     teacher: None, "dense" (a distribution over the vocabulary) or "support" (known on a few tokens).
     """
@@ -42,7 +78,7 @@ def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | No
     if teacher != "support" and any(name in MASSES for name in outputs):
         raise UserError("captured_mass belongs to a TopK teacher: leave it out for a full distribution")
     if len(mixtures) > 1:
-        raise UserError(f"one pass computes one mixture, asked for {' and '.join(mixtures)}: make two passes")
+        raise UserError(f"one pass computes one mixture, not {' and '.join(mixtures)}: make two passes")
     if mixtures and (beta is None or not 0 < beta < 1):
         raise UserError(f"{mixtures[0]} needs beta strictly between 0 and 1, got {beta}: the ends are plain KLs")
     if beta is not None and not mixtures:
@@ -52,7 +88,7 @@ def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | No
 
 @dataclasses.dataclass
 class Evaluated:
-    """Outputs [C] by name, identical on all ranks of the shard's group, and what ``gradient`` needs besides logits."""
+    """Outputs [c] by name, identical on all ranks of the shard's group, and what ``gradient`` needs besides logits."""
 
     outputs: dict[str, torch.Tensor]
     merged: Merged
@@ -62,13 +98,16 @@ class Evaluated:
 def evaluate(
     z: torch.Tensor,
     teacher: torch.Tensor | SupportChunk | None,
-    target: tuple[torch.Tensor, torch.Tensor] | None,
+    target: Target | None,
     plan: Plan,
     shard: VocabShard,
-    backend: ModuleType = torch_backend,
+    backend: Backend = torch_backend,
 ) -> Evaluated:
-    """Per-token outputs of a chunk. z [C, columns]: student logits after temperature; teacher: logits like z, or a
-    support; target: local column and ownership of the target ids (``VocabShard.local``)."""
+    """Return the per-token outputs of a chunk.
+
+    z: student logits [c, v_tp] after temperature. teacher: logits like z, or a support. target: from
+    ``VocabShard.local``.
+    """
     ids, owned = target if target is not None else (None, None)
     if isinstance(teacher, SupportChunk):
         local = support_statistics(z, teacher, ids, owned, plan)
@@ -77,6 +116,7 @@ def evaluate(
     local, masked = backend.statistics(z, teacher, ids, owned, plan)
     merged = merge(shard.gather(local), plan)
     if plan.mixture is not None:
+        assert teacher is not None
         local, masked = backend.divergence_sums(z, teacher, merged, plan, masked)
         sums = shard.gather(local).sum(0)
         merged.outputs[plan.mixture], merged.expected_slope = sums.unbind(1)
@@ -90,34 +130,35 @@ def _outputs(merged: Merged, plan: Plan, dtype: torch.dtype) -> dict[str, torch.
 def gradient(
     z: torch.Tensor,
     teacher: torch.Tensor | SupportChunk | None,
-    target: tuple[torch.Tensor, torch.Tensor] | None,
+    target: Target | None,
     evaluated: Evaluated,
     cotangents: dict[str, torch.Tensor],
     plan: Plan,
-    backend: ModuleType = torch_backend,
+    backend: Backend = torch_backend,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns, written to ``out``.
+    """Write d(sum over tokens and outputs of cotangent * output)/dz for this shard's columns to ``out``.
 
-    out: [C, columns] of any dtype; None: over ``z``, which may be overwritten in any case.
+    out: [c, v_tp] of any dtype; None: over ``z``, which may be overwritten in any case.
     """
     out = z if out is None else out
     ids, owned = target if target is not None else (None, None)
     if isinstance(teacher, SupportChunk):
+        assert isinstance(evaluated.merged, SupportMerged)
         return out.copy_(support_gradient(z, teacher, ids, owned, evaluated.merged, cotangents))
     merged, masked = evaluated.merged, evaluated.masked
     return backend.logits_gradient(z, teacher, ids, owned, merged, cotangents, plan, masked, out)
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float64 for float64 operands, float32 for float32 and bfloat16; other types are refused."""
+    """Return float64 for float64 operands, float32 for float32 and bfloat16; raise ``UserError`` for other types."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise UserError(f"divergences take float32, bfloat16 or float64 operands, not {tensor.dtype}")
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the shard-local functions for logits of ``dtype`` (float32 or float64) on ``device``.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the module with the shard-local functions for logits of ``dtype`` (float32 or float64) on ``device``.
 
     auto: Triton's for float32 on CUDA, PyTorch's otherwise.
     """
@@ -126,22 +167,20 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Modul
     if name == "torch" or (name == "auto" and (device.type != "cuda" or dtype != torch.float32)):
         return torch_backend
     try:
-        from megatron_s2d.kl import (
-            triton_backend as kernels,
-        )
+        from megatron_s2d.kl import triton_backend
     except ModuleNotFoundError as error:
         raise UserError(f"backend triton: {error}; install triton or choose backend torch") from None
-    kernels.require(device, dtype)
-    return kernels
+    triton_backend.require(device, dtype)
+    return triton_backend
 
 
 def refuse_infinite(outputs: dict[str, torch.Tensor]) -> None:
-    """Raise where a divergence is infinite; all ranks hold the same values and raise together."""
+    """Raise ``UserError`` if a divergence is infinite; all ranks hold the same values and raise together."""
     for name in DIVERGENCES:
         if name in outputs and bool(torch.isinf(outputs[name]).any()):
             count = int(torch.isinf(outputs[name]).sum())
-            which = "student" if name == "forward_kl" else "teacher"
+            side, other = ("student", "teacher") if name == "forward_kl" else ("teacher", "student")
             raise UserError(
-                f"{name} is infinite at {count} of {outputs[name].numel()} tokens: the {which} gives probability zero "
-                "to tokens that the other side allows; use jsd or a skew divergence, or a tail: bucket for top-k"
+                f"{name} is infinite at {count} of {outputs[name].numel()} tokens: the {side} gives probability zero "
+                f"to tokens that the {other} allows; use jsd or a skew divergence, or tail: bucket for a top-k teacher"
             )

@@ -1,7 +1,7 @@
 """Divergences to a mixture M of student p and teacher q, column by column: generalized JSD and the skew KLs.
 
-A mixture of normalised probabilities is no function of a few un-normalised sums, so these need the normalisers first
-and a second exchange between shards; what that exchange carries is summed from the terms here.
+A mixture of normalised probabilities is not a function of a few un-normalised sums, so these divergences need the
+normalisers first and then a second all-gather, of the sums of the terms computed here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 def mixture_terms(
     log_p: torch.Tensor, log_q: torch.Tensor, difference: torch.Tensor, name: str, beta: float, masked: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
+    """Return terms F >= 0 whose sum over the vocabulary is the mixture divergence, and c = dF/dp up to a constant.
 
     difference: log q - log p. Every expression starts from expm1(-|difference|), and F carries the first-order terms
     that sum to zero (such as M - q), so neither loses its digits where p and q nearly agree.
@@ -25,8 +25,8 @@ def mixture_terms(
     if masked:
         difference = difference.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
     decay = torch.expm1(-difference.abs())  # min(p, q) / max(p, q) - 1
-    share = (difference > 0).to(decay.dtype).mul_(1 - 2 * beta).add_(beta)  # of the smaller side in M
-    mixed = share.mul_(decay)  # M / max(p, q) - 1, M = beta q + (1 - beta) p
+    smaller_weight = (difference > 0).to(decay.dtype).mul_(1 - 2 * beta).add_(beta)  # of the smaller side in M
+    mixed = smaller_weight.mul_(decay)  # M / max(p, q) - 1, M = beta q + (1 - beta) p
     log_mixed = torch.log1p(mixed)
     log_q_over_m = difference.clamp(max=0).sub_(log_mixed)
     log_p_over_m = difference.clamp(min=0).add_(log_mixed).neg_()

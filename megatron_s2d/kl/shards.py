@@ -1,8 +1,10 @@
-"""A vocabulary shard as a value: which global token ids a rank's columns stand for, and the one collective needed.
+"""Which global token ids a rank's columns stand for, and the collectives that join or move vocabulary shards.
 
-Columns beyond ``vocab_size`` are padding (output layers are padded to a multiple of the tensor-parallel size) and are
-cut off before any arithmetic, so nothing here ever masks by adding minus infinity. Left out: how a model lays out its
-output layer (the caller knows) and the merging of statistics (``kl/torch_backend.py``).
+Output layers are padded to a multiple of the tensor-parallel size. Padding columns are cut off before any arithmetic,
+so nothing here masks by adding minus infinity. Rows of an output layer are addressed by global token id only, so two
+layouts may pad differently.
+
+Shapes: v_tp local vocabulary columns, h hidden size.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class VocabShard:
     start: int
     stop: int
     vocab_size: int
-    group: dist.ProcessGroup | None = None  # None: this rank holds the whole vocabulary
+    group: dist.ProcessGroup | None = None  # None: this rank holds all columns
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size:
@@ -40,13 +42,16 @@ class VocabShard:
             )
 
     @classmethod
-    def whole(cls, vocab_size: int) -> VocabShard:
-        """The only shard of an unsharded vocabulary."""
+    def unsharded(cls, vocab_size: int) -> VocabShard:
+        """Return the only shard of an unsharded vocabulary."""
         return cls(0, vocab_size, vocab_size)
 
     @classmethod
     def of_padded(cls, local_columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
-        """Megatron's layout: rank r holds ids ``[r * local_columns, (r + 1) * local_columns)``, the end is padding."""
+        """Return this rank's shard in Megatron's layout: rank r holds the ids from ``r * local_columns`` on.
+
+        Columns for ids from ``vocab_size`` on are padding.
+        """
         rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if local_columns * size < vocab_size:
             raise UserError(
@@ -58,7 +63,7 @@ class VocabShard:
 
     @property
     def columns(self) -> int:
-        """Number of valid columns on this rank."""
+        """Number of valid columns on this rank, v_tp without padding."""
         return self.stop - self.start
 
     @property
@@ -68,11 +73,11 @@ class VocabShard:
 
     @property
     def rank(self) -> int:
-        """Place of this shard in its group."""
+        """Index of this shard in its group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` [...] of every rank, stacked in rank order: [size, ...]. One all-gather (none without a group)."""
+        """Stack ``values`` [...] of all ranks in rank order: [size, ...]. One all-gather (none without a group)."""
         if self.size == 1:
             return values.unsqueeze(0)
         values = values.contiguous()
@@ -81,15 +86,67 @@ class VocabShard:
         return gathered.view(self.size, *values.shape)
 
     def local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local columns of global ``ids`` (0 where foreign) and a bool tensor of which are this rank's."""
+        """Return local columns of global ``ids`` (0 for other ranks' ids), and which of them are this rank's (bool)."""
         owned = (ids >= self.start) & (ids < self.stop)
         return (ids - self.start).masked_fill_(~owned, 0), owned
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int, what: str) -> None:
-    """Refuse ids outside the vocabulary: no rank would own them and their terms would silently be missing."""
+    """Raise ``UserError`` for ids outside the vocabulary: no rank owns them, so terms would silently be missing."""
     if bool(((ids < 0) | (ids >= vocab_size)).any()):
         raise UserError(
             f"{what} holds ids from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {vocab_size}: "
             "mask such positions with response_mask and give them any valid id"
         )
+
+
+def redistribute_output_layer(
+    rows: torch.Tensor | None, source: VocabShard | None, target: VocabShard | None, group: dist.ProcessGroup
+) -> torch.Tensor | None:
+    """Bring an output layer to another vocabulary layout: the rows of ``target`` [target.columns, h].
+
+    rows [>= source.columns, h], source: this rank's piece, or None for both on a rank without one. target: None for a
+    rank that needs no rows. Every rank of ``group`` calls. Each distinct piece is broadcast once by the first rank that
+    has it, so replicas cost nothing and memory stays at one piece beside the result.
+    """
+    description = None
+    if rows is not None and source is not None:
+        description = (source.start, source.stop, rows.shape[1], str(rows.dtype).removeprefix("torch."))
+    descriptions: list[tuple[int, int, int, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(descriptions, description, group=group)
+    senders: dict[tuple[int, int, int, str], int] = {}
+    for rank, piece_description in enumerate(descriptions):
+        if piece_description is not None:
+            senders.setdefault(piece_description, rank)
+    if target is not None and sum(stop - start for start, stop, _, _ in senders) != target.vocab_size:
+        raise UserError(
+            f"the group's pieces {sorted(piece[:2] for piece in senders)} do not cut the vocabulary of "
+            f"{target.vocab_size} into disjoint shards"
+        )
+    device = rows.device if rows is not None else _device_of(group)
+    result = None
+    for (start, stop, width, dtype), rank in sorted(senders.items()):
+        if start == stop:
+            continue
+        piece = torch.empty(stop - start, width, dtype=getattr(torch, dtype), device=device)
+        if rows is not None and rank == dist.get_rank(group):
+            piece.copy_(rows[: stop - start])
+        dist.broadcast(piece, dist.get_global_rank(group, rank), group=group)
+        if target is not None:
+            if result is None:
+                result = piece.new_empty(target.columns, width)
+            _copy_overlap(start, stop, piece, result, target)
+    return result
+
+
+def _copy_overlap(start: int, stop: int, piece: torch.Tensor, result: torch.Tensor, target: VocabShard) -> None:
+    """Copy the rows with ids in both ``[start, stop)`` and ``target``."""
+    low, high = max(start, target.start), min(stop, target.stop)
+    if low < high:
+        result[low - target.start : high - target.start] = piece[low - start : high - start]
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

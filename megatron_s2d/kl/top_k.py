@@ -1,11 +1,13 @@
-"""Divergences to a teacher known on a few tokens per position only, shard-local and merged with one all-gather.
+"""Divergences to a teacher known on a few tokens per position only (top-k): shard statistics, merge and gradient.
 
-K is the support (the ids that the teacher's log-probabilities were kept for), q_K and p_K the teacher's and student's
-mass on it, q_bar and p_bar the rest. What becomes of the rest is a named choice (methods.md M2):
+K is the support (the ids whose teacher log-probabilities are stored), q_K and p_K the teacher's and student's mass on
+it, q_bar and p_bar the mass outside. ``tail`` selects what is done with the mass outside (methods.md M2):
     bucket       one more outcome with mass q_bar against p_bar: a lower bound of the full divergence, monotone in K
-    renormalise  both sides conditioned on K; student mass outside K is neither seen nor moved
-    truncate     the sum over K as it stands, tail left out; not a divergence (it may be negative)
-Left out: mixtures (jsd, skew) on a support.
+    renormalise  both sides conditioned on K; student mass outside K gets no loss and no gradient
+    truncate     the sum over K alone; not a divergence (it may be negative)
+Not supported: mixtures (jsd, skew) on a support.
+
+Shapes: c tokens of the chunk, v_tp local vocabulary columns, k top-k entries, tp shards.
 """
 
 from __future__ import annotations
@@ -14,39 +16,42 @@ import dataclasses
 
 import torch
 
-from megatron_s2d.kl.torch_backend import Merged, Plan, _combine, _finite, _max, _weighted, block_rows, row_sum
+from megatron_s2d.kl.merge import Merged, Plan, combine_maxima, weighted_sum
+from megatron_s2d.kl.torch_backend import block_rows, finite_max, row_max, row_sum
 
 TAILS = ("bucket", "renormalise", "truncate")
 
 
 @dataclasses.dataclass
 class SupportChunk:
-    """Support of a chunk of C tokens on one shard; [C, k] tensors in the dtype of the computation."""
+    """Support of a chunk of tokens on one shard, in the dtype of the computation."""
 
-    local: torch.Tensor  # [C, k] int64 local column, 0 where foreign
-    owned: torch.Tensor  # [C, k] bool: the id is one of this shard's columns
-    log_q: torch.Tensor  # [C, k] teacher log-probabilities
-    log_tail: torch.Tensor  # [C] log of the teacher's mass outside the support, -inf for none
+    local: torch.Tensor  # [c, k] int64 local column, 0 for ids of other shards
+    owned: torch.Tensor  # [c, k] bool: the id is one of this shard's columns
+    log_q: torch.Tensor  # [c, k] teacher log-probabilities
+    log_tail: torch.Tensor  # [c] log of the teacher's mass outside the support, -inf for none
     tail: str
 
 
 def support_columns(plan: Plan) -> tuple[str, ...]:
-    """Names of the exchanged statistics: those of the student alone, and five sums over the support and its rest."""
+    """Return the names of the exchanged statistics: those of the student, and five sums on and off the support."""
     student = [name for name in plan.columns if name in ("m", "ta", "e", "target")]
     return (*student, "on", "off", "q", "q_cross", "p_cross")
 
 
-def support_statistics(z, support: SupportChunk, target, owned, plan: Plan) -> torch.Tensor:
-    """[C, len(support_columns(plan))] statistics of a shard; with d = (z - m) - log q on the support,
+def support_statistics(
+    z: torch.Tensor, support: SupportChunk, target: torch.Tensor | None, owned: torch.Tensor | None, plan: Plan
+) -> torch.Tensor:
+    """Return the statistics of a shard, [c, len(support_columns(plan))]. With d = (z - m) - log q on the support,
 
     on = sum_K exp(z - m), off = the same over the other columns (K left out, not subtracted), q = sum_K q,
     q_cross = sum_K q d, p_cross = sum_K exp(z - m) d.
     """
     columns = support_columns(plan)
-    found = z.new_zeros(z.shape[0], len(columns), dtype=torch.float64)
+    stats = z.new_zeros(z.shape[0], len(columns), dtype=torch.float64)
     if z.shape[1] == 0:
-        found[:, 0] = -torch.inf
-        return found
+        stats[:, 0] = -torch.inf
+        return stats
     rows = block_rows(z)
     for start in range(0, z.shape[0], rows):
         block = slice(start, start + rows)
@@ -55,60 +60,60 @@ def support_statistics(z, support: SupportChunk, target, owned, plan: Plan) -> t
         )
         values = _block(z[block], part, plan)
         if "target" in columns:
+            assert target is not None and owned is not None
             picked = z[block].gather(1, target[block].unsqueeze(1)).squeeze(1)
             values["target"] = picked.masked_fill(~owned[block], 0.0)
-        found[block] = torch.stack([values[name].double() for name in columns], dim=1)
-    return found
+        stats[block] = torch.stack([values[name].double() for name in columns], dim=1)
+    return stats
 
 
 def _block(z: torch.Tensor, support: SupportChunk, plan: Plan) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    found["m"], k = _max(z)
-    m = _finite(found["m"], True).unsqueeze(1)
+    sums: dict[str, torch.Tensor] = {}
+    sums["m"], k = row_max(z)
+    m = finite_max(sums["m"], True).unsqueeze(1)
     a = z - m
     exp_a = a.exp()
     if "entropy" in plan.outputs:
-        found["e"] = (exp_a * a).masked_fill_(exp_a == 0, 0.0).sum(1)
-    found["ta"] = row_sum(exp_a.scatter_(1, k.unsqueeze(1), 0.0))
+        sums["e"] = (exp_a * a).masked_fill_(exp_a == 0, 0.0).sum(1)
+    sums["ta"] = row_sum(exp_a.scatter_(1, k.unsqueeze(1), 0.0))
     owned = support.owned
-    rows, places = owned.nonzero(as_tuple=True)
-    exp_a[rows, support.local[rows, places]] = 0.0
-    maximum_is_off = ~((support.local == k.unsqueeze(1)) & owned).any(1) & (found["m"] > -torch.inf)
-    found["off"] = row_sum(exp_a) + maximum_is_off
+    rows, entries = owned.nonzero(as_tuple=True)
+    exp_a[rows, support.local[rows, entries]] = 0.0
+    maximum_is_off = ~((support.local == k.unsqueeze(1)) & owned).any(1) & (sums["m"] > -torch.inf)
+    sums["off"] = row_sum(exp_a) + maximum_is_off
     on = z.gather(1, support.local) - m
     exp_on = on.exp().masked_fill_(~owned, 0.0)
     q = support.log_q.exp().masked_fill_(~owned, 0.0)
     difference = on - support.log_q
-    found["on"], found["q"] = exp_on.double().sum(1), q.double().sum(1)
-    found["q_cross"] = (q * difference).masked_fill_(q == 0, 0.0).double().sum(1)
-    found["p_cross"] = (exp_on * difference).masked_fill_(exp_on == 0, 0.0).double().sum(1)
-    return found
+    sums["on"], sums["q"] = exp_on.double().sum(1), q.double().sum(1)
+    sums["q_cross"] = (q * difference).masked_fill_(q == 0, 0.0).double().sum(1)
+    sums["p_cross"] = (exp_on * difference).masked_fill_(exp_on == 0, 0.0).double().sum(1)
+    return sums
 
 
 @dataclasses.dataclass
 class SupportMerged(Merged):
-    """``Merged`` with what the gradient on and off the support needs, all [C]."""
+    """``Merged`` with the masses that the gradient on and off the support needs, all [c]."""
 
-    log_p_on: torch.Tensor | None = None  # log of the student's mass on the support
-    log_p_off: torch.Tensor | None = None
-    log_q_on: torch.Tensor | None = None
+    log_p_on: torch.Tensor = dataclasses.field(kw_only=True)  # log of the student's mass on the support
+    log_p_off: torch.Tensor = dataclasses.field(kw_only=True)
+    log_q_on: torch.Tensor = dataclasses.field(kw_only=True)
 
 
 def support_merge(gathered: torch.Tensor, support: SupportChunk, plan: Plan) -> SupportMerged:
-    """Statistics of all shards [T, C, columns] to outputs and gradient constants, added in rank order."""
+    """Merge the statistics of all shards [tp, c, columns], in rank order, to outputs and gradient constants."""
     part = dict(zip(support_columns(plan), gathered.unbind(2), strict=True))
-    max_z, _, shift, scale, count, rest = _combine(part["m"], part["ta"])
-    log_a = torch.log1p(rest)
-    merged = SupportMerged(max_z, log_a)
+    max_z, _, shift, scale, count, residual = combine_maxima(part["m"], part["ta"])
+    log_a = torch.log1p(residual)
+    log_p_on = weighted_sum(scale, part["on"]).log() - log_a
+    log_p_off = weighted_sum(scale, part["off"]).log() - log_a
+    q_on = part["q"].sum(0)
+    merged = SupportMerged(max_z, log_a, log_p_on=log_p_on, log_p_off=log_p_off, log_q_on=q_on.log())
     out = merged.outputs
     if "e" in part:
-        out["entropy"] = log_a - _weighted(scale, part["e"] + count * shift) / (1 + rest)
+        out["entropy"] = log_a - weighted_sum(scale, part["e"] + count * shift) / (1 + residual)
     if "target" in part:
         out["log_probs"] = (part["target"].sum(0) - max_z) - log_a
-    merged.log_p_on = _weighted(scale, part["on"]).log() - log_a
-    merged.log_p_off = _weighted(scale, part["off"]).log() - log_a
-    q_on = part["q"].sum(0)
-    merged.log_q_on = q_on.log()
     out["captured_mass"], out["student_captured_mass"] = q_on, merged.log_p_on.exp()
     if "forward_kl" in plan.outputs:
         # sum_K q (log q - log p)
@@ -116,13 +121,20 @@ def support_merge(gathered: torch.Tensor, support: SupportChunk, plan: Plan) -> 
         out["forward_kl"] = _close(cross, merged.log_q_on, merged.log_p_on, support.log_tail, merged.log_p_off, support)
     if "reverse_kl" in plan.outputs:
         p_on = merged.log_p_on.exp()
-        cross = _weighted(scale, part["p_cross"] + part["on"] * shift) / (1 + rest) - p_on * log_a
+        cross = weighted_sum(scale, part["p_cross"] + part["on"] * shift) / (1 + residual) - p_on * log_a
         out["reverse_kl"] = _close(cross, merged.log_p_on, merged.log_q_on, merged.log_p_off, support.log_tail, support)
     return merged
 
 
-def _close(cross, log_from_on, log_to_on, log_from_off, log_to_off, support: SupportChunk) -> torch.Tensor:
-    """The support's sum of f (log f - log t), completed by the tail rule; f is the side that weights."""
+def _close(
+    cross: torch.Tensor,
+    log_from_on: torch.Tensor,
+    log_to_on: torch.Tensor,
+    log_from_off: torch.Tensor,
+    log_to_off: torch.Tensor,
+    support: SupportChunk,
+) -> torch.Tensor:
+    """Apply the tail rule to the support's sum of f (log f - log t) [c]; f is the side that weights."""
     if support.tail == "truncate":
         return cross
     if support.tail == "renormalise":
@@ -131,8 +143,15 @@ def _close(cross, log_from_on, log_to_on, log_from_off, log_to_off, support: Sup
     return cross + (weight * (log_from_off - log_to_off)).masked_fill(weight == 0, 0.0)
 
 
-def support_gradient(z, support: SupportChunk, target, owned, merged: SupportMerged, cotangents) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, [C, columns]; written over ``z``."""
+def support_gradient(
+    z: torch.Tensor,
+    support: SupportChunk,
+    target: torch.Tensor | None,
+    owned: torch.Tensor | None,
+    merged: SupportMerged,
+    cotangents: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Return d(sum of cotangent * output)/dz of a shard, [c, v_tp], written over ``z``."""
     if z.shape[1] == 0:
         return z
     outputs = {name: value.to(z.dtype) for name, value in merged.outputs.items()}
@@ -156,16 +175,19 @@ def support_gradient(z, support: SupportChunk, target, owned, merged: SupportMer
     p = log_p.exp_()
     if "log_probs" in cotangents:
         pull = p * -cotangents["log_probs"].unsqueeze(1)
-        mine = cotangents["log_probs"].masked_fill(~owned, 0.0).unsqueeze(1)
-        pull.scatter_add_(1, target.unsqueeze(1), mine)
+        assert target is not None and owned is not None
+        on_target = cotangents["log_probs"].masked_fill(~owned, 0.0).unsqueeze(1)
+        pull.scatter_add_(1, target.unsqueeze(1), on_target)
         extra = pull if extra is None else extra.add_(pull)
     delta = p.mul_(off_factor.unsqueeze(1))
     delta[hit[0], columns] = on_value[hit]
     return delta if extra is None else delta.add_(extra)
 
 
-def _forward_slope(on_log_p, support: SupportChunk, merged: SupportMerged) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor of p off the support [C] and gradient on it [C, k] of the forward divergence."""
+def _forward_slope(
+    on_log_p: torch.Tensor, support: SupportChunk, merged: SupportMerged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factor of p off the support [c] and the gradient on it [c, k] of the forward divergence."""
     p, q = on_log_p.exp(), support.log_q.exp()
     if support.tail == "bucket":
         ratio = (support.log_tail - merged.log_p_off).exp()
@@ -176,8 +198,10 @@ def _forward_slope(on_log_p, support: SupportChunk, merged: SupportMerged) -> tu
     return torch.zeros_like(q_on), p / merged.log_p_on.exp().unsqueeze(1) - q / q_on.unsqueeze(1)
 
 
-def _reverse_slope(on_log_p, support: SupportChunk, merged: SupportMerged) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor of p off the support [C] and gradient on it [C, k] of the reverse divergence."""
+def _reverse_slope(
+    on_log_p: torch.Tensor, support: SupportChunk, merged: SupportMerged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factor of p off the support [c] and the gradient on it [c, k] of the reverse divergence."""
     value = merged.outputs["reverse_kl"]
     p = on_log_p.exp()
     ratio = (on_log_p - support.log_q).masked_fill(p == 0, 0.0)

@@ -4,7 +4,9 @@ Each is one pass over the chunk's logits: ``statistics`` reads both sides once, 
 and writes the gradient in the dtype of the next product. Minus infinities are always masked, so no kernel waits for the
 host. Sums are float32 per lane and then a tree; merging is shared with the PyTorch backend.
 
-Left out: top-k supports (their columns are few; PyTorch does them) and float64.
+Not supported: float64, and top-k supports (few columns, computed in PyTorch).
+
+Shapes: c tokens of the chunk, v_tp local vocabulary columns.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import triton
 import triton.language as tl
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.torch_backend import Merged, Plan, _empty_statistics, _GradientConstants, mixture_slope_at_k
+from megatron_s2d.kl.merge import Merged, Plan, empty_statistics
+from megatron_s2d.kl.torch_backend import GradientConstants, mixture_slope_at_k
 
 _KINDS = {None: 0, "jsd": 1, "skew_forward_kl": 2, "skew_reverse_kl": 3}
 _STATISTICS = ("m", "ta", "e", "n", "tb", "w", "u", "y_at_k", "target")
@@ -27,7 +30,7 @@ _BLOCK = 1024
 
 
 def require(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse devices that Triton does not compile for (its interpreter takes any), and float64."""
+    """Raise ``UserError`` for float64, and for devices that Triton does not compile for (its interpreter takes any)."""
     if dtype != torch.float32:
         raise UserError(f"backend triton computes in float32, not {dtype}: use backend auto or torch")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
@@ -37,30 +40,34 @@ def require(device: torch.device, dtype: torch.dtype) -> None:
 def statistics(
     z: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor | None, owned: torch.Tensor | None, plan: Plan
 ) -> tuple[torch.Tensor, bool]:
-    """[C, len(plan.columns)] statistics of a shard; minus infinities count as met. As ``statistics.statistics``."""
+    """As ``torch_backend.statistics``; always reports that minus infinities may occur."""
     if z.shape[1] == 0:
-        return _empty_statistics(z, plan), True
-    found = torch.empty(z.shape[0], len(_STATISTICS), dtype=torch.float32, device=z.device)
+        return empty_statistics(z, plan), True
+    stats = torch.empty(z.shape[0], len(_STATISTICS), dtype=torch.float32, device=z.device)
     has_teacher = plan.has_teacher
+    teacher = y if y is not None and has_teacher else z
     if z.shape[0]:
         _statistics_kernel[(z.shape[0],)](
-            z, y if has_teacher else z, found, z.stride(0), (y if has_teacher else z).stride(0),
+            z, teacher, stats, z.stride(0), teacher.stride(0),
             COLUMNS=z.shape[1], WIDTH=len(_STATISTICS), HAS_TEACHER=has_teacher, BLOCK=_block(z, _STATISTICS_BLOCK),
             num_warps=8,
         )  # fmt: skip
     if "target" in plan.columns:
-        found[:, -1] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
+        assert target is not None and owned is not None
+        stats[:, -1] = z.gather(1, target.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
     # An index by list would be copied from the host.
-    return torch.stack([found[:, _STATISTICS.index(name)] for name in plan.columns], dim=1).double(), True
+    return torch.stack([stats[:, _STATISTICS.index(name)] for name in plan.columns], dim=1).double(), True
 
 
 def divergence_sums(
     z: torch.Tensor, y: torch.Tensor, merged: Merged, plan: Plan, masked: bool
 ) -> tuple[torch.Tensor, bool]:
-    """[C, 2] of a shard, as ``statistics.divergence_sums``."""
+    """As ``torch_backend.divergence_sums``."""
     sums = torch.zeros(z.shape[0], 2, dtype=torch.float32, device=z.device)
     if z.shape[1] and z.shape[0]:
         rows = merged.to(torch.float32)
+        assert rows.max_y is not None and rows.log_sum_y is not None
+        assert rows.gap is not None and rows.log_sum_ratio is not None
         constants = [rows.max_z, rows.log_sum_z, rows.max_y, rows.log_sum_y, rows.gap, rows.log_sum_ratio]
         table = torch.stack([*constants, mixture_slope_at_k(merged, plan).float()], dim=1)
         _sums_kernel[(z.shape[0],)](
@@ -81,15 +88,18 @@ def logits_gradient(
     masked: bool,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """d(sum of cotangent * output)/dz of a shard, as ``statistics.logits_gradient``."""
+    """As ``torch_backend.logits_gradient``."""
     if not z.numel():
         return out
-    row = _GradientConstants(merged, cotangents, plan, torch.float32)
+    row = GradientConstants(merged, cotangents, plan, torch.float32)
     zero = torch.zeros_like(row.max_z)
     values = [getattr(row, name, None) for name in _CONSTANTS]
-    hit = cotangents["log_probs"].masked_fill(~owned, 0.0) if "log_probs" in cotangents else zero
-    table = torch.stack([*(zero if value is None else value for value in values), hit.float()], dim=1)
-    teacher = y if row.forward is not None or row.reverse is not None or row.mixture is not None else None
+    on_target = zero
+    if "log_probs" in cotangents:
+        assert owned is not None
+        on_target = cotangents["log_probs"].masked_fill(~owned, 0.0)
+    table = torch.stack([*(zero if value is None else value for value in values), on_target.float()], dim=1)
+    teacher = y if row.needs_teacher else None
     block = _block(z, _BLOCK)
     _gradient_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
         z, z if teacher is None else teacher, out, table, table if target is None else target,
@@ -97,13 +107,13 @@ def logits_gradient(
         WIDTH=len(_CONSTANTS) + 1, HAS_TEACHER=teacher is not None, FORWARD=row.forward is not None,
         REVERSE=row.reverse is not None, ENTROPY=row.entropy is not None, FACTOR=row.level is not None,
         KIND=_KINDS[plan.mixture] if row.mixture is not None else 0,
-        HIT="log_probs" in cotangents, BLOCK=block, num_warps=4,
+        ON_TARGET="log_probs" in cotangents, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def _block(z: torch.Tensor, largest: int) -> int:
-    return min(largest, triton.next_power_of_2(z.shape[1]))
+    return min(largest, int(triton.next_power_of_2(z.shape[1])))
 
 
 @triton.jit
@@ -140,7 +150,7 @@ def _times(weight, value):
 
 @triton.jit
 def _mixture(log_p, log_q, difference, beta, KIND: tl.constexpr):
-    """Terms and slope of ``mixtures.mixture_terms``; difference = log q - log p."""
+    """Terms and slope of ``jsd.mixture_terms``; difference = log q - log p."""
     if KIND == 3:
         log_p, log_q = log_q, log_p
         difference = -difference
@@ -160,17 +170,17 @@ def _mixture(log_p, log_q, difference, beta, KIND: tl.constexpr):
         signed = tl.where(first, -(1.0 - beta) * decay, (1.0 - beta) * decay)
         excess = signed / (1.0 + mixed)
         terms = _times(q, log_q_over_m) - signed * tl.exp(tl.maximum(log_p, log_q))
-        if KIND == 2:
-            slope = -(1.0 - beta) * excess
-        else:
-            slope = log_q_over_m - beta * excess
+        slope = -(1.0 - beta) * excess if KIND == 2 else log_q_over_m - beta * excess
     return terms, slope
 
 
 @triton.jit
 def _moved(old, best):
-    """A maximum and that of another block: the new one, the same made finite, the step from the old one to it, exp of
-    the step, and the weight with which a replaced maximum joins the sums."""
+    """Merge a running maximum with that of another block.
+
+    Returns the new maximum, the same made finite, the step from the old one to it, exp of the step, and the weight with
+    which a replaced maximum is added to the sums.
+    """
     new = tl.maximum(old, best)
     finite = tl.where(new == -float("inf"), 0.0, new)
     step = tl.where(old == -float("inf"), 0.0, old - finite)
@@ -186,8 +196,8 @@ def _statistics_kernel(
 ):  # fmt: skip
     """One row, online: when a maximum grows, all sums move to the new reference, the cross terms linearly.
 
-    The lanes' sums leave out the running maxima, at columns k and j; one that is replaced joins the scalars ``*_x``. In
-    one piece, because its sixteen running values would all have to be handed to and from a part.
+    The lanes' sums leave out the running maxima, at columns k and j; a replaced maximum is added to the scalars
+    ``*_x``. One function, because a helper would take and return all sixteen running values.
     """
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
@@ -244,12 +254,12 @@ def _statistics_kernel(
     tl.store(out + 2, tl.sum(e, 0) + e_x)
     if HAS_TEACHER:
         # The maxima's own terms: weight 1, distance 0 from one maximum, the rest from the other.
-        own_u = tl.where(m == -infinity, 0.0, n - y_at_k)
-        own_w = tl.where(n == -infinity, 0.0, m - z_at_j)
+        final_u = tl.where(m == -infinity, 0.0, n - y_at_k)
+        final_w = tl.where(n == -infinity, 0.0, m - z_at_j)
         tl.store(out + 3, n)
         tl.store(out + 4, tl.sum(tb, 0) + tb_x)
-        tl.store(out + 5, tl.sum(w, 0) + w_x + own_w)
-        tl.store(out + 6, tl.sum(u, 0) + u_x + own_u)
+        tl.store(out + 5, tl.sum(w, 0) + w_x + final_w)
+        tl.store(out + 6, tl.sum(u, 0) + u_x + final_u)
         tl.store(out + 7, y_at_k)
 
 
@@ -287,9 +297,9 @@ def _sums_kernel(
 def _gradient_kernel(
     z_ptr, y_ptr, delta_ptr, table_ptr, target_ptr, z_stride, y_stride, delta_stride, beta, columns_total,
     WIDTH: tl.constexpr, HAS_TEACHER: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-    ENTROPY: tl.constexpr, FACTOR: tl.constexpr, KIND: tl.constexpr, HIT: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, FACTOR: tl.constexpr, KIND: tl.constexpr, ON_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of one row; the columns of the table are ``_CONSTANTS`` and the pull on the target."""
+    """A block of one row; the columns of the table are ``_CONSTANTS`` and the cotangent of the target."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = columns < columns_total
@@ -318,6 +328,6 @@ def _gradient_kernel(
                 _, slope = _mixture(a - tl.load(table + 1), b - tl.load(table + 3), -ratio, beta, KIND)
                 factor += tl.load(table + 9) * slope
         delta += _times(tl.exp(a), factor)
-    if HIT:
+    if ON_TARGET:
         delta += tl.where(columns == tl.load(target_ptr + row), tl.load(table + WIDTH - 1), 0.0)
     tl.store(delta_ptr + row * delta_stride + columns, delta.to(delta_ptr.dtype.element_ty), mask=valid)

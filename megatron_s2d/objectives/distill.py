@@ -15,7 +15,7 @@ import torch
 
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.checks import sampled_reverse_kl, support_metrics
+from megatron_s2d.kl.outputs import sampled_reverse_kl, support_metrics
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.objectives.mismatch import gap_metrics
 from megatron_s2d.objectives.policy import Surrogate, policy_term

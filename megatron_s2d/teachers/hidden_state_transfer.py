@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan
-from megatron_s2d.kl.reshard import redistribute_output_layer
+from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel import p2p as exchange

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from memory import peak_bytes
 
 from megatron_s2d.data.packing import MiniBatch
-from megatron_s2d.kl.reshard import redistribute_output_layer
+from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.parallel import exchange

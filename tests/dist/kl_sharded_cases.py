@@ -17,7 +17,6 @@ class Case:
     layout: str = "padded"
     beta: float | None = None
     dtype: torch.dtype = torch.float64
-    mode: str = "fused"
     sequence_parallel: bool = False
     tail: str | None = None
     vocab: int = 37
@@ -27,9 +26,8 @@ class Case:
 def _cases() -> dict[str, Case]:
     cases = {
         "all": Case(ALL),
-        "recompute": Case(ALL, mode="recompute"),
         "sequence parallel": Case(ALL, sequence_parallel=True),
-        "sequence parallel, recompute": Case(("jsd", *ALL), beta=0.3, sequence_parallel=True, mode="recompute"),
+        "sequence parallel, jsd": Case(("jsd", *ALL), beta=0.3, sequence_parallel=True),
         "one column": Case(ALL, vocab=1),
         "three columns": Case(("jsd", *ALL), beta=0.5, vocab=3),
     }

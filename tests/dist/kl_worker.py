@@ -16,15 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
 from kl_problems import combined, make_problem
 from kl_sharded_cases import CASES, CONTROLS, Case
 
-from megatron_s2d.kl import fused, statistics
+from megatron_s2d.kl import fused, merge
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import (
     vocab_parallel_divergence,
     vocab_parallel_support,
     vocab_parallel_topk,
 )
-from megatron_s2d.kl.reshard import redistribute_output_layer
-from megatron_s2d.kl.shards import VocabShard
+from megatron_s2d.kl.shards import (
+    VocabShard,
+    redistribute_output_layer,
+)
 from megatron_s2d.kl.teachers import HiddenStates, TopK
 
 
@@ -59,7 +61,7 @@ def teacher_of(case: Case, problem, shard: VocabShard, world):
     """Hidden states with an output layer that four ranks hold under other padding, or a top-k of the whole logits."""
     dtype = case.dtype
     if case.tail is not None:
-        whole = VocabShard.whole(case.vocab)
+        whole = VocabShard.unsharded(case.vocab)
         ids, log_probs, tail = vocab_parallel_topk(problem.teacher_logits().to(dtype), 5, whole)
         return TopK(ids.int(), log_probs, tail, tail=case.tail, support="union")
     held = VocabShard.of_padded(-(-case.vocab // 4) + 3, case.vocab, world)
@@ -82,20 +84,19 @@ def solve(case: Case, group, world) -> dict[str, torch.Tensor]:
     weight = rows_of(problem.weight.to(case.dtype), shard).requires_grad_()
     teacher = teacher_of(case, problem, shard, world)
     columns = -(-case.vocab // shard.size)
-    arguments = dict(
-        shard=shard, outputs=case.outputs, teacher=teacher, beta=case.beta, temperature=problem.temperature,
-        target_ids=problem.target, token_loss=combined, weights=problem.weights.to(case.dtype),
-        response_mask=problem.mask, sequence_parallel=case.sequence_parallel, mode=case.mode,
-        chunk_bytes=3 * columns * case.dtype.itemsize * (1 if case.tail else 2),
-    )  # fmt: skip
     with counted() as forward:
-        loss, outputs = linear_divergence(hidden, weight, **arguments)
+        loss, outputs = linear_divergence(
+            hidden, weight, shard=shard, outputs=case.outputs, teacher=teacher, beta=case.beta,
+            temperature=problem.temperature, target_ids=problem.target, token_loss=problem.token_loss,
+            response_mask=problem.mask, sequence_parallel=case.sequence_parallel,
+            chunk_bytes=3 * columns * case.dtype.itemsize * (1 if case.tail else 2),
+        )  # fmt: skip
     with counted() as backward:
         loss.backward()
     slope = hidden.grad
     if case.sequence_parallel:
         slope = shard.gather(slope).flatten(0, 1)
-    found = {name: value for name, value in vars_of(outputs).items()}
+    found = vars_of(outputs)
     found |= {"loss": loss.detach(), "hidden": slope}
     same = all(bool((shard.gather(value) == value).all()) for value in found.values())
     found |= {"weight": whole_weight(weight.grad, shard), "same_bits": torch.tensor(same)}
@@ -132,13 +133,13 @@ def broken(control: str):
             VocabShard, "gather", lambda self, values: values.expand(self.size, *values.shape).contiguous()
         )
     if control == "no scale":
-        original = statistics._combine
+        original = merge.combine_maxima
 
-        def combine(maxima, rests):
-            maximum, winner, shift, scale, count, rest = original(maxima, rests)
-            return maximum, winner, shift, torch.ones_like(scale), count, rest
+        def combine(maxima, residuals):
+            maximum, winner, shift, scale, count, residual = original(maxima, residuals)
+            return maximum, winner, shift, torch.ones_like(scale), count, residual
 
-        return mock.patch.object(statistics, "_combine", combine)
+        return mock.patch.object(merge, "combine_maxima", combine)
     if control == "no hidden reduction":
         return mock.patch.object(fused, "reduce_hidden", lambda partial, *_: partial)
     raise ValueError(control)
@@ -180,7 +181,7 @@ def existing_logits(group) -> dict[str, torch.Tensor]:
     outputs = vocab_parallel_divergence(
         z, teacher, shard, ("reverse_kl", "jsd", "log_probs"), beta=0.3, temperature=0.7, target_ids=problem.target
     )
-    (combined(outputs, torch.arange(8)) * problem.weights).sum().backward()
+    (combined(outputs, torch.arange(8)) * problem.loss_weights).sum().backward()
     pieces = [None] * shard.size
     dist.all_gather_object(pieces, z.grad, group=group)
     with counted() as counts:

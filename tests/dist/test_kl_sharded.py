@@ -43,7 +43,7 @@ def expected_of(case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from megatron_s2d.kl.outputs import TokenOutputs
 
     differentiated = {n: v for n, v in outputs.items() if v is not None and not n.endswith("captured_mass")}
-    loss = (combined(TokenOutputs(**differentiated), torch.arange(8)) * problem.weights * problem.mask).sum()
+    loss = (combined(TokenOutputs(**differentiated), torch.arange(8)) * problem.loss_weights * problem.mask).sum()
     loss.backward()
     answer = {n: v.detach() * problem.mask for n, v in outputs.items() if v is not None}
     return answer | {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad}, problem.mask
@@ -122,7 +122,7 @@ def test_logits_that_exist(results, size):
     z = (problem.hidden @ problem.weight.T).requires_grad_()
     names = ("reverse_kl", "jsd", "log_probs")
     outputs = dense_outputs(z / 0.7, problem.teacher_logits(), names, beta=0.3, target_ids=problem.target)
-    (combined(outputs, torch.arange(8)) * problem.weights).sum().backward()
+    (combined(outputs, torch.arange(8)) * problem.loss_weights).sum().backward()
     assert relative(results[f"existing/{size}"]["logits"], z.grad) < 1e-12
 
 

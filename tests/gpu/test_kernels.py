@@ -25,7 +25,7 @@ def test_loss_and_gradients_against_float64(vocab, mixture, record_property):
         problem.teacher_hidden.float().cuda(), problem.teacher_weight.float().cuda(), problem.teacher_temperature
     )
     loss, _ = linear_divergence(
-        hidden, weight, shard=VocabShard.whole(vocab), outputs=names, teacher=teacher, beta=0.3,
+        hidden, weight, shard=VocabShard.unsharded(vocab), outputs=names, teacher=teacher, beta=0.3,
         temperature=problem.temperature, target_ids=problem.target.cuda(), token_loss=combined,
         weights=problem.weights.float().cuda(), response_mask=problem.mask.cuda(), backend="triton",
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_bfloat16_operands_against_float64_of_the_same_operands(name, record_pro
     for backend in ("triton", "torch"):
         leaf = hidden.detach().requires_grad_()
         loss, outputs = linear_divergence(
-            leaf, weight, shard=VocabShard.whole(vocab), outputs=(name,),
+            leaf, weight, shard=VocabShard.unsharded(vocab), outputs=(name,),
             teacher=HiddenStates(teacher_hidden, teacher_weight),
             token_loss=lambda outputs, rows: getattr(outputs, name), backend=backend,
         )  # fmt: skip

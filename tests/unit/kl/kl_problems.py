@@ -10,7 +10,7 @@ from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.teachers import HiddenStates
 
 ALL = ("log_probs", "entropy", "forward_kl", "reverse_kl")
-_OPERANDS = ("hidden", "weight", "teacher_hidden", "teacher_weight", "weights")
+_OPERANDS = ("hidden", "weight", "teacher_hidden", "teacher_weight", "loss_weights")
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 
@@ -23,7 +23,7 @@ class Problem:
     teacher_hidden: torch.Tensor
     teacher_weight: torch.Tensor
     target: torch.Tensor
-    weights: torch.Tensor
+    loss_weights: torch.Tensor
     mask: torch.Tensor
     vocab_size: int
     temperature: float = 0.7
@@ -33,6 +33,11 @@ class Problem:
         """The same operands rounded to float32, so that both precisions start from the same numbers."""
         fields = vars(self)
         return Problem(**{k: v.float().double() if k in _OPERANDS else v for k, v in fields.items()})
+
+    def token_loss(self, outputs, rows):
+        """``combined`` times this problem's loss weights."""
+        losses = combined(outputs, rows)
+        return losses * self.loss_weights.to(losses.dtype)[rows]
 
     def teacher(self, dtype=torch.float64) -> HiddenStates:
         return HiddenStates(self.teacher_hidden.to(dtype), self.teacher_weight.to(dtype), self.teacher_temperature)
@@ -73,10 +78,10 @@ def reference(problem: Problem, names, beta):
     z = hidden @ weight[: problem.vocab_size].T / problem.temperature
     outputs = dense_outputs(z, problem.teacher_logits(), names, beta=beta, target_ids=problem.target)
     losses = combined(outputs, torch.arange(len(hidden)))
-    loss = (losses * problem.weights * problem.mask).sum()
+    loss = (losses * problem.loss_weights * problem.mask).sum()
     loss.backward()
     return loss.detach(), outputs, hidden.grad, weight.grad
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -39,14 +39,19 @@ def main() -> None:
                 "delta_stride": "i32", "beta": "fp32", "columns_total": "i32",
             }  # fmt: skip
             flags = {"HAS_TEACHER": True, "FORWARD": True, "REVERSE": True, "ENTROPY": True, "FACTOR": True}
-            build(kernels._gradient_kernel, types, {"WIDTH": 13, **flags, "KIND": kind, "HIT": True, "BLOCK": 1024}, 4)
+            build(
+                kernels._gradient_kernel,
+                types,
+                {"WIDTH": 13, **flags, "KIND": kind, "ON_TARGET": True, "BLOCK": 1024},
+                4,
+            )
             count += 1
     types = {
         **pointers, "delta_ptr": "*bf16", "table_ptr": "*fp32", "target_ptr": "*fp32", **strides,
         "delta_stride": "i32", "beta": "fp32", "columns_total": "i32",
     }  # fmt: skip
     flags = {"HAS_TEACHER": False, "FORWARD": False, "REVERSE": False, "ENTROPY": False, "FACTOR": False}
-    build(kernels._gradient_kernel, types, {"WIDTH": 13, **flags, "KIND": 0, "HIT": False, "BLOCK": 1024}, 4)
+    build(kernels._gradient_kernel, types, {"WIDTH": 13, **flags, "KIND": 0, "ON_TARGET": False, "BLOCK": 1024}, 4)
     print(count + 1)
 
 

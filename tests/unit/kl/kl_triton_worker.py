@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import torch
-from kl_problems import combined, make_problem, reference, relative
+from kl_problems import make_problem, reference, relative
 
 from megatron_s2d.kl import torch_backend as plain
 from megatron_s2d.kl import triton_backend as kernels
 from megatron_s2d.kl.chunk import make_plan
 from megatron_s2d.kl.fused import linear_divergence
+from megatron_s2d.kl.merge import merge
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.kl.torch_backend import merge
 
 ALL = ("log_probs", "entropy", "forward_kl", "reverse_kl")
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
@@ -71,9 +71,9 @@ def whole_call() -> dict[str, float]:
     hidden = problem.hidden.float().requires_grad_()
     weight = problem.weight.float().requires_grad_()
     loss, _ = linear_divergence(
-        hidden, weight, shard=VocabShard.whole(301), outputs=names, teacher=problem.teacher(torch.float32), beta=0.3,
-        temperature=problem.temperature, target_ids=problem.target, token_loss=combined,
-        weights=problem.weights.float(), response_mask=problem.mask, chunk_bytes=301 * 8 * 4, backend="triton",
+        hidden, weight, shard=VocabShard.unsharded(301), outputs=names, beta=0.3, backend="triton",
+        teacher=problem.teacher(torch.float32), temperature=problem.temperature, target_ids=problem.target,
+        token_loss=problem.token_loss, response_mask=problem.mask, chunk_bytes=301 * 8 * 4,
     )  # fmt: skip
     loss.backward()
     expected = reference(problem, names, 0.3)

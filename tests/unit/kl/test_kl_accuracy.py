@@ -21,7 +21,9 @@ VOCAB = 128_256
 
 
 def divergence(z, y, names, beta=None, shard=None, **keywords):
-    return vocab_parallel_divergence(z, Logits(y), shard or VocabShard.whole(z.shape[-1]), names, beta=beta, **keywords)
+    return vocab_parallel_divergence(
+        z, Logits(y), shard or VocabShard.unsharded(z.shape[-1]), names, beta=beta, **keywords
+    )
 
 
 def value_and_slope(z, y, name, beta=None):
@@ -184,7 +186,7 @@ def test_weight_gradient_is_summed_in_float32():
 
     weight.requires_grad_()
     loss, _ = linear_divergence(
-        hidden, weight, shard=VocabShard.whole(301), outputs=("forward_kl",),
+        hidden, weight, shard=VocabShard.unsharded(301), outputs=("forward_kl",),
         teacher=HiddenStates(hidden, teacher_weight), token_loss=lambda o, rows: o.forward_kl, chunk_bytes=301 * 4 * 4,
     )  # fmt: skip
     loss.backward()
@@ -207,7 +209,7 @@ teacher = HiddenStates(torch.randn(rows, width), torch.randn(vocab, width))
 def peak():  # of this process alone; ru_maxrss would begin with the parent's
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 def step(h, t):
-    loss, _ = linear_divergence(h, weight, shard=VocabShard.whole(vocab), outputs=("reverse_kl",), teacher=t,
+    loss, _ = linear_divergence(h, weight, shard=VocabShard.unsharded(vocab), outputs=("reverse_kl",), teacher=t,
         token_loss=lambda o, r: o.reverse_kl, chunk_bytes=32 << 20)
     loss.backward()
 step(hidden[:128], HiddenStates(teacher.hidden[:128], teacher.weight_shard))

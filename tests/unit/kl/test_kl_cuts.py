@@ -13,6 +13,7 @@ from megatron_s2d.kl import chunk
 from megatron_s2d.kl import top_k as support
 from megatron_s2d.kl import torch_backend as statistics
 from megatron_s2d.kl.logits import vocab_parallel_topk
+from megatron_s2d.kl.merge import merge
 from megatron_s2d.kl.reference import dense_outputs, dense_support_outputs
 from megatron_s2d.kl.shards import VocabShard
 
@@ -57,7 +58,7 @@ def test_full_teachers(edges, seed, mixture, beta, forbid):
     shards = [_Shard(a, b, edges[-1]) for a, b in itertools.pairwise(edges)]
     parts = [(z[:, s.start : s.stop], y[:, s.start : s.stop], *s.local(target)) for s in shards]
     found = [statistics.statistics(*part, plan) for part in parts]
-    merged = statistics.merge(torch.stack([numbers for numbers, _ in found]), plan)
+    merged = merge(torch.stack([numbers for numbers, _ in found]), plan)
     sums = [
         statistics.divergence_sums(part[0], part[1], merged, plan, masked)
         for part, (_, masked) in zip(parts, found, strict=True)
@@ -83,7 +84,7 @@ def test_top_k_teachers(edges, seed, tail, share):
     vocab = edges[-1]
     z, y, target, weight = operands(vocab, seed, False)
     k = max(1, round(share * vocab))
-    ids, log_q, log_tail = vocab_parallel_topk(y, k, VocabShard.whole(vocab))
+    ids, log_q, log_tail = vocab_parallel_topk(y, k, VocabShard.unsharded(vocab))
     names = ("log_probs", "entropy", "forward_kl", "reverse_kl", "captured_mass", "student_captured_mass")
     plan = chunk.make_plan(names, teacher="support", beta=None, has_target=True)
     numbers, slopes = [], []

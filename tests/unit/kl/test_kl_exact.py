@@ -12,28 +12,26 @@ from kl_problems import ALL, MIXTURES, Problem, combined, make_problem, referenc
 
 from megatron_s2d.kl import fused
 from megatron_s2d.kl.fused import linear_divergence
-from megatron_s2d.kl.logits import vocab_parallel_divergence, vocab_parallel_entropy, vocab_parallel_log_probs
+from megatron_s2d.kl.logits import vocab_parallel_divergence
 from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import Logits
 
 
-def computed(problem: Problem, names, beta, dtype=torch.float64, chunk_rows=3, mode="fused", teacher=None):
+def computed(problem: Problem, names, beta, dtype=torch.float64, chunk_rows=3, teacher=None):
     hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
     weight = problem.weight.to(dtype, copy=True).requires_grad_()
     loss, outputs = linear_divergence(
         hidden,
         weight,
-        shard=VocabShard.whole(problem.vocab_size),
+        shard=VocabShard.unsharded(problem.vocab_size),
         outputs=names,
         teacher=teacher or problem.teacher(dtype),
         beta=beta,
         temperature=problem.temperature,
         target_ids=problem.target,
-        token_loss=combined,
-        weights=problem.weights.to(dtype),
+        token_loss=problem.token_loss,
         response_mask=problem.mask,
-        mode=mode,
         chunk_bytes=2 * dtype.itemsize * problem.vocab_size * chunk_rows,
     )
     (loss * 2.0).backward()
@@ -56,21 +54,19 @@ CASES = [(ALL, None)] + [((name,), None) for name in ALL] + [((name, *ALL), 0.3)
 
 
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])
-@pytest.mark.parametrize("mode", ["fused", "recompute"])
-def test_float64_equals_autograd(names, beta, mode):
+def test_float64_equals_autograd(names, beta):
     problem = make_problem()
-    found = computed(problem, names, beta, mode=mode)
+    found = computed(problem, names, beta)
     assert_same(found, reference(problem, names, beta), problem.mask, 1e-13, 1e-12)
     assert bool((found[3][problem.vocab_size :] == 0).all()), "padding rows of the output layer got a gradient"
 
 
-@pytest.mark.parametrize("mode", ["fused", "recompute"])
 @pytest.mark.parametrize("kept", [2, 3, 100])
-def test_chunks_that_share_a_product(monkeypatch, kept, mode):
+def test_chunks_that_share_a_product(monkeypatch, kept):
     """As on a GPU: gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
     monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", kept)
     problem = make_problem(rows=23)
-    found = computed(problem, ALL, None, mode=mode)
+    found = computed(problem, ALL, None)
     assert_same(found, reference(problem, ALL, None), problem.mask, 1e-13, 1e-12)
 
 
@@ -91,16 +87,15 @@ def test_float32_stays_within_rounding_of_float64(names, beta):
     mixture=st.sampled_from(MIXTURES),
     temperatures=st.tuples(st.floats(0.3, 3.0), st.floats(0.3, 3.0)),
     masked=st.lists(st.integers(0, 8), max_size=9),
-    mode=st.sampled_from(["fused", "recompute"]),
     single=st.booleans(),
 )
-def test_generated_shapes(rows, vocab, padding, chunk_rows, beta, mixture, temperatures, masked, mode, single):
+def test_generated_shapes(rows, vocab, padding, chunk_rows, beta, mixture, temperatures, masked, single):
     problem = make_problem(rows, vocab, padding=padding, masked=tuple(masked), seed=rows * 41 + vocab)
     problem.temperature, problem.teacher_temperature = temperatures
     names = (mixture, *ALL)
     dtype = torch.float32 if single else torch.float64
     problem = problem.rounded()
-    found = computed(problem, names, beta, dtype, chunk_rows=chunk_rows, mode=mode)
+    found = computed(problem, names, beta, dtype, chunk_rows=chunk_rows)
     expected = reference(problem, names, beta)
     scale = max(1.0, float(expected[0].abs()), float(expected[2].norm()), float(expected[3].norm()))
     tolerance = (2e-5 if single else 1e-12) * scale
@@ -121,22 +116,21 @@ def central_differences(function, tensor, step=1e-6):
 
 
 @pytest.mark.parametrize(("name", "beta"), [*((n, None) for n in ALL), *((n, 0.4) for n in MIXTURES)])
-def test_gradcheck(name, beta):
+def test_finite_differences(name, beta):
     problem = make_problem(rows=5, vocab=11, width=3, teacher_width=4, masked=(1,))
 
-    def loss(hidden, weight, mode):
+    def loss(hidden, weight):
         return linear_divergence(
-            hidden, weight, shard=VocabShard.whole(11), outputs=(name,), teacher=problem.teacher(), beta=beta,
+            hidden, weight, shard=VocabShard.unsharded(11), outputs=(name,), teacher=problem.teacher(), beta=beta,
             temperature=0.7, target_ids=problem.target, token_loss=lambda o, rows: getattr(o, name) ** 2,
-            response_mask=problem.mask, chunk_bytes=2 * 2 * 8 * 11, mode=mode,
+            response_mask=problem.mask, chunk_bytes=2 * 2 * 8 * 11,
         )[0]  # fmt: skip
 
     hidden, weight = problem.hidden.requires_grad_(), problem.weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: loss(h, w, "recompute"), (hidden, weight), eps=1e-6, atol=1e-8)
-    loss(hidden, weight, "fused").backward()  # gradcheck itself goes backward twice, which this mode refuses
+    loss(hidden, weight).backward()  # torch.autograd.gradcheck calls backward twice, which is refused
     with torch.no_grad():
-        by_hidden = central_differences(lambda h: loss(h, weight, "fused"), problem.hidden)
-        by_weight = central_differences(lambda w: loss(hidden, w, "fused"), problem.weight)
+        by_hidden = central_differences(lambda h: loss(h, weight), problem.hidden)
+        by_weight = central_differences(lambda w: loss(hidden, w), problem.weight)
     assert torch.allclose(hidden.grad, by_hidden, atol=1e-8) and torch.allclose(weight.grad, by_weight, atol=1e-8)
 
 
@@ -149,15 +143,17 @@ def test_gradcheck_of_existing_logits():
     def values(logits):
         names = ("forward_kl", "reverse_kl", "jsd", "entropy", "log_probs")
         found = vocab_parallel_divergence(
-            logits, Logits(y, 1.2), VocabShard.whole(9), names, beta=0.6, temperature=temperature, target_ids=ids
+            logits, Logits(y, 1.2), VocabShard.unsharded(9), names, beta=0.6, temperature=temperature, target_ids=ids
         )
         return tuple(getattr(found, name) for name in names)
 
     assert torch.autograd.gradcheck(values, (z,), eps=1e-6, atol=1e-8)
     log_p = torch.log_softmax(z / temperature.unsqueeze(-1), -1)
-    whole = VocabShard.whole(9)
-    assert torch.allclose(vocab_parallel_log_probs(z, ids, whole, temperature), log_p.gather(2, ids[..., None])[..., 0])
-    assert torch.allclose(vocab_parallel_entropy(z, whole, temperature), -(log_p.exp() * log_p).sum(-1))
+    outputs = vocab_parallel_divergence(
+        z, None, VocabShard.unsharded(9), ("log_probs", "entropy"), temperature=temperature, target_ids=ids
+    )
+    assert torch.allclose(outputs.log_probs, log_p.gather(2, ids[..., None])[..., 0])
+    assert torch.allclose(outputs.entropy, -(log_p.exp() * log_p).sum(-1))
 
 
 def test_frozen_side_gets_no_gradient_and_the_other_is_unchanged():
@@ -168,8 +164,8 @@ def test_frozen_side_gets_no_gradient_and_the_other_is_unchanged():
         hidden = problem.hidden.clone().requires_grad_(frozen != "hidden")
         weight = problem.weight.clone().requires_grad_(frozen != "weight")
         loss, _ = linear_divergence(
-            hidden, weight, shard=VocabShard.whole(37), outputs=names, teacher=problem.teacher(), temperature=0.7,
-            token_loss=combined, weights=problem.weights, response_mask=problem.mask,
+            hidden, weight, shard=VocabShard.unsharded(37), outputs=names, teacher=problem.teacher(), temperature=0.7,
+            token_loss=problem.token_loss, response_mask=problem.mask,
         )  # fmt: skip
         loss.backward()
         if frozen == "hidden":
@@ -197,7 +193,7 @@ def test_ignored_positions_of_existing_logits(dtype):
     temperature = torch.tensor([0.5, 0.9, 2.0, 1.5, 0.8, 1.0], dtype=torch.float64)
     leaf = z.clone().requires_grad_()
     found = vocab_parallel_divergence(
-        leaf, Logits(y), VocabShard.whole(37), ("jsd", *ALL), beta=0.3, temperature=temperature.view(2, 3),
+        leaf, Logits(y), VocabShard.unsharded(37), ("jsd", *ALL), beta=0.3, temperature=temperature.view(2, 3),
         target_ids=target.view(2, 3), response_mask=mask,
     )  # fmt: skip
     combined(found, torch.arange(6).view(2, 3)).sum().backward()
@@ -212,9 +208,15 @@ def test_ignored_positions_of_existing_logits(dtype):
         assert not getattr(found, name)[~mask].any()
     assert relative(leaf.grad.view(6, 40)[rows], few.grad) <= bounds[1]
     assert not leaf.grad[~mask].any()
-    assert not vocab_parallel_entropy(z, VocabShard.whole(37), response_mask=torch.zeros_like(mask)).any()
-    kept = vocab_parallel_log_probs(z, target.view(2, 3), VocabShard.whole(37), temperature.view(2, 3), mask)
-    assert torch.equal(kept, found.log_probs)
+    empty = vocab_parallel_divergence(
+        z, None, VocabShard.unsharded(37), ("entropy",), response_mask=torch.zeros_like(mask)
+    )
+    assert not empty.entropy.any()
+    without_teacher = vocab_parallel_divergence(
+        z, None, VocabShard.unsharded(37), ("log_probs",), temperature=temperature.view(2, 3),
+        target_ids=target.view(2, 3), response_mask=mask,
+    )  # fmt: skip
+    assert torch.equal(without_teacher.log_probs, found.log_probs)
 
 
 def test_every_token_has_its_own_temperature():
@@ -222,8 +224,7 @@ def test_every_token_has_its_own_temperature():
     problem.temperature = torch.linspace(0.5, 2.0, 9, dtype=torch.float64)
     expected_problem = dataclasses.replace(problem, temperature=problem.temperature.unsqueeze(1))
     expected = reference(expected_problem, ("jsd", *ALL), 0.3)
-    for mode in ("fused", "recompute"):
-        assert_same(computed(problem, ("jsd", *ALL), 0.3, mode=mode), expected, problem.mask, 1e-13, 1e-12)
+    assert_same(computed(problem, ("jsd", *ALL), 0.3), expected, problem.mask, 1e-13, 1e-12)
 
 
 def test_no_row_counts():
@@ -242,7 +243,7 @@ def test_chunk_of_tokens_whose_loss_is_constant_takes_no_gradient(monkeypatch, k
         return outputs.log_probs if 3 not in rows else torch.zeros_like(outputs.log_probs.detach())
 
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
-    arguments = {"shard": VocabShard.whole(37), "outputs": ("log_probs",), "target_ids": problem.target}
+    arguments = {"shard": VocabShard.unsharded(37), "outputs": ("log_probs",), "target_ids": problem.target}
     loss, _ = linear_divergence(hidden, weight, token_loss=gated, chunk_bytes=37 * 8 * 3, **arguments)
     loss.backward()
     z = problem.hidden.requires_grad_() @ problem.weight[:37].T
@@ -261,7 +262,7 @@ def test_same_call_gives_the_same_bits():
 def test_second_backward_and_double_backward_are_refused():
     problem = make_problem()
     hidden = problem.hidden.clone().requires_grad_()
-    arguments = {"shard": VocabShard.whole(37), "outputs": ("entropy",), "token_loss": lambda o, rows: o.entropy}
+    arguments = {"shard": VocabShard.unsharded(37), "outputs": ("entropy",), "token_loss": lambda o, rows: o.entropy}
     loss, _ = linear_divergence(hidden, problem.weight, **arguments)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="first backward"):

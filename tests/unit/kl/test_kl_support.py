@@ -25,12 +25,12 @@ def pair(rows=6, vocab=41, seed=0):
 
 
 def top_k(y, k, tail) -> TopK:
-    ids, log_probs, log_tail = vocab_parallel_topk(y, k, VocabShard.whole(y.shape[1]))
+    ids, log_probs, log_tail = vocab_parallel_topk(y, k, VocabShard.unsharded(y.shape[1]))
     return TopK(ids, log_probs, log_tail, tail=tail, support="union")
 
 
 def outputs_of(z, teacher, names=NAMES):
-    return vocab_parallel_divergence(z, teacher, VocabShard.whole(z.shape[1]), names)
+    return vocab_parallel_divergence(z, teacher, VocabShard.unsharded(z.shape[1]), names)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "truncate"])
@@ -62,7 +62,7 @@ def test_all_terms_together_through_the_output_layer(tail):
     teacher, target = top_k(y, 5, tail), torch.arange(6)
     leaves = [(hidden.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
     loss, _ = linear_divergence(
-        *leaves[0], shard=VocabShard.whole(41), outputs=names, teacher=teacher, temperature=0.7, target_ids=target,
+        *leaves[0], shard=VocabShard.unsharded(41), outputs=names, teacher=teacher, temperature=0.7, target_ids=target,
         token_loss=combined, chunk_bytes=41 * 8 * 4,
     )  # fmt: skip
     loss.backward()
@@ -108,19 +108,19 @@ def test_the_whole_vocabulary_as_support_is_the_full_divergence(tail):
 def test_top_k_agrees_with_sorting_and_keeps_a_tiny_tail():
     _, y = pair(vocab=600)
     y[:, 3] += 40  # a tail of about e^-40, which 1 - sum would round away
-    ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.whole(600))
+    ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.unsharded(600))
     log_q, order = torch.log_softmax(y, -1).sort(descending=True)
     assert torch.equal(ids, order[:, :5])
     assert torch.allclose(log_probs, log_q[:, :5], rtol=0, atol=1e-12)
     assert torch.allclose(tail, torch.logsumexp(log_q[:, 5:], -1), rtol=0, atol=1e-12)
-    again, rest = vocab_parallel_support(y, ids, VocabShard.whole(600))
+    again, rest = vocab_parallel_support(y, ids, VocabShard.unsharded(600))
     assert torch.allclose(again, log_probs, rtol=0, atol=1e-12) and torch.allclose(rest, tail, rtol=0, atol=1e-12)
 
 
 def test_top_k_with_forbidden_tokens():
     y = torch.zeros(2, 10)
     y[:, 4:] = -torch.inf
-    ids, log_probs, tail = vocab_parallel_topk(y, 10, VocabShard.whole(10))
+    ids, log_probs, tail = vocab_parallel_topk(y, 10, VocabShard.unsharded(10))
     assert torch.equal(ids.sort(1).values, torch.arange(10).expand(2, 10))
     assert torch.allclose(log_probs[:, :4], torch.full((2, 4), 0.25).log())
     assert bool(torch.isinf(log_probs[:, 4:]).all()) and bool(torch.isinf(tail).all())
@@ -137,7 +137,7 @@ def test_a_teacher_that_forbids_the_rest_makes_reverse_kl_infinite_and_that_is_s
 
 def test_teacher_chosen_support_warns_for_reverse_kl_only():
     z, y = pair()
-    ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.whole(41))
+    ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.unsharded(41))
     with pytest.warns(UserWarning, match="teacher's top-k only"):
         outputs_of(z, TopK(ids, log_probs, tail), ("reverse_kl",))
     import warnings

@@ -7,15 +7,12 @@ import itertools
 import pytest
 import torch
 from kl_problems import make_problem, relative
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl import checks as guards
+from megatron_s2d.kl import outputs as guards
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
-from megatron_s2d.kl.reshard import reshard_output_layer
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import GeometricTarget, HiddenStates, Logits, TopK
 
@@ -24,47 +21,10 @@ class _Group:
     """Stands for a process group in value-only uses of ``VocabShard``."""
 
 
-def layout(size: int, vocab: int, divisible_by: int) -> list[VocabShard]:
-    """Megatron's shards of all ranks: the vocabulary padded to a multiple of ``divisible_by * size``."""
-    unit = divisible_by * size
-    local = -(-vocab // unit) * unit // size
-    starts = [min(rank * local, vocab) for rank in range(size)]
-    return [VocabShard(start, min(start + local, vocab), vocab, _Group()) for start in starts]
-
-
-@pytest.mark.parametrize("teacher_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("student_size", [1, 2, 4])
-def test_an_output_layer_comes_to_any_layout_row_for_row(teacher_size, student_size, tmp_path):
-    vocab, weight = 151, torch.randn(160, 6)
-    pieces = []
-    for shard in layout(teacher_size, vocab, 16):
-        padding = torch.full((5, 6), torch.nan)
-        pieces.append((shard, torch.cat([weight[shard.start : shard.stop], padding])))
-    pieces.reverse()
-    save_file({"lm_head.weight": weight}, tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        for shard in layout(student_size, vocab, 8):
-            wanted = weight[shard.start : shard.stop]
-            assert torch.equal(reshard_output_layer(pieces, shard), wanted)
-            assert torch.equal(reshard_output_layer(weight, shard), wanted)
-            assert torch.equal(reshard_output_layer(file.get_slice("lm_head.weight"), shard), wanted)
-
-
-def test_pieces_that_do_not_fit_are_refused():
-    weight = torch.randn(151, 6)
-    pieces = [(shard, weight[shard.start : shard.stop]) for shard in layout(4, 151, 8)]
-    with pytest.raises(UserError, match="give 111 of the rows"):
-        reshard_output_layer([pieces[0], *pieces[2:]], VocabShard.whole(151))
-    with pytest.raises(UserError, match="share one vocabulary"):
-        reshard_output_layer(pieces, VocabShard.whole(150))
-    with pytest.raises(UserError, match="share one vocabulary"):
-        reshard_output_layer(weight, VocabShard.whole(152))
-
-
 def evaluate(problem, teacher, names=("forward_kl", "reverse_kl")):
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
     loss, outputs = linear_divergence(
-        hidden, weight, shard=VocabShard.whole(37), outputs=names, teacher=teacher,
+        hidden, weight, shard=VocabShard.unsharded(37), outputs=names, teacher=teacher,
         token_loss=lambda o, rows: sum(getattr(o, name) for name in names), response_mask=problem.mask,
     )  # fmt: skip
     loss.backward()
@@ -98,7 +58,7 @@ def test_the_geometric_target_is_the_minimiser_of_the_g_opd_objective(scale):
     z, t, r = (torch.randn(4, 19, generator=generator, dtype=torch.float64) for _ in range(3))
     leaf, wanted = z.clone().requires_grad_(), z.clone().requires_grad_()
     target = GeometricTarget(Logits(t), Logits(r), scale)
-    found = vocab_parallel_divergence(leaf, target, VocabShard.whole(19), ("reverse_kl",)).reverse_kl
+    found = vocab_parallel_divergence(leaf, target, VocabShard.unsharded(19), ("reverse_kl",)).reverse_kl
     log_p, log_t, log_r = (torch.log_softmax(logits, -1) for logits in (wanted, t, r))
     objective = (log_p.exp() * ((log_p - log_r) - scale * (log_t - log_r))).sum(-1)
     found.sum().backward()
@@ -107,7 +67,7 @@ def test_the_geometric_target_is_the_minimiser_of_the_g_opd_objective(scale):
     assert torch.allclose(found, objective.detach() + constant, atol=1e-12)
     assert torch.allclose(leaf.grad, wanted.grad, atol=1e-12)
     best = (scale * t + (1 - scale) * r).requires_grad_()
-    at_best = vocab_parallel_divergence(best, target, VocabShard.whole(19), ("reverse_kl",)).reverse_kl
+    at_best = vocab_parallel_divergence(best, target, VocabShard.unsharded(19), ("reverse_kl",)).reverse_kl
     at_best.sum().backward()
     assert float(at_best.detach().abs().max()) < 1e-13 and float(best.grad.abs().max()) < 1e-13
 
@@ -116,7 +76,7 @@ def test_a_token_that_teacher_and_reference_forbid_stays_forbidden():
     t, r = torch.zeros(1, 6), torch.zeros(1, 6)
     t[0, 2] = r[0, 2] = t[0, 4] = -torch.inf
     target = GeometricTarget(Logits(t), Logits(r), 1.25)
-    found = vocab_parallel_divergence(torch.zeros(1, 6), target, VocabShard.whole(6), ("forward_kl",)).forward_kl
+    found = vocab_parallel_divergence(torch.zeros(1, 6), target, VocabShard.unsharded(6), ("forward_kl",)).forward_kl
     assert found.item() == pytest.approx(torch.tensor(6 / 4).log().item(), rel=1e-6)
 
 
@@ -140,10 +100,10 @@ def test_sampled_policy_gradient_is_the_reverse_kl_gradient_in_expectation():
         tokens += sequence
         weights += [probability] * length
         visits[steps] += probability
-    states, tokens = torch.tensor(states), torch.tensor(tokens)
+    states, tokens, probabilities = torch.tensor(states), torch.tensor(tokens), torch.stack(weights)
     advantage = -guards.sampled_reverse_kl(log_p[states, tokens], log_q[states, tokens])
     old = log_p[states, tokens]
-    shard = VocabShard.whole(vocab)
+    shard = VocabShard.unsharded(vocab)
 
     def gradient(states, **arguments):
         leaf = weight.clone().requires_grad_()
@@ -152,12 +112,12 @@ def test_sampled_policy_gradient_is_the_reverse_kl_gradient_in_expectation():
         return leaf.grad
 
     policy = gradient(
-        states, outputs=("log_probs",), target_ids=tokens, weights=torch.stack(weights),
-        token_loss=lambda o, rows: -advantage[rows] * torch.exp(o.log_probs - old[rows]),
+        states, outputs=("log_probs",), target_ids=tokens,
+        token_loss=lambda o, rows: -probabilities[rows] * advantage[rows] * torch.exp(o.log_probs - old[rows]),
     )  # fmt: skip
     exact = gradient(
-        torch.arange(len(prefixes)), outputs=("reverse_kl",), teacher=Logits(teacher_logits), weights=visits,
-        token_loss=lambda o, rows: o.reverse_kl,
+        torch.arange(len(prefixes)), outputs=("reverse_kl",), teacher=Logits(teacher_logits),
+        token_loss=lambda o, rows: visits[rows] * o.reverse_kl,
     )  # fmt: skip
     assert relative(policy, exact) < 1e-12 and float(exact.norm()) > 0.1
 
@@ -181,7 +141,7 @@ def test_support_metrics_count_only_rows_that_count():
 
 def call(**changes):
     problem = make_problem()
-    arguments = {"shard": VocabShard.whole(37), "outputs": ("reverse_kl",), "teacher": problem.teacher()} | changes
+    arguments = {"shard": VocabShard.unsharded(37), "outputs": ("reverse_kl",), "teacher": problem.teacher()} | changes
     hidden = arguments.pop("hidden", problem.hidden)
     return linear_divergence(hidden, arguments.pop("weight", problem.weight), **arguments)
 
@@ -197,9 +157,8 @@ def call(**changes):
         ({"outputs": ("jsd", "skew_forward_kl"), "beta": 0.5}, "one pass computes one mixture"),
         ({"beta": 0.5}, "beta belongs to jsd"),
         ({"outputs": ("captured_mass",)}, "captured_mass belongs to a TopK teacher"),
-        ({"mode": "slow"}, "choose fused or recompute"),
         ({"backend": "cuda"}, "choose auto, torch or triton"),
-        ({"weights": torch.ones(3)}, "weights has shape"),
+        ({"response_mask": torch.ones(3).bool()}, "response_mask has shape"),
         ({"outputs": ("log_probs",), "target_ids": torch.full((7,), 37)}, "outside the vocabulary of 37"),
         ({"weight": torch.ones(36, 5).double()}, "36 rows for a shard of 37 columns"),
         ({"weight": torch.ones(37, 4).double()}, "hidden size 5 does not fit"),

@@ -9,7 +9,7 @@ import torch
 
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.checks import sampled_reverse_kl
+from megatron_s2d.kl.outputs import sampled_reverse_kl
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
 from megatron_s2d.kl.reference import dense_outputs
@@ -255,7 +255,7 @@ def test_through_the_output_layer_chunk_by_chunk(layer, name):
     teacher = layer.teacher if objective.needs & set(DIVERGENCES) else None
     hidden, weight = layer.hidden.clone().requires_grad_(), layer.weight.clone().requires_grad_()
     loss, outputs = linear_divergence(
-        hidden, weight, shard=VocabShard.whole(VOCABULARY), outputs=needs, teacher=teacher, beta=beta,
+        hidden, weight, shard=VocabShard.unsharded(VOCABULARY), outputs=needs, teacher=teacher, beta=beta,
         target_ids=layer.target, chunk_bytes=5 * VOCABULARY * 16,
         token_loss=lambda outputs, rows: objective.token_loss(outputs, layer.columns.select(rows)),
     )  # fmt: skip
@@ -291,7 +291,7 @@ def test_top_k_support_reports_the_mass_it_captures(layer):
     rest = torch.log1p(-log_probs.exp().sum(-1))
     objective = divergence_objective("forward_kl", tail="renormalise")
     _, outputs = linear_divergence(
-        layer.hidden, layer.weight, shard=VocabShard.whole(VOCABULARY), outputs=tuple(sorted(objective.needs)),
+        layer.hidden, layer.weight, shard=VocabShard.unsharded(VOCABULARY), outputs=tuple(sorted(objective.needs)),
         teacher=TopK(ids, log_probs, rest, "renormalise"),
     )  # fmt: skip
     metrics = objective.metrics(outputs, layer.columns)
