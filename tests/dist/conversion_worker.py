@@ -89,13 +89,13 @@ def bfloat16_errors(spec, layout, source, case) -> list[float]:
     """Mean distance of the bfloat16 logits from the float32 ones and from transformers' bfloat16 logits."""
     chunks = build_model(spec, layout, params_dtype=torch.bfloat16)
     import_weights(chunks, spec, layout, source)
-    found = torch.zeros(2)
+    errors = torch.zeros(2)
     outputs = forward_only(chunks, layout, forward_step, [(case["tokens"], None)])
     if outputs:
         logits = outputs[0][..., : spec.vocab_size].float()
-        found = torch.stack([(logits - case[key]).abs().mean() for key in ("logits", "bfloat16")])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
+        errors = torch.stack([(logits - case[key]).abs().mean() for key in ("logits", "bfloat16")])
+    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+    return errors.tolist()
 
 
 def check_model(directory: Path) -> dict:

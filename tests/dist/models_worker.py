@@ -75,24 +75,24 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
     tokens = torch.randint(0, VOCAB_SIZE, (8, 12), generator=torch.Generator().manual_seed(0))
     share = 8 // layout.dp_size
     mine = tokens[layout.dp_rank * share : (layout.dp_rank + 1) * share]
-    found = {"before": digest(chunks, spec, layout, bucket_bytes=20_000)}
+    result = {"before": digest(chunks, spec, layout, bucket_bytes=20_000)}
     logits = forward_only(chunks, layout, forward_step, list(tokens.split(4)))
-    found["logits"] = broadcast_from_last_stage(torch.cat(logits) if logits else None, layout).tolist()
+    result["logits"] = broadcast_from_last_stage(torch.cat(logits) if logits else None, layout).tolist()
 
     trainable = TrainableModel(chunks, layout, OptimizerConfig(lr=1e-2), total_steps=3)
-    found["losses"], found["norms"] = [], []
+    result["losses"], result["norms"] = [], []
     for _ in range(3):
         losses = trainable.forward_backward(forward_step, list(mine.split(1)))
         total = torch.stack(losses).sum() if losses else None
         total = broadcast_from_last_stage(total, layout)
         dist.all_reduce(total, group=layout.groups.dp)
-        found["losses"].append(float(total) / (8 * 11))
-        found["norms"].append(trainable.optim_step())
+        result["losses"].append(float(total) / (8 * 11))
+        result["norms"].append(trainable.optim_step())
     bare = [chunk.module for chunk in trainable.chunks]
     after = {name: tensor for bucket in export_buckets(bare, spec, layout) for name, tensor in bucket}
-    found["after"] = {name: float(tensor.double().norm()) for name, tensor in after.items()}
-    found["padding"] = padding_of(bare[0], spec, layout)
-    return found
+    result["after"] = {name: float(tensor.double().norm()) for name, tensor in after.items()}
+    result["padding"] = padding_of(bare[0], spec, layout)
+    return result
 
 
 def padding_of(model, spec, layout) -> float:

@@ -1,6 +1,6 @@
-"""Generates at several layouts in one start of four ranks; rank 0 writes what it found to the JSON file given.
+"""Generates at several layouts in one launch of four ranks; rank 0 writes the results as JSON.
 
-Started by test_rollout_layouts.py through torchrun. Data ranks take unequal shares of the same requests.
+Started by test_rollout_layouts.py through torchrun. Data-parallel ranks take unequal shares of the same requests.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Letters:
 
 
 def requests() -> list[Request]:
-    """Mixed prompt lengths, limits and parameters; most of the work at the end, so that data ranks finish apart."""
+    """Mixed prompt lengths, limits and parameters; most of the work at the end, so that data-parallel ranks finish at different times."""
     generator = np.random.default_rng(0)
-    found = []
+    batch = []
     for number in range(12):
         length = 1 + (5 * number) % 9
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, length), "", "math", None, None)
@@ -70,8 +70,8 @@ def requests() -> list[Request]:
         )
         for index in range(2):
             seed = sample_seed(1, 0, prompt.id, index)
-            found.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
-    return found
+            batch.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
+    return batch
 
 
 def forward_step(model, sequence: tuple[torch.Tensor, float]):
@@ -114,7 +114,7 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
         for sample, log_probs in zip(samples, expected, strict=False):
             difference = torch.from_numpy(sample.rollout_log_probs)[1:] - log_probs
             worst = max(worst, float(difference[sample.response_mask[1:]].abs().max()))
-    found = {
+    by_id = {
         sample.id: {
             "tokens": sample.token_ids.tolist(),
             "log_probs": sample.rollout_log_probs.tolist(),
@@ -123,7 +123,7 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
         for sample in samples
     }
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (found, worst))
+    dist.all_gather_object(everyone, (by_id, worst))
     # Ranks of one replica must have returned the same; the union over replicas is everything.
     merged: dict = {}
     same = True
@@ -134,7 +134,7 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
 
 
 def different_requests() -> str:
-    """What ranks of one replica get told when their requests differ."""
+    """Error message that ranks of one replica raise when their requests differ."""
     with open_layout(ParallelConfig(tensor_model_parallel_size=4)) as layout:
         return error_of_different_requests(layout)
 

@@ -1,6 +1,6 @@
-"""The served engine at several layouts over toy servers of rank 0, in one start of four ranks; results go to a file.
+"""The served engine at several layouts over toy servers of rank 0, in one launch of four ranks; writes results as JSON.
 
-Started by test_sglang_layouts.py through torchrun. Requests fail on the way, so that ranks have to recover together.
+Started by test_sglang_layouts.py through torchrun. Some requests fail, so that the ranks have to recover together.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ CASES = {
 def requests() -> list[Request]:
     params = SamplingParams(6, (3,))
     generator = np.random.default_rng(1)
-    found = []
+    batch = []
     for number in range(6):
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
         for group in range(2):
             seed = sample_seed(1, 0, prompt.id, group)
-            found.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
-    return found
+            batch.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
+    return batch
 
 
 def run(preset: str, parallel: ParallelConfig, directory: Path) -> dict:
@@ -83,9 +83,9 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     engine.update_weights(chunks, 4)
     for server in servers:
         server.faults.extend(["stale", "nan", "500", "malformed"])
-    cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.dp_size]  # the first of four data ranks has nothing to ask
+    cuts = {1: [], 2: [6], 4: [0, 6, 8]}[layout.dp_size]  # the first of four data-parallel ranks has no requests
     mine = np.split(np.arange(12), cuts)[layout.dp_rank]
-    samples = engine.generate([requests()[place] for place in mine])
+    samples = engine.generate([requests()[index] for index in mine])
     for server in servers:
         server.score_faults.extend(["nan", "capped", "stale"])
     likeliest = engine.top_tokens(samples, 3)  # of this replica's own samples
@@ -103,7 +103,7 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     except UserError as error:
         refused = str(error)
     engine.close()
-    beside = run_beside(chunks, spec, layout, score, servers, urls, mine, directory)
+    partial = run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, directory)
     for server in servers:
         server.close()
     everyone = all_gather_object({sample.id: [sample.token_ids.tolist(), sample.finish_reason] for sample in samples})
@@ -113,17 +113,19 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
             assert merged.setdefault(name, sample) == sample
     wrong = max(all_gather_object(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
                 for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
-    return beside | {"samples": merged, "gap": wrong, "refused": all_gather_object(refused), "faults_left": faults_left,
+    return partial | {"samples": merged, "gap": wrong, "refused": all_gather_object(refused), "faults_left": faults_left,
                      "top_agree": all_gather_object(top_agree)}  # fmt: skip
 
 
-def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
-    """Responses that are begun, interrupted by a push and gone on with; then with half of the groups carried over."""
+def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
+    """Partial rollouts: interrupt by a weight update and continue; then carry half of the groups over to a second call."""
     settings = SglangConfig(bucket_bytes=20_000)
-    held = set()
+    stalled = set()
     for server in servers:
         server.control_faults.clear()
-        server.holds = lambda body, n: servers[0].weight_version.endswith("-0") and n == 2 and not held.add(body["rid"])
+        server.holds = lambda body, n: (
+            servers[0].weight_version.endswith("-0") and n == 2 and not stalled.add(body["rid"])
+        )
     engine = ServedEngine(
         ServerGroup(
             chunks,
@@ -135,30 +137,30 @@ def run_beside(chunks, spec, layout, score, servers, urls, mine, directory: Path
             urls=urls,
         )
     )
-    own = [dataclasses.replace(requests()[place], params=SamplingParams(6, ())) for place in mine]
+    mine_endless = [dataclasses.replace(requests()[index], params=SamplingParams(6, ())) for index in mine]
     tables = {0: table_of(chunks, spec, layout)}
-    engine.submit(own)
-    broadcast_from_rank0(lambda: wait_for(lambda: len(held) == 12))
+    engine.submit(mine_endless)
+    broadcast_from_rank0(lambda: wait_for(lambda: len(stalled) == 12))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.9)
     engine.update_weights(chunks, 1)
     tables[1] = table_of(chunks, spec, layout)
-    samples = engine.generate(own)
+    samples = engine.generate(mine_endless)
     gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
     mixed = sum(len(sample.weight_versions) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
-    groups = {request.group_id for request in own}
+    groups = {request.group_id for request in mine_endless}
     half = (len(groups) + 1) // 2
-    again = [dataclasses.replace(request, id=f"{request.id}again") for request in own]
+    again = [dataclasses.replace(request, id=f"{request.id}again") for request in mine_endless]
     first = engine.generate(again, num_groups=half)
     taken = {sample.id for sample in first}
-    rest = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
+    second = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
     engine.close()
     return {
         "begun": sorted({sample.id for part in all_gather_object(samples) for sample in part}),
         "begun_gap": max(all_gather_object(gap)),
         "mixed": sum(all_gather_object(mixed)),
-        "carried": sorted({sample.id for part in all_gather_object([*first, *rest]) for sample in part}),
+        "carried": sorted({sample.id for part in all_gather_object([*first, *second]) for sample in part}),
         "half": all_gather_object(len(taken) == half * 2),
     }
 
@@ -178,9 +180,9 @@ def split_gap(tables: dict[int, np.ndarray], sample) -> float:
     """Largest difference from the log-probabilities under the weights that the sample's spans name."""
     worst = 0.0
     for span in sample.weight_versions:
-        places = np.arange(span.start, span.stop)
-        expected = tables[span.version][sample.token_ids[places - 1], sample.token_ids[places]]
-        worst = max(worst, float(np.abs(sample.rollout_log_probs[places] - expected).max()))
+        positions = np.arange(span.start, span.stop)
+        expected = tables[span.version][sample.token_ids[positions - 1], sample.token_ids[positions]]
+        worst = max(worst, float(np.abs(sample.rollout_log_probs[positions] - expected).max()))
     return worst
 
 

@@ -87,14 +87,14 @@ def results(root) -> dict:
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_logits_equal_transformers(results, name, layout):
     """Of the weights read straight into the model; the converted checkpoint gives the same ones bit by bit."""
-    found = results[name]["live"][layout]
-    assert found.keys() == {"plain", "padded", "long"}
-    assert max(found.values()) < 1e-4, found
+    differences = results[name]["live"][layout]
+    assert differences.keys() == {"plain", "padded", "long"}
+    assert max(differences.values()) < 1e-4, differences
     assert results[name]["converted"][layout]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_bfloat16_within_its_own_rounding(root, results, name, layout):
+def test_bfloat16_logits_within_bfloat16_rounding(root, results, name, layout):
     """Off the float32 logits by at most 1.5 times as much as transformers' bfloat16 is, and 3 % of their deviation off
     transformers', both in the mean (the largest errors are tokens that went to other experts)."""
     plain = torch.load(root / name / "cases.pt", weights_only=True)["plain"]
@@ -112,11 +112,11 @@ def test_export_of_a_checkpoint_of_any_layout_is_bit_exact(root, name, layout):
     first, original = HfCheckpoint(exported), HfCheckpoint(root / name / "hf")
     assert first.tensors.keys() == original.tensors.keys()
     assert all(torch.equal(first.read(key), original.read(key)) for key in original.tensors)
-    found = inspect_checkpoint(saved)["layout"]
+    layout_fields = inspect_checkpoint(saved)["layout"]
     sizes = {"tensor": 2 if "tp2" in layout else 4 if layout == "tp4" else 1, "pipeline": 2 if "pp2" in layout else 1}
     if "moe" in name:
         sizes["expert"] = 2 if "ep2" in layout else 1
-    assert found == {f"{key}_model_parallel_size": size for key, size in sizes.items()}
+    assert layout_fields == {f"{key}_model_parallel_size": size for key, size in sizes.items()}
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -38,8 +38,10 @@ def expected_of(case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     if case.tail is not None:
         log_q, ids = torch.log_softmax(y, -1).sort(descending=True)
         parts = ids[:, :5], log_q[:, :5], torch.logsumexp(log_q[:, 5:], -1)
-        rest = tuple(n for n in case.outputs if n not in names)
-        outputs |= {n: v for n, v in vars(dense_support_outputs(z, *parts, case.tail, rest)).items() if v is not None}
+        divergences = tuple(n for n in case.outputs if n not in names)
+        outputs |= {
+            n: v for n, v in vars(dense_support_outputs(z, *parts, case.tail, divergences)).items() if v is not None
+        }
     from megatron_s2d.kl.outputs import TokenOutputs
 
     differentiated = {n: v for n, v in outputs.items() if v is not None and not n.endswith("captured_mass")}
@@ -55,15 +57,15 @@ def test_every_size_gives_the_answer_of_autograd(results, name):
     expected, _ = expected_of(case)
     single = case.dtype == torch.float32
     for size in case.sizes:
-        found = results[f"{name}/{size}"]
+        answers = results[f"{name}/{size}"]
         for key, value in expected.items():
             tolerance = (1e-5 if key in ("hidden", "weight") else 1e-6) if single else 1e-10
             if case.vocab == 1:  # every divergence and gradient of a one-word vocabulary is exactly zero
-                assert not found[key].any(), (size, key)
+                assert not answers[key].any(), (size, key)
             else:
-                assert relative(found[key], value) <= tolerance, (size, key)
-        assert found["padding"] == 0
-        assert found["same_bits"], f"ranks of size {size} disagree in bits"
+                assert relative(answers[key], value) <= tolerance, (size, key)
+        assert answers["padding"] == 0
+        assert answers["same_bits"], f"ranks of size {size} disagree in bits"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
@@ -97,8 +99,8 @@ def test_sequence_parallel_adds_two_gathers_and_scatters_once(results):
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_broken_protocol_is_seen(results, control):
     expected, _ = expected_of(CASES[CONTROLS[control]])
-    found = results[f"{control}/4"]
-    errors = {key: relative(found[key], expected[key]) for key in ("hidden", "weight", "loss")}
+    answers = results[f"{control}/4"]
+    errors = {key: relative(answers[key], expected[key]) for key in ("hidden", "weight", "loss")}
     assert errors["hidden"] > 1e-2, errors
     if control == "no hidden reduction":
         assert errors["loss"] < 1e-10, "the value alone cannot tell"
@@ -111,9 +113,9 @@ def test_autograd_across_a_collective_is_seen(results, kind, size):
     z = (problem.hidden @ problem.weight.T).requires_grad_()
     loss = dense_outputs(z, problem.teacher_logits(), ("forward_kl",)).forward_kl.sum()
     loss.backward()
-    found = results[f"{kind}/{size}"]
-    assert relative(found["loss"], loss.detach()) < 1e-12, "values are right"
-    assert relative(found["logits"], z.grad) > 0.1, "this test would pass a wrong gradient"
+    answers = results[f"{kind}/{size}"]
+    assert relative(answers["loss"], loss.detach()) < 1e-12, "values are right"
+    assert relative(answers["logits"], z.grad) > 0.1, "this test would pass a wrong gradient"
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -128,11 +130,11 @@ def test_logits_that_exist(results, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_top_k_across_shards(results, size):
-    found = results[f"existing/{size}"]
+    answers = results[f"existing/{size}"]
     log_q, ids = torch.log_softmax(make_problem(rows=8, vocab=37, padding=0).teacher_logits(), -1).sort(descending=True)
-    assert torch.equal(found["ids"], ids[:, :12])
-    assert torch.allclose(found["log_probs"], log_q[:, :12], rtol=0, atol=1e-13)
-    assert torch.allclose(found["tail"], torch.logsumexp(log_q[:, 12:], -1), rtol=0, atol=1e-13)
-    assert torch.allclose(found["again"], log_q[:, :12], rtol=0, atol=1e-13)
-    assert torch.allclose(found["rest"], found["tail"], rtol=0, atol=1e-13)
-    assert found["collectives"].tolist() == [1, 0]
+    assert torch.equal(answers["ids"], ids[:, :12])
+    assert torch.allclose(answers["log_probs"], log_q[:, :12], rtol=0, atol=1e-13)
+    assert torch.allclose(answers["tail"], torch.logsumexp(log_q[:, 12:], -1), rtol=0, atol=1e-13)
+    assert torch.allclose(answers["again"], log_q[:, :12], rtol=0, atol=1e-13)
+    assert torch.allclose(answers["rest"], answers["tail"], rtol=0, atol=1e-13)
+    assert answers["collectives"].tolist() == [1, 0]

@@ -1,6 +1,6 @@
-"""The memory estimate of ``s2d plan`` beside what torch allocates: held within 2 %, the whole within 10 %.
+"""The memory estimate of ``s2d plan`` against torch allocations: persistent within 2 %, total within 10 %.
 
-The bars of docs/preflight.md are 10 % and 20 %; the closer ones here say when an estimate no longer follows the code.
+docs/preflight.md promises 10 % and 20 %; these tighter bounds catch an estimate that no longer follows the code.
 """
 
 import json
@@ -24,4 +24,4 @@ def test_estimates_agree_with_what_is_allocated(tmp_path, run_ranks, ranks):
         assert abs(row["held_error"]) < 0.02, row
         assert abs(row["peak_error"]) < 0.15, row
         assert abs(row["total_error"]) < 0.10, row
-        assert row["peak"] > 0.2 * row["held"], row  # otherwise the whole would say nothing of the peak
+        assert row["peak"] > 0.2 * row["held"], row  # otherwise the total would not test the peak

@@ -1,4 +1,4 @@
-"""A model is the same model at every layout: weights bit for bit, logits, losses, gradient norms, trained weights."""
+"""A model is the same at every layout: initial weights bit for bit; logits, losses, gradient norms, trained weights."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def test_initial_weights_are_bit_identical(results, preset, layout):
 
 @pytest.mark.parametrize(("preset", "layout"), CASES)
 def test_logits_agree(results, preset, layout):
-    found = torch.tensor(results[f"{preset}/{layout}"]["logits"])
+    logits = torch.tensor(results[f"{preset}/{layout}"]["logits"])
     expected = torch.tensor(results[f"{preset}/dp4"]["logits"])
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("preset", "layout"), CASES)
 def test_training_agrees(results, preset, layout):
-    found, expected = results[f"{preset}/{layout}"], results[f"{preset}/dp4"]
+    training, expected = results[f"{preset}/{layout}"], results[f"{preset}/dp4"]
     assert expected["losses"][2] < expected["losses"][0] - 0.1
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
-    assert found["after"].keys() == expected["after"].keys()
+    assert training["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert training["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    assert training["after"].keys() == expected["after"].keys()
     for name, norm in expected["after"].items():
-        assert found["after"][name] == pytest.approx(norm, rel=1e-3), name
+        assert training["after"][name] == pytest.approx(norm, rel=1e-3), name
 
 
 @pytest.mark.parametrize(("preset", "layout"), CASES)

@@ -39,12 +39,12 @@ def test_all_ranks_of_a_replica_return_the_same(results, preset, layout):
 
 @pytest.mark.parametrize(("preset", "layout"), CASES)
 def test_samples_are_those_of_one_rank(results, preset, layout):
-    found, expected = results[f"{preset}/{layout}"]["samples"], results[f"{preset}/one"]["samples"]
-    assert found.keys() == expected.keys()
+    samples, expected = results[f"{preset}/{layout}"]["samples"], results[f"{preset}/one"]["samples"]
+    assert samples.keys() == expected.keys()
     for name, sample in expected.items():
-        assert found[name]["tokens"] == sample["tokens"], name
-        assert found[name]["reason"] == sample["reason"], name
-        assert found[name]["log_probs"] == pytest.approx(sample["log_probs"], rel=0, abs=1e-4), name
+        assert samples[name]["tokens"] == sample["tokens"], name
+        assert samples[name]["reason"] == sample["reason"], name
+        assert samples[name]["log_probs"] == pytest.approx(sample["log_probs"], rel=0, abs=1e-4), name
 
 
 @pytest.mark.parametrize(("preset", "layout"), [case for case in CASES if case[1] not in ("ep4", "ep2pp2", "ep4tp2sp")])

@@ -1,5 +1,5 @@
-"""A training run gives the same losses at every layout: TP, SP, PP, DP, EP, CP and their combinations against one rank,
-with sequences padded and end to end."""
+"""Training gives the same losses at every layout: TP, SP, PP, DP, EP, CP and combinations against one rank,
+with padded and with packed sequences."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-5
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_ranks) -> dict:
+def runs(tmp_path_factory, run_ranks) -> dict:
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
@@ -36,45 +36,45 @@ def found(tmp_path_factory, run_ranks) -> dict:
 @pytest.mark.dist
 @pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd", "opd_by_domain"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
-def test_losses_and_gradient_norms_do_not_depend_on_the_layout(found, layout, scenario):
-    _assert_rows_agree(found[f"{layout}/{scenario}"], found[f"tp1/{scenario}"])
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(runs, layout, scenario):
+    _assert_rows_agree(runs[f"{layout}/{scenario}"], runs[f"tp1/{scenario}"])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_teacher_of_another_layout_gives_the_same_distillation(found, pair):
+def test_a_teacher_of_another_layout_gives_the_same_distillation(runs, pair):
     scenario = "opd_by_domain" if "+" in pair else "opd"
-    _assert_rows_agree(found[f"{pair}/{scenario}"], found[f"tp1/{scenario}"])
+    _assert_rows_agree(runs[f"{pair}/{scenario}"], runs[f"tp1/{scenario}"])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", ["ep2", "cp2"])
-def test_experts_train_alike_where_they_or_sequences_are_spread_over_ranks(found, layout):
-    _assert_rows_agree(found[f"{layout}/moe"], found["tp1/moe"])
+def test_moe_losses_agree_under_expert_and_context_parallelism(runs, layout):
+    _assert_rows_agree(runs[f"{layout}/moe"], runs["tp1/moe"])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
-def test_scores_and_cached_distributions_do_not_depend_on_the_layout(found, layout):
-    for mine, reference in zip(found[f"{layout}/scores"], found["tp1/scores"], strict=True):
+def test_scores_and_cached_distributions_do_not_depend_on_the_layout(runs, layout):
+    for mine, reference in zip(runs[f"{layout}/scores"], runs["tp1/scores"], strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)
-    for kind, rows in found[f"{layout}/cached"].items():
-        for mine, reference in zip(rows, found["tp1/cached"][kind], strict=True):
+    for kind, rows in runs[f"{layout}/cached"].items():
+        for mine, reference in zip(rows, runs["tp1/cached"][kind], strict=True):
             np.testing.assert_allclose(mine, reference, atol=1e-5)
 
 
 @pytest.mark.dist
-def test_training_moved_the_model(found):
-    """Otherwise equal losses would show nothing."""
+def test_training_moved_the_model(runs):
+    """Equal losses of a model that does not move would prove nothing."""
     for scenario in ("supervised", "opd"):
-        losses = [row["loss"] for row in found[f"tp1/{scenario}"]]
+        losses = [row["loss"] for row in runs[f"tp1/{scenario}"]]
         assert losses[-1] < losses[0] - 1e-3
 
 
 @pytest.mark.dist
-def test_the_gap_to_the_engine_was_measured(found):
+def test_mismatch_with_the_rollout_engine_is_measured(runs):
     for scenario in ("grpo", "opd"):
-        first = found[f"tp1/{scenario}"][0]
+        first = runs[f"tp1/{scenario}"][0]
         assert (
             0.01 < first["mismatch/log_prob_abs_diff_mean"] < first["mismatch/log_prob_abs_diff_max"] < 0.11
             and first["mismatch/k3_kl"] > 1e-5

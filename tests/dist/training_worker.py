@@ -1,9 +1,9 @@
-"""Trains tiny models at the layouts named on the command line and writes what came out as JSON.
+"""Trains tiny models at the layouts named on the command line and writes metrics and outputs as JSON.
 
 Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
 arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2, cp2; STUDENT:TEACHER is a
 distillation in which the two have layouts of their own, STUDENT:TEACHER+TEACHER one from two teachers by domain. Names
-that end in "packed", and those with context ranks, lay sequences end to end.
+that end in "packed", and those with context-parallel ranks, use sequence packing.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from megatron_s2d.train.policy import MegatronModel
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
-PACKED = False  # of the layout that is being run
+PACKED = False  # of the current layout
 
 
 def parse_layout(name: str) -> ParallelConfig:
@@ -50,11 +50,11 @@ def parse_layout(name: str) -> ParallelConfig:
 
 def samples(count: int = 13) -> list[Sample]:
     rng = np.random.default_rng(5)
-    found = []
+    batch = []
     for index in range(count):
         prompt, response = int(rng.integers(2, 7)), int(rng.integers(1, 9))
         mask = np.arange(prompt + response) >= prompt
-        found.append(
+        batch.append(
             Sample(
                 id=str(index),
                 prompt_id=str(index // 3),
@@ -68,7 +68,7 @@ def samples(count: int = 13) -> list[Sample]:
                 advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
             )
         )
-    return found
+    return batch
 
 
 def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> MegatronModel:
@@ -100,13 +100,13 @@ def supervised(layout: Layout, preset: str = "tiny-teacher"):
 
 
 def with_rollouts(model: MegatronModel, batch: list[Sample]) -> list[Sample]:
-    """Samples as of an engine that is off by up to 0.05 nats; one of them was not sampled by the engine."""
+    """Add rollout log-probabilities that are off by up to 0.05 nats; the last sample has none."""
     rng = np.random.default_rng(6)
-    found = []
+    scored = []
     for sample, score in zip(batch, model.score(batch), strict=True):
         noise = np.where(sample.response_mask, rng.uniform(-0.05, 0.05, len(score)), 0)
-        found.append(dataclasses.replace(sample, rollout_log_probs=(score + noise).astype(np.float32)))
-    return [*found[:-1], dataclasses.replace(found[-1], rollout_log_probs=None)]
+        scored.append(dataclasses.replace(sample, rollout_log_probs=(score + noise).astype(np.float32)))
+    return [*scored[:-1], dataclasses.replace(scored[-1], rollout_log_probs=None)]
 
 
 def grpo(layout: Layout):
@@ -136,8 +136,8 @@ def opd(layout: Layout, teacher_layout: Layout | None = None):
 
 def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None = None):
     """Two teachers; every other sample belongs to the second one's domain."""
-    places = zip(("test", "other"), (4, 6), teacher_layouts or (layout, layout), strict=True)
-    teachers = {name: policy("tiny-teacher", place, seed) for name, seed, place in places}
+    teacher_specs = zip(("test", "other"), (4, 6), teacher_layouts or (layout, layout), strict=True)
+    teachers = {name: policy("tiny-teacher", teacher_layout, seed) for name, seed, teacher_layout in teacher_specs}
     for teacher in teachers.values():
         teacher.freeze()
     batch = [dataclasses.replace(s, domain=("test", "other")[i % 2]) for i, s in enumerate(samples())]
@@ -155,7 +155,7 @@ def scores(layout: Layout):
 
 def cached(layout: Layout):
     model = policy("tiny-teacher", layout, 4)
-    found = {}
+    by_representation = {}
     for kind, extra in (
         ("full_vocab", {}),
         ("top_k", {"k": 5}),
@@ -172,15 +172,15 @@ def cached(layout: Layout):
         )
         rows = distributions_of(model, samples(), header)
         tensor = "hidden" if kind == "hidden_states" else "log_probs"
-        found[kind] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
-    return found
+        by_representation[kind] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
+    return by_representation
 
 
 def main() -> None:
     torch.set_num_threads(1)
     output, *names = sys.argv[1:]
     initialize_distributed()
-    found = {}
+    results = {}
     layouts = {part: build_layout(parse_layout(part)) for name in names for part in re.split("[:+]", name)}
     global PACKED
     for name in names:
@@ -189,19 +189,19 @@ def main() -> None:
             student, teacher = name.split(":")
             if "+" in teacher:
                 pair = tuple(layouts[part] for part in teacher.split("+"))
-                found[f"{name}/opd_by_domain"] = opd_by_domain(layouts[student], pair)
+                results[f"{name}/opd_by_domain"] = opd_by_domain(layouts[student], pair)
             else:
-                found[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
+                results[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
             continue
         layout = layouts[name]
         if "ep" in name or name in ("tp1", "cp2"):
-            found[f"{name}/moe"] = supervised(layout, "tiny-moe")
+            results[f"{name}/moe"] = supervised(layout, "tiny-moe")
         if "ep" not in name:
             for scenario in (supervised, grpo, opd, opd_by_domain, scores, cached):
-                found[f"{name}/{scenario.__name__}"] = scenario(layout)
+                results[f"{name}/{scenario.__name__}"] = scenario(layout)
     if dist.get_rank() == 0:
         with open(output, "w") as file:
-            json.dump(found, file)
+            json.dump(results, file)
     shutdown_distributed()
 
 

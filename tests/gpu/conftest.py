@@ -1,6 +1,6 @@
-"""These checks need a CUDA device, those of FP8 Transformer Engine as well; elsewhere they are skipped and say why.
+"""Checks that need a CUDA device (FP8: Transformer Engine too); skipped with the reason elsewhere.
 
-They run with the layers that are there: Transformer Engine's, or Megatron's own.
+They use the available layers: Transformer Engine, else Megatron-Core local layers.
 """
 
 from pathlib import Path

@@ -33,7 +33,7 @@ SPEC = ModelConfig(
 
 @dataclasses.dataclass
 class Measured:
-    """What one policy makes of the batch."""
+    """Loss, log-probabilities and gradients of one model on the batch."""
 
     loss: float
     log_probs: list[np.ndarray]
@@ -42,17 +42,17 @@ class Measured:
 
 def samples(count: int = 12) -> list[Sample]:
     rng = np.random.default_rng(11)
-    found = []
+    batch = []
     for index in range(count):
         prompt, response = int(rng.integers(4, 20)), int(rng.integers(20, 80))
-        found.append(
+        batch.append(
             Sample(
                 id=str(index), prompt_id=str(index), group_id=str(index), domain="d", seed=index,
                 token_ids=rng.integers(0, SPEC.vocab_size, prompt + response),
                 response_mask=np.arange(prompt + response) >= prompt, temperature=1.0, finish_reason="stop",
             )
         )  # fmt: skip
-    return found
+    return batch
 
 
 def policy(layout: Layout, precision: str, *, fp8: str | None = None, packed: bool = True, **options) -> MegatronModel:
@@ -101,20 +101,22 @@ def _local_name(name: str) -> str:
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
-def differences(found: Measured, expected: Measured) -> dict[str, float]:
+def differences(measured: Measured, expected: Measured) -> dict[str, float]:
     """Gaps of log-probabilities in nats a response token, relative gap of the loss, cosines of the gradients."""
     masks = [sample.response_mask for sample in samples()]
     gaps = np.concatenate(
-        [np.abs(a - b)[mask] for a, b, mask in zip(found.log_probs, expected.log_probs, masks, strict=True)]
+        [np.abs(a - b)[mask] for a, b, mask in zip(measured.log_probs, expected.log_probs, masks, strict=True)]
     )
-    assert found.gradients.keys() == expected.gradients.keys()
-    cosines = {name: _cosine(found.gradients[name], value) for name, value in expected.gradients.items()}
-    whole = [torch.cat([side[name].flatten() for name in cosines]) for side in (found.gradients, expected.gradients)]
+    assert measured.gradients.keys() == expected.gradients.keys()
+    cosines = {name: _cosine(measured.gradients[name], value) for name, value in expected.gradients.items()}
+    gradients = [
+        torch.cat([side[name].flatten() for name in cosines]) for side in (measured.gradients, expected.gradients)
+    ]
     return {
         "log_prob_mean_gap": float(gaps.mean()),
         "log_prob_largest_gap": float(gaps.max()),
-        "loss_relative_gap": abs(found.loss / expected.loss - 1),
-        "gradient_cosine": _cosine(*whole),
+        "loss_relative_gap": abs(measured.loss / expected.loss - 1),
+        "gradient_cosine": _cosine(*gradients),
         "least_cosine_of_a_tensor": min(cosines.values()),
     }
 
@@ -137,14 +139,14 @@ def divergence(layout: Layout, student: MegatronModel, teacher: MegatronModel) -
 
 
 def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = None) -> np.ndarray:
-    """Losses of ``steps`` updates on the batch, which the model comes to know by heart."""
+    """Losses of ``steps`` updates on the batch, which the model overfits."""
     model = policy(layout, precision, fp8=fp8, max_tokens=10_000)
     model.prepare_training(OptimizerConfig(lr=1e-4, warmup_steps=10), steps)
     return np.array(train(model, steps))
 
 
 def train(model: MegatronModel, steps: int) -> list[float]:
-    """Losses of ``steps`` updates on the batch, of a model that is ready to train."""
+    """Losses of ``steps`` updates on the batch of a model prepared for training."""
     batch = samples()
     batches = model.pack(batch, weights_of(batch, "supervised_weight"))
     count = sum(len(sample.token_ids) for sample in batch)
@@ -157,8 +159,8 @@ def train(model: MegatronModel, steps: int) -> list[float]:
 
 def main() -> None:
     initialize_distributed()
-    found = measure(build_layout(ParallelConfig()), "float32", plain=True)
-    torch.save(dataclasses.asdict(found), sys.argv[1])
+    measured = measure(build_layout(ParallelConfig()), "float32", plain=True)
+    torch.save(dataclasses.asdict(measured), sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only a GPU shows of memory that is given up and of the in-process engine."""
+"""Offloading frees device memory; the in-process engine agrees with a scoring pass. Needs a GPU."""
 
 import dataclasses
 
@@ -11,35 +11,35 @@ from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 
 
-def test_a_waiting_optimizer_gives_its_memory_up_and_trains_alike(layout, record_property):
-    found, held = {}, {}
+def test_optimizer_offload_frees_memory_and_trains_the_same(layout, record_property):
+    losses, allocated = {}, {}
     for offload in (False, True):
         model = policy(layout, "bfloat16")
         before = torch.cuda.memory_allocated()
         model.prepare_training(OptimizerConfig(lr=1e-3), 10, offload=offload)
-        found[offload] = train(model, 4)
-        held[offload] = torch.cuda.memory_allocated() - before
+        losses[offload] = train(model, 4)
+        allocated[offload] = torch.cuda.memory_allocated() - before
         del model
-    record_property("bytes held", f"{held[False]} -> {held[True]}")
+    record_property("bytes held", f"{allocated[False]} -> {allocated[True]}")
     parameters = SPEC.num_parameters
     # Twelve bytes of masters and moments and four of gradients, of which none is left; activations are gone on both.
-    assert held[False] - held[True] >= 15 * parameters
-    np.testing.assert_allclose(found[True], found[False], rtol=5e-3)
+    assert allocated[False] - allocated[True] >= 15 * parameters
+    np.testing.assert_allclose(losses[True], losses[False], rtol=5e-3)
 
 
-def test_a_frozen_model_moves_to_the_host_and_back(layout):
+def test_frozen_model_offloads_and_reloads(layout):
     model = policy(layout, "bfloat16")
     model.freeze()
-    before, held = model.score(samples()), torch.cuda.memory_allocated()
+    before, allocated = model.score(samples()), torch.cuda.memory_allocated()
     for _ in range(2):
         model.offload()
-        assert held - torch.cuda.memory_allocated() >= 1.9 * SPEC.num_parameters
-        places = [parameter.data_ptr() for parameter in model.chunks[0].parameters()]
+        assert allocated - torch.cuda.memory_allocated() >= 1.9 * SPEC.num_parameters
+        addresses = [parameter.data_ptr() for parameter in model.chunks[0].parameters()]
         model.onload()
         for one, other in zip(model.score(samples()), before, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
     model.offload()
-    assert places == [parameter.data_ptr() for parameter in model.chunks[0].parameters()]  # no further copies
+    assert addresses == [parameter.data_ptr() for parameter in model.chunks[0].parameters()]  # no further copies
 
 
 def test_generated_log_probs_are_those_of_a_scoring_pass(layout, record_property):
@@ -51,11 +51,11 @@ def test_generated_log_probs_are_those_of_a_scoring_pass(layout, record_property
         Prompt(str(i), rng.integers(0, SPEC.vocab_size, 3 + 5 * i), "", "d", None, None) for i in range(6)
     ]
     requests = [Request(prompt.id, prompt, prompt.id, i, params) for i, prompt in enumerate(prompts)]
-    found = MegatronEngine(model.chunks, SPEC.vocab_size, layout).generate(requests)
-    scores = model.score([dataclasses.replace(sample) for sample in found])
+    generated = MegatronEngine(model.chunks, SPEC.vocab_size, layout).generate(requests)
+    scores = model.score([dataclasses.replace(sample) for sample in generated])
     gaps = [
         np.abs(score - sample.rollout_log_probs)[sample.response_mask]
-        for sample, score in zip(found, scores, strict=True)
+        for sample, score in zip(generated, scores, strict=True)
     ]
     gaps = np.concatenate(gaps)
     record_property("mean gap", f"{gaps.mean():.4g}")

@@ -41,25 +41,25 @@ def bfloat16(layout) -> Measured:
     return measure(layout, "bfloat16")
 
 
-def record(record_property, found: dict[str, float]) -> None:
-    for name, value in found.items():
+def record(record_property, values: dict[str, float]) -> None:
+    for name, value in values.items():
         record_property(name, f"{value:.4g}")
 
 
 def test_bfloat16_against_float32_on_the_cpu(bfloat16, float32, record_property):
-    found = differences(bfloat16, float32)
-    record(record_property, found | {"transformer_engine": device.capabilities().transformer_engine})
-    assert found["log_prob_mean_gap"] <= 0.03 and found["log_prob_largest_gap"] <= 0.25
-    assert found["loss_relative_gap"] <= 2e-3
-    assert found["gradient_cosine"] >= 0.998 and found["least_cosine_of_a_tensor"] >= 0.995
+    gaps = differences(bfloat16, float32)
+    record(record_property, gaps | {"transformer_engine": device.capabilities().transformer_engine})
+    assert gaps["log_prob_mean_gap"] <= 0.03 and gaps["log_prob_largest_gap"] <= 0.25
+    assert gaps["loss_relative_gap"] <= 2e-3
+    assert gaps["gradient_cosine"] >= 0.998 and gaps["least_cosine_of_a_tensor"] >= 0.995
 
 
 def test_packed_against_padded(layout, bfloat16, record_property):
-    found = differences(bfloat16, measure(layout, "bfloat16", packed=False))
-    record(record_property, found)
-    assert found["log_prob_mean_gap"] <= 0.01 and found["log_prob_largest_gap"] <= 0.15
-    assert found["loss_relative_gap"] <= 1e-3
-    assert found["gradient_cosine"] >= 0.999 and found["least_cosine_of_a_tensor"] >= 0.995
+    gaps = differences(bfloat16, measure(layout, "bfloat16", packed=False))
+    record(record_property, gaps)
+    assert gaps["log_prob_mean_gap"] <= 0.01 and gaps["log_prob_largest_gap"] <= 0.15
+    assert gaps["loss_relative_gap"] <= 1e-3
+    assert gaps["gradient_cosine"] >= 0.999 and gaps["least_cosine_of_a_tensor"] >= 0.995
 
 
 def skip_without(recipe: str) -> None:
@@ -72,24 +72,24 @@ def skip_without(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_against_bfloat16(layout, bfloat16, recipe, record_property):
     skip_without(recipe)
-    found = differences(measure(layout, "bfloat16", fp8=recipe), bfloat16)
-    found["kl"] = divergence(layout, policy(layout, "bfloat16", fp8=recipe), policy(layout, "bfloat16"))
-    record(record_property, found)
-    assert found["log_prob_mean_gap"] > 0  # otherwise no product was in FP8
-    assert found["log_prob_mean_gap"] <= 0.25 and found["log_prob_largest_gap"] <= 2.0
-    assert 0 <= found["kl"] <= 0.04
-    assert found["gradient_cosine"] >= 0.93 and found["least_cosine_of_a_tensor"] >= 0.85
+    gaps = differences(measure(layout, "bfloat16", fp8=recipe), bfloat16)
+    gaps["kl"] = divergence(layout, policy(layout, "bfloat16", fp8=recipe), policy(layout, "bfloat16"))
+    record(record_property, gaps)
+    assert gaps["log_prob_mean_gap"] > 0  # otherwise no product was in FP8
+    assert gaps["log_prob_mean_gap"] <= 0.25 and gaps["log_prob_largest_gap"] <= 2.0
+    assert 0 <= gaps["kl"] <= 0.04
+    assert gaps["gradient_cosine"] >= 0.93 and gaps["least_cosine_of_a_tensor"] >= 0.85
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_a_loss_curve_of_200_steps(layout, recipe, record_property):
-    """Both come to know the batch by heart, at the same speed: 5 % of the first loss on average."""
+    """Both overfit the batch at the same speed: 5 % of the first loss on average."""
     skip_without(recipe)
-    expected, found = loss_curve(layout, "bfloat16", 200), loss_curve(layout, "bfloat16", 200, fp8=recipe)
-    gap = np.abs(found - expected).mean() / expected[0]
-    record(record_property, {"mean_gap_by_first_loss": gap, "last_bfloat16": expected[-1], "last_fp8": found[-1]})
-    assert np.isfinite(found).all() and gap <= 0.05
-    assert max(expected[-20:].mean(), found[-20:].mean()) <= 0.1 * expected[0]
+    expected, losses = loss_curve(layout, "bfloat16", 200), loss_curve(layout, "bfloat16", 200, fp8=recipe)
+    gap = np.abs(losses - expected).mean() / expected[0]
+    record(record_property, {"mean_gap_by_first_loss": gap, "last_bfloat16": expected[-1], "last_fp8": losses[-1]})
+    assert np.isfinite(losses).all() and gap <= 0.05
+    assert max(expected[-20:].mean(), losses[-20:].mean()) <= 0.1 * expected[0]
 
 
 def test_fp8_parameters_follow_their_masters(layout, record_property):
@@ -101,11 +101,11 @@ def test_fp8_parameters_follow_their_masters(layout, record_property):
     )  # fmt: skip
     plain = dict(policy(layout, "bfloat16").chunks[0].named_parameters())
     name = "decoder.layers.0.mlp.linear_fc2.weight"
-    held = dict(model.chunks[0].named_parameters())[name]
-    rounded = held.dequantize().float()
+    parameter = dict(model.chunks[0].named_parameters())[name]
+    rounded = parameter.dequantize().float()
     assert not torch.equal(rounded, plain[name].float())
     model.prepare_training(parity_case.OptimizerConfig(lr=1e-3), 10)
-    torch.testing.assert_close(held.main_param.view_as(plain[name]), plain[name].float(), rtol=0, atol=0)
+    torch.testing.assert_close(parameter.main_param.view_as(plain[name]), plain[name].float(), rtol=0, atol=0)
     batch = parity_case.samples()
     batches = model.pack(batch, parity_case.weights_of(batch, "supervised_weight"))
     count = sum(len(sample.token_ids) for sample in batch)
@@ -115,5 +115,7 @@ def test_fp8_parameters_follow_their_masters(layout, record_property):
         model.optim_step()
     record(record_property, {"first_loss": losses[0], "fifth_loss": losses[-1]})
     assert losses[-1] < losses[0] - 0.5
-    moved = (held.dequantize().float() - held.main_param.view_as(rounded)).norm() / held.main_param.norm()
+    moved = (
+        parameter.dequantize().float() - parameter.main_param.view_as(rounded)
+    ).norm() / parameter.main_param.norm()
     assert float(moved) <= 0.05
