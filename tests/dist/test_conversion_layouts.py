@@ -11,15 +11,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from megatron_s2d.config.hf_config import hf_config_from_spec  # noqa: E402
-from megatron_s2d.config.model import ModelConfig  # noqa: E402
-from megatron_s2d.conversion.convert import (  # noqa: E402
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.conversion.convert import (
     check_conversion,
     hf_to_megatron,
     inspect_checkpoint,
     megatron_to_hf,
 )
-from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # noqa: E402
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 
 pytestmark = pytest.mark.dist
 
