@@ -15,7 +15,7 @@ LIMIT_SECONDS = 1500
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """run_ranks(worker file, number of ranks, arguments of the worker): fails with the end of what the ranks printed."""
+    """run_ranks(worker file, number of ranks, arguments): fails with the last lines that the ranks printed."""
 
     def run(worker: str, ranks: int, *arguments: object) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

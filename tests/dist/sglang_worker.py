@@ -111,14 +111,21 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     for part in everyone:
         for name, sample in part.items():
             assert merged.setdefault(name, sample) == sample
-    wrong = max(all_gather_object(max((float(np.abs(s.rollout_log_probs - e)[s.response_mask].max())
-                for s, e in zip(samples, score(samples), strict=True)), default=0.0)))  # fmt: skip
-    return partial | {"samples": merged, "gap": wrong, "refused": all_gather_object(refused), "faults_left": faults_left,
-                     "top_agree": all_gather_object(top_agree)}  # fmt: skip
+    gaps = [
+        float(np.abs(sample.rollout_log_probs - expected)[sample.response_mask].max())
+        for sample, expected in zip(samples, score(samples), strict=True)
+    ]
+    return partial | {
+        "samples": merged,
+        "gap": max(all_gather_object(max(gaps, default=0.0))),
+        "refused": all_gather_object(refused),
+        "faults_left": faults_left,
+        "top_agree": all_gather_object(top_agree),
+    }
 
 
 def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
-    """Partial rollouts: interrupt by a weight update and continue; then carry half of the groups over to a second call."""
+    """Interrupt responses by a weight update and continue them; then carry half of the groups over to a second call."""
     settings = SglangConfig(bucket_bytes=20_000)
     stalled = set()
     for server in servers:

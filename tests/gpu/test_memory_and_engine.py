@@ -47,9 +47,7 @@ def test_generated_log_probs_are_those_of_a_scoring_pass(layout, record_property
     model = policy(layout, "bfloat16", packed=False)
     rng = np.random.default_rng(0)
     params = SamplingParams(max_new_tokens=24, stop_token_ids=(), temperature=1.0)
-    prompts = [
-        Prompt(str(i), rng.integers(0, SPEC.vocab_size, 3 + 5 * i), "", "d", None, None) for i in range(6)
-    ]
+    prompts = [Prompt(str(i), rng.integers(0, SPEC.vocab_size, 3 + 5 * i), "", "d", None, None) for i in range(6)]
     requests = [Request(prompt.id, prompt, prompt.id, i, params) for i, prompt in enumerate(prompts)]
     generated = MegatronEngine(model.chunks, SPEC.vocab_size, layout).generate(requests)
     scores = model.score([dataclasses.replace(sample) for sample in generated])
