@@ -1,15 +1,18 @@
-"""Draws the figures of the README: the four stages, and the four quickstart arms from the table in docs/results.md.
+"""Draws the figures of the documents: the four stages, four arms of the quickstart (from the table in docs/results.md),
+and the layers of the package (from tests/unit/test_layers.py).
 
-python docs/figures/figures.py        # writes stages.svg and quickstart.svg beside this file
+python docs/figures/figures.py        # writes stages.svg, quickstart.svg and layers.svg beside this file
 """
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent / "results.md"
+LAYER_TEST = FOLDER.parents[1] / "tests/unit/test_layers.py"
 
 TEACHER, STUDENT, INK, MUTED, GRID = "#7a4bb5", "#1f6fb2", "#1c2430", "#5b6675", "#d9dee5"
 
@@ -78,6 +81,50 @@ def quickstart_svg() -> str:
     return document(940, bottom + 26, parts)
 
 
+PURPOSE = {
+    "errors": "shared by all: errors, number formats, buffer sizes",
+    "config": "what users write, what flows through a run, what lies on disk",
+    "kl": "exact divergences of sharded vocabularies",
+    "objectives": "losses, advantages, metrics",
+    "parallel": "device, process groups, collectives, checkpoints",
+    "models": "Megatron models, prompts and packing, rewards",
+    "rollout": "engines that generate responses",
+    "train": "a model under a layout, the training loop",
+    "teachers": "teacher distributions: models, caches, servers",
+    "stages": "one file per method",
+    "estimate": "memory and time beforehand, tables and plots afterwards",
+    "workflow": "plan, checks, label ledger, processes",
+    "studies": "sweeps, scaling laws, simulations",
+    "cli": "the s2d command; also calls conversion/ and launchers/",
+}
+
+
+def layers_svg() -> str:
+    """Return the layers of the package, top to bottom in the order in which they may import."""
+    width, row = 860, 34
+    parts = []
+    for level, names in enumerate(layers(LAYER_TEST.read_text(encoding="utf-8"))):
+        y = level * row
+        parts.append(f'<rect x="0" y="{y}" width="{width}" height="{row - 6}" rx="5" fill="{GRID}" opacity="0.6"/>')
+        parts.append(text(12, y + 19, ", ".join(names), 14, INK, "start", bold=True))
+        parts.append(text(330, y + 19, PURPOSE.get(names[0], ""), 13, MUTED, "start"))
+    bottom = (level + 1) * row
+    parts.append(
+        f'<line x1="{width + 24}" y1="{bottom - 6}" x2="{width + 24}" y2="10" stroke="{INK}" stroke-width="2"/>'
+    )
+    parts.append(f'<path d="M{width + 24} 0 l-6 12 h12 z" fill="{INK}"/>')
+    parts.append(text(width + 40, bottom / 2, "imports", 13, MUTED, "start"))
+    return document(width + 100, bottom, parts)
+
+
+def layers(test: str) -> list[tuple[str, ...]]:
+    """Return the value of ``LAYERS`` in the source of the test that checks imports."""
+    for node in ast.parse(test).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "LAYERS":
+            return ast.literal_eval(node.value)
+    raise ValueError("no LAYERS in the test")
+
+
 def accuracies(page: str) -> dict[str, list[float]]:
     """Return arm -> avg@16 of each seed, from the first table of docs/results.md."""
     scores = {}
@@ -109,7 +156,7 @@ def arrow(start: float, end: float, y: float) -> str:
     return shaft + f'<path d="M{end} {y} l-10 -5 v10 z" fill="{INK}"/>'
 
 
-FIGURES = {"stages.svg": stages_svg, "quickstart.svg": quickstart_svg}
+FIGURES = {"stages.svg": stages_svg, "quickstart.svg": quickstart_svg, "layers.svg": layers_svg}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
