@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,6 @@ class Sample:
     teacher_log_probs: np.ndarray | None = None  # [length] float32, teacher scoring (of the sampled tokens)
     reference_log_probs: np.ndarray | None = None  # [length] float32, reference scoring
     advantages: np.ndarray | None = None  # [length] float32, objective
-    cache_row: int | None = None  # row of the teacher cache that holds this sample's distributions
 
     @property
     def prompt_length(self) -> int:
@@ -115,8 +113,3 @@ def read_samples(path: Path) -> list[Sample]:
     """All samples of a JSON-lines file."""
     with open(path, encoding="utf-8") as file:
         return [sample_from_json(line) for line in file if line.strip()]
-
-
-def samples_to_lines(samples: Iterable[Sample]) -> str:
-    """The text of a JSON-lines file of ``samples``."""
-    return "".join(sample_to_json(sample) + "\n" for sample in samples)

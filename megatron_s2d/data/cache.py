@@ -161,7 +161,7 @@ class CacheWriter:
             "id": sample.id, "tokens": token_digest(sample), "shard": len(self._shards), "start": self._pending_rows,
             "rows": sample.response_length, "content": _content_digest(tensors),
         }  # fmt: skip
-        self._write(_SAMPLES, sample_to_json(dataclasses.replace(sample, cache_row=len(self._ids))))
+        self._write(_SAMPLES, sample_to_json(sample))
         self._write(_INDEX, json.dumps(row))
         self._ids.add(sample.id)
         self._pending.append(tensors)
