@@ -1,7 +1,8 @@
-"""A table in a paper's form: its rows, its figures, and what this run measured; whether the order of rows agrees.
+"""A paper's table with this run's measurements beside its figures, and whether the order of rows agrees.
 
-Two rows of a column are ordered only where their difference, paired by problem, is beyond 1.96 standard errors; an
-average of columns takes the columns' problems as independent. Columns of pass@k are shown and not ordered. No torch here.
+Two rows of a column count as ordered only if their difference, paired by problem, exceeds 1.96 standard errors; an
+average of columns treats the columns' problems as independent. Columns of pass@k are shown but not ordered. No torch
+here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 
 from megatron_s2d.config.table import TableColumn, TableConfig, TableRow
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.report.contrasts import Evaluation, avg_at_k, pass_at_k
+from megatron_s2d.formatting import percent
+from megatron_s2d.report.evaluation import Evaluation, avg_at_k, pass_at_k
 
 _Z = 1.96
 
@@ -36,8 +38,8 @@ class Agreement:
         """For people."""
         total = self.agree + self.undecided + self.against
         return (
-            f"{self.column} beside the paper's {self.paper}: of {total} pairs of rows {self.agree} in the paper's order, "
-            f"{self.against} in the other, {self.undecided} too close to call."
+            f"{self.column} beside the paper's {self.paper}: of {total} pairs of rows {self.agree} in the paper's "
+            f"order, {self.against} in the other, {self.undecided} too close to call."
         )
 
 
@@ -99,15 +101,15 @@ class _Parts:
         mean = sum(estimate.mean for estimate in estimates) / len(estimates)
         errors = [estimate.std_err for estimate in estimates]
         if any(error is None for error in errors):
-            return f"{100 * mean:.1f}"
-        return f"{100 * mean:.1f} ± {100 * math.hypot(*errors) / len(errors):.1f}"
+            return percent(mean)
+        return percent(mean, math.hypot(*errors) / len(errors))
 
     def agreement(self, column: TableColumn) -> Agreement:
         """All pairs of rows that differ in the paper's column and were measured."""
-        place = self.table.paper_columns.index(column.paper)
+        index = self.table.paper_columns.index(column.paper)
         counts = {"agree": 0, "undecided": 0, "against": 0}
         for first, second in itertools.combinations(self.table.rows, 2):
-            if first.paper[place] is None or second.paper[place] is None or first.paper[place] == second.paper[place]:
+            if first.paper[index] is None or second.paper[index] is None or first.paper[index] == second.paper[index]:
                 continue
             difference = self._difference(first, second, column)
             if difference is None:
@@ -116,7 +118,7 @@ class _Parts:
             if abs(mean) <= _Z * error:
                 counts["undecided"] += 1
             else:
-                counts["agree" if (mean > 0) == (first.paper[place] > second.paper[place]) else "against"] += 1
+                counts["agree" if (mean > 0) == (first.paper[index] > second.paper[index]) else "against"] += 1
         return Agreement(column.label, column.paper, **counts)
 
     def _difference(self, first: TableRow, second: TableRow, column: TableColumn) -> tuple[float, float] | None:

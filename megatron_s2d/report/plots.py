@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_s2d.formatting import percent
 from megatron_s2d.report.results import ArmResult, ContrastResult
 
 DPI = 160
@@ -48,7 +49,7 @@ def plot_arms(arms: Sequence[ArmResult], also: Sequence[ArmResult]) -> bytes:
         error = arm.avg.std_err or 0.0
         axes.barh(row, arm.avg.mean, height=0.62, color=color, alpha=0.9)
         axes.errorbar(arm.avg.mean, row, xerr=error, color=INK, capsize=3, linewidth=1.2)
-        text = f"{100 * arm.avg.mean:.1f}" + (f" ± {100 * error:.1f}" if arm.avg.std_err is not None else "")
+        text = percent(arm.avg.mean, arm.avg.std_err)
         axes.annotate(text, (arm.avg.mean + error, row), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [arm.name for arm in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)

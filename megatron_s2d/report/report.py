@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, atomic_write_text
-from megatron_s2d.formatting import format_seconds
+from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.diagnostics import plot_diagnostics
-from megatron_s2d.report.html_page import headline, percent, points, render_html, shown_pass_ks, visible
+from megatron_s2d.report.html_page import headline, render_html, shown_pass_ks, visible
 from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage
 from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults
 
@@ -101,7 +101,13 @@ def _arm_table(results: RunResults) -> tuple[list[str], list[list[str]]]:
 
     def row(arm: ArmResult, name: str) -> list[str]:
         passes = [f"{100 * arm.pass_at_k[k].mean:.1f}" for k in pass_ks]
-        return [name, percent(arm.avg), *passes, f"{arm.response_length:.1f}", f"{arm.avg.num_problems} × {arm.k}"]
+        return [
+            name,
+            percent(arm.avg.mean, arm.avg.std_err),
+            *passes,
+            f"{arm.response_length:.1f}",
+            f"{arm.avg.num_problems} × {arm.k}",
+        ]
 
     header = ["Arm", "avg@k, %", *(f"pass@{k}, %" for k in pass_ks), "Tokens", "Problems × k"]
     rows = [row(arm, arm.name) for arm in results.arms]
@@ -112,11 +118,10 @@ def _contrast_table(results: RunResults) -> tuple[list[str], list[list[str]]]:
     def row(contrast: ContrastResult) -> list[str]:
         comparison = contrast.comparison
         low, high = comparison.interval
-        error = f" ± {100 * comparison.std_err:.1f}" if comparison.std_err is not None else ""
         return [
             f"{contrast.a} − {contrast.b}",
             contrast.factor,
-            points(comparison.difference) + error,
+            points(comparison.difference, comparison.std_err),
             f"{points(low)} to {points(high)}",
             contrast.verdict,
         ]

@@ -13,8 +13,9 @@ import numpy as np
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.data.label_ledger import LedgerEntry
-from megatron_s2d.report.contrasts import Estimate, Evaluation, PairedComparison, avg_at_k, pass_at_k
+from megatron_s2d.report.evaluation import Evaluation, avg_at_k, pass_at_k
 from megatron_s2d.report.paper_table import PaperTable
+from megatron_s2d.report.statistics import Estimate, PairedComparison
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_text
+from megatron_s2d.report.html_page import TEMPLATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,52 +68,11 @@ def write_sheets(
     images = "".join(f"![{name}](plots/{name}.png)\n\n" for name in plots)
     text = "\n".join(sheet.as_markdown() for sheet in sheets)
     atomic_write_text(out / f"{stem}.md", f"# {title}\n\n{description}\n\n{text}\n{images}")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     pictures = {name: base64.b64encode(png).decode("ascii") for name, png in plots.items()}
-    page = environment.from_string(_PAGE).render(title=title, description=description, sheets=sheets, pictures=pictures)
+    template = environment.get_template("sheets.html")
+    page = template.render(title=title, description=description, sheets=sheets, pictures=pictures)
     atomic_write_text(out / f"{stem}.html", page)
     return out / f"{stem}.html"
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 80rem; margin: 0 auto;
-  padding: 1.5rem; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 2px solid #0072B2; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e1e4e9; vertical-align: top; }
-.note { color: #565d6b; font-size: .88rem; margin: .3rem 0; }
-img { max-width: 100%; height: auto; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if description %}<p>{{ description }}</p>{% endif %}
-{% for sheet in sheets %}
-<h2>{{ sheet.title }}</h2>
-{% if sheet.rows %}
-<div class="scroll"><table>
-<thead><tr>{% for column in sheet.columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in sheet.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% endif %}
-{% for note in sheet.notes %}<p class="note">{{ note }}</p>
-{% endfor %}
-{% endfor %}
-{% for name, data in pictures.items() %}
-<figure><img src="data:image/png;base64,{{ data }}" width="760" alt="{{ name }}"></figure>
-{% endfor %}
-</body>
-</html>
-"""

@@ -36,11 +36,11 @@ from megatron_s2d.estimate.memory import (
 )
 from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, Traffic, hidden_state_traffic
 from megatron_s2d.estimate.stage_time import output_flops
+from megatron_s2d.formatting import human_bytes
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.report.sheets import Sheet, write_sheets
 from megatron_s2d.workflow.plan_estimate import assumptions
-from megatron_s2d.workflow.plan_table import human_bytes
 
 PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync")
 _COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00")

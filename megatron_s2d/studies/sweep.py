@@ -21,8 +21,8 @@ from megatron_s2d.config.base import dump
 from megatron_s2d.config.sweep import SweepConfig
 from megatron_s2d.config.workflow import WorkflowConfig, load_workflow
 from megatron_s2d.errors import UserError
+from megatron_s2d.formatting import human_bytes
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.plan_table import human_bytes
 from megatron_s2d.workflow.preflight import check_workflow
 from megatron_s2d.workflow.status import JobCrashed
 

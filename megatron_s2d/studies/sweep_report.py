@@ -11,13 +11,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from megatron_s2d.artifacts.files import atomic_write_text
-from megatron_s2d.formatting import format_seconds
-from megatron_s2d.report.html_page import percent, points
+from megatron_s2d.formatting import format_seconds, human_bytes, percent, points
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.report.sheets import Sheet, write_sheets
 from megatron_s2d.studies.scaling import PowerLaw, scaling_kind
 from megatron_s2d.studies.sweep_results import ArmRow, FitRow, SweepResults
-from megatron_s2d.workflow.plan_table import human_bytes
 
 _COLORS = (BLUE, ORANGE, GREEN, GREY, INK)
 
@@ -40,9 +38,10 @@ def _main(results: SweepResults) -> Sheet:
     for row in results.rows:
         peak = "n/a" if row.peak_memory is None else human_bytes(row.peak_memory)
         rows.append([
-            *(row.point.choice[axis] for axis in axes), str(row.point.seed), row.arm, percent(row.accuracy),
-            str(row.k), str(row.accuracy.num_problems), f"{row.parameters:,}", str(row.ranks),
-            f"{row.tokens_per_second:,.0f}", _mfu(row), peak, format_seconds(row.wall_seconds),
+            *(row.point.choice[axis] for axis in axes), str(row.point.seed), row.arm,
+            percent(row.accuracy.mean, row.accuracy.std_err), str(row.k), str(row.accuracy.num_problems),
+            f"{row.parameters:,}", str(row.ranks), f"{row.tokens_per_second:,.0f}", _mfu(row), peak,
+            format_seconds(row.wall_seconds),
         ])  # fmt: skip
     notes = [
         "avg@k with one standard error over problems. tokens/s, MFU and wall time: all stages that lead to the arm, "
@@ -80,13 +79,12 @@ def _words(choice: Mapping[str, object]) -> str:
 def _contrasts(results: SweepResults) -> Sheet:
     rows = []
     for item in results.contrasts:
-        found = item.comparison
-        low, high = found.interval
-        error = "" if found.std_err is None else f" ± {100 * found.std_err:.1f}"
+        comparison = item.comparison
+        low, high = comparison.interval
         rows.append([
             item.contrast.arm, f"{_words(item.contrast.a)} − {_words(item.contrast.b)}", _words(item.others),
-            ", ".join(map(str, item.seeds)), f"{points(found.difference)}{error}", f"{points(low)} to {points(high)}",
-            f"{found.p_value:.3f}", str(found.num_problems),
+            ", ".join(map(str, item.seeds)), points(comparison.difference, comparison.std_err),
+            f"{points(low)} to {points(high)}", f"{comparison.p_value:.3f}", str(comparison.num_problems),
         ])  # fmt: skip
     columns = ["arm", "contrast", "with", "seeds", "points", "95 % interval", "p", "problems"]
     notes = ["Paired problem by problem, the seeds' samples pooled; intervals speak of other problems."] if rows else []

@@ -18,14 +18,8 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import model_flops
 from megatron_s2d.estimate.stage_time import output_flops
-from megatron_s2d.report.contrasts import (
-    Estimate,
-    Evaluation,
-    PairedComparison,
-    avg_at_k,
-    paired_comparison,
-    read_evaluation,
-)
+from megatron_s2d.report.evaluation import Evaluation, avg_at_k, paired_comparison, read_evaluation
+from megatron_s2d.report.statistics import Estimate, PairedComparison
 from megatron_s2d.studies.scaling import Efficiency, Observations, PowerLaw, efficiencies, fit_power_law
 from megatron_s2d.studies.sweep import Point
 from megatron_s2d.workflow.collect_results import EVALUATION_NAME

@@ -8,14 +8,8 @@ from pathlib import Path
 from megatron_s2d.artifacts.files import read_jsonl
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.report.contrasts import (
-    Evaluation,
-    arm_of,
-    avg_at_k,
-    check_matched,
-    paired_comparison,
-    read_evaluation,
-)
+from megatron_s2d.report.contrasts import arm_of, check_matched
+from megatron_s2d.report.evaluation import Evaluation, avg_at_k, paired_comparison, read_evaluation
 from megatron_s2d.report.paper_table import make_table
 from megatron_s2d.report.results import (
     ArmResult,

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.errors import UserError
-from megatron_s2d.report.contrasts import Evaluation, paired_comparison, read_evaluation
-from megatron_s2d.report.html_page import percent, points
+from megatron_s2d.formatting import percent, points
+from megatron_s2d.report.evaluation import Evaluation, paired_comparison, read_evaluation
 from megatron_s2d.report.results import ArmResult
 from megatron_s2d.workflow.collect_results import EVALUATION_NAME
 
@@ -49,13 +49,13 @@ def show(place: Path, arm: str | None, *, as_json: bool, console: Console) -> No
         return
     table = Table("arm", "avg@k, %", "k", "problems", "pass@k, %", "tokens", "truncated")
     for result in results:
-        largest = max(result.pass_at_k)
+        pass_at_k = result.pass_at_k[max(result.pass_at_k)]
         table.add_row(
             result.name,
-            percent(result.avg),
+            percent(result.avg.mean, result.avg.std_err),
             str(result.k),
             str(result.avg.num_problems),
-            percent(result.pass_at_k[largest]),
+            percent(pass_at_k.mean, pass_at_k.std_err),
             f"{result.response_length:.1f}",
             f"{100 * result.truncated_fraction:.1f} %",
         )
@@ -79,10 +79,9 @@ def compare(
     table = Table("difference", "points", "interval", "p", "problems")
     for name, row in rows.items():
         low, high = row.interval
-        error = "" if row.std_err is None else f" ± {100 * row.std_err:.1f}"
         table.add_row(
             name,
-            f"{points(row.difference)}{error}",
+            points(row.difference, row.std_err),
             f"{points(low)} to {points(high)}",
             f"{row.p_value:.3f}",
             str(row.num_problems),

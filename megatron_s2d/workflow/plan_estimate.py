@@ -17,9 +17,8 @@ from megatron_s2d.config.precision import check_chip
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.roofline import Machine
 from megatron_s2d.estimate.stage_time import StageTime, stage_time
-from megatron_s2d.formatting import format_seconds
+from megatron_s2d.formatting import format_seconds, human_bytes
 from megatron_s2d.workflow.layout_search import Proposal, propose
-from megatron_s2d.workflow.plan_table import human_bytes
 from megatron_s2d.workflow.preflight import Preflight
 
 _SHOWN_PROPOSALS = 5

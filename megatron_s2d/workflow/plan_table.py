@@ -80,12 +80,3 @@ def _fingerprints(checked: Preflight) -> list[str]:
         f"template fingerprint   {template_fingerprint(tokenizer)}",
         f"vocabulary: tokenizer {len(tokenizer)}, models {sizes}",
     ]
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -11,11 +11,9 @@ from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.workflow import ContrastConfig, WorkflowConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.report.contrasts import (
-    arm_differences,
-    arm_of,
+from megatron_s2d.report.contrasts import arm_differences, arm_of, check_matched
+from megatron_s2d.report.evaluation import (
     avg_at_k,
-    check_matched,
     evaluation_from_rows,
     paired_comparison,
     pass_at_k,

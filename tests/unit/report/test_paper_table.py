@@ -7,7 +7,7 @@ import yaml
 
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
-from megatron_s2d.report.contrasts import evaluation_from_rows, paired_comparison, pass_at_k
+from megatron_s2d.report.evaluation import evaluation_from_rows, paired_comparison, pass_at_k
 from megatron_s2d.report.paper_table import make_table
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"

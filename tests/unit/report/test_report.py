@@ -12,8 +12,8 @@ from rich.console import Console
 from megatron_s2d.artifacts.files import append_line, read_json
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.data.label_ledger import LedgerEntry
-from megatron_s2d.report.contrasts import PairedComparison, evaluation_from_rows, paired_comparison
 from megatron_s2d.report.diagnostics import gap_shares, plot_diagnostics
+from megatron_s2d.report.evaluation import evaluation_from_rows, paired_comparison
 from megatron_s2d.report.html_page import MAX_SHOWN_CHARACTERS, visible
 from megatron_s2d.report.plots import plot_stage, running_mean
 from megatron_s2d.report.report import print_report, render_markdown, write_report
@@ -25,6 +25,7 @@ from megatron_s2d.report.results import (
     RunResults,
     StageRun,
 )
+from megatron_s2d.report.statistics import PairedComparison
 
 HOSTILE = '</pre><script>alert("x")</script><img src=http://example.invalid/a.png onerror=x>\x1b[31mred\u202eabc'
 RATES = {
