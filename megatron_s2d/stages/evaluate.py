@@ -1,4 +1,4 @@
-"""k graded samples of every problem, one row a problem (methods.md M6)."""
+"""Evaluation of a stage's final weights: k graded samples per problem, one row per problem (methods.md M6)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTIAL_NAME = "partial.jsonl"
 
 def run_evaluation(
     context: StageContext,
-    parts: Sequence[tuple[Sequence[Prompt], int]],
+    prompt_sets: Sequence[tuple[Sequence[Prompt], int]],
     *,
     sampling: SamplingConfig,
     seed: int,
@@ -31,38 +31,36 @@ def run_evaluation(
 ) -> None:
     """Evaluate the final weights of the stage ``context.name``; rows go to ``evaluation.jsonl`` in its directory.
 
-    parts: sets of problems, each with its samples per problem.
-    Rounds of problems are kept as they come, so a killed evaluation goes on with the next round.
+    prompt_sets: sets of problems, each with its number of samples per problem.
+    Rows are written batch by batch, so that a killed evaluation resumes with the next batch.
     """
     partial = context.directory.path / _PARTIAL_NAME
-    policy = context.frozen(context.name)
-    model = context.config.model_of(context.name)
-    params = context.sampling(sampling, model)
-    rounds = [
+    model = context.models.frozen(context.name)
+    model_name = context.models.name_of(context.name)
+    params = context.rollouts.sampling_params(sampling, model_name)
+    batches = [
         (prompts[start : start + eval_batch_size], k)
-        for prompts, k in parts
+        for prompts, k in prompt_sets
         for start in range(0, len(prompts), eval_batch_size)
     ]
-    done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
+    num_done = len({row["step"] for row in read_jsonl(partial)}) if partial.exists() else 0
     dist.barrier()
     if context.is_rank_zero:
-        truncate_jsonl_after(partial, last=done)
-    log, timer = open_log(context.directory, done, None), Timer()
-    with RewardManager() as graders:
-        sampler = RolloutWorker(
-            policy.layout, context.engine(policy, model, params), params, seed, context.tokenizer, graders
-        )
-        for number, (part, k) in enumerate(rounds[done:], start=done + 1):
-            samples = sampler.sample(part, k, 0)
+        truncate_jsonl_after(partial, last=num_done)
+    log, timer = open_log(context.directory, num_done, None), Timer()
+    with RewardManager() as reward_manager:
+        engine = context.rollouts.engine(model, model_name, params)
+        worker = RolloutWorker(model.layout, engine, params, seed, context.inputs.tokenizer, reward_manager)
+        for number, (batch, k) in enumerate(batches[num_done:], start=num_done + 1):
+            samples = worker.sample(batch, k, 0)
             if context.is_rank_zero:
-                append_line(partial, json.dumps({"step": number, "rows": rows_of(part, samples)}))
-            tokens, times = sum(sample.response_length for sample in samples), timer.collect_and_reset()
-            log.write(
-                number, response_metrics(samples) | {"tokens_per_second": tokens / times["timing_s/step"]} | times
-            )
-            write_examples(context.directory, examples(number, samples, part, context.tokenizer))
-            if broadcast_flag(context.stop()) and number < len(rounds):
-                raise Stopped(f"stopped after round {number} of {len(rounds)}")
+                append_line(partial, json.dumps({"step": number, "rows": rows_of(batch, samples)}))
+            num_tokens, times = sum(sample.response_length for sample in samples), timer.collect_and_reset()
+            speed = {"tokens_per_second": num_tokens / times["timing_s/step"]}
+            log.write(number, response_metrics(samples) | speed | times)
+            write_examples(context.directory, examples(number, samples, batch, context.inputs.tokenizer))
+            if broadcast_flag(context.stop()) and number < len(batches):
+                raise Stopped(f"stopped after batch {number} of {len(batches)}")
     if context.is_rank_zero:
         rows = [row for step in read_jsonl(partial) for row in step["rows"]]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -70,18 +68,18 @@ def run_evaluation(
 
 
 def rows_of(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[dict]:
-    """One row a problem from samples that come problem by problem."""
+    """Return one row per problem from samples that are grouped by problem."""
     k = len(samples) // len(prompts)
     rows = []
-    for place, prompt in enumerate(prompts):
-        own = samples[place * k : (place + 1) * k]
+    for index, prompt in enumerate(prompts):
+        group = samples[index * k : (index + 1) * k]
         rows.append(
             {
                 "problem_id": prompt.id,
                 "domain": prompt.domain,
-                "rewards": [sample.reward for sample in own],
-                "response_lengths": [sample.response_length for sample in own],
-                "finish_reasons": [sample.finish_reason for sample in own],
+                "rewards": [sample.reward for sample in group],
+                "response_lengths": [sample.response_length for sample in group],
+                "finish_reasons": [sample.finish_reason for sample in group],
             }
         )
     return rows

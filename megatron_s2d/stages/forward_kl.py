@@ -16,10 +16,10 @@ from megatron_s2d.train.loop import train
 def run_forward_kl(context: StageContext) -> None:
     """Train on cached teacher responses against the cached distributions."""
     stage: ForwardKlConfig = context.stage
-    student = context.start_policy()
+    student = context.models.start()
     student.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
-    cache = context.open_cache(stage.cache)
-    output_layer = context.inputs[stage.cache].path / OUTPUT_LAYER_NAME
+    cache = context.inputs.teacher_cache(stage.cache)
+    output_layer = context.inputs.directories[stage.cache].path / OUTPUT_LAYER_NAME
     teacher = CachedTeacher(cache, output_layer, student, tail=stage.tail_mass, temperature=stage.temperature)
     samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
     source = OfflineSource(
@@ -27,5 +27,5 @@ def run_forward_kl(context: StageContext) -> None:
     )
     tail = stage.tail_mass if cache.header.representation == "top_k" else None
     objective = divergence_objective("forward_kl", tail=tail)
-    train(student, source, objective, context.directory, context.settings(), teacher=teacher)
+    train(student, source, objective, context.directory, context.loop_settings(), teacher=teacher)
     context.save_model(student)

@@ -34,18 +34,18 @@ from megatron_s2d.verify import RewardManager
 def run_grpo(context: StageContext) -> None:
     """Sample groups, verify, update."""
     stage: GrpoConfig = context.stage
-    actor, model = context.start_policy(), context.config.model_of(context.name)
+    actor, model = context.models.start(), context.models.name_of(context.name)
     reference = _reference(context, stage)
     actor.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
-    params = context.sampling(stage.sampling, model)
-    engine = context.engine(actor, model, params)
+    params = context.rollouts.sampling_params(stage.sampling, model)
+    engine = context.rollouts.engine(actor, model, params)
     objective = grpo_objective(surrogate_of(stage), kl_loss_coef=stage.kl_loss_coef)
     with RewardManager() as reward_manager:
-        worker = RolloutWorker(actor.layout, engine, params, context.seed, context.tokenizer, reward_manager)
-        loader = PromptDataLoader(context.prompts(stage.prompts), stage.train_batch_size, context.seed)
-        buffer = context.rounds(loader, worker, announces=stage.filter_groups is None)
+        worker = RolloutWorker(actor.layout, engine, params, context.seed, context.inputs.tokenizer, reward_manager)
+        loader = PromptDataLoader(context.inputs.prompts(stage.prompts), stage.train_batch_size, context.seed)
+        buffer = context.rollouts.buffer(loader, worker, prefetches=stage.filter_groups is None)
         source = GrpoSource(stage, buffer, reference)
-        train(actor, source, objective, context.directory, context.settings(), engine=engine)
+        train(actor, source, objective, context.directory, context.loop_settings(), engine=engine)
     context.save_model(actor)
 
 
@@ -54,8 +54,8 @@ def _reference(context: StageContext, stage: GrpoConfig) -> MegatronModel | None
     if stage.kl_loss_coef == 0:
         return None
     if stage.reference is not None:
-        return context.frozen(stage.reference)
-    reference = context.start_policy(trained=False)
+        return context.models.frozen(stage.reference)
+    reference = context.models.start(trained=False)
     reference.freeze()
     return reference
 

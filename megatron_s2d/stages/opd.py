@@ -42,23 +42,23 @@ from megatron_s2d.verify import RewardManager
 def run_opd(context: StageContext) -> None:
     """Train on the student's own responses against frozen teachers."""
     stage: OpdConfig = context.stage
-    student = context.start_policy(beta=stage.beta)
-    teachers = TeacherRouter.load(stage.teacher, context.frozen)
-    model = context.config.model_of(context.name)
-    params = context.sampling(stage.sampling, model)
+    student = context.models.start(beta=stage.beta)
+    teachers = TeacherRouter.load(stage.teacher, context.models.frozen)
+    model = context.models.name_of(context.name)
+    params = context.rollouts.sampling_params(stage.sampling, model)
     scorers = serve_teachers(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
-    references = TeacherRouter.load(stage.reference, context.frozen) if stage.needs_reference else None
+    references = TeacherRouter.load(stage.reference, context.models.frozen) if stage.needs_reference else None
     student.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
     student.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled_token"
-    engine = context.engine(student, model, params)
-    prompts = [prompt for entry in stage.entries for prompt in context.prompts(entry)]
+    engine = context.rollouts.engine(student, model, params)
+    prompts = [prompt for entry in stage.entries for prompt in context.inputs.prompts(entry)]
     with RewardManager() as reward_manager:
         worker = RolloutWorker(
             student.layout,
             engine,
             params,
             context.seed,
-            context.tokenizer,
+            context.inputs.tokenizer,
             reward_manager if stage.uses_labels else None,
         )
         loader = PromptDataLoader(prompts, stage.train_batch_size, context.seed)
@@ -66,15 +66,15 @@ def run_opd(context: StageContext) -> None:
             anchors = (
                 TeacherAnchorSource.of(context, stage, teachers, reward_manager) if stage.teacher_sampling else None
             )
-            buffer = context.rounds(loader, worker)
+            buffer = context.rollouts.buffer(loader, worker)
             source = PolicyGradientOpdSource(stage, student, buffer, scorers, references, anchors)
             teacher = None
         else:
             num_on_policy = round(stage.on_policy_fraction * stage.train_batch_size)
-            buffer = context.rounds(loader, worker, num_on_policy)
+            buffer = context.rollouts.buffer(loader, worker, num_on_policy)
             source = DivergenceOpdSource(stage, student, buffer, scorers, cached_samples(context, stage))
             teacher = distribution_teacher(stage, student, scorers, references)
-        settings = dataclasses.replace(context.settings(), max_kl=stage.max_kl)
+        settings = context.loop_settings(max_kl=stage.max_kl)
         train(student, source, opd_objective(stage), context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(student)
 
@@ -89,7 +89,7 @@ def serve_teachers(
         if name not in engines:
             teacher = teachers.models[domain]
             top_k = min(stage.top_k, teacher.spec.vocab_size) if stage.kl_estimator == "top_k" else 0
-            engines[name] = context.served_teacher(teacher, context.config.model_of(name), params, top_k)
+            engines[name] = context.rollouts.served_teacher(teacher, context.models.name_of(name), params, top_k)
     return ServedTeachers({domain: engines[name] for domain, name in names.items()})
 
 
@@ -119,7 +119,8 @@ def cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, in
         return None
     temperature = stage.sampling.temperature or 1.0
     samples = [
-        dataclasses.replace(sample, temperature=temperature) for sample in context.open_cache(stage.cache).samples
+        dataclasses.replace(sample, temperature=temperature)
+        for sample in context.inputs.teacher_cache(stage.cache).samples
     ]
     return shuffled(samples, context.seed)
 

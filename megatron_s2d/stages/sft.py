@@ -22,10 +22,10 @@ from megatron_s2d.train.loop import StepData, train
 def run_sft(context: StageContext) -> None:
     """Train on reference solutions or on cached responses."""
     stage: SftConfig = context.stage
-    model = context.start_policy()
+    model = context.models.start()
     model.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
     source = OfflineSource(_reader(context, stage), stage.global_batch_size, stage.loss_agg_mode, "supervised_weight")
-    train(model, source, sft_objective(), context.directory, context.settings())
+    train(model, source, sft_objective(), context.directory, context.loop_settings())
     context.save_model(model)
 
 
@@ -70,17 +70,17 @@ def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Seq
     """Return the reader of the stage's cached responses, corpus documents or reference solutions."""
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
-        samples = [sample for name in names for sample in context.open_cache(name).samples]
+        samples = [sample for name in names for sample in context.inputs.teacher_cache(name).samples]
         return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in samples], context.seed)
-    source = context.config.data[stage.data.partition("/")[0]]
+    source = context.inputs.data_source(stage.data)
     if is_corpus(source):
 
         def read(start: int, count: int) -> list[Sample]:
-            documents = corpus_documents(source, context.tokenizer, start, count)
+            documents = corpus_documents(source, context.inputs.tokenizer, start, count)
             return [solution_sample(document) for document in documents]
 
         return read
-    return shuffled([solution_sample(prompt) for prompt in context.prompts(stage.data)], context.seed)
+    return shuffled([solution_sample(prompt) for prompt in context.inputs.prompts(stage.data)], context.seed)
 
 
 def solution_sample(prompt: Prompt) -> Sample:

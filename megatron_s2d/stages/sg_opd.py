@@ -56,7 +56,8 @@ def gated_advantages(
 def agreement_by_position(agreement: np.ndarray, positions: np.ndarray) -> dict[str, float]:
     """Return the shares of consensus and conflict among response tokens 0, 1, 2-3, 4-7, ...
 
-    The bins are those of ``kl_by_position``.     agreement: [t], 1, -1 or 0. positions: [t] of the tokens in their responses.
+    The bins are those of ``kl_by_position``. agreement: [t], 1, -1 or 0. positions: [t] of the tokens in
+    their responses.
     """
     bins = np.ceil(np.log2(positions + 1)).astype(int)
     counts = np.bincount(bins)
@@ -87,14 +88,14 @@ class TeacherAnchorSource:
         """Create rollout workers over the frozen teachers, which stay on the device."""
         settings = stage.teacher_sampling
         schedule = AnchorSchedule(settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end)
-        params = context.sampling(stage.sampling, context.config.model_of(context.name))
+        params = context.rollouts.sampling_params(stage.sampling, context.models.name_of(context.name))
         workers = {}
         for domain, teacher in teachers.models.items():
             teacher.onload()
             name = stage.teacher if domain is None else stage.teacher[domain]
-            engine = context.engine(teacher, context.config.model_of(name), params)
+            engine = context.rollouts.engine(teacher, context.models.name_of(name), params)
             workers[domain] = RolloutWorker(
-                teacher.layout, engine, params, context.seed + 1, context.tokenizer, reward_manager
+                teacher.layout, engine, params, context.seed + 1, context.inputs.tokenizer, reward_manager
             )
         return cls(stage, workers, schedule)
 

@@ -1,7 +1,7 @@
 """The teacher cache: responses of a teacher with its distribution at every token (methods.md M2).
 
-The work is cut into rounds, each written as a small cache of its own, so a killed stage goes on with the next round; at
-the end they are joined into one.
+Prompts are generated in batches, each written as a small cache of its own, so that a killed stage resumes with the next
+batch; at the end they are merged into one. Shapes: r response tokens of a sample, h hidden size, v vocabulary.
 """
 
 from __future__ import annotations
@@ -28,63 +28,71 @@ from megatron_s2d.parallel.collectives import broadcast_flag, gather_dicts
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.loop import Stopped, open_log, write_examples
 from megatron_s2d.train.metrics import Timer
 from megatron_s2d.train.policy import MegatronModel
 from megatron_s2d.verify import RewardManager
 
 OUTPUT_LAYER_NAME = "output_layer.safetensors"
+_PARTIAL_NAME = "partial"
 
 
 def run_teacher_cache(context: StageContext) -> None:
-    """Generate, keep, score, write round by round; then join the rounds."""
+    """Generate, select, score and write batch by batch; then merge the batches."""
     stage: TeacherCacheConfig = context.stage
-    teacher = context.frozen(stage.teacher)
-    model = context.config.model_of(stage.teacher)
-    params = context.sampling(stage.sampling, model)
-    engine = context.engine(teacher, model, params)
-    prompts = context.prompts(stage.prompts)
-    header = cache_header(context, stage, teacher)
-    rounds = [prompts[i : i + stage.generation_batch_size] for i in range(0, len(prompts), stage.generation_batch_size)]
-    parts = context.directory.path / "rounds"
-    done = count_rounds(parts)
-    log, timer = open_log(context.directory, done, None), Timer()
-    with RewardManager() as graders:
-        judge = graders if stage.only_correct else None
-        sampler = RolloutWorker(teacher.layout, engine, params, context.seed, context.tokenizer, judge)
-        for number, part in enumerate(rounds[done:], start=done + 1):
-            samples = sampler.sample(part, stage.num_generations, number)
-            kept = [sample for sample in samples if not stage.only_correct or sample.reward == 1.0]
-            distributions = distributions_of(teacher, kept, header) if kept else {}
+    teacher = context.models.frozen(stage.teacher)
+    params = context.rollouts.sampling_params(stage.sampling, context.models.name_of(stage.teacher))
+    engine = context.rollouts.engine(teacher, context.models.name_of(stage.teacher), params)
+    prompts = context.inputs.prompts(stage.prompts)
+    header = cache_header(context.inputs, stage, teacher)
+    size = stage.generation_batch_size
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    partial = context.directory.path / _PARTIAL_NAME
+    num_done = count_batches(partial)
+    log, timer = open_log(context.directory, num_done, None), Timer()
+    with RewardManager() as reward_manager:
+        worker = RolloutWorker(
+            teacher.layout,
+            engine,
+            params,
+            context.seed,
+            context.inputs.tokenizer,
+            reward_manager if stage.only_correct else None,
+        )
+        for number, batch in enumerate(batches[num_done:], start=num_done + 1):
+            samples = worker.sample(batch, stage.num_generations, number)
+            selected = [sample for sample in samples if not stage.only_correct or sample.reward == 1.0]
+            distributions = distributions_of(teacher, selected, header) if selected else {}
             if context.is_rank_zero:
-                with CacheWriter(round_path(parts, number), header) as writer:
-                    for index, sample in enumerate(kept):
+                with CacheWriter(batch_path(partial, number), header) as writer:
+                    for index, sample in enumerate(selected):
                         writer.add(sample, distributions[index])
             dist.barrier()
             times = timer.collect_and_reset()
-            tokens = sum(sample.response_length for sample in samples)
-            measured = {"kept": len(kept), "tokens_per_second": tokens / times["timing_s/step"]}
-            log.write(number, response_metrics(samples) | measured | times)
-            write_examples(context.directory, examples(number, samples, part, context.tokenizer))
-            if broadcast_flag(context.stop()) and number < len(rounds):
-                raise Stopped(f"stopped after round {number} of {len(rounds)}")
+            num_tokens = sum(sample.response_length for sample in samples)
+            speed = {"kept": len(selected), "tokens_per_second": num_tokens / times["timing_s/step"]}
+            log.write(number, response_metrics(samples) | speed | times)
+            write_examples(context.directory, examples(number, samples, batch, context.inputs.tokenizer))
+            if broadcast_flag(context.stop()) and number < len(batches):
+                raise Stopped(f"stopped after batch {number} of {len(batches)}")
     if header.representation == "hidden_states":
         save_output_layer(teacher, context.directory.path / OUTPUT_LAYER_NAME)
     if context.is_rank_zero:
-        join_rounds(parts, len(rounds), context.directory.cache_path, header)
+        merge_batches(partial, len(batches), context.directory.cache_path, header)
     dist.barrier()
 
 
-def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: MegatronModel) -> CacheHeader:
-    """What the cache will say of itself."""
-    sampled_at = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
+def cache_header(inputs: StageInputs, stage: TeacherCacheConfig, teacher: MegatronModel) -> CacheHeader:
+    """Return the cache's header: what it holds, and of which teacher and tokenizer."""
+    sampling_temperature = stage.sampling.temperature if stage.sampling.temperature > 0 else 1.0
     vocab_size = teacher.spec.vocab_size
     return CacheHeader(
         representation=stage.representation,
-        teacher_digest=tree_digest(context.model_directory(stage.teacher)),
-        tokenizer_fingerprint=tokenizer_fingerprint(context.tokenizer),
-        template_fingerprint=template_fingerprint(context.tokenizer),
-        temperature=1.0 if stage.representation == "hidden_states" else sampled_at,
+        teacher_digest=tree_digest(inputs.model_path(stage.teacher)),
+        tokenizer_fingerprint=tokenizer_fingerprint(inputs.tokenizer),
+        template_fingerprint=template_fingerprint(inputs.tokenizer),
+        temperature=1.0 if stage.representation == "hidden_states" else sampling_temperature,
         vocab_size=vocab_size,
         k=min(stage.top_k, vocab_size) if stage.representation == "top_k" else None,
         hidden_size=teacher.spec.hidden_size if stage.representation == "hidden_states" else None,
@@ -95,7 +103,7 @@ def cache_header(context: StageContext, stage: TeacherCacheConfig, teacher: Mega
 def distributions_of(
     teacher: MegatronModel, samples: list[Sample], header: CacheHeader
 ) -> dict[int, CachedDistribution]:
-    """The teacher at the response tokens of every sample, on rank 0, which writes; keys are places in ``samples``."""
+    """Return the teacher's distributions at each sample's response tokens, by index, on rank 0; collective."""
     if header.representation == "sampled_token":
         scores = teacher.score(samples)
         return {
@@ -104,63 +112,62 @@ def distributions_of(
         }
     batches = teacher.pack(samples, {})
     states = teacher.hidden_states(batches)
-    found = {}
+    distributions = {}
     if teacher.layout.is_pipeline_last_stage:
         for batch, hidden in zip(batches, states, strict=True):
             rows = batch.unpack(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
-                found[index] = _distribution(teacher, row[mask], header)
-    return gather_dicts(found if teacher.is_dp_leader else {}, first_only=True)
+                distributions[index] = _distribution(teacher, row[mask], header)
+    return gather_dicts(distributions if teacher.is_dp_leader else {}, first_only=True)
 
 
 def _distribution(teacher: MegatronModel, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
-    """hidden [R, d] -> the fields of the cache's kind, on the CPU; collective over the tensor-parallel group."""
+    """hidden [r, h] -> the fields of the cache's representation, on the CPU; collective over the TP group."""
     if header.representation == "hidden_states":
         return CachedDistribution(hidden=hidden.cpu())
     logits = hidden.float() @ teacher.output_weight.float().t()
     if header.representation == "top_k":
-        shard = teacher.shard
-        ids, log_probs, tail = vocab_parallel_topk(logits, header.k, shard, header.temperature)
+        ids, log_probs, tail = vocab_parallel_topk(logits, header.k, teacher.shard, header.temperature)
         return CachedDistribution(
             ids=ids.int().cpu(), log_probs=log_probs.float().cpu(), log_tail_mass=tail.float().cpu()
         )
-    whole = torch.cat(list(teacher.shard.gather(logits)), dim=1)[:, : header.vocab_size]
-    return CachedDistribution(log_probs=torch.log_softmax(whole / header.temperature, dim=1).cpu())
+    full_logits = torch.cat(list(teacher.shard.gather(logits)), dim=1)[:, : header.vocab_size]
+    return CachedDistribution(log_probs=torch.log_softmax(full_logits / header.temperature, dim=1).cpu())
 
 
 def save_output_layer(teacher: MegatronModel, path: Path) -> None:
-    """The teacher's whole output layer as a safetensors file; collective."""
+    """Write the teacher's full output layer [v, h] as a safetensors file; collective."""
     if teacher.layout.is_pipeline_last_stage and teacher.layout.dp_rank == 0:
-        whole = teacher.shard.gather(teacher.output_weight.detach()).flatten(0, 1)[: teacher.spec.vocab_size]
+        weight = teacher.shard.gather(teacher.output_weight.detach()).flatten(0, 1)[: teacher.spec.vocab_size]
         if teacher.is_dp_leader:
             temporary = path.with_name(path.name + ".partial")
-            save_file({"weight": whole.cpu().contiguous().clone()}, temporary)
+            save_file({"weight": weight.cpu().contiguous().clone()}, temporary)
             temporary.rename(path)
     dist.barrier()
 
 
-def round_path(parts: Path, number: int) -> Path:
-    """Directory of round ``number`` (counted from 1)."""
-    return parts / f"round_{number:05d}"
+def batch_path(partial: Path, number: int) -> Path:
+    """Return the directory of batch ``number`` (counted from 1)."""
+    return partial / f"batch_{number:05d}"
 
 
-def count_rounds(parts: Path) -> int:
-    """Rounds that are complete; they are written in order."""
+def count_batches(partial: Path) -> int:
+    """Return the number of complete batches; they are written in order."""
     number = 0
-    while (round_path(parts, number + 1) / "header.json").exists():
+    while (batch_path(partial, number + 1) / "header.json").exists():
         number += 1
     return number
 
 
-def join_rounds(parts: Path, count: int, target: Path, header: CacheHeader) -> None:
-    """One cache of all rounds; the rounds go when it stands."""
+def merge_batches(partial: Path, count: int, target: Path, header: CacheHeader) -> None:
+    """Write one cache of all batches, then delete the batches."""
     if not target.exists():
-        rounds = [TeacherCache.open(round_path(parts, number), expect=header) for number in range(1, count + 1)]
-        if not any(part.samples for part in rounds):
+        batches = [TeacherCache.open(batch_path(partial, number), expect=header) for number in range(1, count + 1)]
+        if not any(batch.samples for batch in batches):
             raise UserError("the verifier accepts no response of the teacher: there is nothing to train on")
         with CacheWriter(target, header) as writer:
-            for part in rounds:
-                for sample in part.samples:
-                    writer.add(sample, part.distribution(sample))
-    shutil.rmtree(parts, ignore_errors=True)
+            for batch in batches:
+                for sample in batch.samples:
+                    writer.add(sample, batch.distribution(sample))
+    shutil.rmtree(partial, ignore_errors=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +16,9 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
+
+if TYPE_CHECKING:
+    from megatron_s2d.stages.inputs import StageInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +55,30 @@ def generate(request: GenerateRequest, console: Console) -> None:
 
     initialize_distributed()
     layout = build_layout(ParallelConfig())
-    context = StageContext(config, stage, directory, {stage: directory}, layout, request.run_dir / "tokenizer")
-    policy = context.frozen(stage)
-    prompts = _prompts(request, context)
+    context = StageContext.create(
+        config,
+        stage,
+        directory=directory,
+        inputs={stage: directory},
+        layout=layout,
+        tokenizer_cache=request.run_dir / "tokenizer",
+    )
+    policy = context.models.frozen(stage)
+    prompts = _prompts(request, config, context.inputs)
     update = {"temperature": request.temperature}
     if request.max_response_length is not None:
         update["max_response_length"] = request.max_response_length
-    params = context.sampling(config.evaluation.sampling.model_copy(update=update), config.model_of(stage))
-    with RewardManager() as graders, contextlib.closing(context):
+    params = context.rollouts.sampling_params(
+        config.evaluation.sampling.model_copy(update=update), config.model_of(stage)
+    )
+    with RewardManager() as graders, context:
         labelled = all(prompt.verifier is not None for prompt in prompts)
         sampler = RolloutWorker(
             policy.layout,
-            context.engine(policy, config.model_of(stage), params),
+            context.rollouts.engine(policy, config.model_of(stage), params),
             params,
             request.seed,
-            context.tokenizer,
+            context.inputs.tokenizer,
             graders if labelled else None,
         )
         samples = sampler.sample(prompts, request.num_samples, 0)
@@ -75,17 +87,19 @@ def generate(request: GenerateRequest, console: Console) -> None:
         for sample in samples[place * request.num_samples : (place + 1) * request.num_samples]:
             verdict = f"   [{sample.verifier_label}]" if sample.verifier_label else ""
             cut = "" if sample.finish_reason == "stop" else " ..."
-            console.print(f"  {response_text(context.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False)
+            console.print(
+                f"  {response_text(context.inputs.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False
+            )
     shutdown_distributed()
 
 
-def _prompts(request: GenerateRequest, context) -> list[Prompt]:
+def _prompts(request: GenerateRequest, config: WorkflowConfig, inputs: StageInputs) -> list[Prompt]:
     if request.data is not None:
-        if request.data.partition("/")[0] not in context.config.data:
-            raise UserError(f"no entry '{request.data}' in the run's data ({', '.join(context.config.data)})")
-        return context.prompts(request.data)[: request.limit]
+        if request.data.partition("/")[0] not in config.data:
+            raise UserError(f"no entry '{request.data}' in the run's data ({', '.join(config.data)})")
+        return inputs.prompts(request.data)[: request.limit]
     found = []
     for number, text in enumerate(request.texts):
-        token_ids = np.asarray(context.tokenizer(text)["input_ids"], dtype=np.int64)
+        token_ids = np.asarray(inputs.tokenizer(text)["input_ids"], dtype=np.int64)
         found.append(Prompt(f"prompt/{number}", token_ids, text, "prompt", None, None))
     return found

@@ -34,7 +34,7 @@ from megatron_s2d.parallel.layout import (
     shutdown_distributed,
 )
 from megatron_s2d.parallel.watchdog import watchdog
-from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.context import StageContext, derive_seed
 from megatron_s2d.stages.evaluate import ROWS_NAME, run_evaluation
 from megatron_s2d.stages.registry import STAGES
 from megatron_s2d.train.loop import Stopped
@@ -76,16 +76,24 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
     started = time.perf_counter()
     directory = job.directory
     inputs = {id_.removeprefix("stages/"): StageDirectory(run_dir / id_) for id_ in job.inputs}
-    context = StageContext(config, job.stage, directory, inputs, layout, run_dir / "tokenizer", stop)
+    context = StageContext.create(
+        config,
+        job.stage,
+        directory=directory,
+        inputs=inputs,
+        layout=layout,
+        tokenizer_cache=run_dir / "tokenizer",
+        stop=stop,
+    )
     if context.is_rank_zero:
         directory.begin(job.resolved, job.inputs, {"seed": context.seed})
     torch.distributed.barrier()
     seed_everything(context.seed)
-    with contextlib.closing(context):
+    with context:
         if job.is_stage:
             STAGES[context.stage.type](context)
         else:
-            _evaluate(context, job)
+            _evaluate(config, context, job)
     peak = max_over_ranks(device.peak_memory())
     if context.is_rank_zero:
         seconds = time.perf_counter() - started
@@ -94,20 +102,21 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
         shutil.rmtree(directory.checkpoints_path, ignore_errors=True)
 
 
-def _evaluate(context: StageContext, job: Job) -> None:
-    evaluation = context.config.evaluation
+def _evaluate(config: WorkflowConfig, context: StageContext, job: Job) -> None:
+    evaluation = config.evaluation
     if job.pass_rate_check is not None:
-        check = context.config.pass_rate_checks[job.pass_rate_check]
-        prompt_sets = [(context.prompts(check.prompts)[: check.num_prompts], check.samples_per_prompt)]
+        check = config.pass_rate_checks[job.pass_rate_check]
+        prompt_sets = [(context.inputs.prompts(check.prompts)[: check.num_prompts], check.samples_per_prompt)]
     else:
         prompt_sets = [
-            (prompts, evaluation.samples_of(prompts[0].domain)) for prompts in map(context.prompts, evaluation.entries)
+            (prompts, evaluation.samples_of(prompts[0].domain))
+            for prompts in map(context.inputs.prompts, evaluation.entries)
         ]
     run_evaluation(
         context,
         prompt_sets,
         sampling=evaluation.sampling,
-        seed=context.config.seed * 1_000_003 + evaluation.seed,
+        seed=derive_seed(config, evaluation.seed),
         eval_batch_size=evaluation.eval_batch_size,
     )
 

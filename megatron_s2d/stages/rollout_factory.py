@@ -1,0 +1,165 @@
+"""Builds what a stage generates and scores with: rollout engines, SGLang servers, and the rollout buffer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
+from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, RolloutWorker
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.checks import ServerRequirements
+from megatron_s2d.stages.inputs import StageInputs
+from megatron_s2d.train.policy import MegatronModel
+
+
+class ServerRegistry:
+    """The served engines of a stage, by the model whose weights they hold."""
+
+    def __init__(self, directory: Path):
+        """directory: where servers write their logs."""
+        self._directory = directory
+        self._engines: list[tuple[str, ServedEngine]] = []
+
+    def has_model(self, model_name: str) -> bool:
+        """Return whether an engine holds weights of ``model_name``."""
+        return any(name == model_name for name, _ in self._engines)
+
+    def next_directory(self, model_name: str) -> Path:
+        """Return the directory of the next engine to be added."""
+        return self._directory / f"{len(self._engines)}-{model_name}"
+
+    def add(self, model_name: str, engine: ServedEngine) -> None:
+        """Close ``engine`` with the registry."""
+        self._engines.append((model_name, engine))
+
+    def close(self) -> None:
+        """Close the engines, the last one first, and with them the servers that they started."""
+        while self._engines:
+            self._engines.pop()[1].close()
+
+
+class RolloutFactory:
+    """Engines and sampling parameters as the workflow's ``rollout`` section says."""
+
+    def __init__(self, config: WorkflowConfig, stage_name: str, directory: Path, inputs: StageInputs):
+        """directory: of the stage."""
+        self._config, self._stage_name, self._inputs = config, stage_name, inputs
+        self._servers = ServerRegistry(directory / "sglang")
+
+    def sampling_params(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
+        """Return the engine's parameters, with the stop tokens of tokenizer and model."""
+        return SamplingParams(
+            max_new_tokens=sampling.max_response_length,
+            stop_token_ids=stop_token_ids(self._inputs.tokenizer, self._config.models[model_name].path),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_strings=tuple(sampling.stop_strings),
+        )
+
+    def engine(self, model: MegatronModel, model_name: str, params: SamplingParams) -> RolloutEngine:
+        """Return the engine that generates with the weights of ``model``, an entry of ``models``; collective.
+
+        It holds the weights as they are now, and later ones after ``update_weights``.
+        """
+        rollout = self._config.rollout
+        if rollout.engine == "sglang":
+            return self._serve(model, model_name, ServerRequirements(self._max_length(model, params), params=params))
+        return MegatronEngine(
+            model.chunks,
+            model.spec.vocab_size,
+            model.layout,
+            tokenizer=self._inputs.tokenizer,
+            max_batch_size=rollout.max_batch_size,
+            max_batch_tokens=rollout.max_batch_tokens,
+        )
+
+    def served_teacher(
+        self, teacher: MegatronModel, model_name: str, params: SamplingParams, top_k: int
+    ) -> ServedEngine:
+        """Return servers that score responses by ``params`` with the weights of ``teacher``, which is offloaded.
+
+        top_k: number of most likely tokens that will be requested at each token; 0 for none.
+        """
+        requirements = ServerRequirements(self._max_length(teacher, params), top_k=top_k)
+        return self._serve(teacher, model_name, requirements, offload=True)
+
+    def buffer(
+        self,
+        loader: PromptDataLoader,
+        worker: RolloutWorker,
+        train_batch_size: int | None = None,
+        *,
+        prefetches: bool = True,
+    ) -> RolloutBuffer:
+        """Return the buffer that the stage's steps take their samples from.
+
+        train_batch_size: by default the stage's. prefetches: see ``RolloutBuffer``.
+        """
+        stage = self._config.stages[self._stage_name]
+        return RolloutBuffer(
+            loader,
+            worker,
+            stage.train_batch_size if train_batch_size is None else train_batch_size,
+            stage.num_generations,
+            stage.steps,
+            self._config.rollout.over_sampling_ratio,
+            prefetches,
+        )
+
+    def close(self) -> None:
+        """Close the served engines, and with them the servers that they started."""
+        self._servers.close()
+
+    def _serve(
+        self, model: MegatronModel, model_name: str, requirements: ServerRequirements, *, offload: bool = False
+    ) -> ServedEngine:
+        """Start SGLang servers with the weights of ``model``, or attach to those of the configuration.
+
+        offload: the model itself is in host memory except while its weights are sent.
+        """
+        urls = self._config.rollout.sglang.urls.get(model_name, ())
+        if urls and self._servers.has_model(model_name):
+            raise UserError(
+                f"stage {self._stage_name} needs servers for two sets of weights of the model '{model_name}', and "
+                "those of rollout.sglang.urls hold one: remove the model from urls to have servers started"
+            )
+        group = ServerGroup(
+            model.chunks,
+            model.spec,
+            model.layout,
+            model.score,
+            self._config.rollout,
+            self._servers.next_directory(model_name),
+            urls=urls,
+            needs=requirements,
+            tokenizer=self._inputs.tokenizer,
+            on_device=functools.partial(model.on_device, release=offload),
+        )
+        engine = ServedEngine(group)
+        self._servers.add(model_name, engine)
+        return engine
+
+    def _max_length(self, model: MegatronModel, params: SamplingParams) -> int:
+        """Return the tokens of the longest prompt with the longest response."""
+        longest = self._config.lengths.max_prompt_length + params.max_new_tokens
+        return min(longest, model.spec.max_position_embeddings)
+
+
+def stop_token_ids(tokenizer: Any, model_path: Path | None) -> tuple[int, ...]:
+    """Return the end-of-sequence ids of the tokenizer and of a published model's generation_config.json."""
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    if model_path is not None and (model_path / "generation_config.json").exists():
+        eos = read_json(model_path / "generation_config.json").get("eos_token_id")
+        ids.update([eos] if isinstance(eos, int) else eos or [])
+    if not ids:
+        raise UserError("the tokenizer has no end-of-sequence token: responses could not end; use another tokenizer")
+    return tuple(sorted(ids))
