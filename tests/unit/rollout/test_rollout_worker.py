@@ -1,0 +1,67 @@
+"""The prompts of each step, and which responses are graded."""
+
+import types
+
+import numpy as np
+
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout import sampler
+from megatron_s2d.rollout.engine import SamplingParams
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
+from megatron_s2d.verify import Verdict
+
+
+def make_prompts(count):
+    return [Prompt(f"p{index}", np.array([index]), "text", "math", "math", "1") for index in range(count)]
+
+
+def test_every_epoch_has_another_order_of_all_prompts():
+    loader = PromptDataLoader(make_prompts(20), 5, seed=3)
+    epochs = [
+        [prompt.id for step in range(first, first + 4) for prompt in loader.batch_for_step(step)] for first in (1, 5, 9)
+    ]
+    assert all(sorted(epoch) == sorted(f"p{index}" for index in range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+class GradeEverything:
+    """Accepts whatever it is asked about."""
+
+    def __init__(self):
+        self.texts = []
+
+    def grade(self, prompts, texts):
+        self.texts += [(prompt.id, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return [Verdict(1.0, "correct") for _ in texts]
+
+
+class Engine:
+    """Answers with tokens 7 and 8; every second response runs into the length limit."""
+
+    def generate(self, requests, progress=None):
+        return [
+            Sample(
+                id=request.id,
+                prompt_id=request.prompt.id,
+                group=request.group,
+                domain="math",
+                seed=request.seed,
+                token_ids=np.array([request.group, 7, 8]),
+                response_mask=np.array([False, True, True]),
+                temperature=1.0,
+                finish_reason=("stop", "length")[index % 2],
+            )
+            for index, request in enumerate(requests)
+        ]
+
+
+def test_truncated_responses_get_reward_0_without_being_graded(monkeypatch):
+    monkeypatch.setattr(sampler, "gather_dicts", lambda values: values)
+    layout = types.SimpleNamespace(dp_rank=0, dp_size=1, is_dp_leader=True)
+    manager = GradeEverything()
+    tokenizer = types.SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+    worker = RolloutWorker(layout, Engine(), SamplingParams(2, (0,)), 1, tokenizer, manager)
+    samples = worker.sample(make_prompts(2), 2, 1)
+    assert [sample.reward for sample in samples] == [1.0, 0.0, 1.0, 0.0]
+    assert [sample.verifier_label for sample in samples] == ["correct", "truncated"] * 2
+    assert manager.texts == [("p0", "7 8"), ("p1", "7 8")]

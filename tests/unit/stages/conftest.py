@@ -1,0 +1,77 @@
+"""Stand-ins for models and the rollout buffer, so that a stage's source runs on one process without a model."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from megatron_s2d.records import Prompt, Sample
+
+PROMPT_LENGTH = 2
+
+
+class Scorer:
+    """A model that scores token i of sample ``id`` at ``values[id] + i / 100``; entropies are twice that."""
+
+    def __init__(self, values: dict[str, float]):
+        self.values = values
+
+    def score(self, samples, output="log_probs"):
+        scores = []
+        for sample in samples:
+            response = self.values[sample.id] + np.arange(sample.response_length, dtype=np.float32) / 100
+            score = np.zeros(len(sample.token_ids), dtype=np.float32)
+            score[sample.response_mask] = response if output == "log_probs" else 2 * response
+            scores.append(score)
+        return scores
+
+
+class Buffer:
+    """Returns the same samples at every step."""
+
+    def __init__(self, samples, stream=None, worker=None):
+        tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "text")
+        self.samples, self.stream = samples, stream
+        self.sampler = worker or types.SimpleNamespace()
+        self.sampler.tokenizer = tokenizer
+        self.train_batch_size = len({sample.prompt_id for sample in samples})
+        self.prefetched: list[int] = []
+
+    def next_batch(self, step):
+        prompts = [make_prompt(id_) for id_ in dict.fromkeys(sample.prompt_id for sample in self.samples)]
+        return prompts, list(self.samples)
+
+    def prefetch(self, step):
+        self.prefetched.append(step)
+
+    def state(self):
+        return {}
+
+
+def make_prompt(id_: str, domain: str = "math") -> Prompt:
+    return Prompt(id_, np.arange(PROMPT_LENGTH), f"text of {id_}", domain, "math", "1")
+
+
+def make_sample(id_: str, length: int, *, group: int = 0, reward: float | None = None, reason: str = "stop") -> Sample:
+    """A sample of prompt ``p<group>`` with a response of ``length`` tokens."""
+    size = PROMPT_LENGTH + length
+    return Sample(
+        id=id_,
+        prompt_id=f"p{group}",
+        group=group,
+        domain="math",
+        seed=0,
+        token_ids=np.arange(size),
+        response_mask=np.arange(size) >= PROMPT_LENGTH,
+        temperature=1.0,
+        finish_reason=reason,
+        reward=reward,
+        verifier_label=None if reward is None else "label",
+    )
+
+
+@pytest.fixture
+def fakes():
+    return types.SimpleNamespace(Scorer=Scorer, Buffer=Buffer, prompt=make_prompt, sample=make_sample)

@@ -1,0 +1,192 @@
+"""What the OPD sources hand to the training loop: advantages, loss weights, anchors, cached responses."""
+
+import types
+
+import numpy as np
+import pytest
+
+from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.objectives.advantages import AnchorSchedule
+from megatron_s2d.stages.opd import DivergenceOpdSource, PolicyGradientOpdSource, serve_teachers, token_factors
+from megatron_s2d.stages.sg_opd import TeacherAnchorSource
+
+
+def opd_config(**options) -> OpdConfig:
+    defaults = {"role": "opd", "init": "student", "teacher": "teacher", "prompts": "pool", "steps": 10}
+    return OpdConfig(**(defaults | {"kl_estimator": "sampled_token"} | options))
+
+
+@pytest.fixture
+def samples(fakes):
+    return [
+        fakes.sample("a", 3, group=0, reward=1.0),
+        fakes.sample("b", 5, group=0, reward=0.0),
+        fakes.sample("c", 2, group=1, reward=0.0),
+        fakes.sample("d", 4, group=1, reward=1.0),
+    ]
+
+
+@pytest.fixture
+def student(fakes):
+    return fakes.Scorer({"a": -3.0, "b": -2.0, "c": -1.5, "d": -4.0})
+
+
+@pytest.fixture
+def teacher(fakes):
+    return fakes.Scorer({"a": -1.0, "b": -2.5, "c": -1.0, "d": -6.0})
+
+
+def source_of(fakes, stage, samples, student, teacher, references=None, anchors=None):
+    return PolicyGradientOpdSource(stage, student, fakes.Buffer(samples), teacher, references, anchors)
+
+
+def test_advantage_is_teacher_minus_student_log_prob(fakes, samples, student, teacher):
+    data = source_of(fakes, opd_config(), samples, student, teacher).step(1)
+    assert len(data.mini_batches) == 1
+    differences = {"a": 2.0, "b": -0.5, "c": 0.5, "d": -2.0}
+    for sample in data.mini_batches[0].samples:
+        expected = np.where(sample.response_mask, differences[sample.id], 0.0)
+        assert sample.advantages == pytest.approx(expected, abs=1e-6)
+        # The student's log-probabilities are the old ones of the policy ratio, and the KL is measured to the teacher's.
+        first = sample.response_mask.argmax()
+        assert sample.old_log_probs[first] == student.values[sample.id]
+        assert sample.teacher_log_probs[first] == teacher.values[sample.id]
+
+
+def test_reward_scale_extrapolates_away_from_the_reference(fakes, samples, student, teacher):
+    reference = fakes.Scorer({"a": -2.0, "b": -2.0, "c": -2.0, "d": -2.0})
+    stage = opd_config(reward_scale=1.5, reference="student")
+    data = source_of(fakes, stage, samples, student, teacher, references=reference).step(1)
+    values = {sample.id: sample.advantages[-1] for sample in data.mini_batches[0].samples}
+    for name, value in values.items():
+        difference = teacher.values[name] - student.values[name]
+        assert value == pytest.approx(difference + 0.5 * (teacher.values[name] + 2.0), abs=1e-6)
+
+
+def test_sign_gate_scales_consensus_and_masks_conflict(fakes, samples, student, teacher):
+    gate = {"lambda_high": 1.0, "lambda_base": 1.0, "conflict_fallback": "mask"}
+    stage = opd_config(sign_gate=gate)
+    data = source_of(fakes, stage, samples, student, teacher).step(1)
+    values = {sample.id: sample.advantages[-1] for sample in data.mini_batches[0].samples}
+    # a: correct, teacher prefers it. b: wrong, teacher disprefers it. c: wrong, preferred. d: correct, dispreferred.
+    assert values == pytest.approx({"a": 2.0, "b": -0.5, "c": 0.0, "d": 0.0}, abs=1e-6)
+    assert data.metrics["gate/consensus_fraction"] == pytest.approx(8 / 14)
+
+
+class AnchorWorker:
+    """The teacher's answers: lengths 2 and 6, correct, and one wrong one."""
+
+    def __init__(self, fakes):
+        self.fakes, self.prompts = fakes, []
+
+    def sample(self, prompts, num_generations, step):
+        self.prompts += [prompt.id for prompt in prompts]
+        answers = (("x", 2, 1.0), ("y", 6, 1.0), ("z", 4, 0.0))
+        return [self.fakes.sample(name, length, reward=reward) for name, length, reward in answers]
+
+
+def anchored(fakes, samples, student, teacher, step, **settings):
+    sampling = {"fraction": 0.5, "alpha_high": 0.8, "alpha_end": 0.2, "phase_1_end": 0.2, "phase_2_end": 0.6}
+    stage = opd_config(teacher_sampling=sampling | settings)
+    config = stage.teacher_sampling
+    schedule = AnchorSchedule(config.alpha_high, config.alpha_end, config.phase_1_end, config.phase_2_end)
+    worker = AnchorWorker(fakes)
+    anchors = TeacherAnchorSource(stage, {None: worker}, schedule)
+    return source_of(fakes, stage, samples, student, teacher, anchors=anchors).step(step), worker
+
+
+@pytest.mark.parametrize(("step", "alpha"), [(1, 0.8), (5, 0.5)])
+def test_anchor_tokens_share_the_loss_weight_alpha(fakes, samples, student, teacher, step, alpha):
+    data, worker = anchored(fakes, samples, student, teacher, step)
+    (batch,) = data.mini_batches
+    assert [sample.id for sample in batch.samples] == ["a", "b", "c", "d", "x~teacher", "y~teacher"]
+    assert batch.loss_weights["supervised_weight"] == pytest.approx([0, 0, 0, 0, alpha / 8, alpha / 8])
+    assert batch.loss_weights["policy_weight"] == pytest.approx([1 / 14] * 4 + [0, 0])
+    assert worker.prompts == ["p0"]  # half of the step's two prompts
+    assert data.metrics["anchor/alpha"] == pytest.approx(alpha)
+    assert data.metrics["anchor/kept_fraction"] == pytest.approx(2 / 3)
+
+
+def test_no_anchors_after_the_second_phase(fakes, samples, student, teacher):
+    data, worker = anchored(fakes, samples, student, teacher, 7)
+    assert len(data.mini_batches[0].samples) == 4 and not worker.prompts
+    assert data.metrics["anchor/alpha"] == 0.0
+
+
+@pytest.mark.parametrize("token_weighting", ["entropy", "log_ratio", "position"])
+def test_token_factors_average_to_one_over_the_response_tokens(fakes, samples, student, teacher, token_weighting):
+    stage = opd_config(token_weighting=token_weighting, sampling={"max_response_length": 8})
+    factors = token_factors(stage, samples, student, teacher)
+    responses = np.concatenate([factors[sample.id][sample.response_mask] for sample in samples])
+    assert len(responses) == 14 and responses.mean() == pytest.approx(1.0, rel=1e-6)
+    assert responses.min() < responses.max()
+
+
+def test_position_factors_fall_linearly(fakes, samples, student, teacher):
+    stage = opd_config(token_weighting="position", sampling={"max_response_length": 8})
+    factors = token_factors(stage, samples, student, teacher)
+    longest = factors["b"][samples[1].response_mask]
+    assert longest / longest[0] == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 4 / 8])
+
+
+def test_token_factors_multiply_the_loss_weights(fakes, samples, student, teacher):
+    stage = opd_config(token_weighting="log_ratio")
+    data = source_of(fakes, stage, samples, student, teacher).step(1)
+    (batch,) = data.mini_batches
+    weights = dict(zip("abcd", batch.loss_weights["policy_weight"], strict=True))
+    mean = (3 * 2.0 + 5 * 0.5 + 2 * 0.5 + 4 * 2.0) / 14
+    assert weights["a"][-1] == pytest.approx(2.0 / mean / 14)
+    assert weights["b"][-1] == pytest.approx(0.5 / mean / 14)
+    total = sum(weights[sample.id][sample.response_mask].sum() for sample in samples)
+    assert total == pytest.approx(1.0, rel=1e-6)  # as without factors
+
+
+def test_cached_responses_fill_the_batch_as_groups_of_their_own(fakes, samples, student, teacher):
+    stage = opd_config(
+        kl_estimator="full_vocab", on_policy_fraction=0.5, cache="cache", train_batch_size=4, num_generations=2
+    )
+    reads = []
+
+    def read(start, count):
+        reads.append((start, count))
+        return [fakes.sample(f"cached{index}", 3) for index in range(start, start + count)]
+
+    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, read)
+    (batch,) = source.step(3).mini_batches
+    assert reads == [(8, 4)]
+    assert [sample.id for sample in batch.samples[4:]] == [f"cached{index}~cached" for index in range(8, 12)]
+    assert [sample.group for sample in batch.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.loss_weights["divergence_weight"] == pytest.approx([1 / 26] * 8)
+
+
+def test_mini_batches_hold_whole_groups(fakes, samples, student, teacher):
+    stage = opd_config(num_mini_batches=2)
+    first, second = source_of(fakes, stage, samples, student, teacher).step(1).mini_batches
+    assert [sample.id for sample in first.samples] == ["a", "b"]
+    assert [sample.id for sample in second.samples] == ["c", "d"]
+    assert first.loss_weights["policy_weight"] == pytest.approx([1 / 8] * 2)
+
+
+def test_needs_reference_follows_the_reward_scales_in_use():
+    gate = {"lambda_base": 1.0, "conflict_fallback": "mask"}
+    assert not opd_config().needs_reference
+    assert opd_config(reward_scale=1.25, reference="student").needs_reference
+    assert opd_config(sign_gate=gate | {"lambda_high": 1.8}, reference="student").needs_reference
+    assert not opd_config(sign_gate=gate | {"lambda_high": 1.0}).needs_reference
+
+
+def test_domains_with_the_same_teacher_share_its_servers():
+    opened = []
+
+    def served_teacher(teacher, model_name, params, top_k):
+        opened.append((teacher, model_name, top_k))
+        return object()
+
+    models = types.SimpleNamespace(name_of=lambda stage: f"model of {stage}")
+    context = types.SimpleNamespace(models=models, rollouts=types.SimpleNamespace(served_teacher=served_teacher))
+    stage = opd_config(teacher={"math": "t", "code": "t"}, teacher_engine="sglang")
+    teacher = types.SimpleNamespace(spec=types.SimpleNamespace(vocab_size=10))
+    router = types.SimpleNamespace(models={"math": teacher, "code": teacher})
+    served = serve_teachers(context, stage, router, None)
+    assert opened == [(teacher, "model of t", 0)]
+    assert served.engines["math"] is served.engines["code"]
