@@ -203,7 +203,7 @@ def test_paths_in_documents_exist(path):
 # What a run, a launch or a conversion writes, and folders of a user.
 GENERATED = (
     "runs/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
-    "report.md", "log.txt", "rank.sh", "rankN-",
+    "report.md", "log.txt", "rank.sh", "rankN-", "example.py",
 )  # fmt: skip
 
 
