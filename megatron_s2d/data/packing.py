@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_s2d.arithmetic import ceil_div, round_up
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.context_parallel import cp_positions, num_pieces
+from megatron_s2d.parallel.context_parallel import cp_length_multiple, cp_positions
 from megatron_s2d.records import Sample
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
@@ -69,9 +70,9 @@ class MicroBatchPlan:
     def shape(self) -> tuple[int, int]:
         """(b, s) over all context ranks."""
         if not self.packed:
-            return max(1, len(self.lengths)), _round_up(max(self.lengths, default=1), self.pad_to_multiple)
+            return max(1, len(self.lengths)), round_up(max(self.lengths, default=1), self.pad_to_multiple)
         filled = max(1, sum(map(self._padded_length, self.lengths)))
-        return 1, _round_up(filled, _packed_alignment(self.pad_to_multiple, self.cp_size))
+        return 1, round_up(filled, _packed_alignment(self.pad_to_multiple, self.cp_size))
 
     @property
     def cu_seqlens(self) -> list[int]:
@@ -123,7 +124,7 @@ class MicroBatchPlan:
 
     def _padded_length(self, length: int) -> int:
         """Length of a packed sequence with its padding."""
-        return _round_up(length, num_pieces(self.cp_size))
+        return round_up(length, cp_length_multiple(self.cp_size))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,7 +215,7 @@ def plan_micro_batches(
         selected = [index for index, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [len(samples[index].token_ids) for index in selected]
         assigned = assign_micro_batches(
-            [_round_up(length, num_pieces(cp_size)) for length in lengths],
+            [round_up(length, cp_length_multiple(cp_size)) for length in lengths],
             dp_size=dp_size,
             max_tokens=max_tokens * cp_size,
             alignment=_packed_alignment(pad_to_multiple, cp_size),
@@ -276,7 +277,7 @@ def assign_micro_batches(
                 break
         else:
             batches.append([index])
-    batches_per_rank = max(1, -(-len(batches) // dp_size))
+    batches_per_rank = max(1, ceil_div(len(batches), dp_size))
     while len(batches) < batches_per_rank * dp_size:
         largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
         if largest is None or len(batches[largest]) < 2:
@@ -310,16 +311,12 @@ def _check_missing(
             raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
 
 
-def _round_up(length: int, alignment: int) -> int:
-    return -(-length // alignment) * alignment
-
-
 def _padded_size(lengths: Sequence[int], alignment: int) -> int:
-    return len(lengths) * _round_up(max(lengths, default=0), alignment)
+    return len(lengths) * round_up(max(lengths, default=0), alignment)
 
 
 def _packed_size(lengths: Sequence[int], alignment: int) -> int:
-    return _round_up(sum(lengths), alignment)
+    return round_up(sum(lengths), alignment)
 
 
 def _build(

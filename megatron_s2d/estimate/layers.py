@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from megatron_s2d.arithmetic import round_up
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.families import layers_of_pp_rank, padded_vocab_size
@@ -252,5 +253,5 @@ def _aligned(counts: Sequence[int], ranks: int) -> int:
     multiple = math.lcm(ranks, _BUCKET_ALIGNMENT)
     end = 0
     for count in counts:
-        end = -(-end // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT + count
-    return -(-end // multiple) * multiple
+        end = round_up(end, _BUFFER_ALIGNMENT) + count
+    return round_up(end, multiple)

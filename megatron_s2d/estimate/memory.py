@@ -2,7 +2,7 @@
 
 Bytes are what tensors take; the CUDA context, communication buffers and fragmentation come on top
 (``AssumptionsConfig.reserved_memory``). Lengths are worst cases: every response runs into its limit. What is counted
-follows ``train/policy.py``, ``parallel/trainable_model.py``, ``kl/fused.py`` and ``rollout/megatron/engine.py``; docs/preflight.md
+follows ``train/megatron_model.py``, ``parallel/trainable_model.py``, ``kl/fused.py`` and ``rollout/megatron/engine.py``; docs/preflight.md
 has the comparison with measured peaks. No torch here.
 """
 
@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from megatron_s2d.arithmetic import ceil_div, round_up
 from megatron_s2d.buffer_sizes import (
     CHUNKS_PER_PRODUCT,
     LOGITS_CHUNK_BYTES,
@@ -90,8 +91,8 @@ def workload(
     """``responses`` of an update over all data ranks, each ``length`` tokens long with its prompt."""
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     context = parallel.context_parallel_size
-    length = -(-length // multiple) * multiple
-    on_rank = -(-responses // parallel.data_parallel_size) * length / context
+    length = round_up(length, multiple)
+    on_rank = ceil_div(responses, parallel.data_parallel_size) * length / context
     tokens = math.ceil(max(length / context, min(max_tokens, on_rank)))
     batch = MicroBatch(tokens, length, round(tokens * min(1.0, response_length / length)))
     return Workload(batch, math.ceil(on_rank / tokens))
@@ -187,7 +188,7 @@ def output_workspace(
     """Bytes of ``linear_divergence`` at its peak: chunks of logits, operands, gradients, statistics."""
     size, hidden, rows = build.bytes_per_value, part.spec.hidden_size, batch.responses
     tensor = part.tensor
-    columns = -(-part.spec.vocab_size // tensor)
+    columns = ceil_div(part.spec.vocab_size, tensor)
     dense = teacher is not None and teacher.is_dense
     chunk = max(1, LOGITS_CHUNK_BYTES["cuda" if on_gpu else "cpu"] // (4 * columns * (1 + dense)))
     chunk = min(rows, chunk // 128 * 128 if chunk > 128 else chunk)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.buffer_sizes import P2P_BUCKET_BYTES
 from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
@@ -177,8 +178,8 @@ class _Stage:
         return generate_phases(
             part,
             self.build,
-            requests=-(-self.shape.requests // data),
-            prompts=-(-self.shape.prompts // data),
+            requests=ceil_div(self.shape.requests, data),
+            prompts=ceil_div(self.shape.prompts, data),
             prompt_length=self.shape.prompt_length,
             sampling=self.stage.sampling,
             rollout=self.config.rollout,

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
@@ -117,7 +118,7 @@ def _generation(
     if not shape.requests:
         return {}, {}
     data, rollout = student.parallel.data_parallel_size, config.rollout
-    requests, prompts = -(-shape.requests // data), -(-shape.prompts // data)
+    requests, prompts = ceil_div(shape.requests, data), ceil_div(shape.prompts, data)
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // shape.length))
     batches = math.ceil(requests / rows)
     decode = student.decode_seconds(requests / batches, shape.prompt_length, shape.response_length)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.buffer_sizes import CHUNKS_PER_PRODUCT, LOGITS_CHUNK_BYTES
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
@@ -166,7 +167,7 @@ class _Pass:
     def blocks(self) -> Iterator[slice]:
         """Yield the row ranges of the chunks: the same on all ranks, so independent of this shard's own width."""
         call = self.call
-        columns = -(-call.shard.vocab_size // call.shard.size)
+        columns = ceil_div(call.shard.vocab_size, call.shard.size)
         dense = self.teacher is not None and kind_of(call.teacher) == "dense"
         budget = call.chunk_bytes or LOGITS_CHUNK_BYTES[self.student.hidden.device.type]
         size = max(1, budget // (self.dtype.itemsize * columns * (2 if dense else 1)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
     MASSES,
@@ -140,7 +141,7 @@ def scaled_chunks(
 
     rows: indices of the active rows (None: all); blocks, and a temperature per row, index into these.
     """
-    columns = -(-shard.vocab_size // shard.size)
+    columns = ceil_div(shard.vocab_size, shard.size)
     size = max(1, _CHUNK_BYTES[logits.device.type] // (dtype.itemsize * columns))
     count = logits.shape[0] if rows is None else rows.numel()
     for start in range(0, count, size):

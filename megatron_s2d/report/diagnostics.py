@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 
 Rows = Sequence[Mapping[str, Any]]
@@ -63,7 +64,7 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
     if not count:
         return None
     columns = min(4, count)
-    height = -(-count // columns)
+    height = ceil_div(count, columns)
     figure = Figure(figsize=(2.9 * columns, 2.0 * height), layout="constrained")
     for place, name in enumerate(panels, 1):
         _draw_lines(figure.add_subplot(height, columns, place), rows, name)

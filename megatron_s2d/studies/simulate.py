@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.config.base import load_yaml, parse
 from megatron_s2d.config.hardware import gpu_of
 from megatron_s2d.config.migration import SIMULATION_KEYS, refuse_renamed
@@ -238,7 +239,7 @@ class _Step:
         server = 0
         if engine is not trainer:
             server = max(frozen(part, build, "engine").total for part in parts(self.student, engine.parallel))
-        requests = -(-self.prompts * config.num_generations // engine.parallel.data_parallel_size)
+        requests = ceil_div(self.prompts * config.num_generations, engine.parallel.data_parallel_size)
         rows = min(requests, config.max_batch_size)
         longest = config.longest_response_tokens or config.response_tokens
         sampling = SamplingConfig(max_response_length=longest)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan
 from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.shards import VocabShard
@@ -27,7 +28,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel import p2p as exchange
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def own_positions(batch: MicroBatch, layout: Layout) -> list[np.ndarray]:
 
 def _part(positions: int, layout: Layout) -> int:
     """Positions of a micro-batch that one tensor rank answers for."""
-    return -(-positions // layout.tp_size)
+    return ceil_div(positions, layout.tp_size)
 
 
 def transfer_hidden_states(

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_s2d"
 
 # A module imports from its own layer and from the ones above it (CONTRIBUTING.md).
 LAYERS = [
-    ("errors", "formatting", "buffer_sizes"),
+    ("errors", "formatting", "arithmetic", "buffer_sizes"),
     ("config", "records", "columns", "artifacts"),
     ("kl",),
     ("objectives",),
