@@ -215,7 +215,7 @@ def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
 def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Hugging Face tensors in rows: name, first row, and the rows, as they are stored or else all at once."""
     for piece in source.pieces:
-        if piece.entry.parallelism in ("vocabulary", "gate_up") and source.is_cut_by_rows(piece):
+        if piece.entry.parallelism in ("vocab_parallel", "gate_up_column_parallel") and source.is_cut_by_rows(piece):
             yield from source.read_rows(piece)
         else:
             for name, tensor in join_shards(piece.entry, source.spec, [source.read(piece)]):

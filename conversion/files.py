@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_s2d.models.hf_checkpoint import BLOCK
+from megatron_s2d.models.hf_checkpoint import BLOCK_BYTES
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class HashedFile:
         try:
             done = 0
             while done < len(view):
-                done += self._file.write(view[done : done + BLOCK])
+                done += self._file.write(view[done : done + BLOCK_BYTES])
                 self._let_go(self.length + done)
         finally:
             # The buffer is the caller's again when this returns.
@@ -135,7 +135,7 @@ class FileSlice(io.RawIOBase):
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
         done = 0
         while done < len(view):
-            got = os.preadv(self._file.fileno(), [view[done : done + BLOCK]], self._start + self._position + done)
+            got = os.preadv(self._file.fileno(), [view[done : done + BLOCK_BYTES]], self._start + self._position + done)
             if got == 0:
                 break
             done += got

@@ -66,11 +66,11 @@ def _layer_key(spec: ModelSpec, entry: ParamMapping) -> str:
 def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
     ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
     match entry.parallelism:
-        case "qkv":
+        case "qkv_column_parallel":
             return (spec.q_dim + 2 * spec.kv_dim, spec.hidden_size)
-        case "gate_up":
+        case "gate_up_column_parallel":
             return (2 * ffn, spec.hidden_size)
-        case "columns":
+        case "row_parallel":
             return (spec.hidden_size, spec.q_dim if "linear_proj" in entry.parameter else ffn)
     if entry.parameter == "mlp.router.weight":
         return (spec.num_experts, spec.hidden_size)
@@ -82,9 +82,9 @@ def boxes(piece: Piece, tp_size: int) -> list[Box]:
     parallelism, parts = piece.entry.parallelism, tp_size if piece.entry.expert is None else 1
     if parallelism == "replicated":
         return [((0,) * len(piece.shape), piece.shape)]
-    dim = 1 if parallelism == "columns" else 0
+    dim = 1 if parallelism == "row_parallel" else 0
     # Gate and up projection are two halves, each cut by itself.
-    parts *= 2 if parallelism == "gate_up" else 1
+    parts *= 2 if parallelism == "gate_up_column_parallel" else 1
     share = piece.shape[dim] // parts
     size = tuple(share if axis == dim else length for axis, length in enumerate(piece.shape))
     return [(tuple(part * share if axis == dim else 0 for axis in range(2)), size) for part in range(parts)]

@@ -60,11 +60,11 @@ class Chunk:
 def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tp_size: int) -> Iterator[Chunk]:
     """The chunks of a parameter, from its Hugging Face tensors; each is read by itself where its bytes lie together."""
     entry, half = piece.entry, piece.shape[0] // 2
-    whole = source.read(entry.hf_names[0]) if entry.parallelism == "columns" else None
+    whole = source.read(entry.hf_names[0]) if entry.parallelism == "row_parallel" else None
     for number, (offset, size) in enumerate(boxes(piece, tp_size)):
         if whole is not None:
             tensor = whole.narrow(1, offset[1], size[1])
-        elif entry.parallelism == "gate_up":
+        elif entry.parallelism == "gate_up_column_parallel":
             name, row = entry.hf_names[offset[0] // half], offset[0] % half
             tensor = source.read(name, 0, row, row + size[0])
         else:
@@ -117,7 +117,7 @@ class MegatronWriter:
         elif not piece.key.startswith("model.embedding"):
             stage = parallel.pipeline_model_parallel_size - 1
         writers = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
-        if piece.entry.parallelism == "gate_up":
+        if piece.entry.parallelism == "gate_up_column_parallel":
             number %= parallel.tensor_model_parallel_size
         if piece.entry.expert is not None:
             number = piece.entry.expert * parallel.expert_model_parallel_size // spec.num_experts
@@ -248,7 +248,7 @@ class MegatronReader:
         """The chunks of a parameter that is cut by rows: name of the Hugging Face tensor, first row, rows."""
         names, count = piece.entry.hf_names, len(piece.leading)
         height = piece.shape[0] // len(names)
-        limit = self.spec.vocab_size if piece.entry.parallelism == "vocabulary" else height
+        limit = self.spec.vocab_size if piece.entry.parallelism == "vocab_parallel" else height
         for chunk in sorted(self._chunks[piece.key, piece.leading], key=lambda chunk: tuple(chunk.offsets)):
             tensor, row = chunk.offsets[count] // height, chunk.offsets[count] % height
             if row < limit:
@@ -333,6 +333,6 @@ def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
 
 def _same_shape(found: tuple[int, ...], piece: Piece, spec: ModelSpec) -> bool:
     """Whether a stored shape fits; the vocabulary may be padded for another tensor-parallel size."""
-    if piece.entry.parallelism != "vocabulary":
+    if piece.entry.parallelism != "vocab_parallel":
         return found == piece.global_shape
     return len(found) == 2 and found[0] >= spec.vocab_size and found[1:] == piece.global_shape[1:]

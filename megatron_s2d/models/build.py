@@ -1,8 +1,10 @@
-"""The one place that constructs models.
+"""Build this rank's part of a Megatron-Core ``GPTModel`` from a ``ModelSpec`` and a ``Layout``; no other file does.
 
-Megatron-Core's ``GPTModel`` from a ``ModelSpec`` for this rank's place in a ``Layout``: Transformer Engine layers where
-they are usable, Megatron's own linear layers with our norm and attention elsewhere. (Megatron-Core 0.19 announces that
-``HybridModel`` will replace ``GPTModel``; the switch would happen in this file.)
+Layers are Transformer Engine's where it is usable; elsewhere they are Megatron's own linear layers with the norm and
+the attention of ``layers``. (Megatron-Core 0.19 announces that ``HybridModel`` will replace ``GPTModel``; the switch
+would happen in this file.)
+
+Shapes: b batch (sequences), s sequence length, v_tp = padded vocabulary / tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
 from megatron_s2d.errors import UserError
-from megatron_s2d.models.families import ModelSpec, check_layout, layers_of_pp_rank, padded_vocab_size
-from megatron_s2d.models.weights import SeededWeights, import_weights
+from megatron_s2d.models.families import check_layout, layers_of_pp_rank, padded_vocab_size
+from megatron_s2d.models.shards import SeededWeights
+from megatron_s2d.models.weights import import_weights
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 
@@ -33,9 +37,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_s2d.models.attention import CoreAttention
 from megatron_s2d.models.kv_cache import CachedSelfAttention
-from megatron_s2d.models.norm import RMSNorm
+from megatron_s2d.models.layers import CoreAttention, RMSNorm
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -50,14 +53,14 @@ def build_model(
     moe_aux_loss_coeff: float = 0.0,
     fp8: Fp8Config | None = None,
 ) -> list[GPTModel]:
-    """This rank's part of the model, as the list of chunks that Megatron's schedules take (always one); collective.
+    """Return this rank's part of the model, as the list of chunks that Megatron's schedules take (always one).
 
-    With ``seed`` the weights are drawn by tensor name (bit-identical at every layout); without, they are left
-    uninitialised for ``import_weights`` or a checkpoint to fill. Outputs are logits [B, S, padded vocabulary / tensor
-    ranks], not gathered; columns from ``spec.vocab_size`` on are padding. Forward arguments are ``GPTModel.forward``'s;
-    an attention mask follows ``models.attention.attend``. fp8: the layers' products are FP8; tokens of a micro-batch
-    must then be a multiple of the recipe's. Raises ``UserError`` for a layout that does not divide, and where
-    Transformer Engine or the chip lacks what is asked for.
+    Collective. seed: draw the weights by tensor name (bit-identical at every layout); None leaves them uninitialised
+    for ``import_weights`` or a checkpoint. fp8: matrix products of the layers run in FP8; the tokens of a micro-batch
+    must then be a multiple of the recipe's. The model takes the arguments of ``GPTModel.forward``, with an attention
+    mask as in ``layers.attend``, and returns logits [b, s, v_tp], not gathered; columns from ``spec.vocab_size`` on are
+    padding. Raises ``UserError`` for a layout whose sizes do not divide the model's, and if Transformer Engine or the
+    GPU does not support ``fp8``.
     """
     check_layout(spec, layout.config)
     if fp8 is not None:
@@ -88,16 +91,16 @@ def build_model(
 
 
 def check_fp8(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """``UserError`` where this process cannot run ``fp8`` for the model at the layout."""
-    found, recipe = device.capabilities(), RECIPES[fp8.recipe]
-    if not found.cuda:
+    """Raise ``UserError`` if this process cannot run ``fp8`` for the model at the layout."""
+    capabilities, recipe = device.capabilities(), RECIPES[fp8.recipe]
+    if not capabilities.cuda:
         raise UserError("fp8 needs a CUDA device and Transformer Engine, and this process has no CUDA: leave fp8 out")
-    if not found.transformer_engine:
+    if not capabilities.transformer_engine:
         raise UserError("fp8 needs Transformer Engine, which does not import here: install it, or leave fp8 out")
-    check_chip(fp8, found.compute_capability, found.device_name)
-    if found.cuda_version < recipe.least_cuda:
-        wanted, has = (".".join(map(str, version)) for version in (recipe.least_cuda, found.cuda_version))
-        raise UserError(f"fp8.recipe: {fp8.recipe} needs CUDA {wanted}, torch was built for {has}: choose another")
+    check_chip(fp8, capabilities.compute_capability, capabilities.device_name)
+    if capabilities.cuda_version < recipe.least_cuda:
+        needed, actual = (".".join(map(str, version)) for version in (recipe.least_cuda, capabilities.cuda_version))
+        raise UserError(f"fp8.recipe: {fp8.recipe} needs CUDA {needed}, torch was built for {actual}: choose another")
     check_shapes(fp8, spec, parallel)
 
 
@@ -110,7 +113,7 @@ def transformer_config(
     moe_aux_loss_coeff: float = 0.0,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration object for ``spec`` at ``layout``."""
+    """Return Megatron's configuration object for ``spec`` at ``layout``."""
     parallel = layout.config
     with_te = device.capabilities().transformer_engine
     return TransformerConfig(
@@ -131,7 +134,7 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
-        # Weights are filled by name afterwards.
+        # Weights are imported by name afterwards.
         perform_initialization=False,
         use_cpu_initialization=not device.capabilities().cuda,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -160,7 +163,7 @@ def _expert_fields(spec: ModelSpec, moe_aux_loss_coeff: float) -> dict[str, Any]
         "num_moe_experts": spec.num_experts,
         "moe_router_topk": spec.num_experts_per_tok,
         "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
-        # Softmax over the chosen logits equals softmax over all, renormalised over the chosen.
+        # Softmax over the top-k logits equals softmax over all of them, renormalised over the top-k.
         "moe_router_pre_softmax": not spec.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
@@ -176,16 +179,16 @@ def _fp8_fields(fp8: Fp8Config | None) -> dict[str, Any]:
         "fp8": RECIPES[fp8.recipe].format,
         "fp8_recipe": fp8.recipe,
         "fp8_param": fp8.parameters,
-        # Of delayed scaling: Transformer Engine's own defaults; Megatron's look back one step only.
+        # Delayed scaling: Transformer Engine's defaults; Megatron's default history is a single step.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
     }
 
 
 def rope_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Angular frequency of each pair of channels, [head_dim / 2], float32.
+    """Return the angular frequency of each pair of channels: [head_dim / 2] float32.
 
-    Llama 3 (``rope_scaling``): wavelengths shorter than original / high_freq_factor stay, those longer than
+    Llama 3 (``rope_scaling``): wavelengths shorter than original / high_freq_factor are unchanged, those longer than
     original / low_freq_factor are stretched by ``factor``, and between them the two blend linearly in 1 / wavelength.
     """
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
@@ -204,7 +207,7 @@ def _block_submodules(spec: ModelSpec, layout: Layout) -> TransformerBlockSubmod
     if device.capabilities().transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        from megatron_s2d.models.transformer_engine import MaskedTEDotProductAttention
+        from megatron_s2d.models.te_attention import MaskedTEDotProductAttention
 
         norm = TENorm
         layer = get_gpt_layer_with_transformer_engine_submodules(
@@ -214,20 +217,20 @@ def _block_submodules(spec: ModelSpec, layout: Layout) -> TransformerBlockSubmod
     else:
         norm = RMSNorm
         layer = get_gpt_layer_local_submodules(num_experts=experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
-        _use_our_modules(layer, spec)
+        _use_local_modules(layer, spec)
     layer.self_attention.module = CachedSelfAttention
     num_layers = len(layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size))
     layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def _use_our_modules(layer: TransformerLayerSubmodules, spec: ModelSpec) -> None:
+def _use_local_modules(layer: TransformerLayerSubmodules, spec: ModelSpec) -> None:
     attention = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CoreAttention
     if spec.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if spec.num_experts:
-        # Transformer Engine keeps the norm before a mixture of experts apart; with the same key in checkpoints, both
-        # kinds of layers read each other's.
+        # Transformer Engine does not fuse the norm before a mixture of experts; with the same key in checkpoints, both
+        # kinds of layers can load each other's.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")

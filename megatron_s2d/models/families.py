@@ -1,9 +1,9 @@
-"""Qwen3, Qwen3-MoE and Llama 3 as data: how their parameters are called and how they are cut for parallelism.
+"""Parameter names of Qwen3, Qwen3-MoE and Llama 3 in Megatron and Hugging Face, and how each is sharded. No torch here.
 
-A family is a list of ``ParamMapping``: one Megatron parameter, the Hugging Face tensors it is made of, and the rule that joins
-and cuts them. Two parameters are made of several tensors (fused query/key/value, gate and up projection of an MLP).
-The table names parameters of a whole model; ``models/weights.py`` applies it to the part that a rank holds. The same
-table serves the local and the Transformer Engine layers, which call two norms differently. No torch here.
+A family is a list of ``ParamMapping``: one Megatron parameter, the Hugging Face tensors that it is made of, and the
+rule that joins and shards them. Two parameters are made of several tensors (fused query/key/value, gate and up
+projection of an MLP). The table names the parameters of the full model; ``models/weights.py`` applies it to the part on
+one rank. The same table serves Megatron's local and the Transformer Engine layers, which name two norms differently.
 """
 
 from __future__ import annotations
@@ -13,102 +13,95 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from megatron_s2d.config.model_spec import ModelSpec, RopeScaling
+from megatron_s2d.arithmetic import round_up
+from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.presets import PRESETS
 from megatron_s2d.errors import UserError
 
-__all__ = [
-    "PRESETS",
-    "ParamMapping",
-    "ModelSpec",
-    "RopeScaling",
-    "Parallelism",
-    "check_layout",
-    "global_param_mappings",
-    "hf_tensor_shapes",
-    "layer_param_mappings",
-    "layers_of_pp_rank",
-    "padded_vocab_size",
-]
+Parallelism = Literal["replicated", "vocab_parallel", "row_parallel", "qkv_column_parallel", "gate_up_column_parallel"]
+"""How a weight [out, in] is sharded over tensor-parallel ranks, in Megatron's terms.
 
-Parallelism = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
-"""How a parameter is cut over tensor ranks.
-
-``replicated`` not at all; ``vocabulary`` by rows, padded with zero rows; ``columns`` along dimension 1 of the weight
-[out, in]; ``qkv`` by rows of the fused matrix, group by group [queries of the group, key, value]; ``gate_up`` by rows
-of each half, so that every rank holds [its part of gate, its part of up].
+``replicated``: not at all. ``vocab_parallel``: along dimension 0, padded with zero rows (VocabParallelEmbedding).
+``row_parallel``: along dimension 1 (RowParallelLinear). ``qkv_column_parallel``: along dimension 0
+(ColumnParallelLinear) of the fused matrix, query group by query group [queries of the group, key, value].
+``gate_up_column_parallel``: along dimension 0 of each half, so that every rank has [its shard of gate, its shard of
+up].
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamMapping:
-    """One Megatron parameter: its name within the model or layer, the tensors it is made of, and how it is cut."""
+    """One Megatron parameter: its name within the model or layer, its Hugging Face tensors, and how it is sharded."""
 
     parameter: str
     hf_names: tuple[str, ...]
     parallelism: Parallelism
     expert: int | None = None
-    """Index among all experts of the layer; expert parameters live on one expert-parallel rank."""
+    """Index among all experts of the layer; an expert's parameters are on one expert-parallel rank."""
 
 
-def global_param_mappings(spec: ModelSpec, stage: Literal["first", "last"]) -> list[ParamMapping]:
-    """Parameters outside the layers that the first or the last pipeline stage holds.
+def global_param_mappings(spec: ModelSpec, pipeline_end: Literal["first", "last"]) -> list[ParamMapping]:
+    """Return the parameters outside the layers that the first or the last pipeline rank has.
 
-    The output layer of a tied model is listed, because with pipeline stages the last one holds its own copy.
+    The output layer of a tied model is listed, because with pipeline parallelism the last rank has a copy of it.
     """
-    if stage == "first":
-        return [ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")]
+    if pipeline_end == "first":
+        return [ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab_parallel")]
     output = "model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
     return [
         ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
-        ParamMapping("output_layer.weight", (output,), "vocabulary"),
+        ParamMapping("output_layer.weight", (output,), "vocab_parallel"),
     ]
 
 
 def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
-    """Parameters of one layer, named within it; ``layer`` counts from 0 over the whole model."""
+    """Return the parameters of one layer, named within it; ``layer`` counts from 0 over the full model."""
     hf = f"model.layers.{layer}."
     attention = hf + "self_attn."
-    entries = [
+    mappings = [
         ParamMapping("input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated"),
         ParamMapping(
             "self_attention.linear_qkv.weight",
             tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
-            "qkv",
+            "qkv_column_parallel",
         ),
-        ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "columns"),
+        ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row_parallel"),
         ParamMapping("pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated"),
     ]
     if spec.qk_norm:
-        entries += [
+        mappings += [
             ParamMapping("self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "replicated"),
             ParamMapping("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
         ]
     if not spec.num_experts:
-        return entries + _mlp_param_mappings("mlp.", hf + "mlp.", None)
-    entries.append(ParamMapping("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
+        return mappings + _mlp_param_mappings("mlp.", hf + "mlp.", None)
+    mappings.append(ParamMapping("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
     for expert in range(spec.num_experts):
         prefix = f"mlp.experts.local_experts.{expert}."
-        entries += _mlp_param_mappings(prefix, f"{hf}mlp.experts.{expert}.", expert)
-    return entries
+        mappings += _mlp_param_mappings(prefix, f"{hf}mlp.experts.{expert}.", expert)
+    return mappings
 
 
 def _mlp_param_mappings(prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
     return [
-        ParamMapping(prefix + "linear_fc1.weight", (hf + "gate_proj.weight", hf + "up_proj.weight"), "gate_up", expert),
-        ParamMapping(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "columns", expert),
+        ParamMapping(
+            prefix + "linear_fc1.weight",
+            (hf + "gate_proj.weight", hf + "up_proj.weight"),
+            "gate_up_column_parallel",
+            expert,
+        ),
+        ParamMapping(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "row_parallel", expert),
     ]
 
 
 def hf_tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the model's Hugging Face checkpoint, embedding first, layer by layer."""
+    """Yield name and shape of every tensor of the model's Hugging Face checkpoint: embedding, layers, norm, output."""
     hidden = spec.hidden_size
     yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
     for layer in range(spec.num_layers):
-        for entry in layer_param_mappings(spec, layer):
-            for name in entry.hf_names:
-                yield name, _layer_shape(spec, name, expert=entry.expert is not None)
+        for mapping in layer_param_mappings(spec, layer):
+            for name in mapping.hf_names:
+                yield name, _layer_shape(spec, name, expert=mapping.expert is not None)
     yield "model.norm.weight", (hidden,)
     if not spec.tie_word_embeddings:
         yield "lm_head.weight", (spec.vocab_size, hidden)
@@ -134,23 +127,23 @@ def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding and of the output layer.
+    """Return the number of rows of the embedding and of the output layer.
 
-    A multiple of 128 (of 8 for vocabularies below 4096) and of the tensor-parallel size. Sizes that divide 128 (or 8)
-    therefore all give the same number, so a checkpoint has one shape at all of them.
+    A multiple of 128 (of 8 for vocabularies below 4096) and of the tensor-parallel size. All sizes that divide 128 (or
+    8) therefore give the same number, so a checkpoint has the same shapes at all of them.
     """
     multiple = math.lcm(128 if vocab_size >= 4096 else 8, tensor_model_parallel_size)
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)
 
 
 def layers_of_pp_rank(spec: ModelSpec, pp_rank: int, pp_size: int) -> range:
-    """The layers, counted over the whole model, that a pipeline stage holds."""
-    share = spec.num_layers // pp_size
-    return range(pp_rank * share, (pp_rank + 1) * share)
+    """Return the indices, counted over the full model, of the layers of a pipeline rank."""
+    layers_per_rank = spec.num_layers // pp_size
+    return range(pp_rank * layers_per_rank, (pp_rank + 1) * layers_per_rank)
 
 
 def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the model does not divide by; the ``UserError`` names both sizes."""
+    """Raise ``UserError``, naming both sizes, for a layout whose sizes do not divide the model's."""
     tensor = parallel.tensor_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     expert = parallel.expert_model_parallel_size

@@ -1,8 +1,8 @@
-"""Hugging Face safetensors directories: checked before use, then read slice by slice.
+"""Reader of Hugging Face safetensors directories: validates headers when opened, then reads tensors slice by slice.
 
-Opening a checkpoint reads only the headers, and refuses a directory whose files are truncated, whose index and shards
-disagree, or whose tensors are not exactly those of the model. File contents are checked against SHA-256 digests where
-the directory carries some (``verify_digests``). Pickled checkpoints (``.bin``) are not read.
+Opening a checkpoint reads only the headers, and raises ``UserError`` if a file is truncated, index and shards disagree,
+or the tensors are not exactly those of the model. ``verify_digests`` checks file contents against the SHA-256 digests
+that a directory records. Pickled checkpoints (``.bin``) are not read.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ OUTPUT_NAME = "lm_head.weight"
 DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Weight dtypes of safetensors that are read and written."""
 
-BLOCK = 4 * 2**20
-"""Bytes that are read from a file at once."""
+BLOCK_BYTES = 4 * 2**20
+"""Bytes per read."""
 
 _LARGEST_HEADER = 100 * 2**20  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: absolute byte range [start, stop) of ``path``."""
+    """Location of a tensor: absolute byte range [start, stop) of ``path``."""
 
     path: Path
     dtype: torch.dtype
@@ -57,12 +57,15 @@ class TensorInfo:
 
 
 class HfCheckpoint:
-    """The weights of a Hugging Face directory; a ``WeightSource`` that holds no file open and no tensor."""
+    """The weights of a Hugging Face directory; a ``WeightSource`` without open files or tensors in memory."""
 
     def __init__(self, directory: str | Path):
-        """Raises ``UserError`` for a missing, truncated or inconsistent file, and for missing, extra or wrongly shaped
-        tensors, naming the first. An output layer stored beside the embedding that it is tied to must be its equal, and
-        is left out."""
+        """Read and validate the headers of ``directory``.
+
+        Raises ``UserError`` for a missing, truncated or inconsistent file, and for missing, extra or wrongly shaped
+        tensors, naming the first. An output layer stored beside the embedding that it is tied to must equal it, and is
+        left out.
+        """
         self.directory = Path(directory)
         self.spec: ModelSpec = spec_from_directory(self.directory)
         self.tensors: dict[str, TensorInfo] = {}
@@ -87,7 +90,7 @@ class HfCheckpoint:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Dtypes that occur."""
+        """Dtypes of the tensors."""
         return {info.dtype for info in self.tensors.values()}
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -98,22 +101,22 @@ class HfCheckpoint:
             row = info.num_bytes // info.shape[0]
             content = read_bytes(info.path, info.start + start * row, (stop - start) * row)
             return content.view(info.dtype).view(stop - start, *info.shape[1:])
-        whole = read_bytes(info.path, info.start, info.num_bytes).view(info.dtype).view(info.shape)
-        return whole.narrow(dim, start, stop - start)
+        tensor = read_bytes(info.path, info.start, info.num_bytes).view(info.dtype).view(info.shape)
+        return tensor.narrow(dim, start, stop - start)
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> int:
-        """Hash every file that the directory records a SHA-256 of (our exports, and the hub's download cache do).
+        """Hash every file whose SHA-256 the directory records, as exported checkpoints and the hub's download cache do.
 
-        Returns how many files were checked; raises ``UserError`` for one that differs. ``progress`` gets byte counts.
+        Returns the number of files checked; raises ``UserError`` for one that differs. ``progress`` gets byte counts.
         """
-        noted = _noted_digests(self.directory)
-        found = {shard: noted.get(shard.name) or _hub_digest(self.directory, shard.name) for shard in self.shards}
-        expected = {path: digest for path, digest in found.items() if digest is not None}
+        exported = _exported_digests(self.directory)
+        digests = {shard: exported.get(shard.name) or _hub_digest(self.directory, shard.name) for shard in self.shards}
+        expected = {path: digest for path, digest in digests.items() if digest is not None}
         verify_digests(expected, progress)
         return len(expected)
 
     def file_digests(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, str]:
-        """SHA-256 of every weight file by name; reads them all."""
+        """Return the SHA-256 of every weight file by name; reads them all."""
         return {shard.name: _sha256(shard, progress) for shard in self.shards}
 
     def _check_index(self, weight_map: dict[str, str] | None) -> None:
@@ -127,7 +130,7 @@ class HfCheckpoint:
                 raise UserError(f"{self.directory}: {name} in {info.path.name} is not listed in {INDEX_NAME}")
 
     def _drop_tied_output(self) -> None:
-        """Some tied models are published with the embedding stored twice (Qwen3 0.6B and 1.7B, for example)."""
+        """Drop the output layer of a tied model that stores the embedding twice (as Qwen3 0.6B and 1.7B do)."""
         output, embedding = self.tensors.get(OUTPUT_NAME), self.tensors.get(EMBEDDING_NAME)
         if not self.spec.tie_word_embeddings or output is None or embedding is None:
             return
@@ -151,35 +154,35 @@ class HfCheckpoint:
 
 
 def read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
-    """``count`` bytes of a file from ``start`` on, as a new uint8 tensor; ``UserError`` for a file that ends before."""
+    """Return ``count`` bytes of a file from ``start`` as a new uint8 tensor; ``UserError`` if the file ends before."""
     content = torch.empty(count, dtype=torch.uint8)
     view = memoryview(content.numpy())
     try:
         with open(path, "rb", buffering=0) as file:
             # Twice the read-ahead; with blocks of this size the kernel reads while the last block is being copied.
             os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_SEQUENTIAL)
-            done = 0
-            while done < count:
-                got = os.preadv(file.fileno(), [view[done : done + BLOCK]], start + done)
-                if got == 0:
+            num_read = 0
+            while num_read < count:
+                block_size = os.preadv(file.fileno(), [view[num_read : num_read + BLOCK_BYTES]], start + num_read)
+                if block_size == 0:
                     raise UserError(f"{path}: truncated; fetch the file again")
-                done += got
+                num_read += block_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return content
 
 
 def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
-    """Whether two tensors of one size are equal, compared block by block."""
-    for at in range(0, left.num_bytes, BLOCK):
-        count = min(BLOCK, left.num_bytes - at)
-        if not torch.equal(*(read_bytes(info.path, info.start + at, count) for info in (left, right))):
+    """Return whether two tensors of one size are equal, compared block by block."""
+    for offset in range(0, left.num_bytes, BLOCK_BYTES):
+        count = min(BLOCK_BYTES, left.num_bytes - offset)
+        if not torch.equal(*(read_bytes(info.path, info.start + offset, count) for info in (left, right))):
             return False
     return True
 
 
 def verify_digests(expected: dict[Path, str], progress: Callable[[int], None] = lambda count: None) -> None:
-    """Refuse files whose SHA-256 (hexadecimal) is not the expected one; several are hashed at a time."""
+    """Raise ``UserError`` for a file whose SHA-256 (hexadecimal) is not the expected one; hashes several at a time."""
 
     def verify(path: Path) -> None:
         if _sha256(path, progress) != expected[path]:
@@ -193,19 +196,19 @@ def verify_digests(expected: dict[Path, str], progress: Callable[[int], None] = 
 
 
 def _sha256(path: Path, progress: Callable[[int], None]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                found.update(block)
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
                 progress(len(block))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. A file that is cut short, padded or damaged in its header is refused."""
+    """Return the tensors of one safetensors file; ``UserError`` if it is truncated, padded or has a damaged header."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -246,7 +249,7 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
 
 
 def _list_shards(directory: Path) -> tuple[list[Path], dict[str, Any]]:
-    """The safetensors files of a directory, and its index (empty where there is none)."""
+    """Return the safetensors files of a directory and its index (empty without an index file)."""
     index_path = directory / INDEX_NAME
     if index_path.exists():
         try:
@@ -265,8 +268,8 @@ def _list_shards(directory: Path) -> tuple[list[Path], dict[str, Any]]:
     raise UserError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors checkpoints are read")
 
 
-def _noted_digests(directory: Path) -> dict[str, str]:
-    """Digests by file name from ``weights.sha256`` (the format of ``sha256sum``), which our exports write."""
+def _exported_digests(directory: Path) -> dict[str, str]:
+    """Return digests by file name from ``weights.sha256`` (``sha256sum`` format), which ``conversion/`` writes."""
     path = directory / DIGESTS_NAME
     if not path.exists():
         return {}
@@ -277,7 +280,7 @@ def _noted_digests(directory: Path) -> dict[str, str]:
 
 
 def _hub_digest(directory: Path, name: str) -> str | None:
-    """The SHA-256 that ``hf download`` noted beside a file (second line: the etag, which is the digest for weights)."""
+    """Return the SHA-256 that ``hf download`` recorded for a file (line 2: the etag, the digest for weights)."""
     note = directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
     return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None

@@ -1,12 +1,15 @@
-"""Decoding with kept keys and values: Megatron's static inference context, with keys stored after their rotation.
+"""KV cache for decoding with Megatron models: a static inference context that stores keys after rotary embedding.
 
-Megatron's own static context stores keys unrotated and rotates the whole history again in every step; its
-self-attention has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one.
-Sequences of a batch end at the same column: shorter prompts are padded on the left, and the padding is masked.
-Positions are counted without the padding, so rotations are those of the unpadded sequence; they are computed once a
-step, not once a layer.
+Megatron's own static context stores keys unrotated and rotates the full history again in every step; its self-attention
+has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one. Sequences of a
+batch end at the same column: shorter prompts are padded on the left, and the padding is masked. Positions are counted
+without the padding, so rotations are those of the unpadded sequence; they are computed once per step, not once per
+layer.
 
-Left out: pages, refilling of finished rows, context parallelism, partial and interleaved rotations.
+Not supported: paged caches, replacing finished rows, context parallelism, partial and interleaved rotary embedding.
+
+Shapes: b rows (sequences), w columns of the current forward pass (the window), c cached columns, n query heads, n_kv
+key/value heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -21,36 +24,36 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-_LEAST_ROOM = 256  # free columns that a buffer gets at least; a longer one doubles
+_MIN_FREE_COLUMNS = 256  # that a buffer gets when it grows; a longer one doubles
 
 
 class KeyValueCache(StaticInferenceContext):
-    """Keys and values of all layers of this rank, as [batch, groups, columns, head_dim].
+    """Keys and values of all layers of this rank, each [b, n_kv, c, d].
 
     Use: one forward over the prompts, ``advance``, then ``select`` to repeat prompts or drop rows, and one forward per
     token, each followed by ``advance``.
     """
 
     def __init__(self, pad_lengths: torch.Tensor | None, prompt_length: int, max_sequence_length: int):
-        """``pad_lengths``: [batch] int64 columns of left padding, None where no row has any."""
+        """Create an empty cache. ``pad_lengths``: [b] int64 columns of left padding; None if no row has any."""
         rows = 1 if pad_lengths is None else len(pad_lengths)
         super().__init__(max_batch_size=rows, max_sequence_length=max_sequence_length)
         self._pad_lengths = pad_lengths
-        self._window = prompt_length  # columns that the next forward brings
+        self._window = prompt_length  # columns that the next forward pass adds
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # of every position, [positions, head_dim]
+        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # of every position, [positions, d]
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of the window
 
     @property
     def mask_type(self) -> AttnMaskType:
-        """What the next forward's attention may look at; ``arbitrary`` where ``attention_mask`` says it."""
+        """Mask type of the next forward pass; ``arbitrary`` means that ``attention_mask`` decides."""
         if self._pad_lengths is not None:
             return AttnMaskType.arbitrary
         return AttnMaskType.causal if self.sequence_len_offset == 0 else AttnMaskType.no_mask
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
-        """Mask of the next forward, True where a key is hidden: [batch, 1, window, columns] bool; None: no padding.
+        """Mask of the next forward pass, True where a key is hidden: [b, 1, w, c] bool; None: no padding.
 
         Without padding the mask is causal over the prompts and empty afterwards. A padded query sees itself, because a
         row that sees nothing has no softmax.
@@ -66,27 +69,27 @@ class KeyValueCache(StaticInferenceContext):
         return (hidden & (columns != queries)) | (columns > queries)
 
     def advance(self) -> None:
-        """The forward is done: the next one brings one token."""
+        """End a forward pass; the next one adds one token."""
         self.sequence_len_offset += self._window
         self._window = 1
         self._rotation = None
         self.enable_decode_mode()
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep ``rows`` ([new batch] int64; a row may come more than once) in this order."""
+        """Keep only ``rows`` ([new b] int64; a row may be repeated), in this order."""
         self.max_batch_size = len(rows)
         if self._pad_lengths is not None:
             self._pad_lengths = self._pad_lengths[rows]
         for number, pair in self._layers.items():
-            self._layers[number] = tuple(self._room(buffer, rows) for buffer in pair)
+            self._layers[number] = tuple(self._with_free_columns(buffer, rows) for buffer in pair)
 
     def extend(
         self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate the window's ``query`` and ``key`` and add key and value to the layer.
+        """Rotate the window's ``query`` and ``key``, and append key and value to the layer's cache.
 
-        All are [window, batch, heads or groups, head_dim]; ``angles``: Megatron's table [positions, 1, 1, head_dim].
-        Returns the rotated query and the keys and values of all columns so far, with the same axes.
+        query: [w, b, n, d]. key, value: [w, b, n_kv, d]. angles: Megatron's table [positions, 1, 1, d]. Returns the
+        rotated query and the keys and values of all columns so far, [c, b, n_kv, d].
         """
         cos, sin = self._window_rotation(angles, query.dtype)
         keys, values = self._append(layer_number, _rotate(key, cos, sin), value)
@@ -99,24 +102,24 @@ class KeyValueCache(StaticInferenceContext):
             self._layers[number] = (keys, values)
             return key, value
         if stop > self._layers[number][0].shape[2]:
-            self._layers[number] = tuple(self._room(buffer, None) for buffer in self._layers[number])
+            self._layers[number] = tuple(self._with_free_columns(buffer, None) for buffer in self._layers[number])
         all_keys, all_values = self._layers[number]
         all_keys[:, :, start:stop] = keys
         all_values[:, :, start:stop] = values
         return all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
 
-    def _room(self, buffer: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """A copy of ``rows`` of ``buffer`` with free columns after those that are filled."""
-        filled = self.sequence_len_offset
-        kept = buffer[:, :, :filled]
-        kept = kept if rows is None else kept.index_select(0, rows)
-        columns = min(self.max_sequence_length, filled + max(filled, _LEAST_ROOM))
-        room = kept.new_empty(kept.shape[0], kept.shape[1], columns, kept.shape[3])
-        room[:, :, :filled] = kept
-        return room
+    def _with_free_columns(self, buffer: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Copy ``rows`` (None: all) of ``buffer`` into a buffer with free columns after the filled ones."""
+        num_filled = self.sequence_len_offset
+        filled = buffer[:, :, :num_filled]
+        filled = filled if rows is None else filled.index_select(0, rows)
+        columns = min(self.max_sequence_length, num_filled + max(num_filled, _MIN_FREE_COLUMNS))
+        larger = filled.new_empty(filled.shape[0], filled.shape[1], columns, filled.shape[3])
+        larger[:, :, :num_filled] = filled
+        return larger
 
     def _window_rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and signed sine of the window's positions, once for all layers: [window, batch or 1, 1, head_dim]."""
+        """Return cosine and signed sine of the window's positions, computed once for all layers: [w, b or 1, 1, d]."""
         if self._rotation is None:
             if self._cos_sin is None:
                 sin = torch.sin(angles[:, 0, 0])
@@ -134,7 +137,7 @@ class KeyValueCache(StaticInferenceContext):
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention that hands keys and values to a ``KeyValueCache``; without one it is unchanged."""
+    """Megatron's self-attention with keys and values in a ``KeyValueCache``; without one it is unchanged."""
 
     def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:

@@ -1,7 +1,7 @@
-"""Megatron parameters cut from Hugging Face tensors and joined back, one parameter at a time.
+"""Shard Hugging Face tensors into one Megatron parameter, and join the shards again; seeded initial weights.
 
-The arithmetic of the name table's rules, and random initial weights as a source of tensors. Knows no process group and
-no file: ``weights`` applies it to live models, ``conversion/`` to checkpoints.
+This is the arithmetic of the rules of ``families.Parallelism``, without process groups and files: ``weights`` applies
+it to live models, ``conversion/`` to checkpoints.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.models.families import ParamMapping, hf_tensor_shapes, padded_vocab_size
 
@@ -20,7 +21,7 @@ class WeightSource(Protocol):
     """Where Hugging Face tensors come from."""
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor ``name``, or its slice [start, stop) along ``dim`` (to the end without ``stop``)."""
+        """Return the tensor ``name``, or its slice [start, stop) along ``dim`` (to the end without ``stop``)."""
         ...
 
 
@@ -51,78 +52,80 @@ class SeededWeights:
         return tensor.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
 
 
-def read_shard(entry: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """One tensor rank's part of a Megatron parameter, read from its Hugging Face tensors."""
-    names = entry.hf_names
-    match entry.parallelism:
+def read_shard(
+    mapping: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """Return one tensor-parallel rank's shard of a Megatron parameter, read from its Hugging Face tensors."""
+    names = mapping.hf_names
+    match mapping.parallelism:
         case "replicated":
             return source.read(names[0])
-        case "vocabulary":
-            share = padded_vocab_size(spec.vocab_size, tp_size) // tp_size
-            start = min(tp_rank * share, spec.vocab_size)
-            rows = source.read(names[0], 0, start, min((tp_rank + 1) * share, spec.vocab_size))
-            padding = share - rows.size(0)
+        case "vocab_parallel":
+            size = padded_vocab_size(spec.vocab_size, tp_size) // tp_size
+            start = min(tp_rank * size, spec.vocab_size)
+            rows = source.read(names[0], 0, start, min((tp_rank + 1) * size, spec.vocab_size))
+            padding = size - rows.size(0)
             return torch.cat([rows, rows.new_zeros(padding, rows.size(1))]) if padding else rows
-        case "columns":
-            width = spec.q_dim if names[0].endswith("o_proj.weight") else _ffn_size(entry, spec)
-            share = width // tp_size
-            return source.read(names[0], 1, tp_rank * share, (tp_rank + 1) * share)
-        case "gate_up":
-            share = _ffn_size(entry, spec) // tp_size
-            return torch.cat([source.read(name, 0, tp_rank * share, (tp_rank + 1) * share) for name in names])
-        case "qkv":
-            return _read_qkv(entry, spec, source, tp_rank, tp_size)
+        case "row_parallel":
+            width = spec.q_dim if names[0].endswith("o_proj.weight") else _ffn_size(mapping, spec)
+            size = width // tp_size
+            return source.read(names[0], 1, tp_rank * size, (tp_rank + 1) * size)
+        case "gate_up_column_parallel":
+            size = _ffn_size(mapping, spec) // tp_size
+            return torch.cat([source.read(name, 0, tp_rank * size, (tp_rank + 1) * size) for name in names])
+        case "qkv_column_parallel":
+            return _read_qkv(mapping, spec, source, tp_rank, tp_size)
 
 
-def _ffn_size(entry: ParamMapping, spec: ModelSpec) -> int:
-    return spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
+def _ffn_size(mapping: ParamMapping, spec: ModelSpec) -> int:
+    return spec.ffn_hidden_size if mapping.expert is None else spec.moe_ffn_hidden_size
 
 
-def _heads_of_group(spec: ModelSpec) -> list[int]:
-    """Rows of one group in the fused matrix: its queries, its key, its value."""
+def _rows_of_group(spec: ModelSpec) -> list[int]:
+    """Return the rows of one query group in the fused matrix: of its queries, its key, its value."""
     return [spec.q_dim // spec.num_query_groups, spec.head_dim, spec.head_dim]
 
 
-def _read_qkv(entry: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """Rows [rank, rank + 1) x share of the fused matrix; with more ranks than groups, a rank holds part of a group."""
-    sizes = _heads_of_group(spec)
+def _read_qkv(mapping: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """Return an equal share of the rows of the fused matrix; with more ranks than groups it is a slice of a group."""
+    sizes = _rows_of_group(spec)
     group_rows = sum(sizes)
-    share = group_rows * spec.num_query_groups // tp_size
-    first_row, last_row = tp_rank * share, (tp_rank + 1) * share
-    first, last = first_row // group_rows, -(-last_row // group_rows)
+    shard_rows = group_rows * spec.num_query_groups // tp_size
+    start_row, stop_row = tp_rank * shard_rows, (tp_rank + 1) * shard_rows
+    start_group, stop_group = start_row // group_rows, ceil_div(stop_row, group_rows)
     parts = []
-    for name, size in zip(entry.hf_names, sizes, strict=True):
-        rows = source.read(name, 0, first * size, last * size)
-        parts.append(rows.reshape(last - first, size, spec.hidden_size))
+    for name, size in zip(mapping.hf_names, sizes, strict=True):
+        rows = source.read(name, 0, start_group * size, stop_group * size)
+        parts.append(rows.reshape(stop_group - start_group, size, spec.hidden_size))
     fused = torch.cat(parts, dim=1).reshape(-1, spec.hidden_size)
-    return fused[first_row - first * group_rows : last_row - first * group_rows]
+    return fused[start_row - start_group * group_rows : stop_row - start_group * group_rows]
 
 
-def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenated; a single part as it is, because these tensors can be gigabytes."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _cat(shards: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate; return a single shard without a copy, because these tensors can be gigabytes."""
+    return shards[0] if len(shards) == 1 else torch.cat(shards, dim)
 
 
-def join_shards(entry: ParamMapping, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of a Megatron parameter from all tensor ranks' parts; inverse of ``read_shard``.
+def join_shards(mapping: ParamMapping, spec: ModelSpec, shards: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Return the Hugging Face tensors of a Megatron parameter from the shards of all ranks; inverse of ``read_shard``.
 
-    With one rank they may be views of its part.
+    With one rank they may be views of its shard.
     """
-    names = entry.hf_names
-    match entry.parallelism:
+    names = mapping.hf_names
+    match mapping.parallelism:
         case "replicated":
             return [(names[0], shards[0])]
-        case "vocabulary":
+        case "vocab_parallel":
             return [(names[0], _cat(shards, 0)[: spec.vocab_size])]
-        case "columns":
+        case "row_parallel":
             return [(names[0], _cat(shards, 1))]
-        case "gate_up":
+        case "gate_up_column_parallel":
             halves = [shard.chunk(2) for shard in shards]
             if len(shards) == 1:
                 return list(zip(names, halves[0], strict=True))
             return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
-        case "qkv":
-            sizes = _heads_of_group(spec)
+        case "qkv_column_parallel":
+            sizes = _rows_of_group(spec)
             fused = torch.cat(shards).reshape(spec.num_query_groups, sum(sizes), spec.hidden_size)
             parts = fused.split(sizes, dim=1)
             return [(name, part.reshape(-1, spec.hidden_size)) for name, part in zip(names, parts, strict=True)]

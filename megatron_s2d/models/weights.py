@@ -1,8 +1,8 @@
-"""The name table applied to a live model: weights in, and a stream of (Hugging Face name, tensor) out.
+"""Import Hugging Face weights into a live Megatron model, and export them as (Hugging Face name, tensor) buckets.
 
-``import_weights`` reads, for the part of the model that a rank holds, just the slices it needs from a source (a
-``HfCheckpoint``, or ``SeededWeights``). ``export_buckets`` is the inverse, gathered over tensor, expert and pipeline
-ranks a bucket at a time, for weight sync. Checkpoints on disk are converted in ``conversion/``.
+``import_weights`` reads only the slices that this rank needs from a source (``HfCheckpoint`` or ``SeededWeights``).
+``export_buckets`` is the inverse for weight sync: it gathers over tensor-, expert- and pipeline-parallel ranks, one
+bucket at a time. Checkpoints on disk are converted in ``conversion/``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_s2d.models.families import (
     layer_param_mappings,
     layers_of_pp_rank,
 )
-from megatron_s2d.models.shards import SeededWeights, WeightSource, join_shards, read_shard
+from megatron_s2d.models.shards import WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import remember_values
 from megatron_s2d.parallel.layout import Layout
@@ -31,24 +31,22 @@ device.patch_megatron_for_cpu()
 
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
-__all__ = ["SeededWeights", "WeightSource", "export_buckets", "export_weights", "import_weights"]
-
 
 def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
-    """Fill this rank's part of the model (without gradient buffers around it) from ``source``, cast to its dtype.
+    """Fill every parameter of this rank from ``source``, cast to its dtype; padded vocabulary rows become zeros.
 
-    Every parameter is filled, padded vocabulary rows with zeros. Raises ``ValueError`` for a tensor of another shape.
+    The model must not be wrapped in gradient buffers yet. Raises ``ValueError`` for a tensor of another shape.
     """
     (model,) = chunks
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, entry in _local_param_mappings(spec, layout):
-            parameter = parameters.pop(_parameter_name(name, parameters))
-            group = layout.groups.tp if entry.expert is None else layout.groups.expt_tp
-            shard = read_shard(entry, spec, source, group.rank(), group.size())
+        for name, mapping in _local_mappings(spec, layout):
+            parameter = parameters.pop(_name_in_model(name, parameters))
+            group = layout.groups.tp if mapping.expert is None else layout.groups.expt_tp
+            shard = read_shard(mapping, spec, source, group.rank(), group.size())
             if shard.shape != parameter.shape:
                 raise ValueError(
-                    f"{' + '.join(entry.hf_names)}: shape {tuple(shard.shape)}, but the model has "
+                    f"{' + '.join(mapping.hf_names)}: shape {tuple(shard.shape)}, but the model has "
                     f"{tuple(parameter.shape)} for {name}"
                 )
             parameter.copy_(shard.to(parameter.device))
@@ -56,72 +54,10 @@ def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layou
     assert not parameters, f"parameters outside the name table: {sorted(parameters)}"
 
 
-def _dense(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's values in the model's dtype, where Transformer Engine keeps it in FP8 too."""
-    return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
-
-
-def _local_param_mappings(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
-    """The parameters that this rank holds: name within its chunk, and entry."""
-    if layout.is_pipeline_first_stage:
-        yield from ((entry.parameter, entry) for entry in global_param_mappings(spec, "first"))
-    for local, layer in enumerate(layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size)):
-        for item in _layer_items(spec, layout, layer, local):
-            yield item.parameter, item.entries[layout.groups.ep.rank() if len(item.entries) > 1 else 0]
-    if layout.is_pipeline_last_stage:
-        for entry in global_param_mappings(spec, "last"):
-            if entry.parallelism != "vocabulary" or not spec.tie_word_embeddings or layout.pp_size > 1:
-                yield entry.parameter, entry
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """A parameter as one stage holds it: its name there, and its entry on each expert-parallel rank (or the one)."""
-
-    parameter: str
-    entries: tuple[ParamMapping, ...]
-
-    @property
-    def is_expert(self) -> bool:
-        return self.entries[0].expert is not None
-
-
-def _layer_items(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_Item]:
-    prefix = f"decoder.layers.{local_layer}."
-    entries = layer_param_mappings(spec, layer)
-    for entry in entries:
-        if entry.expert is None:
-            yield _Item(prefix + entry.parameter, (entry,))
-    by_expert: dict[int, list[ParamMapping]] = {}
-    for entry in entries:
-        if entry.expert is not None:
-            by_expert.setdefault(entry.expert, []).append(entry)
-    ranks = layout.config.expert_model_parallel_size
-    share = spec.num_experts // ranks
-    for local in range(share):
-        # Expert r x share + local lives on expert-parallel rank r, under its local number.
-        for same in zip(*(by_expert[rank * share + local] for rank in range(ranks)), strict=True):
-            yield _Item(prefix + same[0].parameter, tuple(same))
-
-
-def _parameter_name(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
-    """``name`` as this model's layers call it; Transformer Engine fuses norms into linears and groups experts."""
-    if name in parameters:
-        return name
-    fused = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-    fused = fused.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
-    if ".local_experts." in fused:
-        before, _, after = fused.partition("local_experts.")
-        number, _, rest = after.partition(".")
-        fused = f"{before}{rest}{number}"
-    assert fused in parameters, f"the model has no parameter {name}"
-    return fused
-
-
 def export_weights(
     chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """``export_buckets`` tensor by tensor."""
+    """Yield the tensors of ``export_buckets`` one by one."""
     for bucket in export_buckets(chunks, spec, layout, bucket_bytes=bucket_bytes):
         yield from bucket
 
@@ -129,77 +65,149 @@ def export_weights(
 def export_buckets(
     chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """The whole model as (Hugging Face name, full tensor), the same on every rank.
+    """Yield the full model as buckets of (Hugging Face name, full tensor), the same on every rank.
 
-    Collective: all ranks must exhaust it. Buckets hold at most ``bucket_bytes`` of full tensors (or one larger item)
-    and come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies in the model's
-    dtype, without padding rows.
+    Collective: all ranks must exhaust it. A bucket has at most ``bucket_bytes`` of full tensors (or one larger
+    parameter). Buckets come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies
+    in the model's dtype, without padding rows.
     """
     (model,) = chunks
     parameters = dict(model.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     shapes = dict(hf_tensor_shapes(spec))
-    for stage in range(layout.pp_size):
-        bucket: list[_Item] = []
-        size = 0
-        for item in _stage_items(spec, layout, stage):
-            cost = sum(math.prod(shapes[name]) for entry in item.entries for name in entry.hf_names) * dtype.itemsize
-            if bucket and (size + cost > bucket_bytes or item.is_expert != bucket[0].is_expert):
-                yield _gather(bucket, parameters, spec, layout, stage, shapes, dtype)
-                bucket, size = [], 0
-            bucket.append(item)
-            size += cost
-        yield _gather(bucket, parameters, spec, layout, stage, shapes, dtype)
+    for pp_rank in range(layout.pp_size):
+        bucket: list[_LocalParam] = []
+        bucket_size = 0
+        for param in _params_of_pp_rank(spec, layout, pp_rank):
+            size = sum(math.prod(shapes[name]) for name in param.hf_names) * dtype.itemsize
+            if bucket and (bucket_size + size > bucket_bytes or param.is_expert != bucket[0].is_expert):
+                yield _gather(bucket, parameters, spec, layout, pp_rank, shapes, dtype)
+                bucket, bucket_size = [], 0
+            bucket.append(param)
+            bucket_size += size
+        yield _gather(bucket, parameters, spec, layout, pp_rank, shapes, dtype)
 
 
-def _stage_items(spec: ModelSpec, layout: Layout, stage: int) -> Iterator[_Item]:
-    if stage == 0:
-        yield from (_Item(entry.parameter, (entry,)) for entry in global_param_mappings(spec, "first"))
-    for local, layer in enumerate(layers_of_pp_rank(spec, stage, layout.pp_size)):
-        yield from _layer_items(spec, layout, layer, local)
-    if stage == layout.pp_size - 1:
-        for entry in global_param_mappings(spec, "last"):
-            if entry.parallelism != "vocabulary" or not spec.tie_word_embeddings:
-                yield _Item(entry.parameter, (entry,))
+@dataclasses.dataclass(frozen=True)
+class _LocalParam:
+    """A parameter under its name on one pipeline rank; for an expert's, the mapping on each expert-parallel rank."""
+
+    name: str
+    mappings: tuple[ParamMapping, ...]  # one, or one per expert-parallel rank
+
+    @property
+    def is_expert(self) -> bool:
+        return self.mappings[0].expert is not None
+
+    @property
+    def hf_names(self) -> list[str]:
+        return [name for mapping in self.mappings for name in mapping.hf_names]
+
+
+def _local_mappings(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
+    """Yield name within the chunk and mapping of this rank's parameters."""
+    ep_rank = layout.groups.ep.rank()
+    for param in _params_of_pp_rank(spec, layout, layout.pp_rank):
+        yield param.name, param.mappings[ep_rank if len(param.mappings) > 1 else 0]
+    if layout.is_pipeline_last_stage and spec.tie_word_embeddings and layout.pp_size > 1:
+        # The last pipeline rank of a tied model has a copy of the embedding, which is not exported.
+        for mapping in global_param_mappings(spec, "last"):
+            if mapping.parallelism == "vocab_parallel":
+                yield mapping.parameter, mapping
+
+
+def _params_of_pp_rank(spec: ModelSpec, layout: Layout, pp_rank: int) -> Iterator[_LocalParam]:
+    """Yield the parameters of a pipeline rank; the output layer only if it is not tied to the embedding."""
+    if pp_rank == 0:
+        yield from (_LocalParam(mapping.parameter, (mapping,)) for mapping in global_param_mappings(spec, "first"))
+    for local_layer, layer in enumerate(layers_of_pp_rank(spec, pp_rank, layout.pp_size)):
+        yield from _params_of_layer(spec, layout, layer, local_layer)
+    if pp_rank == layout.pp_size - 1:
+        for mapping in global_param_mappings(spec, "last"):
+            if mapping.parallelism != "vocab_parallel" or not spec.tie_word_embeddings:
+                yield _LocalParam(mapping.parameter, (mapping,))
+
+
+def _params_of_layer(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_LocalParam]:
+    prefix = f"decoder.layers.{local_layer}."
+    by_expert: dict[int, list[ParamMapping]] = {}
+    for mapping in layer_param_mappings(spec, layer):
+        if mapping.expert is None:
+            yield _LocalParam(prefix + mapping.parameter, (mapping,))
+        else:
+            by_expert.setdefault(mapping.expert, []).append(mapping)
+    ep_size = layout.config.expert_model_parallel_size
+    experts_per_rank = spec.num_experts // ep_size
+    for local_expert in range(experts_per_rank):
+        # Expert r * experts_per_rank + i is local expert i of expert-parallel rank r.
+        experts = (by_expert[ep_rank * experts_per_rank + local_expert] for ep_rank in range(ep_size))
+        for mappings in zip(*experts, strict=True):
+            yield _LocalParam(prefix + mappings[0].parameter, tuple(mappings))
+
+
+def _name_in_model(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
+    """Return ``name`` as in this model: Transformer Engine fuses norms into linears and groups experts."""
+    if name in parameters:
+        return name
+    fused = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    fused = fused.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if ".local_experts." in fused:
+        before, _, after = fused.partition("local_experts.")
+        expert, _, suffix = after.partition(".")
+        fused = f"{before}{suffix}{expert}"
+    assert fused in parameters, f"the model has no parameter {name}"
+    return fused
+
+
+def _dense(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the parameter's values in the model's dtype, dequantised if Transformer Engine stores it in FP8."""
+    return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 
 def _gather(
-    bucket: list[_Item],
+    bucket: list[_LocalParam],
     parameters: dict[str, torch.nn.Parameter],
     spec: ModelSpec,
     layout: Layout,
-    stage: int,
+    pp_rank: int,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> list[tuple[str, torch.Tensor]]:
-    """Full tensors of a bucket of ``stage``: one gather over tensor ranks, one over expert ranks, one broadcast."""
-    names = [name for item in bucket for entry in item.entries for name in entry.hf_names]
+    """Return the full tensors of a bucket of ``pp_rank``.
+
+    One all-gather over tensor-parallel ranks, one over expert-parallel ranks, one broadcast over the pipeline.
+    """
+    names = [name for param in bucket for name in param.hf_names]
     sizes = [math.prod(shapes[name]) for name in names]
-    if layout.pp_rank == stage:
-        held = [_dense(parameters[_parameter_name(item.parameter, parameters)]) for item in bucket]
-        is_expert = bucket[0].is_expert
-        tensor_group = layout.groups.expt_tp if is_expert else layout.groups.tp
-        flat = _all_gather(torch.cat([tensor.reshape(-1) for tensor in held])[None], tensor_group)
-        if is_expert:
-            flat = _all_gather(flat[None], layout.groups.ep)
-        else:
-            flat = flat[None]
-        # flat: [expert ranks or 1, tensor ranks, elements held]
-        full: list[torch.Tensor] = []
-        for item, tensor, columns in zip(bucket, held, flat.split([t.numel() for t in held], dim=2), strict=True):
-            for rank, entry in enumerate(item.entries):
-                shards = [part.view(tensor.shape) for part in columns[rank]]
-                full += [joined.reshape(-1) for _, joined in join_shards(entry, spec, shards)]
-        whole = torch.cat(full)
+    if layout.pp_rank == pp_rank:
+        shards = [_dense(parameters[_name_in_model(param.name, parameters)]) for param in bucket]
+        flat = _join(bucket, shards, spec, layout)
     else:
-        whole = torch.empty(sum(sizes), dtype=dtype, device=device.device())
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device.device())
     if layout.pp_size > 1:
-        dist.broadcast(whole, dist.get_process_group_ranks(layout.groups.pp)[stage], group=layout.groups.pp)
-    return [(name, part.view(shapes[name])) for name, part in zip(names, whole.split(sizes), strict=True)]
+        dist.broadcast(flat, dist.get_process_group_ranks(layout.groups.pp)[pp_rank], group=layout.groups.pp)
+    return [(name, tensor.view(shapes[name])) for name, tensor in zip(names, flat.split(sizes), strict=True)]
+
+
+def _join(bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout) -> torch.Tensor:
+    """Gather ``shards`` over tensor- and expert-parallel ranks; return the full tensors, flattened and concatenated."""
+    is_expert = bucket[0].is_expert
+    tp_group = layout.groups.expt_tp if is_expert else layout.groups.tp
+    gathered = _all_gather(torch.cat([shard.reshape(-1) for shard in shards])[None], tp_group)[None]
+    if is_expert:
+        gathered = _all_gather(gathered, layout.groups.ep)
+    # gathered: [expert-parallel ranks or 1, tensor-parallel ranks, elements of a shard]
+    full: list[torch.Tensor] = []
+    columns = gathered.split([shard.numel() for shard in shards], dim=2)
+    for param, shard, of_param in zip(bucket, shards, columns, strict=True):
+        for mapping, of_ep_rank in zip(param.mappings, of_param, strict=True):
+            tp_shards = [flat.view(shard.shape) for flat in of_ep_rank]
+            full += [tensor.reshape(-1) for _, tensor in join_shards(mapping, spec, tp_shards)]
+    return torch.cat(full)
 
 
 def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """``tensor`` [1, ...] of every rank of ``group``, stacked along dimension 0."""
+    """Return ``tensor`` [1, ...] of every rank of ``group``, stacked along dimension 0."""
     if group.size() == 1:
         return tensor
     output = tensor.new_empty(group.size(), *tensor.shape[1:])

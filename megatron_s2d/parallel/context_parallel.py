@@ -1,7 +1,7 @@
-"""How sequences that lie end to end are cut over context-parallel ranks: Megatron's and Transformer Engine's scheme.
+"""Split packed sequences over context-parallel ranks, as Megatron and Transformer Engine do. No Megatron here.
 
-Each sequence is cut into twice as many pieces as there are ranks; rank r holds the r-th piece from the front and the
-r-th from the back, so that with causal attention all ranks have the same work. No Megatron here.
+Each sequence is split into 2 * cp_size chunks; rank r has the r-th chunk from the front and the r-th from the back, so
+that with causal attention all ranks have the same work.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def num_pieces(size: int) -> int:
-    """What the length of every sequence has to be a multiple of at ``size`` context ranks."""
-    return 1 if size == 1 else 2 * size
+def cp_length_multiple(cp_size: int) -> int:
+    """Return the number that the length of every sequence must be a multiple of."""
+    return 1 if cp_size == 1 else 2 * cp_size
 
 
-def cp_positions(bounds: Sequence[int], size: int) -> np.ndarray:
-    """[size, tokens / size] int64: the positions that each rank holds, in its order.
+def cp_positions(cu_seqlens: Sequence[int], cp_size: int) -> np.ndarray:
+    """Return the positions of each rank's tokens, in its order: [cp_size, total tokens / cp_size] int64.
 
-    ``bounds``: where each sequence begins, and the end; lengths are multiples of ``pieces(size)``.
+    cu_seqlens: start of each sequence, and the end of the last; lengths are multiples of ``cp_length_multiple``.
     """
-    starts, lengths = np.asarray(bounds[:-1]), np.diff(bounds)
-    if np.any(lengths % num_pieces(size)):
-        raise ValueError(f"sequences of {lengths.tolist()} tokens cannot be cut for {size} context ranks")
-    if size == 1:
-        return np.arange(bounds[-1])[None]
-    held = []
-    for rank in range(size):
-        parts = []
+    starts, lengths = np.asarray(cu_seqlens[:-1]), np.diff(cu_seqlens)
+    if np.any(lengths % cp_length_multiple(cp_size)):
+        raise ValueError(
+            f"sequences of {lengths.tolist()} tokens cannot be split over {cp_size} context-parallel ranks"
+        )
+    if cp_size == 1:
+        return np.arange(cu_seqlens[-1])[None]
+    positions = []
+    for rank in range(cp_size):
+        chunks = []
         for start, length in zip(starts, lengths, strict=True):
-            piece = length // (2 * size)
-            for number in (rank, 2 * size - 1 - rank):
-                parts.append(np.arange(start + number * piece, start + (number + 1) * piece))
-        held.append(np.concatenate(parts))
-    return np.stack(held)
+            size = length // (2 * cp_size)
+            for index in (rank, 2 * cp_size - 1 - rank):
+                chunks.append(np.arange(start + index * size, start + (index + 1) * size))
+        positions.append(np.concatenate(chunks))
+    return np.stack(positions)

@@ -179,7 +179,7 @@ def test_context_rank_has_a_piece_from_each_end_of_every_sequence():
     """The example in Megatron's documentation, and its other rank."""
     assert cp_positions([0, 4, 8], 2).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
     assert cp_positions([0, 12], 3).tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
-    with pytest.raises(ValueError, match="cannot be cut for 2 context ranks"):
+    with pytest.raises(ValueError, match="cannot be split over 2 context-parallel ranks"):
         cp_positions([0, 6], 2)
 
 

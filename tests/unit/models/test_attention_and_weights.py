@@ -1,4 +1,4 @@
-"""The attention against its definition in float64; packing; the cutting and joining of parameters; seeded weights."""
+"""Attention against its definition in float64, packing, sharding and joining of parameters, seeded weights, export."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.models.attention import attend
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import global_param_mappings, hf_tensor_shapes, layer_param_mappings
+from megatron_s2d.models.layers import attend
 from megatron_s2d.models.shards import SeededWeights, join_shards, read_shard
 from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel import layout as layouts
@@ -28,13 +28,13 @@ def layout():
     return layouts.build_layout(ParallelConfig())
 
 
-def defined(query, key, value, masked):
+def reference_attention(query, key, value, mask):
     """Softmax attention in float64; rows that see nothing are zero."""
     query, key, value = (tensor.double() for tensor in (query, key, value))
     group = query.size(2) // key.size(2)
     key, value = (tensor.repeat_interleave(group, dim=2) for tensor in (key, value))
     scores = torch.einsum("sbhd,tbhd->bhst", query, key) / query.size(3) ** 0.5
-    weights = torch.softmax(scores.masked_fill(masked, -torch.inf), dim=-1).nan_to_num(0.0)
+    weights = torch.softmax(scores.masked_fill(mask, -torch.inf), dim=-1).nan_to_num(0.0)
     return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
 
 
@@ -47,32 +47,33 @@ def test_attention_equals_its_definition(num_queries, num_keys, groups):
     causal = ~torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     padding = torch.zeros(2, 1, 1, num_keys, dtype=torch.bool)
     padding[1, ..., :2] = True
-    for given, masked in ((None, causal), (causal | padding, causal | padding)):
-        found, expected = attend(query, key, value, given), defined(query, key, value, masked)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
-        gradient = torch.randn_like(found)
-        ours = torch.autograd.grad(found, (query, key, value), gradient)
-        truth = torch.autograd.grad(expected, (query, key, value), gradient.double())
-        for mine, exact in zip(ours, truth, strict=True):
-            assert torch.isfinite(mine).all()
-            torch.testing.assert_close(mine, exact, rtol=0, atol=1e-5)
+    for attention_mask, mask in ((None, causal), (causal | padding, causal | padding)):
+        output = attend(query, key, value, attention_mask)
+        expected = reference_attention(query, key, value, mask)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-6)
+        cotangent = torch.randn_like(output)
+        gradients = torch.autograd.grad(output, (query, key, value), cotangent)
+        expected_gradients = torch.autograd.grad(expected, (query, key, value), cotangent.double())
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert torch.isfinite(gradient).all()
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
-def test_packed_sequences_are_as_if_alone(preset, layout):
+def test_packed_sequences_equal_separate_ones(preset, layout):
     spec = ModelConfig(preset=preset).resolve(25)
     (model,) = build_model(spec, layout, seed=1)
     sequences = [torch.randint(0, 25, (1, length)) for length in (5, 1, 8)]
-    bounds = torch.tensor([0, 5, 6, 14], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 5, 6, 14], dtype=torch.int32)
     packing = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=8, max_seqlen_kv=8
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=8, max_seqlen_kv=8
     )
     with layout.active(), torch.no_grad():
-        alone = [model(tokens, torch.arange(tokens.size(1))[None], None) for tokens in sequences]
+        separate = [model(tokens, torch.arange(tokens.size(1))[None], None) for tokens in sequences]
         packed = torch.cat(sequences, dim=1)
         positions = torch.cat([torch.arange(tokens.size(1)) for tokens in sequences])[None]
-        found = model(packed, positions, None, packed_seq_params=packing)
-    torch.testing.assert_close(found, torch.cat(alone, dim=1), rtol=0, atol=2e-6)
+        logits = model(packed, positions, None, packed_seq_params=packing)
+    torch.testing.assert_close(logits, torch.cat(separate, dim=1), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -93,19 +94,19 @@ def test_recomputation_gives_the_same_gradients(recompute, layout):
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
-def test_joining_undoes_cutting(preset, tp_size):
+def test_joining_inverts_sharding(preset, tp_size):
     spec = ModelConfig(preset=preset).resolve(27)
     source = SeededWeights(spec, 3)
     shapes = dict(hf_tensor_shapes(spec))
     seen = set()
-    for entry in [
+    for mapping in [
         *global_param_mappings(spec, "first"),
         *layer_param_mappings(spec, 1),
         *global_param_mappings(spec, "last"),
     ]:
-        shards = [read_shard(entry, spec, source, rank, tp_size) for rank in range(tp_size)]
+        shards = [read_shard(mapping, spec, source, rank, tp_size) for rank in range(tp_size)]
         assert len({shard.shape for shard in shards}) == 1
-        for name, tensor in join_shards(entry, spec, shards):
+        for name, tensor in join_shards(mapping, spec, shards):
             assert tuple(tensor.shape) == shapes[name]
             assert torch.equal(tensor, source.read(name)), name
             seen.add(name)
@@ -122,8 +123,8 @@ def test_seeded_weights():
     assert not torch.equal(weight, SeededWeights(spec, 2).read(name))
     assert not torch.equal(weight, source.read(name.replace("gate", "up")))
     assert weight.std() == pytest.approx(spec.initializer_range, rel=0.05) and abs(float(weight.mean())) < 0.002
-    written = source.read("model.layers.2.mlp.down_proj.weight")
-    assert written.std() == pytest.approx(spec.initializer_range / (2 * spec.num_layers) ** 0.5, rel=0.05)
+    residual = source.read("model.layers.2.mlp.down_proj.weight")
+    assert residual.std() == pytest.approx(spec.initializer_range / (2 * spec.num_layers) ** 0.5, rel=0.05)
     assert torch.equal(source.read("model.norm.weight"), torch.ones(spec.hidden_size))
 
 
@@ -151,7 +152,7 @@ def test_weights_of_another_model_are_refused(layout):
         import_weights(chunks, wider, layout, SeededWeights(wider, 1))
 
 
-def test_a_layout_that_does_not_divide_is_refused_before_building(layout):
+def test_layout_that_does_not_divide_the_model_is_refused(layout):
     spec = ModelConfig(preset="tiny-teacher").resolve(25)
     other = dataclasses.replace(layout, config=ParallelConfig(tensor_model_parallel_size=3))
     with pytest.raises(UserError, match="num_attention_heads 4 cannot be divided"):

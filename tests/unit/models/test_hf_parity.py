@@ -1,6 +1,6 @@
 """Logits of the Megatron model against transformers on the same random weights, float32 within 1e-4.
 
-The layouts are compared with each other in tests/dist; here one rank meets every family and every corner of a
+tests/dist compares layouts with each other; here one rank runs every family and every corner case of a
 configuration: head_dim unequal to hidden_size / heads, tied and untied, odd vocabularies, rope scaling, padding.
 """
 
@@ -17,8 +17,9 @@ transformers = pytest.importorskip("transformers")
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.presets import PRESETS
 from megatron_s2d.models.build import build_model, rope_frequencies
-from megatron_s2d.models.families import PRESETS, hf_tensor_shapes
+from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_weights, import_weights
 from megatron_s2d.parallel import layout as layouts
@@ -64,10 +65,10 @@ def make_pair(name: str, directory, layout, dtype=torch.float32):
     return spec, reference, chunks
 
 
-def megatron_logits(chunks, spec, layout, tokens, masked=None):
+def megatron_logits(chunks, spec, layout, tokens, attention_mask=None):
     with layout.active(), torch.no_grad():
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        return chunks[0](tokens, positions, masked)[..., : spec.vocab_size]
+        return chunks[0](tokens, positions, attention_mask)[..., : spec.vocab_size]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -94,11 +95,11 @@ def test_left_padding_is_invisible(name, tmp_path, layout):
     with torch.no_grad():
         expected = reference(tokens[1:, 7:]).logits[0]
         padded = reference(tokens, attention_mask=visible.long()).logits
-    masked = ~(visible[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool).tril())
-    found = megatron_logits(chunks, spec, layout, tokens, masked)
-    assert torch.isfinite(found).all()
-    torch.testing.assert_close(found[1, 7:], expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found[visible], padded[visible], rtol=0, atol=1e-4)
+    attention_mask = ~(visible[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool).tril())
+    logits = megatron_logits(chunks, spec, layout, tokens, attention_mask)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[1, 7:], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits[visible], padded[visible], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied", "moe"])
@@ -111,17 +112,17 @@ def test_long_positions(name, tmp_path, layout):
 
 
 @pytest.mark.parametrize("name", ["qwen3_tied", "llama_untied_no_gqa", "moe"])
-def test_bfloat16_within_its_own_rounding(name, tmp_path, layout):
-    """In bfloat16 both models are off the float32 truth; ours by at most 1.5 times as much as transformers'."""
+def test_bfloat16_error_is_that_of_its_rounding(name, tmp_path, layout):
+    """In bfloat16 both models differ from the float32 logits; ours by at most 1.5 times as much as transformers'."""
     spec, reference, chunks = make_pair(name, tmp_path, layout, torch.bfloat16)
     tokens = torch.randint(0, spec.vocab_size, (4, 40))
-    found = megatron_logits(chunks, spec, layout, tokens).float()
+    logits = megatron_logits(chunks, spec, layout, tokens).float()
     with torch.no_grad():
-        expected = reference(tokens).logits.float()
-        truth = reference.float()(tokens).logits
-    ours, theirs = (found - truth).abs(), (expected - truth).abs()
-    assert ours.mean() < 1.5 * theirs.mean()
-    assert (found - expected).abs().mean() < 0.02 * truth.std()
+        bfloat16_logits = reference(tokens).logits.float()
+        float32_logits = reference.float()(tokens).logits
+    error, reference_error = (logits - float32_logits).abs(), (bfloat16_logits - float32_logits).abs()
+    assert error.mean() < 1.5 * reference_error.mean()
+    assert (logits - bfloat16_logits).abs().mean() < 0.02 * float32_logits.std()
 
 
 @pytest.mark.parametrize("preset", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-8b"])

@@ -1,6 +1,6 @@
-"""What is built where: layers by capability, FP8 in Megatron's configuration, and what a chip or a shape refuses.
+"""Layers by capability, FP8 in Megatron's configuration, and FP8 checks of GPU and shapes.
 
-Transformer Engine is not there on a CPU; its presence is pretended, and the description of the layers is looked at.
+Transformer Engine is not installed on a CPU: the tests mock its presence and inspect the layer specs.
 """
 
 import dataclasses
@@ -14,11 +14,9 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_shapes
 from megatron_s2d.errors import UserError
-from megatron_s2d.models import build
-from megatron_s2d.models import transformer_engine as te_attention
-from megatron_s2d.models.attention import CoreAttention
+from megatron_s2d.models import build, te_attention
 from megatron_s2d.models.kv_cache import CachedSelfAttention
-from megatron_s2d.models.norm import RMSNorm
+from megatron_s2d.models.layers import CoreAttention, RMSNorm
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
@@ -41,32 +39,32 @@ def layout():
 
 
 @pytest.fixture
-def pretend(monkeypatch):
-    """The capabilities of another machine, for what describes layers."""
+def mock_capabilities(monkeypatch):
+    """Set the capabilities of another machine."""
 
-    def use(found: Capabilities) -> None:
-        monkeypatch.setattr(device, "capabilities", lambda: found)
+    def use(capabilities: Capabilities) -> None:
+        monkeypatch.setattr(device, "capabilities", lambda: capabilities)
         for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
             monkeypatch.setattr(rope_utils, name, object())
 
     return use
 
 
-def test_layers_are_transformer_engines_where_it_is(layout, pretend, monkeypatch):
-    """Megatron's description of those layers needs Transformer Engine itself, so the request for it is looked at."""
+def test_transformer_engine_layers_are_used_if_it_is_usable(layout, mock_capabilities, monkeypatch):
+    """Megatron's spec of these layers needs Transformer Engine, so the test inspects the call that asks for it."""
     local = build._block_submodules(SPEC, layout)
     assert local.layer_specs[0].submodules.self_attention.submodules.core_attention is CoreAttention
     assert local.layer_norm is RMSNorm
-    asked = {}
+    arguments = {}
 
-    def described(**arguments):
-        asked.update(arguments)
+    def layer_spec(**kwargs):
+        arguments.update(kwargs)
         return build.get_gpt_layer_local_submodules(qk_layernorm=True, normalization="RMSNorm")
 
-    pretend(H200)
-    monkeypatch.setattr(build, "get_gpt_layer_with_transformer_engine_submodules", described)
+    mock_capabilities(H200)
+    monkeypatch.setattr(build, "get_gpt_layer_with_transformer_engine_submodules", layer_spec)
     fused = build._block_submodules(SPEC, layout)
-    assert asked == {"num_experts": None, "moe_grouped_gemm": True, "qk_layernorm": True}
+    assert arguments == {"num_experts": None, "moe_grouped_gemm": True, "qk_layernorm": True}
     attention = fused.layer_specs[0].submodules.self_attention
     assert attention.submodules.core_attention is te_attention.MaskedTEDotProductAttention
     assert attention.module is CachedSelfAttention and fused.layer_norm is not RMSNorm
@@ -74,8 +72,8 @@ def test_layers_are_transformer_engines_where_it_is(layout, pretend, monkeypatch
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("parameters", [False, True])
-def test_fp8_reaches_megatrons_configuration(layout, pretend, recipe, parameters):
-    pretend(H200)
+def test_fp8_reaches_megatrons_configuration(layout, mock_capabilities, recipe, parameters):
+    mock_capabilities(H200)
     plain = build.transformer_config(SPEC, layout, params_dtype=torch.bfloat16)
     assert plain.fp8 is None and not plain.fp8_param and plain.apply_rope_fusion
     fp8 = Fp8Config(recipe=recipe, parameters=parameters)
@@ -96,8 +94,8 @@ def test_fp8_reaches_megatrons_configuration(layout, pretend, recipe, parameters
         ({"cuda_version": (12, 8)}, "needs CUDA 12.9, torch was built for 12.8"),
     ],
 )
-def test_what_a_machine_lacks_is_refused_before_building(layout, pretend, changes, message):
-    pretend(dataclasses.replace(H200, **changes))
+def test_fp8_without_hardware_support_is_refused(layout, mock_capabilities, changes, message):
+    mock_capabilities(dataclasses.replace(H200, **changes))
     with pytest.raises(UserError, match=message):
         build.build_model(SPEC, layout, params_dtype=torch.bfloat16, fp8=Fp8Config(recipe="blockwise"))
 
@@ -107,7 +105,7 @@ def test_fp8_without_a_gpu_is_refused(layout):
         build.build_model(SPEC, layout, fp8=Fp8Config())
 
 
-def test_chips():
+def test_recipes_of_each_gpu():
     usable = {
         name: [recipe for recipe in RECIPES if _allowed(Fp8Config(recipe=recipe), gpu.capability)]
         for name, gpu in GPUS.items()
@@ -133,7 +131,7 @@ def _allowed(fp8: Fp8Config, capability: tuple[int, int]) -> bool:
     return True
 
 
-def test_shapes():
+def test_fp8_shapes():
     for preset in ("qwen3-1.7b", "qwen3-8b", "llama-3.3-70b", "qwen3-30b-a3b"):
         for recipe in RECIPES:
             check_shapes(Fp8Config(recipe=recipe), ModelConfig(preset=preset).resolve(), ParallelConfig())
