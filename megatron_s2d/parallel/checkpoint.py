@@ -1,9 +1,9 @@
-"""Megatron distributed checkpoints: weights, optimizer state and position, loadable at any layout.
+"""Megatron distributed checkpoints of weights, optimizer state and trainer state, loadable at any layout.
 
-A checkpoint is a directory that appears in one rename when all of it is on disk, so a killed or failed save leaves the
-previous one as it was. Files: Megatron's ``dist_checkpointing`` shards with their SHA-256 manifest, ``model_spec.json``
-(which model this is) and ``trainer_state.json`` (where training stands). Nothing is unpickled: Megatron loads its common
-part with ``weights_only``.
+A checkpoint is a directory that is renamed into place when all of it is on disk, so a killed or failed save leaves the
+previous checkpoint intact. Files: Megatron's ``dist_checkpointing`` shards with their SHA-256 manifest,
+``model_spec.json`` (the model's dimensions) and ``trainer_state.json`` (steps and updates so far). Loading runs no
+pickled code: see ``safe_load``; Megatron loads its common part with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ def start_saving(
     layout: Layout,
     *,
     model_spec: dict[str, Any],
-    position: dict[str, Any],
+    trainer_state: dict[str, Any],
     trainable: TrainableModel | None = None,
     async_save: bool = False,
 ) -> CheckpointSave:
-    """Begin a checkpoint in ``directory`` (which must not exist); its ``finish`` makes it appear. Collective.
+    """Start to save a checkpoint to ``directory``, which must not exist until ``finish`` creates it. Collective.
 
-    ``chunks`` are the bare models; ``trainable`` adds the optimizer state. async_save: a thread writes a copy of the
-    state as it is now, while training goes on; otherwise the files are written when this returns. Raises ``UserError``,
-    here or from ``finish``, when the disk is full or not writable; then ``directory`` does not exist and whatever was
-    saved before is untouched.
+    chunks: the model without DDP wrappers. trainable: adds the optimizer state. async_save: a thread writes a copy of
+    the current state while training continues; otherwise the files are written when this returns. Raises ``UserError``,
+    here or from ``finish``, if the disk is full or not writable; then ``directory`` does not exist and earlier
+    checkpoints are intact.
     """
-    saving = CheckpointSave(directory, model_spec, position)
+    saving = CheckpointSave(directory, model_spec, trainer_state)
     saving.start(chunks, layout, trainable, async_save)
     return saving
 
 
 class CheckpointSave:
-    """A checkpoint that is being written; one at a time in a process."""
+    """A checkpoint that is being written; at most one at a time in a process."""
 
-    def __init__(self, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]):
-        self._directory, self._model_spec, self._position = directory, model_spec, position
+    def __init__(self, directory: Path, model_spec: dict[str, Any], trainer_state: dict[str, Any]):
+        self._directory, self._model_spec, self._trainer_state = directory, model_spec, trainer_state
         self._temporary = directory.with_name(directory.name + ".partial")
         self._request: AsyncRequest | None = None
-        self._failure: str | None = None  # known to this rank
+        self._failure: str | None = None  # of this rank
         self._thread: threading.Thread | None = None
 
     def start(
@@ -85,45 +85,47 @@ class CheckpointSave:
         trainable: TrainableModel | None,
         async_save: bool,
     ) -> None:
-        """Agree on who writes what, and write it or begin to; collective."""
+        """Plan which rank writes what, and write it or start the thread that does; collective."""
         failure = _on_rank_zero(lambda: _fresh_directory(self._temporary, self._directory))
         if failure is None:
             failure = _on_all_ranks(lambda: self._prepare(chunks, layout, trainable, async_save))
         if failure is not None:
-            self._give_up(failure)
+            self._abort(failure)
         if async_save:
-            self._thread = threading.Thread(target=self._write_or_note, name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=self._write_in_thread, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write()
 
     def is_written(self) -> bool:
-        """Whether ``finish`` would not wait; the same answer on every rank. Collective."""
+        """Return whether all ranks have written their files, so that ``finish`` does not wait. Collective."""
         return not any_rank(self._thread is not None and self._thread.is_alive())
 
     def finish(self) -> None:
-        """Wait for the files, then let the checkpoint appear; collective. Raises as ``start_saving``."""
+        """Wait for the files, then rename the checkpoint into place; collective. Raises as ``start_saving``."""
         if self._thread is not None:
             self._thread.join()
         failure = first_error(self._failure)
         if failure is None:
             failure = _on_all_ranks(self._finalize)
         if failure is None:
-            failure = _on_rank_zero(lambda: _appear(self._temporary, self._directory, self._model_spec, self._position))
+            failure = _on_rank_zero(
+                lambda: _publish(self._temporary, self._directory, self._model_spec, self._trainer_state)
+            )
         if failure is not None:
-            self._give_up(failure)
+            self._abort(failure)
 
     def _prepare(
         self, chunks: list[torch.nn.Module], layout: Layout, trainable: TrainableModel | None, async_save: bool
     ) -> None:
-        # The writer reports through a queue; the default one lives in a manager process whose start takes seconds,
-        # which a writer in this process does not need.
+        # The writer reports through a queue. The default queue belongs to a manager process, which takes seconds to
+        # start and which a writer in this process does not need.
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = queue.Queue()
         with layout.active():
             state = _sharded_state(chunks, trainable, loading=False)
             if async_save:
-                _copy_what_training_changes(state)
+                _copy_live_tensors(state)
             self._request = dist_checkpointing.save(
                 state,
                 str(self._temporary),
@@ -142,7 +144,7 @@ class CheckpointSave:
                 lambda: self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
             )
 
-    def _write_or_note(self) -> None:
+    def _write_in_thread(self) -> None:
         try:
             self._write()
         except Exception as error:  # the boundary of a thread: ``finish`` reports it on every rank
@@ -152,15 +154,15 @@ class CheckpointSave:
         for function in self._request.finalize_fns:
             function()
 
-    def _give_up(self, failure: str) -> None:
+    def _abort(self, failure: str) -> None:
         if shutil.disk_usage(self._directory.parent).free < _NEARLY_FULL_BYTES:
-            failure = "no space left on the disk"  # torch's writer says that in words of its own
+            failure = "no space left on the disk"  # torch's writer reports this in several ways
         _on_rank_zero(lambda: shutil.rmtree(self._temporary, ignore_errors=True))
         raise UserError(f"{self._directory}: checkpoint not saved ({failure}); earlier checkpoints are intact")
 
 
-def _copy_what_training_changes(state: dict[str, Any]) -> None:
-    """Tensors on the CPU are the live ones (those on a GPU are copied off it before anything is written)."""
+def _copy_live_tensors(state: dict[str, Any]) -> None:
+    """Copy tensors on the CPU, which training would change during the save; GPU tensors are copied off before."""
     for leaf in nested_values(state):
         if isinstance(leaf, (ShardedTensor, ShardedTensorFactory)) and leaf.data.device.type == "cpu":
             leaf.data = leaf.data.clone()
@@ -174,9 +176,9 @@ def load_checkpoint(
     model_spec: dict[str, Any],
     trainable: TrainableModel | None = None,
 ) -> dict[str, Any]:
-    """Load weights (and optimizer state into ``trainable``); collective. Returns the saved position.
+    """Load weights (and optimizer state into ``trainable``) and return the saved trainer state; collective.
 
-    Raises ``UserError`` for a missing, damaged or foreign checkpoint, naming the first field of the model that differs.
+    Raises ``UserError`` if the checkpoint is missing, damaged or of another model, naming the first field that differs.
     """
     check_checkpoint(directory, model_spec)
     read_metadata(directory)
@@ -185,7 +187,7 @@ def load_checkpoint(
     try:
         with layout.active():
             state = _sharded_state(chunks, trainable, loading=True)
-            # Weights alone may be taken from a checkpoint that has optimizer state as well.
+            # Weights may be loaded without the optimizer state that the checkpoint also has.
             strict = StrictHandling.RAISE_ALL if trainable is not None else StrictHandling.RAISE_UNEXPECTED
             with no_pickled_code():
                 loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
@@ -196,14 +198,14 @@ def load_checkpoint(
             _load_weights(chunk, loaded[f"chunk{index}"], directory)
         if trainable is not None:
             _load_optimizer(trainable, loaded["optimizer"])
-    position = read_position(directory)
+    trainer_state = read_trainer_state(directory)
     if trainable is not None:
-        trainable.set_scheduler_step(position["updates"])
-    return position
+        trainable.set_scheduler_step(trainer_state["updates"])
+    return trainer_state
 
 
 def check_checkpoint(directory: Path, model_spec: dict[str, Any]) -> None:
-    """Refuse a directory that is not a checkpoint of the model ``model_spec`` describes."""
+    """Raise ``UserError`` if ``directory`` is not a checkpoint of the model that ``model_spec`` describes."""
     saved = read_model_spec(directory)
     for key in sorted(set(saved) | set(model_spec)):
         if saved.get(key) != model_spec.get(key):
@@ -214,12 +216,12 @@ def check_checkpoint(directory: Path, model_spec: dict[str, Any]) -> None:
 
 
 def read_model_spec(directory: Path) -> dict[str, Any]:
-    """The model description saved with a checkpoint."""
+    """Return the model spec saved with a checkpoint."""
     return _read_json(directory, "model_spec.json")
 
 
-def read_position(directory: Path) -> dict[str, Any]:
-    """Where training stood when the checkpoint was written (``step``, ``updates`` and what the stage added)."""
+def read_trainer_state(directory: Path) -> dict[str, Any]:
+    """Return the saved trainer state: ``step``, ``updates`` (of the optimizer) and the stage's ``StepData.state``."""
     return _read_json(directory, "trainer_state.json")
 
 
@@ -255,17 +257,17 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
 
 
 def remember_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
-    """Float32 masters of a parameter that is kept in FP8 are made from these values, not from their rounded form.
+    """Let the float32 master of an FP8 parameter start from ``values`` instead of their FP8 rounding.
 
-    Transformer Engine keeps what it initialised such a parameter with, for the optimizer to read once; weights that
-    come later have to take its place. Other parameters need nothing.
+    Transformer Engine stores the values that it initialised such a parameter with, for the optimizer to read once;
+    weights that are loaded later must replace them. No-op for other parameters.
     """
     if hasattr(parameter, _INITIAL_VALUES):
         setattr(parameter, _INITIAL_VALUES, values.detach().to("cpu", parameter.dtype))
 
 
 def _make_optimizer_state(trainable: TrainableModel) -> None:
-    """Give torch's Adam, which makes its state in the first step, a state to load into; TE's and apex's have one."""
+    """Create the state of torch's Adam, which otherwise does not exist before the first step; TE and apex have one."""
     for optimizer in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
         inner = optimizer.optimizer
         if not isinstance(inner, torch.optim.Adam):
@@ -277,8 +279,11 @@ def _make_optimizer_state(trainable: TrainableModel) -> None:
 
 
 def _load_optimizer(trainable: TrainableModel, state: dict[str, Any]) -> None:
-    """Megatron 0.19.2 with torch's AdamW (no TE, no apex) keeps ``step`` in the parameter groups of a checkpoint, but
-    looks for it among the tensors of each parameter, and then lets all parameters share one counter."""
+    """Load the optimizer state, around a defect of Megatron 0.19.2 with torch's AdamW (without TE and apex).
+
+    It saves ``step`` in the parameter groups, but loads it from the tensors of each parameter, and then lets all
+    parameters share one counter.
+    """
     optimizers = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
     for optimizer in optimizers:
         original = type(optimizer)._set_main_param_and_optimizer_states.__get__(optimizer)
@@ -303,8 +308,8 @@ def _fresh_directory(temporary: Path, directory: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _appear(temporary: Path, directory: Path, model_spec: dict[str, Any], position: dict[str, Any]) -> None:
-    for name, content in (("model_spec.json", model_spec), ("trainer_state.json", position)):
+def _publish(temporary: Path, directory: Path, model_spec: dict[str, Any], trainer_state: dict[str, Any]) -> None:
+    for name, content in (("model_spec.json", model_spec), ("trainer_state.json", trainer_state)):
         (temporary / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -316,7 +321,7 @@ def _appear(temporary: Path, directory: Path, model_spec: dict[str, Any], positi
 
 
 def _on_all_ranks(action) -> str | None:
-    """Run ``action`` on every rank; the first failure, on whichever rank, as one line on all."""
+    """Run ``action`` on every rank; return the first failure of any rank, in one line, on all ranks."""
     return first_error(_failure_of(action))
 
 

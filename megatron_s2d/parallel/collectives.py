@@ -58,7 +58,7 @@ def all_gather_object[Value](value: Value) -> list[Value]:
 
 
 def gather_dicts[Key, Value](local: dict[Key, Value], *, first_only: bool = False) -> dict[Key, Value]:
-    """Return the union of every rank's dictionary, whose keys must differ; ``first_only``: on rank 0, empty elsewhere."""
+    """Return the union of every rank's dictionary, whose keys must differ; ``first_only``: only on rank 0."""
     size = dist.get_world_size()
     if size == 1:
         return local

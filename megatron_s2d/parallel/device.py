@@ -1,10 +1,10 @@
-"""The one place that knows whether there is a GPU.
+"""The device of this rank and its capabilities, and a patch that runs Megatron-Core on a CPU when there is no GPU.
 
-``prepare()`` runs once per process, before anything of Megatron-Core is used. With CUDA it does nothing. Without, it
+``patch_megatron_for_cpu()`` runs once per process, before Megatron-Core is used. With CUDA it does nothing. Without, it
 makes Megatron-Core run on the CPU over gloo: Megatron asks ``torch.cuda`` for a device, streams and random state, and
-names ``"cuda"`` as a constant in its own functions. The former are answered by the CPU; the latter are exchanged in
-the compiled constants of the few Megatron modules that have them, so no PyTorch call is intercepted and nothing is
-slower for it. Code outside this module never asks which case it is, except through ``device()`` and ``capabilities()``.
+names ``"cuda"`` as a constant in its own functions. The patch answers the former with the CPU, and replaces the latter
+in the compiled constants of the few Megatron modules that have them, so no PyTorch call is intercepted or slowed down.
+Code outside this module distinguishes the two cases only through ``device()`` and ``capabilities()``.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _MODULES_WITH_CUDA_CONSTANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """What this process can use; ``s2d doctor`` prints it."""
+    """Hardware and optional libraries that this process can use; ``s2d doctor`` prints them."""
 
     cuda: bool
     device_name: str
-    transformer_engine: bool  # layers, attention, optimizer, FP8, and gradients added inside its products
-    apex: bool  # its fused optimizer kernels
-    apex_gradient_accumulation: bool = False  # its product that adds to float32 gradients, for Megatron's own layers
+    transformer_engine: bool  # layers, attention, optimizer, FP8, and gradient accumulation fusion
+    apex: bool  # fused optimizer kernels
+    apex_gradient_accumulation: bool = False  # gradient accumulation fusion for Megatron's own layers
     compute_capability: tuple[int, int] = (0, 0)
-    cuda_version: tuple[int, int] = (0, 0)  # that torch was built for
+    cuda_version: tuple[int, int] = (0, 0)  # version that torch was built for
 
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Probe once. An optional part that is installed but does not import counts as absent."""
+    """Probe once. An optional library that is installed but does not import counts as absent."""
     if not torch.cuda.is_available():
         return Capabilities(cuda=False, device_name="CPU", transformer_engine=False, apex=False)
     major, minor = torch.version.cuda.split(".")[:2]
@@ -76,38 +76,38 @@ def _imports(name: str) -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """Return the device of this rank's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if capabilities().cuda else torch.device("cpu")
 
 
 def pinned_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Host memory that the device copies from and to without waiting: pinned with CUDA."""
+    """Return an uninitialised host tensor for asynchronous copies; pinned if there is CUDA."""
     return torch.empty(*shape, dtype=dtype, pin_memory=capabilities().cuda)
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in ``pinned_empty`` memory, made in the order of the device's work; the tensor itself on a CPU."""
+    """Copy to ``pinned_empty`` memory, asynchronously in stream order; on a CPU return the tensor itself."""
     if not capabilities().cuda:
         return tensor
     return pinned_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
 
 
 def synchronize() -> None:
-    """Until the device has done what it was asked to: before the host reads memory that the device writes."""
+    """Wait for the device's queued work, so that the host can read memory that the device writes."""
     if capabilities().cuda:
         torch.cuda.current_stream().synchronize()
 
 
 def backend() -> str:
-    """The torch.distributed backend for ``device()``."""
+    """Return the torch.distributed backend for ``device()``."""
     return "nccl" if capabilities().cuda else "gloo"
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has used: allocated on its GPU, or resident (the high-water mark) on a CPU."""
+    """Return the peak bytes of this process: allocated on its GPU, or resident (the high-water mark) on a CPU."""
     if capabilities().cuda:
         return torch.cuda.max_memory_allocated()
-    # ru_maxrss would begin with the parent's.
+    # ru_maxrss would include the parent process's.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -119,13 +119,13 @@ def patch_megatron_for_cpu() -> None:
         return
     _answer_torch_cuda_with_cpu()
     for name in _MODULES_WITH_CUDA_CONSTANTS:
-        _exchange_cuda_constants(importlib.import_module(name))
+        _replace_cuda_constants(importlib.import_module(name))
     _use_cpu_random_state()
-    _hand_split_sizes_as_numpy()
+    _pass_split_sizes_as_numpy()
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event: work on a CPU is finished when the call returns."""
+    """Replaces a CUDA stream or event: work on a CPU is finished when the call returns."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -162,16 +162,15 @@ def _use_cpu_random_state() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-def _hand_split_sizes_as_numpy() -> None:
-    """The MoE dispatcher moves split sizes from the GPU into NumPy arrays, which the all-to-all takes; from a CPU
-    tensor it would hand the tensor itself, which it does not take."""
+def _pass_split_sizes_as_numpy() -> None:
+    """Let the MoE dispatcher convert split sizes to NumPy arrays, as the all-to-all requires, from CPU tensors too."""
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
 
 
-def _exchange_cuda_constants(module: types.ModuleType) -> None:
+def _replace_cuda_constants(module: types.ModuleType) -> None:
     """Replace "cuda" by "cpu" in the constants and default arguments of every function defined in ``module``."""
     owners = [module] + [
         value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__

@@ -1,8 +1,8 @@
-"""Process groups of one model layout, built once and handed on as a frozen value.
+"""Parallel layouts: the sizes, ranks and process groups of one model's tensor, pipeline, context and data parallelism.
 
-Megatron-Core keeps its groups in module globals and lets most calls fall back to them. A run may hold models of
+Megatron-Core stores its groups in module globals and lets most calls fall back to them. A run may have models of
 several layouts on the same ranks (a teacher at TP 4, a student at TP 2), so a ``Layout`` remembers the globals that
-belong to it and installs them for the length of ``with layout.active():``.
+belong to it and installs them within ``with layout.active():``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Sizes, this rank's place and the groups of one layout. ``groups`` is Megatron's own collection type."""
+    """Sizes, this rank's coordinates and the process groups of one layout; a frozen value."""
 
     config: ParallelConfig
     groups: ProcessGroupCollection
-    # [data rank][context rank x tensor ranks + tensor rank] -> global rank that holds the output layer
+    # [dp_rank][cp_rank * tp_size + tp_rank] -> global rank on the last pipeline stage
     output_ranks: tuple[tuple[int, ...], ...]
     _globals: dict[str, object] = dataclasses.field(repr=False)
     _created: tuple[dist.ProcessGroup, ...] = dataclasses.field(repr=False)  # every process group of this rank
@@ -76,17 +76,17 @@ class Layout:
 
     @property
     def is_pipeline_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Whether this rank has the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_pipeline_last_stage(self) -> bool:
-        """Whether this rank holds the output layer and therefore sees outputs and losses."""
+        """Whether this rank has the output layer and therefore computes outputs and losses."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank computes outputs of tokens that no other rank reports: last pipeline stage, first TP rank."""
+        """Whether this rank reports the outputs of its tokens: last pipeline stage, first tensor-parallel rank."""
         return self.is_pipeline_last_stage and self.tp_rank == 0
 
     @property
@@ -94,14 +94,9 @@ class Layout:
         """Whether this rank reports for its data-parallel rank: an output rank, the first of its CP group."""
         return self.is_output_rank and self.cp_rank == 0
 
-    @property
-    def output_rank(self) -> int:
-        """Global rank, within this rank's pipeline, of the last stage."""
-        return dist.get_process_group_ranks(self.groups.pp)[-1]
-
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Megatron's global groups are this layout's inside the block."""
+        """Install this layout's groups as Megatron's global groups within the block."""
         before = _snapshot()
         _install(self._globals)
         try:
@@ -121,10 +116,10 @@ class Layout:
 def initialize_distributed(
     *, rank: int | None = None, world_size: int = 1, rendezvous: Path | None = None, timeout_minutes: float = 30.0
 ) -> None:
-    """Join the default process group.
+    """Initialise the default process group; no-op if it exists.
 
-    With ``rank``: as one of ``world_size`` processes of this machine that meet through the file ``rendezvous``.
-    Without: from the launcher's variables (torchrun, srun), or alone.
+    With ``rank``: one of ``world_size`` processes on this machine, with the file ``rendezvous`` as their store.
+    Without: from the launcher's variables (torchrun, srun), or as a single process.
     """
     if dist.is_initialized():
         return
@@ -139,7 +134,7 @@ def initialize_distributed(
 
 
 def shutdown_distributed() -> None:
-    """Leave the process group; the barrier keeps a fast rank from tearing down a pair that a slow one still uses."""
+    """Destroy the process group; the barrier keeps a fast rank from closing a connection that a slow one still uses."""
     if dist.is_initialized():
         dist.barrier()
         parallel_state.destroy_model_parallel()
@@ -147,7 +142,7 @@ def shutdown_distributed() -> None:
 
 
 def build_layout(config: ParallelConfig) -> Layout:
-    """Create the groups of ``config`` over all ranks of the job; collective. Errors name the sizes that do not fit."""
+    """Create the groups of ``config`` over all ranks of the job; collective. ``UserError`` if the sizes do not fit."""
     world_size = dist.get_world_size()
     if config.world_size != world_size:
         raise UserError(
@@ -163,7 +158,7 @@ def build_layout(config: ParallelConfig) -> Layout:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        # An expert is narrow (768 in Qwen3-30B-A3B): it is kept whole, and tensor ranks share the experts instead.
+        # An expert is narrow (768 in Qwen3-30B-A3B): it is not split, and tensor ranks divide the experts instead.
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
@@ -185,16 +180,16 @@ def _output_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tup
     last = config.pipeline_model_parallel_size - 1
     return tuple(
         tuple(
-            rank_at[last, data, context, tensor]
-            for context in range(config.context_parallel_size)
-            for tensor in range(config.tensor_model_parallel_size)
+            rank_at[last, dp_rank, cp_rank, tp_rank]
+            for cp_rank in range(config.context_parallel_size)
+            for tp_rank in range(config.tensor_model_parallel_size)
         )
-        for data in range(config.data_parallel_size)
+        for dp_rank in range(config.data_parallel_size)
     )
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators that libraries fall back to; the project's own sampling never uses them."""
+    """Seed the global generators that libraries use; the project's own sampling never uses them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,8 +1,9 @@
-"""Reads distributed checkpoints without running what is pickled in them.
+"""Load distributed checkpoints without running code that is pickled in them.
 
-A checkpoint is untrusted input. PyTorch's reader unpickles ``.metadata`` and every record of bytes in a shard, which runs
-any code that the file names, and a digest in the same directory protects nothing. Inside ``no_pickled_code`` the first is
-read by an unpickler that builds checkpoint metadata only, and the second by ``torch.load(weights_only=True)``.
+A checkpoint is untrusted input. PyTorch's reader unpickles ``.metadata`` and every record of bytes in a shard, which
+runs any code that the file names, and a digest in the same directory protects nothing. Inside ``no_pickled_code``,
+``.metadata`` is read by an unpickler that builds checkpoint metadata only, and records by
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _METADATA_CLASSES = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes that a ``.metadata`` file consists of, and refuses every other."""
+    """Builds the classes that a ``.metadata`` file consists of, and raises ``UnpicklingError`` for every other."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -55,7 +56,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def load_metadata(file: IO[bytes]) -> Metadata:
-    """The metadata of a distributed checkpoint; ``UnpicklingError`` for anything else that is pickled in ``file``."""
+    """Return the metadata of a distributed checkpoint; ``UnpicklingError`` for anything else pickled in ``file``."""
     metadata = _MetadataUnpickler(file).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise pickle.UnpicklingError("not checkpoint metadata")
@@ -63,7 +64,7 @@ def load_metadata(file: IO[bytes]) -> Metadata:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The metadata of the checkpoint in ``directory``; ``UserError`` where it is missing, damaged or holds anything else."""
+    """Return the metadata of the checkpoint in ``directory``; ``UserError`` if it is missing or not one."""
     path = directory / ".metadata"
     try:
         with open(path, "rb") as file:
@@ -76,7 +77,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 @contextlib.contextmanager
 def no_pickled_code() -> Iterator[None]:
-    """Inside, PyTorch's checkpoint reader builds metadata, tensors and plain values, and runs nothing that is pickled."""
+    """Within the block, PyTorch's checkpoint reader builds only metadata, tensors and plain values."""
     planner = default_planner.DefaultLoadPlanner
     original_pickle, original_load_bytes = filesystem.pickle, planner.load_bytes  # type: ignore[attr-defined]
     filesystem.pickle = types.SimpleNamespace(load=load_metadata, dump=pickle.dump)  # type: ignore[attr-defined]

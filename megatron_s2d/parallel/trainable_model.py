@@ -1,8 +1,8 @@
-"""Megatron's DDP, distributed optimizer and pipeline schedules behind two calls: run micro-batches, update.
+"""Megatron's DDP, distributed optimizer and pipeline schedules behind two calls: ``forward_backward``, ``optim_step``.
 
-Losses arrive already divided by their global denominators (``data/packing.py``). Megatron's own divisor is the number
-of unpadded tokens C, so a micro-batch returns ``C_global * loss`` with its token count, and the division cancels
-exactly at every layout; the load-balancing loss of an MoE router, which Megatron scales by the same count, stays right.
+Losses arrive already divided by their global denominators (``data/packing.py``). Megatron divides by the number of
+unpadded tokens C, so a micro-batch returns ``C_global * loss`` with its token count, and the division cancels exactly
+at every layout; the load-balancing loss of an MoE router, which Megatron scales by the same count, stays correct.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-# What a forward step returns on the last stage: (loss already scaled by C_global, unpadded tokens, result to collect).
+# (model, micro-batch) -> (output, loss function); on the last pipeline stage the loss function returns
+# (loss scaled by C_global, unpadded tokens, result to collect).
 ForwardStep = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]]
 
 
 class TrainableModel:
     """Model chunks with gradient buffers, optimizer and learning-rate schedule.
 
-    offload: outside of ``update`` the optimizer's state and float32 masters lie in host memory, and between ``update``
-    and ``forward_backward`` there are no gradient buffers either.
+    offload: optimizer state and float32 masters are in host memory except during ``optim_step``, and from the end of
+    ``optim_step`` to the next ``forward_backward`` there are no gradient buffers on the device either.
     """
 
     def __init__(
@@ -82,25 +83,25 @@ class TrainableModel:
             wd_incr_steps=max(total_steps, 1),
             wd_incr_style="constant",
         )
-        self._parking = OptimizerOffloader(self) if offload else None
-        if self._parking is not None:
-            self._parking.offload()
+        self._offloader = OptimizerOffloader(self) if offload else None
+        if self._offloader is not None:
+            self._offloader.offload()
 
     @contextlib.contextmanager
     def optimizer_loaded(self) -> Iterator[None]:
-        """The optimizer's state is on the device inside the block, for an update, for saving and loading."""
-        if self._parking is None:
+        """Load the optimizer state to the device for the block: for an update, for saving and loading."""
+        if self._offloader is None:
             yield
             return
-        self._parking.reload()
+        self._offloader.reload()
         yield
-        self._parking.offload()
+        self._offloader.offload()
 
     def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any]) -> list[Any]:
-        """Accumulate the gradients of ``micro_batches``; returns their results (empty except on the last stage)."""
+        """Accumulate the gradients of ``micro_batches``; return results (empty before the last pipeline stage)."""
         with self.layout.active():
-            if self._parking is not None:
-                self._parking.reload_gradients()
+            if self._offloader is not None:
+                self._offloader.reload_gradients()
             for chunk in self.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()
@@ -108,7 +109,7 @@ class TrainableModel:
             return _run_schedule(self.chunks, forward_step, micro_batches, forward_only=False)
 
     def optim_step(self) -> float:
-        """One optimizer update; returns the global gradient norm before clipping (NaN or inf: nothing was changed)."""
+        """Update the weights; return the global gradient norm before clipping (NaN or inf: no weight has changed)."""
         with self.layout.active(), self.optimizer_loaded():
             successful, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -116,51 +117,56 @@ class TrainableModel:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next update uses."""
+        """The learning rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def set_scheduler_step(self, step: int) -> None:
-        """Put the learning-rate schedule where it stands after ``step`` updates."""
+        """Set the learning-rate schedule to its state after ``step`` updates."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
 
 
 class OptimizerOffloader:
-    """Host memory for what only an update needs. Tensors stay the objects they are and lose their storage meanwhile."""
+    """Offloads optimizer state and float32 masters to pinned host memory between updates.
+
+    Tensor objects survive; only their device storage is freed.
+    """
 
     def __init__(self, trainable: TrainableModel):
         self._trainable = trainable
-        self._host = WeakTensorKeyDictionary()  # tensor -> its place in host memory, pinned on a machine with a GPU
-        self._away: list[torch.Tensor] = []
+        self._host_copies = WeakTensorKeyDictionary()  # device tensor -> pinned host tensor
+        self._offloaded: list[torch.Tensor] = []
 
     def offload(self) -> None:
-        """Move masters and optimizer state to the host, and let go of gradient buffers that an update has used."""
+        """Move masters and optimizer state to the host, and free the gradient buffers."""
         for tensor in self._state():
-            if tensor not in self._host:
-                self._host[tensor] = torch.empty_like(tensor, device="cpu", pin_memory=device.capabilities().cuda)
-            self._host[tensor].copy_(tensor, non_blocking=True)
-            self._away.append(tensor)
+            if tensor not in self._host_copies:
+                self._host_copies[tensor] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=device.capabilities().cuda
+                )
+            self._host_copies[tensor].copy_(tensor, non_blocking=True)
+            self._offloaded.append(tensor)
         torch.cuda.synchronize()
-        for tensor in self._away:
+        for tensor in self._offloaded:
             tensor.untyped_storage().resize_(0)
         for chunk in self._trainable.chunks:
             chunk.offload_grad_buffers()
 
     def reload(self) -> None:
-        """Bring masters and optimizer state back."""
-        for tensor in self._away:
-            host = self._host[tensor]
+        """Move masters and optimizer state back to the device."""
+        for tensor in self._offloaded:
+            host = self._host_copies[tensor]
             tensor.untyped_storage().resize_(host.nbytes)
             tensor.copy_(host, non_blocking=True)
-        self._away.clear()
+        self._offloaded.clear()
 
     def reload_gradients(self) -> None:
-        """Make the gradient buffers anew, zero."""
+        """Allocate the gradient buffers again, filled with zeros."""
         for chunk in self._trainable.chunks:
             chunk.restore_grad_buffers()
 
     def _state(self) -> Iterator[torch.Tensor]:
-        """What is not the model's: of a float32 model the masters are its parameters, and stay."""
+        """Yield optimizer state and masters; a float32 model has no masters besides its parameters, which stay."""
         wrapped = self._trainable.optimizer
         for optimizer in getattr(wrapped, "chained_optimizers", [wrapped]):
             for group in optimizer.shard_fp32_from_float16_groups:
@@ -170,23 +176,23 @@ class OptimizerOffloader:
 
 
 def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
-    """Let the products that make weight gradients add to Megatron's float32 buffers themselves, where a kernel can.
+    """Fuse the matrix products of weight gradients with accumulation into Megatron's float32 buffers, where supported.
 
-    Transformer Engine's layers have one of their own, Megatron's need apex. Without, autograd makes each gradient in
-    the weights' dtype, and it is added to the buffer afterwards. To be called when the buffers exist.
+    Transformer Engine's layers support it, Megatron's own need apex. Otherwise autograd computes each gradient in the
+    weights' dtype, which is then added to the buffer. Call it when the buffers exist.
     """
-    found = device.capabilities()
+    capabilities = device.capabilities()
     for module in chunk.modules():
-        if found.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):
+        if capabilities.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
-        if found.apex_gradient_accumulation and hasattr(module, "gradient_accumulation_fusion"):
+        if capabilities.apex_gradient_accumulation and hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = True
 
 
 def forward_only(
     chunks: list[torch.nn.Module], layout: Layout, forward_step: ForwardStep, micro_batches: Sequence[Any]
 ) -> list[Any]:
-    """Results of ``micro_batches`` without gradients (empty except on the last pipeline stage)."""
+    """Run ``micro_batches`` without gradients; return their results (empty before the last pipeline stage)."""
     with layout.active(), torch.no_grad():
         for chunk in chunks:
             chunk.eval()
@@ -207,7 +213,7 @@ def _run_schedule(
         data_iterator=iter(micro_batches),
         model=chunks,
         num_microbatches=len(micro_batches),
-        # The true shapes are exchanged between stages (variable_seq_lengths); these two only have to be positive.
+        # Pipeline ranks send the actual shapes (variable_seq_lengths); these two only have to be positive.
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,

@@ -111,9 +111,9 @@ def broadcast_from_last_stage(tensor, layout):
     if layout.pp_size == 1:
         return tensor
     shape = [tuple(tensor.shape) if tensor is not None else None]
-    dist.broadcast_object_list(shape, layout.output_rank, group=layout.groups.pp)
+    dist.broadcast_object_list(shape, group=layout.groups.pp, group_src=layout.pp_size - 1)
     tensor = tensor.contiguous() if tensor is not None else torch.empty(shape[0])
-    dist.broadcast(tensor, layout.output_rank, group=layout.groups.pp)
+    dist.broadcast(tensor, group=layout.groups.pp, group_src=layout.pp_size - 1)
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint runs nothing that is pickled in it, however consistent its digests are."""
+"""Loading a checkpoint runs no pickled code, even if its digests are consistent."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from test_checkpoint import layout, step, trainee  # noqa: F401  (layout is a fixture)
+from test_checkpoint import layout, step, trainable_model  # noqa: F401  (layout is a fixture)
 
 from megatron_s2d.errors import UserError
 
@@ -25,14 +25,14 @@ class Hostile:
 
 @pytest.fixture
 def saved(layout, tmp_path):  # noqa: F811
-    model = trainee(layout)
+    model = trainable_model(layout)
     step(model, 0)
     model.save(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=True)
     return tmp_path / "c"
 
 
-def sign_again(directory):
-    """What an attacker does who can write the directory: digests that fit the files."""
+def update_digests(directory):
+    """Recompute the digests, as an attacker who can write to the directory would."""
     path = directory / "integrity.json"
     content = json.loads(path.read_text())
     for name in content["files"]:
@@ -42,9 +42,9 @@ def sign_again(directory):
 
 def test_pickled_code_in_the_metadata_is_refused(layout, saved, tmp_path):  # noqa: F811
     (saved / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
-    sign_again(saved)
+    update_digests(saved)
     with pytest.raises(UserError, match=r"mkdir does not belong in checkpoint metadata"):
-        trainee(layout).load(saved)
+        trainable_model(layout).load(saved)
     assert not (tmp_path / "ran").exists()
 
 
@@ -62,11 +62,11 @@ def test_pickled_code_in_a_shard_is_refused(layout, saved, tmp_path):  # noqa: F
     for info in records.values():
         info.relative_path, info.offset, info.length = "__0_9.distcp", 0, len(buffer.getvalue())
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    sign_again(saved)
+    update_digests(saved)
     with pytest.raises(UserError, match="not a usable checkpoint"):
-        trainee(layout).load(saved, with_optimizer=True)
+        trainable_model(layout).load(saved, with_optimizer=True)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_of_our_own_loads(layout, saved):  # noqa: F811
-    assert trainee(layout).load(saved, with_optimizer=True) == {"step": 1, "updates": 1}
+def test_unmodified_checkpoint_loads(layout, saved):  # noqa: F811
+    assert trainable_model(layout).load(saved, with_optimizer=True) == {"step": 1, "updates": 1}

@@ -1,4 +1,4 @@
-"""A process that stops making progress shows where it stands and ends; one that goes on is left alone."""
+"""A process without progress dumps its stacks and exits; one that makes progress is left alone."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import re, sys, time
 from pathlib import Path
 from megatron_s2d.parallel.watchdog import heartbeat, watchdog
 
-def hang_with_the_lock_of_the_interpreter():
+def hang_holding_the_gil():
     re.match("(a*)*b", "a" * 60)
 
 with watchdog(Path(sys.argv[1]), 1.0 if sys.argv[2] != "never" else None):
@@ -22,7 +22,7 @@ with watchdog(Path(sys.argv[1]), 1.0 if sys.argv[2] != "never" else None):
     if sys.argv[2] == "sleep":
         time.sleep(60)
     elif sys.argv[2] == "regex":
-        hang_with_the_lock_of_the_interpreter()
+        hang_holding_the_gil()
     elif sys.argv[2] == "error":
         raise ValueError("an error")
 """
@@ -33,15 +33,15 @@ def run(path, what):
 
 
 @pytest.mark.parametrize("what", ["sleep", "regex"])
-def test_a_hang_ends_with_the_stacks(tmp_path, what):
+def test_hang_exits_with_a_stack_dump(tmp_path, what):
     path = tmp_path / "job" / "rank0-heartbeat.txt"
     assert run(path, what).returncode == 1
     assert has_stack_dump(path) and ("match" if what == "regex" else "<module>") in path.read_text()
 
 
 @pytest.mark.parametrize(("what", "code"), [("nothing", 0), ("never", 0), ("error", 1)])
-def test_progress_and_errors_leave_no_stacks(tmp_path, what, code):
+def test_progress_and_errors_leave_no_stack_dump(tmp_path, what, code):
     path = tmp_path / "rank0-heartbeat.txt"
-    done = run(path, what)
-    assert done.returncode == code and not has_stack_dump(path), done.stderr
-    assert ("an error" in done.stderr) == (what == "error")
+    process = run(path, what)
+    assert process.returncode == code and not has_stack_dump(path), process.stderr
+    assert ("an error" in process.stderr) == (what == "error")
