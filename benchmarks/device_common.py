@@ -27,7 +27,7 @@ from megatron_s2d.estimate.layers import Part
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 ON_GPU = device.capabilities().cuda
 

@@ -48,7 +48,7 @@ from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 DENSE = {
     "family": "qwen3", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,

@@ -23,7 +23,7 @@ from megatron_s2d.objectives.policy import Surrogate
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def exact_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sample], kind: str) -> Callable[[], float]:
@@ -35,7 +35,7 @@ def exact_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sam
     def step() -> float:
         batches = student.pack(samples, weights)
         distributions = source.distributions(update, batches)
-        return student.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)["loss"]
+        return student.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)["loss"].value()
 
     return step
 
@@ -52,7 +52,7 @@ def sampled_step(student: MegatronModel, teacher: MegatronModel, samples: list[S
         ]
         batches = student.pack(scored, weights)
         update = MiniBatch(scored, weights)
-        return student.forward_backward(batches, objective, num_tokens=update.num_tokens)["loss"]
+        return student.forward_backward(batches, objective, num_tokens=update.num_tokens)["loss"].value()
 
     return step
 

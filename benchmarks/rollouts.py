@@ -29,7 +29,7 @@ from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def requests(options: argparse.Namespace, vocab_size: int, round_number: int) -> list[Request]:

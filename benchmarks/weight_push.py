@@ -21,7 +21,7 @@ from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def main() -> None:

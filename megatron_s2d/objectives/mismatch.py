@@ -43,4 +43,7 @@ def gap_metrics(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active
         "mismatch/log_prob_abs_diff_mean": Metric.over(gap, active),
         "mismatch/log_prob_abs_diff_max": Metric.over(gap, active, "max"),
         "mismatch/k3_kl": Metric.over(k3(log_ratio), active),
-    } | {f"{GAP_PREFIX}{edge:g}": Metric(counts[place], total, "mean") for place, edge in enumerate(GAP_EDGES)}
+    } | {
+        f"{GAP_PREFIX}{edge:g}": Metric(count, total, "mean", omit="zero")
+        for edge, count in zip(GAP_EDGES, counts, strict=True)
+    }

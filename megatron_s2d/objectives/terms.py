@@ -21,11 +21,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megatron_s2d.arithmetic import log2_bin_starts
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
 
 Reduction = Literal["mean", "sum", "max", "min"]
+Omit = Literal["never", "empty", "zero"]
 LOSS_AGG_MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 
 
@@ -36,6 +38,12 @@ class Metric:
     numerator: torch.Tensor  # sum of the values; their maximum or minimum (-inf or inf for none)
     denominator: torch.Tensor  # number of values
     reduction: Reduction
+    omit: Omit = "never"  # when the metric is left out of a row: without values, or also if it is zero
+
+    @classmethod
+    def of(cls, value: float) -> Metric:
+        """The metric of one value that is the same on every rank."""
+        return cls(torch.tensor(value, dtype=torch.float64), torch.ones((), dtype=torch.float64), "mean")
 
     @classmethod
     def over(cls, values: torch.Tensor, active: torch.Tensor, reduction: Reduction = "mean") -> Metric:
@@ -51,7 +59,11 @@ class Metric:
         if self.reduction != other.reduction:
             raise ValueError(f"metrics of reduction {self.reduction} and {other.reduction} cannot be combined")
         merge = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[self.reduction]
-        return Metric(merge(self.numerator, other.numerator), self.denominator + other.denominator, self.reduction)
+        return dataclasses.replace(
+            self,
+            numerator=merge(self.numerator, other.numerator),
+            denominator=self.denominator + other.denominator,
+        )
 
     def value(self) -> float:
         """The number; NaN for the mean of nothing."""
@@ -59,6 +71,21 @@ class Metric:
             return float(self.numerator)
         count = float(self.denominator)
         return float(self.numerator) / count if count else math.nan
+
+
+def means_by_position(name: str, values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:
+    """Return the means of ``values`` [t] over tokens 0, 1, 2-3, 4-7, ... of their responses as ``name/<first token>``.
+
+    positions: [t] of the tokens in their responses, at most ``limit``.
+    """
+    starts = log2_bin_starts(limit)
+    bins = torch.bucketize(positions, torch.tensor(starts, device=positions.device), right=True) - 1
+    sums = torch.bincount(bins, weights=values.detach().double(), minlength=len(starts))
+    counts = torch.bincount(bins, minlength=len(starts)).double()
+    return {
+        f"{name}/{start}": Metric(sums[index], counts[index], "mean", omit="empty")
+        for index, start in enumerate(starts)
+    }
 
 
 def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
@@ -95,7 +122,7 @@ def unpack_metrics(metrics: dict[str, Metric], sums: torch.Tensor, maxima: torch
             numerator = next(sums_left)
         else:
             numerator = next(maxima_left) if reduction == "max" else -next(maxima_left)
-        found[name] = Metric(numerator, denominator, reduction)
+        found[name] = Metric(numerator, denominator, reduction, metrics[name].omit)
     return found
 
 

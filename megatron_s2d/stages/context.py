@@ -16,7 +16,7 @@ from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.stages.model_factory import ModelFactory
 from megatron_s2d.stages.rollout_factory import RolloutFactory
 from megatron_s2d.train.loop import LoopSettings
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from megatron_s2d.rollout.sampler import (
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
 from megatron_s2d.train.loop import StepData, train
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.verify import RewardManager
 
 

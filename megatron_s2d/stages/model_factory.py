@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.models.families import ModelSpec
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import import_weights
 from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.stages.inputs import StageInputs
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 class ModelFactory:

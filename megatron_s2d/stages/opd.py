@@ -35,7 +35,7 @@ from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
 from megatron_s2d.teachers.frozen import FullTeacher, ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.verify import RewardManager
 
 

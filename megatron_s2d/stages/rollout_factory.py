@@ -17,7 +17,7 @@ from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.sglang.checks import ServerRequirements
 from megatron_s2d.stages.inputs import StageInputs
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 class ServerRegistry:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_s2d.arithmetic import log2_bin_starts
 from megatron_s2d.config.opd import OpdConfig, SignGateConfig
 from megatron_s2d.objectives.advantages import (
     AnchorSchedule,
@@ -56,18 +57,18 @@ def gated_advantages(
 def agreement_by_position(agreement: np.ndarray, positions: np.ndarray) -> dict[str, float]:
     """Return the shares of consensus and conflict among response tokens 0, 1, 2-3, 4-7, ...
 
-    The bins are those of ``kl_by_position``. agreement: [t], 1, -1 or 0. positions: [t] of the tokens in
+    The bins are those of ``means_by_position``. agreement: [t], 1, -1 or 0. positions: [t] of the tokens in
     their responses.
     """
-    bins = np.ceil(np.log2(positions + 1)).astype(int)
-    counts = np.bincount(bins)
-    first_positions = [0, *(2**power for power in range(len(counts) - 1))]
+    starts = log2_bin_starts(int(positions.max(initial=0)))
+    bins = np.searchsorted(starts, positions, side="right") - 1
+    counts = np.bincount(bins, minlength=len(starts))
     metrics = {}
     for sign, name in ((1, "consensus"), (-1, "conflict")):
-        shares = np.bincount(bins, weights=agreement == sign) / np.maximum(counts, 1)
+        shares = np.bincount(bins, weights=agreement == sign, minlength=len(starts)) / np.maximum(counts, 1)
         metrics |= {
-            f"gate/{name}_by_position/{first}": float(share)
-            for first, share, count in zip(first_positions, shares, counts, strict=True)
+            f"gate/{name}_by_position/{start}": float(share)
+            for start, share, count in zip(starts, shares, counts, strict=True)
             if count
         }
     return metrics

@@ -30,8 +30,8 @@ from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metri
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.loop import Stopped, open_log, write_examples
+from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import Timer
-from megatron_s2d.train.policy import MegatronModel
 from megatron_s2d.verify import RewardManager
 
 OUTPUT_LAYER_NAME = "output_layer.safetensors"
@@ -115,11 +115,11 @@ def distributions_of(
     distributions = {}
     if teacher.layout.is_pipeline_last_stage:
         for batch, hidden in zip(batches, states, strict=True):
-            rows = batch.unpack(teacher.all_positions(batch, teacher.whole_sequences(hidden)))
+            rows = batch.unpack(teacher.gather_context_parallel(batch, teacher.gather_sequence_parallel(hidden)))
             for index, row in zip(batch.indices, rows, strict=True):
                 mask = torch.from_numpy(samples[index].response_mask).to(row.device)
                 distributions[index] = _distribution(teacher, row[mask], header)
-    return gather_dicts(distributions if teacher.is_dp_leader else {}, first_only=True)
+    return gather_dicts(distributions if teacher.layout.is_dp_leader else {}, first_only=True)
 
 
 def _distribution(teacher: MegatronModel, hidden: torch.Tensor, header: CacheHeader) -> CachedDistribution:
@@ -140,7 +140,7 @@ def save_output_layer(teacher: MegatronModel, path: Path) -> None:
     """Write the teacher's full output layer [v, h] as a safetensors file; collective."""
     if teacher.layout.is_pipeline_last_stage and teacher.layout.dp_rank == 0:
         weight = teacher.shard.gather(teacher.output_weight.detach()).flatten(0, 1)[: teacher.spec.vocab_size]
-        if teacher.is_dp_leader:
+        if teacher.layout.is_dp_leader:
             temporary = path.with_name(path.name + ".partial")
             save_file({"weight": weight.cpu().contiguous().clone()}, temporary)
             temporary.rename(path)

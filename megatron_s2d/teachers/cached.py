@@ -15,9 +15,10 @@ from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import LazyHiddenStates, Logits, TeacherSource, TopK
+from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def open_cache(directory: StageDirectory, teacher: StageDirectory, tokenizer: Any) -> TeacherCache:
@@ -67,7 +68,7 @@ class CachedTeacher:
             return [None] * len(batches)
         return [self._source(update, batch) for batch in batches]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Metric]:
         """Nothing is measured."""
         return {}
 

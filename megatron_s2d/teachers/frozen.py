@@ -21,11 +21,12 @@ from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
 from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, TopK
+from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, OutputLayers, rows_of, transfer_hidden_states
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class FullTeacher:
             for state, other in zip(states, others, strict=True)
         ]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Metric]:
         """Nothing is measured."""
         return {}
 
@@ -170,13 +171,13 @@ class TopKTeacher:
     _shared: float | torch.Tensor = 0.0  # tokens among the k likeliest of both models, over the last call's responses
     _counted: int = 0  # response tokens times k
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Metric]:
         """``topk/overlap``: share of the student's k likeliest tokens that are among the teacher's."""
         if self.support == "teacher":
             return {}
         sums = torch.tensor([self._shared, self._counted], dtype=torch.float64, device=device.device())
         dist.all_reduce(sums)
-        return {"topk/overlap": float(sums[0] / sums[1])}
+        return {"topk/overlap": Metric(sums[0], sums[1], "mean")}
 
     def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
@@ -212,7 +213,7 @@ class TopKTeacher:
                 own_logits = mine.logits(rows, torch.empty_like(logits))
                 chosen = vocab_parallel_topk(own_logits, self.k, shard, at)[0]
                 best = vocab_parallel_topk(logits, self.k, shard, at)[0]
-                if student.is_output_rank:
+                if student.layout.is_output_rank:
                     self._shared = self._shared + (chosen.unsqueeze(2) == best.unsqueeze(1)).any(2).sum()
                     self._counted += len(chosen) * self.k
             places = counted[rows]

@@ -14,10 +14,11 @@ import torch
 
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.kl.teachers import TeacherSource, TopK
+from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.served.scoring import TopTokens
 from megatron_s2d.teachers.frozen import ServedTeachers
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class ServedTopK:
             return [None] * len(batches)
         return [self._source(update, batch, found) for batch in batches]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Metric]:
         """Nothing is measured."""
         return {}
 

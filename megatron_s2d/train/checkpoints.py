@@ -1,4 +1,4 @@
-"""The resumable checkpoints of a stage: which one to go on from, when the next is safe, which old ones go."""
+"""The resumable checkpoints of one stage: resume from the newest, save synchronously or not, delete the oldest."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.parallel.checkpoint import CheckpointSave
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 
 class CheckpointManager:
-    """Checkpoints of one stage, written at once or in the background; every method is collective."""
+    """Saves and resumes checkpoints of one stage; every method is collective."""
 
-    def __init__(self, policy: MegatronModel, stage: StageDirectory, settings: CheckpointConfig):
-        self._policy, self._stage, self._settings = policy, stage, settings
-        self._saving: CheckpointSave | None = None
+    def __init__(self, model: MegatronModel, stage: StageDirectory, settings: CheckpointConfig):
+        self._model, self._stage, self._settings = model, stage, settings
+        self._pending: CheckpointSave | None = None
 
     def resume(self) -> dict[str, Any]:
-        """Load the newest checkpoint into the policy and return its position; at the start, zeros."""
-        found = self._stage.checkpoints()
-        if not found:
+        """Load the newest checkpoint into the model and return its trainer state; without one, return zeros."""
+        checkpoints = self._stage.checkpoints()
+        if not checkpoints:
             return {"step": 0, "updates": 0}
-        return self._policy.load(found[-1], with_optimizer=True)
+        return self._model.load(checkpoints[-1], with_optimizer=True)
 
-    def save(self, position: dict[str, Any]) -> None:
-        """Save the state as it is now; one that is still being written is waited for first."""
+    def save(self, trainer_state: dict[str, Any]) -> None:
+        """Save the current state, after waiting for a save that is still running."""
         self.finish()
-        target = self._stage.checkpoint_path(position["step"])
-        if not target.exists():
-            background = self._settings.async_save
-            self._saving = self._policy.start_saving(target, position, with_optimizer=True, async_save=background)
-            if not background:
+        path = self._stage.checkpoint_path(trainer_state["step"])
+        if not path.exists():
+            async_save = self._settings.async_save
+            self._pending = self._model.start_saving(path, trainer_state, with_optimizer=True, async_save=async_save)
+            if not async_save:
                 self.finish()
 
     def poll(self) -> None:
-        """Let a checkpoint appear whose files are written by now."""
-        if self._saving is not None and self._saving.is_written():
+        """Finish an asynchronous save whose files are written; do not wait for one that is still writing."""
+        if self._pending is not None and self._pending.is_written():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written, and drop the oldest checkpoints; raises ``UserError`` if it could not be."""
-        if self._saving is None:
+        """Wait for the running save and delete the oldest checkpoints; ``UserError`` if the save failed."""
+        if self._pending is None:
             return
-        saving, self._saving = self._saving, None
-        saving.finish()
+        pending, self._pending = self._pending, None
+        pending.finish()
         if dist.get_rank() == 0:
             self._stage.retain_checkpoints(self._settings.keep_last_n)
         dist.barrier()

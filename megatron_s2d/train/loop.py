@@ -1,8 +1,11 @@
-"""THE loop: samples, old log-probabilities, micro-batches, gradients, update, push, metrics, checkpoint.
+"""The training loop: sample, score, pack, forward and backward, optimizer step, weight update, metrics, checkpoint.
 
 Every stage that trains calls ``train`` with a source of samples and an objective; the loop knows neither the method nor
-the layout, and all ranks run the same lines. What a step trains on is a function of its number and of the weights
-alone, so a run that was killed goes on from its last checkpoint with the same result as an unbroken one.
+the layout, and all ranks run the same lines. The data of a step is a function of its number and of the weights alone,
+so a killed run resumes from its last checkpoint with the same result as an uninterrupted one.
+
+A step samples once and splits its samples into mini-batches; each mini-batch gives one optimizer update, whose
+gradients are accumulated over micro-batches.
 """
 
 from __future__ import annotations
@@ -21,19 +24,18 @@ from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import TeacherSource
-from megatron_s2d.objectives.mismatch import GAP_PREFIX
-from megatron_s2d.objectives.terms import Objective
+from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel.collectives import broadcast_flag
 from megatron_s2d.rollout.engine import RolloutEngine
 from megatron_s2d.train.checkpoints import CheckpointManager
+from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import MetricsLog, Timer
-from megatron_s2d.train.policy import MegatronModel
 
 ROLLOUTS_NAME = "rollouts.jsonl"
 
 
 class Stopped(Exception):
-    """The run was asked to stop; its checkpoint is on disk and the same command goes on from it."""
+    """The run was asked to stop; its checkpoint is on disk, and the same command resumes from it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class StepData:
 
     mini_batches: Sequence[MiniBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
-    examples: Sequence[str] = ()  # JSON lines of a few responses, for people; each has a "step"
+    examples: Sequence[str] = ()  # JSON lines of a few responses for ``rollouts.jsonl``; each has a "step"
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
 
 
@@ -50,40 +52,42 @@ class SampleSource(Protocol):
     """Where samples come from: data, a cache, or the live policy with verifier and scorers."""
 
     def step(self, step: int) -> StepData:
-        """The samples of ``step`` (counted from 1); a function of the step and the weights. Collective."""
+        """Return the samples of ``step`` (counted from 1); a function of the step and the weights. Collective."""
         ...
 
-    def resume(self, position: Mapping[str, Any]) -> None:
-        """Go on after the step whose ``StepData.position`` this is; empty at the start."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue after the step whose trainer state, ``StepData.state`` included, is ``state``."""
         ...
 
 
 class Teacher(Protocol):
-    """A frozen distribution over the vocabulary, asked for per micro-batch."""
+    """A frozen distribution over the vocabulary, evaluated per micro-batch."""
 
-    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> Sequence[TeacherSource | None]:
-        """One source for each micro-batch of this rank (None where the rank has no output layer). Collective."""
+    def distributions(
+        self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[TeacherSource | None]:
+        """Return one source per micro-batch of this rank (None on ranks without an output layer). Collective."""
         ...
 
-    def metrics(self) -> dict[str, float]:
-        """What ``distributions`` measured in its last call, over all ranks. Collective."""
+    def metrics(self) -> dict[str, Metric]:
+        """Return metrics of the last call of ``distributions``, reduced over all ranks. Collective."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How long, and where to."""
+    """Length, checkpoints and limits of a training run."""
 
     steps: int
     checkpoint: CheckpointConfig
-    stop: Callable[[], bool] = lambda: False  # asked after every step on rank 0
+    stop: Callable[[], bool] = lambda: False  # called after every step on rank 0
     tensorboard: Path | None = None
-    max_kl: float | None = None  # largest mean KL to the teacher, in nats a token; beyond it the run is stopped
-    max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats a token; likewise
+    max_kl: float | None = None  # largest mean KL to the teacher, in nats per token; beyond it the run fails
+    max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats per token; likewise
 
 
 def train(
-    policy: MegatronModel,
+    model: MegatronModel,
     source: SampleSource,
     objective: Objective,
     stage: StageDirectory,
@@ -94,53 +98,57 @@ def train(
 ) -> None:
     """Run a stage from its last checkpoint (or its start) to its last step. Collective.
 
-    ``policy`` is ready to train and holds the stage's starting weights. Raises ``Stopped``, and ``UserError`` for a
-    loss or gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays good.
+    ``model`` is ready to train and has the stage's initial weights. Raises ``Stopped``, and ``UserError`` for a loss or
+    gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays intact.
     """
-    checkpoints = CheckpointManager(policy, stage, settings.checkpoint)
-    position = checkpoints.resume()
-    updates = position["updates"]
-    source.resume(position)
+    checkpoints = CheckpointManager(model, stage, settings.checkpoint)
+    state = checkpoints.resume()
+    num_updates = state["updates"]  # optimizer updates so far, which is also the weight version
+    source.resume(state)
     if engine is not None:
-        engine.update_weights(policy.chunks, updates)
-    log = open_log(stage, position["step"], settings.tensorboard)
+        engine.update_weights(model.chunks, num_updates)
+    log = open_log(stage, state["step"], settings.tensorboard)
     timer = Timer()
-    for step in range(position["step"] + 1, settings.steps + 1):
+    for step in range(state["step"] + 1, settings.steps + 1):
         with timer.section("rollout"):
             data = source.step(step)
             if engine is not None:
                 engine.sleep()
-        stale = {} if engine is None else policy_lag(data.mini_batches, updates)
+        lag = {} if engine is None else policy_lag(data.mini_batches, num_updates)
         with timer.section("score"):
-            batches_of_step = [
-                with_old_log_probs(policy, objective, drop_incomparable_rollout_log_probs(objective, update, place))
-                for place, update in enumerate(data.mini_batches)
+            mini_batches = [
+                with_old_log_probs(model, objective, drop_incomparable_rollout_log_probs(objective, mini_batch, index))
+                for index, mini_batch in enumerate(data.mini_batches)
             ]
-        reports = []
-        for update in batches_of_step:
+        update_metrics = []
+        for mini_batch in mini_batches:
+            with timer.section("pack"):
+                micro_batches = model.pack(mini_batch.samples, mini_batch.loss_weights)
             with timer.section("teacher"):
-                batches = policy.pack(update.samples, update.loss_weights)
-                distributions = None if teacher is None else teacher.distributions(update, batches)
+                distributions = None if teacher is None else teacher.distributions(mini_batch, micro_batches)
             with timer.section("train"):
-                learning_rate = policy.trainable.learning_rate
-                report = policy.forward_backward(batches, objective, distributions, num_tokens=update.num_tokens)
-                report |= {} if teacher is None else teacher.metrics()
-                check_kl(report, settings.max_kl, step)
-                check_mismatch_kl(report, settings.max_mismatch_kl, step)
-                report["grad_norm"] = policy.optim_step()
-            reports.append(report | {"learning_rate": learning_rate})
-            updates += 1
+                learning_rate = model.trainable.learning_rate
+                metrics = model.forward_backward(
+                    micro_batches, objective, distributions, num_tokens=mini_batch.num_tokens
+                )
+                metrics |= {} if teacher is None else teacher.metrics()
+                check_kl(metrics, settings.max_kl, step)
+                check_mismatch_kl(metrics, settings.max_mismatch_kl, step)
+                grad_norm = model.optim_step()
+            metrics |= {"grad_norm": Metric.of(grad_norm), "learning_rate": Metric.of(learning_rate)}
+            update_metrics.append(metrics)
+            num_updates += 1
         if engine is not None:
             with timer.section("update_weights"):
-                engine.update_weights(policy.chunks, updates)
-        tokens = sum(update.num_tokens for update in data.mini_batches)
-        measured = dict(data.metrics) | stale | ({} if engine is None else engine.metrics())
-        log.write(step, aggregate_metrics(reports, measured, tokens, timer.collect_and_reset()))
+                engine.update_weights(model.chunks, num_updates)
+        num_tokens = sum(mini_batch.num_tokens for mini_batch in data.mini_batches)
+        step_metrics = dict(data.metrics) | lag | ({} if engine is None else engine.metrics())
+        log.write(step, aggregate_metrics(update_metrics, step_metrics, num_tokens, timer.collect_and_reset()))
         write_examples(stage, data.examples)
         stopping = broadcast_flag(settings.stop())
         checkpoints.poll()
         if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            checkpoints.save(dict(data.state) | {"step": step, "updates": updates})
+            checkpoints.save(dict(data.state) | {"step": step, "updates": num_updates})
         if stopping and step < settings.steps:
             checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
@@ -148,78 +156,93 @@ def train(
     log.close()
 
 
-def with_old_log_probs(policy: MegatronModel, objective: Objective, update: MiniBatch) -> MiniBatch:
-    """``update`` with the log-probabilities under the weights before the first update, where the objective has them."""
-    present = all(sample.old_log_probs is not None for sample in update.samples)
+def with_old_log_probs(model: MegatronModel, objective: Objective, mini_batch: MiniBatch) -> MiniBatch:
+    """Add log-probabilities under the weights before the step's first update, if the objective uses them."""
+    present = all(sample.old_log_probs is not None for sample in mini_batch.samples)
     if present or "old_log_probs" not in objective.columns:
-        return update
-    scores = policy.score(update.samples)
+        return mini_batch
+    scores = model.score(mini_batch.samples)
     samples = [
-        dataclasses.replace(sample, old_log_probs=values) for sample, values in zip(update.samples, scores, strict=True)
+        dataclasses.replace(sample, old_log_probs=log_probs)
+        for sample, log_probs in zip(mini_batch.samples, scores, strict=True)
     ]
-    return dataclasses.replace(update, samples=samples)
+    return dataclasses.replace(mini_batch, samples=samples)
 
 
-def policy_lag(updates: Sequence[MiniBatch], version: int) -> dict[str, float]:
-    """Updates since the weights that wrote a response token: mean and largest; empty without responses of the policy.
+def policy_lag(mini_batches: Sequence[MiniBatch], weight_version: int) -> dict[str, float]:
+    """Return mean and maximum, over response tokens, of the number of updates since the weights that sampled them.
 
-    version: of the weights at the step's beginning. Responses of a teacher have no ``rollout_log_probs``.
+    weight_version: at the start of the step. Responses of a teacher have no ``rollout_log_probs`` and do not count;
+    empty without responses of the policy.
     """
-    own = [sample for update in updates for sample in update.samples if sample.rollout_log_probs is not None]
-    spans = [span for sample in own for span in sample.weight_versions]
+    samples = [sample for mini_batch in mini_batches for sample in mini_batch.samples]
+    spans = [span for sample in samples if sample.rollout_log_probs is not None for span in sample.weight_versions]
     if not spans:
         return {}
-    ages = np.array([version - span.version for span in spans])
+    lags = np.array([weight_version - span.version for span in spans])
     tokens = np.array([span.stop - span.start for span in spans])
-    return {"policy_lag": float((ages * tokens).sum() / tokens.sum()), "policy_lag_max": float(ages.max())}
+    return {"policy_lag": float((lags * tokens).sum() / tokens.sum()), "policy_lag_max": float(lags.max())}
 
 
-def drop_incomparable_rollout_log_probs(objective: Objective, update: MiniBatch, place: int) -> MiniBatch:
-    """``update``, the step's number ``place``, without the engine's log-probabilities where they cannot be compared.
+def drop_incomparable_rollout_log_probs(objective: Objective, mini_batch: MiniBatch, index: int) -> MiniBatch:
+    """Drop the engine's log-probabilities from mini-batches whose forward pass does not use the sampling weights.
 
-    They are compared with the trainer's under the weights that sampled: the old ones, or those of the forward pass of
-    the step's first update.
+    They are compared with the trainer's under the weights that sampled: with the old log-probabilities if the objective
+    has them, otherwise with the forward pass of the step's first mini-batch (``index`` 0).
     """
-    if place == 0 or "old_log_probs" in objective.columns:
-        return update
-    samples = [dataclasses.replace(sample, rollout_log_probs=None) for sample in update.samples]
-    return dataclasses.replace(update, samples=samples)
+    if index == 0 or "old_log_probs" in objective.columns:
+        return mini_batch
+    samples = [dataclasses.replace(sample, rollout_log_probs=None) for sample in mini_batch.samples]
+    return dataclasses.replace(mini_batch, samples=samples)
 
 
-def check_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
-    """Stop a run that diverges from its teacher, before the update."""
-    if limit is not None and report["kl"] > limit:
+def check_kl(metrics: Mapping[str, Metric], limit: float | None, step: int) -> None:
+    """Raise ``UserError``, before the update, if the policy diverges from its teacher."""
+    if limit is None:
+        return
+    kl = metrics["kl"].value()
+    if kl > limit:
         raise UserError(
-            f"step {step}: the KL to the teacher is {report['kl']:.3g} nats a token, above max_kl {limit}: lower the "
-            "learning rate, or start from a longer warm-up"
+            f"step {step}: the KL to the teacher is {kl:.3g} nats a token, above max_kl {limit}: lower the learning "
+            "rate, or start from a longer warm-up"
         )
 
 
-def check_mismatch_kl(report: Mapping[str, float], limit: float | None, step: int) -> None:
-    """Stop a run whose samples come from another distribution than the trained one, before the update."""
-    if limit is not None and report.get("mismatch/k3_kl", 0.0) > limit:
+def check_mismatch_kl(metrics: Mapping[str, Metric], limit: float | None, step: int) -> None:
+    """Raise ``UserError``, before the update, if the engine samples from another distribution than is trained."""
+    if limit is None or "mismatch/k3_kl" not in metrics:
+        return
+    kl = metrics["mismatch/k3_kl"].value()
+    if kl > limit:
         raise UserError(
-            f"step {step}: trainer and engine differ by a KL of {report['mismatch/k3_kl']:.3g} nats a token "
-            f"(mismatch/k3_kl), above rollout.max_mismatch_kl {limit}: are precision, weights and model settings of the servers "
-            "those of the trainer? See weight_sync/max_log_prob_diff and staleness in metrics.jsonl (older weights count here, too) and the "
-            "servers' logs"
+            f"step {step}: trainer and engine differ by a KL of {kl:.3g} nats a token (mismatch/k3_kl), above "
+            f"rollout.max_mismatch_kl {limit}: are precision, weights and model settings of the servers those of the "
+            "trainer? See weight_sync/max_log_prob_diff and policy_lag in metrics.jsonl (older weights "
+            "count here, too) and the servers' logs"
         )
+
+
+_OVER_UPDATES = {"mean": np.mean, "sum": np.mean, "max": np.max, "min": np.min}
 
 
 def aggregate_metrics(
-    reports: Sequence[Mapping[str, float]], samples: Mapping[str, float], tokens: int, times: Mapping[str, float]
+    update_metrics: Sequence[Mapping[str, Metric]],
+    step_metrics: Mapping[str, float],
+    num_tokens: int,
+    times: Mapping[str, float],
 ) -> dict[str, float]:
-    """One row of metrics: the mean over the step's updates (of extremes the extreme), the source's, and speed."""
+    """Return the row of a step: means over its updates (extremes of extremes), the step's own metrics, and speed."""
     row = {}
-    for name in dict.fromkeys(name for report in reports for name in report):
-        combine = np.max if name.endswith("_max") else np.min if name.endswith("_min") else np.mean
-        row[name] = float(combine([report[name] for report in reports if name in report]))
-    row = {name: value for name, value in row.items() if value or not name.startswith(GAP_PREFIX)}
-    return row | dict(samples) | {"tokens_per_second": tokens / times["timing_s/step"]} | dict(times)
+    for name in dict.fromkeys(name for metrics in update_metrics for name in metrics):
+        per_update = [metrics[name] for metrics in update_metrics if name in metrics]
+        value = float(_OVER_UPDATES[per_update[0].reduction]([metric.value() for metric in per_update]))
+        if value or per_update[0].omit != "zero":
+            row[name] = value
+    return row | dict(step_metrics) | {"tokens_per_second": num_tokens / times["timing_s/step"]} | dict(times)
 
 
 def open_log(stage: StageDirectory, step: int, tensorboard: Path | None) -> MetricsLog:
-    """The metrics of the stage, written by rank 0; rows and examples beyond ``step`` are dropped."""
+    """Open the metrics of the stage, written by rank 0; drop rows and examples beyond ``step``."""
     if dist.get_rank() != 0:
         return MetricsLog(None, step)
     truncate_jsonl_after(stage.path / ROLLOUTS_NAME, last=step)
@@ -227,7 +250,7 @@ def open_log(stage: StageDirectory, step: int, tensorboard: Path | None) -> Metr
 
 
 def write_examples(stage: StageDirectory, examples: Sequence[str]) -> None:
-    """Append ``examples`` to the stage's rollouts, on rank 0."""
+    """Append ``examples`` to the stage's ``rollouts.jsonl``, on rank 0."""
     if dist.get_rank() == 0:
         for line in examples:
             append_line(stage.path / ROLLOUTS_NAME, line)

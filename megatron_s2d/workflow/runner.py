@@ -28,11 +28,11 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import format_seconds
 from megatron_s2d.report.report import print_report, write_report
-from megatron_s2d.train.metrics import Progress
 from megatron_s2d.workflow.collect_results import collect_results
 from megatron_s2d.workflow.plan import Job, make_plan
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess
+from megatron_s2d.workflow.progress import Progress
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
 
 _POLL_SECONDS = 0.25

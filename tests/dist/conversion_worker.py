@@ -119,7 +119,7 @@ def check_layout(directory: Path, source: HfCheckpoint, cases: dict, layout: lay
     tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
     same_names = tensors.keys() == source.tensors.keys()
     position = {"step": 0, "updates": 0}
-    start_saving(directory / "saved" / name, live, layout, model_spec=spec.to_dict(), position=position).finish()
+    start_saving(directory / "saved" / name, live, layout, model_spec=spec.to_dict(), trainer_state=position).finish()
     converted = build_model(spec, layout)
     load_checkpoint(directory / "megatron", converted, layout, model_spec=spec.to_dict())
     return {
@@ -141,14 +141,14 @@ def reshard(directory: Path, spec, tokens) -> dict:
         trainable.forward_backward(forward_step, [(tokens, None)])
         trainable.optim_step()
         start_saving(
-            directory / "a", chunks, layout, model_spec=spec.to_dict(), position=position, trainable=trainable
+            directory / "a", chunks, layout, model_spec=spec.to_dict(), trainer_state=position, trainable=trainable
         ).finish()
         digests["tp2pp2"] = weights(chunks, spec, layout)
     with named_layout("tp1") as layout:
         chunks = build_model(spec, layout)
         load_checkpoint(directory / "a", chunks, layout, model_spec=spec.to_dict())
         digests["tp1"] = weights(chunks, spec, layout)
-        start_saving(directory / "b", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
+        start_saving(directory / "b", chunks, layout, model_spec=spec.to_dict(), trainer_state=position).finish()
     with named_layout("tp4") as layout:
         chunks = build_model(spec, layout)
         load_checkpoint(directory / "b", chunks, layout, model_spec=spec.to_dict())

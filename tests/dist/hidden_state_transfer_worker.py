@@ -71,9 +71,9 @@ def all_states(model, update, chosen) -> dict[int, torch.Tensor]:
     found = {}
     for batch, hidden in zip(batches, model.hidden_states(batches), strict=True):
         if model.layout.is_pipeline_last_stage:
-            rows = batch.per_sample(model.whole_sequences(hidden))
+            rows = batch.per_sample(model.gather_sequence_parallel(hidden))
             found |= (
-                {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.is_dp_leader else {}
+                {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.layout.is_dp_leader else {}
             )
     return gather_dicts(found)
 

@@ -27,7 +27,7 @@ from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distri
 from megatron_s2d.records import Sample
 from megatron_s2d.stages.teacher_cache import distributions_of
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 3
@@ -89,7 +89,8 @@ def train(model: MegatronModel, batch: list[Sample], objective, columns: dict, t
         batches = model.pack(batch, columns)
         distributions = teacher.distributions(MiniBatch(batch, columns), batches) if teacher else None
         count = sum(len(sample.token_ids) for sample in batch)
-        row = model.forward_backward(batches, objective, distributions, num_tokens=count)
+        metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
+        row = {name: metric.value() for name, metric in metrics.items()}
         rows.append(row | {"grad_norm": model.optim_step()})
     return rows
 

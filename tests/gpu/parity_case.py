@@ -22,7 +22,7 @@ from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 # Widths are multiples of 128, which blockwise FP8 needs; weights are wide enough to make distributions uneven.
 SPEC = ModelConfig(
@@ -76,7 +76,7 @@ def measure(
         return _by_autograd(model, batches, scores)
     model.prepare_training(OptimizerConfig(), 10)
     count = sum(len(sample.token_ids) for sample in batch)
-    loss = model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"]
+    loss = model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"].value()
     (chunk,) = model.trainable.chunks
     gradients = {_local_name(name): p.main_grad.float().cpu().clone() for name, p in chunk.named_parameters()}
     return Measured(loss, scores, gradients)
@@ -135,7 +135,8 @@ def divergence(layout: Layout, student: MegatronModel, teacher: MegatronModel) -
     source = FullTeacher(student, TeacherRouter({None: teacher}))
     distributions = source.distributions(MiniBatch(batch, weights), batches)
     count = sum(len(sample.token_ids) for sample in batch)
-    return student.forward_backward(batches, divergence_objective("forward_kl"), distributions, num_tokens=count)["kl"]
+    objective = divergence_objective("forward_kl")
+    return student.forward_backward(batches, objective, distributions, num_tokens=count)["kl"].value()
 
 
 def loss_curve(layout: Layout, precision: str, steps: int, *, fp8: str | None = None) -> np.ndarray:
@@ -152,7 +153,7 @@ def train(model: MegatronModel, steps: int) -> list[float]:
     count = sum(len(sample.token_ids) for sample in batch)
     losses = []
     for _ in range(steps):
-        losses.append(model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"])
+        losses.append(model.forward_backward(batches, sft_objective(), num_tokens=count)["loss"].value())
         model.optim_step()
     return losses
 

@@ -12,7 +12,7 @@ from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConf
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 VOCAB_SIZE = 25  # of the embedded task's tokenizer
 EOS = 1

@@ -126,7 +126,7 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
     layout = layouts.build_layout(ParallelConfig())
     chunks = build_model(spec, layout, seed=4)
     start_saving(
-        tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position={"step": 7, "updates": 7}
+        tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), trainer_state={"step": 7, "updates": 7}
     ).finish()
     entries = MegatronReader(tmp_path / "trained").entries
     expected: dict[str, set] = {}
@@ -165,7 +165,7 @@ def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
     layout = layouts.build_layout(ParallelConfig())
     chunks = build_model(spec, layout, seed=4)
     position = {"step": 7, "updates": 7}
-    start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), position=position).finish()
+    start_saving(tmp_path / "trained", chunks, layout, model_spec=spec.to_dict(), trainer_state=position).finish()
     done = convert.megatron_to_hf(tmp_path / "trained", tmp_path / "hf", assets=tmp_path / "modular_arithmetic")
     assert not done.notes
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()

@@ -22,7 +22,7 @@ from megatron_s2d.estimate.memory import (
 from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
-from megatron_s2d.train.policy import MegatronModel
+from megatron_s2d.train.megatron_model import MegatronModel
 
 # Every width differs from every other, so a term that is left out or counted twice shows.
 SIZES = {

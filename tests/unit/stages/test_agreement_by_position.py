@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_s2d.objectives.terms import means_by_position
 from megatron_s2d.stages.sg_opd import agreement_by_position
-from megatron_s2d.train.policy import kl_by_position
 
 
 def test_shares_of_each_bin():
@@ -22,5 +22,5 @@ def test_shares_of_each_bin():
 def test_bins_are_those_of_the_kl():
     for position in (0, 1, 2, 3, 4, 7, 8, 15, 16, 1000):
         agreement_bins = [key.rpartition("/")[2] for key in agreement_by_position(np.array([1]), np.array([position]))]
-        kl = kl_by_position(torch.ones(1), torch.tensor([position]), 2048)
+        kl = means_by_position("kl_by_position", torch.ones(1), torch.tensor([position]), 2048)
         assert agreement_bins[0] == next(key.rpartition("/")[2] for key, metric in kl.items() if metric.denominator > 0)

@@ -1,0 +1,133 @@
+"""Progress of running stages: bars with speed and remaining time on a terminal, plain lines elsewhere.
+
+Progress is read from the stages' ``metrics.jsonl``, so that one process can show stages that run in other processes. No
+torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.formatting import format_seconds
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclasses.dataclass
+class _Task:
+    total: int
+    stage: StageDirectory | None
+    started: float  # time.monotonic() when it was added
+    completed_at_start: int  # steps of earlier runs of a resumed stage
+    completed: int
+    note: str
+    bar: Any = None  # rich's task id, on a terminal
+    last_printed: float = -math.inf  # time.monotonic() of its last plain line
+
+
+class Progress:
+    """Bars with speed and remaining time on a terminal; elsewhere one plain line per task every ``interval`` seconds.
+
+    A task is either updated by the caller (``update``) or read from the metrics file of its stage (``refresh``). Use as
+    a context manager.
+    """
+
+    def __init__(self, console: Console | None = None, *, interval: float = 5.0):
+        self._console = console if console is not None else Console(stderr=True)
+        self._interval = interval
+        self._tasks: dict[str, _Task] = {}
+        self._bars: RichProgress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False))
+            name = TextColumn("{task.description}", markup=False)
+            self._bars = RichProgress(name, *columns, console=self._console)
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def add(self, name: str, total: int, stage: StageDirectory | None = None) -> None:
+        """Show ``name``, which ends at ``total``; with ``stage``, another process works on it."""
+        row = last_row(stage.metrics_path) if stage is not None else None
+        completed = int(row["step"]) if row else 0
+        self._tasks[name] = task = _Task(total, stage, time.monotonic(), completed, completed, "")
+        if self._bars is not None:
+            task.bar = self._bars.add_task(name, total=total, completed=completed, note="")
+
+    def update(self, name: str, completed: int, values: Mapping[str, float | None]) -> None:
+        """Show that ``name`` has completed ``completed``, with speed, reward and loss from the metrics ``values``."""
+        task = self._tasks[name]
+        task.completed = completed
+        task.note = ", ".join([*_notes(values), *_remaining(task, time.monotonic())])
+        self._show(name, task, force=completed >= task.total)
+
+    def refresh(self) -> None:
+        """Read the last row of every stage that another process works on."""
+        for name, task in self._tasks.items():
+            row = last_row(task.stage.metrics_path) if task.stage is not None else None
+            if row is not None and int(row["step"]) != task.completed:
+                self.update(name, int(row["step"]), row)
+
+    def finish(self, name: str, note: str) -> None:
+        """Remove ``name`` and print a line about it."""
+        task = self._tasks.pop(name)
+        if self._bars is not None:
+            self._bars.remove_task(task.bar)
+        self._console.print(f"{name}: {note}", markup=False, highlight=False)
+
+    def _show(self, name: str, task: _Task, *, force: bool) -> None:
+        if self._bars is not None:
+            self._bars.update(task.bar, completed=task.completed, note=task.note)
+            return
+        now = time.monotonic()
+        if force or now - task.last_printed >= self._interval:
+            task.last_printed = now
+            line = f"{name}: {task.completed}/{task.total}" + (f", {task.note}" if task.note else "")
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """Return the last complete row of a metrics file that another process may be writing; None without one."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return None
+    # The text after the last newline is still being written, and the first line of a long file starts in the middle.
+    complete = lines[1:-1] if size > _TAIL_BYTES else lines[:-1]
+    return json.loads(complete[-1]) if complete else None
+
+
+def _notes(values: Mapping[str, float | None]) -> list[str]:
+    notes = []
+    speed = values.get("tokens_per_second")
+    if speed is not None:
+        notes.append(f"{speed:,.0f} tokens/s")
+    notes += [f"{name} {values[name]:.3g}" for name in ("reward", "loss") if values.get(name) is not None]
+    return notes
+
+
+def _remaining(task: _Task, now: float) -> list[str]:
+    """Return the remaining time at the pace since the task was added; empty before the first step and at the end."""
+    num_done = task.completed - task.completed_at_start
+    if num_done <= 0 or task.completed >= task.total:
+        return []
+    return [f"{format_seconds((now - task.started) / num_done * (task.total - task.completed))} left"]
