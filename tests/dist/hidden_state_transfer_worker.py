@@ -71,7 +71,7 @@ def all_states(model, update, chosen) -> dict[int, torch.Tensor]:
     found = {}
     for batch, hidden in zip(batches, model.hidden_states(batches), strict=True):
         if model.layout.is_pipeline_last_stage:
-            rows = batch.per_sample(model.gather_sequence_parallel(hidden))
+            rows = batch.unpack(model.gather_sequence_parallel(hidden))
             found |= (
                 {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.layout.is_dp_leader else {}
             )
