@@ -43,10 +43,10 @@ class Engine:
             Sample(
                 id=request.id,
                 prompt_id=request.prompt.id,
-                group=request.group,
+                group_id=request.group_id,
                 domain="math",
                 seed=request.seed,
-                token_ids=np.array([request.group, 7, 8]),
+                token_ids=np.array([0, 7, 8]),
                 response_mask=np.array([False, True, True]),
                 temperature=1.0,
                 finish_reason=("stop", "length")[index % 2],

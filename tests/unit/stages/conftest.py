@@ -60,7 +60,7 @@ def make_sample(id_: str, length: int, *, group: int = 0, reward: float | None =
     return Sample(
         id=id_,
         prompt_id=f"p{group}",
-        group=group,
+        group_id=f"p{group}@1.0",
         domain="math",
         seed=0,
         token_ids=np.arange(size),

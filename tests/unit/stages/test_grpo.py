@@ -1,5 +1,7 @@
 """What the GRPO source hands to the training loop: advantages with the length penalty, and filtered groups."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -51,8 +53,12 @@ class ResamplingWorker:
 
     def sample(self, prompts, num_generations, step):
         return [
-            self.fakes.sample(f"{prompt.id}#{index}", 2, group=group, reward=float(index))
-            for group, prompt in enumerate(prompts)
+            dataclasses.replace(
+                self.fakes.sample(f"{prompt.id}#{index}", 2, reward=float(index)),
+                prompt_id=prompt.id,
+                group_id=f"{prompt.id}@{step}.0",
+            )
+            for prompt in prompts
             for index in range(num_generations)
         ]
 
@@ -79,8 +85,9 @@ def test_groups_without_a_signal_are_replaced(fakes, num_extra):
     buffer = fakes.Buffer(samples, stream, ResamplingWorker(fakes))
     selected, prompts, generated = GrpoSource(stage, buffer, None)._sample(1)
     assert stream.calls == [(1, 1, {"p0", "p1", "p2"}, 2)] and buffer.prefetched == [2]
-    groups = [1, 3, 4] if num_extra else [0, 1, 2]  # without further prompts, uninformative groups fill the batch
-    assert sorted({sample.group for sample in selected}) == groups
+    # Without further prompts, uninformative groups fill the batch.
+    expected = ["p1", "extra0", "extra1"] if num_extra else ["p0", "p1", "p2"]
+    assert list(dict.fromkeys(sample.prompt_id for sample in selected)) == expected
     assert len(generated) == 6 + 2 * num_extra and len(prompts) == 3 + num_extra
 
 

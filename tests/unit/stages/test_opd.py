@@ -141,7 +141,7 @@ def test_token_factors_multiply_the_loss_weights(fakes, samples, student, teache
     assert total == pytest.approx(1.0, rel=1e-6)  # as without factors
 
 
-def test_cached_responses_fill_the_batch_as_groups_of_their_own(fakes, samples, student, teacher):
+def test_cached_responses_fill_the_batch(fakes, samples, student, teacher):
     stage = opd_config(
         kl_estimator="full_vocab", on_policy_fraction=0.5, cache="cache", train_batch_size=4, num_generations=2
     )
@@ -155,7 +155,6 @@ def test_cached_responses_fill_the_batch_as_groups_of_their_own(fakes, samples, 
     (batch,) = source.step(3).mini_batches
     assert reads == [(8, 4)]
     assert [sample.id for sample in batch.samples[4:]] == [f"cached{index}~cached" for index in range(8, 12)]
-    assert [sample.group for sample in batch.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.loss_weights["divergence_weight"] == pytest.approx([1 / 26] * 8)
 
 

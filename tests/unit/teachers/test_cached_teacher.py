@@ -56,7 +56,7 @@ def samples() -> list[Sample]:
         Sample(
             id=str(index),
             prompt_id="p",
-            group=0,
+            group_id="p@0.0",
             domain="d",
             seed=0,
             token_ids=rng.integers(0, VOCAB_SIZE, prompt + response),
@@ -71,7 +71,7 @@ def samples() -> list[Sample]:
 @pytest.fixture
 def student():
     layout = types.SimpleNamespace(is_pipeline_last_stage=True)
-    return types.SimpleNamespace(layout=layout, shard=VocabShard.whole(VOCAB_SIZE))
+    return types.SimpleNamespace(layout=layout, shard=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("packed", [False, True])
