@@ -79,7 +79,7 @@ def student():
 def test_distribution_of_token_t_is_at_the_position_that_predicts_it(samples, student, representation, packed):
     cache = Cache(representation)
     teacher = CachedTeacher(cache, None, student, tail="bucket", temperature=1.0)
-    batches = pack(samples, weights={}, max_tokens=14, packed=packed)
+    batches = pack(samples, loss_weights={}, max_tokens=14, packed=packed)
     sources = teacher.distributions(MiniBatch(samples, {}), batches)
     num_rows = 0
     for batch, source in zip(batches, sources, strict=True):
@@ -93,7 +93,7 @@ def test_distribution_of_token_t_is_at_the_position_that_predicts_it(samples, st
 
 def test_top_k_ids_are_distinct_at_every_position(samples, student):
     teacher = CachedTeacher(Cache("top_k"), None, student, tail="bucket", temperature=1.0)
-    (batch,) = pack(samples, weights={}, max_tokens=100, packed=True)
+    (batch,) = pack(samples, loss_weights={}, max_tokens=100, packed=True)
     (source,) = teacher.distributions(MiniBatch(samples, {}), [batch])
     assert (source.ids.long().sort(dim=1).values.diff(dim=1) > 0).all()
 
@@ -101,7 +101,7 @@ def test_top_k_ids_are_distinct_at_every_position(samples, student):
 def test_full_vocab_log_probs_become_logits_of_their_temperature(samples, student):
     cache = Cache("full_vocab", temperature=0.5)
     teacher = CachedTeacher(cache, None, student, tail="bucket", temperature=2.0)
-    (batch,) = pack(samples, weights={}, max_tokens=100, packed=True)
+    (batch,) = pack(samples, loss_weights={}, max_tokens=100, packed=True)
     (source,) = teacher.distributions(MiniBatch(samples, {}), [batch])
     rows = source.shard_logits[batch.response_mask] / source.temperature
     expected = torch.cat([cache.log_probs(samples[index]) * 0.5 / 2.0 for index in batch.indices])
