@@ -54,11 +54,17 @@ class TokenColumns:
         """Return the columns at ``rows`` (int64 indices)."""
         return TokenColumns(**{name: column[rows] for name, column in self._present().items()})
 
+    def get(self, name: str) -> torch.Tensor:
+        """Return the column ``name`` [t], or raise a ``UserError`` that names the step that computes it."""
+        column: torch.Tensor | None = getattr(self, name)
+        if column is None:
+            raise UserError(f"the loss needs {name}: run {_WRITERS[name]} before the update")
+        return column
+
     def require(self, names: Iterable[str]) -> None:
         """Raise a ``UserError`` that names the step to run if one of the columns ``names`` is missing."""
         for name in sorted(names):
-            if getattr(self, name) is None:
-                raise UserError(f"the loss needs {name}: run {_WRITERS[name]} before the update")
+            self.get(name)
 
     def neutral_outside(self, active: torch.Tensor, log_probs: torch.Tensor | None) -> TokenColumns:
         """Return the columns with harmless values where ``active`` (bool [t]) is False.

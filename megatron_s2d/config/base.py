@@ -15,7 +15,7 @@ from megatron_s2d.errors import UserError
 class Config(pydantic.BaseModel):
     """Base of every configuration object: frozen, typed, and without unknown keys."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -92,9 +92,7 @@ def _is_union_tag(part: Any, document: Any, location: tuple, may_lack: bool) -> 
             if isinstance(node, dict):
                 return part not in node and not (may_lack and step is location[-1])
             return not isinstance(part, int)
-        if isinstance(node, dict) and step in node:
-            node = node[step]
-        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+        if (isinstance(node, dict) and step in node) or (isinstance(node, list) and isinstance(step, int) and step < len(node)):
             node = node[step]
     return False
 

@@ -30,7 +30,8 @@ class SignGateConfig(Config):
     def _interp(self) -> SignGateConfig:
         if (self.conflict_fallback == "interp") != (self.conflict_beta is not None):
             raise ValueError(
-                f"conflict_beta goes with conflict_fallback interp, and only with it; conflict_fallback is {self.conflict_fallback}"
+                f"conflict_beta goes with conflict_fallback: interp, and only with it; conflict_fallback is "
+                f"{self.conflict_fallback}"
             )
         return self
 

@@ -170,7 +170,10 @@ def _mixture(log_p, log_q, difference, beta, KIND: tl.constexpr):
         signed = tl.where(first, -(1.0 - beta) * decay, (1.0 - beta) * decay)
         excess = signed / (1.0 + mixed)
         terms = _times(q, log_q_over_m) - signed * tl.exp(tl.maximum(log_p, log_q))
-        slope = -(1.0 - beta) * excess if KIND == 2 else log_q_over_m - beta * excess
+        if KIND == 2:
+            slope = -(1.0 - beta) * excess
+        else:
+            slope = log_q_over_m - beta * excess
     return terms, slope
 
 

@@ -1,9 +1,14 @@
-"""Policy loss: clipped surrogate, penalty to a reference, and the correction of the engine's mismatch (methods.md M1).
+"""Policy loss: clipped surrogate, penalty to a reference, and the mismatch between engine and trainer (methods.md M1).
 
-All arguments are per sampled token, [C], natural logarithms at the sampling temperature. A ratio is never clamped
-beyond its clip range: one that overflows makes the loss infinite, and the training loop refuses that.
+All arguments are per sampled token, natural logarithms at the sampling temperature. A ratio is never clamped beyond
+its clip range: a ratio that overflows makes the loss infinite, and the training loop raises an error. Settings are
+validated by ``config``.
 
-Left out: how advantages come about (``advantages.py``), and sums over tokens (``terms.py``).
+Mismatch: two forward passes of the same weights, by trainer and engine, should give the same numbers. With p = log pi
+of a sampled token under the trainer and r the engine's, before top-k and top-p, it is measured as |p - r|, and as
+exp(p - r) - (p - r) - 1, the k3 estimate of KL(pi_engine || pi_trainer).
+
+Shapes: t tokens of a micro-batch, or of a chunk of one.
 """
 
 from __future__ import annotations
@@ -15,47 +20,38 @@ from typing import Literal
 import torch
 
 from megatron_s2d.columns import TokenColumns, refuse_sampled_k1
-from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import TokenOutputs
-from megatron_s2d.objectives.mismatch import gap_metrics, k3
 from megatron_s2d.objectives.terms import Metric, Objective, Term
 
 RolloutCorrectionMode = Literal["off", "tis", "mask"]
+
+MISMATCH_HISTOGRAM = "mismatch/hist/"  # share of tokens with |p - r| of at least this edge, and below the next one
+# Half a decade apart, rounded; float32 rounding is at the low end, bfloat16 in the middle, other weights at the top.
+MISMATCH_EDGES = (0.0, *(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3)), 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
     """Settings of the policy loss. Defaults: S2D table 8."""
 
-    clip_ratio_low: float = 0.2  # ratios below 1 - clip_ratio_low are cut where the advantage is negative
-    clip_ratio_high: float = (
-        0.2  # ratios above 1 + clip_ratio_high are cut where it is positive; 0.28 is DAPO's clip-higher
-    )
-    clip_ratio_c: float | None = None  # largest ratio where the advantage is negative, above 1; None: unbounded
-    rollout_correction: RolloutCorrectionMode = "off"  # correction of the gap between engine and trainer
-    rollout_correction_cap: float = 5.0  # C: larger importance weights are truncated (tis) or set to zero (mask)
-    on_policy: bool = False  # the weights before the update are the current ones: old_log_probs are not needed
-
-    def __post_init__(self) -> None:
-        if not (0 < self.clip_ratio_low < 1 and 0 < self.clip_ratio_high < math.inf):
-            raise UserError(
-                f"clip_ratio_low {self.clip_ratio_low}, clip_ratio_high {self.clip_ratio_high}: give 0 < clip_ratio_low < 1 and clip_ratio_high > 0"
-            )
-        if self.clip_ratio_c is not None and not 1 < self.clip_ratio_c < math.inf:
-            raise UserError(f"clip_ratio_c {self.clip_ratio_c}: give a number above 1, or leave it out")
-        if self.rollout_correction not in ("off", "tis", "mask"):
-            raise UserError(f"rollout_correction {self.rollout_correction!r}: choose off, tis or mask")
-        if not 0 < self.rollout_correction_cap < math.inf:
-            raise UserError(f"rollout_correction_cap {self.rollout_correction_cap}: give a positive number")
+    clip_ratio_low: float = 0.2  # negative advantages: no gradient for ratios below 1 - clip_ratio_low
+    clip_ratio_high: float = 0.2  # positive advantages: no gradient for ratios above 1 + clip_ratio_high
+    clip_ratio_c: float | None = None  # negative advantages: largest ratio, above 1; None: unbounded
+    rollout_correction: RolloutCorrectionMode = "off"  # importance weight of trainer against engine
+    rollout_correction_cap: float = 5.0  # larger importance weights are truncated (tis) or set to zero (mask)
+    on_policy: bool = False  # the current weights sampled the tokens: old_log_probs are not needed
 
     def old_log_probs(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
-        """Log-probabilities under the weights before the update."""
-        return log_probs.detach() if self.on_policy else columns.old_log_probs
+        """Return log-probabilities [t] under the weights before the update."""
+        return log_probs.detach() if self.on_policy else columns.get("old_log_probs")
+
+
+DEFAULT_SURROGATE = Surrogate()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipRegions:
-    """Where the surrogate is flat: bool [C] each, disjoint."""
+    """Where the surrogate is flat: bool [t] each, disjoint."""
 
     low: torch.Tensor  # negative advantage, ratio below 1 - clip_ratio_low
     high: torch.Tensor  # positive advantage, ratio above 1 + clip_ratio_high
@@ -63,7 +59,7 @@ class ClipRegions:
 
 
 def clip_regions(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Surrogate) -> ClipRegions:
-    """The regions for log ratios [C] and advantages [C]."""
+    """Return the clip regions of log ratios [t] and advantages [t]."""
     positive, negative = advantages > 0, advantages < 0
     dual = math.inf if settings.clip_ratio_c is None else math.log(settings.clip_ratio_c)
     return ClipRegions(
@@ -76,16 +72,16 @@ def clip_regions(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Su
 def clipped_surrogate(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, settings: Surrogate
 ) -> torch.Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) A) [C], ratio = pi_S / pi_old (methods.md M1).
+    """Return -min(ratio A, clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) A) [t], ratio = pi_S / pi_old (M1).
 
-    With ``clip_ratio_c`` c the value for a negative advantage is at most -c A. Differentiable in ``log_probs``; where the
-    surrogate is flat the gradient is 0. Advantages that carry a gradient are refused.
+    With ``clip_ratio_c`` c the value for a negative advantage is at most -c A. Differentiable in ``log_probs``; where
+    the surrogate is flat the gradient is 0. Raises ``UserError`` for advantages that carry a gradient.
     """
     refuse_sampled_k1(advantages, "advantages")
     log_ratio = log_probs - old_log_probs.detach()
     regions = clip_regions(log_ratio.detach(), advantages, settings)
     flat = regions.low | regions.high | regions.dual | (advantages == 0)
-    # The exponential of what is cut away is not formed: an infinite value times a zero slope would be NaN.
+    # Clipped ratios are not exponentiated: an infinite value times a zero slope would be NaN.
     ratio = torch.exp(torch.where(flat, 0.0, log_ratio))
     ratio = torch.where(regions.low, 1.0 - settings.clip_ratio_low, ratio)
     ratio = torch.where(regions.high, 1.0 + settings.clip_ratio_high, ratio)
@@ -95,13 +91,14 @@ def clipped_surrogate(
 
 
 def importance_weight(
-    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, *, mode: RolloutCorrectionMode, cap: float
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, settings: Surrogate
 ) -> torch.Tensor:
-    """min(pi_old / pi_rollout, cap) per token [C], detached (methods.md M1).
+    """Return the importance weight pi_old / pi_rollout per token [t], detached (methods.md M1).
 
-    Both probabilities are of the same weights, by the trainer and by the engine. truncate: larger weights become
+    Both probabilities are of the same weights, by the trainer and by the engine. tis: weights above ``cap`` become
     ``cap``. mask: they become 0. off: all are 1.
     """
+    mode, cap = settings.rollout_correction, settings.rollout_correction_cap
     if mode == "off":
         return torch.ones_like(old_log_probs)
     ratio = torch.exp((old_log_probs - rollout_log_probs).detach())
@@ -109,7 +106,7 @@ def importance_weight(
 
 
 def policy_term(settings: Surrogate) -> Term:
-    """Clipped surrogate times importance weight, by ``policy_weight``."""
+    """Return the clipped surrogate times the importance weight as a term, by ``policy_weight``."""
     required = {"advantages"}
     if not settings.on_policy:
         required.add("old_log_probs")
@@ -117,21 +114,21 @@ def policy_term(settings: Surrogate) -> Term:
         required.add("rollout_log_probs")
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        old = settings.old_log_probs(outputs.log_probs, columns)
-        loss = clipped_surrogate(outputs.log_probs, old, columns.advantages, settings)
+        log_probs = outputs.require("log_probs")
+        old = settings.old_log_probs(log_probs, columns)
+        loss = clipped_surrogate(log_probs, old, columns.get("advantages"), settings)
         if settings.rollout_correction == "off":
             return loss
-        weight = importance_weight(
-            old, columns.rollout_log_probs, mode=settings.rollout_correction, cap=settings.rollout_correction_cap
-        )
-        return weight * loss
+        return importance_weight(old, columns.get("rollout_log_probs"), settings) * loss
 
     def metrics(outputs: TokenOutputs, columns: TokenColumns, active: torch.Tensor) -> dict[str, Metric]:
-        old = settings.old_log_probs(outputs.log_probs, columns)
-        found = surrogate_metrics(outputs.log_probs - old, columns.advantages, active, settings)
+        log_probs = outputs.require("log_probs")
+        old = settings.old_log_probs(log_probs, columns)
+        result = surrogate_metrics(log_probs - old, columns.get("advantages"), active, settings)
         if columns.rollout_log_probs is not None:
-            found |= mismatch_metrics(old, columns.rollout_log_probs, active, settings)
-        return found
+            result |= importance_metrics(old, columns.rollout_log_probs, active, settings)
+            result |= mismatch_metrics(old, columns.rollout_log_probs, active)
+        return result
 
     return Term("policy", "policy_weight", frozenset({"log_probs"}), frozenset(required), values, metrics)
 
@@ -139,9 +136,9 @@ def policy_term(settings: Surrogate) -> Term:
 def surrogate_metrics(
     log_ratio: torch.Tensor, advantages: torch.Tensor, active: torch.Tensor, settings: Surrogate
 ) -> dict[str, Metric]:
-    """Ratios, fractions of tokens without gradient, and approx_kl, the k3 estimate of KL(pi_old || pi_S)."""
+    """Return ratios, clipped fractions of tokens, and approx_kl, the k3 estimate of KL(pi_old || pi_S)."""
     ratio, regions = torch.exp(log_ratio), clip_regions(log_ratio, advantages, settings)
-    found = {
+    result = {
         "ratio_mean": Metric.over(ratio, active),
         "ratio_max": Metric.over(ratio, active, "max"),
         "ratio_min": Metric.over(ratio, active, "min"),
@@ -152,57 +149,87 @@ def surrogate_metrics(
         "advantage_abs_mean": Metric.over(advantages.abs(), active),
     }
     if settings.clip_ratio_c is not None:
-        found["clip_fraction_dual"] = Metric.over(regions.dual, active)
-    return found
+        result["clip_fraction_dual"] = Metric.over(regions.dual, active)
+    return result
 
 
-def mismatch_metrics(
+def importance_metrics(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor, settings: Surrogate
 ) -> dict[str, Metric]:
-    """The gap between engine and trainer at the same weights, whatever is done about it (``mismatch.py``).
-
-    importance_ratio: pi_old / pi_rollout before any cut. importance_clipped_fraction: of tokens beyond the cap.
-    """
+    """Return importance_ratio (pi_old / pi_rollout before correction), importance_weight, and the clipped fraction."""
     ratio = torch.exp(old_log_probs - rollout_log_probs)
-    weight = importance_weight(
-        old_log_probs, rollout_log_probs, mode=settings.rollout_correction, cap=settings.rollout_correction_cap
-    )
+    weight = importance_weight(old_log_probs, rollout_log_probs, settings)
     return {
         "importance_ratio_mean": Metric.over(ratio, active),
         "importance_ratio_max": Metric.over(ratio, active, "max"),
         "importance_clipped_fraction": Metric.over(ratio > settings.rollout_correction_cap, active),
         "importance_weight_mean": Metric.over(weight, active),
-    } | gap_metrics(old_log_probs, rollout_log_probs, active)
+    }
+
+
+def mismatch_metrics(
+    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, active: torch.Tensor
+) -> dict[str, Metric]:
+    """Return mean, maximum and histogram of the mismatch in nats, and mismatch/k3_kl, over ``active`` tokens [t].
+
+    log_probs: [t] of the trainer under the weights that sampled. rollout_log_probs: [t] of the engine, or NaN for
+    tokens that the engine did not sample (a teacher or a data set wrote them), which are left out.
+    """
+    active = active & ~rollout_log_probs.isnan()
+    log_ratio = torch.where(active, log_probs.detach() - rollout_log_probs, 0.0)
+    difference = log_ratio.abs()
+    edges = torch.tensor(MISMATCH_EDGES, dtype=torch.float64, device=difference.device)
+    bins = torch.bucketize(difference.double(), edges, right=True) - 1
+    counts = torch.bincount(bins[active], minlength=len(MISMATCH_EDGES)).double()
+    total = active.sum(dtype=torch.float64)
+    histogram = {
+        f"{MISMATCH_HISTOGRAM}{edge:g}": Metric(count, total, "mean", omit="zero")
+        for edge, count in zip(MISMATCH_EDGES, counts, strict=True)
+    }
+    return {
+        "mismatch/log_prob_abs_diff_mean": Metric.over(difference, active),
+        "mismatch/log_prob_abs_diff_max": Metric.over(difference, active, "max"),
+        "mismatch/k3_kl": Metric.over(k3(log_ratio), active),
+    } | histogram
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Return exp(d) - d - 1 [t], d = ``log_ratio`` = log q - log p at tokens sampled from p: an estimate of KL(p || q).
+
+    Unbiased, never negative; expm1 keeps small values accurate. As a loss on log p its expected gradient on policy is
+    that of KL(q || p), the mass-covering direction; it is the usual GRPO penalty all the same (methods.md M1).
+    """
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def reference_term(kl_loss_coef: float) -> Term:
-    """``kl_loss_coef`` times the k3 estimate of KL(pi_S || pi_ref), by ``policy_weight`` (methods.md M1)."""
-
-    def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        return k3(columns.reference_log_probs - outputs.log_probs)
+    """Return ``kl_loss_coef`` times the k3 estimate of KL(pi_S || pi_ref) as a term, by ``policy_weight`` (M1)."""
 
     def metrics(outputs: TokenOutputs, columns: TokenColumns, active: torch.Tensor) -> dict[str, Metric]:
-        return {"reference_kl": Metric.over(values(outputs, columns), active)}
+        return {"reference_kl": Metric.over(reference_kl(outputs, columns), active)}
 
     return Term(
         "reference",
         "policy_weight",
         frozenset({"log_probs"}),
         frozenset({"reference_log_probs"}),
-        values,
+        reference_kl,
         metrics,
         kl_loss_coef,
     )
 
 
-def grpo_objective(surrogate: Surrogate = Surrogate(), *, kl_loss_coef: float = 5e-4) -> Objective:
-    """GRPO (stages 1 and 3): the policy term with a penalty to the reference; a coefficient of 0 needs no reference."""
-    if not (math.isfinite(kl_loss_coef) and kl_loss_coef >= 0):
-        raise UserError(f"kl_loss_coef {kl_loss_coef}: give a number of at least 0")
+def reference_kl(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
+    """Return the k3 estimate of KL(pi_S || pi_ref) per token [t]."""
+    return k3(columns.get("reference_log_probs") - outputs.require("log_probs"))
+
+
+def grpo_objective(surrogate: Surrogate = DEFAULT_SURROGATE, *, kl_loss_coef: float = 5e-4) -> Objective:
+    """Return the GRPO objective: the policy term with a penalty to the reference; no reference if the penalty is 0."""
     if kl_loss_coef == 0:
         return Objective((policy_term(surrogate),))
     return Objective(
         (policy_term(surrogate), reference_term(kl_loss_coef)),
         kl_metric="reference_kl",
-        token_kl=lambda outputs, columns: k3(columns.reference_log_probs - outputs.log_probs),
+        token_kl=reference_kl,
     )

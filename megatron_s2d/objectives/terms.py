@@ -1,13 +1,13 @@
-"""What an objective is made of: columns of data, terms, metrics with their reduction, and the weights of tokens.
+"""Building blocks of objectives: loss terms, metrics with their reduction, and normalised loss weights of tokens.
 
 The loss of a batch is the sum over terms and tokens of ``coefficient * weight * value``. The weight column of a term
-has the GLOBAL normaliser folded in (``token_weights``), so that nothing here divides by a count, and how tokens are
-dealt to micro-batches, data-parallel ranks or chunks cannot change the loss or its gradient beyond rounding
-(methods.md M1).
-A weight of zero takes a token out of a term and out of that term's metrics.
+contains the GLOBAL normaliser (``token_weights``), so nothing here divides by a count, and the assignment of tokens to
+micro-batches, data-parallel ranks or chunks cannot change the loss or its gradient beyond rounding (methods.md M1).
+A weight of zero removes a token from a term and from that term's metrics.
 
-Left out: where the columns come from (data/packing.py), and the reduction over ranks (the trainer all-reduces what
-``pack_metrics`` returns).
+The columns come from ``data/packing.py``; the trainer all-reduces the tensors of ``pack_metrics``.
+
+Shapes: b responses, t tokens of a micro-batch, or of a chunk of one.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ class Metric:
     numerator: torch.Tensor  # sum of the values; their maximum or minimum (-inf or inf for none)
     denominator: torch.Tensor  # number of values
     reduction: Reduction
-    omit: Omit = "never"  # when the metric is left out of a row: without values, or also if it is zero
+    omit: Omit = "never"  # when a report leaves the metric out: never, if it has no values, or also if it is zero
 
     @classmethod
     def of(cls, value: float) -> Metric:
-        """The metric of one value that is the same on every rank."""
+        """Return the metric of one value that is the same on every rank."""
         return cls(torch.tensor(value, dtype=torch.float64), torch.ones((), dtype=torch.float64), "mean")
 
     @classmethod
     def over(cls, values: torch.Tensor, active: torch.Tensor, reduction: Reduction = "mean") -> Metric:
-        """The metric of ``values`` [N] (numbers or booleans) where ``active`` (bool [N]) is True."""
+        """Return the metric of ``values`` [t] (numbers or booleans) where ``active`` (bool [t]) is True."""
         values = values.detach().to(torch.float64)
         empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}[reduction]
-        kept = torch.cat([torch.where(active, values, empty), values.new_full((1,), empty)])
-        numerator = {"mean": torch.sum, "sum": torch.sum, "max": torch.max, "min": torch.min}[reduction](kept)
+        active_values = torch.cat([torch.where(active, values, empty), values.new_full((1,), empty)])
+        reduce = {"mean": torch.sum, "sum": torch.sum, "max": torch.max, "min": torch.min}[reduction]
+        numerator: torch.Tensor = reduce(active_values)
         return cls(numerator, active.sum(dtype=torch.float64), reduction)
 
     def combine(self, other: Metric) -> Metric:
-        """The metric of both sets of values."""
+        """Return the metric of both sets of values."""
         if self.reduction != other.reduction:
             raise ValueError(f"metrics of reduction {self.reduction} and {other.reduction} cannot be combined")
         merge = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[self.reduction]
@@ -66,7 +67,7 @@ class Metric:
         )
 
     def value(self) -> float:
-        """The number; NaN for the mean of nothing."""
+        """Return the number; NaN for the mean of no values."""
         if self.reduction != "mean":
             return float(self.numerator)
         count = float(self.denominator)
@@ -89,7 +90,7 @@ def means_by_position(name: str, values: torch.Tensor, positions: torch.Tensor, 
 
 
 def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """The metrics of all ``parts`` (micro-batches of one rank) together; a name may be missing from some."""
+    """Combine the metrics of ``parts`` (micro-batches of one rank); a name may be missing from some."""
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
@@ -98,7 +99,7 @@ def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
 
 
 def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(to be summed over ranks, to be maximised over ranks), float64, in the order of the sorted names."""
+    """Return (values to sum over ranks, values to maximise over ranks), float64, in the order of the sorted names."""
     ordered = [metrics[name] for name in sorted(metrics)]
     device = ordered[0].denominator.device if ordered else None
     sums, maxima = [], []
@@ -113,17 +114,17 @@ def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def unpack_metrics(metrics: dict[str, Metric], sums: torch.Tensor, maxima: torch.Tensor) -> dict[str, Metric]:
-    """The inverse of ``pack_metrics``: ``metrics`` gives names and reductions, the tensors the reduced numbers."""
-    sums_left, maxima_left = iter(sums.unbind()), iter(maxima.unbind())
-    found = {}
+    """Invert ``pack_metrics``: names and reductions from ``metrics``, numbers from the reduced tensors."""
+    next_sum, next_maximum = iter(sums.unbind()), iter(maxima.unbind())
+    reduced = {}
     for name in sorted(metrics):
-        reduction, denominator = metrics[name].reduction, next(sums_left)
+        reduction, denominator = metrics[name].reduction, next(next_sum)
         if reduction in ("mean", "sum"):
-            numerator = next(sums_left)
+            numerator = next(next_sum)
         else:
-            numerator = next(maxima_left) if reduction == "max" else -next(maxima_left)
-        found[name] = Metric(numerator, denominator, reduction, metrics[name].omit)
-    return found
+            numerator = next(next_maximum) if reduction == "max" else -next(next_maximum)
+        reduced[name] = Metric(numerator, denominator, reduction, metrics[name].omit)
+    return reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,101 +132,89 @@ class Term:
     """One summand of an objective."""
 
     name: str
-    weight: str  # the column that weighs it
+    weight: str  # the column of its loss weights
     needs: frozenset[str]  # fields of TokenOutputs
-    columns: frozenset[str]  # columns, without the weight
-    values: Callable[[TokenOutputs, TokenColumns], torch.Tensor]  # -> loss per token [C], differentiable
-    metrics: Callable[[TokenOutputs, TokenColumns, torch.Tensor], dict[str, Metric]]  # last: bool [C], what counts
+    columns: frozenset[str]  # required columns, without the weight
+    values: Callable[[TokenOutputs, TokenColumns], torch.Tensor]  # -> loss per token [t], differentiable
+    metrics: Callable[[TokenOutputs, TokenColumns, torch.Tensor], dict[str, Metric]]  # last: active tokens, bool [t]
     coefficient: float = 1.0
 
     def inputs(self, outputs: TokenOutputs, columns: TokenColumns) -> tuple[torch.Tensor, TokenColumns]:
-        """(bool [C]: which tokens the term counts, columns that are harmless elsewhere)."""
+        """Return (active tokens of the term, bool [t]; columns that are harmless elsewhere)."""
         columns.require(self.columns | {self.weight})
-        active = getattr(columns, self.weight) != 0
+        active = columns.get(self.weight) != 0
         return active, columns.neutral_outside(active, outputs.log_probs)
 
     def weighted(self, outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        """[C] coefficient * weight * value."""
+        """Return coefficient * weight * value per token [t]."""
         _, safe = self.inputs(outputs, columns)
-        return self.coefficient * getattr(columns, self.weight) * self.values(outputs, safe)
+        return self.coefficient * columns.get(self.weight) * self.values(outputs, safe)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Terms added up. The same object gives the loss inside the output layer and, afterwards, the metrics."""
+    """A sum of terms: the loss inside the output layer and, afterwards, its metrics."""
 
     terms: tuple[Term, ...]
-    kl_metric: str | None = None  # the metric that is also shown as `kl`, in nats per token
-    token_kl: Callable[[TokenOutputs, TokenColumns], torch.Tensor] | None = None  # [C] its values, by token
+    kl_metric: str | None = None  # the metric that is also reported as `kl`, in nats per token
+    token_kl: Callable[[TokenOutputs, TokenColumns], torch.Tensor] | None = None  # -> that KL per token [t]
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
         if not names or len(set(names)) != len(names):
-            raise UserError(f"an objective needs at least one term and each term once, found {names}")
+            raise UserError(f"an objective needs at least one term and each term once, got {names}")
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of ``TokenOutputs`` to ask for; the entropy is always reported."""
+        """Fields of ``TokenOutputs`` to compute; the entropy is always reported."""
         return frozenset({"entropy"}).union(*(term.needs for term in self.terms))
 
     @property
     def columns(self) -> frozenset[str]:
-        """Columns that must be there, weights included."""
-        return frozenset().union(*(term.columns | {term.weight} for term in self.terms))
+        """Required columns, including loss weights."""
+        return frozenset[str]().union(*(term.columns | {term.weight} for term in self.terms))
 
     def token_loss(self, outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        """[C] weighted losses whose plain sum over the whole batch is the loss; both arguments have C rows.
+        """Return weighted losses [t] whose plain sum over the batch is the loss.
 
-        A pure function, row by row: chunks of a batch give the rows of the whole. Raises ``UserError`` for a column
-        that is missing.
+        A pure function, row by row, so a batch may be cut into chunks. Raises ``UserError`` for a missing column.
         """
         first, *others = (term.weighted(outputs, columns) for term in self.terms)
         return sum(others, start=first)
 
     @torch.no_grad()
     def metrics(self, outputs: TokenOutputs, columns: TokenColumns) -> dict[str, Metric]:
-        """Metrics of these rows. ``loss`` is exact for the batch when it is summed over all its rows."""
-        found: dict[str, Metric] = {}
-        counted, losses = [], []
+        """Return the metrics of these rows. ``loss`` is that of the batch when summed over all its rows."""
+        metrics: dict[str, Metric] = {}
+        active_of_terms, losses = [], []
         for term in self.terms:
             active, safe = term.inputs(outputs, columns)
             loss = Metric.over(term.weighted(outputs, columns), active, "sum")
             parts = {f"loss/{term.name}": loss} if len(self.terms) > 1 else {}
             parts |= term.metrics(outputs, safe, active)
-            if repeated := parts.keys() & found.keys():
+            if repeated := parts.keys() & metrics.keys():
                 raise ValueError(f"two terms report {sorted(repeated)}")
-            found |= parts
-            counted.append(active)
+            metrics |= parts
+            active_of_terms.append(active)
             losses.append(loss)
-        found["loss"] = functools.reduce(Metric.combine, losses)
+        metrics["loss"] = functools.reduce(Metric.combine, losses)
         if outputs.entropy is not None:
-            found["entropy"] = Metric.over(outputs.entropy, torch.stack(counted).any(dim=0))
+            metrics["entropy"] = Metric.over(outputs.entropy, torch.stack(active_of_terms).any(dim=0))
         if self.kl_metric is not None:
-            found["kl"] = found[self.kl_metric]
-        return found
-
-
-def mix_objectives(parts: Sequence[tuple[float, Objective]]) -> Objective:
-    """sum of coefficient * objective; the first objective that has a KL to show gives ``kl``."""
-    terms: list[Term] = []
-    for coefficient, objective in parts:
-        if not (math.isfinite(coefficient) and coefficient > 0):
-            raise UserError(f"coefficient {coefficient} of an objective: give a positive number, or leave it out")
-        terms += [dataclasses.replace(term, coefficient=coefficient * term.coefficient) for term in objective.terms]
-    shown = next((objective for _, objective in parts if objective.kl_metric is not None), Objective(tuple(terms)))
-    return Objective(tuple(terms), shown.kl_metric, shown.token_kl)
+            metrics["kl"] = metrics[self.kl_metric]
+        return metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseCounts:
-    """How many responses, and tokens in them, one term averages over; those without a token are not counted."""
+    """Number of responses, and of their tokens, that one term averages over; empty responses are not counted."""
 
     tokens: int
     sequences: int
 
     @classmethod
     def of(cls, lengths: Sequence[int] | np.ndarray) -> ResponseCounts:
-        """Counts of responses with ``lengths`` tokens."""
+        """Count responses with ``lengths`` tokens."""
         lengths = np.asarray(lengths, dtype=np.int64)
         return cls(int(lengths.sum()), int((lengths > 0).sum()))
 
@@ -239,12 +228,12 @@ def token_weights(
     counts: ResponseCounts,
     max_response_length: int | None = None,
 ) -> np.ndarray:
-    """The weight of every token of each response: float64 [number of responses] (methods.md M1).
+    """Return the loss weight of every token of each response: float64 [b] (methods.md M1).
 
-    lengths: response tokens of each response here. counts: of the GLOBAL batch of one update, over all data-parallel
-    ranks and micro-batches; the weights of a response then do not depend on which others are packed with it.
-    token_mean: 1 / tokens. seq_mean_token_mean: 1 / (sequences * length). seq_mean_token_sum_norm:
-    1 / (sequences * max_response_length), the constant length of Dr. GRPO. A response of length 0 gets 0.
+    lengths: tokens of each response here. counts: of the GLOBAL mini-batch, over all data-parallel ranks and
+    micro-batches, so the weights of a response do not depend on the responses packed with it. token_mean: 1 / tokens.
+    seq_mean_token_mean: 1 / (sequences * length). seq_mean_token_sum_norm: 1 / (sequences * max_response_length), the
+    constant length of Dr. GRPO. A response of length 0 gets 0.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if (lengths < 0).any() or lengths.sum() > counts.tokens or (lengths > 0).sum() > counts.sequences:
@@ -255,8 +244,11 @@ def token_weights(
         weights = 1.0 / (max(counts.sequences, 1) * np.maximum(lengths, 1).astype(np.float64))
     elif loss_agg_mode == "seq_mean_token_sum_norm":
         if max_response_length is None or max_response_length < 1:
-            raise UserError("loss_agg_mode seq_mean_token_sum_norm divides by max_response_length: give that limit")
+            raise UserError(
+                "loss_agg_mode seq_mean_token_sum_norm divides by sampling.max_response_length, which this stage does "
+                "not have: choose token_mean or seq_mean_token_mean"
+            )
         weights = np.full(lengths.shape, 1.0 / (max(counts.sequences, 1) * max_response_length))
     else:
-        raise UserError(f"loss_agg_mode {loss_agg_mode!r}: choose one of {', '.join(LOSS_AGG_MODES)}")
+        raise ValueError(f"loss_agg_mode {loss_agg_mode!r}: choose one of {', '.join(LOSS_AGG_MODES)}")
     return np.where(lengths > 0, weights, 0.0)

@@ -91,7 +91,7 @@ def test_zero_variance_groups_by_hand():
 def test_group_relative_refuses_nonsense():
     with pytest.raises(UserError, match="1 rewards are not finite"):
         group_relative(np.array([1.0, np.nan]), np.zeros(2, int))
-    with pytest.raises(ValueError, match="one each per response"):
+    with pytest.raises(ValueError, match="one entry per response"):
         group_relative(np.zeros(3), np.zeros(2, int))
 
 
@@ -100,7 +100,7 @@ def test_overlong_penalty_by_hand():
     lengths = np.array([0, 80, 81, 90, 100, 130])
     found = overlong_penalty(lengths, max_response_length=100, buffer_tokens=20, penalty=2.0)
     assert found == pytest.approx([0, 0, -0.1, -1.0, -2.0, -2.0])
-    with pytest.raises(UserError, match="buffer_tokens 200"):
+    with pytest.raises(UserError, match="overlong_buffer.len 200"):
         overlong_penalty(lengths, max_response_length=100, buffer_tokens=200)
 
 
@@ -110,7 +110,7 @@ def test_distillation_advantage_by_hand():
     assert distillation_advantage(np.zeros(1), np.zeros(1)).dtype == np.float64
     with pytest.raises(UserError, match="1 of 2 sampled tokens have no finite teacher"):
         distillation_advantage(np.float32([-np.inf, -1]), np.float32([-1, -1]))
-    with pytest.raises(ValueError, match="one each per token"):
+    with pytest.raises(ValueError, match="one entry per token"):
         distillation_advantage(np.zeros(2), np.zeros(3))
 
 
@@ -136,12 +136,9 @@ def test_g_opd_is_the_geometric_target_up_to_a_constant():
 
 def test_g_opd_refuses():
     teacher, student, reference = log_prob_arrays()
-    with pytest.raises(UserError, match="reward_scale 1.25 needs the log-probabilities of a reference"):
+    with pytest.raises(UserError, match="reward scale 1.25 needs the log-probabilities of a reference"):
         g_opd_advantage(teacher, student, None, reward_scale=1.25)
-    for scale in (-0.5, math.nan, math.inf):
-        with pytest.raises(UserError, match="at least 0"):
-            g_opd_advantage(teacher, student, reference, reward_scale=scale)
-    with pytest.raises(ValueError, match="one each per token"):
+    with pytest.raises(ValueError, match="one entry per token"):
         g_opd_advantage(teacher, student, reference[:1], reward_scale=1.25)
 
 
@@ -206,7 +203,7 @@ def test_gate_is_decided_by_signs_even_of_tiny_numbers():
 
 
 def test_gate_fractions_over_both_denominators():
-    fractions = (GateCounts(1, 2, 3) + GateCounts(2, 1, 1)).fractions()
+    fractions = GateCounts(3, 3, 4).fractions()
     assert fractions == {
         "consensus_fraction": 0.3,
         "conflict_fraction": 0.3,
@@ -215,17 +212,6 @@ def test_gate_fractions_over_both_denominators():
         "conflict_fraction_of_signed": 0.5,
     }
     assert all(math.isnan(value) for value in GateCounts(0, 0, 0).fractions().values())
-
-
-def test_gate_settings_refuse():
-    with pytest.raises(UserError, match="interp, preserve, grpo, mask"):
-        SignGate(conflict_fallback="drop")
-    with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
-        SignGate(conflict_fallback="interp")
-    with pytest.raises(UserError, match="conflict_beta goes with fallback interp"):
-        SignGate(conflict_fallback="mask", conflict_beta=0.5)
-    with pytest.raises(UserError, match="0 \\(mask\\) to 1 \\(OPD\\)"):
-        SignGate(conflict_beta=1.5)
 
 
 def test_stability_weight_by_hand():
@@ -246,8 +232,6 @@ def test_stability_weight_has_mean_one_and_keeps_signs(advantages, clip):
 
 
 def test_stability_weight_refuses():
-    with pytest.raises(UserError, match="positive number of nats"):
-        stability_weight(np.ones(2), clip=0.0)
     with pytest.raises(UserError, match="finite advantages"):
         stability_weight(np.array([1.0, np.inf]), clip=1.0)
     assert stability_weight(np.zeros(0), clip=1.0).weights.shape == (0,)
@@ -264,7 +248,3 @@ def test_anchor_schedule():
     assert schedule.samples_teacher(0.69) and not schedule.samples_teacher(0.7)
     step = AnchorSchedule(1.0, 0.0, 0.5, 0.5)
     assert (step.alpha(0.499), step.alpha(0.5)) == (1.0, 0.0)
-    with pytest.raises(UserError, match="phase_1_end <= phase_2_end"):
-        AnchorSchedule(1.0, 0.0, 0.6, 0.5)
-    with pytest.raises(UserError, match="alpha_end <= alpha_high"):
-        AnchorSchedule(0.1, 0.2, 0.3, 0.5)

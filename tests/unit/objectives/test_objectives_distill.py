@@ -6,19 +6,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from mixtures import weighted_sum
 
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
-from megatron_s2d.kl.outputs import sampled_reverse_kl
 from megatron_s2d.kl.fused import linear_divergence
-from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs
+from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs, sampled_reverse_kl
 from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import HiddenStates, TopK
 from megatron_s2d.objectives.advantages import distillation_advantage, g_opd_advantage
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, clipped_surrogate, grpo_objective
-from megatron_s2d.objectives.terms import mix_objectives
 
 VOCAB, LIMIT, STOP = 3, 3, 2
 
@@ -69,7 +68,7 @@ def toy():
 def policy_slope(toy, student, advantages, beta=1.0):
     """Gradient of the expected policy loss at the weights that sampled, by the objective that training uses."""
     logits = student.clone().requires_grad_()
-    objective = mix_objectives([(beta, policy_distillation_objective())])
+    objective = weighted_sum((beta, policy_distillation_objective()))
     log_probs = toy.token_log_probs(logits)
     columns = TokenColumns(
         old_log_probs=log_probs.detach(),
@@ -242,7 +241,7 @@ OBJECTIVES = {
         Surrogate(rollout_correction="mask", rollout_correction_cap=1.3), anchor=True
     ),
     **{kind: divergence_objective(kind) for kind in DIVERGENCES},
-    "mixture": mix_objectives([(1.0, grpo_objective()), (0.3, divergence_objective("forward_kl"))]),
+    "mixture": weighted_sum((1.0, grpo_objective()), (0.3, divergence_objective("forward_kl"))),
 }
 
 

@@ -12,8 +12,13 @@ torch = pytest.importorskip("torch")
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.distill import divergence_objective
-from megatron_s2d.objectives.mismatch import GAP_EDGES, GAP_PREFIX, gap_metrics
-from megatron_s2d.objectives.policy import Surrogate, grpo_objective
+from megatron_s2d.objectives.policy import (
+    MISMATCH_EDGES,
+    MISMATCH_HISTOGRAM,
+    Surrogate,
+    grpo_objective,
+    mismatch_metrics,
+)
 from megatron_s2d.objectives.terms import merge_metrics
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1])
@@ -29,30 +34,30 @@ def values(metrics) -> dict[str, float]:
 
 
 def test_mean_max_kl_and_histogram_are_those_by_hand():
-    found = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
+    found = values(mismatch_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
     differences = np.array(DIFFERENCES)
     assert found["mismatch/log_prob_abs_diff_mean"] == pytest.approx(np.abs(differences).mean(), rel=1e-5)
     assert found["mismatch/log_prob_abs_diff_max"] == pytest.approx(12.0)
     assert found["mismatch/k3_kl"] == pytest.approx((np.expm1(differences) - differences).mean(), rel=1e-4)
-    shares = {name: share for name, share in found.items() if name.startswith(GAP_PREFIX) and share}
-    assert shares == {f"{GAP_PREFIX}{edge}": 0.2 for edge in ("0", "0.0001", "0.01", "0.3", "10")}
-    assert len(GAP_EDGES) == 18 and list(GAP_EDGES) == sorted(GAP_EDGES)
+    shares = {name: share for name, share in found.items() if name.startswith(MISMATCH_HISTOGRAM) and share}
+    assert shares == {f"{MISMATCH_HISTOGRAM}{edge}": 0.2 for edge in ("0", "0.0001", "0.01", "0.3", "10")}
+    assert len(MISMATCH_EDGES) == 18 and list(MISMATCH_EDGES) == sorted(MISMATCH_EDGES)
 
 
 def test_tokens_that_do_not_count_or_that_no_engine_sampled_are_left_out():
     active = torch.tensor([True, True, False, True, True])
     sampled = rollout()
     sampled[4] = math.nan
-    found = values(gap_metrics(LOG_PROBS, sampled, active))
+    found = values(mismatch_metrics(LOG_PROBS, sampled, active))
     assert found["mismatch/log_prob_abs_diff_max"] == pytest.approx(0.7, rel=1e-5)
     assert found["mismatch/log_prob_abs_diff_mean"] == pytest.approx((0.7 + 2e-4) / 3, rel=1e-3)
-    assert sum(share for name, share in found.items() if name.startswith(GAP_PREFIX)) == pytest.approx(1.0)
+    assert sum(share for name, share in found.items() if name.startswith(MISMATCH_HISTOGRAM)) == pytest.approx(1.0)
 
 
 def test_parts_of_a_batch_make_the_whole():
-    whole = gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool))
+    whole = mismatch_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool))
     parts = [
-        gap_metrics(LOG_PROBS[rows], rollout()[rows], torch.ones(len(rows), dtype=torch.bool))
+        mismatch_metrics(LOG_PROBS[rows], rollout()[rows], torch.ones(len(rows), dtype=torch.bool))
         for rows in (torch.tensor([0, 1]), torch.tensor([2, 3, 4]), torch.zeros(0, dtype=torch.int64))
     ]
     assert values(merge_metrics(parts)) == pytest.approx(values(whole))
@@ -81,5 +86,5 @@ def test_grpo_measures_the_same_under_the_old_weights():
     )
     outputs = TokenOutputs(log_probs=LOG_PROBS + 3.0)  # after an update
     found = values(grpo_objective(Surrogate(), kl_loss_coef=0).metrics(outputs, columns))
-    expected = values(gap_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
+    expected = values(mismatch_metrics(LOG_PROBS, rollout(), torch.ones(5, dtype=torch.bool)))
     assert {name: found[name] for name in expected} == pytest.approx(expected)

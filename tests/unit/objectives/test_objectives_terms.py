@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import weighted_sum
 
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
@@ -19,7 +20,6 @@ from megatron_s2d.objectives.terms import (
     Objective,
     ResponseCounts,
     merge_metrics,
-    mix_objectives,
     pack_metrics,
     token_weights,
     unpack_metrics,
@@ -58,7 +58,7 @@ def everything():
     policy = policy_distillation_objective(
         Surrogate(clip_ratio_c=3.0, rollout_correction="tis", rollout_correction_cap=1.2)
     )
-    return mix_objectives([(1.0, policy), (0.5, sft_objective()), (0.25, divergence_objective("reverse_kl"))])
+    return weighted_sum((1.0, policy), (0.5, sft_objective()), (0.25, divergence_objective("reverse_kl")))
 
 
 def definition(loss_agg_mode, lengths, values, limit):
@@ -104,7 +104,7 @@ def test_weights_by_hand():
 
 def test_weights_refuse_nonsense():
     counts = ResponseCounts.of([3])
-    with pytest.raises(UserError, match="token_mean, seq_mean_token_mean"):
+    with pytest.raises(ValueError, match="token_mean, seq_mean_token_mean"):
         token_weights([3], "mean", counts)
     with pytest.raises(UserError, match="max_response_length"):
         token_weights([3], "seq_mean_token_sum_norm", counts)
@@ -184,8 +184,8 @@ def test_metric_reductions_by_hand():
 
 def test_tokens_outside_a_term_may_hold_anything():
     """Anchor tokens have no old log-probabilities; NaN there must reach neither the loss, its gradient nor a metric."""
-    objective = mix_objectives([(1.0, grpo_objective(Surrogate(rollout_correction="mask"), kl_loss_coef=0.1)),
-                                (1.0, sft_objective())])  # fmt: skip
+    grpo = grpo_objective(Surrogate(rollout_correction="mask"), kl_loss_coef=0.1)
+    objective = weighted_sum((1.0, grpo), (1.0, sft_objective()))
     outputs, columns = random_batch()
     inactive = columns.policy_weight == 0
     spoiled = {
@@ -238,17 +238,15 @@ def test_objectives_say_what_they_need():
     }  # fmt: skip
 
 
-def test_mixture_scales_and_refuses():
+def test_coefficient_scales_a_term():
     outputs, columns = random_batch()
     single = sft_objective().token_loss(outputs, columns)
-    assert torch.equal(mix_objectives([(0.5, sft_objective())]).token_loss(outputs, columns), 0.5 * single)
-    twice = mix_objectives([(0.5, mix_objectives([(0.5, grpo_objective(kl_loss_coef=0.4))]))])
-    assert [term.coefficient for term in twice.terms] == [0.25, pytest.approx(0.1)]
+    assert torch.equal(weighted_sum((0.5, sft_objective())).token_loss(outputs, columns), 0.5 * single)
+
+
+def test_objective_needs_distinct_terms():
     with pytest.raises(UserError, match="each term once"):
-        mix_objectives([(1.0, sft_objective()), (1.0, sft_objective())])
-    for bad in (0.0, -1.0, math.nan):
-        with pytest.raises(UserError, match="positive number"):
-            mix_objectives([(bad, sft_objective())])
+        Objective((*sft_objective().terms, *sft_objective().terms))
     with pytest.raises(UserError, match="at least one term"):
         Objective(())
 
