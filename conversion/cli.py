@@ -17,45 +17,83 @@ if TYPE_CHECKING:
     from megatron_s2d.conversion.convert import Converted
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``convert`` to the main command's sub-commands; the parsed arguments go to ``run``."""
-    convert = subparsers.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
-    actions = convert.add_subparsers(dest="convert_action", required=True)
-    quiet = argparse.ArgumentParser(add_help=False)
-    quiet.add_argument("--no-progress", action="store_true", help="no progress bars")
+_EXAMPLES = {
+    "hf-to-megatron": (
+        "s2d convert hf-to-megatron models/Qwen3-8B models/Qwen3-8B-megatron",
+        "s2d convert hf-to-megatron models/Qwen3-8B models/Qwen3-8B-megatron --tensor-model-parallel-size 4",
+    ),
+    "megatron-to-hf": (
+        "s2d convert megatron-to-hf runs/quickstart/stages/opd_rl/model exported "
+        "--assets runs/quickstart/tokenizer/modular_arithmetic",
+    ),
+    "check": ("s2d convert check models/Qwen3-8B models/Qwen3-8B-megatron --skip-logits",),
+    "inspect": ("s2d convert inspect runs/quickstart/stages/opd_rl/model",),
+}
 
-    command = actions.add_parser(
-        "hf-to-megatron", parents=[quiet], help="Hugging Face directory to Megatron checkpoint"
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``convert`` to the commands of ``s2d``; ``run`` takes the parsed arguments."""
+    convert = subparsers.add_parser(
+        "convert",
+        help="convert checkpoints between Hugging Face and Megatron",
+        description="Convert checkpoints between Hugging Face and Megatron, compare the two, or describe one.",
+        epilog="\n  ".join(("examples:", *(example for examples in _EXAMPLES.values() for example in examples))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("hf_directory")
-    command.add_argument("megatron_directory")
+    actions = convert.add_subparsers(dest="convert_action", required=True, metavar="ACTION", title="actions")
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+    command = _add_action(actions, "hf-to-megatron", quiet, "convert a Hugging Face directory to a Megatron checkpoint")
+    _add_directories(command, "hf", "megatron")
     for name in ("tensor", "pipeline", "expert"):
         command.add_argument(
             f"--{name}-model-parallel-size",
             type=_positive,
             default=1,
             metavar="N",
-            help="layout that the files are cut for; they load at every other one too",
+            help="layout that the files are written for; they load at every other one, too (default: 1)",
         )
 
-    command = actions.add_parser(
-        "megatron-to-hf", parents=[quiet], help="Megatron checkpoint to Hugging Face directory"
-    )
-    command.add_argument("megatron_directory")
-    command.add_argument("hf_directory")
-    command.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="such as 5GB, 500MB")
-    command.add_argument("--assets", metavar="DIR", help="take tokenizer and configuration files from this directory")
-
-    command = actions.add_parser("check", parents=[quiet], help="compare tensors bit by bit, and logits")
-    command.add_argument("hf_directory")
-    command.add_argument("megatron_directory")
+    command = _add_action(actions, "megatron-to-hf", quiet, "convert a Megatron checkpoint to a Hugging Face directory")
+    _add_directories(command, "megatron", "hf")
     command.add_argument(
-        "--skip-logits", action="store_true", help="only tensors; for models that do not fit into memory twice"
+        "--max-shard-size",
+        type=parse_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file, such as 500MB (default: 5GB)",
+    )
+    command.add_argument("--assets", metavar="DIR", help="copy tokenizer and configuration files from DIR")
+
+    command = _add_action(actions, "check", quiet, "compare the tensors of both bit by bit, and their logits")
+    _add_directories(command, "hf", "megatron")
+    command.add_argument(
+        "--skip-logits", action="store_true", help="compare tensors only (logits need both models in memory)"
     )
 
-    command = actions.add_parser("inspect", parents=[quiet], help="what a checkpoint directory holds")
-    command.add_argument("directory")
+    command = _add_action(actions, "inspect", quiet, "describe a checkpoint directory")
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory of either format")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_action(
+    actions: argparse._SubParsersAction, name: str, parent: argparse.ArgumentParser, text: str
+) -> argparse.ArgumentParser:
+    return actions.add_parser(
+        name,
+        parents=[parent],
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog="\n  ".join(("examples:", *_EXAMPLES[name])),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_directories(command: argparse.ArgumentParser, *formats: str) -> None:
+    texts = {"hf": "Hugging Face model directory", "megatron": "Megatron checkpoint directory"}
+    for name in formats:
+        command.add_argument(f"{name}_directory", metavar=f"{name.upper()}_DIR", help=texts[name])
 
 
 def run(arguments: argparse.Namespace) -> None:

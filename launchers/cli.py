@@ -18,42 +18,52 @@ _EXAMPLES = """examples:
   s2d launch slurm my.yaml --per-stage --cluster cluster.yaml
   s2d launch nemo-run my.yaml --executor slurm --nodes 4 --cluster cluster.yaml
 
-The same command goes on with a run that was interrupted. docs/launch.md has the keys of a cluster file."""
+Run the same command again to resume. docs/launch.md has the keys of a cluster file."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``launch`` to the main command's sub-commands; the parsed arguments, with those of
-    every command that takes a workflow, go to ``run``."""
+    """Add ``launch`` to the commands of ``s2d``; ``run`` takes the parsed arguments."""
     command = subparsers.add_parser(
         "launch",
-        help="run a workflow on many ranks: here, through SLURM, or through NeMo-Run",
-        description="Run a workflow on many ranks: on this machine, through SLURM, or through NeMo-Run.",
+        help="run a workflow on many ranks: on this machine, through SLURM or NeMo-Run",
+        description="Run a workflow on many ranks: on this machine (torchrun), through SLURM, or through NeMo-Run.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("launcher", choices=("local", "slurm", "nemo-run"))
-    command.add_argument("--nodes", type=int, metavar="N", help="default 1, or the cluster file's")
+    command.add_argument("launcher", choices=("local", "slurm", "nemo-run"), help="where the ranks run")
     command.add_argument(
-        "--processes-per-node", type=int, metavar="K", help="ranks, each with a GPU; default: layout / nodes"
+        "--nodes", type=int, metavar="N", help="number of nodes (default: that of the cluster file, or 1)"
+    )
+    command.add_argument(
+        "--processes-per-node",
+        type=int,
+        metavar="K",
+        help="ranks of a node, each with a GPU (default: ranks of the layout / nodes)",
     )
     add_cluster(command)
-    command.add_argument("--per-stage", action="store_true", help="slurm: a job a stage, each after its inputs'")
-    command.add_argument("--executor", choices=("local", "slurm"), default="slurm", help="of nemo-run (default slurm)")
     command.add_argument(
-        "--dry-run", action="store_true", help="write scripts and resolved configuration to DIR/launch; start nothing"
+        "--per-stage", action="store_true", help="slurm: one job for each stage, started after its inputs"
+    )
+    command.add_argument(
+        "--executor", choices=("local", "slurm"), default="slurm", help="nemo-run: where its tasks run (default: slurm)"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="write scripts and configuration to DIR/launch; start nothing"
     )
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:
-    """Options that name the cluster, of every command that submits."""
-    command.add_argument("--cluster", type=Path, metavar="FILE", help="partition, time limit, container ... (YAML)")
+    """Add the options that name the cluster to a command that submits jobs."""
+    command.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="cluster file (YAML): partition, time limit, container ..."
+    )
     command.add_argument(
         "--cluster-set",
         action="append",
         default=[],
         dest="cluster_overrides",
         metavar="KEY=VALUE",
-        help="set a key of the cluster file; may be repeated",
+        help="override a key of the cluster file; may be repeated",
     )
 
 

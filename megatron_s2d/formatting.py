@@ -13,7 +13,7 @@ def format_seconds(seconds: float) -> str:
     return f"{total // 3600}h{total % 3600 // 60:02d}m"
 
 
-def human_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Return bytes in binary units: ``512 B``, ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:

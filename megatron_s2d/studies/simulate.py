@@ -37,7 +37,7 @@ from megatron_s2d.estimate.memory import (
 )
 from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, Traffic, hidden_state_traffic
 from megatron_s2d.estimate.stage_time import output_flops
-from megatron_s2d.formatting import human_bytes
+from megatron_s2d.formatting import format_bytes
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.report.sheets import Sheet, write_sheets
@@ -75,7 +75,7 @@ def load_simulation(path: Path) -> SimulationConfig:
     return parse(SimulationConfig, document, str(path))
 
 
-def machine_of(config: SimulationConfig) -> Machine:
+def machine_from_config(config: SimulationConfig) -> Machine:
     """The data sheet with what was measured in place of what would be assumed."""
     gpu, taken, measured = gpu_of(config.gpu), config.assumptions, config.measured
     changes: dict[str, float] = {}
@@ -104,7 +104,7 @@ def _share(found: float, peak: float, where: str, unit: str) -> float:
 
 def predict(config: SimulationConfig) -> list[Prediction]:
     """Every number of GPUs, in order; ``UserError`` for a layout that does not divide."""
-    machine, smallest = machine_of(config), min(config.num_gpus)
+    machine, smallest = machine_from_config(config), min(config.num_gpus)
     student, teacher = config.student.resolve(), config.teacher.resolve()
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
@@ -264,7 +264,7 @@ class _Step:
 
 def print_simulation(config: SimulationConfig, out: Path | None, console: Console) -> None:
     """Tables on the terminal; with ``out`` also Markdown, a page, CSV and plots."""
-    found, machine = predict(config), machine_of(config)
+    found, machine = predict(config), machine_from_config(config)
     sheets = [_main(config, found, machine), _phases(found)]
     for sheet in sheets:
         sheet.print(console)
@@ -286,7 +286,7 @@ def _main(config: SimulationConfig, found: Sequence[Prediction], machine: Machin
         fits = "yes" if item.memory <= machine.usable_memory else "NO"
         rows.append([
             str(item.num_gpus), f"{item.total:.2f}", f"{item.rate:,.0f}", f"{item.rate / item.num_gpus:,.0f}",
-            f"{100 * item.mfu:.1f} %", f"{100 * efficiency:.0f} %", human_bytes(item.memory), fits,
+            f"{100 * item.mfu:.1f} %", f"{100 * efficiency:.0f} %", format_bytes(item.memory), fits,
         ])  # fmt: skip
     columns = ["GPUs", "seconds a step", "tokens/s", "tokens/s a GPU", "MFU of training", f"{config.scaling} scaling"]
     title = f"{config.name}: predicted, not measured"

@@ -21,7 +21,7 @@ from megatron_s2d.config.base import dump
 from megatron_s2d.config.sweep import SweepConfig
 from megatron_s2d.config.workflow import WorkflowConfig, load_workflow
 from megatron_s2d.errors import UserError
-from megatron_s2d.formatting import human_bytes
+from megatron_s2d.formatting import format_bytes
 from megatron_s2d.workflow.plan import make_plan
 from megatron_s2d.workflow.preflight import check_workflow
 from megatron_s2d.workflow.status import JobCrashed
@@ -55,7 +55,7 @@ def run_here(point: Point, run_dir: Path, console: Console) -> None:
     run_workflow(point.config, run_dir, console)
 
 
-def points_of(sweep: SweepConfig) -> list[Point]:
+def expand_points(sweep: SweepConfig) -> list[Point]:
     """Every point, seeds innermost; a mistake in workflow or grid is a ``UserError`` that names the point."""
     found = []
     for choice in sweep.choices():
@@ -87,7 +87,7 @@ def _check_names(sweep: SweepConfig, points: list[Point]) -> None:
 
 def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoint = run_here) -> list[Point]:
     """Run what is not finished; returns all points. An interruption ends it."""
-    points = points_of(sweep)
+    points = expand_points(sweep)
     atomic_write_json(out / "sweep.json", dump(sweep))
     for number, point in enumerate(points, 1):
         run_dir = out / point.name
@@ -107,7 +107,7 @@ def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoi
     return points
 
 
-def failures(points: list[Point], out: Path) -> dict[str, str]:
+def unfinished_points(points: list[Point], out: Path) -> dict[str, str]:
     """Points that have no result, with the reason."""
     found = {}
     for point in points:
@@ -130,7 +130,7 @@ def print_points(sweep: SweepConfig, out: Path, console: Console) -> None:
 
     table = Table("point", "ranks", "stages", "peak of a CPU rank", "labels", "state", title=f"{sweep.name}: points")
     with tempfile.TemporaryDirectory() as scratch:
-        for point in points_of(sweep):
+        for point in expand_points(sweep):
             table.add_row(point.name, *_checked_cells(point, out / point.name, Path(scratch)))
     console.print(table)
 
@@ -146,4 +146,4 @@ def _checked_cells(point: Point, run_dir: Path, scratch: Path) -> list[str]:
     entries: list[Any] = [entry for entry in checked.ledger.entries(checked.stages) if entry.labels_used]
     labels = {key for entry in entries for key in checked.ledger.keys(entry.prompts)}
     state = "finished" if is_finished(point, run_dir) else "unfinished" if run_dir.exists() else "new"
-    return [ranks, str(len(checked.stages)), human_bytes(peak), str(len(labels)), state]
+    return [ranks, str(len(checked.stages)), format_bytes(peak), str(len(labels)), state]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from megatron_s2d.artifacts.files import atomic_write_text
-from megatron_s2d.formatting import format_seconds, human_bytes, percent, points
+from megatron_s2d.formatting import format_bytes, format_seconds, percent, points
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.report.sheets import Sheet, write_sheets
 from megatron_s2d.studies.scaling import PowerLaw, scaling_kind
@@ -36,7 +36,7 @@ def _main(results: SweepResults) -> Sheet:
     columns = [*axes, "seed", "arm", "avg@k, %", "k", "problems", "parameters", "ranks", "tokens/s", "MFU"]
     rows = []
     for row in results.rows:
-        peak = "n/a" if row.peak_memory is None else human_bytes(row.peak_memory)
+        peak = "n/a" if row.peak_memory is None else format_bytes(row.peak_memory)
         rows.append([
             *(row.point.choice[axis] for axis in axes), str(row.point.seed), row.arm,
             percent(row.accuracy.mean, row.accuracy.std_err), str(row.k), str(row.accuracy.num_problems),

@@ -41,7 +41,7 @@ def _read(place: Path, stage: str, name: str) -> Evaluation:
     return read_evaluation(path)
 
 
-def show(place: Path, arm: str | None, *, as_json: bool, console: Console) -> None:
+def print_evaluations(place: Path, arm: str | None, *, as_json: bool, console: Console) -> None:
     """Print avg@k and pass@k with standard errors."""
     results = [ArmResult.from_evaluation(name, name, found) for name, found in find_evaluations(place, arm).items()]
     if as_json:
@@ -62,7 +62,7 @@ def show(place: Path, arm: str | None, *, as_json: bool, console: Console) -> No
     console.print(table)
 
 
-def compare(
+def print_comparison(
     first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console
 ) -> None:
     """Print first minus second, problem by problem, for every name that both have (or for the two that are named)."""

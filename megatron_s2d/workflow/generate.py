@@ -1,4 +1,4 @@
-"""``s2d generate``: responses of a finished stage's model, in this process."""
+"""``s2d generate``: samples responses from the model of a finished stage, in this process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateRequest:
-    """What the command line asks for."""
+    """Arguments of ``s2d generate``."""
 
     run_dir: Path
     stage: str  # or an arm
-    texts: tuple[str, ...]
-    data: str | None
+    prompts: tuple[str, ...]  # texts
+    data: str | None  # entry to take prompts from, instead of texts
     limit: int
     num_samples: int
     temperature: float
@@ -37,7 +37,7 @@ class GenerateRequest:
 
 
 def generate(request: GenerateRequest, console: Console) -> None:
-    """Load the stage's weights, sample, grade what has a label, print."""
+    """Load the stage's weights, sample responses, grade those to labelled prompts, and print them."""
     config_path = request.run_dir / "config.json"
     if not config_path.exists():
         raise UserError(f"{request.run_dir}: not a run directory (no config.json)")
@@ -71,25 +71,24 @@ def generate(request: GenerateRequest, console: Console) -> None:
     params = context.rollouts.sampling_params(
         config.evaluation.sampling.model_copy(update=update), config.model_of(stage)
     )
-    with RewardManager() as graders, context:
+    with RewardManager() as rewards, context:
         labelled = all(prompt.verifier is not None for prompt in prompts)
-        sampler = RolloutWorker(
+        worker = RolloutWorker(
             policy.layout,
             context.rollouts.engine(policy, config.model_of(stage), params),
             params,
             request.seed,
             context.inputs.tokenizer,
-            graders if labelled else None,
+            rewards if labelled else None,
         )
-        samples = sampler.sample(prompts, request.num_samples, 0)
-    for place, prompt in enumerate(prompts):
+        samples = worker.sample(prompts, request.num_samples, 0)
+    for index, prompt in enumerate(prompts):
         console.print(prompt.text, style="bold", markup=False, highlight=False)
-        for sample in samples[place * request.num_samples : (place + 1) * request.num_samples]:
-            verdict = f"   [{sample.verifier_label}]" if sample.verifier_label else ""
-            cut = "" if sample.finish_reason == "stop" else " ..."
-            console.print(
-                f"  {response_text(context.inputs.tokenizer, sample)}{cut}{verdict}", markup=False, highlight=False
-            )
+        for sample in samples[index * request.num_samples : (index + 1) * request.num_samples]:
+            label = f"   [{sample.verifier_label}]" if sample.verifier_label else ""
+            truncated = "" if sample.finish_reason == "stop" else " ..."
+            text = response_text(context.inputs.tokenizer, sample)
+            console.print(f"  {text}{truncated}{label}", markup=False, highlight=False)
     shutdown_distributed()
 
 
@@ -98,8 +97,8 @@ def _prompts(request: GenerateRequest, config: WorkflowConfig, inputs: StageInpu
         if request.data.partition("/")[0] not in config.data:
             raise UserError(f"no entry '{request.data}' in the run's data ({', '.join(config.data)})")
         return inputs.prompts(request.data)[: request.limit]
-    found = []
-    for number, text in enumerate(request.texts):
+    prompts = []
+    for number, text in enumerate(request.prompts):
         token_ids = np.asarray(inputs.tokenizer(text)["input_ids"], dtype=np.int64)
-        found.append(Prompt(f"prompt/{number}", token_ids, text, "prompt", None, None))
-    return found
+        prompts.append(Prompt(f"prompt/{number}", token_ids, text, "prompt", None, None))
+    return prompts

@@ -17,14 +17,14 @@ from megatron_s2d.config.precision import check_chip
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.roofline import Machine
 from megatron_s2d.estimate.stage_time import StageTime, stage_time
-from megatron_s2d.formatting import format_seconds, human_bytes
+from megatron_s2d.formatting import format_bytes, format_seconds
 from megatron_s2d.workflow.layout_search import Proposal, propose
 from megatron_s2d.workflow.preflight import Preflight
 
 _SHOWN_PROPOSALS = 5
 
 
-def machine_of(gpu: str | None, num_gpus: int | None, assume: Sequence[str]) -> Machine | None:
+def machine_from_options(gpu: str | None, num_gpus: int | None, assume: Sequence[str]) -> Machine | None:
     """What ``--gpu`` and ``--assume`` describe; None without ``--gpu``."""
     if gpu is None:
         for option, given in (("--num-gpus", num_gpus is not None), ("--assume", bool(assume))):
@@ -36,7 +36,7 @@ def machine_of(gpu: str | None, num_gpus: int | None, assume: Sequence[str]) -> 
     return Machine(gpu_of(gpu), parse(AssumptionsConfig, apply_overrides({}, list(assume)), "--assume"))
 
 
-def print_cost(checked: Preflight, machine: Machine | None, num_gpus: int | None, console: Console) -> None:
+def print_estimate(checked: Preflight, machine: Machine | None, num_gpus: int | None, console: Console) -> None:
     """Memory of every stage; on a named GPU also time, traffic, and with ``num_gpus`` a proposal."""
     console.print(memory_table(checked, machine))
     if machine is None:
@@ -73,15 +73,15 @@ def memory_table(checked: Preflight, machine: Machine | None) -> Table:
     for name, memory in checked.memory(on_gpu=machine is not None).items():
         held, parts = [], []
         for item in memory.held:
-            held.append(f"{item.role} {human_bytes(item.total)}")
-            trained = f", {human_bytes(item.gradients)}, {human_bytes(item.optimizer)}" if item.gradients else ""
-            parts.append(f"{item.role} {human_bytes(item.weights)}{trained}")
+            held.append(f"{item.role} {format_bytes(item.total)}")
+            trained = f", {format_bytes(item.gradients)}, {format_bytes(item.optimizer)}" if item.gradients else ""
+            parts.append(f"{item.role} {format_bytes(item.weights)}{trained}")
         sums = {phase: sum(values.values()) for phase, values in memory.phases.items()}
         adds = []
         for phase in sorted((phase for phase in sums if sums[phase]), key=lambda phase: -sums[phase]):
-            purposes = [f"{what} {human_bytes(value)}" for what, value in memory.phases[phase].items() if value]
-            adds.append(f"{phase} {human_bytes(sums[phase])}: {', '.join(purposes)}")
-        row = [name, "\n".join(held), "\n".join(parts), "\n".join(adds), human_bytes(memory.total)]
+            purposes = [f"{what} {format_bytes(value)}" for what, value in memory.phases[phase].items() if value]
+            adds.append(f"{phase} {format_bytes(sums[phase])}: {', '.join(purposes)}")
+        row = [name, "\n".join(held), "\n".join(parts), "\n".join(adds), format_bytes(memory.total)]
         if machine is not None:
             row.append(_fits(memory.total, machine))
         table.add_row(*row)
@@ -91,7 +91,7 @@ def memory_table(checked: Preflight, machine: Machine | None) -> Table:
 def _fits(needed: int, machine: Machine) -> str:
     usable = machine.usable_memory
     word = "yes" if needed <= usable else "NO"
-    return f"{word}, {100 * needed / usable:.0f} % of {human_bytes(usable)}"
+    return f"{word}, {100 * needed / usable:.0f} % of {format_bytes(usable)}"
 
 
 def _time_table(checked: Preflight, times: dict[str, StageTime], machine: Machine) -> Table:
@@ -112,7 +112,7 @@ def _traffic_table(times: dict[str, StageTime]) -> Table:
     kinds = list(dict.fromkeys(kind for time in times.values() for kind in time.traffic))
     table = Table("stage", *(kinds or ["none"]), title="Bytes that one rank sends in a step")
     for name, time in times.items():
-        cells = [human_bytes(time.traffic[kind].bytes_sent) if kind in time.traffic else "-" for kind in kinds]
+        cells = [format_bytes(time.traffic[kind].bytes_sent) if kind in time.traffic else "-" for kind in kinds]
         table.add_row(name, *(cells or ["-"]))
     return table
 
@@ -134,7 +134,7 @@ def _proposal_table(found: list[Proposal], num_gpus: int, machine: Machine) -> T
             item.recompute,
             f"{item.max_tokens} tokens",
             format_seconds(item.seconds),
-            human_bytes(item.memory),
+            format_bytes(item.memory),
             item.fullest,
         )
     return table
@@ -152,7 +152,7 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
         f"{100 * taken.memory_efficiency:.0f} % of the memory's rate in decoding, "
         f"{100 * taken.link_efficiency:.0f} % of links, "
         f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
-        f"{1e6 * taken.latency:.0f} us a collective, {human_bytes(taken.reserved_memory)} reserved; nothing overlaps",
+        f"{1e6 * taken.latency:.0f} us a collective, {format_bytes(taken.reserved_memory)} reserved; nothing overlaps",
         "memory: layers are Transformer Engine's, counted as described, not measured on a GPU",
     ]
     if precision == "float32":

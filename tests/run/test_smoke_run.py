@@ -156,12 +156,6 @@ def test_wrong_input_is_one_line_and_a_non_zero_exit(arguments, message):
     assert len(finished.stderr.strip().splitlines()) == 1
 
 
-def test_help_has_examples():
-    for command in ("run", "plan", "eval", "generate", "report", "doctor", "cache", "launch"):
-        shown = s2d(command, "--help")
-        assert shown.returncode == 0 and re.search("examples?:", shown.stdout)
-
-
 def test_shipped_configs_are_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert "configs/quickstart.yaml" in readme and "configs/smoke.yaml" in readme

@@ -9,7 +9,7 @@ from megatron_s2d.cli import main
 from megatron_s2d.config.simulation import KlTime, MatmulTime, MeasuredConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.studies.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
-from megatron_s2d.studies.simulate import load_simulation, machine_of, predict
+from megatron_s2d.studies.simulate import load_simulation, machine_from_config, predict
 
 SIMULATION = Path(__file__).resolve().parents[3] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
 
@@ -124,7 +124,7 @@ def test_measured_rates_take_the_place_of_assumed_ones(simulation):
         memory_bandwidth=4e12, node_bandwidth=300e9, network_bandwidth=40e9, latency=5e-6,
     )  # fmt: skip
     config = simulation.model_copy(update={"measured": measured})
-    machine = machine_of(config)
+    machine = machine_from_config(config)
     assert machine.flops == pytest.approx(800e12)
     assert machine.memory_rate == pytest.approx(4e12)
     assert machine.link(8) == pytest.approx(300e9) and machine.link(16) == pytest.approx(40e9)

@@ -14,7 +14,7 @@ from megatron_s2d.artifacts.files import atomic_write_json
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.errors import UserError
-from megatron_s2d.studies.sweep import failures, points_of, print_points, run_sweep
+from megatron_s2d.studies.sweep import expand_points, print_points, run_sweep, unfinished_points
 from megatron_s2d.studies.sweep_report import write_sweep
 from megatron_s2d.studies.sweep_results import collect_sweep
 from megatron_s2d.workflow.status import Interrupted
@@ -57,7 +57,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load_sweep(sweep_file(folder))
     points = run_sweep(sweep, folder / "out", Console(file=io.StringIO()), finished_run)
-    assert not failures(points, folder / "out")
+    assert not unfinished_points(points, folder / "out")
     return sweep, folder / "out"
 
 
@@ -88,7 +88,7 @@ def finished_run(point, run_dir, console):
 
 
 def test_points_are_the_product_with_seeds_and_have_their_settings(tmp_path):
-    points = points_of(load_sweep(sweep_file(tmp_path, set=SHORT | {"evaluation.samples_per_prompt": 8})))
+    points = expand_points(load_sweep(sweep_file(tmp_path, set=SHORT | {"evaluation.samples_per_prompt": 8})))
     assert len(points) == 12 and len({point.name for point in points}) == 12
     point = next(point for point in points if point.name == "labels-128_layout-two_seed-2")
     assert point.config.data["pool"].num_prompts == 128
@@ -106,13 +106,13 @@ def test_failures_are_listed_and_the_rest_goes_on(tmp_path, console):
             raise UserError("no room")
         finished_run(point, run_dir, console)
 
-    failed = failures(run_sweep(sweep, out, console, run), out)
+    failed = unfinished_points(run_sweep(sweep, out, console, run), out)
     names = ["labels-128_layout-one_seed-1", "labels-128_layout-one_seed-2"]
     assert len(ran) == 12 and failed == dict.fromkeys(names, "no room")
     # The same command again runs what failed, and nothing that is finished.
     ran.clear()
     points = run_sweep(sweep, out, console, lambda *a: (ran.append(a[0].name), finished_run(*a)))
-    assert sorted(ran) == names and not failures(points, out)
+    assert sorted(ran) == names and not unfinished_points(points, out)
     assert not (out / ran[0] / "failure.txt").exists()
 
 
@@ -135,7 +135,7 @@ def test_an_interruption_ends_the_sweep(tmp_path, console):
 
 @pytest.fixture(scope="module")
 def results(done):
-    return collect_sweep(*done, points_of(done[0]), {}), done[1]
+    return collect_sweep(*done, expand_points(done[0]), {}), done[1]
 
 
 def test_rows_are_what_the_runs_say(results):
@@ -186,7 +186,7 @@ def test_the_report_has_everything_and_runs_nothing(results, console, tmp_path):
 
 def test_markup_is_escaped_and_mfu_is_not_known_without_a_gpu(tmp_path, console, done):
     sweep = load_sweep(sweep_file(tmp_path, description="<script>alert(1)</script>", gpu=None))
-    found = collect_sweep(sweep, done[1], points_of(sweep), {"labels-64_layout-one_seed-1": "<b>no room</b>"})
+    found = collect_sweep(sweep, done[1], expand_points(sweep), {"labels-64_layout-one_seed-1": "<b>no room</b>"})
     assert len(found.rows) == 11 and all(row.mfu is None for row in found.rows)
     page = write_sweep(found, tmp_path, console).read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;no room" in page
@@ -225,7 +225,7 @@ def test_wrong_files_are_one_line(tmp_path, changes, message):
 def test_wrong_keys_and_arms_name_the_point(tmp_path):
     grid = {"a": {"key": "stages.opd.stpes", "values": [1]}}
     with pytest.raises(UserError, match="point a 1: .*did you mean 'steps'"):
-        points_of(load_sweep(sweep_file(tmp_path, grid=grid, contrasts=[], fits=[], efficiency=[])))
+        expand_points(load_sweep(sweep_file(tmp_path, grid=grid, contrasts=[], fits=[], efficiency=[])))
     contrast = {"a": {"labels": 256}, "b": {"labels": 64}, "arm": "nobody"}
     with pytest.raises(UserError, match="no arm 'nobody'"):
-        points_of(load_sweep(sweep_file(tmp_path, contrasts=[contrast])))
+        expand_points(load_sweep(sweep_file(tmp_path, contrasts=[contrast])))

@@ -9,7 +9,7 @@ from rich.console import Console
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
-from megatron_s2d.workflow.plan_estimate import machine_of, print_cost
+from megatron_s2d.workflow.plan_estimate import machine_from_options, print_estimate
 from megatron_s2d.workflow.preflight import check_workflow
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
@@ -117,8 +117,8 @@ def test_a_plan_for_a_chip_without_fp8_is_refused(cache):
     checked = check(cache, "precision=bfloat16", "fp8={recipe: tensorwise}")
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(UserError, match="A100 SXM 80 GB has 8.0: leave fp8 out"):
-        print_cost(checked, machine_of("a100-80", None, ()), None, console)
-    print_cost(checked, machine_of("h100", None, ()), None, console)
+        print_estimate(checked, machine_from_options("a100-80", None, ()), None, console)
+    print_estimate(checked, machine_from_options("h100", None, ()), None, console)
     assert "fp8: times are those of bf16 products" in console.file.getvalue()
 
 

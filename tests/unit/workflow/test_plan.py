@@ -7,7 +7,7 @@ import pytest
 from megatron_s2d.config.sweep import load_sweep
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.studies.simulate import load_simulation, predict
-from megatron_s2d.studies.sweep import points_of
+from megatron_s2d.studies.sweep import expand_points
 from megatron_s2d.workflow.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +29,7 @@ def pretend(run_dir, *overrides, unfinished=()):
 PARTS = ("stages.yaml", "sizes.yaml")  # what tables build on
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in PARTS)
 OTHER_KINDS = {
-    "sweeps": lambda path: points_of(load_sweep(path)),
+    "sweeps": lambda path: expand_points(load_sweep(path)),
     "simulations": lambda path: predict(load_simulation(path)),
 }
 
