@@ -109,7 +109,7 @@ def write_results(
     config: WorkflowConfig, run_dir: Path, jobs: list[Job], preflight: Preflight, seconds: float, console: Console
 ) -> None:
     """Write the results, the report and the label ledger of a finished run, and print the table of arms."""
-    environment = library_versions() | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    environment = library_versions() | {"command": " ".join(["s2d", *sys.argv[1:]])}
     results = collect_results(config, run_dir, jobs, preflight, seconds, environment)
     page = write_report(run_dir, results)
     atomic_write_text(run_dir / "label_ledger.json", preflight.ledger_json())

@@ -6,7 +6,7 @@ Rules for whoever writes such a command:
   continues it. In running text the command stands in backticks and may leave required arguments out.
 - Placeholders are words in capitals (``CONFIG``, ``RUN_DIR``, ``N``, ``NAME=VALUE``) and the reader's own files
   (``my*.yaml``, ``cluster.yaml``, ``workflow.json``). Everything else must exist: config files, stages, arms, data
-  entries and the keys of ``--set``.
+  entries and the keys of ``--set`` (for a reader's own file those of ``configs/smoke.yaml``).
 - ``[--option VALUE]`` is optional, ``a|b`` means either, and ``...`` stands for any further arguments.
 - A run directory is ``runs/NAME`` with the ``name`` of a shipped config, or the ``--out`` of another command.
 """
@@ -122,7 +122,7 @@ def config_of_run(name: str) -> WorkflowConfig | None:
 
 def check_config(options: argparse.Namespace) -> None:
     is_placeholder = PLACEHOLDER.fullmatch(options.config.name)
-    path = ROOT / ("configs/quickstart.yaml" if is_placeholder else options.config)
+    path = ROOT / ("configs/smoke.yaml" if is_placeholder else options.config)
     overrides = [item for item in options.overrides if not PLACEHOLDER.fullmatch(item)]
     config = load_workflow(path, overrides)
     stage = getattr(options, "stage", None)

@@ -1,0 +1,110 @@
+"""``s2d eval``, ``generate`` and ``report``: look at finished runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_s2d.cli.parser import add_command, open_console, silence_libraries
+from megatron_s2d.errors import UserError
+
+
+def add_eval(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "eval",
+        _eval,
+        "show the accuracies of a run, or compare two arms problem by problem",
+        "Show avg@k and pass@k of a run's evaluations with standard errors over problems. With --against or "
+        "--against-arm show the paired difference of two evaluations, with its interval and p-value.",
+        "s2d eval runs/quickstart",
+        "s2d eval runs/quickstart --arm rl_teacher_bridge --against-arm direct_student_grpo",
+        "s2d eval runs/quickstart --arm rl_teacher_bridge --against runs/seed_2",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, or an evaluation.jsonl file")
+    command.add_argument("--arm", help="arm, or evaluated stage (default: all)")
+    command.add_argument(
+        "--against", type=Path, metavar="RUN_DIR", help="compare with this run directory or evaluation.jsonl file"
+    )
+    command.add_argument("--against-arm", metavar="ARM", help="compare with this arm (default: the same as --arm)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.evaluations import print_comparison, print_evaluations
+
+    if options.against is None and options.against_arm is None:
+        print_evaluations(options.run_dir, options.arm, as_json=options.json, console=open_console())
+        return
+    other = options.against or options.run_dir
+    print_comparison(
+        (options.run_dir, options.arm),
+        (other, options.against_arm or options.arm),
+        as_json=options.json,
+        console=open_console(),
+    )
+
+
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "generate",
+        _generate,
+        "sample responses from a finished stage",
+        "Sample responses from the final weights of a finished stage. Responses to prompts of --data are graded.",
+        's2d generate runs/quickstart opd_rl --prompt "7 + 5 * 3 - 2 + 8 =" --num-samples 4',
+        "s2d generate runs/quickstart rl_teacher_bridge --data problems --temperature 0",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    command.add_argument("stage", metavar="STAGE", help="finished stage of the run, or an arm")
+    command.add_argument("--prompt", action="append", default=[], dest="prompts", help="prompt text; may be repeated")
+    command.add_argument("--data", metavar="ENTRY", help="take the prompts from this entry of the config's `data`")
+    command.add_argument("--limit", type=int, metavar="N", default=4, help="prompts taken from --data (default: 4)")
+    command.add_argument(
+        "--num-samples", type=int, metavar="N", default=1, help="responses to each prompt (default: 1)"
+    )
+    command.add_argument(
+        "--temperature", type=float, metavar="T", default=1.0, help="sampling temperature; 0 is greedy (default: 1)"
+    )
+    command.add_argument(
+        "--max-response-length", type=int, metavar="N", help="limit in tokens (default: that of the run's evaluation)"
+    )
+    command.add_argument("--seed", type=int, metavar="N", default=0, help="seed of the sampler (default: 0)")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.generate import GenerateRequest, generate
+
+    silence_libraries()
+    if not options.prompts and not options.data:
+        raise UserError("no prompts: name a text with --prompt, or an entry of the config's `data` with --data")
+    request = GenerateRequest(
+        run_dir=options.run_dir,
+        stage=options.stage,
+        prompts=tuple(options.prompts),
+        data=options.data,
+        limit=options.limit,
+        num_samples=options.num_samples,
+        temperature=options.temperature,
+        max_response_length=options.max_response_length,
+        seed=options.seed,
+    )
+    generate(request, open_console())
+
+
+def add_report(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "report",
+        _report,
+        "write the report of a finished run again",
+        "Write results.json, report.html, report.md and the plots of a finished run again, without training.",
+        "s2d report runs/quickstart",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.runner import rewrite_report
+
+    rewrite_report(options.run_dir, open_console())

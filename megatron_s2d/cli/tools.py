@@ -1,0 +1,76 @@
+"""``s2d cache``, ``convert`` and ``doctor``: check and convert files, and describe the installation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_s2d.cli.parser import add_command, finish_command, open_console, silence_libraries
+
+
+def add_cache(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "cache",
+        _cache,
+        "describe or verify a teacher cache",
+        "Describe a teacher cache (info), or check every file, row and sample of it against its checksums (verify).",
+        "s2d cache info runs/quickstart/stages/cache_rl/cache",
+        "s2d cache verify runs/quickstart/stages/cache_rl/cache",
+    )
+    command.add_argument("action", choices=("info", "verify"), help="what to do")
+    command.add_argument("directory", type=Path, metavar="DIR", help="`cache` folder of a teacher_cache stage")
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from megatron_s2d.data.cache import cache_info, verify_cache
+
+    info = cache_info(options.directory) if options.action == "info" else verify_cache(options.directory)
+    table = Table(show_header=False)
+    for key, value in info.items():
+        table.add_row(key, str(value))
+    open_console().print(table)
+    if options.action == "verify":
+        print("verified: every shard, row and sample matches its checksum")
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    from megatron_s2d.conversion import cli
+
+    cli.add_parser(commands)
+    finish_command(commands.choices["convert"], _convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from megatron_s2d.conversion import cli
+
+    silence_libraries()
+    cli.run(options)
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "show installed versions, devices, and what missing packages would add",
+        "Show which packages are installed and whether their versions fit, which devices there are, which backend each "
+        "part of the trainer uses here, and what each missing optional package would add.",
+        "s2d doctor",
+    )
+    command.add_argument(
+        "--constraints",
+        type=Path,
+        metavar="FILE",
+        help="tested versions, as name==version lines (default: constraints.txt of the checkout)",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_s2d.workflow.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose(options.constraints)
+    print_diagnosis(diagnosis, open_console())
+    return diagnosis.exit_code
