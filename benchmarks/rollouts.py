@@ -28,7 +28,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -82,7 +82,7 @@ def main() -> None:
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
         policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=8192, seed=1)
         settings = SglangConfig(python=options.python)
-        engine = ServedEngine(ServerGroup(
+        engine = ServedEngine(sglang_server_group(
             policy.chunks, spec, layout, policy.score, RolloutConfig(engine="sglang", sglang=settings),
             directory / "servers", tokenizer=tokenizer,
         ))  # fmt: skip

@@ -21,6 +21,7 @@ from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -43,7 +44,7 @@ def main() -> None:
         def fleet(sync: str, urls=()) -> ServerGroup:
             settings = RolloutConfig(engine="sglang", sglang=SglangConfig(weight_sync=sync, python=options.python))
             directory = Path(name) / f"{sync}{len(urls)}"
-            return ServerGroup(
+            return sglang_server_group(
                 policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer
             )
 
@@ -55,9 +56,9 @@ def main() -> None:
                 for version in range(1, options.repeats + 1):
                     begin = time.perf_counter()
                     attached.update_weights(policy.chunks, version)
-                    times.append((attached.last_push.seconds, time.perf_counter() - begin))
+                    times.append((attached.last_update.seconds, time.perf_counter() - begin))
                 push, whole = map(min, zip(*times, strict=True))
-                size = attached.last_push.num_bytes / 1e9
+                size = attached.last_update.num_bytes / 1e9
                 rows.append({"preset": options.preset, "precision": options.precision, "sync": sync, "gigabytes": size,
                              "push_seconds": push, "gb_per_second": size / push, "whole_seconds": whole})  # fmt: skip
                 attached.close()

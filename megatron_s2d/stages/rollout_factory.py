@@ -13,9 +13,9 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, RolloutWorker
+from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang.checks import ServerRequirements
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.megatron_model import MegatronModel
 
@@ -132,7 +132,7 @@ class RolloutFactory:
                 f"stage {self._stage_name} needs servers for two sets of weights of the model '{model_name}', and "
                 "those of rollout.sglang.urls hold one: remove the model from urls to have servers started"
             )
-        group = ServerGroup(
+        group = sglang_server_group(
             model.chunks,
             model.spec,
             model.layout,
@@ -140,7 +140,7 @@ class RolloutFactory:
             self._config.rollout,
             self._servers.next_directory(model_name),
             urls=urls,
-            needs=requirements,
+            requirements=requirements,
             tokenizer=self._inputs.tokenizer,
             on_device=functools.partial(model.on_device, release=offload),
         )

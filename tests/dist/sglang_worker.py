@@ -31,7 +31,7 @@ from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 
 VOCAB_SIZE = 27
 CASES = {
@@ -76,7 +76,7 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     settings = RolloutConfig(
         engine="sglang", sglang=SglangConfig(bucket_bytes=20_000), server=ServerConfig(max_attempts=2, max_restarts=3)
     )
-    engine = ServedEngine(ServerGroup(chunks, spec, layout, score, settings, directory, urls=urls))
+    engine = ServedEngine(sglang_server_group(chunks, spec, layout, score, settings, directory, urls=urls))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.5)
@@ -134,7 +134,7 @@ def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, direc
             servers[0].weight_version.endswith("-0") and n == 2 and not stalled.add(body["rid"])
         )
     engine = ServedEngine(
-        ServerGroup(
+        sglang_server_group(
             chunks,
             spec,
             layout,

@@ -19,7 +19,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.collectives import all_gather_object
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -36,7 +36,7 @@ def main() -> None:
     for name, fields in LAYOUTS.items():
         policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
         for sync in ("disk", "distributed", "tensor"):
-            engine = ServedEngine(ServerGroup(
+            engine = ServedEngine(sglang_server_group(
                 policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync),
                 directory / name / sync, urls=[url],
             ))  # fmt: skip

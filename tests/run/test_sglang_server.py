@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,12 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang.checks import ServerChecks, ServerRequirements
+from megatron_s2d.rollout.served.startup_checks import StartupChecks
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
+from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
+from megatron_s2d.rollout.sglang.protocol import SglangProtocol
 from megatron_s2d.teachers.frozen import ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 
@@ -99,7 +103,7 @@ def tokenizer(tmp_path_factory):
 def started(policy, tokenizer, tmp_path_factory):
     """An engine with the server that it started, which the tests below attach to as well."""
     begun = time.perf_counter()
-    engine = ServedEngine(ServerGroup(
+    engine = ServedEngine(sglang_server_group(
         policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(), tmp_path_factory.mktemp("sglang"),
         tokenizer=tokenizer,
     ))  # fmt: skip
@@ -110,7 +114,7 @@ def started(policy, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(started) -> str:
-    return started._fleet.pool.servers[0].url
+    return started._server_group.pool.servers[0].url
 
 
 @pytest.fixture
@@ -119,11 +123,11 @@ def attach(policy, tokenizer, url, tmp_path):
     found = []
 
     def make(
-        sync: str = "disk", needs: ServerRequirements = ServerRequirements(), other_tokenizer=None, **settings
+        sync: str = "disk", requirements: ServerRequirements = NO_REQUIREMENTS, other_tokenizer=None, **settings
     ) -> ServedEngine:
         found.append(
             ServedEngine(
-                ServerGroup(
+                sglang_server_group(
                     policy.chunks,
                     SPEC,
                     policy.layout,
@@ -131,7 +135,7 @@ def attach(policy, tokenizer, url, tmp_path):
                     rollout_settings(sync, **settings),
                     tmp_path / str(len(found)),
                     urls=[url],
-                    needs=needs,
+                    requirements=requirements,
                     tokenizer=other_tokenizer or tokenizer,
                 )
             )  # fmt: skip
@@ -164,7 +168,7 @@ def test_trainer_and_server_agree_after_every_push(policy, attach, sync):
     assert rollout_gap(policy, before) < 1e-4
     for version in (1, 2):
         change(policy, 0.02)
-        engine.push(policy.chunks, version)
+        engine.update_weights(policy.chunks, version)
         assert engine.metrics()["weight_sync/max_log_prob_diff"] < 1e-4
         samples = engine.generate(make_requests())
         assert rollout_gap(policy, samples) < 1e-4
@@ -183,31 +187,31 @@ def test_log_probs_are_those_of_the_temperature_before_filters(policy, attach, p
 )
 def test_the_server_is_found_able_to_do_what_a_stage_needs(attach, params):
     longest = SPEC.max_position_embeddings
-    attach(needs=ServerRequirements(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
+    attach(requirements=ServerRequirements(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
 
 
 def test_a_server_that_differs_is_named_and_unharmed(policy, attach, tokenizer, url, tmp_path):
     other = load_tokenizer("task:modular_arithmetic/13", tmp_path)
     with pytest.raises(UserError, match="another tokenizer than the trainer: '.*' is .* there and .* here"):
         attach(other_tokenizer=other)
-    with pytest.raises(UserError, match="has room for sequences of 518 tokens, and the stage has some of 600"):
-        attach(needs=ServerRequirements(600))
+    with pytest.raises(UserError, match="serves sequences of at most 518 tokens, and the stage has some of 600"):
+        attach(requirements=ServerRequirements(600))
     with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
-        ServerChecks(
-            dataclasses.replace(SPEC, max_position_embeddings=4096), ServerRequirements(4000, top_k=2), rollout_settings().server,
-            dtype="float32", tokenizer=None, attached=True,
-        ).score_max_length(url, "any")  # fmt: skip
+        backend = types.SimpleNamespace(protocol=SglangProtocol(VOCAB_SIZE))
+        spec = dataclasses.replace(SPEC, max_position_embeddings=4096)
+        checks = StartupChecks(backend, spec, ServerRequirements(4000, top_k=2), rollout_settings().server)
+        checks.score_max_length(url, "any")
     for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
-        checks = ServerChecks(
-            dataclasses.replace(SPEC, vocab_size=size), ServerRequirements(), rollout_settings().server, dtype="float32",
-            tokenizer=tokenizer, attached=True,
-        )  # fmt: skip
+        spec = dataclasses.replace(SPEC, vocab_size=size)
+        compatibility = SglangCompatibility(
+            spec, ServerRequirements(), rollout_settings().server, dtype="float32", tokenizer=tokenizer, attached=True
+        )
         with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
-            checks.compare(url)
+            compatibility.check(url)
     with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
-        ServerChecks(
+        SglangCompatibility(
             SPEC, ServerRequirements(), rollout_settings().server, dtype="bfloat16", tokenizer=None, attached=True
-        ).compare(url)
+        ).check(url)
     tokenizer_here = copy.deepcopy(tokenizer)
     tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match="another chat template"):
@@ -289,11 +293,11 @@ def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy
     started = time.perf_counter()
     engine.generate(requests)
     seconds = time.perf_counter() - started
-    engine.begin(requests)
+    engine.submit(requests)
     time.sleep(seconds / 3)  # the push comes amid them, however fast this machine is
     old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     change(policy, 0.02)
-    engine.push(policy.chunks, old_version + 1)
+    engine.update_weights(policy.chunks, old_version + 1)
     samples = engine.generate(requests)
     assert [sample.id for sample in samples] == [request.id for request in requests]
     assert {sample.response_length for sample in samples} == {100}
@@ -308,7 +312,7 @@ def test_responses_are_generated_beside_the_trainer_and_go_on_over_a_push(policy
             parameter.copy_(values)
     gaps[old_version] = span_gap(policy, samples, old_version)
     assert max(gaps.values()) < 1e-4, gaps
-    engine.push(policy.chunks, old_version)
+    engine.update_weights(policy.chunks, old_version)
 
 
 def test_the_first_groups_to_be_complete_are_taken_and_the_others_carried_over(policy, attach):
@@ -329,10 +333,10 @@ def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
     engine = attach(release_memory=True)
     for version in (1, 2):
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-        engine.rest()
+        engine.sleep()
         change(policy, 0.01)
-        engine.push(policy.chunks, version)
-    engine.rest()
+        engine.update_weights(policy.chunks, version)
+    engine.sleep()
     assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
 
 
@@ -340,10 +344,10 @@ def test_a_server_gives_its_memory_back_and_takes_it_again(policy, attach):
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
 def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy, tokenizer, url, tmp_path):
     where = (policy.chunks, SPEC, policy.layout, policy.score)
-    second = ServedEngine(ServerGroup(*where, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
+    second = ServedEngine(sglang_server_group(*where, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
     urls = [url, *second.urls]
     settings = rollout_settings(router=True, max_restarts=1)
-    engine = ServedEngine(ServerGroup(*where, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
+    engine = ServedEngine(sglang_server_group(*where, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
     try:
         fleet = engine._server_group
         workers = f"{fleet.pool.router.url}/workers"
@@ -367,7 +371,7 @@ def test_a_router_serves_two_replicas_and_leaves_out_the_one_that_failed(policy,
 
 def test_a_served_teachers_top_k_is_that_of_the_teacher_in_the_trainer(policy, attach):
     samples = attach().generate(make_requests(prompts=6, groups=2))
-    engine = attach(needs=ServerRequirements(40, top_k=6))
+    engine = attach(requirements=ServerRequirements(40, top_k=6))
     batches, update = policy.pack(samples, {}), MiniBatch(samples, {})
     served = ServedTopK(policy, ServedTeachers({None: engine}), 6, "bucket").distributions(update, batches)
     inside = TopKTeacher(policy, TeacherRouter({None: policy}), 6, "teacher", "bucket").distributions(update, batches)
@@ -430,12 +434,14 @@ def test_a_group_with_a_server_at_another_address(policy, tokenizer, tmp_path):
     """As with another machine: the server is addressed over the network, and so is the trainer's end of the group."""
     where = (policy.chunks, SPEC, policy.layout, policy.score)
     settings = rollout_settings(extra_args=["--host", "0.0.0.0"])
-    first = ServedEngine(ServerGroup(*where, settings, tmp_path / "first", tokenizer=tokenizer))
+    first = ServedEngine(sglang_server_group(*where, settings, tmp_path / "first", tokenizer=tokenizer))
     try:
         port = first._server_group.pool.servers[0].url.rpartition(":")[2]
         urls = [f"http://{outward_address()}:{port}"]
         engine = ServedEngine(
-            ServerGroup(*where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
+            sglang_server_group(
+                *where, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer
+            )
         )
         change(policy, 0.02)
         engine.update_weights(policy.chunks, 5)
@@ -497,10 +503,10 @@ def test_a_push_waits_for_a_request_that_its_sender_gave_up(policy, started, att
         os.kill(scheduler, signal.SIGSTOP)
         time.sleep(6.0)  # the server notices that nobody waits
         threading.Timer(1.0, os.kill, (scheduler, signal.SIGCONT)).start()
-        engine.push(policy.chunks, 3)
+        engine.update_weights(policy.chunks, 3)
     finally:
         os.kill(scheduler, signal.SIGCONT)
-    assert started._fleet._processes[0].is_alive and not engine._fleet.pool.problems
+    assert started._server_group._processes[0].is_alive and not engine._server_group.pool.problems
     assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
 
 
@@ -543,11 +549,11 @@ def test_a_killed_server_is_started_anew_and_the_batch_completed(policy, started
     change(policy, 0.02)
     started.push(policy.chunks, 77)
     clean = started.generate(requests)
-    (process,), (server,) = started._fleet._processes, started._fleet.pool.servers
+    (process,), (server,) = started._server_group._processes, started._server_group.pool.servers
     old = server.url
     threading.Timer(0.2, os.kill, (server_pid(old), signal.SIGKILL)).start()
     again = started.generate(requests)
-    assert server.url != old and started._fleet._processes[0] is not process
+    assert server.url != old and started._server_group._processes[0] is not process
     with pytest.raises(httpx.ConnectError):
         httpx.get(old)
     assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]

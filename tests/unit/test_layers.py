@@ -110,6 +110,17 @@ def test_launchers_import_the_plan_and_not_the_training(path):
     assert packages_imported_by(path) <= LAUNCHERS_IMPORTS
 
 
+@pytest.mark.parametrize(
+    ("folder", "forbidden"), [("served", ["sglang", "megatron"]), ("megatron", ["sglang", "served"])]
+)
+def test_rollout_engines_do_not_know_each_other(folder, forbidden):
+    prefixes = tuple(f"megatron_s2d.rollout.{name}" for name in forbidden)
+    for path in sorted((PACKAGE / "rollout" / folder).glob("*.py")):
+        assert not [name for name in imported_modules(path) if name.startswith(prefixes)], path
+        attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert "sglang" not in attributes, f"{path} reads settings of rollout.sglang"
+
+
 def test_files_do_not_import_each_other_in_a_circle():
     graph = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
     assert find_cycle(graph) == []

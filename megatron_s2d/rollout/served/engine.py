@@ -1,11 +1,12 @@
-"""A ``RolloutEngine`` whose responses come from SGLang servers.
+"""A ``RolloutEngine`` whose responses come from inference servers.
 
 Every call is collective over all ranks of the job. The first rank of each model replica sends the requests of its
-replica and hands the samples on. When requests fail, servers are mended (``fleet.py``), and only the requests that have
-no sample yet are sent again.
+replica and broadcasts the samples. When requests fail, servers are repaired (``server_group.py``), and only the
+requests that have no sample yet are sent again.
 
-With ``ahead`` the responses that the next step needs are generated while this one trains. A push waits for them, or
-interrupts them and lets them go on with the new weights.
+With an ``async_mode`` other than ``sync`` the responses of the next step are generated while this one trains. A weight
+update waits for them (``one_step_off``), or interrupts them and continues them with the new weights
+(``partial_rollout``). Shapes: s sequence length.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.served import scoring
+from megatron_s2d.rollout.served.backend import PartialRollout
 from megatron_s2d.rollout.served.generation import GenerationResult, GenerationTask
+from megatron_s2d.rollout.served.replies import ReplyContract
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.server_pool import ServerPool
-from megatron_s2d.rollout.sglang.protocol import PartialRollout, ReplyContract
 
 
 class PendingBatch:
-    """What one ``generate`` asks for, and what there is of it. Samples are known on ranks that speak only."""
+    """What one ``generate`` asks for, and its samples so far; only ranks that send requests know samples."""
 
     def __init__(
         self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]
@@ -41,64 +43,66 @@ class PendingBatch:
         self.requests, self.generation = list(requests), None
         groups = {request.group_id for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
-        known = {place: carried[request.id] for place, request in enumerate(self.requests) if request.id in carried}
-        self.samples = {place: found for place, found in known.items() if isinstance(found, Sample)}
-        self.partials = {place: found for place, found in known.items() if isinstance(found, PartialRollout)}
+        earlier = {index: carried[request.id] for index, request in enumerate(self.requests) if request.id in carried}
+        self.samples = {index: response for index, response in earlier.items() if isinstance(response, Sample)}
+        self.partials = {index: response for index, response in earlier.items() if isinstance(response, PartialRollout)}
+        self._requested: list[int] = []  # indices of the requests that ``generation`` sends
 
-    def complete_groups(self) -> list[int]:
-        """Groups whose every response has a sample, in order."""
-        open_groups = {request.group_id for place, request in enumerate(self.requests) if place not in self.samples}
+    def complete_groups(self) -> list[str]:
+        """Return the groups whose every response has a sample, in order."""
+        open_groups = {request.group_id for index, request in enumerate(self.requests) if index not in self.samples}
         return [group for group in dict.fromkeys(r.group_id for r in self.requests) if group not in open_groups]
 
-    def start(self, pool: ServerPool, expected: ReplyContract, progress: ProgressCallback | None = None) -> None:
-        """Ask for what is missing, if anything."""
-        missing = [place for place in range(len(self.requests)) if place not in self.samples]
-        groups_left = self.num_groups - len(self.complete_groups())
-        open_groups = {self.requests[place].group_id for place in missing}
-        if groups_left > 0:
-            self._places = missing
+    def start(self, pool: ServerPool, contract: ReplyContract, progress: ProgressCallback | None = None) -> None:
+        """Request what is missing, if anything."""
+        missing = [index for index in range(len(self.requests)) if index not in self.samples]
+        num_missing_groups = self.num_groups - len(self.complete_groups())
+        open_groups = {self.requests[index].group_id for index in missing}
+        if num_missing_groups > 0:
+            self._requested = missing
             self.generation = GenerationTask(
                 pool,
-                [self.requests[place] for place in missing],
-                expected,
-                partials={i: self.partials[place] for i, place in enumerate(missing) if place in self.partials},
-                num_groups=groups_left if groups_left < len(open_groups) else None,
+                [self.requests[index] for index in missing],
+                contract,
+                partials={i: self.partials[index] for i, index in enumerate(missing) if index in self.partials},
+                num_groups=num_missing_groups if num_missing_groups < len(open_groups) else None,
                 progress=progress,
             )
 
     def collect(self) -> GenerationResult:
-        """Wait for what was started, and take it; may raise ``UserError``."""
+        """Wait for the generation that was started, and take its result; may raise ``UserError``."""
         if self.generation is None:
             return GenerationResult()
         generation, self.generation = self.generation, None
-        outcome = generation.result()
-        self.samples |= {self._places[i]: sample for i, sample in outcome.samples.items()}
-        self.partials |= {self._places[i]: partial for i, partial in outcome.partials.items()}
-        return outcome
+        result = generation.result()
+        self.samples |= {self._requested[i]: sample for i, sample in result.samples.items()}
+        self.partials |= {self._requested[i]: partial for i, partial in result.partials.items()}
+        return result
 
     def split(self) -> tuple[list[Sample], dict[str, Sample | PartialRollout]]:
-        """(samples of ``num_groups`` complete groups, what there is of the other groups by the request's id)."""
-        chosen = set(self.complete_groups()[: self.num_groups])
-        found = self.partials | self.samples
+        """Return (samples of ``num_groups`` complete groups, responses of other groups so far by request id)."""
+        selected = set(self.complete_groups()[: self.num_groups])
+        responses = self.partials | self.samples
         return (
-            [self.samples[place] for place, request in enumerate(self.requests) if request.group_id in chosen],
+            [self.samples[index] for index, request in enumerate(self.requests) if request.group_id in selected],
             {
-                request.id: found[place]
-                for place, request in enumerate(self.requests)
-                if request.group_id not in chosen and place in found
+                request.id: responses[index]
+                for index, request in enumerate(self.requests)
+                if request.group_id not in selected and index in responses
             },
         )
 
 
 class ServedEngine:
-    """See the module. ``close`` ends the fleet."""
+    """Generates and scores with the servers of a ``ServerGroup``; ``close`` ends them."""
 
-    def __init__(self, fleet: ServerGroup):
-        self._server_group, self._spec, self._layout = fleet, fleet.spec, fleet.layout
-        self._rollout, self._tokenizer = fleet.rollout, fleet.tokenizer
-        self._begun: PendingBatch | None = None  # by ``begin``
-        self._refused = ""  # what was begun and cannot be answered, whatever is tried
-        self._carried: dict[str, Sample | PartialRollout] = {}  # by request, of groups that were not complete in time
+    def __init__(self, group: ServerGroup):
+        self._server_group, self._spec, self._layout = group, group.spec, group.layout
+        self._rollout, self._tokenizer = group.rollout, group.tokenizer
+        self._submitted: PendingBatch | None = None
+        self._refusal = ""  # why what was submitted cannot be answered, whatever is retried
+        # By request id, of groups that were not complete in time.
+        self._carried: dict[str, Sample | PartialRollout] = {}
 
     @property
     def version(self) -> int:
@@ -113,13 +117,13 @@ class ServedEngine:
     # ------------------------------------------------------------------ RolloutEngine
 
     def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """With ``ahead``: have the requests answered from now on; the next ``generate`` must ask for the same."""
+        """Start to answer ``requests``, unless ``async_mode`` is ``sync``; the next ``generate`` must ask for them."""
         if self._rollout.async_mode == "sync":
             return
         self._check(requests)
-        self._begun = PendingBatch(requests, num_groups, self._carried)
+        self._submitted = PendingBatch(requests, num_groups, self._carried)
         if self._sends_requests:
-            self._begun.start(self._server_group.pool, self._reply_contract)
+            self._submitted.start(self._server_group.pool, self._reply_contract)
 
     def generate(
         self,
@@ -130,115 +134,96 @@ class ServedEngine:
     ) -> list[Sample]:
         """See ``RolloutEngine``; the same on all ranks of the replica.
 
-        Raises ``UserError`` for a request that the model cannot serve, and where ``recoveries`` did not help.
+        Raises ``UserError`` for a request that the model cannot serve, and if ``max_restarts`` did not help.
         """
-        if self._begun is not None:
-            work, self._begun = self._begun, None
-            if [request.id for request in work.requests] != [request.id for request in requests]:
-                raise RuntimeError("other requests were begun")
+        if self._submitted is not None:
+            batch, self._submitted = self._submitted, None
+            if [request.id for request in batch.requests] != [request.id for request in requests]:
+                raise RuntimeError("other requests were submitted")
         else:
             self._check(requests)
-            work = PendingBatch(requests, num_groups, self._carried)
+            batch = PendingBatch(requests, num_groups, self._carried)
         self._server_group.wake_up()
-        self._with_recoveries(lambda: self._generate_once(work, progress))
-        samples, carried = work.split() if self._sends_requests else ([], {})
+        self._with_recovery(lambda: self._attempt_batch(batch, progress))
+        samples, carried = batch.split() if self._sends_requests else ([], {})
         if num_groups is not None:
             self._carried = carried
         return broadcast_in_group(samples, self._layout.groups.mp)
 
     def sleep(self) -> None:
-        """With ``release_memory``: the servers give their GPU memory back until the next push."""
+        """Have the servers release their GPU memory until the next weight update, if they can."""
         self._server_group.sleep()
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """log pi of every sample's response tokens at temperature 1, [length] float32 each (0 elsewhere), on all ranks.
+        """Return log pi of every sample's response tokens at temperature 1, [s] float32 each (0 elsewhere).
 
         The same samples on all ranks. Raises ``UserError`` as ``generate`` does, and for samples of a temperature.
         """
-        found = self._scored(samples, scoring.score)
-        return [np.where(sample.response_mask, found[place], 0.0) for place, sample in enumerate(samples)]
+        scoring.check_temperature(samples)
+        group = self._server_group
+        log_probs: dict[int, np.ndarray] = {}
+
+        def score_missing() -> tuple[dict[int, np.ndarray], list[str], dict[str, str]]:
+            missing = [index for index in range(len(samples)) if index not in log_probs]
+            sequences = [samples[index].token_ids for index in missing]
+            scores, reasons = scoring.score(group.pool, sequences, group.weight_version)
+            return {missing[i]: values for i, values in scores.items()}, reasons, group.pool.problems
+
+        def attempt() -> list[str]:
+            scores, reasons, problems = broadcast_from_rank0(score_missing)
+            log_probs.update(scores)
+            group.pool.mark_failed(problems)
+            return reasons
+
+        self._with_recovery(attempt)
+        return [np.where(sample.response_mask, log_probs[index], 0.0) for index, sample in enumerate(samples)]
 
     def top_tokens(self, samples: Sequence[Sample], k: int, layout: Layout | None = None) -> list[scoring.TopTokens]:
-        """The k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
+        """Return the k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
 
         Each model replica of ``layout`` (by default that of the served model) brings its own samples. Temperature and
         errors as in ``score``.
         """
         scoring.check_temperature(samples)
-        group, fleet = (layout or self._layout).groups.mp, self._server_group
-        found: dict[int, scoring.TopTokens] = {}
+        mp_group, servers = (layout or self._layout).groups.mp, self._server_group
+        top: dict[int, scoring.TopTokens] = {}
 
-        def ask() -> list[str]:
-            missing = [place for place in range(len(samples)) if place not in found]
-            reasons, refused = [], ""
-            if group.rank() == 0 and missing:
-                part = [samples[place].token_ids for place in missing]
+        def attempt() -> list[str]:
+            missing = [index for index in range(len(samples)) if index not in top]
+            reasons, refusal = [], ""
+            if mp_group.rank() == 0 and missing:
+                sequences = [samples[index].token_ids for index in missing]
                 try:
                     tokens, reasons = scoring.top_tokens(
-                        fleet.pool, part, fleet.weight_version, self._spec.vocab_size, k
+                        servers.pool, sequences, servers.weight_version, self._spec.vocab_size, k
                     )
-                    found.update({missing[place]: value for place, value in tokens.items()})
+                    top.update({missing[i]: value for i, value in tokens.items()})
                 except UserError as error:
-                    refused = str(error)
-            return self._agree(refused, reasons)
+                    refusal = str(error)
+            return self._gather_reasons(refusal, reasons)
 
-        self._with_recoveries(ask)
-        return broadcast_in_group([found[place] for place in range(len(samples))] if group.rank() == 0 else [], group)
+        self._with_recovery(attempt)
+        is_first = mp_group.rank() == 0
+        return broadcast_in_group([top[index] for index in range(len(samples))] if is_first else [], mp_group)
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
-        """Bring the weights of ``chunks`` to all servers and prove it; ``UserError`` where none holds them then."""
+        """Send the weights of ``chunks`` to all servers and prove it; ``UserError`` if none holds them then."""
         self._pause_generation()
         self._server_group.update_weights(chunks, version)
-        if self._begun is not None and self._sends_requests:
-            self._begun.start(self._server_group.pool, self._reply_contract)
+        if self._submitted is not None and self._sends_requests:
+            self._submitted.start(self._server_group.pool, self._reply_contract)
 
     def metrics(self) -> dict[str, float]:
-        """``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last push."""
+        """Return ``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last weight update."""
         return self._server_group.metrics()
 
     def close(self) -> None:
         """End the servers that were started here, and remove the weights that they read."""
-        if self._begun is not None and self._begun.generation is not None:
-            self._begun.generation.interrupt()
+        if self._submitted is not None and self._submitted.generation is not None:
+            self._submitted.generation.interrupt()
         self._server_group.close()
 
     # ------------------------------------------------------------------ requests
-
-    def _with_recoveries(self, ask: Callable[[], list[str]]) -> None:
-        """Ask, and recover, until ``ask`` returns no reasons of failures; they are the same on all ranks."""
-        for recovery in range(self._rollout.server.max_restarts + 1):
-            reasons = ask()
-            if not reasons:
-                return
-            if recovery < self._rollout.server.max_restarts:
-                self._server_group.recover()
-        raise UserError(
-            f"the SGLang servers left some requests unanswered, after {self._rollout.server.max_restarts} recoveries too "
-            f"({reasons[0]}); see the servers' logs in {self._server_group.directory}"
-        )
-
-    def _scored(self, samples: Sequence[Sample], score: Callable[..., tuple[dict[int, Any], list[str]]]) -> dict:
-        """Place -> score; rank 0 asks for all."""
-        scoring.check_temperature(samples)
-        sequences = [sample.token_ids for sample in samples]
-        found: dict[int, Any] = {}
-
-        def ask_missing() -> tuple[dict[int, Any], list[str], dict[str, str]]:
-            missing = [place for place in range(len(samples)) if place not in found]
-            part = [sequences[place] for place in missing]
-            scores, reasons = score(
-                self._server_group.pool, part, self._server_group.weight_version, self._spec.vocab_size
-            )
-            return {missing[place]: value for place, value in scores.items()}, reasons, self._server_group.pool.problems
-
-        def ask() -> list[str]:
-            scores, reasons, problems = broadcast_from_rank0(ask_missing)
-            found.update(scores)
-            self._server_group.pool.mark_failed(problems)
-            return reasons
-
-        self._with_recoveries(ask)
-        return found
 
     @property
     def _sends_requests(self) -> bool:
@@ -249,46 +234,60 @@ class ServedEngine:
     def _reply_contract(self) -> ReplyContract:
         return ReplyContract(self._server_group.weight_version, self.version, self._spec.vocab_size, self._tokenizer)
 
-    def _generate_once(self, work: PendingBatch, progress: ProgressCallback | None) -> list[str]:
-        """Add samples to ``work``; returns reasons of failures, of all replicas and on all ranks."""
-        outcome, refused = GenerationResult(), self._refused
-        if self._sends_requests and not refused:
-            try:
-                if work.generation is None:
-                    work.start(self._server_group.pool, self._reply_contract, progress)
-                outcome = work.collect()
-            except UserError as error:
-                refused = str(error)
-        reasons = sorted(set(outcome.failures.values())) or ["no answer"] if self._is_incomplete(work) else []
-        return self._agree(refused, reasons)
-
-    def _agree(self, refused: str, reasons: Sequence[str]) -> list[str]:
-        """The reasons of all ranks for what failed, and the servers' problems; the refusal of one is that of all."""
-        everyone = all_gather_object((refused, self._server_group.pool.problems, reasons))
-        for said, _, _ in everyone:
-            if said:
-                raise UserError(said)
-        self._server_group.pool.mark_failed(
-            {url: problem for _, found, _ in everyone for url, problem in found.items()}
+    def _with_recovery(self, attempt: Callable[[], list[str]]) -> None:
+        """Call ``attempt``, and repair servers, until it returns no reasons of failures; the same on all ranks."""
+        max_restarts = self._rollout.server.max_restarts
+        for recovery in range(max_restarts + 1):
+            reasons = attempt()
+            if not reasons:
+                return
+            if recovery < max_restarts:
+                self._server_group.recover()
+        raise UserError(
+            f"the servers left some requests unanswered, after {max_restarts} recoveries too ({reasons[0]}); see the "
+            f"servers' logs in {self._server_group.directory}"
         )
+
+    def _attempt_batch(self, batch: PendingBatch, progress: ProgressCallback | None) -> list[str]:
+        """Add samples to ``batch``; return reasons of failures, of all replicas and on all ranks."""
+        result, refusal = GenerationResult(), self._refusal
+        if self._sends_requests and not refusal:
+            try:
+                if batch.generation is None:
+                    batch.start(self._server_group.pool, self._reply_contract, progress)
+                result = batch.collect()
+            except UserError as error:
+                refusal = str(error)
+        is_incomplete = self._sends_requests and len(batch.complete_groups()) < batch.num_groups
+        reasons = sorted(set(result.failures.values())) or ["no answer"] if is_incomplete else []
+        return self._gather_reasons(refusal, reasons)
+
+    def _gather_reasons(self, refusal: str, reasons: Sequence[str]) -> list[str]:
+        """Return all ranks' reasons of failures and share the servers' problems; raise a refusal of any rank on all."""
+        everyone = all_gather_object((refusal, self._server_group.pool.problems, reasons))
+        for message, _, _ in everyone:
+            if message:
+                raise UserError(message)
+        self._mark_failed([problems for _, problems, _ in everyone])
         return [reason for _, _, reasons in everyone for reason in reasons]
 
-    def _is_incomplete(self, work: PendingBatch) -> bool:
-        return self._sends_requests and len(work.complete_groups()) < work.num_groups
+    def _mark_failed(self, problems_by_rank: Sequence[Mapping[str, str]]) -> None:
+        self._server_group.pool.mark_failed(
+            {url: problem for problems in problems_by_rank for url, problem in problems.items()}
+        )
 
     def _pause_generation(self) -> None:
-        """Before a push: responses that were begun are complete, or interrupted; no request is in flight."""
-        if self._begun is None:
+        """Complete or interrupt submitted responses before a weight update; no request is in flight then."""
+        if self._submitted is None:
             return
-        if self._begun.generation is not None:
+        if self._submitted.generation is not None:
             if self._rollout.async_mode == "partial_rollout":
-                self._begun.generation.interrupt()
+                self._submitted.generation.interrupt()
             try:
-                self._begun.collect()  # what failed is asked for again
+                self._submitted.collect()  # failed requests are sent again
             except UserError as error:
-                self._refused = str(error)
-        pool = self._server_group.pool
-        pool.mark_failed({url: problem for found in all_gather_object(pool.problems) for url, problem in found.items()})
+                self._refusal = str(error)
+        self._mark_failed(all_gather_object(self._server_group.pool.problems))
 
     def _check(self, requests: Sequence[Request]) -> None:
         check_requests(
@@ -297,8 +296,5 @@ class ServedEngine:
             max_positions=self._spec.max_position_embeddings,
             has_tokenizer=self._tokenizer is not None,
         )
-        self._check_same_requests(list(requests))
-
-    def _check_same_requests(self, requests: list[Request]) -> None:
         if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
-            raise RuntimeError("the ranks of one model replica were given different requests")
+            raise RuntimeError("the ranks of one model replica have different requests")

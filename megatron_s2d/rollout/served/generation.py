@@ -1,9 +1,9 @@
-"""Responses from the servers of a pool, on a thread of its own, so that the trainer may work meanwhile.
+"""Generates responses with the servers of a pool, on a thread of its own, so that the trainer can work meanwhile.
 
 A request goes to a server by its prompt, so that the responses of a group share the prompt's keys and values there.
-Nothing is lost or counted twice: a response is taken once, under the place of its request, and a try that was given up
-is aborted. A generation that is interrupted keeps the beginnings of responses, each token with the version of its
-weights; later weights go on from them.
+No response is lost or counted twice: a response is taken once, under the index of its request, and an attempt that
+timed out is aborted. An interrupted generation keeps the beginnings of responses, each token with the version of its
+weights; they are continued with later weights.
 """
 
 from __future__ import annotations
@@ -17,22 +17,14 @@ from collections.abc import Mapping, Sequence
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request
+from megatron_s2d.rollout.served.backend import ContextLengthExceeded, InvalidReply, PartialRollout
+from megatron_s2d.rollout.served.replies import ReplyContract, to_partial, to_sample
 from megatron_s2d.rollout.served.server_pool import Interrupted, NoHealthyServer, ServerPool, Session, gather_all
-from megatron_s2d.rollout.sglang.protocol import (
-    ContextLengthExceeded,
-    InvalidReply,
-    PartialRollout,
-    ReplyContract,
-    generate_body,
-    parse_reply,
-    to_partial,
-    to_sample,
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationResult:
-    """By the place of the request: samples, the last reason of each that failed, beginnings of interrupted ones."""
+    """By the index of the request: samples, the last reason of each that failed, beginnings of interrupted ones."""
 
     samples: dict[int, Sample] = dataclasses.field(default_factory=dict)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -40,25 +32,25 @@ class GenerationResult:
 
 
 class GenerationTask:
-    """Begins at once. One try after the other for each request until it has a sample or ``attempts`` are used up."""
+    """Starts at once. Each request is retried until it has a sample or ``max_attempts`` are used up."""
 
     def __init__(
         self,
         pool: ServerPool,
         requests: Sequence[Request],
-        expected: ReplyContract,
+        contract: ReplyContract,
         *,
         partials: Mapping[int, PartialRollout] | None = None,
         num_groups: int | None = None,
         progress: ProgressCallback | None = None,
     ):
-        """partials: beginnings to go on from, by place. num_groups: interrupt when that many groups are complete."""
-        self._pool, self._requests, self._expected, self._progress = pool, list(requests), expected, progress
+        """partials: beginnings to continue, by index. num_groups: interrupt when that many groups are complete."""
+        self._pool, self._requests, self._contract, self._progress = pool, list(requests), contract, progress
         self._partials = dict(partials or {})
         # group -> responses without a sample
-        self._open = collections.Counter(request.group_id for request in requests)
-        self._groups_left = num_groups
-        self._outcome, self._error = GenerationResult(), None
+        self._num_open = collections.Counter(request.group_id for request in requests)
+        self._num_missing_groups = num_groups
+        self._result, self._error = GenerationResult(), None
         self._interrupted = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: Session | None = None
@@ -66,7 +58,7 @@ class GenerationTask:
         self._thread.start()
 
     def interrupt(self) -> None:
-        """Stop; ``result`` has what there is. Nothing happens to a generation that has ended."""
+        """Stop; ``result`` returns what is complete. Does nothing if the generation has ended."""
         self._interrupted.set()
         loop, session = self._loop, self._session
         if session is not None:
@@ -80,7 +72,7 @@ class GenerationTask:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._outcome
+        return self._result
 
     def _run(self) -> None:
         try:
@@ -89,55 +81,55 @@ class GenerationTask:
             self._error = error
 
     async def _generate(self) -> None:
-        groups = {key: place for place, key in enumerate(dict.fromkeys(map(_prompt_key, self._requests)))}
-        room = asyncio.Semaphore(self._pool.concurrency)
+        prompt_index = {key: index for index, key in enumerate(dict.fromkeys(map(_prompt_key, self._requests)))}
+        semaphore = asyncio.Semaphore(self._pool.concurrency)
         async with self._pool.session() as session:
             self._loop, self._session = asyncio.get_running_loop(), session
             if self._interrupted.is_set():  # before there was a session to stop
                 session.stopped.set()
-            giving_up = asyncio.create_task(session.abort_all())
+            aborting = asyncio.create_task(session.abort_all())
             try:
                 await gather_all(
-                    self._request_sample(session, room, place, groups[_prompt_key(request)])
-                    for place, request in enumerate(self._requests)
+                    self._request_sample(session, semaphore, index, prompt_index[_prompt_key(request)])
+                    for index, request in enumerate(self._requests)
                 )
             finally:
-                giving_up.cancel()
+                aborting.cancel()
                 self._session = None
 
-    async def _request_sample(self, session: Session, room: asyncio.Semaphore, place: int, first: int) -> None:
-        outcome, request = self._outcome, self._requests[place]
-        async with room:
+    async def _request_sample(self, session: Session, semaphore: asyncio.Semaphore, index: int, first: int) -> None:
+        result, request = self._result, self._requests[index]
+        async with semaphore:
             try:
-                outcome.samples[place] = await self._try_sample(session, place, first)
-                self._open[request.group_id] -= 1
-                if self._groups_left is not None and not self._open[request.group_id]:
-                    self._groups_left -= 1
-                    if self._groups_left == 0:
+                result.samples[index] = await self._attempt_sample(session, index, first)
+                self._num_open[request.group_id] -= 1
+                if self._num_missing_groups is not None and not self._num_open[request.group_id]:
+                    self._num_missing_groups -= 1
+                    if self._num_missing_groups == 0:
                         session.stopped.set()
             except (InvalidReply, NoHealthyServer) as error:
-                outcome.failures[place] = str(error)
+                result.failures[index] = str(error)
             except Interrupted:
-                if place in self._partials:
-                    outcome.partials[place] = self._partials[place]
+                if index in self._partials:
+                    result.partials[index] = self._partials[index]
         if self._progress is not None and not session.stopped.is_set():
-            self._progress(len(outcome.samples) + len(outcome.failures), len(self._requests))
+            self._progress(len(result.samples) + len(result.failures), len(self._requests))
 
-    async def _try_sample(self, session: Session, place: int, first: int) -> Sample:
-        request, expected = self._requests[place], self._expected
-        before = self._partials.get(place)
+    async def _attempt_sample(self, session: Session, index: int, first: int) -> Sample:
+        request, contract, protocol = self._requests[index], self._contract, self._pool.protocol
+        partial = self._partials.get(index)
 
-        def checked(content: bytes) -> Sample:
-            reply = parse_reply(content)
-            if session.stopped.is_set() and reply.meta_info.finish_reason.type == "abort":
-                if (longer := to_partial(request, reply, expected, before)) is not None:
-                    self._partials[place] = longer
+        def check(content: bytes) -> Sample:
+            reply = protocol.parse_reply(content)
+            if session.stopped.is_set() and reply.finish_reason == "abort":
+                if (longer := to_partial(request, reply, contract, partial)) is not None:
+                    self._partials[index] = longer
                 raise Interrupted
-            return to_sample(request, reply, expected, before)
+            return to_sample(request, reply, contract, partial)
 
-        bodies = (generate_body(request, before) for _ in range(self._pool.settings.max_attempts))
+        calls = (protocol.generate(request, partial) for _ in range(self._pool.settings.max_attempts))
         try:
-            return await session.request(bodies, first, checked)
+            return await session.request(calls, first, check)
         except ContextLengthExceeded as error:
             raise UserError(f"the response to prompt {request.prompt.id} was cut at {error}") from None
 

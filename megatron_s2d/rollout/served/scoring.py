@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from a server that holds a teacher: of the tokens themselves, and the top k.
 
-All values are at temperature 1 and speak of token t where they stand at t: SGLang scores a prompt without temperature,
-and its first token has no score. That server and trainer agree is proven by the probes of the push (``engine.py``).
+All values are at temperature 1, and the entry at t belongs to token t; the first token has no score. That server and
+trainer agree is proven after each weight update (``weight_checks.py``). Shapes: s sequence length, k top-k entries.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import numpy as np
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.served.backend import InvalidReply, ServerReply
+from megatron_s2d.rollout.served.replies import check_weight_version
 from megatron_s2d.rollout.served.server_pool import ServerPool
-from megatron_s2d.rollout.served.weight_checks import scored_tokens
-from megatron_s2d.rollout.sglang.protocol import GenerateReply, InvalidReply, StaleWeights
+from megatron_s2d.rollout.served.weight_checks import input_log_probs
 
 _ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right to about their last digit
 
@@ -25,9 +26,9 @@ _ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right
 class TopTokens:
     """The k likeliest tokens at each position of a sequence, likeliest first."""
 
-    ids: np.ndarray  # [length, k] int64; row 0 speaks of nothing and is 0
-    log_probs: np.ndarray  # [length, k] float32
-    log_tail: np.ndarray  # [length] float32, log of the mass of all other tokens (see ``_log_tail``); -inf for none
+    ids: np.ndarray  # [s, k] int64; row 0 has no prediction and is 0
+    log_probs: np.ndarray  # [s, k] float32
+    log_tail: np.ndarray  # [s] float32, log of the mass of all other tokens (see ``_log_tail``); -inf for none
 
 
 def check_temperature(samples: Sequence[Sample]) -> None:
@@ -41,50 +42,45 @@ def check_temperature(samples: Sequence[Sample]) -> None:
 
 
 def score(
-    pool: ServerPool, sequences: Sequence[np.ndarray], label: str, vocab_size: int
+    pool: ServerPool, sequences: Sequence[np.ndarray], weight_version: str
 ) -> tuple[dict[int, np.ndarray], list[str]]:
-    """Place -> [length] float32 of each sequence that could be scored, and why the others could not."""
+    """Return index -> [s] float32 of each sequence that could be scored, and why the others could not."""
 
-    def checked(place: int, reply: GenerateReply) -> np.ndarray:
-        _check_weight_version(reply, label)
-        return scored_tokens(sequences[place], reply, vocab_size)
+    def check(index: int, reply: ServerReply) -> np.ndarray:
+        check_weight_version(reply, weight_version)
+        return input_log_probs(sequences[index], reply)
 
-    return pool.score_all(sequences, checked)
+    return pool.score_all(sequences, check)
 
 
 def top_tokens(
-    pool: ServerPool, sequences: Sequence[np.ndarray], label: str, vocab_size: int, k: int
+    pool: ServerPool, sequences: Sequence[np.ndarray], weight_version: str, vocab_size: int, k: int
 ) -> tuple[dict[int, TopTokens], list[str]]:
-    """``score`` for the k likeliest tokens of every position."""
+    """Return what ``score`` does, for the k likeliest tokens of every position."""
 
-    def checked(place: int, reply: GenerateReply) -> TopTokens:
-        _check_weight_version(reply, label)
-        scored_tokens(sequences[place], reply, vocab_size)
-        return _top(sequences[place], reply, vocab_size, k)
+    def check(index: int, reply: ServerReply) -> TopTokens:
+        check_weight_version(reply, weight_version)
+        input_log_probs(sequences[index], reply)
+        return _top_tokens(sequences[index], reply, vocab_size, k)
 
-    return pool.score_all(sequences, checked, top_k=k)
-
-
-def _check_weight_version(reply: GenerateReply, label: str) -> None:
-    if reply.meta_info.weight_version != label:
-        raise StaleWeights(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
+    return pool.score_all(sequences, check, top_k=k)
 
 
-def _top(sequence: np.ndarray, reply: GenerateReply, vocab_size: int, k: int) -> TopTokens:
-    rows = reply.meta_info.input_top_logprobs
+def _top_tokens(sequence: np.ndarray, reply: ServerReply, vocab_size: int, k: int) -> TopTokens:
+    rows = reply.input_top_log_probs
     if len(rows) != len(sequence) or rows[0]:
         raise InvalidReply(f"{len(rows)} rows of likeliest tokens for {len(sequence)} tokens")
     ids = np.zeros((len(rows), k), dtype=np.int64)
     log_probs = np.zeros((len(rows), k), dtype=np.float32)
-    for place, row in enumerate(rows[1:], start=1):
+    for index, row in enumerate(rows[1:], start=1):
         if row is None or len(row) != k:
             raise InvalidReply(f"{len(row or ())} likeliest tokens instead of {k}: does the server cap them?")
         if any(value is None or not math.isfinite(value) for value, _, _ in row):
             raise InvalidReply("a likeliest token has no finite log-probability")
-        ids[place] = [token for _, token, _ in row]
-        log_probs[place] = [value for value, _, _ in row]
-        if len(set(ids[place])) < k or ids[place].min() < 0 or ids[place].max() >= vocab_size:
-            raise InvalidReply(f"likeliest tokens {ids[place].tolist()[:8]} are not different tokens of the vocabulary")
+        ids[index] = [token for _, token, _ in row]
+        log_probs[index] = [value for value, _, _ in row]
+        if len(set(ids[index])) < k or ids[index].min() < 0 or ids[index].max() >= vocab_size:
+            raise InvalidReply(f"likeliest tokens {ids[index].tolist()[:8]} are not different tokens of the vocabulary")
     if (np.diff(log_probs[1:], axis=1) > 0).any():
         raise InvalidReply("likeliest tokens are not in order")
     log_tail = _log_tail(log_probs, vocab_size)
@@ -93,14 +89,14 @@ def _top(sequence: np.ndarray, reply: GenerateReply, vocab_size: int, k: int) ->
 
 
 def _log_tail(log_probs: np.ndarray, vocab_size: int) -> np.ndarray:
-    """[length] float32: log of the mass beyond the k likeliest tokens, log_probs [length, k] in falling order.
+    """Return [s] float32: log of the mass beyond the k likeliest tokens of log_probs [s, k], in descending order.
 
-    What float32 log-probabilities leave of 1 is not known below their rounding: a smaller rest counts as that, but not
-    as more than if all other tokens were as likely as the last one. So it is 0 for a whole vocabulary only.
+    The mass that float32 log-probabilities leave of 1 is unknown below their rounding: a smaller tail counts as that,
+    but not as more than if all other tokens were as likely as the last one. So it is 0 for a full vocabulary only.
     """
-    others = vocab_size - log_probs.shape[1]
-    if not others:
+    num_others = vocab_size - log_probs.shape[1]
+    if not num_others:
         return np.full(len(log_probs), -np.inf, dtype=np.float32)
-    rest = 1.0 - np.exp(log_probs.astype(np.float64)).sum(axis=1)
-    bound = np.log(others) + log_probs[:, -1]
-    return np.minimum(np.log(np.maximum(rest, _ROUNDING)), bound).astype(np.float32)
+    tail = 1.0 - np.exp(log_probs.astype(np.float64)).sum(axis=1)
+    bound = np.log(num_others) + log_probs[:, -1]
+    return np.minimum(np.log(np.maximum(tail, _ROUNDING)), bound).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Requests to several servers at once: bounded tries with back-off, every reply checked.
+"""HTTP requests to several servers: bounded attempts with back-off, every reply checked.
 
-A try that fails goes to the next server. A server that is gone, or that answers with other weights than the current
-ones, gets nothing more: ``ServerPool.problems`` says why, and whoever owns the servers mends them. Responses are generated in
-``generation.py``; here are the single request and scores.
+A failed attempt is retried on the next server. A server that is gone, or that answers with other weights than the
+current ones, gets no further requests: ``ServerPool.problems`` says why, and whoever owns the servers repairs them.
+``generation.py`` generates responses; this file has the single request, and scores.
 """
 
 from __future__ import annotations
@@ -19,15 +19,9 @@ import numpy as np
 
 from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.rollout.sglang.protocol import (
-    GenerateReply,
-    InvalidReply,
-    StaleWeights,
-    parse_replies,
-    score_body,
-)
+from megatron_s2d.rollout.served.backend import InvalidReply, ServerCall, ServerProtocol, ServerReply, StaleWeights
 
-_FIRST_PAUSE_SECONDS = 0.25  # before the second try; doubled before each further one
+_FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled before each further one
 _ABORT_SECONDS = 5.0
 _CONNECT_SECONDS = 30.0
 _OTHER_FILES = 512  # that the process may have open beside its connections
@@ -35,7 +29,7 @@ _KEEP_SECONDS = 2.0  # an idle connection; servers close theirs after 5 s, which
 
 
 class NoHealthyServer(Exception):
-    """No server is left that may be asked."""
+    """No server is left that may get requests."""
 
 
 class Interrupted(Exception):
@@ -44,7 +38,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Server:
-    """A server and why it may not be asked; an empty ``problem`` means that it may."""
+    """A server and why it may not get requests; an empty ``problem`` means that it may."""
 
     url: str
     problem: str = ""
@@ -53,35 +47,37 @@ class Server:
 class ServerPool:
     """The servers that hold one model. With a ``router`` requests go through that, and aborts to all servers."""
 
-    def __init__(self, urls: Sequence[str], settings: ServerConfig):
+    def __init__(self, urls: Sequence[str], settings: ServerConfig, protocol: ServerProtocol):
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.router: Server | None = None
-        self.settings = settings
-        self.concurrency = _connections(settings.max_concurrent_requests * len(urls))  # requests in flight at most
+        self.settings, self.protocol = settings, protocol
+        self.concurrency = _max_connections(settings.max_concurrent_requests * len(urls))  # requests in flight at most
 
     @property
     def problems(self) -> dict[str, str]:
         """Address -> why it gets no requests."""
-        found = self.servers if self.router is None else [*self.servers, self.router]
-        return {server.url: server.problem for server in found if server.problem}
+        return {server.url: server.problem for server in self._all() if server.problem}
 
     def mark_failed(self, problems: Mapping[str, str]) -> None:
-        """Take over what is known of the servers elsewhere: those without a problem there have none."""
-        for server in self.servers if self.router is None else [*self.servers, self.router]:
+        """Set the problems of all servers: address -> problem; a server without an entry has none."""
+        for server in self._all():
             server.problem = problems.get(server.url, "")
 
-    def next_server(self, place: int) -> Server:
-        """Where a request goes: servers without a problem in turn; ``NoHealthyServer`` where there is none."""
-        usable = [server for server in self.servers if not server.problem]
-        if usable and self.router is not None:
-            usable = [] if self.router.problem else [self.router]
-        if not usable:
+    def next_server(self, index: int) -> Server:
+        """Return where request ``index`` goes: healthy servers in turn; ``NoHealthyServer`` if none is left."""
+        healthy = [server for server in self.servers if not server.problem]
+        if healthy and self.router is not None:
+            healthy = [] if self.router.problem else [self.router]
+        if not healthy:
             raise NoHealthyServer("; ".join(f"{url}: {problem}" for url, problem in self.problems.items()))
-        return usable[place % len(usable)]
+        return healthy[index % len(healthy)]
+
+    def _all(self) -> list[Server]:
+        return self.servers if self.router is None else [*self.servers, self.router]
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
-        """A ``Session`` in the running event loop."""
+        """Open a ``Session`` in the running event loop."""
         # aiohttp's work for a request does not grow with the number of connections, unlike httpx's.
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(self.settings.request_timeout_seconds, sock_connect=_CONNECT_SECONDS),
@@ -91,62 +87,70 @@ class ServerPool:
             yield Session(self, client)
 
     def score_all[Result](
-        self, sequences: Sequence[np.ndarray], checked: Callable[[int, GenerateReply], Result], *, top_k: int = 0
+        self, sequences: Sequence[np.ndarray], check: Callable[[int, ServerReply], Result], *, top_k: int = 0
     ) -> tuple[dict[int, Result], list[str]]:
-        """``checked`` replies by the place of their sequence, over all servers, and the reasons of those that failed.
+        """Score over all servers; return index -> result of ``check``, and the reasons of sequences that failed.
 
-        Tries are bounded as for responses; ``checked`` raises ``InvalidReply`` for a reply that it does not take.
+        Attempts are bounded as for responses; ``check`` raises ``InvalidReply`` for a reply that it rejects.
         """
-        found: dict[int, Result] = {}
+        results: dict[int, Result] = {}
         reasons: list[str] = []
 
-        async def work(session: Session, room: asyncio.Semaphore, place: int) -> None:
-            def one(content: bytes) -> Result:
-                return checked(place, _replies(content, 1)[0])
-
-            async with room:
+        async def score_one(session: Session, semaphore: asyncio.Semaphore, index: int) -> None:
+            sequence = [sequences[index]]
+            async with semaphore:
                 try:
-                    bodies = (score_body([sequences[place]], top_k) for _ in range(self.settings.max_attempts))
-                    found[place] = await session.request(bodies, place, one)
+                    calls = (self.protocol.score(sequence, top_k) for _ in range(self.settings.max_attempts))
+                    results[index] = await session.request(
+                        calls, index, lambda content: check(index, self._parse_scores(content, sequence)[0])
+                    )
                 except (InvalidReply, NoHealthyServer) as error:
                     reasons.append(str(error))
 
-        async def ask() -> None:
-            room = asyncio.Semaphore(self.concurrency)
+        async def score_each() -> None:
+            semaphore = asyncio.Semaphore(self.concurrency)
             async with self.session() as session:
-                await gather_all(work(session, room, place) for place in range(len(sequences)))
+                await gather_all(score_one(session, semaphore, index) for index in range(len(sequences)))
 
-        asyncio.run(ask())
-        return found, sorted(set(reasons))
+        asyncio.run(score_each())
+        return results, sorted(set(reasons))
 
-    def score(self, server: Server, sequences: Sequence[np.ndarray]) -> list[GenerateReply]:
-        """The parsed replies of ``server`` to a request that scores ``sequences``; ``InvalidReply`` where it has none."""
+    def score(self, server: Server, sequences: Sequence[np.ndarray]) -> list[ServerReply]:
+        """Score ``sequences`` with one request to ``server``; ``InvalidReply`` if there is no good reply."""
 
-        async def ask() -> list[GenerateReply]:
+        async def score_batch() -> list[ServerReply]:
             async with self.session() as session:
-                return _replies(await session.post(server, score_body(sequences)), len(sequences))
+                return self._parse_scores(await session.post(server, self.protocol.score(sequences)), sequences)
 
-        return asyncio.run(ask())
+        return asyncio.run(score_batch())
+
+    def _parse_scores(self, content: bytes, sequences: Sequence[np.ndarray]) -> list[ServerReply]:
+        replies = self.protocol.parse_scores(content, sequences)
+        if len(replies) != len(sequences):
+            raise InvalidReply(f"{len(replies)} replies to {len(sequences)} sequences")
+        return replies
 
 
 class Session:
     """The requests of one event loop to the servers of a pool."""
 
     def __init__(self, pool: ServerPool, client: aiohttp.ClientSession):
-        self.stopped = asyncio.Event()  # set: no further tries, and what is in flight is given up
+        self.stopped = asyncio.Event()  # set: no further attempts, and requests in flight are aborted
         self._pool, self._client = pool, client
-        self._in_flight: dict[str, Server] = {}
+        self._in_flight: dict[str, Server] = {}  # request id -> server
 
     async def request[Result](
-        self, bodies: Iterable[dict[str, Any]], first: int, checked: Callable[[bytes], Result]
+        self, calls: Iterable[ServerCall], first: int, check: Callable[[bytes], Result]
     ) -> Result:
-        """Send one body after the other, each to the next server, until ``checked`` takes a reply.
+        """Send one call after the other, each to the next server, until ``check`` accepts a reply.
 
-        Raises ``InvalidReply`` of the last try, ``NoHealthyServer``, ``Interrupted``, and ``UserError`` for a request that the
-        servers refuse, which no other try would change.
+        Raises ``InvalidReply`` of the last attempt, ``NoHealthyServer``, ``Interrupted``, and ``UserError`` for a
+        request that the servers refuse, which no other attempt would change.
         """
+        # A loop rather than tenacity: the wait ends at once when the session is stopped, each attempt goes to another
+        # server with a request id of its own, and a stale reply takes its server out of the pool.
         last = InvalidReply("it was not sent")
-        for attempt, body in enumerate(bodies):
+        for attempt, call in enumerate(calls):
             if attempt:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stopped.wait(), _FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -154,105 +158,97 @@ class Session:
                 raise Interrupted
             server = self._pool.next_server(first + attempt)
             try:
-                return checked(await self.post(server, body))
+                return check(await self.post(server, call))
             except StaleWeights as error:
                 server.problem = f"it answered with {error}"
                 last = InvalidReply(f"{server.url}: {server.problem}")
             except InvalidReply as error:
                 last = InvalidReply(f"{server.url}: {error}")
             except UserError:
-                if self.stopped.is_set():  # a request that is given up before it was queued is refused
+                if self.stopped.is_set():  # a request that is aborted before it was queued is refused
                     raise Interrupted from None
                 raise
         if self.stopped.is_set():
             raise Interrupted
         raise last
 
-    async def post(self, server: Server, body: dict[str, Any]) -> bytes:
-        """The content of a reply of status 200; everything else is ``InvalidReply``, or ``UserError`` where it is 4xx."""
-        rids = [body["rid"]] if isinstance(body["rid"], str) else body["rid"]
-        self._in_flight |= dict.fromkeys(rids, server)
+    async def post(self, server: Server, call: ServerCall) -> bytes:
+        """Return the content of a reply of status 200; raise ``UserError`` for 4xx and ``InvalidReply`` otherwise."""
+        self._in_flight |= dict.fromkeys(call.request_ids, server)
         try:
-            async with self._client.post(f"{server.url}/generate", json=body) as reply:
+            async with self._client.post(server.url + call.path, json=call.body) as reply:
                 status, content = reply.status, await reply.read()
         except TimeoutError:
-            await self._abort(server, rids, "it hangs")
+            await self._abort(server, call.request_ids, "it hangs")
             raise InvalidReply(f"no answer within {self._pool.settings.request_timeout_seconds:g} seconds") from None
         except aiohttp.ClientError as error:
             reason = f"the connection failed ({type(error).__name__})"
-            await self._abort(server, rids, reason)
+            await self._abort(server, call.request_ids, reason)
             raise InvalidReply(reason) from None
         finally:
-            for rid in rids:
-                del self._in_flight[rid]
+            for request_id in call.request_ids:
+                del self._in_flight[request_id]
         if 400 <= status < 500:
-            raise UserError(f"{server.url} refused a request: {_text(content)[:300]}")
+            raise UserError(f"{server.url} refused a request: {_decode(content)[:300]}")
         if status != 200:
-            raise InvalidReply(f"status {status}: {_text(content)[:200]}")
+            raise InvalidReply(f"status {status}: {_decode(content)[:200]}")
         return content
 
     async def abort_all(self) -> None:
-        """Once ``stopped``: have everything in flight end, whose replies then come with the tokens so far.
+        """Once ``stopped``: abort everything in flight, so that replies come with the tokens so far.
 
-        Runs until it is cancelled: a request that has not reached its server yet is not known there.
+        Runs until it is cancelled: a server does not know a request that has not reached it yet.
         """
         await self.stopped.wait()
         while True:
-            for rid, server in list(self._in_flight.items()):
-                await self._abort(server, [rid], "it hangs")
+            for request_id, server in list(self._in_flight.items()):
+                await self._abort(server, [request_id], "it hangs")
             await asyncio.sleep(0.1)
 
-    async def _abort(self, server: Server, rids: Sequence[str], reason: str) -> None:
-        """Have tries forgotten whose answers nobody waits for; a server that does not even do that has a problem."""
-        # A router passes no aborts on, and does not say where a request went.
-        holders = self._pool.servers if server is self._pool.router else [server]
+    async def _abort(self, server: Server, request_ids: Sequence[str], reason: str) -> None:
+        """Abort requests whose replies nobody waits for; a server that does not even do that has a problem."""
+        # A router does not forward aborts, and does not say where a request went.
+        targets = self._pool.servers if server is self._pool.router else [server]
         timeout = aiohttp.ClientTimeout(_ABORT_SECONDS)
-        for holder in holders:
+        for target in targets:
             try:
-                for rid in rids:
-                    async with self._client.post(f"{holder.url}/abort_request", json={"rid": rid}, timeout=timeout):
+                for call in map(self._pool.protocol.abort, request_ids):
+                    async with self._client.post(target.url + call.path, json=call.body, timeout=timeout):
                         pass
             except (aiohttp.ClientError, TimeoutError):
-                holder.problem = reason
+                target.problem = reason
 
 
-def _connections(wanted: int) -> int:
-    """How many of ``wanted`` connections this process may have, after raising its limit of open files if it may."""
+def _max_connections(wanted: int) -> int:
+    """Return how many of ``wanted`` connections this process may open, after raising its limit of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = wanted + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < files:
         soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < files:
-            fitting = max(1, soft - _OTHER_FILES)
+            allowed = max(1, soft - _OTHER_FILES)
             print(
-                f"{fitting} instead of {wanted} requests in flight: this process may not open more than {hard} files; "
+                f"{allowed} instead of {wanted} requests in flight: this process may not open more than {hard} files; "
                 "raise its hard limit (ulimit -Hn) or lower rollout.server.max_concurrent_requests",
                 flush=True,
             )
-            return min(wanted, fitting)
+            return min(wanted, allowed)
     return wanted
 
 
-def _text(content: bytes) -> str:
+def _decode(content: bytes) -> str:
     return content.decode("utf-8", "replace")
 
 
-def _replies(content: bytes, count: int) -> list[GenerateReply]:
-    replies = parse_replies(content)
-    if len(replies) != count:
-        raise InvalidReply(f"{len(replies)} replies to {count} sequences")
-    return replies
-
-
-async def gather_all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+async def gather_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run all; the first ``UserError`` ends the others and is raised."""
-    refused: UserError | None = None
+    refusal: UserError | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
-            for work in works:
-                tasks.create_task(work)
+            for coroutine in coroutines:
+                tasks.create_task(coroutine)
     except* UserError as errors:
-        refused = errors.exceptions[0]
-    if refused is not None:
-        raise refused
+        refusal = errors.exceptions[0]
+    if refusal is not None:
+        raise refusal

@@ -1,7 +1,8 @@
-"""Fixed token sequences on which server and trainer must agree: the proof that weights arrived, whole and in place.
+"""Token sequences on which server and trainer must agree: the proof that weights arrived complete and in order.
 
-A probe finds tensors that are missing, swapped, cut wrongly or stale by more than the tolerance. In bfloat16 one small
-update can lie within it; that the newest weights are in use is what the version says.
+A check finds tensors that are missing, swapped, cut wrongly or stale by more than the tolerance. In bfloat16 one small
+weight update can lie within it; that the newest weights are in use is proven by the version that the server reports.
+Shapes: s sequence length.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import numpy as np
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.served.backend import InvalidReply, ServerReply
+from megatron_s2d.rollout.served.replies import check_weight_version, checked_log_probs
 from megatron_s2d.rollout.served.server_pool import Server, ServerPool
-from megatron_s2d.rollout.sglang.protocol import GenerateReply, InvalidReply, checked_log_probs
 
 _COUNT = 4
 _LENGTH = 32
 
 
 def weight_check_sequences(spec: ModelSpec) -> list[Sample]:
-    """The probes of a model as samples whose every token but the first is scored; the same on every rank."""
+    """Return the check sequences of a model as samples scored from the second token on; the same on every rank."""
     generator = np.random.default_rng(0)
     length = min(_LENGTH, spec.max_position_embeddings)
     mask = np.arange(length) > 0
@@ -40,15 +42,9 @@ def weight_check_sequences(spec: ModelSpec) -> list[Sample]:
     ]
 
 
-def named_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """What SGLang calls given tokens: it scores the last token of a vocabulary rightly, but names it 0."""
-    return [0 if token == vocab_size - 1 else token for token in token_ids]
-
-
-def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -> np.ndarray:
-    """[length] float32: log-probability of each given token at temperature 1, 0 for the first; may be ``InvalidReply``."""
-    ids = named_ids(sequence.tolist(), vocab_size)
-    scored = reply.meta_info.input_token_logprobs
+def input_log_probs(token_ids: np.ndarray, reply: ServerReply) -> np.ndarray:
+    """Return [s] float32: log-probability of each token at temperature 1, 0 for the first; or ``InvalidReply``."""
+    ids, scored = token_ids.tolist(), reply.input_log_probs
     if reply.output_ids or len(scored) != len(ids):
         raise InvalidReply(f"{len(scored)} scores of {len(ids)} tokens, and {len(reply.output_ids)} new tokens")
     if scored[0][0] is not None or scored[0][1] != ids[0]:
@@ -59,17 +55,18 @@ def scored_tokens(sequence: np.ndarray, reply: GenerateReply, vocab_size: int) -
 def max_log_prob_diff(
     pool: ServerPool,
     server: Server,
-    spec: ModelSpec,
     samples: Sequence[Sample],
     expected: Sequence[np.ndarray],
-    label: str,
+    weight_version: str,
 ) -> float:
-    """Largest difference, in nats, between ``server`` and the trainer's ``expected``; ``InvalidReply`` on another label."""
+    """Return the largest difference, in nats, between ``server`` and the trainer's ``expected`` log-probabilities.
+
+    Raises ``InvalidReply`` for another weight version, too.
+    """
     sequences = [sample.token_ids for sample in samples]
-    worst = 0.0
-    for sequence, reply, wanted in zip(sequences, pool.score(server, sequences), expected, strict=True):
-        if reply.meta_info.weight_version != label:
-            raise InvalidReply(f"weights '{reply.meta_info.weight_version}' instead of '{label}'")
-        found = scored_tokens(sequence, reply, spec.vocab_size)
-        worst = max(worst, float(np.abs(found - wanted)[1:].max()))
-    return worst
+    largest = 0.0
+    for token_ids, reply, log_probs in zip(sequences, pool.score(server, sequences), expected, strict=True):
+        check_weight_version(reply, weight_version)
+        difference = np.abs(input_log_probs(token_ids, reply) - log_probs)
+        largest = max(largest, float(difference[1:].max()))
+    return largest

@@ -1,4 +1,4 @@
-"""Control requests to several servers at the same time, from one thread each."""
+"""Administration requests to several SGLang servers in parallel, one thread each."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 
 import httpx
 
-_SECONDS = 1800.0  # loading a large checkpoint takes minutes
-IDLE_SECONDS = 120  # for the last steps of requests that were aborted
+from megatron_s2d.rollout.served.backend import WeightUpdateFailed
 
-
-class WeightUpdateFailed(Exception):
-    """A server did not take the weights; it may hold a mixture of old and new ones."""
+_TIMEOUT_SECONDS = 1800.0  # loading a large checkpoint takes minutes
+_IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 
 
 class ServerControl:
-    """Use as a context manager; requests that still wait at its end are not waited for."""
+    """Use as a context manager; requests that still run at its end are not waited for."""
 
     def __init__(self, urls: Sequence[str]):
         self.urls = list(urls)
-        self._client = httpx.Client(timeout=_SECONDS, trust_env=False)
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.urls)), thread_name_prefix="weight push")
+        self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.urls)), thread_name_prefix="weight update")
 
     def __enter__(self) -> ServerControl:
         return self
@@ -33,11 +31,18 @@ class ServerControl:
         self._client.close()
 
     def post(self, path: str, body: dict[str, Any] | Callable[[int], dict[str, Any]]) -> list[Future[None]]:
-        """POST to every server; each result is None, or ``PushFailed``. ``body`` may depend on the server's place."""
-        bodies = [body(place) if callable(body) else body for place in range(len(self.urls))]
+        """POST to every server; each result is None, or ``WeightUpdateFailed``. ``body`` may depend on the index."""
+        bodies = [body(index) if callable(body) else body for index in range(len(self.urls))]
         return [
             self._threads.submit(self._post, url, path, content) for url, content in zip(self.urls, bodies, strict=True)
         ]
+
+    def pause(self) -> None:
+        """Abort all requests and wait until nothing runs."""
+        wait_all(self.post("/pause_generation", {"mode": "abort"}))
+        # A request that its sender aborted may still be running, and SGLang ends itself if it has to drop the keys and
+        # values of old weights then: wait until it is idle.
+        wait_all(self.post(f"/flush_cache?timeout={_IDLE_SECONDS}", {}))
 
     def _post(self, url: str, path: str, body: dict[str, Any]) -> None:
         try:
@@ -48,20 +53,20 @@ class ServerControl:
             raise WeightUpdateFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
 
     def release_memory(self) -> dict[str, str]:
-        """Have every server give its GPU memory back; address -> why one did not."""
+        """Have every server release its GPU memory; return address -> why one did not."""
         futures = {url: self._threads.submit(self._release_memory, url) for url in self.urls}
         concurrent.futures.wait(futures.values())
         return {url: str(error) for url, future in futures.items() if (error := future.exception()) is not None}
 
     def _release_memory(self, url: str) -> None:
         # A server that is not idle does not survive the request; its caches can be emptied only when it is.
-        self._post(url, f"/flush_cache?timeout={IDLE_SECONDS}", {})
+        self._post(url, f"/flush_cache?timeout={_IDLE_SECONDS}", {})
         self._post(url, "/release_memory_occupation", {})
 
     def digests(self) -> dict[str, str]:
-        """Address -> digest of the weights that a server holds, for servers that can give one (on a GPU)."""
+        """Return address -> digest of the weights that a server holds, for servers that can compute one (on a GPU)."""
         futures = {url: self._threads.submit(self._digest, url) for url in self.urls}
-        return {url: found for url, future in futures.items() if (found := future.result())}
+        return {url: digest for url, future in futures.items() if (digest := future.result())}
 
     def _digest(self, url: str) -> str:
         try:
@@ -71,18 +76,18 @@ class ServerControl:
             return ""
 
     def ranks(self) -> list[int]:
-        """Ranks of each server: its tensor times its pipeline parallelism."""
-        found = []
+        """Return the number of ranks of each server: its tensor times its pipeline parallelism."""
+        counts = []
         for url in self.urls:
             try:
                 info = self._client.get(f"{url}/server_info").json()
-                found.append(int(info["tp_size"]) * int(info["pp_size"]))
+                counts.append(int(info["tp_size"]) * int(info["pp_size"]))
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 raise WeightUpdateFailed(f"{url}/server_info: {type(error).__name__}: {error}") from None
-        return found
+        return counts
 
 
-def finish(futures: Sequence[Future[None]]) -> None:
+def wait_all(futures: Sequence[Future[None]]) -> None:
     """Wait for all; raise the first failure."""
     concurrent.futures.wait(futures)
     for future in futures:
@@ -90,7 +95,7 @@ def finish(futures: Sequence[Future[None]]) -> None:
 
 
 def first_failure(futures: Sequence[Future[None]]) -> WeightUpdateFailed | None:
-    """The failure of a request that has ended, if one has failed."""
+    """Return the failure of a request that has ended, if one has failed."""
     for future in futures:
         if future.done() and (error := future.exception()) is not None:
             return (

@@ -1,7 +1,7 @@
-"""Runs a command until it ends or nobody holds the other end of standard input any more, then kills all it started.
+"""Runs a command until it ends or its parent has died, then kills all processes that it started.
 
-``python parent_watchdog.py COMMAND ...``; a file of its own, without imports from this package, so that it starts at once. A
-server has many processes and outlives a killed trainer otherwise.
+``python parent_watchdog.py COMMAND ...``; the parent holds the other end of standard input. The file imports nothing of
+this package, so that it starts at once. A server has many processes and would outlive a killed trainer.
 """
 
 import os
@@ -19,7 +19,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while child.poll() is None:
-            # Nothing is ever written to standard input: it becomes readable when its other end is closed.
+            # Nothing is ever written to standard input: it becomes readable when the other end is closed.
             if select.select([sys.stdin], [], [], 0.2)[0]:
                 break
     finally:

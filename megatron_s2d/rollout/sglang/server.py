@@ -1,7 +1,7 @@
-"""SGLang server processes on this machine: started, watched, killed with everything they started.
+"""SGLang server and router processes on this machine: started, watched, ended with all their children.
 
 Servers bind to the loopback interface, and so does the router that can stand in front of them. Their output goes to a
-log file; an error names it. Left out: weights after the start (``senders.py``), requests (``client.py``).
+log file, which errors name.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _HEALTH_SECONDS = 30.0  # the server itself waits for its token for 20 and says 
 
 
 class _Process:
-    """A command; it ends at ``close``, and also when this process ends in whatever way."""
+    """A command that ends at ``close``, and also when this process ends in any way."""
 
     name = "process"
 
-    def __init__(self, command: Sequence[str], log: Path, added: dict[str, str], path: Path | None = None):
+    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str], python_path: Path | None = None):
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = log.stat().st_size if log.exists() else 0
@@ -44,33 +44,34 @@ class _Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=child_environment(added, path),
+                env=child_environment(environment, python_path),
             )
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs; one that hangs does."""
+        """Whether the process runs; a process that hangs does."""
         return self._process.poll() is None
 
     def is_ready(self) -> bool:
-        """Whether it answers."""
+        """Return whether it answers."""
         raise NotImplementedError
 
     def wait(self, deadline: float) -> None:
-        """Until it answers; ``UserError`` when it has ended or ``time.monotonic()`` is past ``deadline``."""
+        """Wait until it answers; ``UserError`` if it has ended or ``time.monotonic()`` is past ``deadline``."""
         while not self.is_ready():
             if not self.is_alive:
-                raise UserError(f"the {self.name} ended while it started ({_last_words(self.log)}); see {self.log}")
-            if "address already in use" in self._said():  # SGLang stays alive then
+                raise UserError(f"the {self.name} ended while it started ({_last_error(self.log)}); see {self.log}")
+            if "address already in use" in self._log_end():  # SGLang stays alive then
                 raise UserError(f"another program took the port of the {self.name} while it started; run again")
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"the {self.name} is not ready after rollout.sglang.startup_timeout_seconds; see {self.log}, or allow more"
+                    f"the {self.name} is not ready after rollout.sglang.startup_timeout_seconds; see {self.log}, or "
+                    "allow more"
                 )
             time.sleep(0.25)
 
-    def _said(self) -> str:
-        """The end of what this process has printed."""
+    def _log_end(self) -> str:
+        """Return the end of what this process has printed."""
         with open(self.log, "rb") as file:
             file.seek(max(self._log_start, self.log.stat().st_size - 4096))
             return file.read().decode(errors="replace")
@@ -85,7 +86,7 @@ class _Process:
             self._process.wait()
 
 
-class ServerProcess(_Process):
+class SglangServer(_Process):
     """One server."""
 
     name = "SGLang server"
@@ -98,14 +99,14 @@ class ServerProcess(_Process):
         *,
         number: int,
         weight_version: str,
-        positions: int,
+        max_positions: int,
         dtype: str,
         max_tokens: int,
     ):
-        """Start (``wait`` says when it is ready).
+        """Start; ``wait`` returns when it is ready.
 
-        model: Hugging Face directory. number: of the replica, which decides its GPUs. weight_version: what the server
-        reports until weights are pushed. positions: of the model. max_tokens: keys and values held, on a CPU.
+        model: Hugging Face directory. number: index of the server, which decides its GPUs. weight_version: what the
+        server reports until its first weight update. max_tokens: of keys and values, on a CPU.
         """
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
@@ -114,48 +115,48 @@ class ServerProcess(_Process):
             settings.python or sys.executable, "-m", "sglang.launch_server",
             "--model-path", str(model), "--host", _HOST, "--port", str(port),
             "--dtype", dtype, "--weight-version", weight_version,
-            "--context-length", str(positions + SERVER_SPARE_POSITIONS),
+            "--context-length", str(max_positions + SERVER_SPARE_POSITIONS),
             "--tensor-parallel-size", str(settings.tensor_parallel_size),
         ]  # fmt: skip
-        added = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        environment = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
         if cuda:
             command += ["--base-gpu-id", str(settings.base_gpu_id + number * settings.tensor_parallel_size)]
             command += ["--enable-memory-saver"] if settings.enable_memory_saver else []
         else:
-            added["SGLANG_USE_CPU_ENGINE"] = "1"
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
             command.append("--sleep-on-idle")  # or it would take the cores from the trainer
             command += ["--max-total-tokens", str(max_tokens)]
         if settings.enable_deterministic_inference:
             command.append("--enable-deterministic-inference")
         command += settings.extra_args
-        super().__init__(command, log, added, None if cuda else _FOLDER / "cpu_stub")
+        super().__init__(command, log, environment, None if cuda else _FOLDER / "cpu_stub")
 
     def is_ready(self) -> bool:
-        """Whether the server generates."""
+        """Return whether the server generates."""
         return is_healthy(self.url)
 
     def wait(self, deadline: float) -> None:
         """See ``_Process.wait``."""
         super().wait(deadline)
-        # On a CPU SGLang collects garbage whenever its caches are emptied, which is at every push: half a second to
-        # look through all that it has imported, unless that is set aside.
+        # On a CPU SGLang collects garbage whenever its caches are emptied, which is at every weight update: that takes
+        # half a second for all that it has imported, unless those objects are frozen.
         try:
             httpx.post(f"{self.url}/freeze_gc", timeout=_HEALTH_SECONDS, trust_env=False).raise_for_status()
         except httpx.HTTPError as error:
-            print(f"{self.url}/freeze_gc: {error}; pushes to this server may take longer", flush=True)
+            print(f"{self.url}/freeze_gc: {error}; weight updates of this server may take longer", flush=True)
 
 
-class Router(_Process):
-    """sglang-router in front of servers; it sends requests to the ``workers`` that it was given and to no others."""
+class SglangRouter(_Process):
+    """sglang-router in front of servers; it sends requests to those of the last ``serve`` only."""
 
     name = "sglang-router"
 
     def __init__(self, settings: SglangConfig, request_timeout_seconds: float, log: Path):
-        """Start without servers (``wait`` says when it is ready); the client's timeout comes before the router's."""
+        """Start without servers; ``wait`` returns when it is ready. The client's timeout comes before the router's."""
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
-        # Retries, health and circuits are looked after here, where every reply is checked.
+        # The client retries and watches health, because it checks every reply.
         command = [
             settings.python or sys.executable, "-m", "sglang_router.launch_router",
             "--host", _HOST, "--port", str(port),
@@ -166,15 +167,15 @@ class Router(_Process):
         super().__init__(command, log, {})
 
     def is_ready(self) -> bool:
-        """Whether the router can be told of servers."""
+        """Return whether the router accepts servers."""
         try:
             return httpx.get(f"{self.url}/workers", timeout=5.0, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
     def serve(self, urls: Sequence[str]) -> str:
-        """Send requests to the servers at ``urls`` only; returns why that is not so, if it is not."""
-        deadline, asked = time.monotonic() + _ROUTER_SECONDS, set()
+        """Send requests to the servers at ``urls`` only; returns the problem if that fails."""
+        deadline, requested = time.monotonic() + _ROUTER_SECONDS, set()
         try:
             with httpx.Client(base_url=self.url, timeout=30.0, trust_env=False) as client:
                 while True:
@@ -183,22 +184,22 @@ class Router(_Process):
                         return ""
                     if time.monotonic() > deadline:
                         return f"the router serves {sorted(workers)} instead of {sorted(urls)}"
-                    # Both are carried out later; each is asked for once.
-                    for url in set(urls) - workers.keys() - asked:
+                    # The router does both asynchronously; each is requested once.
+                    for url in set(urls) - workers.keys() - requested:
                         client.post("/workers", json={"url": url})
-                    for url in workers.keys() - set(urls) - asked:
+                    for url in workers.keys() - set(urls) - requested:
                         client.delete(f"/workers/{workers[url]}")
-                    asked |= workers.keys() ^ set(urls)
+                    requested |= workers.keys() ^ set(urls)
                     time.sleep(0.1)
         except (httpx.HTTPError, ValueError, KeyError) as error:
             return f"the router does not answer as expected ({type(error).__name__})"
 
 
 def is_healthy(url: str, *, checks: int = 1) -> bool:
-    """Whether the server at ``url`` is started and generates; a check is one token.
+    """Return whether the server at ``url`` is started and generates; a check is one token.
 
-    checks: how often a server is asked that takes connections and does not answer well, because it hangs or because
-    it (or its machine) is loaded; starting another one would make the latter worse.
+    checks: attempts for a server that accepts connections and does not answer well, because it hangs or because it (or
+    its machine) is overloaded; starting another one would make the latter worse.
     """
     for _ in range(checks):
         try:
@@ -212,10 +213,10 @@ def is_healthy(url: str, *, checks: int = 1) -> bool:
 
 
 def _free_port() -> int:
-    """A port that nobody listens at.
+    """Return a port that nobody listens at.
 
-    A server listens minutes after this. Ports that the system gives to outgoing connections may be taken by then, so it
-    is none of those (32768 and up).
+    A server listens minutes after this. Ports of outgoing connections (32768 and up) may be taken by then, so it is
+    below those.
     """
     for port in random.SystemRandom().sample(range(15_000, 32_000), 200):
         with socket.socket() as probe:
@@ -227,8 +228,8 @@ def _free_port() -> int:
     raise UserError("no free port between 15000 and 32000 on this machine")
 
 
-def _last_words(log: Path) -> str:
-    """The last line of the log that names an error, or else its last line."""
+def _last_error(log: Path) -> str:
+    """Return the last line of the log that names an error, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["it printed nothing"])[-1][:300]

@@ -1,8 +1,8 @@
-"""Three ways of a bucket of weights from rank 0 of the trainer to the servers; names are Hugging Face's.
+"""Three transports of a bucket of weights from rank 0 of the trainer to SGLang servers; names are Hugging Face's.
 
 Files that the servers read (``DiskWeightSync``), broadcasts in a process group of this rank and all servers' ranks
 (``BroadcastWeightSync``: NCCL, or gloo on a CPU), and memory shared on one machine (``TensorWeightSync``). All raise
-``PushFailed``. That the weights arrived whole is checked elsewhere (``engine.py``).
+``WeightUpdateFailed``. That the weights arrived complete is checked elsewhere (``served/weight_checks.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import httpx
 import torch
 import torch.distributed as dist
-import torch.multiprocessing  # also registers with ForkingPickler how tensors are handed over
+import torch.multiprocessing  # also registers with ForkingPickler how tensors are shared
 from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
 
@@ -33,55 +33,55 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import INDEX_NAME
 from megatron_s2d.parallel import device
-from megatron_s2d.rollout.sglang.admin import ServerControl, WeightUpdateFailed, finish, first_failure
+from megatron_s2d.rollout.served.backend import Bucket, WeightUpdateFailed
+from megatron_s2d.rollout.sglang.admin import ServerControl, first_failure, wait_all
 
-Bucket = list[tuple[str, torch.Tensor]]
 _HOST = "127.0.0.1"
 _GROUP_SECONDS = 300.0
 
 
 class WeightSync(Protocol):
-    """Takes the buckets of one push after another."""
+    """Sends the buckets of one weight update after another."""
 
-    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
-        """Bring one bucket to all servers; after the ``last`` of a push they report ``label``."""
+    def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
+        """Send one bucket to all servers; after the ``last`` one of an update they report ``weight_version``."""
         ...
 
     def reset(self) -> None:
-        """Start anew after a failure: what the servers hold or are connected to is not known any more."""
+        """Reset after a failure: what the servers hold or are connected to is unknown."""
         ...
 
 
 class DiskWeightSync:
-    """Writes a Hugging Face directory, one file a bucket, and has the servers read it under the same path."""
+    """Writes a Hugging Face directory, one file per bucket, and has the servers read it under the same path."""
 
     def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
-        """``directory`` holds one version between pushes; ``tokenizer`` may be None."""
+        """directory: holds one version between weight updates. tokenizer: may be None."""
         self._parent, self._spec, self._tokenizer = directory, spec, tokenizer
         self._path: Path | None = None  # being written
         self._count = 0
         self._weight_map: dict[str, str] = {}
         self._num_bytes = self._num_files = 0
-        self.complete: Path | None = None  # the last version that was written whole
+        self.complete: Path | None = None  # the last version that was written completely
 
-    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+    def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
         """See ``WeightSync``."""
-        self.write(bucket, label, last=last)
+        self.write(bucket, weight_version, last=last)
         if last:
-            body = {"model_path": str(self.complete.resolve()), "weight_version": label, "flush_cache": True}
-            finish(servers.post("/update_weights_from_disk", body))
-            self._keep(self.complete)
+            body = {"model_path": str(self.complete.resolve()), "weight_version": weight_version, "flush_cache": True}
+            wait_all(servers.post("/update_weights_from_disk", body))
+            self._remove_except(self.complete)
 
-    def write(self, bucket: Bucket, label: str, *, last: bool) -> None:
-        """One more file of version ``label``; with the last one the directory is ``complete``."""
+    def write(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
+        """Write one more file of ``weight_version``; with the last one the directory is ``complete``."""
         if self._path is None:
-            # Another name with every try: a server that was given up may still read what an earlier one left.
-            self._path, self._count = self._parent / f"{label}.{self._count}", self._count + 1
+            # Each attempt has another name: a server whose update failed may still read an earlier one.
+            self._path, self._count = self._parent / f"{weight_version}.{self._count}", self._count + 1
         path = self._path
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             name = f"model-{self._num_files:05d}.safetensors"
-            # Cloned, because the tensors of a bucket are views of one, which the format does not allow.
+            # Cloned, because the tensors of a bucket are views of one tensor, which the format does not allow.
             contents = {key: tensor.cpu().clone() for key, tensor in bucket}
             save_file(contents, path / name, metadata={"format": "pt"})
             self._weight_map |= dict.fromkeys(contents, name)
@@ -96,55 +96,58 @@ class DiskWeightSync:
         (path / "config.json").write_text(json.dumps(hf_config_from_spec(self._spec, dtype)), encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
-        self._keep(path, self.complete)
+        self._remove_except(path, self.complete)
         self.complete, self._path = path, None
         self.reset()
 
-    def _keep(self, *paths: Path | None) -> None:
-        """Remove the other versions: all but the newest once every server has read that, all but two before."""
+    def _remove_except(self, *paths: Path | None) -> None:
+        """Remove other versions: all but the newest once every server has read that, all but two before."""
         for other in self._parent.iterdir():
             if other not in paths:
                 shutil.rmtree(other)
 
     def reset(self) -> None:
-        """Begin a new directory with the next bucket; one that is not complete goes."""
+        """Start a new directory with the next bucket; an incomplete one is removed."""
         if self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
         self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
 
 
 class TensorWeightSync:
-    """Hands buckets over through shared memory (CUDA IPC for tensors on a GPU)."""
+    """Sends buckets through shared memory (CUDA IPC for tensors on a GPU)."""
 
-    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+    def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
         """See ``WeightSync``."""
         if not device.capabilities().cuda:
-            # The other way of sharing host memory passes file descriptors, which only related processes can.
+            # The other strategy passes file descriptors, which only related processes can.
             torch.multiprocessing.set_sharing_strategy("file_system")
         buffer = io.BytesIO()
         ForkingPickler(buffer).dump(bucket)  # views of one tensor, whose memory is shared once
         text = base64.b64encode(buffer.getvalue()).decode("ascii")
         counts = servers.ranks()
 
-        def body(place: int) -> dict[str, Any]:
-            copies = [text] * counts[place]
-            return {"serialized_named_tensors": copies, "flush_cache": last, "weight_version": label if last else None}
+        def body(index: int) -> dict[str, Any]:
+            return {
+                "serialized_named_tensors": [text] * counts[index],
+                "flush_cache": last,
+                "weight_version": weight_version if last else None,
+            }
 
-        finish(servers.post("/update_weights_from_tensor", body))
+        wait_all(servers.post("/update_weights_from_tensor", body))
 
     def reset(self) -> None:
-        """Nothing is remembered."""
+        """Do nothing: this transport has no state."""
 
 
 class BroadcastWeightSync:
-    """Broadcasts buckets in a group of this process and all ranks of the servers, made once and again after trouble."""
+    """Broadcasts buckets in a group of this process and all ranks of the servers, created again after a failure."""
 
     def __init__(self) -> None:
         self._urls: list[str] = []
         self._name = ""
         self._group: dist.ProcessGroup | None = None
 
-    def send(self, servers: ServerControl, bucket: Bucket, label: str, *, last: bool) -> None:
+    def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
         """See ``WeightSync``."""
         if self._group is None or self._urls != servers.urls:
             self.reset()
@@ -156,35 +159,35 @@ class BroadcastWeightSync:
             "group_name": self._name,
             "load_format": "flattened_bucket",
             "flush_cache": last,
-            "weight_version": label if last else None,
+            "weight_version": weight_version if last else None,
         }
         replies = servers.post("/update_weights_from_distributed", body)
         flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for _, tensor in bucket])
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        # A server that refuses answers at once and never joins; waiting for the broadcast alone would hang.
+        # A server that refuses answers at once and never joins: waiting for the broadcast alone would hang.
         while not work.is_completed():
             if (failure := first_failure(replies)) is not None:
                 raise failure
             time.sleep(0.0005)
-        finish(replies)
+        wait_all(replies)
 
     def reset(self) -> None:
-        """Leave the group; servers that are well have a group of another name next time."""
+        """Leave the group; the next one has another name."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
     def _join(self, servers: ServerControl) -> None:
-        counts, host = servers.ranks(), own_address(servers.urls)
+        counts, host = servers.ranks(), trainer_address(servers.urls)
         world_size, backend, seconds = 1 + sum(counts), device.backend(), datetime.timedelta(seconds=_GROUP_SECONDS)
         store = dist.TCPStore(host, 0, world_size, True, seconds, wait_for_workers=False)
         self._name = f"weights-{uuid.uuid4().hex[:12]}"
 
-        def body(place: int) -> dict[str, Any]:
+        def body(index: int) -> dict[str, Any]:
             return {
                 "master_address": host,
                 "master_port": store.port,
-                "rank_offset": 1 + sum(counts[:place]),
+                "rank_offset": 1 + sum(counts[:index]),
                 "world_size": world_size,
                 "group_name": self._name,
                 "backend": backend,
@@ -192,7 +195,7 @@ class BroadcastWeightSync:
 
         joined = servers.post("/init_weights_update_group", body)
         try:
-            # There is no public way to a group with processes that are outside of the default one.
+            # There is no public function for a group with processes outside of the default one.
             group, _ = distributed_c10d._new_process_group_helper(
                 world_size,
                 0,
@@ -206,11 +209,11 @@ class BroadcastWeightSync:
             raise first_failure(joined) or WeightUpdateFailed(f"the weight group did not form: {error}") from None
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
         self._group, self._urls = group, list(servers.urls)
-        finish(joined)
+        wait_all(joined)
 
 
-def own_address(urls: Sequence[str]) -> str:
-    """Address under which the servers at ``urls`` reach this machine: loopback where all of them are on it."""
+def trainer_address(urls: Sequence[str]) -> str:
+    """Return the address by which the servers at ``urls`` reach this machine: loopback if all of them are on it."""
     remote = [httpx.URL(url) for url in urls if not _is_local(url)]
     if not remote:
         return _HOST
@@ -220,11 +223,11 @@ def own_address(urls: Sequence[str]) -> str:
             probe.connect(target[4])  # sends nothing; the system chooses the interface
             return probe.getsockname()[0]
     except OSError as error:
-        raise WeightUpdateFailed(f"{remote[0]}: no way to that machine ({error})") from None
+        raise WeightUpdateFailed(f"{remote[0]}: no route to that machine ({error})") from None
 
 
 def refuse_remote(urls: Sequence[str]) -> None:
-    """Shared memory is of one machine."""
+    """Raise ``UserError`` for a server on another machine, which shared memory does not reach."""
     for url in urls:
         if not _is_local(url):
             raise UserError(

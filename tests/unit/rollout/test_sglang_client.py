@@ -19,11 +19,14 @@ from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
+from megatron_s2d.rollout.served.backend import PartialRollout
 from megatron_s2d.rollout.served.generation import GenerationTask
+from megatron_s2d.rollout.served.replies import ReplyContract, to_partial
 from megatron_s2d.rollout.served.server_pool import ServerPool
-from megatron_s2d.rollout.sglang.protocol import PartialRollout, ReplyContract, parse_reply, to_partial
+from megatron_s2d.rollout.sglang.protocol import SglangProtocol
 
 VOCAB_SIZE, EOS = 19, 3
+PROTOCOL = SglangProtocol(VOCAB_SIZE)
 EXPECTED = ReplyContract("v7", 7, VOCAB_SIZE)
 SETTINGS = ServerConfig(max_attempts=3, request_timeout_seconds=30.0, max_concurrent_requests=8)
 IMPATIENT = SETTINGS.model_copy(update={"request_timeout_seconds": 2.0})
@@ -57,7 +60,7 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
 
 
 def ask(servers, requests, settings=SETTINGS, progress=None):
-    pool = ServerPool([server.url for server in servers], settings)
+    pool = ServerPool([server.url for server in servers], settings, PROTOCOL)
     return pool, GenerationTask(pool, requests, EXPECTED, progress=progress).result()
 
 
@@ -240,7 +243,7 @@ def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, capsys
     monkeypatch.setattr(server_pool.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(server_pool.resource, "setrlimit", lambda _, new: calls.append(new))
     urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
-    assert ServerPool(urls, ServerConfig(max_concurrent_requests=256)).concurrency == found
+    assert ServerPool(urls, ServerConfig(max_concurrent_requests=256), PROTOCOL).concurrency == found
     assert calls == ([] if raised is None else [(raised, limits[1])])
     assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (found < 2048)
 
@@ -280,7 +283,7 @@ def test_an_interrupted_response_goes_on_with_later_weights(servers):
     held = set()
     server.holds = lambda body, n: n == 3 and not held.add(body["rid"])
     requests = make_requests(prompts=2, groups=2, stop_token_ids=(), max_new_tokens=8)
-    pool = ServerPool([server.url], SETTINGS)
+    pool = ServerPool([server.url], SETTINGS, PROTOCOL)
     generation = GenerationTask(pool, requests, EXPECTED)
     wait_for(lambda: len(held) == 4)
     generation.interrupt()
@@ -311,7 +314,7 @@ def test_the_first_groups_to_be_complete_end_the_others(servers):
         server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
     requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
     outcome = GenerationTask(
-        ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED, num_groups=2
+        ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED, num_groups=2
     ).result()
     assert sorted(outcome.samples) == [0, 1, 4, 5] and not outcome.failures
     assert set(outcome.partials) <= {2, 3}
@@ -323,7 +326,7 @@ def test_a_generation_that_is_interrupted_at_once_loses_nothing(servers):
     for server in servers:
         server.holds = lambda body, n: True
     requests = make_requests()
-    generation = GenerationTask(ServerPool([server.url for server in servers], SETTINGS), requests, EXPECTED)
+    generation = GenerationTask(ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED)
     generation.interrupt()
     outcome = generation.result()
     assert not outcome.samples and not outcome.failures
@@ -339,7 +342,7 @@ def test_a_response_with_stop_strings_begins_anew(servers):
     servers[0].holds = lambda body, n: n == 2 and not held.add(body["rid"])
     requests = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
     expected = ReplyContract("v7", 7, VOCAB_SIZE, Words())
-    generation = GenerationTask(ServerPool([servers[0].url], SETTINGS), requests, expected)
+    generation = GenerationTask(ServerPool([servers[0].url], SETTINGS, PROTOCOL), requests, expected)
     wait_for(lambda: held)
     generation.interrupt()
     assert not generation.result().partials
@@ -348,7 +351,7 @@ def test_a_response_with_stop_strings_begins_anew(servers):
 @pytest.mark.parametrize("ids", [[1, EOS, 2], [1, 99], [1] * 7])
 def test_an_interrupted_reply_is_checked_like_any_other(ids):
     (request,) = make_requests(prompts=1, groups=1)
-    reply = parse_reply(
+    reply = PROTOCOL.parse_reply(
         json.dumps(
             {
                 "output_ids": ids,
@@ -362,9 +365,9 @@ def test_an_interrupted_reply_is_checked_like_any_other(ids):
         ).encode()
     )
     assert to_partial(request, reply, EXPECTED) is None
-    before = PartialRollout.empty().with_more([5], np.array([-2.0], np.float32), 6)
-    reply.output_ids, reply.meta_info.completion_tokens = [4], 1
-    reply.meta_info.output_token_logprobs = [(-1.0, 4, None)]
+    before = PartialRollout.empty().extended([5], np.array([-2.0], np.float32), 6)
+    reply.output_ids, reply.num_output_tokens = [4], 1
+    reply.output_log_probs = [(-1.0, 4, None)]
     longer = to_partial(request, reply, EXPECTED, before)
     assert longer.token_ids.tolist() == [5, 4]
     assert (longer.log_probs.tolist(), longer.versions.tolist()) == ([-2, -1], [6, 7])

@@ -33,11 +33,10 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
+from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, ServerRequirements, WeightUpdateFailed
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang.admin import WeightUpdateFailed
-from megatron_s2d.rollout.sglang.checks import ServerRequirements
-from megatron_s2d.rollout.sglang.weight_sync import own_address, refuse_remote
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
+from megatron_s2d.rollout.sglang.weight_sync import refuse_remote, trainer_address
 
 VOCAB_SIZE = 27
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.1)
@@ -89,7 +88,7 @@ def toy_score(chunks):
 
 
 def make_engine(
-    chunks, layout, directory, servers=(), needs=ServerRequirements(), tokenizer=None, **settings
+    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, **settings
 ) -> ServedEngine:
     parts = {
         kind: {name: value for name, value in settings.items() if name in kind.model_fields}
@@ -103,8 +102,9 @@ def make_engine(
     )
     urls = [server.url for server in servers]
     return ServedEngine(
-        ServerGroup(
-            chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls, needs=needs, tokenizer=tokenizer
+        sglang_server_group(
+            chunks, SPEC, layout, toy_score(chunks), rollout, directory, urls=urls,
+            requirements=requirements, tokenizer=tokenizer
         )
     )
 
@@ -342,10 +342,10 @@ def test_tensors_stay_on_this_machine():
 
 
 def test_a_group_is_met_where_its_servers_reach_the_trainer():
-    assert own_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
-    assert own_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
-    with pytest.raises(WeightUpdateFailed, match="no way to that machine"):
-        own_address(["http://no-such-machine.invalid:1"])
+    assert trainer_address(["http://127.0.0.1:1", "http://localhost:2"]) == "127.0.0.1"
+    assert trainer_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
+    with pytest.raises(WeightUpdateFailed, match="no route to that machine"):
+        trainer_address(["http://no-such-machine.invalid:1"])
 
 
 # ---------------------------------------------------------------- what a server must be
@@ -362,7 +362,7 @@ def tokenizer(tmp_path_factory):
         ({"model": {"is_generation": False}}, "serves embeddings"),
         ({"model": {"architectures": ["LlamaForCausalLM"]}}, "a LlamaForCausalLM, and the model is a Qwen3ForCausalLM"),
         ({"model": {"preferred_sampling_params": {"temperature": 0.6, "min_p": 0.1}}}, r"of its own .*\(min_p\)"),
-        ({"info": {"max_req_input_len": 90}}, "room for sequences of 94 tokens, and the stage has some of 100.* 108"),
+        ({"info": {"max_req_input_len": 90}}, "sequences of at most 94 tokens, and the stage has some of 100.* 108"),
         ({"info": {"dtype": "bfloat16"}}, "has dtype bfloat16, and the trainer computes in float32"),
         ({"info": {"dtype": "auto", "quantization": "fp8"}}, "has quantization fp8"),
     ],
@@ -371,7 +371,7 @@ def test_a_server_that_differs_is_named_before_it_gets_weights(chunks, layout, s
     for name, value in fields.items():
         setattr(servers[1], name, value)
     with pytest.raises(UserError, match=message) as error:
-        make_engine(chunks, layout, tmp_path, servers, needs=ServerRequirements(max_length=100))
+        make_engine(chunks, layout, tmp_path, servers, requirements=ServerRequirements(max_length=100))
     assert servers[1].url in str(error.value) and "\n" not in str(error.value)
     assert not [path for server in servers for path, _ in server.log if path.startswith("/update")]
 
@@ -401,41 +401,41 @@ class OtherTokenizer:
 def test_tokenizer_and_template_are_compared(chunks, layout, servers, tmp_path, tokenizer):
     for server in servers:
         server.tokenizer, server.template = tokenizer, ""
-    needs = ServerRequirements(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
-    make_engine(chunks, layout, tmp_path, servers, needs, tokenizer).close()
+    requirements = ServerRequirements(params=SamplingParams(4, (1,), stop_strings=("7 8",)))
+    make_engine(chunks, layout, tmp_path, servers, requirements, tokenizer).close()
     servers[1].template = "3 "
     with pytest.raises(UserError, match="another chat template"):
-        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+        make_engine(chunks, layout, tmp_path, servers, requirements, tokenizer)
     servers[1].template, servers[1].tokenizer = None, OtherTokenizer(tokenizer)
     with pytest.raises(UserError, match=r"another tokenizer .*'7 8' is \[10, 9\] there and \[9, 10\] here"):
-        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+        make_engine(chunks, layout, tmp_path, servers, requirements, tokenizer)
     servers[1].tokenizer = None
     with pytest.raises(UserError, match="no tokenizer, which stop strings need"):
-        make_engine(chunks, layout, tmp_path, servers, needs, tokenizer)
+        make_engine(chunks, layout, tmp_path, servers, requirements, tokenizer)
 
 
 def test_the_temperature_is_proven_before_the_first_step(chunks, layout, servers, tmp_path):
-    needs = ServerRequirements(params=SamplingParams(6, (3,), temperature=0.7))
-    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    requirements = ServerRequirements(params=SamplingParams(6, (3,), temperature=0.7))
+    make_engine(chunks, layout, tmp_path, servers, requirements).close()
     servers[1].original_log_probs = True
     for tolerance in (None, 50.0):  # a wide one does not hide it
         with pytest.raises(UserError, match="at temperature 0.7 .*those of temperature 1") as error:
-            make_engine(chunks, layout, tmp_path, servers, needs, weight_check_tolerance=tolerance)
+            make_engine(chunks, layout, tmp_path, servers, requirements, weight_check_tolerance=tolerance)
         assert servers[1].url in str(error.value)
     # At temperature 1 both are the same.
     make_engine(chunks, layout, tmp_path, servers, ServerRequirements(params=SamplingParams(6, (3,)))).close()
 
 
 def test_caps_of_a_teachers_server_are_found_before_the_first_step(chunks, layout, servers, tmp_path):
-    needs = ServerRequirements(max_length=60, top_k=8)
-    make_engine(chunks, layout, tmp_path, servers, needs).close()
+    requirements = ServerRequirements(max_length=60, top_k=8)
+    make_engine(chunks, layout, tmp_path, servers, requirements).close()
     servers[0].cap = 7
     with pytest.raises(UserError, match="60 tokens, with the 8 likeliest at each, and did not: .* 7 likeliest tokens"):
-        make_engine(chunks, layout, tmp_path, servers, needs)
+        make_engine(chunks, layout, tmp_path, servers, requirements)
     servers[0].cap, servers[0].longest = None, 59
     for top_k in (0, 8):
         with pytest.raises(UserError, match="sequences of 60 tokens.* longer than the model's context") as error:
-            make_engine(chunks, layout, tmp_path, servers, dataclasses.replace(needs, top_k=top_k))
+            make_engine(chunks, layout, tmp_path, servers, dataclasses.replace(requirements, top_k=top_k))
     assert servers[0].url in str(error.value)
 
 
@@ -565,9 +565,9 @@ def test_servers_do_not_outlive_a_killed_trainer(interpreter, tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
         "from megatron_s2d.config.training import SglangConfig\n"
-        "from megatron_s2d.rollout.sglang.server import ServerProcess\n"
-        f"server = ServerProcess(SglangConfig(python={str(interpreter)!r}), Path({str(tmp_path)!r}),\n"
-        f"    Path({str(tmp_path / 'log')!r}), number=0, weight_version='x', positions=8, dtype='float32',\n"
+        "from megatron_s2d.rollout.sglang.server import SglangServer\n"
+        f"server = SglangServer(SglangConfig(python={str(interpreter)!r}), Path({str(tmp_path)!r}),\n"
+        f"    Path({str(tmp_path / 'log')!r}), number=0, weight_version='x', max_positions=8, dtype='float32',\n"
         "    max_tokens=9)\n"
         "server.wait(time.monotonic() + 60); print('ready', flush=True); time.sleep(100)\n"
     )
@@ -628,7 +628,7 @@ def test_what_the_next_step_needs_is_generated_while_the_trainer_works(chunks, l
     assert [sample.id for sample in samples] == [request.id for request in long_requests()]
     assert spans(samples) == ({(0,)} if async_mode == "one_step_off" else {(0, 1)})
     assert split_gap(tables, samples) < 1e-5
-    with pytest.raises(RuntimeError, match="other requests"):
+    with pytest.raises(RuntimeError, match="other requests were submitted"):
         engine.submit(long_requests())
         engine.generate(make_requests())
     engine.close()

@@ -1,0 +1,191 @@
+"""Checks of servers before the first step: that they fit the model, and do once what the stage will request.
+
+Without them a difference would show hours later: another tokenizer once a stop string does not stop, a smaller context
+with the longest responses only. A difference is a ``UserError`` of one line that names it. That weights have arrived is
+proven elsewhere (``weight_checks.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.training import ServerConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
+from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.engine import Request
+from megatron_s2d.rollout.served import scoring
+from megatron_s2d.rollout.served.backend import InvalidReply, ServerBackend, ServerRequirements, ServerUnreachable
+from megatron_s2d.rollout.served.replies import check_weight_version, checked_log_probs
+from megatron_s2d.rollout.served.server_pool import Server, ServerPool
+
+Score = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
+_PROMPT_TOKENS, _NEW_TOKENS, _NUM_PROBES = 8, 16, 4
+
+
+class StartupChecks:
+    """Compares servers with the trainer's model, and rehearses what the stage requires of them."""
+
+    def __init__(
+        self, backend: ServerBackend, spec: ModelSpec, requirements: ServerRequirements, settings: ServerConfig
+    ):
+        self._backend, self._spec, self._requirements, self._settings = backend, spec, requirements, settings
+        self._compatible: set[str] = set()  # addresses that have passed
+
+    def check_compatibility(self, servers: Sequence[Server]) -> list[Server]:
+        """Return those of ``servers`` that answer and fit model and stage; collective.
+
+        Raises ``UserError`` for a server that does not fit; one that does not answer has a problem.
+        """
+        new = [server.url for server in servers if server.url not in self._compatible]
+
+        def check() -> dict[str, str]:
+            problems = {}
+            for url in new:
+                try:
+                    self._backend.check_server(url)
+                except ServerUnreachable as error:
+                    problems[url] = str(error)
+            return problems
+
+        problems = broadcast_from_rank0(check) if new else {}
+        self._compatible.update(url for url in new if url not in problems)
+        for server in servers:
+            server.problem = problems.get(server.url, server.problem)
+        return [server for server in servers if server.url not in problems]
+
+    def dry_run(self, servers: Sequence[Server], weight_version: str, score: Score, tolerance: float) -> None:
+        """Have every healthy server do once what the stage requires, or raise ``UserError``; collective.
+
+        score: the trainer's log-probabilities of samples, collective.
+        """
+        urls = [server.url for server in servers if not server.problem]
+
+        def sample() -> list[list[Sample]]:
+            try:
+                return [self.sample_probe(url, weight_version) for url in urls]
+            except ServerUnreachable as error:
+                name = self._backend.name
+                raise UserError(f"an {name} server does not sample before the first step: {error}") from None
+
+        probes = [] if self._requirements.params is None else broadcast_from_rank0(sample)
+        for url, samples in zip(urls, probes, strict=False):
+            expected = score(samples)
+            expected_at_one = score([dataclasses.replace(sample, temperature=1.0) for sample in samples])
+            broadcast_from_rank0(
+                functools.partial(self.compare_log_probs, url, samples, expected, expected_at_one, tolerance)
+            )
+        if self._requirements.top_k is not None:
+            broadcast_from_rank0(lambda: [self.score_max_length(url, weight_version) for url in urls])
+
+    def sample_probe(self, url: str, weight_version: str) -> list[Sample]:
+        """Return a few short responses as the stage samples them, with the log-probabilities of the server."""
+        spec, generator = self._spec, np.random.default_rng(1)
+        length = min(_PROMPT_TOKENS, spec.max_position_embeddings // 2)
+        limit = min(_NEW_TOKENS, spec.max_position_embeddings - length)
+        params = dataclasses.replace(
+            self._requirements.params, max_new_tokens=limit, stop_token_ids=(), stop_strings=()
+        )
+        samples = []
+        for number in range(_NUM_PROBES):
+            token_ids = generator.integers(0, spec.vocab_size, length)
+            prompt = Prompt(f"draw{number}", token_ids, "", "probe", None, None)
+            request = Request(f"draw{number}", prompt, prompt.id, number, params)
+            call = self._backend.protocol.generate(request)
+            timeout = self._settings.request_timeout_seconds
+            status, text = http_request("POST", url, call.path, call.body, timeout=timeout)
+            if status != 200:
+                raise UserError(f"{url} does not sample as the stage needs it (status {status}: {text[:200]})")
+            samples.append(self._probe_sample(url, request, text, weight_version))
+        return samples
+
+    def compare_log_probs(
+        self,
+        url: str,
+        samples: Sequence[Sample],
+        expected: Sequence[np.ndarray],
+        expected_at_one: Sequence[np.ndarray],
+        tolerance: float,
+    ) -> None:
+        """Compare with the trainer's log-probabilities at the samples' temperature, and at 1; ``UserError``."""
+        temperature = self._requirements.params.temperature
+        masks = [sample.response_mask for sample in samples]
+        reported, trainer, trainer_at_one = (
+            np.concatenate([values[mask] for values, mask in zip(side, masks, strict=True)])
+            for side in ([sample.rollout_log_probs for sample in samples], expected, expected_at_one)
+        )
+        difference, difference_at_one = np.abs(reported - trainer), np.abs(reported - trainer_at_one)
+        # In bfloat16 the tolerance is wide; of the two the right temperature is the nearer one, if they are far apart.
+        ignores_temperature = temperature not in (0.0, 1.0) and difference.mean() > 2 * difference_at_one.mean()
+        allowed = tolerance / min(1.0, temperature or 1.0)  # the rounding of logits is divided by it too
+        if ignores_temperature or not difference.max() <= allowed:
+            hint = f": they are those of temperature 1; {self._backend.protocol.original_log_probs_hint}"
+            raise UserError(
+                f"{url} samples at temperature {temperature:g} with log-probabilities up to {difference.max():.1e} "
+                f"nats from the trainer's (allowed: {allowed:.1e})" + (hint if ignores_temperature else "")
+            )
+
+    def score_max_length(self, url: str, weight_version: str) -> None:
+        """Have the longest sequence scored, with as many likeliest tokens as the stage will request."""
+        requirements, spec = self._requirements, self._spec
+        length = max(2, min(requirements.max_length, spec.max_position_embeddings))
+        sequence = np.random.default_rng(2).integers(0, spec.vocab_size, length)
+        pool, reasons = ServerPool([url], self._settings, self._backend.protocol), []
+        try:
+            if requirements.top_k:
+                _, reasons = scoring.top_tokens(pool, [sequence], weight_version, spec.vocab_size, requirements.top_k)
+            else:
+                _, reasons = scoring.score(pool, [sequence], weight_version)
+        except UserError as error:
+            reasons = [str(error)]
+        if reasons:
+            likeliest = f", with the {requirements.top_k} likeliest at each," if requirements.top_k else ""
+            raise UserError(
+                f"the teacher at {url} has to score sequences of {length} tokens{likeliest} and did not: {reasons[0]}"
+            )
+
+    def _probe_sample(self, url: str, request: Request, text: str, weight_version: str) -> Sample:
+        try:
+            reply = self._backend.protocol.parse_reply(text.encode())
+            check_weight_version(reply, weight_version)
+            if len(reply.output_ids) != request.params.max_new_tokens:
+                raise InvalidReply(f"{len(reply.output_ids)} tokens instead of {request.params.max_new_tokens}")
+            reported = checked_log_probs(reply.output_log_probs, reply.output_ids)
+        except InvalidReply as error:
+            raise UserError(f"{url} does not sample as the stage needs it ({error})") from None
+        token_ids = np.concatenate([request.prompt.token_ids, np.array(reply.output_ids, dtype=np.int64)])
+        mask = np.arange(len(token_ids)) >= len(request.prompt.token_ids)
+        log_probs = np.zeros(len(token_ids), dtype=np.float32)
+        log_probs[mask] = reported
+        return Sample(
+            id=request.id,
+            prompt_id=request.prompt.id,
+            group_id=request.group_id,
+            domain="probe",
+            seed=request.seed,
+            token_ids=token_ids,
+            response_mask=mask,
+            temperature=request.params.temperature,
+            finish_reason="length",
+            rollout_log_probs=log_probs,
+        )
+
+
+def http_request(
+    method: str, url: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
+) -> tuple[int, str]:
+    """Return status and text of a reply below 500; ``ServerUnreachable`` otherwise."""
+    try:
+        reply = httpx.request(method, url + path, json=body, timeout=timeout, trust_env=False)
+    except httpx.HTTPError as error:
+        raise ServerUnreachable(f"{path}: {type(error).__name__}") from None
+    if reply.status_code >= 500:
+        raise ServerUnreachable(f"{path}: status {reply.status_code}: {reply.text[:200]}")
+    return reply.status_code, reply.text

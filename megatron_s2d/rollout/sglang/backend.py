@@ -1,0 +1,184 @@
+"""SGLang as a ``ServerBackend``: started servers, a router, and the transfer of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.training import RolloutConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, Bucket, ServerRequirements, WeightUpdateFailed
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.served.startup_checks import Score
+from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
+from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
+from megatron_s2d.rollout.sglang.protocol import SglangProtocol
+from megatron_s2d.rollout.sglang.server import SglangRouter, SglangServer, is_healthy
+from megatron_s2d.rollout.sglang.weight_sync import (
+    BroadcastWeightSync,
+    DiskWeightSync,
+    TensorWeightSync,
+    WeightSync,
+    refuse_remote,
+)
+
+
+def sglang_server_group(
+    chunks: Sequence[torch.nn.Module],
+    spec: ModelSpec,
+    layout: Layout,
+    score: Score,
+    settings: RolloutConfig,
+    directory: Path,
+    *,
+    urls: Sequence[str] = (),
+    requirements: ServerRequirements = NO_REQUIREMENTS,
+    tokenizer: Any = None,
+    on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> ServerGroup:
+    """Return SGLang servers with the weights of ``chunks``; arguments as for ``ServerGroup``, which is collective.
+
+    Every server must see ``directory`` under the same path if ``weight_sync`` is disk.
+    """
+    if urls and settings.sglang.weight_sync == "tensor":
+        refuse_remote(urls)
+    dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+    compatibility = SglangCompatibility(
+        spec, requirements, settings.server, dtype=dtype, tokenizer=tokenizer, attached=bool(urls)
+    )
+    backend = SglangBackend(settings, spec, directory, compatibility, dtype=dtype, tokenizer=tokenizer)
+    return ServerGroup(
+        chunks,
+        spec,
+        layout,
+        score,
+        settings,
+        directory,
+        backend,
+        urls=urls,
+        requirements=requirements,
+        tokenizer=tokenizer,
+        on_device=on_device,
+    )
+
+
+class SglangBackend:
+    """See ``served.backend.ServerBackend``."""
+
+    name = "SGLang"
+
+    def __init__(
+        self,
+        settings: RolloutConfig,
+        spec: ModelSpec,
+        directory: Path,
+        compatibility: SglangCompatibility,
+        *,
+        dtype: str,
+        tokenizer: Any,
+    ):
+        """directory: of weights and logs. dtype: the trainer's."""
+        sglang = settings.sglang
+        self.protocol = SglangProtocol(spec.vocab_size)
+        self.num_servers, self.uses_router, self.can_sleep = (
+            sglang.num_servers,
+            sglang.router,
+            sglang.enable_memory_saver,
+        )
+        self.weight_sync, self.bucket_bytes = sglang.weight_sync, sglang.bucket_bytes
+        self.startup_timeout_seconds = sglang.startup_timeout_seconds
+        self._settings, self._spec, self._directory, self._dtype = settings, spec, directory, dtype
+        self._compatibility = compatibility
+        self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
+        self._sync: WeightSync = {
+            "disk": self._disk,
+            "distributed": BroadcastWeightSync(),
+            "tensor": TensorWeightSync(),
+        }[sglang.weight_sync]
+
+    def check_server(self, url: str) -> None:
+        """Raise ``UserError`` for a server that does not fit model and stage; ``ServerUnreachable``."""
+        self._compatibility.check(url)
+
+    def is_healthy(self, url: str, *, checks: int = 1) -> bool:
+        """Return whether the server generates."""
+        return is_healthy(url, checks=checks)
+
+    def write_start_weights(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
+        """Write one bucket of the checkpoint that servers are started with."""
+        self._disk.write(bucket, weight_version, last=last)
+
+    def start_server(self, number: int) -> SglangServer:
+        """Start a server with the last complete checkpoint."""
+        return SglangServer(
+            self._settings.sglang,
+            self._disk.complete,
+            self._directory / f"server-{number}.log",
+            number=number,
+            weight_version="none",
+            max_positions=self._spec.max_position_embeddings,
+            dtype=self._dtype,
+            max_tokens=self._settings.max_batch_tokens,
+        )
+
+    def start_router(self) -> SglangRouter:
+        """Start sglang-router without servers."""
+        timeout = self._settings.server.request_timeout_seconds
+        return SglangRouter(self._settings.sglang, timeout, self._directory / "router.log")
+
+    @contextlib.contextmanager
+    def transfer_weights(self, urls: Sequence[str], sleeping_urls: Sequence[str]) -> Iterator[SglangWeightTransfer]:
+        """Connect to the servers at ``urls`` for a weight update; those at ``sleeping_urls`` are woken up."""
+        with ServerControl(urls) as servers, ServerControl(sleeping_urls) as sleepers:
+            yield SglangWeightTransfer(self._sync, servers, sleepers)
+
+    def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
+        """Have idle servers release their GPU memory; address -> why one did not."""
+        with ServerControl(urls) as servers:
+            return servers.release_memory()
+
+    def weight_digests(self, urls: Sequence[str]) -> dict[str, str]:
+        """Address -> digest of the weights that a server holds, for servers on a GPU."""
+        with ServerControl(urls) as servers:
+            return servers.digests()
+
+    def disconnect(self) -> None:
+        """Leave process groups shared with the servers."""
+        self._sync.reset()
+
+    def remove_weights(self) -> None:
+        """Remove the weight files that servers read."""
+        shutil.rmtree(self._directory / "weights", ignore_errors=True)
+
+
+class SglangWeightTransfer:
+    """See ``served.backend.WeightTransfer``."""
+
+    def __init__(self, sync: WeightSync, servers: ServerControl, sleepers: ServerControl):
+        """sleepers: those of the servers that have released their memory."""
+        self._sync, self._servers, self._sleepers = sync, servers, sleepers
+
+    def begin(self) -> None:
+        """Wake servers up, stop their generation and drop the keys and values of the old weights."""
+        wait_all(self._sleepers.post("/resume_memory_occupation", {"tags": ["weights", "cuda_graph"]}))
+        self._servers.pause()
+
+    def send(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
+        """Send one bucket to all servers; after the ``last`` one they report ``weight_version``."""
+        try:
+            self._sync.send(self._servers, bucket, weight_version, last=last)
+        except (WeightUpdateFailed, UserError):
+            self._sync.reset()
+            raise
+
+    def end(self) -> None:
+        """Have servers generate again. Keys and values come last: the transfer needs memory of its own."""
+        wait_all(self._sleepers.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
+        wait_all(self._servers.post("/continue_generation", {}))
