@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import transformers
@@ -13,7 +14,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.build import build_model
-from megatron_s2d.models.weights import export_weights
+from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 
 
@@ -33,7 +34,8 @@ def same_model_twice(
     chunks = build_model(spec, layout, seed=1)
     config = transformers.AutoConfig.for_model(**hf_config_from_spec(spec, "float32"))
     reference = transformers.AutoModelForCausalLM.from_config(config)
-    missing, unexpected = reference.load_state_dict(dict(export_weights(chunks, spec, layout)), strict=False)
+    weights = dict(chain.from_iterable(export_buckets(chunks, spec, layout)))
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] if spec.tie_word_embeddings else []
     assert list(missing) == tied and not unexpected, (missing, unexpected)
     reference.tie_weights()

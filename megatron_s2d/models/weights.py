@@ -24,7 +24,7 @@ from megatron_s2d.models.families import (
 )
 from megatron_s2d.models.shards import WeightSource, join_shards, read_shard
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.checkpoint import remember_values
+from megatron_s2d.parallel.checkpoint import set_high_precision_init_val
 from megatron_s2d.parallel.layout import Layout
 
 device.patch_megatron_for_cpu()
@@ -50,16 +50,8 @@ def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layou
                     f"{tuple(parameter.shape)} for {name}"
                 )
             parameter.copy_(shard.to(parameter.device))
-            remember_values(parameter, shard)
+            set_high_precision_init_val(parameter, shard)
     assert not parameters, f"parameters outside the name table: {sorted(parameters)}"
-
-
-def export_weights(
-    chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of ``export_buckets`` one by one."""
-    for bucket in export_buckets(chunks, spec, layout, bucket_bytes=bucket_bytes):
-        yield from bucket
 
 
 def export_buckets(

@@ -15,6 +15,7 @@ import os
 import queue
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class CheckpointSave:
         self._directory, self._model_spec, self._trainer_state = directory, model_spec, trainer_state
         self._temporary = directory.with_name(directory.name + ".partial")
         self._request: AsyncRequest | None = None
+        self._arguments: list[Any] = []  # of the request's function
         self._failure: str | None = None  # of this rank
         self._thread: threading.Thread | None = None
 
@@ -183,7 +185,7 @@ def load_checkpoint(
     check_checkpoint(directory, model_spec)
     read_metadata(directory)
     if trainable is not None:
-        _make_optimizer_state(trainable)
+        _init_optimizer_state(trainable)
     try:
         with layout.active():
             state = _sharded_state(chunks, trainable, loading=True)
@@ -253,10 +255,10 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
         raise UserError(f"{directory}: checkpoint of another model: missing {missing}, unexpected {unexpected}")
     for name, parameter in chunk.named_parameters():
         if hasattr(parameter, _INITIAL_VALUES):
-            remember_values(parameter, weights[name])
+            set_high_precision_init_val(parameter, weights[name])
 
 
-def remember_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+def set_high_precision_init_val(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Let the float32 master of an FP8 parameter start from ``values`` instead of their FP8 rounding.
 
     Transformer Engine stores the values that it initialised such a parameter with, for the optimizer to read once;
@@ -266,7 +268,7 @@ def remember_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None
         setattr(parameter, _INITIAL_VALUES, values.detach().to("cpu", parameter.dtype))
 
 
-def _make_optimizer_state(trainable: TrainableModel) -> None:
+def _init_optimizer_state(trainable: TrainableModel) -> None:
     """Create the state of torch's Adam, which otherwise does not exist before the first step; TE and apex have one."""
     for optimizer in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
         inner = optimizer.optimizer
@@ -320,12 +322,12 @@ def _publish(temporary: Path, directory: Path, model_spec: dict[str, Any], train
     os.rename(temporary, directory)
 
 
-def _on_all_ranks(action) -> str | None:
+def _on_all_ranks(action: Callable[[], object]) -> str | None:
     """Run ``action`` on every rank; return the first failure of any rank, in one line, on all ranks."""
     return first_error(_failure_of(action))
 
 
-def _failure_of(action) -> str | None:
+def _failure_of(action: Callable[[], object]) -> str | None:
     try:
         action()
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
@@ -334,7 +336,7 @@ def _failure_of(action) -> str | None:
     return None
 
 
-def _on_rank_zero(action) -> str | None:
+def _on_rank_zero(action: Callable[[], object]) -> str | None:
     return _on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
 
 

@@ -2,7 +2,7 @@
 
 A teacher gives final hidden states; the loss makes its distribution from them with the teacher's output layer cut like
 the student's. A teacher of another layout scores on its own data ranks, and its hidden states travel to the ranks that
-train on them (``teacher_states.py``). Teachers that wait keep their weights in host memory. Left out: cached teachers
+train on them (``hidden_state_transfer.py``). Teachers that wait keep their weights in host memory. Left out: cached teachers
 (``cached.py``) and what the distributions are used for (``distill.py``).
 """
 

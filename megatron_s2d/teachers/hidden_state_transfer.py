@@ -119,7 +119,7 @@ def transfer_hidden_states(
     targets = _places(dealt)
     journeys = [(samples[i], sources[place], targets[i]) for place, i in enumerate(chosen)]
     rows = _TransferPlan.of(journeys, policy.layout, student.layout)
-    width, dtype = policy.spec.hidden_size, policy.output_weight_dtype
+    width, dtype = policy.spec.hidden_size, policy.params_dtype
     sent = _compute(policy, asked, rows.sends(dist.get_rank()), width, dtype)
     arriving = rows.receives(dist.get_rank())
     kept = [

@@ -311,7 +311,7 @@ class MegatronModel:
         )
 
     @property
-    def output_weight_dtype(self) -> torch.dtype:
+    def params_dtype(self) -> torch.dtype:
         """Dtype of weights and hidden states, on every rank."""
         return next(self.chunks[0].parameters()).dtype
 

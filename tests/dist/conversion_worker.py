@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-from megatron_s2d.models.weights import export_weights, import_weights
+from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.checkpoint import load_checkpoint, start_saving
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
@@ -116,7 +117,7 @@ def check_layout(directory: Path, source: HfCheckpoint, cases: dict, layout: lay
     spec = source.spec
     live = build_model(spec, layout)
     import_weights(live, spec, layout, source)
-    tensors = dict(export_weights(live, spec, layout, bucket_bytes=50_000))
+    tensors = dict(chain.from_iterable(export_buckets(live, spec, layout, bucket_bytes=50_000)))
     same_names = tensors.keys() == source.tensors.keys()
     position = {"step": 0, "updates": 0}
     start_saving(directory / "saved" / name, live, layout, model_spec=spec.to_dict(), trainer_state=position).finish()
@@ -162,7 +163,7 @@ def reshard(directory: Path, spec, tokens) -> dict:
 
 
 def weights(chunks, spec, layout) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in export_weights(chunks, spec, layout)}
+    return {name: tensor.clone() for name, tensor in chain.from_iterable(export_buckets(chunks, spec, layout))}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Teachers of other layouts on four ranks: where their states go, and what training on them gives; writes JSON.
 
-Started by test_teacher_states.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of layouts
+Started by test_hidden_state_transfer.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of layouts
 as in training_worker.py. Beside the product stands the plain way: every rank is given the states of all samples.
 """
 

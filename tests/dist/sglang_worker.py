@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
 from megatron_s2d.models.build import build_model
-from megatron_s2d.models.weights import export_weights
+from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0
 from megatron_s2d.records import Prompt
@@ -66,7 +67,7 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     chunks = build_model(spec, layout, seed=3)
 
     def score(samples):
-        embedding = dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"]
+        embedding = dict(chain.from_iterable(export_buckets(chunks, spec, layout)))["model.embed_tokens.weight"]
         table = log_prob_table(embedding.numpy()).astype(np.float32)
         pairs = [(sample.token_ids[:-1], sample.token_ids[1:]) for sample in samples]
         return [np.concatenate([np.zeros(1, np.float32), table[pair]]) for pair in pairs]
@@ -89,7 +90,8 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     for server in servers:
         server.score_faults.extend(["nan", "capped", "stale"])
     likeliest = engine.top_tokens(samples, 3)  # of this replica's own samples
-    table = log_prob_table(dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"].numpy())
+    embedding = dict(chain.from_iterable(export_buckets(chunks, spec, layout)))["model.embed_tokens.weight"]
+    table = log_prob_table(embedding.numpy())
     best = [np.argsort(-table[sample.token_ids[:-1]], axis=1)[:, :3] for sample in samples]
     top_agree = len(likeliest) == len(samples) and all(
         np.array_equal(top.ids[1:], ids) for top, ids in zip(likeliest, best, strict=True)
@@ -180,7 +182,8 @@ def wait_for(condition) -> None:
 
 
 def table_of(chunks, spec, layout) -> np.ndarray:
-    return log_prob_table(dict(export_weights(chunks, spec, layout))["model.embed_tokens.weight"].numpy())
+    embedding = dict(chain.from_iterable(export_buckets(chunks, spec, layout)))["model.embed_tokens.weight"]
+    return log_prob_table(embedding.numpy())
 
 
 def split_gap(tables: dict[int, np.ndarray], sample) -> float:

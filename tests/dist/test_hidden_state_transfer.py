@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from teacher_states_worker import SCENARIOS
+from hidden_state_transfer_worker import SCENARIOS
 
 # student:teacher; tensor, pipeline, data and sequence parallelism differ in turn, and the last pair has one layout
 FAST, SLOW = ["tp2dp2sp:pp2dp2", "dp4:tp2pp2", "tp2dp2sp:tp2dp2sp"], ["tp2pp2:tp4", "tp2dp2:dp4", "dp4:tp2dp2sp"]
@@ -32,7 +32,7 @@ class Found(dict):
 def found(tmp_path_factory, run_ranks) -> Found:
     def run(pairs: list[str]) -> dict:
         output = Path(tmp_path_factory.mktemp("states")) / "found.json"
-        run_ranks("teacher_states_worker.py", 4, output, *pairs)
+        run_ranks("hidden_state_transfer_worker.py", 4, output, *pairs)
         return json.loads(output.read_text())
 
     return Found(run)

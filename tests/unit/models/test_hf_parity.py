@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import chain
 
 import pytest
 
@@ -21,7 +22,7 @@ from megatron_s2d.config.presets import PRESETS
 from megatron_s2d.models.build import build_model, rope_frequencies
 from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-from megatron_s2d.models.weights import export_weights, import_weights
+from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel import layout as layouts
 
 SMALL = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
@@ -79,7 +80,7 @@ def test_logits_equal_transformers(name, tmp_path, layout):
         expected = reference(tokens).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(megatron_logits(chunks, spec, layout, tokens), expected, rtol=0, atol=1e-4)
-    exported = dict(export_weights(chunks, spec, layout, bucket_bytes=100_000))
+    exported = dict(chain.from_iterable(export_buckets(chunks, spec, layout, bucket_bytes=100_000)))
     source = HfCheckpoint(tmp_path)
     assert list(exported) and exported.keys() == source.tensors.keys()
     for key, tensor in exported.items():

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConf
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-from megatron_s2d.models.weights import export_weights
+from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
@@ -184,7 +185,7 @@ def test_the_files_of_a_push_are_a_whole_checkpoint(chunks, layout, servers, tmp
     (directory,) = (tmp_path / "weights").iterdir()  # the older version is gone
     checkpoint = HfCheckpoint(directory)
     assert checkpoint.spec == dataclasses.replace(SPEC) and len(checkpoint.shards) > 3
-    for name, tensor in export_weights(chunks, SPEC, layout):
+    for name, tensor in chain.from_iterable(export_buckets(chunks, SPEC, layout)):
         assert torch.equal(checkpoint.read(name), tensor), name
     engine.close()
 
