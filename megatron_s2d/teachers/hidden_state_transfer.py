@@ -22,10 +22,8 @@ import torch.distributed as dist
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan
-from megatron_s2d.kl.shards import redistribute_output_layer
-from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel import p2p as exchange
+from megatron_s2d.kl.shards import VocabShard, redistribute_output_layer
+from megatron_s2d.parallel import device, p2p
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.train.megatron_model import MegatronModel
@@ -126,7 +124,7 @@ def transfer_hidden_states(
         device.pinned_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))
     ]
     ranks = [sum(map(len, layout.output_ranks)) for layout in (policy.layout, student.layout)]
-    exchange.p2p_exchange(sent, _blocks(arriving, kept), partners=max(ranks))
+    p2p.p2p_exchange(sent, _blocks(arriving, kept), partners=max(ranks))
     if not student.layout.is_pipeline_last_stage:
         return [None] * len(batches)
     found = []

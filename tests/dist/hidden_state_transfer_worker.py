@@ -26,7 +26,7 @@ from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates
 from megatron_s2d.objectives.distill import divergence_objective
-from megatron_s2d.parallel import exchange
+from megatron_s2d.parallel import p2p
 from megatron_s2d.parallel.collectives import gather_dicts
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
@@ -114,7 +114,7 @@ def losses(scenario: str, layouts, *, plain: bool) -> list[dict[str, float]]:
 def counted():
     """Bytes received in the exchange, and calls of collectives that send objects or output layers."""
     found = Counter()
-    send, run = dist.batch_isend_irecv, exchange.exchange
+    send, run = dist.batch_isend_irecv, p2p.p2p_exchange
 
     def batched(operations):
         found["received"] += sum(op.tensor.nbytes for op in operations if op.op is dist.irecv)
@@ -125,7 +125,7 @@ def counted():
             run(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(exchange, "exchange", exchanged))
+        stack.enter_context(mock.patch.object(p2p, "p2p_exchange", exchanged))
         for name in (*OBJECT_COLLECTIVES, "broadcast"):
             calls = stack.enter_context(mock.patch.object(dist, name, wraps=getattr(dist, name)))
             stack.callback(lambda name=name, calls=calls: found.update({name: calls.call_count}))
@@ -173,7 +173,7 @@ def bucketed() -> list[dict]:
     target, source = (rank + 2) % size, (rank - 2) % size
     sent = {target: values[rank], rank: values[rank]}
     kept = {r: [torch.zeros(n, 64) for n in (1, 0, 5000, rows - 5001)] for r in (source, rank)}
-    peak = peak_bytes(lambda: exchange.exchange(sent, kept, partners=2, bucket_bytes=1 << 18))
+    peak = peak_bytes(lambda: p2p.p2p_exchange(sent, kept, partners=2, bucket_bytes=1 << 18))
     same = all(torch.equal(torch.cat(blocks), values[r]) for r, blocks in kept.items())
     everyone = [None] * size
     dist.all_gather_object(everyone, {"same": same, "peak": peak})
