@@ -63,7 +63,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         _plan,
         "check a workflow and estimate its memory, time and layout",
         "Check a workflow and print what would run: stages, sizes, labels and the memory of a rank. With --gpu also "
-        "the time and traffic of a step on that GPU, and with --num-gpus the fastest layout that fits. No GPU is needed.",
+        "the time and traffic of a step on that GPU, with --num-gpus also the fastest layout that fits. Needs no GPU.",
         "s2d plan configs/quickstart.yaml",
         "s2d plan configs/quickstart.yaml --gpu h200 --num-gpus 8",
         "s2d plan configs/quickstart.yaml --gpu h100 --assume matmul_efficiency=0.4",

@@ -16,8 +16,8 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         "sweep",
         _sweep,
         "run a grid of workflows and tabulate results, contrasts and power laws",
-        "Run every point of a grid of workflows, or resume one, and write results, contrasts and power laws to one report. "
-        "Points that fail are listed in the report; the others run.",
+        "Run every point of a grid of workflows, or resume one, and write results, contrasts and power laws to one "
+        "report. Points that fail are listed in the report; the others run.",
         "s2d sweep configs/sweeps/label_budget.yaml --dry-run",
         "s2d sweep configs/sweeps/label_budget.yaml",
         "s2d sweep configs/sweeps/label_budget.yaml --submit --cluster cluster.yaml",

@@ -1,6 +1,7 @@
-"""Which implementation each part of the trainer takes on this machine, and what it would gain from another.
+"""Which implementation each part of the trainer uses on this machine, and what a faster one would need.
 
-Choices follow what imports and what the chip has (``parallel/device.py``); none is a setting. Printed by ``s2d doctor``.
+The choice depends on the installed packages and on the chip (``parallel/device.py``); none is a setting. ``s2d doctor``
+prints the report.
 """
 
 from __future__ import annotations
@@ -18,85 +19,85 @@ _INSTALL = "install megatron-s2d[gpu] (docs/gpu.md)"
 
 
 @dataclasses.dataclass(frozen=True)
-class ActivePath:
-    """One part of the trainer."""
+class Backend:
+    """The implementation of one part of the trainer."""
 
     part: str
-    active: str  # what is used
-    cost: str  # what it lacks beside the fastest, and how to get that; empty where it is the fastest
+    active: str  # the implementation in use
+    drawback: str  # what it lacks compared with the fastest one, and how to get that; empty for the fastest
 
 
-def active_paths(found: Capabilities, *, triton: bool) -> list[ActivePath]:
-    """One line a part; ``triton``: whether it imports."""
+def active_backends(capabilities: Capabilities, *, has_triton: bool) -> list[Backend]:
+    """Return the implementation of every part; ``has_triton``: whether Triton can be imported."""
     return [
-        _layers(found),
-        _attention(found),
-        _fp8(found),
-        _optimizer(found),
-        _gradient_accumulation(found),
-        _kl(found, triton),
+        _layers(capabilities),
+        _attention(capabilities),
+        _fp8(capabilities),
+        _optimizer(capabilities),
+        _gradient_accumulation(capabilities),
+        _kl(capabilities, has_triton),
     ]
 
 
-def _layers(found: Capabilities) -> ActivePath:
-    if found.transformer_engine:
-        return ActivePath("layers", "Transformer Engine: norm and product fused, fused rotation and activation", "")
-    cost = "norms, rotation and activation are kernels of their own that keep more for the backward pass"
-    return ActivePath("layers", "Megatron's linear layers, PyTorch's norm", _with_remedy(found, cost))
+def _layers(capabilities: Capabilities) -> Backend:
+    if capabilities.transformer_engine:
+        return Backend("layers", "Transformer Engine: fused norm and GEMM, fused rotary embedding and activation", "")
+    drawback = "norms, rotary embedding and activation run as separate kernels that save more for the backward pass"
+    return Backend("layers", "Megatron's linear layers, PyTorch's norm", _with_remedy(capabilities, drawback))
 
 
-def _attention(found: Capabilities) -> ActivePath:
-    if found.transformer_engine:
-        return ActivePath("attention", "Transformer Engine (cuDNN or FlashAttention); packed sequences in one call", "")
-    cost = "packed sequences are one call each, and key heads are repeated where a kernel needs it"
-    return ActivePath("attention", "PyTorch's scaled_dot_product_attention", _with_remedy(found, cost))
+def _attention(capabilities: Capabilities) -> Backend:
+    if capabilities.transformer_engine:
+        return Backend("attention", "Transformer Engine (cuDNN or FlashAttention); packed sequences in one call", "")
+    drawback = "one call for each packed sequence, and key heads are repeated if the kernel needs it"
+    return Backend("attention", "PyTorch's scaled_dot_product_attention", _with_remedy(capabilities, drawback))
 
 
-def _fp8(found: Capabilities) -> ActivePath:
-    if not found.transformer_engine:
-        return ActivePath("FP8", "none", _with_remedy(found, "products run in bfloat16 or float32"))
-    usable = [name for name in RECIPES if _refusal(name, found) is None]
+def _fp8(capabilities: Capabilities) -> Backend:
+    if not capabilities.transformer_engine:
+        return Backend("FP8", "none", _with_remedy(capabilities, "GEMMs run in bfloat16 or float32"))
+    usable = [name for name in RECIPES if _refusal(name, capabilities) is None]
     if not usable:
-        return ActivePath("FP8", "none", _refusal("tensorwise", found))
-    lacking = [name for name in RECIPES if name not in usable]
-    note = "" if not lacking else f"not on this machine: {', '.join(lacking)}"
-    return ActivePath("FP8", f"{', '.join(usable)} (where a workflow sets fp8)", note)
+        return Backend("FP8", "none", _refusal("tensorwise", capabilities))
+    unsupported = [name for name in RECIPES if name not in usable]
+    note = f"not on this machine: {', '.join(unsupported)}" if unsupported else ""
+    return Backend("FP8", f"{', '.join(usable)} (if the workflow sets fp8)", note)
 
 
-def _refusal(name: str, found: Capabilities) -> str | None:
-    if found.cuda_version < RECIPES[name].least_cuda:
+def _refusal(name: str, capabilities: Capabilities) -> str | None:
+    if capabilities.cuda_version < RECIPES[name].least_cuda:
         return f"{name} needs CUDA {'.'.join(map(str, RECIPES[name].least_cuda))}"
     try:
-        check_chip(Fp8Config(recipe=name), found.compute_capability, found.device_name)
+        check_chip(Fp8Config(recipe=name), capabilities.compute_capability, capabilities.device_name)
     except UserError as error:
         return str(error)
     return None
 
 
-def _optimizer(found: Capabilities) -> ActivePath:
-    if found.transformer_engine:
-        return ActivePath("optimizer", "Transformer Engine's fused Adam", "")
-    if found.apex:
-        return ActivePath("optimizer", "apex's fused Adam", "")
-    cost = "an update reads and writes the state in several passes, and clipping is one operation a tensor"
-    return ActivePath("optimizer", "PyTorch's AdamW", _with_remedy(found, cost))
+def _optimizer(capabilities: Capabilities) -> Backend:
+    if capabilities.transformer_engine:
+        return Backend("optimizer", "Transformer Engine's fused Adam", "")
+    if capabilities.apex:
+        return Backend("optimizer", "apex's fused Adam", "")
+    drawback = "a step reads and writes the state in several passes, and clips gradients tensor by tensor"
+    return Backend("optimizer", "PyTorch's AdamW", _with_remedy(capabilities, drawback))
 
 
-def _gradient_accumulation(found: Capabilities) -> ActivePath:
-    if found.transformer_engine or found.apex_gradient_accumulation:
-        owner = "Transformer Engine's" if found.transformer_engine else "apex's"
-        return ActivePath("gradient accumulation", f"{owner} products add to the float32 buffers", "")
-    cost = "each weight gradient is made first and then added: its memory, and one more pass over it"
-    return ActivePath("gradient accumulation", "autograd, then an addition", _with_remedy(found, cost))
+def _gradient_accumulation(capabilities: Capabilities) -> Backend:
+    if capabilities.transformer_engine or capabilities.apex_gradient_accumulation:
+        owner = "Transformer Engine's" if capabilities.transformer_engine else "apex's"
+        return Backend("gradient accumulation", f"{owner} GEMMs accumulate into the float32 buffers", "")
+    drawback = "each weight gradient is materialised before it is added: more memory, and one more pass over it"
+    return Backend("gradient accumulation", "autograd, then a separate addition", _with_remedy(capabilities, drawback))
 
 
-def _kl(found: Capabilities, triton: bool) -> ActivePath:
-    if found.cuda and triton:
-        return ActivePath("divergences", "Triton kernels, one pass over a chunk of logits", "")
-    if found.cuda:
-        return ActivePath("divergences", "PyTorch", "several passes over every chunk of logits; install triton")
-    return ActivePath("divergences", "PyTorch, in blocks that fit a CPU's cache", "")
+def _kl(capabilities: Capabilities, has_triton: bool) -> Backend:
+    if capabilities.cuda and has_triton:
+        return Backend("divergences", "Triton kernels, one pass over each chunk of logits", "")
+    if capabilities.cuda:
+        return Backend("divergences", "PyTorch", "several passes over each chunk of logits; install triton")
+    return Backend("divergences", "PyTorch, in blocks that fit the CPU cache", "")
 
 
-def _with_remedy(found: Capabilities, cost: str) -> str:
-    return f"{cost}; {_INSTALL}" if found.cuda else f"{cost}; no CUDA device"
+def _with_remedy(capabilities: Capabilities, drawback: str) -> str:
+    return f"{drawback}; {_INSTALL if capabilities.cuda else 'no CUDA device'}"

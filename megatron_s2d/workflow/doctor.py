@@ -1,8 +1,8 @@
-"""``s2d doctor``: what is installed and whether versions fit, which devices there are, what missing parts would give.
+"""``s2d doctor``: checks installed versions, lists devices and backends, and says what missing packages would add.
 
-Required are the package's own dependencies; everything else is optional and never fails the check. Packages are known
-by their metadata; torch is imported (inside ``diagnose``) to ask it for devices, and on a GPU what the trainer would use
-there. Left out: whether a given workflow fits this machine (``s2d run --dry-run``).
+Only the package's own dependencies are required; everything else is optional and never fails the check. Versions come
+from package metadata; ``diagnose`` imports torch to ask for devices and backends. ``s2d run --dry-run`` checks whether
+a workflow fits the machine.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_s2d.workflow.backend_report import ActivePath, active_paths
+from megatron_s2d.workflow.backend_report import Backend, active_backends
 
 DISTRIBUTION = "megatron-s2d"
 _GIB = 1024**3
 
-# Optional distribution -> what it would give. Those with a pinned version have it in an extra of pyproject.toml.
+# Optional distribution -> what it adds. The versions are pinned in the extras of pyproject.toml.
 OPTIONAL_PACKAGES = {
     "transformer-engine": "fused layers, FP8 and context-parallel attention on CUDA",
-    "apex": "fused optimizer and norm kernels on CUDA where transformer-engine is absent",
-    "sglang": "rollouts from served engines instead of the training processes",
+    "apex": "fused optimizer and norm kernels on CUDA without transformer-engine",
+    "sglang": "rollouts from SGLang servers instead of the training processes",
     "triton": "fused KL kernels on CUDA",
     "nemo-run": "launching runs on SLURM and on clouds",
 }
 OPTIONAL_COMMANDS = {
-    "nvidia-smi": "the NVIDIA driver's own view of the devices",
+    "nvidia-smi": "the NVIDIA driver's list of devices",
     "sbatch": "submitting runs to SLURM from this machine",
     "srun": "starting ranks inside a SLURM allocation",
     "squeue": "following SLURM jobs",
@@ -53,51 +53,51 @@ class Check:
     name: str
     status: Literal["ok", "missing", "wrong", "untested"]  # untested: allowed, but not the version of the constraints
     required: bool
-    found: str  # version or place; empty where missing
-    wanted: str  # version specifier; empty where any will do
-    note: str = ""  # what a missing part would give, or what to do
+    installed: str  # version or path; empty if missing
+    wanted: str  # version specifier; empty if any version fits
+    note: str = ""  # what a missing part would add, or what to do
 
     @property
     def failed(self) -> bool:
-        """Whether this makes the installation unusable."""
+        """Whether the installation is unusable because of this check."""
         return self.required and self.status in ("missing", "wrong")
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All that ``diagnose`` found."""
+    """The result of ``diagnose``."""
 
     checks: tuple[Check, ...]
-    devices: tuple[str, ...]  # one line each
+    devices: tuple[str, ...]  # one line for each
     machine: Mapping[str, str]  # cores, memory, disk
-    paths: tuple[ActivePath, ...] = ()  # what the trainer uses here; empty where torch does not load
+    backends: tuple[Backend, ...] = ()  # what the trainer uses here; empty if torch cannot be imported
 
     @property
     def exit_code(self) -> int:
-        """1 where a required thing is missing or at a wrong version, else 0."""
+        """1 if a required package is missing or has a wrong version, else 0."""
         return int(any(check.failed for check in self.checks))
 
 
 def diagnose(constraints: Path | None = None) -> Diagnosis:
-    """Look at this Python, this machine and what is installed.
+    """Check this Python, the installed packages and the machine.
 
-    ``constraints`` is a file of tested versions (``name==version`` lines); by default ``constraints.txt`` of the
-    checkout that this package runs from, where there is one.
+    ``constraints`` is a file of tested versions (``name==version`` lines); the default is ``constraints.txt`` of the
+    checkout that this package runs from, if there is one.
     """
     if constraints is None:
-        beside = Path(__file__).resolve().parents[2] / "constraints.txt"
-        constraints = beside if beside.exists() else None
+        of_checkout = Path(__file__).resolve().parents[2] / "constraints.txt"
+        constraints = of_checkout if of_checkout.exists() else None
     pins = read_pins(constraints.read_text(encoding="utf-8")) if constraints is not None else {}
     metadata = importlib.metadata.metadata(DISTRIBUTION)
     checks = [check_python(platform.python_version(), metadata["Requires-Python"])]
     checks += check_packages(importlib.metadata.requires(DISTRIBUTION) or [], pins, installed_version)
     devices, torch_check = probe_devices()
     checks += [*torch_check, *check_commands(shutil.which)]
-    return Diagnosis(tuple(checks), tuple(devices), machine_facts(Path.cwd()), probe_paths() if devices else ())
+    return Diagnosis(tuple(checks), tuple(devices), machine_facts(Path.cwd()), probe_backends() if devices else ())
 
 
 def read_pins(text: str) -> dict[str, str]:
-    """Canonical distribution name -> version, from the ``name==version`` lines of a constraints file."""
+    """Return canonical distribution name -> version of the ``name==version`` lines of a constraints file."""
     pins = {}
     for line in text.splitlines():
         line = line.partition("#")[0].strip()
@@ -110,7 +110,7 @@ def read_pins(text: str) -> dict[str, str]:
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -118,16 +118,16 @@ def installed_version(name: str) -> str | None:
 
 
 def check_python(version: str, wanted: str) -> Check:
-    """This interpreter against ``Requires-Python``."""
+    """Check the interpreter's version against ``Requires-Python``."""
     fits = SpecifierSet(wanted).contains(version, prereleases=True)
-    note = "" if fits else "make the environment anew with a Python that fits"
+    note = "" if fits else "create the environment with a Python of this version"
     return Check("python", "ok" if fits else "wrong", True, version, wanted, note)
 
 
 def check_packages(
-    requirements: Iterable[str], pins: Mapping[str, str], installed: Callable[[str], str | None]
+    requirements: Iterable[str], pins: Mapping[str, str], version_of: Callable[[str], str | None]
 ) -> list[Check]:
-    """The required distributions, then the optional ones; ``requirements`` as in a distribution's metadata."""
+    """Check the required distributions, then the optional ones; ``requirements`` are lines of package metadata."""
     required, extras = [], {}
     for text in requirements:
         requirement = Requirement(text)
@@ -135,73 +135,74 @@ def check_packages(
             required.append(requirement)
         else:
             extras[canonicalize_name(requirement.name)] = requirement
-    checks = [_check_package(requirement, pins, installed, True, "") for requirement in required]
-    for name, gives in OPTIONAL_PACKAGES.items():
-        checks.append(_check_package(extras.get(name, Requirement(name)), pins, installed, False, f"gives {gives}"))
+    checks = [_check_package(requirement, pins, version_of, True, "") for requirement in required]
+    for name, benefit in OPTIONAL_PACKAGES.items():
+        requirement = extras.get(name, Requirement(name))
+        checks.append(_check_package(requirement, pins, version_of, False, f"adds {benefit}"))
     return checks
 
 
 def _check_package(
     requirement: Requirement,
     pins: Mapping[str, str],
-    installed: Callable[[str], str | None],
+    version_of: Callable[[str], str | None],
     required: bool,
-    gives: str,
+    benefit: str,
 ) -> Check:
     name, wanted = requirement.name, str(requirement.specifier)
-    found, pin = installed(name), pins.get(canonicalize_name(requirement.name))
-    if found is None:
-        return Check(name, "missing", required, "", wanted, gives or "install the package again with its dependencies")
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Check(name, "wrong", required, found, wanted, f"install {name}{wanted}")
-    # The local part of a version (+cpu, +cu130) is the build, which the pin leaves open.
-    if pin is not None and Version(found).public != Version(pin).public:
-        return Check(name, "untested", required, found, wanted or f"=={pin}", f"tested with {pin}")
-    return Check(name, "ok", required, found, wanted, "" if required else gives)
+    version, pin = version_of(name), pins.get(canonicalize_name(requirement.name))
+    if version is None:
+        return Check(name, "missing", required, "", wanted, benefit or "reinstall megatron-s2d with its dependencies")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(name, "wrong", required, version, wanted, f"install {name}{wanted}")
+    # The local part of a version (+cpu, +cu130) names the build, which the pin does not fix.
+    if pin is not None and Version(version).public != Version(pin).public:
+        return Check(name, "untested", required, version, wanted or f"=={pin}", f"tested with {pin}")
+    return Check(name, "ok", required, version, wanted, "" if required else benefit)
 
 
 def check_commands(which: Callable[[str], str | None]) -> list[Check]:
-    """Programs that other parts use where they exist."""
+    """Check the programs that some commands use."""
     checks = []
-    for name, gives in OPTIONAL_COMMANDS.items():
-        place = which(name)
-        checks.append(Check(name, "ok" if place else "missing", False, place or "", "", f"gives {gives}"))
+    for name, benefit in OPTIONAL_COMMANDS.items():
+        path = which(name)
+        checks.append(Check(name, "ok" if path else "missing", False, path or "", "", f"adds {benefit}"))
     return checks
 
 
 def probe_devices() -> tuple[list[str], list[Check]]:
-    """Devices in words, and the checks that only torch can answer: that it imports, and CUDA."""
+    """Return one line for each device, and the checks that need torch: its import and CUDA."""
     try:
         import torch
     except (ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return [], [Check("torch import", "missing", True, "", "", f"torch does not load: {reason}")]
+        return [], [Check("torch import", "missing", True, "", "", f"torch cannot be imported: {reason}")]
     devices = [f"CPU: {platform.processor() or platform.machine()}, torch uses {torch.get_num_threads()} threads"]
     if not torch.cuda.is_available():
-        gives = "GPU training; without it everything runs on the CPU with gloo"
+        benefit = "to train on GPUs; without one everything runs on the CPU with gloo"
         if torch.version.cuda is None:
-            note = f"this torch is a CPU build; a CUDA build and a device give {gives}"
+            note = f"this torch is a CPU build; install a CUDA build {benefit}"
         else:
-            note = f"torch was built for CUDA {torch.version.cuda} but sees no device; one gives {gives}"
+            note = f"torch was built for CUDA {torch.version.cuda} but sees no device; add one {benefit}"
         return devices, [Check("CUDA device", "missing", False, "", "", note)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
         memory = f"{properties.total_memory / _GIB:.0f} GiB"
         devices.append(f"cuda:{index}: {properties.name}, {memory}, compute capability {capability}")
-    found = f"{torch.cuda.device_count()} with CUDA {torch.version.cuda}"
-    return devices, [Check("CUDA device", "ok", False, found, "")]
+    summary = f"{torch.cuda.device_count()} with CUDA {torch.version.cuda}"
+    return devices, [Check("CUDA device", "ok", False, summary, "")]
 
 
-def probe_paths() -> tuple[ActivePath, ...]:
-    """What each part of the trainer uses in this process."""
+def probe_backends() -> tuple[Backend, ...]:
+    """Return what each part of the trainer uses in this process."""
     from megatron_s2d.parallel.device import capabilities  # loads torch
 
-    return tuple(active_paths(capabilities(), triton=importlib.util.find_spec("triton") is not None))
+    return tuple(active_backends(capabilities(), has_triton=importlib.util.find_spec("triton") is not None))
 
 
 def machine_facts(directory: Path) -> dict[str, str]:
-    """Cores, memory and disk that this process may use, container limits included."""
+    """Return the cores, memory and disk that this process may use, within the container's limits."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = _cpu_quota(_cgroup("cpu.max"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -218,13 +219,13 @@ def machine_facts(directory: Path) -> dict[str, str]:
 
 
 def _cgroup(name: str) -> str:
-    """Content of a control file of this container (cgroup v2); empty where there is none."""
+    """Return the content of a control file of this container (cgroup v2), or an empty string."""
     path = Path("/sys/fs/cgroup") / name
     return path.read_text(encoding="ascii").strip() if path.is_file() else ""
 
 
 def _cpu_quota(content: str) -> float | None:
-    """Cores that ``cpu.max`` ("quota period" in microseconds, or "max period") allows; None without a limit."""
+    """Return the cores that ``cpu.max`` ("quota period" in microseconds, or "max period") allows, or None."""
     quota, _, period = content.partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
@@ -233,25 +234,25 @@ _STYLES = {"ok": "green", "missing": "yellow", "wrong": "red", "untested": "yell
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Tables for a terminal and one closing sentence."""
+    """Print the checks as tables, then devices, machine and a closing sentence."""
     for title, required in (("Required", True), ("Optional", False)):
         table = Table(title=title, title_justify="left", pad_edge=False)
-        for column in ("", "status", "found", "wanted", "note"):
+        for column in ("", "status", "installed", "wanted", "note"):
             table.add_column(column, overflow="fold")
         for check in diagnosis.checks:
             if check.required == required:
                 status = Text(check.status, style="bold red" if check.failed else _STYLES[check.status])
-                table.add_row(Text(check.name), status, Text(check.found), Text(check.wanted), Text(check.note))
+                table.add_row(Text(check.name), status, Text(check.installed), Text(check.wanted), Text(check.note))
         console.print(table)
-    if diagnosis.paths:
-        table = Table("", "in use", "what that costs", title="Paths on this machine", title_justify="left")
-        for path in diagnosis.paths:
-            table.add_row(Text(path.part), Text(path.active), Text(path.cost))
+    if diagnosis.backends:
+        table = Table("", "in use", "drawback", title="Backends on this machine", title_justify="left")
+        for backend in diagnosis.backends:
+            table.add_row(Text(backend.part), Text(backend.active), Text(backend.drawback))
         console.print(table)
     for device in diagnosis.devices:
         console.print(Text(device))
     for name, fact in diagnosis.machine.items():
         console.print(Text(f"{name}: {fact}"))
     failed = [check.name for check in diagnosis.checks if check.failed]
-    verdict = f"Not usable: {', '.join(failed)} missing or at a wrong version." if failed else "Ready."
-    console.print(Text(verdict, style="bold red" if failed else "bold green"))
+    summary = f"Not usable: {', '.join(failed)} missing or at a wrong version." if failed else "Ready."
+    console.print(Text(summary, style="bold red" if failed else "bold green"))

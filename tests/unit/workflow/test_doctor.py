@@ -1,4 +1,4 @@
-"""The diagnosis fails for what is required and only for that."""
+"""``s2d doctor`` fails for missing requirements, and only for those."""
 
 import dataclasses
 import io
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.workflow import doctor
-from megatron_s2d.workflow.backend_report import ActivePath, active_paths
+from megatron_s2d.workflow.backend_report import Backend, active_backends
 from megatron_s2d.workflow.doctor import (
     OPTIONAL_COMMANDS,
     OPTIONAL_PACKAGES,
@@ -54,10 +54,10 @@ def test_optional_packages_never_fail():
     assert result["sglang"] == ("wrong", False)
     assert result["transformer-engine"] == ("ok", False) and result["nemo-run"] == ("missing", False)
     missing = {check.name: check.note for check in check_packages(REQUIREMENTS, {}, {}.get)}
-    assert missing["sglang"].startswith("gives rollouts")
+    assert missing["sglang"].startswith("adds rollouts")
 
 
-def test_versions_beside_the_constraints_are_untested_not_wrong():
+def test_versions_other_than_the_pinned_ones_are_untested():
     pins = read_pins("--extra-index\n# a comment\ntorch==2.11.0+cu130\npydantic==2.11.0  # why\nnumpy>=1\n")
     assert pins == {"torch": "2.11.0+cu130", "pydantic": "2.11.0"}
     result = status({"torch": "2.11.0", "Pydantic": "2.12.0", "tokenizers": "0.22"}, pins)
@@ -75,10 +75,10 @@ def test_commands():
     assert checks["sbatch"].status == "ok" and checks["srun"].status == "missing" and not checks["srun"].failed
 
 
-def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
+def test_torch_that_cannot_be_imported_fails_the_check(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     devices, (check,) = probe_devices()
-    assert devices == [] and check.failed and "torch does not load" in check.note
+    assert devices == [] and check.failed and "torch cannot be imported" in check.note
 
 
 def test_container_limits(monkeypatch, tmp_path):
@@ -91,7 +91,7 @@ def test_container_limits(monkeypatch, tmp_path):
     assert doctor.machine_facts(tmp_path)["cores"] == "2"
 
 
-def test_this_installation_and_its_print():
+def test_diagnosis_of_this_installation_is_printed():
     diagnosis = diagnose()
     names = [check.name for check in diagnosis.checks]
     assert {"python", "torch", "megatron-core", "sglang", "CUDA device", "sbatch"} <= set(names)
@@ -100,36 +100,39 @@ def test_this_installation_and_its_print():
     print_diagnosis(diagnosis, console)
     text = console.file.getvalue()
     assert all(name in text for name in names)
-    assert "Paths on this machine" in text and "gradient accumulation" in text
+    assert "Backends on this machine" in text and "gradient accumulation" in text
     assert diagnosis.exit_code == 0, text
     assert text.rstrip().endswith("Ready.")
 
 
-def paths(**changes) -> dict[str, ActivePath]:
+def backends(**changes) -> dict[str, Backend]:
     h200 = Capabilities(
         cuda=True, device_name="H200", transformer_engine=True, apex=False, compute_capability=(9, 0),
         cuda_version=(13, 0),
     )  # fmt: skip
-    triton = changes.pop("triton", True)
-    return {path.part: path for path in active_paths(dataclasses.replace(h200, **changes), triton=triton)}
+    has_triton = changes.pop("has_triton", True)
+    capabilities = dataclasses.replace(h200, **changes)
+    return {backend.part: backend for backend in active_backends(capabilities, has_triton=has_triton)}
 
 
-def test_paths_in_use_and_what_the_others_would_give():
-    best = paths()
+def test_backends_in_use_and_their_drawbacks():
+    best = backends()
     assert list(best) == ["layers", "attention", "FP8", "optimizer", "gradient accumulation", "divergences"]
-    assert "delayed, tensorwise, blockwise" in best["FP8"].active and best["FP8"].cost == "not on this machine: mxfp8"
-    assert not any(path.cost for name, path in best.items() if name != "FP8")
-    without = paths(transformer_engine=False)
-    assert all("install megatron-s2d[gpu]" in without[name].cost for name in list(best)[:5])
+    assert (
+        "delayed, tensorwise, blockwise" in best["FP8"].active and best["FP8"].drawback == "not on this machine: mxfp8"
+    )
+    assert not any(backend.drawback for name, backend in best.items() if name != "FP8")
+    without = backends(transformer_engine=False)
+    assert all("install megatron-s2d[gpu]" in without[name].drawback for name in list(best)[:5])
     assert without["FP8"].active == "none" and "PyTorch's AdamW" in without["optimizer"].active
-    apex = paths(transformer_engine=False, apex=True, apex_gradient_accumulation=True)
+    apex = backends(transformer_engine=False, apex=True, apex_gradient_accumulation=True)
     assert "apex" in apex["optimizer"].active and "apex" in apex["gradient accumulation"].active
-    assert "install triton" in paths(triton=False)["divergences"].cost
-    old = paths(compute_capability=(8, 0))["FP8"]
-    assert old.active == "none" and "needs compute capability 8.9" in old.cost
-    assert "blockwise" in paths(cuda_version=(12, 8))["FP8"].cost
-    assert all("no CUDA device" in path.cost for name, path in paths(cuda=False, transformer_engine=False).items()
-               if name != "divergences")  # fmt: skip
+    assert "install triton" in backends(has_triton=False)["divergences"].drawback
+    old = backends(compute_capability=(8, 0))["FP8"]
+    assert old.active == "none" and "needs compute capability 8.9" in old.drawback
+    assert "blockwise" in backends(cuda_version=(12, 8))["FP8"].drawback
+    on_cpu = backends(cuda=False, transformer_engine=False)
+    assert all("no CUDA device" in backend.drawback for name, backend in on_cpu.items() if name != "divergences")
 
 
 def test_exit_code_and_closing_sentence():
