@@ -1,4 +1,4 @@
-"""From finished directories to ``RunResults``: arms, contrasts, gates, ledger, examples. No torch here."""
+"""Collects ``RunResults`` from the directories of finished jobs: arms, contrasts, ledger, examples. No torch here."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def collect_results(
     config: WorkflowConfig,
     run_dir: Path,
     jobs: Sequence[Job],
-    checked: Preflight,
+    preflight: Preflight,
     wall_seconds: float,
     environment: Mapping[str, str],
 ) -> RunResults:
-    """Everything that the report of a finished run shows."""
+    """Return everything that the report of a finished run shows."""
     evaluations = {
         job.stage: read_evaluation(job.directory.path / EVALUATION_NAME)
         for job in jobs
@@ -57,24 +57,24 @@ def collect_results(
             StageRun(job.stage, job.directory, job.directory.finished()["seconds"], reused=not job.is_pending)
             for job in stages
         ),
-        ledger=checked.ledger.entries(checked.stages),
+        ledger=preflight.ledger.entries(preflight.stages),
         rollouts=tuple(example for job in stages for example in _examples(job)),
         environment=environment,
-        warnings=(*_gate_warnings(config, jobs), *_dropped_warnings(checked)),
-        table=make_table(config, evaluations, _problems(config, checked)),
+        warnings=(*_pass_rate_warnings(config, jobs), *_dropped_warnings(preflight)),
+        table=make_table(config, evaluations, _problems(config, preflight)),
     )
 
 
-def _problems(config: WorkflowConfig, checked: Preflight) -> dict[str, list[str]]:
-    return {entry: [prompt.id for prompt in checked.prompts[entry]] for entry in config.evaluation.entries}
+def _problems(config: WorkflowConfig, preflight: Preflight) -> dict[str, list[str]]:
+    return {entry: [prompt.id for prompt in preflight.prompts[entry]] for entry in config.evaluation.entries}
 
 
 def compare_arms(
     config: WorkflowConfig, evaluations: Mapping[str, Evaluation]
 ) -> tuple[tuple[ContrastResult, ...], tuple[RefusedContrast, ...]]:
-    """The declared contrasts; those whose arms are not matched are refused with the reason."""
+    """Return the declared contrasts, and those refused (with the reason) because their arms are not matched."""
     arms = {name: arm_of(config, name) for name in config.arms}
-    found, refused = [], []
+    contrasts, refused = [], []
     for contrast in config.contrasts:
         try:
             differences = check_matched(contrast, arms)
@@ -84,7 +84,7 @@ def compare_arms(
         comparison = paired_comparison(
             evaluations[config.arms[contrast.a]], evaluations[config.arms[contrast.b]], seed=config.seed
         )
-        found.append(
+        contrasts.append(
             ContrastResult(
                 contrast.a,
                 contrast.b,
@@ -94,42 +94,45 @@ def compare_arms(
                 tuple(difference.text for difference in differences),
             )
         )
-    return tuple(found), tuple(refused)
+    return tuple(contrasts), tuple(refused)
 
 
-def _gate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str]:
-    found = []
+def _pass_rate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str]:
+    warnings = []
     for job in jobs:
         if job.pass_rate_check is None:
             continue
-        gate = config.pass_rate_checks[job.pass_rate_check]
+        check = config.pass_rate_checks[job.pass_rate_check]
         rate = avg_at_k(read_evaluation(job.directory.path / EVALUATION_NAME)).mean
-        if not gate.low <= rate <= gate.high:
-            found.append(
-                f"pass rate of {gate.stage} on {gate.prompts} is {100 * rate:.1f} %, outside the window of "
-                f"{100 * gate.low:.0f} to {100 * gate.high:.0f} % that was fixed in advance"
+        if not check.low <= rate <= check.high:
+            warnings.append(
+                f"pass rate of {check.stage} on {check.prompts} is {100 * rate:.1f} %, outside the window of "
+                f"{100 * check.low:.0f} to {100 * check.high:.0f} % that was fixed in advance"
             )
-    return found
+    return warnings
 
 
-def _dropped_warnings(checked: Preflight) -> list[str]:
-    long = [
-        f"{count} prompts of {name} were longer than max_prompt_length and left out"
-        for name, count in checked.dropped.items()
+def _dropped_warnings(preflight: Preflight) -> list[str]:
+    too_long = [
+        f"{count} prompts of {name} are longer than max_prompt_length and were dropped"
+        for name, count in preflight.dropped.items()
         if count
     ]
-    twice = [
-        f"{count} rows of {name} had an id that came before and were left out"
-        for name, count in checked.duplicates.items()
+    repeated = [
+        f"{count} rows of {name} repeat an earlier id and were dropped"
+        for name, count in preflight.duplicates.items()
         if count
     ]
-    return long + twice
+    return too_long + repeated
 
 
 def _examples(job: Job) -> list[RolloutExample]:
+    """Return the first and the last responses that a stage saved."""
     path = job.directory.path / "rollouts.jsonl"
     rows = read_jsonl(path) if path.exists() else []
-    picked = (
-        rows[: _EXAMPLES_PER_STAGE // 2] + rows[max(_EXAMPLES_PER_STAGE // 2, len(rows) - _EXAMPLES_PER_STAGE // 2) :]
-    )
-    return [RolloutExample(job.stage, **{key: value for key, value in row.items() if key != "step"}) for row in picked]
+    half = _EXAMPLES_PER_STAGE // 2
+    first_and_last = rows[:half] + rows[max(half, len(rows) - half) :]
+    return [
+        RolloutExample(job.stage, **{key: value for key, value in row.items() if key != "step"})
+        for row in first_and_last
+    ]

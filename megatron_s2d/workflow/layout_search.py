@@ -1,10 +1,10 @@
-"""The layout that fits a GPU and is fastest by the model of ``costs/timing.py``, for a whole workflow. No torch here.
+"""Searches the parallel layout that fits a GPU and is the fastest for a whole workflow. No torch here.
 
-Searched: tensor sizes up to a node, pipeline sizes that divide the layers, expert sizes that divide the experts, data
-ranks as the rest, micro-batches of one, two and four of the longest samples, recomputation of nothing or of whole
-layers. One layout for all stages, teachers included, because that is what ``parallel`` says; sequence parallelism
-wherever there is tensor parallelism (it costs nothing by this model and saves memory). Left out: context parallelism,
-which the trainer's packing and engine do not have, and layouts of teachers apart (``teacher_parallel``).
+Memory and time come from ``estimate/``. The search covers tensor sizes up to a node, pipeline sizes that divide the
+layers, expert sizes that divide the experts, data parallelism over the remaining ranks, micro-batches of one, two and
+four of the longest samples, and no or full recomputation. All stages and teachers share one layout, which is what
+``parallel`` sets; sequence parallelism is on with tensor parallelism (it saves memory and costs nothing in this model).
+Not searched: context parallelism, and separate layouts for teachers (``teacher_parallel``).
 """
 
 from __future__ import annotations
@@ -24,60 +24,63 @@ from megatron_s2d.estimate.stage_time import stage_time
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.workflow.preflight import Preflight
 
-_MICRO_BATCHES = (1, 2, 4)  # longest samples
-_RECOMPUTE = ("none", "full")  # selective recomputes attention, which keeps next to nothing where it is fused
+_MICRO_BATCHES = (1, 2, 4)  # in units of the longest sample
+_RECOMPUTE = ("none", "full")  # selective recomputes attention only, and fused attention saves almost nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """One way to run the workflow, with what it costs."""
+    """A layout of the workflow with its estimated time and memory."""
 
     parallel: ParallelConfig
     recompute: str
     max_tokens: int
-    seconds: float  # of all steps of all stages, one stage after the other
-    memory: int  # bytes of the fullest rank of any stage
-    fullest: str  # that stage
+    seconds: float  # all steps of all stages, one stage after another
+    memory: int  # largest peak of a rank, in bytes
+    largest_stage: str  # the stage of that peak
 
     def as_yaml(self) -> str:
-        """What to write into the workflow file."""
+        """Return the settings of this layout as YAML."""
         default = ParallelConfig().model_dump()
         sizes = {key: value for key, value in self.parallel.model_dump().items() if value != default[key]}
-        inner = ", ".join(f"{key}: {str(value).lower()}" for key, value in sizes.items())
+        settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in sizes.items())
         return (
-            f"parallel: {{{inner}}}; in each of `models`: recompute: {self.recompute}; "
+            f"parallel: {{{settings}}}; in each of `models`: recompute: {self.recompute}; "
             f"in each of `stages`: micro_batch: {{max_tokens_per_gpu: {self.max_tokens}}}"
         )
 
 
-def propose(checked: Preflight, machine: Machine, num_gpus: int) -> list[Proposal]:
-    """Every combination that fits, fastest first; ``UserError`` where none is possible or none fits."""
-    found, closest = [], None
-    possible = False
-    for config, recompute, max_tokens in _candidates(checked, machine, num_gpus):
-        possible = True
+def propose(preflight: Preflight, machine: Machine, num_gpus: int) -> list[Proposal]:
+    """Return all layouts that fit, fastest first; raise ``UserError`` if none is possible or none fits."""
+    proposals, smallest = [], None
+    is_possible = False
+    for config, recompute, max_tokens in _candidates(preflight, machine, num_gpus):
+        is_possible = True
         memories = {
-            name: stage_memory(config, name, checked.specs, checked.shapes[name], on_gpu=True)
-            for name in checked.stages
+            name: stage_memory(config, name, preflight.specs, preflight.shapes[name], on_gpu=True)
+            for name in preflight.stages
         }
-        fullest = max(memories, key=lambda name: memories[name].total)
-        needed = memories[fullest].total
-        if needed > machine.usable_memory:
-            closest = min(closest or (needed, fullest), (needed, fullest))
+        stage = max(memories, key=lambda name: memories[name].total)
+        peak = memories[stage].total
+        if peak > machine.usable_memory:
+            smallest = min(smallest or (peak, stage), (peak, stage))
             continue
-        seconds = workflow_seconds(config, checked.stages, checked.specs, checked.shapes, machine, checked.totals)
-        found.append(Proposal(config.parallel, recompute, max_tokens, seconds, needed, fullest))
-    if not possible:
-        raise UserError(
-            f"no layout of {num_gpus} GPUs divides the models and leaves every update a response for each data rank: "
-            "take another number of GPUs, or larger updates"
+        seconds = workflow_seconds(
+            config, preflight.stages, preflight.specs, preflight.shapes, machine, preflight.totals
         )
-    if not found:
+        proposals.append(Proposal(config.parallel, recompute, max_tokens, seconds, peak, stage))
+    if not is_possible:
         raise UserError(
-            f"nothing fits {num_gpus} x {machine.gpu.name}: the smallest peak is {closest[0] / 2**30:.1f} GiB in stage "
-            f"'{closest[1]}', of {machine.usable_memory / 2**30:.1f} GiB usable; take more GPUs, or shorter responses"
+            f"no layout of {num_gpus} GPUs divides the models and gives each data-parallel rank a response of every "
+            "mini-batch: use another number of GPUs, or larger mini-batches"
         )
-    return sorted(found, key=lambda item: (item.seconds, item.memory))
+    if not proposals:
+        raise UserError(
+            f"no layout fits {num_gpus} x {machine.gpu.name}: the smallest peak is {smallest[0] / 2**30:.1f} GiB, in "
+            f"stage '{smallest[1]}', of {machine.usable_memory / 2**30:.1f} GiB usable; use more GPUs, or shorter "
+            "responses"
+        )
+    return sorted(proposals, key=lambda item: (item.seconds, item.memory))
 
 
 def workflow_seconds(
@@ -88,27 +91,27 @@ def workflow_seconds(
     machine: Machine,
     totals: Mapping[str, int],
 ) -> float:
-    """Seconds of all steps of ``stages``; evaluations are left out."""
-    found = 0.0
+    """Return the seconds of all steps of ``stages``, without evaluations."""
+    total = 0.0
     for name in stages:
         steps = totals.get(f"stages/{name}", getattr(config.stages[name], "steps", 0))
-        found += steps * stage_time(config, name, specs, shapes[name], machine).total
-    return found
+        total += steps * stage_time(config, name, specs, shapes[name], machine).total
+    return total
 
 
-def _candidates(checked: Preflight, machine: Machine, num_gpus: int) -> Iterator[tuple[WorkflowConfig, str, int]]:
-    longest = max(shape.length for shape in checked.shapes.values())
-    for parallel in layouts(checked.specs, num_gpus, machine.assumptions.gpus_per_node):
-        updates = [shape.responses for shape in checked.shapes.values() if shape.responses]
-        if any(responses < parallel.data_parallel_size for responses in updates):
+def _candidates(preflight: Preflight, machine: Machine, num_gpus: int) -> Iterator[tuple[WorkflowConfig, str, int]]:
+    longest = max(shape.length for shape in preflight.shapes.values())
+    for parallel in layouts(preflight.specs, num_gpus, machine.assumptions.gpus_per_node):
+        mini_batches = [shape.responses for shape in preflight.shapes.values() if shape.responses]
+        if any(responses < parallel.data_parallel_size for responses in mini_batches):
             continue
         for recompute in _RECOMPUTE:
             for count in _MICRO_BATCHES:
-                yield _with(checked.config, parallel, recompute, count * longest), recompute, count * longest
+                yield _with(preflight.config, parallel, recompute, count * longest), recompute, count * longest
 
 
 def layouts(specs: Mapping[str, ModelSpec], num_gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
-    """Every layout of ``num_gpus`` that all models divide by."""
+    """Yield every layout of ``num_gpus`` that divides all models."""
     tensors = [size for size in _divisors(num_gpus) if size <= gpus_per_node]
     for tensor in tensors:
         for pipeline in _divisors(num_gpus // tensor):

@@ -1,8 +1,8 @@
-"""From a workflow to jobs: what runs in which order, what is reused, what runs again and why. No torch here.
+"""Turns a workflow into jobs: their order, which are reused, and which run again for what reason. No torch here.
 
-A job is a stage or an evaluation, with a directory of its own. Its key is the digest of everything that decides its
-result and of its inputs' keys; what does not (layout, threads, micro-batches, checkpoint interval) is left out, so a
-run may go on elsewhere.
+A job is a stage or an evaluation, with its own directory. Its key is a digest of the settings and data that determine
+its result, and of its inputs' keys. Settings that do not change the result (layout, threads, micro-batches, checkpoint
+interval) are excluded, so that a run can resume on other hardware.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from megatron_s2d.errors import UserError
 Action = Literal["run", "resume", "reuse", "rerun"]
 
 # Fields of a stage that do not change its result beyond rounding, or only name it.
-_UNESSENTIAL = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine", "offload_optimizer")
+_EXCLUDED_FROM_KEY = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine", "offload_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One unit of work; ``id`` is its directory below the run's."""
+    """One unit of work; ``id`` is its directory relative to the run directory."""
 
     id: str  # stages/NAME, evaluations/NAME or pass_rate_checks/NUMBER-NAME
     stage: str  # the stage that is run, or whose weights are evaluated
-    pass_rate_check: int | None  # index of the gate, of a gate's evaluation
+    pass_rate_check: int | None  # index of the check that an evaluation is for; None for stages and arms
     directory: StageDirectory
-    resolved: Mapping[str, Any]  # what decides the result
+    resolved: Mapping[str, Any]  # the settings that determine the result
     inputs: Mapping[str, str]  # job id -> key
-    total: int  # steps or rounds, for progress; 0 where only the job finds out
+    total: int  # steps or batches, for progress; 0 if only the job knows
     action: Action
     reason: str
 
@@ -58,17 +58,17 @@ class Job:
 
     @property
     def is_pending(self) -> bool:
-        """Whether there is something to do."""
+        """Whether the job has to run."""
         return self.action != "reuse"
 
 
 def key_of(resolved: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Digest of what decides a job's result."""
+    """Return the digest of the settings and inputs that determine a job's result."""
     return json_digest({"resolved": dict(resolved), "inputs": dict(inputs)})
 
 
 def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
-    """All jobs that the arms, evaluations and pass-rate checks need, inputs first. Nothing is changed on disk."""
+    """Return the jobs of all arms, evaluations and pass-rate checks, inputs first, without changing the disk."""
     digests = {name: data_digest(config, name) for name in used_data(config)}
     jobs: dict[str, Job] = {}
     for name in needed_stages(config):
@@ -81,38 +81,40 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
         inputs = {f"stages/{name}": jobs[f"stages/{name}"].key}
         resolved = _resolved_evaluation(config, digests)
         _add(jobs, run_dir, f"evaluations/{name}", name, None, resolved, inputs, 0)
-    for number, gate in enumerate(config.pass_rate_checks):
-        inputs = {f"stages/{gate.stage}": jobs[f"stages/{gate.stage}"].key}
-        entry = gate.prompts.partition("/")[0]
+    for number, check in enumerate(config.pass_rate_checks):
+        inputs = {f"stages/{check.stage}": jobs[f"stages/{check.stage}"].key}
+        entry = check.prompts.partition("/")[0]
         resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
-        resolved |= {"gate": {"prompts": gate.prompts, "k": gate.samples_per_prompt, "num_prompts": gate.num_prompts}}
+        resolved |= {
+            "gate": {"prompts": check.prompts, "k": check.samples_per_prompt, "num_prompts": check.num_prompts}
+        }
         resolved |= {"sampling": dump(config.evaluation.sampling)}
-        _add(jobs, run_dir, f"pass_rate_checks/{number}-{gate.stage}", gate.stage, number, resolved, inputs, 0)
+        _add(jobs, run_dir, f"pass_rate_checks/{number}-{check.stage}", check.stage, number, resolved, inputs, 0)
     return list(jobs.values())
 
 
 def needed_stages(config: WorkflowConfig) -> list[str]:
-    """Stages that lead to something that is measured, inputs first."""
-    wanted = {name for end in evaluated_stages(config) for name in config.chain(end)}
-    wanted |= {name for gate in config.pass_rate_checks for name in config.chain(gate.stage)}
-    return [name for name in config.stage_order() if name in wanted]
+    """Return the stages that lead to an evaluation or pass-rate check, inputs first."""
+    names = {name for end in evaluated_stages(config) for name in config.chain(end)}
+    names |= {name for check in config.pass_rate_checks for name in config.chain(check.stage)}
+    return [name for name in config.stage_order() if name in names]
 
 
 def evaluated_stages(config: WorkflowConfig) -> list[str]:
-    """Endpoints of arms and further stages to evaluate, each once, in stage order."""
-    wanted = {*config.arms.values(), *config.also_evaluate}
-    return [name for name in config.stage_order() if name in wanted]
+    """Return the final stages of arms and the further stages to evaluate, each once, in stage order."""
+    names = {*config.arms.values(), *config.also_evaluate}
+    return [name for name in config.stage_order() if name in names]
 
 
 def used_data(config: WorkflowConfig) -> list[str]:
-    """Entries of ``data`` that a job reads, sorted."""
-    entries = [*config.evaluation.entries, *(gate.prompts for gate in config.pass_rate_checks)]
+    """Return the sorted entries of ``data`` that a job reads."""
+    entries = [*config.evaluation.entries, *(check.prompts for check in config.pass_rate_checks)]
     entries += [entry for name in needed_stages(config) for entry in config.stages[name].entries]
     return sorted({entry.partition("/")[0] for entry in entries})
 
 
 def data_digest(config: WorkflowConfig, entry: str) -> str:
-    """Digest of a data source: its settings, and the content of its files."""
+    """Return the digest of a data source: its settings and the content of its files."""
     source = config.data[entry]
     files = {}
     if isinstance(source, FileSource):
@@ -134,26 +136,24 @@ def _common(config: WorkflowConfig) -> dict[str, Any]:
 
 
 def _engine(config: WorkflowConfig) -> dict[str, Any]:
-    """What of the engine decides a result: servers draw other random numbers than the trainer."""
+    """Return the engine settings that change results: servers draw other random numbers than the trainer."""
     rollout = config.rollout
-    return (
-        {}
-        if rollout.engine == "megatron"
-        else {"engine": [rollout.engine, rollout.sglang.enable_deterministic_inference]}
-    )
+    if rollout.engine == "megatron":
+        return {}
+    return {"engine": [rollout.engine, rollout.sglang.enable_deterministic_inference]}
 
 
 def _sampling(config: WorkflowConfig) -> dict[str, Any]:
-    """``_engine`` for a stage that trains on responses: also how old the weights are that they may come from."""
+    """Return ``_engine`` and, for a stage that trains on responses, the settings of asynchronous generation."""
     rollout = config.rollout
-    older = {"async_mode": rollout.async_mode, "over_sampling_ratio": rollout.over_sampling_ratio}
-    is_default = older == {"async_mode": "sync", "over_sampling_ratio": 1.0}
-    return _engine(config) | ({} if is_default else older)
+    asynchrony = {"async_mode": rollout.async_mode, "over_sampling_ratio": rollout.over_sampling_ratio}
+    is_default = asynchrony == {"async_mode": "sync", "over_sampling_ratio": 1.0}
+    return _engine(config) | ({} if is_default else asynchrony)
 
 
 def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     stage = config.stages[name]
-    settings = {key: value for key, value in dump(stage).items() if key not in _UNESSENTIAL}
+    settings = {key: value for key, value in dump(stage).items() if key not in _EXCLUDED_FROM_KEY}
     used = {entry.partition("/")[0] for entry in stage.entries}
     sampled = _sampling(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
     resolved = (
@@ -179,17 +179,17 @@ def _add(
     run_dir: Path,
     id_: str,
     stage: str,
-    gate: int | None,
+    pass_rate_check: int | None,
     resolved: dict[str, Any],
     inputs: dict[str, str],
     total: int,
 ) -> None:
     directory = StageDirectory(run_dir / id_)
-    action, reason = _decide(directory, resolved, inputs, jobs)
-    jobs[id_] = Job(id_, stage, gate, directory, resolved, inputs, total, action, reason)
+    action, reason = _choose_action(directory, resolved, inputs, jobs)
+    jobs[id_] = Job(id_, stage, pass_rate_check, directory, resolved, inputs, total, action, reason)
 
 
-def _decide(
+def _choose_action(
     directory: StageDirectory, resolved: dict[str, Any], inputs: dict[str, str], jobs: Mapping[str, Job]
 ) -> tuple[Action, str]:
     if not directory.config_path.exists() or not directory.lineage_path.exists():
@@ -202,15 +202,15 @@ def _decide(
         if old_inputs.get(name) != key:
             return "rerun", f"its input {name} changed"
     if set(old_inputs) != set(inputs):
-        return "rerun", f"its inputs are {', '.join(inputs) or 'none'} now"
+        return "rerun", f"its inputs are now {', '.join(inputs) or 'none'}"
     if directory.is_finished():
-        gone = [name for name in inputs if not jobs[name].directory.is_finished()]
-        return "reuse", "finished" + (f" (its input {gone[0]} is made again)" if gone else "")
+        missing = [name for name in inputs if not jobs[name].directory.is_finished()]
+        return "reuse", "finished" + (f" (its input {missing[0]} runs again)" if missing else "")
     return "resume", "unfinished"
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    """``key: old -> new`` for every leaf in which two JSON values differ."""
+    """Yield ``key: old -> new`` for every leaf in which two JSON values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from changed_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))

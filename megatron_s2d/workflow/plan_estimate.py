@@ -1,7 +1,6 @@
-"""What a plan costs, as tables for a terminal: memory by role and phase, time, traffic, a proposed layout.
+"""Prints the estimated cost of a plan: memory by role and phase, time, traffic and proposed layouts. No torch here.
 
-Everything is printed with what it assumes; nothing here was measured on the GPU that is named. No torch
-here.
+The assumptions are printed with the figures; nothing was measured on the named GPU.
 """
 
 from __future__ import annotations
@@ -25,55 +24,54 @@ _SHOWN_PROPOSALS = 5
 
 
 def machine_from_options(gpu: str | None, num_gpus: int | None, assume: Sequence[str]) -> Machine | None:
-    """What ``--gpu`` and ``--assume`` describe; None without ``--gpu``."""
+    """Return the machine of ``--gpu`` and ``--assume``; None without ``--gpu``."""
     if gpu is None:
-        for option, given in (("--num-gpus", num_gpus is not None), ("--assume", bool(assume))):
-            if given:
-                raise UserError(f"{option} needs --gpu: name the GPU, for example --gpu h200")
+        for option, is_used in (("--num-gpus", num_gpus is not None), ("--assume", bool(assume))):
+            if is_used:
+                raise UserError(f"{option} needs --gpu, for example --gpu h200")
         return None
     if num_gpus is not None and num_gpus < 1:
-        raise UserError(f"--num-gpus {num_gpus}: give at least 1")
+        raise UserError(f"--num-gpus {num_gpus}: must be at least 1")
     return Machine(gpu_of(gpu), parse(AssumptionsConfig, apply_overrides({}, list(assume)), "--assume"))
 
 
-def print_estimate(checked: Preflight, machine: Machine | None, num_gpus: int | None, console: Console) -> None:
-    """Memory of every stage; on a named GPU also time, traffic, and with ``num_gpus`` a proposal."""
-    console.print(memory_table(checked, machine))
+def print_estimate(preflight: Preflight, machine: Machine | None, num_gpus: int | None, console: Console) -> None:
+    """Print the memory of every stage; for a named GPU also time, traffic and, with ``num_gpus``, layouts that fit."""
+    console.print(memory_table(preflight, machine))
     if machine is None:
-        console.print("a CPU's layers and copies are counted; --gpu h200 gives the figures of a GPU", highlight=False)
+        console.print("figures are for CPU ranks; --gpu h200 estimates a GPU", highlight=False)
         return
-    if checked.config.fp8 is not None:
-        check_chip(checked.config.fp8, machine.gpu.capability, machine.gpu.name)
+    if preflight.config.fp8 is not None:
+        check_chip(preflight.config.fp8, machine.gpu.capability, machine.gpu.name)
     times = {
-        name: stage_time(checked.config, name, checked.specs, checked.shapes[name], machine) for name in checked.stages
+        name: stage_time(preflight.config, name, preflight.specs, preflight.shapes[name], machine)
+        for name in preflight.stages
     }
-    console.print(_time_table(checked, times, machine))
+    console.print(_time_table(preflight, times, machine))
     console.print(_traffic_table(times))
     if num_gpus is not None:
-        found = propose(checked, machine, num_gpus)
-        console.print(_proposal_table(found, num_gpus, machine))
-        console.print(f"fastest: {found[0].as_yaml()}", markup=False, highlight=False, soft_wrap=True)
-    lengths = "lengths: every response runs into its limit; evaluations are left out of the times"
-    notes = assumptions(machine, checked.config.precision)
-    if checked.config.fp8 is not None:
-        notes.append(
-            "fp8: times are those of bf16 products, and activations are counted in bf16: both are upper bounds"
-        )
+        proposals = propose(preflight, machine, num_gpus)
+        console.print(_proposal_table(proposals, num_gpus, machine))
+        console.print(f"fastest: {proposals[0].as_yaml()}", markup=False, highlight=False, soft_wrap=True)
+    lengths = "lengths: every response has the maximum length; times exclude evaluations"
+    notes = assumptions(machine, preflight.config.precision)
+    if preflight.config.fp8 is not None:
+        notes.append("fp8: GEMM times and activations are those of bf16, so both are upper bounds")
     for line in [*notes, lengths]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def memory_table(checked: Preflight, machine: Machine | None) -> Table:
-    """One row a stage: what models hold by role, what the fullest phase adds by purpose."""
+def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
+    """Return one row for each stage: memory of its models by role, and what each phase adds by purpose."""
     where = "a CPU rank" if machine is None else f"one {machine.gpu.name}"
-    columns = ["stage", "models hold", "of that: weights, gradients, optimizer", "each phase adds", "peak"]
+    columns = ["stage", "models", "weights, gradients, optimizer", "each phase adds", "peak"]
     if machine is not None:
         columns.append("fits")
     table = Table(*columns, title=f"Estimated memory of {where} (docs/preflight.md)", show_lines=True)
-    for name, memory in checked.memory(on_gpu=machine is not None).items():
-        held, parts = [], []
+    for name, memory in preflight.memory(on_gpu=machine is not None).items():
+        models, parts = [], []
         for item in memory.held:
-            held.append(f"{item.role} {format_bytes(item.total)}")
+            models.append(f"{item.role} {format_bytes(item.total)}")
             trained = f", {format_bytes(item.gradients)}, {format_bytes(item.optimizer)}" if item.gradients else ""
             parts.append(f"{item.role} {format_bytes(item.weights)}{trained}")
         sums = {phase: sum(values.values()) for phase, values in memory.phases.items()}
@@ -81,22 +79,24 @@ def memory_table(checked: Preflight, machine: Machine | None) -> Table:
         for phase in sorted((phase for phase in sums if sums[phase]), key=lambda phase: -sums[phase]):
             purposes = [f"{what} {format_bytes(value)}" for what, value in memory.phases[phase].items() if value]
             adds.append(f"{phase} {format_bytes(sums[phase])}: {', '.join(purposes)}")
-        row = [name, "\n".join(held), "\n".join(parts), "\n".join(adds), format_bytes(memory.total)]
+        row = [name, "\n".join(models), "\n".join(parts), "\n".join(adds), format_bytes(memory.total)]
         if machine is not None:
             row.append(_fits(memory.total, machine))
         table.add_row(*row)
     return table
 
 
-def _fits(needed: int, machine: Machine) -> str:
+def _fits(peak: int, machine: Machine) -> str:
     usable = machine.usable_memory
-    word = "yes" if needed <= usable else "NO"
-    return f"{word}, {100 * needed / usable:.0f} % of {format_bytes(usable)}"
+    answer = "yes" if peak <= usable else "NO"
+    return f"{answer}, {100 * peak / usable:.0f} % of {format_bytes(usable)}"
 
 
-def _time_table(checked: Preflight, times: dict[str, StageTime], machine: Machine) -> Table:
-    ranks = checked.config.parallel.world_size
-    table = Table("stage", "seconds of a step", "where", "tokens/s", "MFU", title=f"Estimated time, {ranks} ranks")
+def _time_table(preflight: Preflight, times: dict[str, StageTime], machine: Machine) -> Table:
+    ranks = preflight.config.parallel.world_size
+    table = Table(
+        "stage", "seconds per step", "share of phases", "tokens/s", "MFU", title=f"Estimated time, {ranks} ranks"
+    )
     for name, time in times.items():
         if not time.total:
             continue
@@ -110,17 +110,17 @@ def _time_table(checked: Preflight, times: dict[str, StageTime], machine: Machin
 
 def _traffic_table(times: dict[str, StageTime]) -> Table:
     kinds = list(dict.fromkeys(kind for time in times.values() for kind in time.traffic))
-    table = Table("stage", *(kinds or ["none"]), title="Bytes that one rank sends in a step")
+    table = Table("stage", *(kinds or ["none"]), title="Bytes sent by one rank per step")
     for name, time in times.items():
         cells = [format_bytes(time.traffic[kind].bytes_sent) if kind in time.traffic else "-" for kind in kinds]
         table.add_row(name, *(cells or ["-"]))
     return table
 
 
-def _proposal_table(found: list[Proposal], num_gpus: int, machine: Machine) -> Table:
-    title = f"Layouts of {num_gpus} x {machine.gpu.name} that fit: {len(found)}; the fastest by this model"
-    table = Table("TP", "PP", "CP", "EP", "DP", "recompute", "micro-batch", "run", "peak", "in stage", title=title)
-    for item in found[:_SHOWN_PROPOSALS]:
+def _proposal_table(proposals: list[Proposal], num_gpus: int, machine: Machine) -> Table:
+    title = f"Layouts of {num_gpus} x {machine.gpu.name} that fit: {len(proposals)}; the fastest first"
+    table = Table("TP", "PP", "CP", "EP", "DP", "recompute", "micro-batch", "time", "peak", "in stage", title=title)
+    for item in proposals[:_SHOWN_PROPOSALS]:
         parallel = item.parallel
         sizes = (
             parallel.tensor_model_parallel_size,
@@ -135,26 +135,26 @@ def _proposal_table(found: list[Proposal], num_gpus: int, machine: Machine) -> T
             f"{item.max_tokens} tokens",
             format_seconds(item.seconds),
             format_bytes(item.memory),
-            item.fullest,
+            item.largest_stage,
         )
     return table
 
 
 def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
-    """What the figures rest on, in words."""
-    gpu, taken = machine.gpu, machine.assumptions
+    """Return the assumptions of the estimate as sentences."""
+    gpu, assumed = machine.gpu, machine.assumptions
     fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "no"
     lines = [
         f"data sheet: {gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
         f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, "
         f"{gpu.link_bandwidth / 1e9:.0f} GB/s one way in the node",
-        f"assumed: {100 * taken.matmul_efficiency:.0f} % of the peak in products, "
-        f"{100 * taken.memory_efficiency:.0f} % of the memory's rate in decoding, "
-        f"{100 * taken.link_efficiency:.0f} % of links, "
-        f"{taken.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {taken.gpus_per_node}, "
-        f"{1e6 * taken.latency:.0f} us a collective, {format_bytes(taken.reserved_memory)} reserved; nothing overlaps",
-        "memory: layers are Transformer Engine's, counted as described, not measured on a GPU",
+        f"assumed: {100 * assumed.matmul_efficiency:.0f} % of peak in GEMMs, "
+        f"{100 * assumed.memory_efficiency:.0f} % of memory bandwidth in decoding, "
+        f"{100 * assumed.link_efficiency:.0f} % of link bandwidth, "
+        f"{assumed.network_bandwidth / 1e9:.0f} GB/s per GPU between nodes of {assumed.gpus_per_node}, "
+        f"{1e6 * assumed.latency:.0f} us per collective, {format_bytes(assumed.reserved_memory)} reserved; no overlap",
+        "memory: counted for Transformer Engine layers (docs/preflight.md), not measured on a GPU",
     ]
     if precision == "float32":
-        lines.append("precision is float32: its products are slower than the bf16 peak that is used here")
+        lines.append("precision: float32 GEMMs are slower than the bf16 peak that is used here")
     return lines

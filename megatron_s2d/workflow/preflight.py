@@ -1,7 +1,7 @@
-"""Everything a run can get wrong that can be found without a GPU: checks of data, labels, lengths and layout.
+"""Checks a workflow before anything runs: engine, models, data, labels, lengths and layout, all without a GPU.
 
-What it will need is estimated from here (``costs/stage_estimate.py``). No torch here (reading a published tokenizer or
-checkpoint loads it).
+The result also has the sizes from which ``estimate/`` computes memory and time. No torch here, except to read a Hugging
+Face tokenizer or checkpoint.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from megatron_s2d.workflow.plan import evaluated_stages, needed_stages
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What the checks found."""
+    """A checked workflow with its tokenizer, models, prompts and sizes."""
 
     config: WorkflowConfig
     tokenizer: Any
-    stages: Sequence[str]  # that will run, inputs first
+    stages: Sequence[str]  # those that the arms need, inputs first
     specs: Mapping[str, ModelSpec]  # entry of `models` -> architecture
     prompts: Mapping[str, Sequence[Prompt]]  # entry or entry/half -> prompts
-    dropped: Mapping[str, int]  # entry -> prompts beyond max_prompt_length
-    duplicates: Mapping[str, int]  # entry -> rows whose id came before, left out
-    totals: Mapping[str, int]  # job id -> rounds, of evaluations and caches
+    dropped: Mapping[str, int]  # entry -> prompts longer than max_prompt_length
+    duplicates: Mapping[str, int]  # entry -> rows dropped because they repeat an id
+    totals: Mapping[str, int]  # job id -> batches of an evaluation or teacher cache
     shapes: Mapping[str, StageShape]  # stage -> its sizes over all data ranks
 
     def memory(self, *, on_gpu: bool) -> dict[str, StageMemory]:
-        """Stage -> memory of the rank that needs most."""
+        """Return stage -> memory of the rank with the largest peak."""
         return {
             name: stage_memory(self.config, name, self.specs, self.shapes[name], on_gpu=on_gpu) for name in self.stages
         }
 
     @property
     def ledger(self) -> LabelLedger:
-        """Which labels are used where."""
+        """The labels that each stage uses."""
         return LabelLedger(self.config, self.prompts)
 
     def ledger_json(self) -> str:
-        """The ledger with the ids of all labelled prompts, for a file."""
+        """Return the ledger with the ids of all labelled prompts as JSON text."""
         entries = [dataclasses.asdict(entry) for entry in self.ledger.entries(self.stages)]
         for entry in entries:
             if entry["labels_used"]:
@@ -71,9 +71,9 @@ class Preflight:
 
 
 def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
-    """Load tokenizer and data, check every stage; the first problem is a one-line ``UserError``."""
+    """Load tokenizer and data and check every stage; raise a one-line ``UserError`` for the first problem."""
     _check_engine(config)
-    _check_context(config)
+    _check_context_parallel(config)
     tokenizer = load_tokenizer(config.tokenizer, tokenizer_cache)
     stages = needed_stages(config)
     used_models = {config.model_of(name) for name in stages}
@@ -81,7 +81,7 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     for name in used_models:
         _check_weights(config, name, stages)
     sets = _load_prompts(config, stages, tokenizer)
-    prompts = {name: found.prompts for name, found in sets.items()}
+    prompts = {name: prompt_set.prompts for name, prompt_set in sets.items()}
     for name in stages:
         _check_stage(config, name, specs, prompts)
     evaluation = config.evaluation
@@ -91,19 +91,19 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     for name in evaluated_stages(config):
         for entry in evaluation.entries:
             _check_length(config, f"evaluation of {name}", name, specs, prompts[entry], evaluation.sampling)
-    for index, gate in enumerate(config.pass_rate_checks):
-        _check_graded(prompts[gate.prompts], f"pass_rate_checks.{index}.prompts: '{gate.prompts}'")
+    for index, check in enumerate(config.pass_rate_checks):
+        _check_graded(prompts[check.prompts], f"pass_rate_checks.{index}.prompts: '{check.prompts}'")
     shapes = {name: stage_shape(config, name, prompts, tokenizer) for name in stages}
-    dropped = {name: found.dropped_too_long for name, found in sets.items()}
-    duplicates = {name: found.dropped_duplicates for name, found in sets.items()}
+    dropped = {name: prompt_set.dropped_too_long for name, prompt_set in sets.items()}
+    duplicates = {name: prompt_set.dropped_duplicates for name, prompt_set in sets.items()}
     totals = _totals(config, stages, prompts)
-    found = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, shapes)
-    found.ledger.check(stages)
-    return found
+    preflight = Preflight(config, tokenizer, stages, specs, prompts, dropped, duplicates, totals, shapes)
+    preflight.ledger.check(stages)
+    return preflight
 
 
 def _check_engine(config: WorkflowConfig) -> None:
-    """Servers that can be started or attached to, before anything is loaded."""
+    """Check that the servers which the workflow needs can be started or have addresses."""
     sglang = config.rollout.sglang
     for name in sglang.urls:
         if name not in config.models:
@@ -113,8 +113,8 @@ def _check_engine(config: WorkflowConfig) -> None:
         return
     if sglang.urls and config.max_parallel_stages > 1:
         raise UserError(
-            f"max_parallel_stages is {config.max_parallel_stages}, but the servers of rollout.sglang.urls hold one model at a time: "
-            "set max_parallel_stages to 1, or leave urls out to have servers started for each stage"
+            f"max_parallel_stages is {config.max_parallel_stages}, but the servers of rollout.sglang.urls serve one "
+            "model at a time: set max_parallel_stages to 1, or remove the urls to start servers for each stage"
         )
     if set(sglang.urls) >= {config.model_of(name) for name in needed_stages(config)}:
         return
@@ -122,26 +122,26 @@ def _check_engine(config: WorkflowConfig) -> None:
         raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")
     if sglang.python is None and importlib.util.find_spec("sglang") is None:
         raise UserError(
-            "SGLang servers are asked for, but sglang is not installed: install megatron-s2d[sglang], name an "
-            "interpreter that has it in rollout.sglang.python, or give addresses of servers in rollout.sglang.urls"
+            "the workflow needs SGLang servers, but sglang is not installed: install megatron-s2d[sglang], set "
+            "rollout.sglang.python to an interpreter that has it, or set rollout.sglang.urls to running servers"
         )
 
 
-def _check_context(config: WorkflowConfig) -> None:
-    """Where sequences are cut over ranks, they lie end to end, and nothing is generated by the trained model itself."""
+def _check_context_parallel(config: WorkflowConfig) -> None:
+    """Context parallelism needs packed sequences, and an engine other than the in-process one."""
     for name in needed_stages(config):
         stage, layouts = config.stages[name], [config.parallel]
         layouts += [config.frozen_parallel(other) for other in stage.inputs().values()]
         size = max(layout.context_parallel_size for layout in layouts)
         if size > 1 and not stage.micro_batch.sequence_packing:
             raise UserError(
-                f"stages.{name}: context_parallel_size {size} cuts sequences that lie end to end: set "
+                f"stages.{name}: context_parallel_size {size} needs packed sequences: set "
                 "micro_batch.sequence_packing to true"
             )
     if config.parallel.context_parallel_size > 1 and config.rollout.engine == "megatron":
         raise UserError(
-            f"parallel.context_parallel_size is {config.parallel.context_parallel_size}, and the in-process engine does "
-            "not generate with it: set rollout.engine to sglang, or context_parallel_size to 1"
+            "the in-process engine does not support context parallelism: set rollout.engine to sglang, or "
+            f"parallel.context_parallel_size to 1 (it is {config.parallel.context_parallel_size})"
         )
 
 
@@ -160,15 +160,13 @@ def _resolve(config: WorkflowConfig, name: str, vocab_size: int) -> ModelSpec:
 
 
 def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> None:
-    """Files, tensors and shapes of a checkpoint that a stage starts from; nothing but headers is read."""
+    """Check files, tensor names and shapes of a checkpoint that a stage starts from, reading headers only."""
     path = config.models[name].path
     starts = [stage for stage in stages if getattr(config.stages[stage], "model", None) == name]
     if path is None:
         for stage in starts:
             if isinstance(config.stages[stage], LoadCheckpointConfig):
-                raise UserError(
-                    f"stages.{stage}: model '{name}' has no `path`, from which pretrained weights would come"
-                )
+                raise UserError(f"stages.{stage}: model '{name}' has no `path` to load pretrained weights from")
     elif starts:
         from megatron_s2d.models.hf_checkpoint import HfCheckpoint  # loads torch
 
@@ -179,8 +177,8 @@ def _check_weights(config: WorkflowConfig, name: str, stages: Sequence[str]) -> 
 
 
 def _load_prompts(config: WorkflowConfig, stages: Sequence[str], tokenizer: Any) -> dict[str, PromptSet]:
-    """Every entry (or half) that a stage, a gate or the evaluation reads; corpora have no prompts."""
-    names = [*config.evaluation.entries, *(gate.prompts for gate in config.pass_rate_checks)]
+    """Load every entry (or half) that a stage, a pass-rate check or the evaluation reads; corpora have no prompts."""
+    names = [*config.evaluation.entries, *(check.prompts for check in config.pass_rate_checks)]
     names += [entry for name in stages for entry in config.stages[name].entries]
     return {
         name: prompts_of(config, name, tokenizer)
@@ -207,9 +205,12 @@ def _check_stage(
         _check_domains(where, stage, prompts)
     if isinstance(stage, ExpoConfig):
         _check_expo(config, where, stage)
-    if isinstance(stage, GrpoConfig):
-        if stage.overlong_buffer is not None and stage.overlong_buffer.len > stage.sampling.max_response_length:
-            raise UserError(f"{where}.overlong_buffer.len: larger than sampling.max_response_length")
+    overlong_buffer = stage.overlong_buffer if isinstance(stage, GrpoConfig) else None
+    if overlong_buffer is not None and overlong_buffer.len > stage.sampling.max_response_length:
+        raise UserError(
+            f"{where}.overlong_buffer.len: {overlong_buffer.len} is larger than sampling.max_response_length "
+            f"{stage.sampling.max_response_length}"
+        )
     if isinstance(stage, SftConfig) and stage.data in prompts:
         missing = [prompt.id for prompt in prompts[stage.data] if prompt.solution_token_ids is None]
         if missing:
@@ -220,25 +221,27 @@ def _check_stage(
     if isinstance(stage, ForwardKlConfig):
         cache = config.stages[stage.cache]
         if cache.representation == "sampled_token":
-            raise UserError(f"{where}.cache: '{stage.cache}' is of kind sampled, which has no distributions to match")
-    batch = getattr(stage, "batch_size", None)
-    if isinstance(stage, (GrpoConfig, OpdConfig)):
-        batch = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
-    if batch is not None and batch < config.parallel.data_parallel_size:
+            raise UserError(
+                f"{where}.cache: '{stage.cache}' has representation sampled_token; forward KL needs distributions"
+            )
+    num_responses = getattr(stage, "global_batch_size", None)
+    if isinstance(stage, GrpoConfig | OpdConfig):
+        num_responses = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
+    if num_responses is not None and num_responses < config.parallel.data_parallel_size:
         raise UserError(
-            f"{where}: an update of {batch} responses is smaller than data_parallel_size "
-            f"{config.parallel.data_parallel_size}; enlarge it"
+            f"{where}: a mini-batch of {num_responses} responses is smaller than data_parallel_size "
+            f"{config.parallel.data_parallel_size}; enlarge the batch"
         )
 
 
 def _check_domains(where: str, stage: OpdConfig, prompts: Mapping[str, Sequence[Prompt]]) -> None:
     if isinstance(stage.teacher, str):
         return
-    found = {prompt.domain for entry in stage.entries for prompt in prompts[entry]}
-    for domain in sorted(found - set(stage.teacher)):
+    domains = {prompt.domain for entry in stage.entries for prompt in prompts[entry]}
+    for domain in sorted(domains - set(stage.teacher)):
         raise UserError(
-            f"{where}.teacher: prompts of the domain '{domain}' have no teacher (there is one for "
-            f"{', '.join(stage.teacher)}); add it, or correct the data's `domain`"
+            f"{where}.teacher: no teacher for the domain '{domain}' (domains with one: {', '.join(stage.teacher)}); "
+            "add one, or correct the `domain` of the data"
         )
 
 
@@ -246,17 +249,19 @@ def _check_expo(config: WorkflowConfig, where: str, stage: ExpoConfig) -> None:
     base = config.models[config.model_of(stage.base)]
     for name in stage.tuned:
         if config.models[config.model_of(name)] != base:
-            raise UserError(f"{where}.tuned: '{name}' is another model than '{stage.base}'; weights cannot be combined")
+            raise UserError(
+                f"{where}.tuned: '{name}' and '{stage.base}' have different models, so their weights cannot be combined"
+            )
 
 
 def _check_same_vocabulary(
     config: WorkflowConfig, where: str, name: str, relation: str, other: str, specs: Mapping[str, ModelSpec]
 ) -> None:
-    own, its = config.model_of(name), config.model_of(other)
-    if specs[own].vocab_size != specs[its].vocab_size:
+    model, other_model = config.model_of(name), config.model_of(other)
+    if specs[model].vocab_size != specs[other_model].vocab_size:
         raise UserError(
-            f"{where}.{relation}: model '{its}' has a vocabulary of {specs[its].vocab_size} and '{own}' one of "
-            f"{specs[own].vocab_size}: teacher and student must share one"
+            f"{where}.{relation}: model '{other_model}' has a vocabulary of {specs[other_model].vocab_size} and "
+            f"'{model}' one of {specs[model].vocab_size}: teacher and student must share one"
         )
 
 
@@ -270,11 +275,11 @@ def _check_length(
 ) -> None:
     model = config.model_of(stage)
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    needed, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
-    if needed > limit:
+    length, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
+    if length > limit:
         raise UserError(
             f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
-            f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; lower "
+            f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; reduce "
             "lengths.max_prompt_length or sampling.max_response_length"
         )
 
@@ -287,19 +292,20 @@ def _check_graded(prompts: Sequence[Prompt], where: str) -> None:
 
 
 def _check_distinct(entries: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> None:
-    """Evaluation rows are kept by problem, so a problem may be in one entry only."""
-    found: dict[str, str] = {}
+    """Refuse a problem in two entries: the rows of an evaluation are identified by problem."""
+    entry_of: dict[str, str] = {}
     for entry in entries:
         for prompt in prompts[entry]:
-            if prompt.id in found:
+            if prompt.id in entry_of:
                 raise UserError(
-                    f"evaluation.prompts: the problem {prompt.id} is in '{found[prompt.id]}' and in '{entry}'; "
-                    "evaluate it once"
+                    f"evaluation.prompts: problem {prompt.id} is in both '{entry_of[prompt.id]}' and '{entry}'; "
+                    "remove it from one of them"
                 )
-            found[prompt.id] = entry
+            entry_of[prompt.id] = entry
 
 
 def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, int]:
+    """Return job id -> number of batches, for the progress of evaluations and teacher caches."""
     evaluation = config.evaluation
     totals = {}
     for name in stages:
@@ -307,9 +313,9 @@ def _totals(config: WorkflowConfig, stages: Sequence[str], prompts: Mapping[str,
         if isinstance(stage, TeacherCacheConfig):
             totals[f"stages/{name}"] = math.ceil(len(prompts[stage.prompts]) / stage.generation_batch_size)
     for name in evaluated_stages(config):
-        rounds = [math.ceil(len(prompts[entry]) / evaluation.eval_batch_size) for entry in evaluation.entries]
-        totals[f"evaluations/{name}"] = sum(rounds)
-    for number, gate in enumerate(config.pass_rate_checks):
-        problems = min(gate.num_prompts, len(prompts[gate.prompts]))
-        totals[f"gates/{number}-{gate.stage}"] = math.ceil(problems / evaluation.eval_batch_size)
+        batches = [math.ceil(len(prompts[entry]) / evaluation.eval_batch_size) for entry in evaluation.entries]
+        totals[f"evaluations/{name}"] = sum(batches)
+    for number, check in enumerate(config.pass_rate_checks):
+        num_problems = min(check.num_prompts, len(prompts[check.prompts]))
+        totals[f"pass_rate_checks/{number}-{check.stage}"] = math.ceil(num_problems / evaluation.eval_batch_size)
     return totals

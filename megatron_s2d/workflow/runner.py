@@ -3,8 +3,8 @@
 The runner locks the run directory and starts jobs whose inputs are finished, at most ``max_parallel_stages`` at a time,
 each as ``parallel.world_size`` processes forked from one server that has imported the libraries. Ranks of a job
 communicate with each other only; each sends one ``JobOutcome`` to the runner when it ends, and the runner reads
-progress from the jobs' metrics files. A rank kills itself when the runner has ended. ``torchrun_runner.py`` is the counterpart
-for ranks that a launcher started.
+progress from the jobs' metrics files. A rank kills itself when the runner has ended. ``torchrun_runner.py`` does the
+same on ranks that a launcher started.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
     [
         ("stages.opd.reward_scale=1.25", "reward scale other than 1 needs a `reference`"),
         ("stages.full.sign_gate={conflict_beta: 1, lambda_high: 1.0}", "sign_gate needs kl_estimator: sampled_token"),
-        ("stages.routed.teacher={code: rl_teacher}", "domain 'arithmetic' have no teacher"),
+        ("stages.routed.teacher={code: rl_teacher}", "no teacher for the domain 'arithmetic'"),
         ("stages.gkd.cache=null", "go together"),
         ("stages.jsd.beta=null", "beta goes with jsd"),
         ("stages.fkl.cache=cache_sampled", "kind sampled"),

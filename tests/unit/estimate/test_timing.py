@@ -143,7 +143,7 @@ def test_what_is_proposed_fits_and_is_fastest(large):
 
 
 def test_what_cannot_fit_is_said_with_the_smallest_peak(large):
-    with pytest.raises(UserError, match=r"nothing fits 4 x NVIDIA L40S: the smallest peak is [0-9.]+ GiB in stage"):
+    with pytest.raises(UserError, match=r"no layout fits 4 x NVIDIA L40S: the smallest peak is [0-9.]+ GiB, in stage"):
         propose(large, Machine(GPUS["l40s"]), 4)
     with pytest.raises(UserError, match="no layout of 7919 GPUs"):
         propose(large, Machine(GPUS["h200"]), 7919)
@@ -153,7 +153,7 @@ def test_the_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
     assert main(["plan", str(SMOKE), "--gpu", "h100", "--num-gpus", "2", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     for expected in ("Labels: 256 distinct", "tokenizer fingerprint", "template fingerprint", "KV cache", "fastest: ",
-                     "assumed: 50 % of the peak", "NVIDIA H100 SXM", "MFU"):  # fmt: skip
+                     "assumed: 50 % of peak", "NVIDIA H100 SXM", "MFU"):  # fmt: skip
         assert expected in text, expected
     assert not (tmp_path / "run").exists()
 
@@ -163,7 +163,7 @@ def test_the_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
     [
         (["--gpu", "h2000"], "unknown GPU 'h2000' (did you mean 'h200'?"),
         (["--num-gpus", "8"], "--num-gpus needs --gpu"),
-        (["--gpu", "h200", "--num-gpus", "0"], "--num-gpus 0: give at least 1"),
+        (["--gpu", "h200", "--num-gpus", "0"], "--num-gpus 0: must be at least 1"),
         (["--gpu", "h200", "--assume", "matmul_eficiency=0.6"], "did you mean 'matmul_efficiency'"),
         (["--gpu", "h200", "--assume", "matmul_efficiency=1.6"], "less than or equal to 1"),
     ],

@@ -1,5 +1,4 @@
-"""The papers' tables: every full-size file passes the preflight beside stand-ins for checkpoints and data, and the tiny
-file of a table has the same rows, arms and stages."""
+"""Configs of the papers' tables: full-size files pass preflight with fake checkpoints, and tiny files match them."""
 
 import json
 import subprocess
@@ -30,7 +29,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as the full-size files expect it, with holes for weights and a few made-up problems for data."""
+    """Create the folder that full-size files expect, with sparse files as weights and a few invented problems."""
     root = tmp_path_factory.mktemp("papers")
     for name, preset in MODELS.items():
         write_model(root / "models" / name, ModelConfig(preset=preset).resolve())
@@ -39,14 +38,14 @@ def folder(tmp_path_factory):
 
 
 def write_model(directory, spec):
-    """config.json, a byte-level tokenizer, and a safetensors file whose data is a hole of the right size."""
+    """Write config.json, a byte-level tokenizer, and a sparse safetensors file of the right size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "bfloat16")))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -73,7 +72,7 @@ def write_data(directory):
     directory.mkdir()
     problem = [f"What is {number} + 1?" for number in range(64)]
     answer = [str(number + 1) for number in range(64)]
-    rows = list(zip(range(64), problem, answer))
+    rows = list(zip(range(64), problem, answer, strict=True))
     messages = [[{"role": "user", "content": text}] for text in problem]
     datasets.Dataset.from_dict({
         "prompt": messages,
@@ -116,17 +115,17 @@ def write_data(directory):
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent}-{path.stem}")
-def test_a_full_size_table_passes_the_preflight(folder, table, monkeypatch):
+def test_full_size_table_passes_preflight(folder, table, monkeypatch):
     monkeypatch.chdir(folder)
     config = load_workflow(CONFIGS / "papers" / table)
-    found = check_workflow(config, folder / "tokenizers")
-    assert set(found.stages) == {stage for end in config.arms.values() for stage in config.chain(end)}
+    preflight = check_workflow(config, folder / "tokenizers")
+    assert set(preflight.stages) == {stage for end in config.arms.values() for stage in config.chain(end)}
 
 
-def test_the_opd_example_passes_the_preflight(folder, monkeypatch):
+def test_opd_example_passes_preflight(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    plan = check_workflow(load_workflow(CONFIGS / "opd_qwen3.yaml"), folder / "tokenizers")
-    assert set(plan.stages) == {"base", "teacher", "opd"}
+    preflight = check_workflow(load_workflow(CONFIGS / "opd_qwen3.yaml"), folder / "tokenizers")
+    assert set(preflight.stages) == {"base", "teacher", "opd"}
 
 
 def test_dry_run_of_a_full_size_table_starts_nothing(folder):
@@ -140,7 +139,7 @@ def test_dry_run_of_a_full_size_table_starts_nothing(folder):
     assert "sg-opd-table3: 25 stages, 21 evaluations" in done.stdout and not (folder / "runs").exists()
 
 
-def test_incomplete_weights_are_found_before_anything_runs(folder, monkeypatch):
+def test_incomplete_weights_are_detected_before_anything_runs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     weights = folder / "models" / "Qwen3-14B" / "model.safetensors"
     size = weights.stat().st_size
@@ -155,20 +154,20 @@ def test_incomplete_weights_are_found_before_anything_runs(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent}-{path.stem}")
-def test_the_tiny_table_has_the_same_rows_and_methods(table):
+def test_tiny_table_has_the_same_rows_and_methods(table):
     full, tiny = (load_workflow(CONFIGS / size / table) for size in ("papers", "tiny"))
     assert [(row.label, row.arm, row.paper) for row in full.table.rows] == [
         (row.label, row.arm, row.paper) for row in tiny.table.rows
     ]
     assert full.arms == tiny.arms
-    methods = {"load_checkpoint", "sft", "grpo"}  # published weights are trained from scratch at tiny size
+    methods = {"sft", "grpo"}  # tiny models are trained from scratch where the full size loads a checkpoint
     for name, stage in full.stages.items():
         other = tiny.stages[name]
-        assert stage.type == other.type or {stage.type, other.type} <= methods and stage.type == "load_checkpoint"
+        assert stage.type == other.type or (stage.type == "load_checkpoint" and other.type in methods)
         for key in (
             "reward_scale",
             "kl_estimator",
-            "gate",
+            "sign_gate",
             "divergence",
             "on_policy_fraction",
             "alpha",
@@ -177,7 +176,7 @@ def test_the_tiny_table_has_the_same_rows_and_methods(table):
             assert getattr(stage, key, None) == getattr(other, key, None), (name, key)
 
 
-def test_every_row_of_the_papers_is_there():
+def test_every_row_of_the_papers_is_configured():
     rows = {
         str(table): len(yaml.safe_load((CONFIGS / "papers" / table).read_text())["table"]["rows"]) for table in TABLES
     }

@@ -1,4 +1,4 @@
-"""Plans: what is reused, resumed or run again, and the reason that is given."""
+"""Plans: which jobs are reused, resumed or run again, and for which reason."""
 
 from pathlib import Path
 
@@ -18,15 +18,15 @@ def plan(run_dir, *overrides):
     return {job.id: job for job in make_plan(load_workflow(SMOKE, list(overrides)), run_dir)}
 
 
-def pretend(run_dir, *overrides, unfinished=()):
-    """Directories as a finished run leaves them."""
+def write_run(run_dir, *overrides, unfinished=()):
+    """Write the directories of a run of which only the ``unfinished`` jobs are not finished."""
     for job in plan(run_dir, *overrides).values():
         job.directory.begin(job.resolved, job.inputs, {"seed": 1})
         if job.id not in unfinished:
             job.directory.finish({"key": job.key, "seconds": 1.0})
 
 
-PARTS = ("stages.yaml", "sizes.yaml")  # what tables build on
+PARTS = ("stages.yaml", "sizes.yaml")  # included by the tables
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in PARTS)
 OTHER_KINDS = {
     "sweeps": lambda path: expand_points(load_sweep(path)),
@@ -43,7 +43,7 @@ def test_every_shipped_config_is_valid(path):
     assert config.arms and config.stage_order()
 
 
-def test_a_new_run_runs_everything_inputs_first(tmp_path):
+def test_new_run_runs_everything_inputs_first(tmp_path):
     jobs = list(plan(tmp_path).values())
     assert {job.action for job in jobs} == {"run"}
     seen = set()
@@ -53,24 +53,24 @@ def test_a_new_run_runs_everything_inputs_first(tmp_path):
     assert len([job for job in jobs if not job.is_stage]) == 2
 
 
-def test_finished_jobs_are_reused_and_an_unfinished_one_goes_on(tmp_path):
-    pretend(tmp_path, unfinished=("stages/opd",))
+def test_finished_jobs_are_reused_and_unfinished_ones_resume(tmp_path):
+    write_run(tmp_path, unfinished=("stages/opd",))
     jobs = plan(tmp_path)
     assert jobs["stages/opd"].action == "resume"
     assert {job.action for id_, job in jobs.items() if id_ != "stages/opd"} == {"reuse"}
 
 
-def test_a_change_runs_what_it_affects_and_says_why(tmp_path):
-    pretend(tmp_path)
+def test_change_reruns_what_it_affects_and_gives_the_reason(tmp_path):
+    write_run(tmp_path)
     jobs = plan(tmp_path, "stages.opd.optimizer.lr=5e-4")
-    again = {id_ for id_, job in jobs.items() if job.action == "rerun"}
-    assert again == {"stages/opd", "stages/stage3", "evaluations/stage3"}
+    reruns = {id_ for id_, job in jobs.items() if job.action == "rerun"}
+    assert reruns == {"stages/opd", "stages/stage3", "evaluations/stage3"}
     assert jobs["stages/opd"].reason == "stage.optimizer.lr: 0.001 -> 0.0005"
     assert jobs["stages/stage3"].reason == "its input stages/opd changed"
 
 
-def test_what_cannot_change_a_result_runs_nothing_again(tmp_path):
-    pretend(tmp_path)
+def test_settings_that_cannot_change_a_result_rerun_nothing(tmp_path):
+    write_run(tmp_path)
     jobs = plan(
         tmp_path,
         "max_parallel_stages=1",
@@ -81,8 +81,8 @@ def test_what_cannot_change_a_result_runs_nothing_again(tmp_path):
     assert {job.action for job in jobs.values()} == {"reuse"}
 
 
-def test_the_seed_and_the_data_affect_all(tmp_path):
-    pretend(tmp_path)
+def test_seed_and_data_changes_rerun_what_uses_them(tmp_path):
+    write_run(tmp_path)
     assert {job.action for job in plan(tmp_path, "seed=2").values()} == {"rerun"}
     changed = plan(tmp_path, "data.problems.num_prompts=65")
     assert {id_ for id_, job in changed.items() if job.action == "rerun"} == {

@@ -38,12 +38,12 @@ def test_jobs_of_a_stage_are_its_training_and_its_evaluation(tmp_path):
 def test_stage_with_unfinished_input_is_refused(tmp_path):
     config = load_workflow(SMOKE)
     finish(config, tmp_path, "student_base")
-    with pytest.raises(UserError, match="--stage opd: its input stages/forward_kl is not finished"):
-        with prepare_run(config, tmp_path, CONSOLE, "opd"):
-            pass
-    with pytest.raises(UserError, match="--stage nothing: no arm needs a stage of this name"):
-        with prepare_run(config, tmp_path, CONSOLE, "nothing"):
-            pass
+    unfinished = pytest.raises(UserError, match="--stage opd: its input stages/forward_kl is not finished")
+    with unfinished, prepare_run(config, tmp_path, CONSOLE, "opd"):
+        pass
+    unknown = pytest.raises(UserError, match="--stage nothing: no arm needs a stage of this name")
+    with unknown, prepare_run(config, tmp_path, CONSOLE, "nothing"):
+        pass
 
 
 def test_changed_configuration_archives_that_stage_only(tmp_path):
@@ -58,21 +58,25 @@ def test_changed_configuration_archives_that_stage_only(tmp_path):
 def test_single_stages_share_the_run_directory_and_a_full_run_locks_it(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_s2d.workflow.runner._LOCK_WAIT_SECONDS", 0.1)
     config = load_workflow(SMOKE)
+
+    def is_refused(stage: str | None) -> bool:
+        with pytest.raises(UserError, match="in use by"), prepare_run(config, tmp_path, CONSOLE, stage):
+            pass
+        return True
+
     with prepare_run(config, tmp_path, CONSOLE, "teacher_base"), prepare_run(config, tmp_path, CONSOLE, "student_base"):
-        for other in ("teacher_base", None):
-            with pytest.raises(UserError, match="in use by"):
-                with prepare_run(config, tmp_path, CONSOLE, other):
-                    pass
+        assert is_refused("teacher_base") and is_refused(None)
     with prepare_run(config, tmp_path, CONSOLE, None):
-        with pytest.raises(UserError, match="in use by"):
-            with prepare_run(config, tmp_path, CONSOLE, "teacher_base"):
-                pass
+        assert is_refused("teacher_base")
 
 
 def test_shared_lock_excludes_exclusive_locks_only(tmp_path):
+    def is_refused(**options: bool) -> bool:
+        with pytest.raises(UserError, match="in use by"), directory_lock(tmp_path, **options):
+            pass
+        return True
+
     with directory_lock(tmp_path, shared=True), directory_lock(tmp_path, shared=True):
-        with pytest.raises(UserError, match="in use by"), directory_lock(tmp_path):
-            pass
+        assert is_refused()
     with directory_lock(tmp_path):
-        with pytest.raises(UserError, match="in use by"), directory_lock(tmp_path, shared=True):
-            pass
+        assert is_refused(shared=True)
