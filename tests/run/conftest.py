@@ -1,4 +1,4 @@
-"""One unbroken smoke run, which the tests of this folder compare with."""
+"""One uninterrupted smoke run, which the tests of this folder compare with."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Runs the jobs of a workflow one after another in forked processes of its own, each killed before its n-th file
-operation in the run directory; prints how many were killed.
+"""Runs a workflow in forked processes that are killed before their n-th file operation in the run directory.
+
+Prints the number of kills.
 
 python killed_run.py CONFIG RUN_DIR SEED KILLS
 """
@@ -16,18 +17,18 @@ from megatron_s2d.workflow.plan import make_plan
 from megatron_s2d.workflow.worker import execute
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
-MOST_OPERATIONS = 400  # between two kills: more than there are between two checkpoints, so that the run gets on
+MAX_OPERATIONS = 400  # between two kills: more than between two checkpoints, so that the run makes progress
 
 
 def kill_before(count: int, run_dir: Path) -> None:
-    """SIGKILL this process just before its ``count``-th operation on a file below ``run_dir``."""
-    seen = 0
+    """Send SIGKILL to this process just before its ``count``-th operation on a file below ``run_dir``."""
+    num_operations = 0
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal seen
+        nonlocal num_operations
         if event in OPERATIONS and str(arguments[0]).startswith(str(run_dir)):
-            seen += 1
-            if seen == count:
+            num_operations += 1
+            if num_operations == count:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -45,23 +46,23 @@ def run_pending(config_path: Path, run_dir: Path, count: int | None) -> None:
 
 
 def main(config_path: Path, run_dir: Path, seed: int, kills: int) -> None:
-    draw = random.Random(seed)
-    done = 0
+    rng = random.Random(seed)
+    num_kills = 0
     while True:
-        count = draw.randint(1, MOST_OPERATIONS) if done < kills else None
+        count = rng.randint(1, MAX_OPERATIONS) if num_kills < kills else None
         child = os.fork()
         if child == 0:
             try:
                 run_pending(config_path, run_dir, count)
             except BaseException as error:
-                print(f"after {done} kills: {type(error).__name__}: {error}", flush=True)
+                print(f"after {num_kills} kills: {type(error).__name__}: {error}", flush=True)
                 os._exit(1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            done += 1
+            num_kills += 1
             continue
-        print(done, flush=True)
+        print(num_kills, flush=True)
         sys.exit(os.waitstatus_to_exitcode(status))
 
 

@@ -1,4 +1,4 @@
-"""Starts the s2d command as a user does, for the tests of this folder."""
+"""Runs the s2d command as a user does, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 COMMAND = [sys.executable, "-m", "megatron_s2d.cli"]
 # The arm that needs no teacher: two stages and an evaluation of the smoke workflow, for tests that run it again.
 DIRECT_ARM = ["--set", "arms={direct_student_grpo: student_grpo}", "--set", "contrasts=[]"]
-# Only ends what hangs: a busy machine may need many times the usual seconds.
+# Only stops hanging runs: a busy machine may need many times the usual duration.
 LIMIT_SECONDS = 1500
 _TIMES = ("time", "tokens_per_second")
 
 
 def s2d(*arguments: object, timeout: float = LIMIT_SECONDS) -> subprocess.CompletedProcess:
-    """Run to the end; output is captured as text."""
+    """Run the command to its end and capture its output as text."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
     )
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    """Start and go on."""
+    """Start the command in the background."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def metrics(run_dir: Path, job: str) -> list[dict]:
-    """Rows of a job without what depends on the clock."""
+    """Return the metrics of a job without those that depend on the clock."""
     lines = (run_dir / job / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in _TIMES and not key.startswith("timing_s/")}
@@ -52,7 +52,7 @@ def metrics(run_dir: Path, job: str) -> list[dict]:
 
 
 def wait_for(condition, timeout: float = LIMIT_SECONDS) -> None:
-    """Poll until ``condition()`` holds."""
+    """Poll until ``condition()`` is true."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -60,13 +60,13 @@ def wait_for(condition, timeout: float = LIMIT_SECONDS) -> None:
 
 
 def processes_of(run_dir: Path) -> list[int]:
-    """Live processes whose open files lie below ``run_dir``, such as ranks that write there."""
-    found = []
+    """Return the processes with open files below ``run_dir``, such as ranks that write there."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             targets = [os.readlink(link) for link in (entry / "fd").iterdir()]
         except OSError:
             continue
         if any(target.startswith(str(run_dir)) for target in targets):
-            found.append(int(entry.name))
-    return found
+            pids.append(int(entry.name))
+    return pids

@@ -1,6 +1,6 @@
-"""Pushes from a training layout of two ranks to a running SGLang server and compares log-probabilities.
+"""Updates a running SGLang server from training layouts of two ranks and compares log-probabilities.
 
-Started by test_sglang_server.py through torchrun: address, directory, output file.
+Started by test_sglang_server.py with torchrun; arguments: address, directory, output file.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> None:
             ))  # fmt: skip
             change(policy, 0.01)
             engine.update_weights(policy.chunks, 1)
-            mine = make_requests()[policy.layout.dp_rank :: policy.layout.dp_size]
-            samples = engine.generate(mine)
+            local_requests = make_requests()[policy.layout.dp_rank :: policy.layout.dp_size]
+            samples = engine.generate(local_requests)
             merged = [sample for part in all_gather_object(samples) for sample in part]
             results[f"{name}/{sync}"] = {
                 "gap": rollout_gap(policy, merged),

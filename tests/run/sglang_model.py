@@ -1,4 +1,4 @@
-"""The model, requests and comparisons that the tests with a real SGLang server share."""
+"""The model, requests and comparisons shared by the tests with a real SGLang server."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE
 
 
 def make_policy(layout: Layout) -> MegatronModel:
-    """Wide initial weights, so that distributions are far from uniform; the same at every layout."""
+    """Build a model with wide initial weights (distributions far from uniform), the same at every layout."""
     return MegatronModel(SPEC, layout, precision="float32", max_tokens=2048, seed=3)
 
 
 def change(policy: MegatronModel, amount: float) -> None:
-    """Move every weight, the same way at every layout."""
+    """Change every weight, in the same way at every layout."""
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
             parameter.mul_(1 + amount).add_(amount / 10)
@@ -46,18 +46,18 @@ def rollout_settings(weight_sync: str = "disk", **settings) -> RolloutConfig:
 def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:
     params = SamplingParams(**{"max_new_tokens": 10, "stop_token_ids": (EOS,), **params})
     generator = np.random.default_rng(2)
-    found = []
+    requests = []
     for number in range(prompts):
-        # The last token of the vocabulary is among them: SGLang reports its id wrongly.
+        # Includes the last token of the vocabulary, whose id SGLang reports wrongly.
         token_ids = np.append(generator.integers(0, VOCAB_SIZE, 3 + number), VOCAB_SIZE - 1)
         prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
         for group in range(groups):
             seed = sample_seed(1, 0, prompt.id, group)
-            found.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
-    return found
+            requests.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
+    return requests
 
 
 def rollout_gap(policy: MegatronModel, samples: list[Sample]) -> float:
-    """Largest difference, in nats, between the engine's log-probabilities and the trainer's."""
+    """Return the largest difference, in nats, between the engine's and the trainer's log-probabilities."""
     pairs = zip(samples, policy.score(samples), strict=True)
     return max(float(np.abs(sample.rollout_log_probs - score)[sample.response_mask].max()) for sample, score in pairs)

@@ -1,4 +1,4 @@
-"""Kill the run at any moment: the same command goes on, with the result of an unbroken run, bit for bit."""
+"""Kill the run at any time: the same command resumes it, bit-identical to an uninterrupted run."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def assert_equals_unbroken(run_dir, unbroken, jobs=JOBS) -> None:
     for job in jobs:
         assert metrics(run_dir, job) == metrics(unbroken, job), job
     for arm in [job.removeprefix("evaluations/") for job in jobs if job.startswith("evaluations/")]:
-        mine = (run_dir / "evaluations" / arm / "evaluation.jsonl").read_bytes()
-        assert mine == (unbroken / "evaluations" / arm / "evaluation.jsonl").read_bytes()
+        content = (run_dir / "evaluations" / arm / "evaluation.jsonl").read_bytes()
+        assert content == (unbroken / "evaluations" / arm / "evaluation.jsonl").read_bytes()
 
 
 def count_rows(path) -> int:
@@ -39,14 +39,15 @@ def count_rows(path) -> int:
 
 
 @pytest.mark.slow
-def test_kill_9_again_and_again(unbroken, tmp_path):
-    """Killed inside base training, GRPO, and the bridge, each between two checkpoints, some written in the background."""
+def test_resume_after_several_sigkills(unbroken, tmp_path):
+    """Kills during base training, GRPO and OPD, each between two checkpoints, some of them saved asynchronously."""
     run_dir = tmp_path / "killed"
-    background = [f"stages.{stage}.checkpoint.async_save=true" for stage in ("teacher_base", "opd")]
-    settings = [part for setting in background for part in ("--set", setting)]
+    async_saves = [f"stages.{stage}.checkpoint.async_save=true" for stage in ("teacher_base", "opd")]
+    settings = [part for setting in async_saves for part in ("--set", setting)]
     for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
         run = start("run", SMOKE, "--out", run_dir, *settings)
-        wait_for(lambda: count_rows(run_dir / job / "metrics.jsonl") >= rows or run.poll() is not None)
+        path = run_dir / job / "metrics.jsonl"
+        wait_for(lambda run=run, path=path, rows=rows: count_rows(path) >= rows or run.poll() is not None)
         assert run.poll() is None, run.stdout.read()
         run.send_signal(signal.SIGKILL)
         run.wait()
@@ -72,7 +73,7 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken, tmp_path):
     assert_equals_unbroken(run_dir, unbroken, DIRECT_JOBS)
 
 
-def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
+def test_killed_rank_stops_the_run_with_a_one_line_error(tmp_path):
     run_dir = tmp_path / "rank"
     run = start("run", SMOKE, "--out", run_dir)
     wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 3)
@@ -83,8 +84,8 @@ def test_a_rank_that_is_killed_stops_the_run_with_one_line(tmp_path):
     assert not processes_of(run_dir)
 
 
-def test_a_rank_that_hangs_is_found_by_the_others(tmp_path):
-    """One of two ranks is frozen: the other waits for it in vain, shows where, and the run ends."""
+def test_hanging_rank_is_detected_by_the_watchdog(tmp_path):
+    """One of two ranks is stopped: the other dumps its stacks, and the run ends."""
     run_dir = tmp_path / "hang"
     settings = ["parallel={tensor_model_parallel_size: 2}", "max_parallel_stages=1", "watchdog_timeout_seconds=6"]
     run = start("run", SMOKE, "--out", run_dir, *(part for setting in settings for part in ("--set", setting)))
@@ -102,19 +103,19 @@ def any_open(pid: int, name: str) -> bool:
     return any(os.readlink(link).endswith(name) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
 
-def test_two_runs_of_one_directory_do_not_mix(tmp_path):
+def test_second_run_of_one_directory_waits(tmp_path):
     run_dir = tmp_path / "both"
     first = start("run", SMOKE, "--out", run_dir)
     wait_for(lambda: (run_dir / ".lock").exists() and (run_dir / ".lock").read_bytes())
     second = start("run", SMOKE, "--out", run_dir)
     time.sleep(3)
-    assert second.poll() is None, "the second waits for the first"
+    assert second.poll() is None, "the second run waits for the first"
     for run in (second, first):
         run.send_signal(signal.SIGKILL)
         run.wait()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroken, tmp_path):
+def test_non_finite_loss_stops_the_run(unbroken, tmp_path):
     run_dir = tmp_path / "nan"
     finished = s2d(
         "run",
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(unbroke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
-def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, layout):
+def test_workflow_runs_on_several_local_ranks(unbroken, tmp_path, layout):
     run_dir = tmp_path / "ranks"
     finished = s2d(
         "run", SMOKE, "--out", run_dir, "--set", f"parallel={json.dumps(layout)}", "--set", "max_parallel_stages=1"
@@ -143,17 +144,17 @@ def test_the_workflow_runs_on_several_ranks_of_this_machine(unbroken, tmp_path, 
 
 
 def assert_close_to_unbroken(run_dir, unbroken, job) -> None:
-    """The losses of ``job`` within rounding, the arms' accuracies within four standard errors."""
-    for mine, single in zip(metrics(run_dir, job), metrics(unbroken, job), strict=True):
-        assert mine["loss"] == pytest.approx(single["loss"], rel=1e-3)
+    """Compare the losses of ``job`` up to rounding and accuracies within four standard errors."""
+    for row, expected_row in zip(metrics(run_dir, job), metrics(unbroken, job), strict=True):
+        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-3)
     results = json.loads((run_dir / "results.json").read_text())["arms"]
     expected = json.loads((unbroken / "results.json").read_text())["arms"]
     for name, arm in results.items():
         assert abs(arm["avg_at_k"] - expected[name]["avg_at_k"]) < 4 * expected[name]["std_err"]
 
 
-def test_the_workflow_resumes_under_torchrun_at_another_layout(unbroken, tmp_path):
-    """Stopped on one rank, resumed by torchrun with two, which become data-parallel replicas."""
+def test_workflow_resumes_under_torchrun_at_another_layout(unbroken, tmp_path):
+    """Killed on one rank, resumed by torchrun on two data-parallel ranks."""
     run_dir = tmp_path / "torchrun"
     run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
     wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 25)

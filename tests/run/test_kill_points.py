@@ -1,4 +1,4 @@
-"""A hundred kills, each just before an operation on a file of the run: nothing is lost and nothing is done twice."""
+"""A hundred kills, each just before a file operation of the run: no step is lost or repeated."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ PROGRAM = Path(__file__).with_name("killed_run.py")
 
 
 def killed_run(run_dir, seed, kills, timeout):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, PROGRAM, SMOKE, run_dir, str(seed), str(kills)],
         capture_output=True,
         text=True,
@@ -19,22 +19,22 @@ def killed_run(run_dir, seed, kills, timeout):
         cwd=ROOT,
         env=environment(),
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    return int(done.stdout.split()[-1])
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    return int(result.stdout.split()[-1])
 
 
 def assert_equals(run_dir, unbroken):
-    finished = s2d("run", SMOKE, "--out", run_dir)  # everything is there: only the report is written
+    finished = s2d("run", SMOKE, "--out", run_dir)  # all jobs are finished: this only writes the report
     assert finished.returncode == 0, finished.stderr
     assert (run_dir / "label_ledger.json").read_bytes() == (unbroken / "label_ledger.json").read_bytes()
     for path in sorted([*unbroken.glob("stages/*/"), *unbroken.glob("evaluations/*/")]):
         job = str(path.relative_to(unbroken))
-        mine = metrics(run_dir, job)
-        assert [row["step"] for row in mine] == list(range(1, len(mine) + 1)), job
-        assert mine == metrics(unbroken, job), job
+        rows = metrics(run_dir, job)
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), job
+        assert rows == metrics(unbroken, job), job
         if job.startswith("evaluations"):
-            rows = [(folder / job / "evaluation.jsonl").read_bytes() for folder in (run_dir, unbroken)]
-            assert rows[0] == rows[1], job
+            evaluations = [(folder / job / "evaluation.jsonl").read_bytes() for folder in (run_dir, unbroken)]
+            assert evaluations[0] == evaluations[1], job
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every method runs, and settings that mean the same method give the same training, by the papers' identities."""
+"""Every method runs, and settings that the papers prove equivalent train identically."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def losses(run_dir, stage, name="loss"):
     return [row[name] for row in metrics(run_dir, f"stages/{stage}")]
 
 
-def test_every_arm_was_measured(run_dir):
+def test_every_arm_is_evaluated(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
     assert len(arms) == 26 and all(arm["num_problems"] == 12 for arm in arms.values())
     rows = [json.loads(line) for line in (run_dir / "evaluations/opd/evaluation.jsonl").read_text().splitlines()]
@@ -46,13 +46,13 @@ def test_identical_methods_train_identically(run_dir, stage, same_as):
 
 @pytest.mark.parametrize(("stage", "same_as"), [("topk_all", "full"), ("fkl_full", "fkl"), ("fkl_topk", "fkl")])
 def test_exact_sources_agree_up_to_rounding(run_dir, stage, same_as):
-    """A top-k over all tokens, and a cache of whole distributions or hidden states, are the same distribution."""
+    """A top-k of all tokens and caches of full distributions or hidden states give the same distribution."""
     for name in ("loss", "grad_norm"):
         assert losses(run_dir, stage, name) == pytest.approx(losses(run_dir, same_as, name), rel=2e-4, abs=1e-6)
 
 
-def test_every_stage_that_samples_compares_trainer_and_engine(run_dir):
-    """Here both are the same model, so that rounding alone is left; cached and anchoring responses are not compared."""
+def test_sampling_stages_report_the_mismatch_of_trainer_and_engine(run_dir):
+    """Both are the same model here, so only rounding differs; cached and anchor responses are not compared."""
     configs = {path.parent.name: json.loads(path.read_text()) for path in run_dir.glob("stages/*/config.json")}
     sampling = [name for name, config in configs.items() if config["stage"]["type"] in ("grpo", "opd")]
     assert len(sampling) > 15
@@ -62,44 +62,44 @@ def test_every_stage_that_samples_compares_trainer_and_engine(run_dir):
                 row["mismatch/log_prob_abs_diff_mean"] <= row["mismatch/log_prob_abs_diff_max"] < 1e-4
                 and row["mismatch/k3_kl"] < 1e-8
             ), name
-            shares = [share for key, share in row.items() if key.startswith("mismatch/hist/")]
-            assert sum(shares) == pytest.approx(1) and all(shares), name
+            fractions = [value for key, value in row.items() if key.startswith("mismatch/hist/")]
+            assert sum(fractions) == pytest.approx(1) and all(fractions), name
 
 
-def test_a_narrow_support_sees_less_than_the_whole_kl(run_dir):
-    """The bucketed divergence is a lower bound, on the very same first samples."""
-    whole = losses(run_dir, "full", "reverse_kl")[0]
+def test_top_k_kl_is_a_lower_bound_of_the_full_kl(run_dir):
+    """The divergence with a tail bucket is a lower bound, measured on the same first samples."""
+    full = losses(run_dir, "full", "reverse_kl")[0]
     for stage in ("topk_student", "topk_teacher", "topk_union"):
-        assert losses(run_dir, stage, "reverse_kl")[0] <= whole * (1 + 1e-5)
+        assert losses(run_dir, stage, "reverse_kl")[0] <= full * (1 + 1e-5)
     assert (
         losses(run_dir, "topk_union", "topk/teacher_mass")[0] >= losses(run_dir, "topk_student", "topk/teacher_mass")[0]
     )
 
 
-def test_extrapolation_pushes_further_than_distillation(run_dir):
+def test_extrapolation_has_larger_advantages_than_distillation(run_dir):
     opd, exopd = losses(run_dir, "opd", "advantage_abs_mean")[0], losses(run_dir, "exopd", "advantage_abs_mean")[0]
     assert exopd > opd
     assert losses(run_dir, "exopd", "teacher_kl")[0] == pytest.approx(losses(run_dir, "opd", "teacher_kl")[0])
 
 
-def test_the_gate_and_the_phases_of_teacher_sampling(run_dir):
+def test_sign_gate_and_teacher_sampling_schedule(run_dir):
     rows = metrics(run_dir, "stages/sg_opd")
     for row in rows:
         parts = [row[f"gate/{name}_fraction"] for name in ("consensus", "conflict", "neutral")]
         assert sum(parts) == pytest.approx(1.0) and 0 <= row["gate/stability_clipped_fraction"] <= 1
-        by_place = [value for key, value in row.items() if key.startswith("gate/conflict_by_position/")]
-        assert min(by_place) <= row["gate/conflict_fraction"] <= max(by_place)
+        by_position = [value for key, value in row.items() if key.startswith("gate/conflict_by_position/")]
+        assert min(by_position) <= row["gate/conflict_fraction"] <= max(by_position)
     assert [row["anchor/alpha"] for row in rows] == pytest.approx([1.0, 1.0, 0.55, 0.0])
     assert rows[3]["anchor/num_samples"] == 0 and any(row["anchor/num_samples"] > 0 for row in rows[:3])
 
 
-def test_wrong_responses_of_the_teacher_anchor_only_where_asked_for(run_dir):
+def test_incorrect_teacher_responses_are_anchors_only_if_enabled(run_dir):
     rows = [row for row in metrics(run_dir, "stages/any_anchor") if row["anchor/alpha"] > 0]
     assert rows and all(row["anchor/kept_fraction"] == 1 for row in rows)
     assert any(row["anchor/kept_fraction"] < 1 for row in metrics(run_dir, "stages/sg_opd")[:3])
 
 
-def test_a_verified_cache_holds_right_responses_only(run_dir):
+def test_only_correct_cache_contains_only_correct_responses(run_dir):
     cache = TeacherCache.open(run_dir / "stages/cache_verified/cache")
     rows = metrics(run_dir, "stages/cache_verified")
     assert {sample.reward for sample in cache.samples} == {1.0}
@@ -107,8 +107,8 @@ def test_a_verified_cache_holds_right_responses_only(run_dir):
     assert sum(row["reward"] for row in rows) > 0
 
 
-def test_published_weights_are_evaluated_and_taught_from_as_they_are(run_dir, tmp_path):
-    """An exported stage comes back as a stage that trains nothing: the same samples of the same problems."""
+def test_load_checkpoint_stage_reproduces_an_exported_stage(run_dir, tmp_path):
+    """An exported stage is loaded as a stage without training: the same samples for the same problems."""
     exported = s2d("convert", "megatron-to-hf", run_dir / "stages/fkl/model", tmp_path / "hf")
     assert exported.returncode == 0, exported.stderr
     config = yaml.safe_load(CONFIG.read_text())
@@ -129,15 +129,15 @@ def test_published_weights_are_evaluated_and_taught_from_as_they_are(run_dir, tm
     assert metrics(tmp_path / "run", "stages/from_published")[0]["teacher_kl"] == 0
 
 
-def test_weighted_tokens_change_the_loss_and_keep_its_scale(run_dir):
+def test_token_weighting_changes_the_loss_but_not_its_scale(run_dir):
     for stage, plain in (("by_entropy", "full"), ("by_position", "full"), ("by_log_ratio", "opd")):
-        mine, reference = losses(run_dir, stage)[0], losses(run_dir, plain)[0]
-        assert mine != reference
+        weighted, reference = losses(run_dir, stage)[0], losses(run_dir, plain)[0]
+        assert weighted != reference
         if plain == "full":
-            assert 0.3 * reference < mine < 3 * reference
+            assert 0.3 * reference < weighted < 3 * reference
 
 
-def test_the_kl_is_shown_by_position_and_the_overlap_of_top_k(run_dir):
+def test_metrics_of_kl_by_position_and_top_k_overlap(run_dir):
     row = metrics(run_dir, "stages/full")[0]
     parts = [row[f"kl_by_position/{first}"] for first in (0, 1, 2)]
     assert all(part >= 0 for part in parts) and min(parts) <= row["kl"] <= max(parts)
@@ -145,14 +145,14 @@ def test_the_kl_is_shown_by_position_and_the_overlap_of_top_k(run_dir):
     assert losses(run_dir, "topk_all", "topk/overlap")[0] == 1
 
 
-def test_a_run_that_leaves_its_teacher_is_stopped(tmp_path):
+def test_run_stops_above_max_kl(tmp_path):
     finished = s2d(
         "run", CONFIG, "--out", tmp_path / "run", "--set", "stages.full.max_kl=1e-6", "--set", "arms={full: full}"
     )
     assert finished.returncode == 1 and "above max_kl" in finished.stderr
 
 
-def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
+def test_dynamic_sampling_replaces_groups_without_a_signal(run_dir):
     for row in metrics(run_dir, "stages/rl_teacher"):
         assert row["rollout/num_generated"] >= 64
     assert any(row["rollout/num_generated"] > 64 for row in metrics(run_dir, "stages/rl_teacher"))
@@ -173,6 +173,6 @@ def test_dynamic_sampling_refills_groups_without_a_signal(run_dir):
         ("stages.student={type: load_checkpoint, model: student}", "model 'student' has no `path`"),
     ],
 )
-def test_nonsense_is_refused_before_anything_runs(override, message, tmp_path):
+def test_invalid_settings_fail_before_the_run(override, message, tmp_path):
     finished = s2d("run", CONFIG, "--dry-run", "--out", tmp_path / "no", "--set", override)
     assert finished.returncode == 1 and message in finished.stderr, finished.stderr

@@ -1,4 +1,4 @@
-"""Launchers on a real SLURM of two nodes: what is killed, preempted or out of time goes on, with an unbroken result."""
+"""Launchers on a real SLURM of two nodes: killed, preempted and timed-out jobs resume with identical results."""
 
 import json
 import os
@@ -24,7 +24,7 @@ environment: {GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: "1", PYTHONWARNINGS: igno
 
 
 class Cluster:
-    """The running SLURM, and launches on it."""
+    """A running SLURM cluster, and launches on it."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -33,22 +33,22 @@ class Cluster:
 
     def script(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
         command = [str(CLUSTER_SCRIPT), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1500, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0 or not check, done.stdout + done.stderr
-        return done
+        result = subprocess.run(command, capture_output=True, text=True, timeout=1500, stdin=subprocess.DEVNULL)
+        assert result.returncode == 0 or not check, result.stdout + result.stderr
+        return result
 
     def launch(self, run_dir: Path, *arguments: str) -> dict[str, int]:
-        """Submit the test's workflow; task -> job number."""
-        done = launch("slurm", run_dir, "--cluster", self.file, "--nodes", "2", *arguments)
-        assert done.returncode == 0, done.stderr
-        lines = [line.rpartition(": job ") for line in done.stdout.splitlines() if ": job " in line]
+        """Submit the test's workflow and return the job id of each task."""
+        result = launch("slurm", run_dir, "--cluster", self.file, "--nodes", "2", *arguments)
+        assert result.returncode == 0, result.stderr
+        lines = [line.rpartition(": job ") for line in result.stdout.splitlines() if ": job " in line]
         return {name: int(number) for name, _, number in lines}
 
     def state(self, job: int) -> str:
-        return ask("scontrol", "show", "job", str(job)).partition("JobState=")[2].split()[0]
+        return query("scontrol", "show", "job", str(job)).partition("JobState=")[2].split()[0]
 
     def restarts(self, job: int) -> int:
-        return int(ask("scontrol", "show", "job", str(job)).partition("Restarts=")[2].split()[0])
+        return int(query("scontrol", "show", "job", str(job)).partition("Restarts=")[2].split()[0])
 
     def finish(self, job: int, run_dir: Path, timeout: float = 1500) -> None:
         """Wait until the job has succeeded."""
@@ -61,19 +61,19 @@ def slurm(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=1500, check=True)
 
 
-def ask(*command: str) -> str:
-    """What a query prints; on a busy machine SLURM's commands lose their controller at times."""
+def query(*command: str) -> str:
+    """Return the output of a query, with retries: on a busy machine SLURM's commands may lose the controller."""
     for _ in range(5):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-        if done.returncode == 0:
-            return done.stdout
+        result = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+        if result.returncode == 0:
+            return result.stdout
         time.sleep(1)
-    raise AssertionError(f"{command}: {done.stderr}")
+    raise AssertionError(f"{command}: {result.stderr}")
 
 
 def is_idle() -> bool:
-    """Whether no job runs or waits."""
-    return not ask("squeue", "--noheader")
+    """Return whether no job is running or pending."""
+    return not query("squeue", "--noheader")
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess:
@@ -89,8 +89,8 @@ def wait(condition, run_dir: Path, timeout: float = 1500) -> None:
 
 
 def logs(run_dir: Path) -> str:
-    found = sorted((run_dir / "launch").glob("*/*.log"))
-    return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in found)
+    paths = sorted((run_dir / "launch").glob("*/*.log"))
+    return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in paths)
 
 
 def rows(run_dir: Path, job: str) -> int:
@@ -99,7 +99,7 @@ def rows(run_dir: Path, job: str) -> int:
 
 
 def assert_equals(run_dir: Path, unbroken: Path) -> None:
-    """The same numbers in every step, every step once, and the same use of labels."""
+    """Check equal metrics in every step, every step once, and equal label ledgers."""
     for job in JOBS:
         assert metrics(run_dir, job) == metrics(unbroken, job), job
     for job in JOBS[:2]:
@@ -129,59 +129,59 @@ def cluster(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = 15000 + probe.getsockname()[1] % 4000
-    running = Cluster(directory)
+    slurm_cluster = Cluster(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(directory / "slurm.conf"))
         try:
-            running.script("up", directory, port)
-            yield running
+            slurm_cluster.script("up", directory, port)
+            yield slurm_cluster
         finally:
-            running.script("down", directory, check=False)
+            slurm_cluster.script("down", directory, check=False)
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory) -> Path:
-    """An unbroken run of two ranks on this machine, through torchrun."""
-    run_dir = tmp_path_factory.mktemp("here") / "run"
-    done = launch("local", run_dir, "--processes-per-node", "2")
-    assert done.returncode == 0, done.stderr
+def local_run(tmp_path_factory) -> Path:
+    """An uninterrupted run of two ranks on this machine, with torchrun."""
+    run_dir = tmp_path_factory.mktemp("local") / "run"
+    result = launch("local", run_dir, "--processes-per-node", "2")
+    assert result.returncode == 0, result.stderr
     return run_dir
 
 
-def test_a_job_on_two_nodes_equals_the_run_on_this_machine(cluster, here, tmp_path):
+def test_job_on_two_nodes_equals_the_local_run(cluster, local_run, tmp_path):
     run_dir = tmp_path / "it's a 100% run"
     job = cluster.launch(run_dir)["run"]
     cluster.finish(job, run_dir)
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
     assert cluster.restarts(job) == 0 and resumes(run_dir, "stages/student_base") == 0
     assert (run_dir / "launch").is_dir() and "done in" in logs(run_dir)
 
 
-def started(cluster: Cluster, run_dir: Path, *arguments: str) -> int:
-    """A job in the midst of base training."""
+def launch_and_wait_for_training(cluster: Cluster, run_dir: Path, *arguments: str) -> int:
+    """Launch a job and wait until it is in base training."""
     job = cluster.launch(run_dir, *arguments)["run"]
     wait(lambda: rows(run_dir, "stages/student_base") >= 15, run_dir)
     return job
 
 
 @pytest.mark.slow
-def test_a_lost_node_requeues_the_job(cluster, here, tmp_path):
+def test_lost_node_requeues_the_job(cluster, local_run, tmp_path):
     run_dir = tmp_path / "node"
-    job = started(cluster, run_dir)
+    job = launch_and_wait_for_training(cluster, run_dir)
     cluster.script("kill", cluster.directory, "node2")
     assert not (run_dir / "stages/student_base/finished.json").exists()
     wait(lambda: cluster.state(job) == "PENDING", run_dir)
     cluster.script("start", cluster.directory, "node2")
     cluster.finish(job, run_dir)
     assert cluster.restarts(job) == 1 and resumes(run_dir, "stages/student_base") >= 1
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
 
 
 @pytest.mark.slow
-def test_a_node_that_stays_away_leaves_its_work_to_the_other(cluster, here, tmp_path):
-    """Two data-parallel replicas become one: the same steps on the same samples, sums in another order."""
+def test_job_continues_on_the_remaining_node(cluster, local_run, tmp_path):
+    """Two data-parallel ranks become one: the same steps on the same samples, with another order of summation."""
     run_dir = tmp_path / "shrunk"
-    job = started(cluster, run_dir, "--cluster-set", "min_nodes=1")
+    job = launch_and_wait_for_training(cluster, run_dir, "--cluster-set", "min_nodes=1")
     cluster.script("kill", cluster.directory, "node2")
     try:
         cluster.finish(job, run_dir)
@@ -189,52 +189,52 @@ def test_a_node_that_stays_away_leaves_its_work_to_the_other(cluster, here, tmp_
         cluster.script("start", cluster.directory, "node2")
     assert cluster.restarts(job) == 0 and resumes(run_dir, "stages/student_base") == 1
     assert "nodes left: node1\n" in logs(run_dir)
-    for mine, expected in zip(metrics(run_dir, JOBS[0]), metrics(here, JOBS[0]), strict=True):
-        assert mine["step"] == expected["step"] and mine["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    for row, expected in zip(metrics(run_dir, JOBS[0]), metrics(local_run, JOBS[0]), strict=True):
+        assert row["step"] == expected["step"] and row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert json.loads((run_dir / "label_ledger.json").read_text()) == json.loads(
-        (here / "label_ledger.json").read_text()
+        (local_run / "label_ledger.json").read_text()
     )
 
 
 @pytest.mark.slow
-def test_a_killed_step_starts_again_within_the_job(cluster, here, tmp_path):
+def test_killed_step_restarts_within_the_job(cluster, local_run, tmp_path):
     run_dir = tmp_path / "step"
-    job = started(cluster, run_dir)
+    job = launch_and_wait_for_training(cluster, run_dir)
     slurm("scancel", "--signal=KILL", f"{job}.0")
     cluster.finish(job, run_dir)
     assert cluster.restarts(job) == 0 and resumes(run_dir, "stages/student_base") == 1
     assert "attempt 0: the ranks ended with code" in logs(run_dir)
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
 
 
 @pytest.mark.slow
-def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(cluster, here, tmp_path):
+def test_preempted_job_resumes(cluster, local_run, tmp_path):
     run_dir = tmp_path / "preempted"
-    job = started(cluster, run_dir)
+    job = launch_and_wait_for_training(cluster, run_dir)
     options = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log"]
     urgent = int(slurm("sbatch", "--parsable", *options, "--wrap", "srun sleep 2").stdout)
     cluster.finish(urgent, run_dir)
     cluster.finish(job, run_dir)
     assert cluster.restarts(job) == 1 and resumes(run_dir, "stages/student_base") == 1
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_stays_cancelled_and_another_goes_on(cluster, here, tmp_path):
+def test_cancelled_job_is_resumed_by_a_new_launch(cluster, local_run, tmp_path):
     run_dir = tmp_path / "cancelled"
-    job = started(cluster, run_dir)
+    job = launch_and_wait_for_training(cluster, run_dir)
     slurm("scancel", str(job))
     wait(is_idle, run_dir)
     assert cluster.state(job) == "CANCELLED" and cluster.restarts(job) == 0
     job = cluster.launch(run_dir)["run"]
     cluster.finish(job, run_dir)
     assert resumes(run_dir, "stages/student_base") == 1
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
 
 
 @pytest.mark.slow
-def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next(cluster, tmp_path):
-    """SLURM looks at limits twice a minute: the signal comes 60 to 90 seconds after the start, in mid-stage."""
+def test_job_saves_before_its_time_limit_and_resumes(cluster, tmp_path):
+    """SLURM checks limits twice a minute: the signal comes 60 to 90 seconds after the start, during the stage."""
     longer = ["--set", "stages.student_base.steps=4000", "--set", "stages.student_base.checkpoint.interval_steps=2000"]
     limit = ["--cluster-set", "time_limit_minutes=4", "--cluster-set", "signal_seconds=150"]
     run_dir = tmp_path / "limit"
@@ -247,25 +247,25 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_the_next(cluster, tmp_
     cluster.finish(job, run_dir, timeout=1500)
     assert resumes(run_dir, "stages/student_base") >= 1
     unbroken = tmp_path / "unbroken"
-    done = launch("local", unbroken, *longer)
-    assert done.returncode == 0, done.stderr
+    result = launch("local", unbroken, *longer)
+    assert result.returncode == 0, result.stderr
     assert_equals(run_dir, unbroken)
 
 
 @pytest.mark.slow
-def test_a_job_for_every_stage_gives_the_same_run(cluster, here, tmp_path):
+def test_one_job_per_stage_gives_the_same_run(cluster, local_run, tmp_path):
     run_dir = tmp_path / "stages"
     jobs = cluster.launch(run_dir, "--per-stage")
     assert list(jobs) == ["student_base", "student_grpo", "report"]
     cluster.finish(jobs["report"], run_dir)
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
     assert list(cluster.launch(run_dir, "--per-stage", "--dry-run")) == []
     plans = [json.loads(path.read_text()) for path in (run_dir / "launch").glob("*/processes.json")]
-    assert ["report"] in [[task["name"] for task in plan] for plan in plans], "what is finished is not submitted again"
+    assert ["report"] in [[task["name"] for task in plan] for plan in plans], "finished stages are not submitted again"
 
 
 @pytest.mark.slow
-def test_a_mistake_is_not_tried_again_and_stops_the_stages_after_it(cluster, tmp_path):
+def test_user_error_is_not_retried_and_cancels_dependent_stages(cluster, tmp_path):
     run_dir = tmp_path / "mistake"
     wrong = ["--set", "stages.student_base.optimizer={lr: 1.0e+30, grad_clip: 0}"]
     jobs = cluster.launch(run_dir, "--per-stage", *wrong)
@@ -276,7 +276,7 @@ def test_a_mistake_is_not_tried_again_and_stops_the_stages_after_it(cluster, tmp
 
 
 @pytest.mark.slow
-def test_a_local_launch_that_is_stopped_saves_and_goes_on(here, tmp_path):
+def test_terminated_local_launch_saves_and_resumes(local_run, tmp_path):
     run_dir = tmp_path / "stopped"
     running = start("launch", "local", WORKFLOW, "--out", run_dir)
     wait(lambda: rows(run_dir, "stages/student_base") >= 15, run_dir)
@@ -286,20 +286,20 @@ def test_a_local_launch_that_is_stopped_saves_and_goes_on(here, tmp_path):
     saved = sorted((run_dir / "stages/student_base/checkpoints").glob("step_*"))[-1].name
     assert int(saved.removeprefix("step_")) == rows(run_dir, "stages/student_base")
     assert launch("local", run_dir).returncode == 0
-    assert_equals(run_dir, here)
+    assert_equals(run_dir, local_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["local", "slurm"])
-def test_a_nemo_run_experiment_gives_the_same_run(executor, request, here, tmp_path):
+def test_nemo_run_experiment_gives_the_same_run(executor, request, local_run, tmp_path):
     pytest.importorskip("nemo_run", reason="NeMo-Run is not installed (the extra `launch`)")
     run_dir = tmp_path / "nemo"
     if executor == "local":
-        done = launch("nemo-run", run_dir, "--executor", "local", "--processes-per-node", "2")
+        result = launch("nemo-run", run_dir, "--executor", "local", "--processes-per-node", "2")
     else:
         cluster = request.getfixturevalue("cluster")
-        done = launch("nemo-run", run_dir, "--nodes", "2", "--cluster", cluster.file)
+        result = launch("nemo-run", run_dir, "--nodes", "2", "--cluster", cluster.file)
         wait(is_idle, run_dir, 420)
-    assert done.returncode == 0, done.stderr
-    assert (run_dir / "report.html").exists(), done.stdout
-    assert_equals(run_dir, here)
+    assert result.returncode == 0, result.stderr
+    assert (run_dir / "report.html").exists(), result.stdout
+    assert_equals(run_dir, local_run)

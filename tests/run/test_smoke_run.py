@@ -1,4 +1,4 @@
-"""The smoke workflow as a user runs it: results, artifacts, the commands around it, what a change re-runs."""
+"""The smoke workflow as a user runs it: results, artifacts, related commands, partial re-runs."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from s2d import ROOT, SMOKE, metrics, s2d
 from megatron_s2d.artifacts.files import json_digest
 
 
-def test_results_are_complete_and_sound(unbroken):
+def test_results_are_complete_and_consistent(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
     assert set(results["arms"]) == {"direct_student_grpo", "half_bridge_stage3"}
     for arm in results["arms"].values():
@@ -25,50 +25,50 @@ def test_results_are_complete_and_sound(unbroken):
     assert results["wall_seconds"] > 0
 
 
-def test_the_report_needs_no_network(unbroken):
+def test_report_needs_no_network(unbroken):
     page = (unbroken / "report.html").read_text()
     assert "direct_student_grpo" in page and "data:image/png;base64," in page
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
 
 
-def test_every_stage_leaves_config_seeds_lineage_metrics_and_result(unbroken):
+def test_every_stage_writes_config_seeds_lineage_metrics_and_result(unbroken):
     for stage in (unbroken / "stages").iterdir():
         lineage = json.loads((stage / "lineage.json").read_text())
         assert {"inputs", "seeds", "code", "libraries", "finished"} <= set(lineage) and lineage["resumed"] == []
         finished = json.loads((stage / "finished.json").read_text())
         assert finished["outputs"] and finished["seconds"] > 0
         assert (stage / "config.json").exists() and (stage / "metrics.jsonl").exists()
-        assert not (stage / "checkpoints").exists(), "only the final weights stay"
+        assert not (stage / "checkpoints").exists(), "only the final weights remain"
     opd = json.loads((unbroken / "stages/opd/lineage.json").read_text())
     assert set(opd["inputs"]) == {"stages/forward_kl", "stages/rl_teacher"}
 
 
-def test_training_means_something(unbroken):
-    """Losses fall, and the engine samples from the very weights that are trained."""
+def test_training_reduces_the_losses(unbroken):
+    """Losses decrease, and the engine samples with the trained weights."""
     base = metrics(unbroken, "stages/teacher_base")
     assert base[-1]["loss"] < 0.6 * base[0]["loss"]
-    bridge = metrics(unbroken, "stages/opd")
-    assert bridge[-1]["kl"] < bridge[0]["kl"]
+    opd = metrics(unbroken, "stages/opd")
+    assert opd[-1]["kl"] < opd[0]["kl"]
     for row in metrics(unbroken, "stages/rl_teacher"):
         assert row["mismatch/k3_kl"] < 1e-9 and abs(row["importance_ratio_max"] - 1) < 1e-4
         assert row["mismatch/log_prob_abs_diff_max"] < 1e-4
 
 
-def test_the_ledger_is_written(unbroken):
+def test_label_ledger_is_written(unbroken):
     entries = {entry["stage"]: entry for entry in json.loads((unbroken / "label_ledger.json").read_text())}
     first, last = set(entries["rl_teacher"]["prompt_ids"]), set(entries["stage3"]["prompt_ids"])
     assert len(first) == len(last) == 128 and not first & last
     assert not entries["opd"]["labels_used"]
 
 
-def test_the_same_command_reuses_everything(unbroken):
+def test_same_command_reuses_everything(unbroken):
     before = (unbroken / "stages/opd/finished.json").stat().st_mtime_ns
     finished = s2d("run", SMOKE, "--out", unbroken)
     assert finished.returncode == 0 and "10 of 10 stages and evaluations are finished and reused" in finished.stdout
     assert (unbroken / "stages/opd/finished.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_config_runs_again_what_it_affects(unbroken, tmp_path):
+def test_changed_config_reruns_only_affected_stages(unbroken, tmp_path):
     run_dir = tmp_path / "changed"
     shutil.copytree(unbroken, run_dir)
     finished = s2d("run", SMOKE, "--out", run_dir, "--set", "stages.stage3.steps=2")
@@ -76,8 +76,8 @@ def test_a_changed_config_runs_again_what_it_affects(unbroken, tmp_path):
     assert "stages/stage3: will run again: stage.steps: 4 -> 2" in finished.stdout
     assert "8 of 10 stages and evaluations are finished and reused" in finished.stdout
     assert len(metrics(run_dir, "stages/stage3")) == 2
-    shelved = run_dir / "stages" / ".archive" / "stage3-1"
-    assert "stage.steps: 4 -> 2" in (shelved / "reason.txt").read_text() and (shelved / "model").exists()
+    archived = run_dir / "stages" / ".archive" / "stage3-1"
+    assert "stage.steps: 4 -> 2" in (archived / "reason.txt").read_text() and (archived / "model").exists()
     assert metrics(run_dir, "stages/stage3") == metrics(unbroken, "stages/stage3")[:2]
 
 
@@ -90,10 +90,10 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     assert wrong.returncode == 1 and "num_attention_heads" in wrong.stderr
 
 
-def test_eval_shows_and_compares(unbroken):
-    shown = s2d("eval", unbroken, "--json")
-    assert json.loads(shown.stdout)["half_bridge_stage3"]["k"] == 4
-    compared = s2d(
+def test_eval_prints_and_compares(unbroken):
+    output = s2d("eval", unbroken, "--json")
+    assert json.loads(output.stdout)["half_bridge_stage3"]["k"] == 4
+    comparison = s2d(
         "eval",
         unbroken,
         "--arm",
@@ -104,7 +104,7 @@ def test_eval_shows_and_compares(unbroken):
         "direct_student_grpo",
         "--json",
     )
-    (row,) = json.loads(compared.stdout).values()
+    (row,) = json.loads(comparison.stdout).values()
     (contrast,) = json.loads((unbroken / "results.json").read_text())["contrasts"]
     assert row["difference"] == pytest.approx(contrast["difference"]) and row["num_problems"] == 64
     wrong = s2d("eval", unbroken, "--arm", "nothing")
@@ -125,7 +125,7 @@ def test_generate_report_cache_doctor(unbroken):
 
 
 @pytest.mark.parametrize("name", ["teacher_digest", pytest.param("tokenizer_fingerprint", marks=pytest.mark.slow)])
-def test_a_cache_of_another_teacher_or_tokenizer_is_refused(unbroken, tmp_path, name):
+def test_cache_of_another_teacher_or_tokenizer_raises(unbroken, tmp_path, name):
     run_dir = tmp_path / "foreign"
     shutil.copytree(unbroken, run_dir)
     shutil.rmtree(run_dir / "stages/forward_kl")
@@ -149,7 +149,7 @@ def test_a_cache_of_another_teacher_or_tokenizer_is_refused(unbroken, tmp_path, 
         (["convert", "inspect", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_input_is_one_line_and_a_non_zero_exit(arguments, message):
+def test_wrong_input_gives_a_one_line_error_and_a_non_zero_exit_code(arguments, message):
     finished = s2d(*arguments)
     assert finished.returncode == 1
     assert message in finished.stderr and "Traceback" not in finished.stderr

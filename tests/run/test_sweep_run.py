@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: real runs, one that cannot run, a second call that has nothing left to do."""
+"""A sweep as a user runs it: real runs, one invalid point, and a second call that reuses the results."""
 
 import csv
 
@@ -6,7 +6,7 @@ import yaml
 from s2d import SMOKE, s2d
 
 
-def test_a_sweep_runs_goes_on_and_reports(tmp_path):
+def test_sweep_runs_resumes_and_reports(tmp_path):
     sweep = {
         "name": "sizes",
         "workflow": str(SMOKE),
