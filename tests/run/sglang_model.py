@@ -1,8 +1,10 @@
-"""The model, requests and comparisons shared by the tests with a real SGLang server."""
+"""The model, workflow, requests and comparisons shared by the tests with a real SGLang server."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,41 @@ from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConf
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.server_group import ServerGroup
+from megatron_s2d.rollout.sglang.checks import ServerRequirements
 from megatron_s2d.train.megatron_model import MegatronModel
 
+WORKFLOW = """
+name: served
+seed: 1
+tokenizer: task:modular_arithmetic
+precision: float32
+lengths: {max_prompt_length: 16}
+models:
+  student: {preset: tiny-student}
+data:
+  corpus: {type: task, split: corpus, num_operations: 2}
+  pool: {type: task, split: pool, num_operations: 2, num_prompts: 64}
+  problems: {type: task, split: eval, num_operations: 2, num_prompts: 32}
+rollout: {engine: sglang, max_mismatch_kl: 1.0e-6}
+stages:
+  base: {type: sft, model: student, data: corpus, steps: 40, global_batch_size: 64, optimizer: {lr: 5.0e-3}}
+  grpo:
+    type: grpo
+    init: base
+    prompts: pool
+    steps: 3
+    train_batch_size: 8
+    num_generations: 4
+    sampling: &sampling {temperature: 1.0, max_response_length: 8}
+    optimizer: {lr: 1.0e-3}
+  opd:
+    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, train_batch_size: 4, num_generations: 2,
+     num_mini_batches: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
+arms: {opd: opd}
+evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
+"""
 VOCAB_SIZE = 25  # of the embedded task's tokenizer
 EOS = 1
 SPEC = dataclasses.replace(ModelConfig(preset="tiny-student").resolve(VOCAB_SIZE), initializer_range=0.25)
@@ -41,6 +76,23 @@ def rollout_settings(weight_sync: str = "disk", **settings) -> RolloutConfig:
         sglang=SglangConfig(weight_sync=weight_sync, bucket_bytes=40_000, **settings),
         **rollout,
     )
+
+
+def make_engine(
+    policy: MegatronModel,
+    tokenizer: Any,
+    directory: Path,
+    weight_sync: str = "disk",
+    *,
+    urls: list[str] | None = None,
+    needs: ServerRequirements | None = None,
+    **settings,
+) -> ServedEngine:
+    """Return an engine on the servers at ``urls``, or on servers that it starts."""
+    return ServedEngine(ServerGroup(
+        policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(weight_sync, **settings), directory,
+        urls=urls or (), needs=needs or ServerRequirements(), tokenizer=tokenizer,
+    ))  # fmt: skip
 
 
 def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:

@@ -7,11 +7,8 @@ import dataclasses
 import importlib.util
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 from pathlib import Path
@@ -26,122 +23,26 @@ pytestmark = pytest.mark.skipif(
 
 torch = pytest.importorskip("torch")
 
-import httpx
 from s2d import metrics, s2d
 from sglang_model import (
     EOS,
     SPEC,
     VOCAB_SIZE,
+    WORKFLOW,
     change,
-    make_policy,
     make_requests,
     rollout_gap,
     rollout_settings,
 )
 
-from megatron_s2d.config.base import UserError
-from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.data.tokenizer import load_tokenizer
-from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, ServerRequirements
-from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.startup_checks import StartupChecks
-from megatron_s2d.rollout.sglang.backend import sglang_server_group
-from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
-from megatron_s2d.rollout.sglang.protocol import SglangProtocol
+from megatron_s2d.rollout.sglang.checks import ServerChecks, ServerRequirements
 from megatron_s2d.teachers.frozen import ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
-
-ROOT = Path(__file__).parents[2]
-WORKFLOW = """
-name: served
-seed: 1
-tokenizer: task:modular_arithmetic
-precision: float32
-lengths: {max_prompt_length: 16}
-models:
-  student: {preset: tiny-student}
-data:
-  corpus: {type: task, split: corpus, num_operations: 2}
-  pool: {type: task, split: pool, num_operations: 2, num_prompts: 64}
-  problems: {type: task, split: eval, num_operations: 2, num_prompts: 32}
-rollout: {engine: sglang, max_mismatch_kl: 1.0e-6}
-stages:
-  base: {type: sft, model: student, data: corpus, steps: 40, global_batch_size: 64, optimizer: {lr: 5.0e-3}}
-  grpo:
-    type: grpo
-    init: base
-    prompts: pool
-    steps: 3
-    train_batch_size: 8
-    num_generations: 4
-    sampling: &sampling {temperature: 1.0, max_response_length: 8}
-    optimizer: {lr: 1.0e-3}
-  opd:
-    {type: opd, init: grpo, teacher: base, prompts: pool, steps: 2, train_batch_size: 4, num_generations: 2,
-     num_mini_batches: 2, sampling: *sampling, optimizer: {lr: 1.0e-3}}
-arms: {opd: opd}
-evaluation: {prompts: problems, samples_per_prompt: 2, sampling: *sampling}
-"""
-
-
-@pytest.fixture(scope="module")
-def policy():
-    initialize_distributed()
-    return make_policy(build_layout(ParallelConfig()))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer("task:modular_arithmetic", tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def started(policy, tokenizer, tmp_path_factory):
-    """An engine with a server of its own, which the tests below also attach to."""
-    start_time = time.perf_counter()
-    engine = ServedEngine(ServerGroup(
-        policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(), tmp_path_factory.mktemp("sglang"),
-        tokenizer=tokenizer,
-    ))  # fmt: skip
-    print(f"the server was ready after {time.perf_counter() - start_time:.0f} s")
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def url(started) -> str:
-    return started._server_group.pool.servers[0].url
-
-
-@pytest.fixture
-def attach(policy, tokenizer, url, tmp_path):
-    """attach(settings): an engine on the running server."""
-    engines = []
-
-    def make(
-        sync: str = "disk", needs: ServerRequirements | None = None, other_tokenizer=None, **settings
-    ) -> ServedEngine:
-        server_group = ServerGroup(
-            policy.chunks,
-            SPEC,
-            policy.layout,
-            policy.score,
-            rollout_settings(sync, **settings),
-            tmp_path / str(len(engines)),
-            urls=[url],
-            needs=needs or ServerRequirements(),
-            tokenizer=other_tokenizer or tokenizer,
-        )
-        engines.append(ServedEngine(server_group))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 def span_gap(policy, samples, version: int) -> float:
@@ -330,7 +231,7 @@ def test_first_complete_groups_are_returned_and_the_others_carried_over(policy, 
 
 
 def test_server_releases_and_reacquires_its_memory(policy, attach):
-    engine = attach(release_memory=True)
+    engine = attach(enable_memory_saver=True)
     for version in (1, 2):
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
         engine.sleep()
@@ -338,35 +239,6 @@ def test_server_releases_and_reacquires_its_memory(policy, attach):
         engine.update_weights(policy.chunks, version)
     engine.sleep()
     assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
-def test_router_serves_two_servers_and_skips_a_failed_one(policy, tokenizer, url, tmp_path):
-    model = (policy.chunks, SPEC, policy.layout, policy.score)
-    second = ServedEngine(ServerGroup(*model, rollout_settings(), tmp_path / "second", tokenizer=tokenizer))
-    urls = [url, *second.urls]
-    settings = rollout_settings(router=True, max_restarts=1)
-    engine = ServedEngine(ServerGroup(*model, settings, tmp_path / "engine", urls=urls, tokenizer=tokenizer))
-    try:
-        server_group = engine._server_group
-        workers = f"{server_group.pool.router.url}/workers"
-        samples = engine.generate(make_requests(prompts=12, groups=2))
-        assert rollout_gap(policy, samples) < 1e-4
-        assert {worker["url"] for worker in httpx.get(workers).json()["workers"]} == set(urls)
-        change(policy, 0.02)
-        engine.update_weights(policy.chunks, 3)
-        assert rollout_gap(policy, engine.generate(make_requests(prompts=12, groups=2))) < 1e-4
-        # A server that missed an update gets no traffic.
-        server_group.pool.servers[1].problem = "it missed an update"
-        server_group._route()
-        assert [worker["url"] for worker in httpx.get(workers).json()["workers"]] == [url]
-        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-        engine.update_weights(policy.chunks, 4)
-        assert len(httpx.get(workers).json()["workers"]) == 2
-    finally:
-        engine.close()
-        second.close()
 
 
 def test_top_k_of_a_served_teacher_matches_the_local_teacher(policy, attach):
@@ -417,145 +289,3 @@ def test_workflow_runs_with_served_rollouts(url, tmp_path):
         assert row["mismatch/log_prob_abs_diff_mean"] <= row["mismatch/log_prob_abs_diff_max"] < 1e-4
         assert sum(share for name, share in row.items() if name.startswith("mismatch/hist/")) == pytest.approx(1)
     assert "GB/s" in (tmp_path / "run" / "stages" / "grpo" / "log.txt").read_text()
-
-
-def external_address() -> str | None:
-    """Return an address of this machine that is not loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return None
-        return None if probe.getsockname()[0].startswith("127.") else probe.getsockname()[0]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(external_address() is None, reason="this machine has no address but loopback")
-def test_weight_update_to_a_server_at_another_address(policy, tokenizer, tmp_path):
-    """As with another machine: the trainer and the server reach each other over the network."""
-    model = (policy.chunks, SPEC, policy.layout, policy.score)
-    settings = rollout_settings(extra_args=["--host", "0.0.0.0"])
-    first = ServedEngine(ServerGroup(*model, settings, tmp_path / "first", tokenizer=tokenizer))
-    try:
-        port = first._server_group.pool.servers[0].url.rpartition(":")[2]
-        urls = [f"http://{external_address()}:{port}"]
-        engine = ServedEngine(
-            ServerGroup(*model, rollout_settings("distributed"), tmp_path / "second", urls=urls, tokenizer=tokenizer)
-        )
-        change(policy, 0.02)
-        engine.update_weights(policy.chunks, 5)
-        assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-        engine.close()
-    finally:
-        first.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [{"kl_estimator": "sampled_token"}, {"kl_estimator": "top_k", "top_k_source": "teacher", "top_k": 6}]
-)
-def test_served_teacher_trains_the_same_student_as_a_local_one(url, tmp_path, method):
-    config = yaml.safe_load(WORKFLOW)
-    shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "train_batch_size", "sampling", "optimizer")}
-    config["stages"]["teacher"] = {"extends": "base", "steps": 60}
-    config["stages"]["opd"] = shared | {
-        "type": "opd", "init": "base", "teacher": "teacher", "steps": 3, "num_generations": 2,
-    } | method  # fmt: skip
-    config["arms"] = {"opd": "opd"}
-    rows = {}
-    for engine in ("trainer", "sglang"):
-        config["stages"]["opd"]["teacher_engine"] = engine
-        config["rollout"] = {"sglang": {"urls": {"student": [url]}}}
-        path = tmp_path / f"{engine}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        finished = s2d("run", path, "--out", tmp_path / engine)
-        assert finished.returncode == 0, finished.stderr
-        rows[engine] = metrics(tmp_path / engine, "stages/opd")
-    assert len(rows["sglang"]) == 3
-    for one, other in zip(rows["trainer"], rows["sglang"], strict=True):
-        assert one["response_length"] == other["response_length"]
-        for name in ("loss", "grad_norm", "kl", *[name for name in one if "advantage" in name or "captured" in name]):
-            assert other[name] == pytest.approx(one[name], abs=1e-4), name
-    assert any(abs(row["kl"]) > 0.01 for row in rows["trainer"])
-
-
-def server_pid(url: str) -> int:
-    """Return the process id of the server behind ``url``, not of its watchdog."""
-    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {url.rpartition(':')[2]} "
-    (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
-    return int(pid)
-
-
-@pytest.mark.slow
-def test_weight_update_waits_for_a_request_abandoned_by_its_client(policy, started, attach, url):
-    """A stopped scheduler still runs the abandoned request when the weights arrive; SGLang would then exit."""
-    engine = attach()
-    command = ["pgrep", "-P", str(server_pid(url)), "-f", "sglang::scheduler"]
-    scheduler = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
-    os.kill(scheduler, signal.SIGSTOP)
-    try:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/generate", json=body, timeout=1.0)
-        os.kill(scheduler, signal.SIGCONT)
-        time.sleep(0.02)  # the request starts
-        os.kill(scheduler, signal.SIGSTOP)
-        time.sleep(6.0)  # the server notices that the client is gone
-        threading.Timer(1.0, os.kill, (scheduler, signal.SIGCONT)).start()
-        engine.update_weights(policy.chunks, 3)
-    finally:
-        os.kill(scheduler, signal.SIGCONT)
-    assert started._server_group._processes[0].is_alive and not engine._server_group.pool.problems
-    assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("async_mode", ["sync", "partial_rollout"])
-def test_smoke_workflow_gives_the_same_results_with_servers(tmp_path, async_mode):
-    """With other random numbers, so accuracies and training rewards agree within four standard errors."""
-    config = {"defaults": str(ROOT / "configs" / "smoke.yaml"), "evaluation": {"samples_per_prompt": 8}}
-    truncate = {"rollout_correction": {"mode": "tis"}}
-    config["stages"] = dict.fromkeys(("rl_teacher", "student_grpo", "stage3"), truncate)
-    arms = {}
-    for engine in ("megatron", "sglang"):
-        settings = {"async_mode": async_mode, "over_sampling_ratio": 1.0 if async_mode == "sync" else 1.25}
-        config["rollout"] = {"engine": engine, "max_mismatch_kl": 1e-6 if async_mode == "sync" else None} | (
-            settings if engine == "sglang" else {}
-        )
-        path = tmp_path / f"{engine}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        finished = s2d("run", path, "--out", tmp_path / engine, timeout=1500)
-        assert finished.returncode == 0, finished.stderr
-        arms[engine] = json.loads((tmp_path / engine / "results.json").read_text())["arms"]
-        print(engine, async_mode, {name: (arm["avg_at_k"], arm["std_err"]) for name, arm in arms[engine].items()})
-    for name, arm in arms["megatron"].items():
-        other = arms["sglang"][name]
-        error = (arm["std_err"] ** 2 + other["std_err"] ** 2) ** 0.5
-        assert abs(arm["avg_at_k"] - other["avg_at_k"]) < 4 * error, name
-    rewards = {
-        engine: np.mean([row["reward"] for row in metrics(tmp_path / engine, "stages/rl_teacher")]) for engine in arms
-    }
-    mean_reward = np.mean(list(rewards.values()))  # of 8 steps of 128 responses each
-    assert abs(rewards["megatron"] - rewards["sglang"]) < 4 * (2 * mean_reward * (1 - mean_reward) / 1024) ** 0.5, (
-        rewards
-    )
-    rows = metrics(tmp_path / "sglang", "stages/rl_teacher")
-    assert all(row["policy_lag_max"] == 0 for row in rows) if async_mode == "sync" else rows[-1]["policy_lag_max"] >= 1
-
-
-@pytest.mark.slow
-def test_killed_server_is_restarted_and_the_batch_completed(policy, started):
-    """Kills the server of this file, so it must be the last test."""
-    requests = make_requests(prompts=8, groups=4, temperature=0.0, max_new_tokens=200, stop_token_ids=())
-    change(policy, 0.02)
-    started.update_weights(policy.chunks, 77)
-    clean = started.generate(requests)
-    (process,), (server,) = started._server_group._processes, started._server_group.pool.servers
-    old_url = server.url
-    threading.Timer(0.2, os.kill, (server_pid(old_url), signal.SIGKILL)).start()
-    again = started.generate(requests)
-    assert server.url != old_url and started._server_group._processes[0] is not process
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(old_url)
-    assert [sample.token_ids.tolist() for sample in again] == [sample.token_ids.tolist() for sample in clean]
-    assert rollout_gap(policy, again) < 1e-4 and {s.weight_versions[0].version for s in again} == {77}
