@@ -64,10 +64,16 @@ def attach(policy, tokenizer, url, tmp_path):
 
     engines = []
 
-    def make(weight_sync="disk", needs=None, other_tokenizer=None, **settings):
+    def make(weight_sync="disk", requirements=None, other_tokenizer=None, **settings):
         directory = tmp_path / str(len(engines))
         engine = make_engine(
-            policy, other_tokenizer or tokenizer, directory, weight_sync, urls=[url], needs=needs, **settings
+            policy,
+            other_tokenizer or tokenizer,
+            directory,
+            weight_sync,
+            urls=[url],
+            requirements=requirements,
+            **settings,
         )
         engines.append(engine)
         return engine

@@ -14,9 +14,9 @@ from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConf
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.rollout.served.server_group import ServerGroup
-from megatron_s2d.rollout.sglang.checks import ServerRequirements
+from megatron_s2d.rollout.sglang.backend import sglang_server_group
 from megatron_s2d.train.megatron_model import MegatronModel
 
 WORKFLOW = """
@@ -85,13 +85,13 @@ def make_engine(
     weight_sync: str = "disk",
     *,
     urls: list[str] | None = None,
-    needs: ServerRequirements | None = None,
+    requirements: ServerRequirements | None = None,
     **settings,
 ) -> ServedEngine:
     """Return an engine on the servers at ``urls``, or on servers that it starts."""
-    return ServedEngine(ServerGroup(
+    return ServedEngine(sglang_server_group(
         policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(weight_sync, **settings), directory,
-        urls=urls or (), needs=needs or ServerRequirements(), tokenizer=tokenizer,
+        urls=urls or (), requirements=requirements or NO_REQUIREMENTS, tokenizer=tokenizer,
     ))  # fmt: skip
 
 

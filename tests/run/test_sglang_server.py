@@ -40,7 +40,10 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.rollout.sglang.checks import ServerChecks, ServerRequirements
+from megatron_s2d.rollout.served.backend import ServerRequirements
+from megatron_s2d.rollout.served.startup_checks import StartupChecks
+from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
+from megatron_s2d.rollout.sglang.protocol import SglangProtocol
 from megatron_s2d.teachers.frozen import ServedTeachers, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTopK
 
@@ -95,15 +98,15 @@ def test_incompatible_server_is_reported_and_unchanged(policy, attach, tokenizer
     with pytest.raises(UserError, match="serves sequences of at most 518 tokens, and the stage has some of 600"):
         attach(requirements=ServerRequirements(600))
     with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
-        ServerChecks(
-            dataclasses.replace(SPEC, max_position_embeddings=4096), ServerRequirements(4000, top_k=2),
-            rollout_settings().server, dtype="float32", tokenizer=None, attached=True,
-        ).score_max_length(url, "any")  # fmt: skip
+        backend = types.SimpleNamespace(protocol=SglangProtocol(VOCAB_SIZE))
+        spec = dataclasses.replace(SPEC, max_position_embeddings=4096)
+        checks = StartupChecks(backend, spec, ServerRequirements(4000, top_k=2), rollout_settings().server)
+        checks.score_max_length(url, "any")
     for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
-        checks = ServerChecks(
-            dataclasses.replace(SPEC, vocab_size=size), ServerRequirements(), rollout_settings().server,
-            dtype="float32", tokenizer=tokenizer, attached=True,
-        )  # fmt: skip
+        spec = dataclasses.replace(SPEC, vocab_size=size)
+        compatibility = SglangCompatibility(
+            spec, ServerRequirements(), rollout_settings().server, dtype="float32", tokenizer=tokenizer, attached=True
+        )
         with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
             compatibility.check(url)
     with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
