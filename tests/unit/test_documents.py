@@ -125,6 +125,15 @@ def test_figures_are_what_the_script_draws(name):
     assert drawn == (ROOT / "docs/figures" / name).read_text(encoding="utf-8"), "run python docs/figures/figures.py"
 
 
+def test_the_same_checks_run_by_hand_before_a_commit_and_in_continuous_integration():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    for hook in hooks:
+        assert f"\n{hook['entry'].removeprefix('make ')}: $(DEV)\n" in makefile
+    assert " ".join(hook["entry"].removeprefix("make ") for hook in hooks) in makefile  # what `make check` runs
+    assert "make -k check test" in (ROOT / ".ci/run").read_text()
+
+
 def slug(heading: str) -> str:
     """Return GitHub's anchor of a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
