@@ -32,8 +32,8 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
 from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
-from megatron_s2d.teachers.frozen import FullTeacher, ServedTeachers, TeacherRouter, TopKTeacher
-from megatron_s2d.teachers.served import ServedTopK
+from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
+from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.verify import RewardManager

@@ -1,4 +1,7 @@
-"""A teacher cache opened for a stage, and as a source of distributions, micro-batch by micro-batch (methods.md M2)."""
+"""A teacher cache as the teacher of a stage: its distributions, micro-batch by micro-batch (methods.md M2).
+
+Shapes: t response tokens of a micro-batch, k top-k entries, h hidden size.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,21 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import LazyHiddenStates, Logits, TeacherSource, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
+from megatron_s2d.records import Sample
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def open_cache(directory: StageDirectory, teacher: StageDirectory, tokenizer: Any) -> TeacherCache:
-    """The cache in ``directory``; ``UserError`` where it is of another teacher, tokenizer or chat template."""
+    """Open the cache in ``directory``; raise ``UserError`` if its teacher, tokenizer or chat template is another."""
     info = cache_info(directory.cache_path)
-    found = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
+    header = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
     expected = {
         "teacher_digest": teacher.finished()["outputs"][teacher.model_path.name],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "template_fingerprint": template_fingerprint(tokenizer),
     }
-    return TeacherCache.open(directory.cache_path, expect=found.model_copy(update=expected))
+    return TeacherCache.open(directory.cache_path, expect=header.model_copy(update=expected))
 
 
 class CachedTeacher:
@@ -42,12 +46,13 @@ class CachedTeacher:
         """output_layer: file with the teacher's output layer, for a cache of hidden states. temperature: of both sides.
 
         Raises ``UserError`` for a cache of sampled log-probabilities only, and for log-probabilities of a top-k cache
-        that were taken at another temperature.
+        at another temperature.
         """
         header = cache.header
         if header.representation == "sampled_token":
             raise UserError(
-                f"{cache.directory}: a cache of representation sampled_token holds no distributions; use hidden_states, full_vocab or top_k"
+                f"{cache.directory}: a cache of representation sampled_token holds no distributions; use "
+                "hidden_states, full_vocab or top_k"
             )
         if header.representation == "top_k" and header.temperature != temperature:
             raise UserError(
@@ -62,54 +67,57 @@ class CachedTeacher:
                 shard = student.shard
                 self._weight = rows[shard.start : shard.stop].to(device.device())
 
-    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(
+        self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
         if not self._student.layout.is_pipeline_last_stage:
-            return [None] * len(batches)
-        return [self._source(update, batch) for batch in batches]
+            return [None] * len(micro_batches)
+        return [self._source(mini_batch.samples, batch) for batch in micro_batches]
 
     def metrics(self) -> dict[str, Metric]:
-        """Nothing is measured."""
+        """Return nothing: distributions are not measured."""
         return {}
 
-    def _source(self, update: MiniBatch, batch: MicroBatch) -> TeacherSource:
+    def _source(self, samples: Sequence[Sample], batch: MicroBatch) -> TeacherSource:
         header = self._cache.header
-        found = [self._cache.distribution(update.samples[index]).tensors() for index in batch.indices] or [
-            _empty(header)
-        ]
-        rows = _rows(update, batch)
+        cached = [self._cache.distribution(samples[index]).tensors() for index in batch.indices]
+        cached = cached or [_no_rows(header)]
+        tensors = {name: torch.cat([item[name] for item in cached]) for name in cached[0]}
+        positions = _predicting_positions(samples, batch)
         if header.representation == "hidden_states":
-            hidden = OffloadedRows.cut(torch.cat([item["hidden"] for item in found]), rows, batch, self._student)
+            hidden = OffloadedRows.cut(tensors["hidden"], positions, batch, self._student)
             return LazyHiddenStates(hidden.read, lambda: self._weight, self._temperature)
-        spread = {name: _spread(torch.cat([item[name] for item in found]), rows, batch) for name in found[0]}
+        columns = {name: _scatter(values, positions, batch) for name, values in tensors.items()}
         if header.representation == "full_vocab":
             shard = self._student.shard
-            log_probs = spread["log_probs"][:, shard.start : shard.stop]
+            log_probs = columns["log_probs"][:, shard.start : shard.stop]
             # log-probabilities times their temperature are logits up to a constant
             return Logits(log_probs * header.temperature, temperature=self._temperature)
         # Positions that are not counted need k distinct ids too.
         counted = batch.response_mask.unsqueeze(1)
-        ids = torch.where(counted, spread["ids"], torch.arange(header.k, dtype=torch.int32, device=counted.device))
-        return TopK(ids, spread["log_probs"], spread["log_tail_mass"], tail=self._tail)
+        ids = torch.where(counted, columns["ids"], torch.arange(header.k, dtype=torch.int32, device=counted.device))
+        return TopK(ids, columns["log_probs"], columns["log_tail_mass"], tail=self._tail)
 
 
-def _empty(header) -> dict[str, torch.Tensor]:
+def _no_rows(header: CacheHeader) -> dict[str, torch.Tensor]:
+    """Return the tensors of a cache without rows, for a micro-batch without samples."""
     dtypes = {"ids": torch.int32}
     return {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in header.shapes(0).items()}
 
 
-def _rows(update: MiniBatch, batch: MicroBatch) -> torch.Tensor:
-    """Positions [response tokens] int64 among all of the batch, sample by sample in the batch's order."""
-    everywhere = torch.arange(batch.num_positions)
+def _predicting_positions(samples: Sequence[Sample], batch: MicroBatch) -> torch.Tensor:
+    """Return the positions [t] int64 that predict response tokens, sample by sample in the micro-batch's order."""
+    all_positions = torch.arange(batch.num_positions)
     parts = [
-        everywhere[place][torch.from_numpy(update.samples[index].response_mask).nonzero().squeeze(1) - 1]
-        for place, index in zip(batch.positions(), batch.indices, strict=True)
+        all_positions[positions][torch.from_numpy(samples[index].response_mask).nonzero().squeeze(1) - 1]
+        for positions, index in zip(batch.positions(), batch.indices, strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _spread(values: torch.Tensor, rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Rows of response tokens at their positions in [N, ...]; zeros elsewhere, where nothing is counted."""
-    whole = values.new_zeros(batch.num_positions, *values.shape[1:])
-    whole[rows] = values
-    return batch.slice_for_cp(whole).to(device.device())
+def _scatter(values: torch.Tensor, positions: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return rows [t, ...] at ``positions`` of this context-parallel rank's positions; zeros elsewhere."""
+    scattered = values.new_zeros(batch.num_positions, *values.shape[1:])
+    scattered[positions] = values
+    return batch.slice_for_cp(scattered).to(device.device())

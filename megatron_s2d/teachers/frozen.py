@@ -1,9 +1,12 @@
-"""Frozen models as teachers: which one a sample belongs to, their exact distributions at any layout, their scores.
+"""Frozen models as teachers: their exact or top-k distributions at any layout, and their scores of sampled tokens.
 
-A teacher gives final hidden states; the loss makes its distribution from them with the teacher's output layer cut like
-the student's. A teacher of another layout scores on its own data ranks, and its hidden states travel to the ranks that
-train on them (``hidden_state_transfer.py``). Teachers that wait keep their weights in host memory. Left out: cached teachers
-(``cached.py``) and what the distributions are used for (``distill.py``).
+A teacher gives final hidden states; the loss computes its distribution from them with the teacher's output layer, which
+is sharded like the student's. A teacher of another layout computes on its own data-parallel ranks, and its hidden
+states are sent to the ranks that train on them (``hidden_state_transfer.py``). Teachers that take turns on the device
+are offloaded to host memory. Left out: cached teachers (``cached.py``), served ones (``served.py``) and what the
+distributions are used for (``stages/opd.py``).
+
+Shapes: t counted positions, v_tp local vocabulary, k top-k entries.
 """
 
 from __future__ import annotations
@@ -18,147 +21,120 @@ import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import TOP_K_ROWS_PER_CHUNK
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
-from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
-from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, TopK
+from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, Temperature, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.served.engine import ServedEngine
-from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, OutputLayers, rows_of, transfer_hidden_states
+from megatron_s2d.teachers.hidden_state_transfer import (
+    OffloadedRows,
+    OutputLayers,
+    offload_hidden_states,
+    transfer_hidden_states,
+)
+from megatron_s2d.teachers.routing import is_routed, score_by_domain, teacher_of
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherRouter:
-    """A model for every domain, or one (under the key ``None``) for all."""
+    """A frozen model for every domain, or one (under the key ``None``) for all."""
 
     models: Mapping[str | None, MegatronModel]
     _output_layers: OutputLayers = dataclasses.field(default_factory=OutputLayers)
 
     @classmethod
     def load(cls, stages: str | Mapping[str, str], load: Callable[[str], MegatronModel]) -> TeacherRouter:
-        """The finished stages that a configuration names; a stage that serves several domains is loaded once."""
+        """Load the finished stages that a configuration names; a stage that serves several domains is loaded once."""
         if isinstance(stages, str):
             return cls({None: load(stages)})
         loaded = {stage: load(stage) for stage in dict.fromkeys(stages.values())}
-        found = cls({domain: loaded[stage] for domain, stage in stages.items()})
         if len(loaded) > 1:
-            for policy in loaded.values():
-                policy.offload()
-        return found
+            for model in loaded.values():
+                model.offload()
+        return cls({domain: loaded[stage] for domain, stage in stages.items()})
 
     @property
     def is_routed(self) -> bool:
-        """Whether domains have models of their own."""
-        return None not in self.models
+        """Whether each domain has a model of its own."""
+        return is_routed(self.models)
 
     @property
-    def _is_offloaded(self) -> bool:
+    def _takes_turns(self) -> bool:
         """Whether models take turns on the device."""
         return len(set(map(id, self.models.values()))) > 1
 
     @contextlib.contextmanager
     def model_for(self, domain: str) -> Iterator[MegatronModel]:
-        """The model of ``domain``, on the device for the length of the block."""
-        policy = self.models.get(domain if self.is_routed else None)
-        if policy is None:
-            raise UserError(
-                f"there is no teacher for the domain '{domain}' (there is one for {', '.join(self.models)})"
-            )
-        with policy.on_device(release=self._is_offloaded):
-            yield policy
+        """Yield the model of ``domain``, on the device inside the block."""
+        model = teacher_of(self.models, domain)
+        with model.on_device(release=self._takes_turns):
+            yield model
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """log pi of every sample's response under the model of its domain, as ``MegatronModel.score``."""
-        found: list[np.ndarray | None] = [None] * len(samples)
-        for domain in sorted({sample.domain for sample in samples}):
-            places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            with self.model_for(domain) as policy:
-                for place, score in zip(places, policy.score([samples[place] for place in places]), strict=True):
-                    found[place] = score
-        return found
+        """Return log pi of every sample's response under the model of its domain, as ``MegatronModel.score``."""
+
+        def score(domain: str, in_domain: list[Sample]) -> list[np.ndarray]:
+            with self.model_for(domain) as model:
+                return model.score(in_domain)
+
+        return score_by_domain(samples, score)
 
     def distributions(
-        self, student: MegatronModel, update: MiniBatch, batches: Sequence[MicroBatch]
+        self, student: MegatronModel, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
     ) -> list[LazyHiddenStates | None]:
-        """The exact distribution of each micro-batch's model at its response tokens; collective over all ranks.
+        """Return each micro-batch's teacher distribution at its response tokens; collective over all ranks.
 
-        With models by domain a micro-batch must hold one domain (``MegatronModel.pack(by_domain=True)``).
+        With models by domain a micro-batch must hold one domain (``MegatronModel.packs_by_domain``).
         """
-        found: list[LazyHiddenStates | None] = [None] * len(batches)
-        for domain in sorted({sample.domain for sample in update.samples}) if self.is_routed else [None]:
-            places = [place for place, batch in enumerate(batches) if not self.is_routed or batch.domain == domain]
-            with self.model_for(domain) as policy:
-                weight = self._output_layers.of(policy, student, waits=self._is_offloaded)
-                own = [batches[place] for place in places]
-                if policy.layout is student.layout:
-                    rows = rows_of(policy, own)
+        sources: list[LazyHiddenStates | None] = [None] * len(micro_batches)
+        for domain in sorted({sample.domain for sample in mini_batch.samples}) if self.is_routed else [None]:
+            indices = [
+                index for index, batch in enumerate(micro_batches) if not self.is_routed or batch.domain == domain
+            ]
+            with self.model_for(domain) as teacher:
+                weight = self._output_layers.of(teacher, student, offload=self._takes_turns)
+                selected = [micro_batches[index] for index in indices]
+                if teacher.layout is student.layout:
+                    states = offload_hidden_states(teacher, selected)
                 else:
-                    rows = transfer_hidden_states(policy, student, update.samples, domain, own)
-                for place, item in zip(places, rows, strict=True):
-                    if item is not None:
-                        found[place] = LazyHiddenStates(item.read, weight, batches[place].temperature)
-        return found
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ServedTeachers:
-    """``TeacherRouter`` from servers that hold the teachers' weights; likeliest tokens are in ``served.py``."""
-
-    engines: Mapping[str | None, ServedEngine]
-
-    @property
-    def is_routed(self) -> bool:
-        """Whether domains have models of their own."""
-        return None not in self.engines
-
-    def engine_for(self, domain: str) -> ServedEngine:
-        """The servers of the teacher of ``domain``."""
-        engine = self.engines.get(domain if self.is_routed else None)
-        if engine is None:
-            raise UserError(f"there is no teacher for the domain '{domain}'")
-        return engine
-
-    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """See ``TeacherRouter.score``; at temperature 1."""
-        found: list[np.ndarray | None] = [None] * len(samples)
-        for domain in sorted({sample.domain for sample in samples}):
-            places = [place for place, sample in enumerate(samples) if sample.domain == domain]
-            engine = self.engine_for(domain)
-            for place, score in zip(places, engine.score([samples[place] for place in places]), strict=True):
-                found[place] = score
-        return found
+                    states = transfer_hidden_states(teacher, student, mini_batch.samples, domain, selected)
+                for index, rows in zip(indices, states, strict=True):
+                    if rows is not None:
+                        sources[index] = LazyHiddenStates(rows.read, weight, micro_batches[index].temperature)
+        return sources
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullTeacher:
-    """Whole distributions for the loss; with a reward scale the geometric mix with the reference (methods.md M4)."""
+    """Full-vocabulary distributions; with a reward scale their geometric mix with the reference's (methods.md M4)."""
 
     student: MegatronModel
     teachers: TeacherRouter
     references: TeacherRouter | None = None
     reward_scale: float = 1.0
 
-    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(
+        self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
-        states = self.teachers.distributions(self.student, update, batches)
+        teacher_sources = self.teachers.distributions(self.student, mini_batch, micro_batches)
         if self.reward_scale == 1.0:
-            return states
-        others = self.references.distributions(self.student, update, batches)
+            return teacher_sources
+        reference_sources = self.references.distributions(self.student, mini_batch, micro_batches)
         return [
-            None if state is None else GeometricTarget(state, other, self.reward_scale)
-            for state, other in zip(states, others, strict=True)
+            None if teacher is None else GeometricTarget(teacher, reference, self.reward_scale)
+            for teacher, reference in zip(teacher_sources, reference_sources, strict=True)
         ]
 
     def metrics(self) -> dict[str, Metric]:
-        """Nothing is measured."""
+        """Return nothing: distributions are not measured."""
         return {}
 
 
 @dataclasses.dataclass(eq=False)
 class TopKTeacher:
-    """Distributions on the k likeliest tokens of student, teacher, or both (``union``: 2 k tokens, teacher's more).
+    """Distributions on the top-k tokens of student, teacher, or both (``union``: the student's k, then the teacher's).
 
     The student's own support costs one more forward pass of the student.
     """
@@ -168,69 +144,88 @@ class TopKTeacher:
     k: int
     support: str
     tail: str
-    _shared: float | torch.Tensor = 0.0  # tokens among the k likeliest of both models, over the last call's responses
-    _counted: int = 0  # response tokens times k
+    _num_shared: float | torch.Tensor = 0.0  # of the last call: top-k tokens of the student that are the teacher's too
+    _num_selected: int = 0  # of the last call: response tokens times k
 
     def metrics(self) -> dict[str, Metric]:
-        """``topk/overlap``: share of the student's k likeliest tokens that are among the teacher's."""
+        """Return ``topk/overlap``: share of the student's top-k tokens that are among the teacher's."""
         if self.support == "teacher":
             return {}
-        sums = torch.tensor([self._shared, self._counted], dtype=torch.float64, device=device.device())
+        sums = torch.tensor([self._num_shared, self._num_selected], dtype=torch.float64, device=device.device())
         dist.all_reduce(sums)
         return {"topk/overlap": Metric(sums[0], sums[1], "mean")}
 
-    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(
+        self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
-        states = self.teachers.distributions(self.student, update, batches)
-        own: Sequence[OffloadedRows | None] = [None] * len(batches)
-        self._shared, self._counted = 0.0, 0
+        teacher_states = self.teachers.distributions(self.student, mini_batch, micro_batches)
+        student_states: Sequence[OffloadedRows | None] = [None] * len(micro_batches)
+        self._num_shared, self._num_selected = 0.0, 0
         if self.support != "teacher":
-            own = rows_of(self.student, batches)
+            student_states = offload_hidden_states(self.student, micro_batches)
         if not self.student.layout.is_pipeline_last_stage:
-            return [None] * len(batches)
-        return [self._top_k(*parts) for parts in zip(batches, states, own, strict=True)]
+            return [None] * len(micro_batches)
+        return [self._top_k(*parts) for parts in zip(micro_batches, teacher_states, student_states, strict=True)]
 
     @torch.no_grad()
-    def _top_k(self, batch: MicroBatch, state: LazyHiddenStates, own: OffloadedRows | None) -> TopK:
-        student, shard = self.student, self.student.shard
+    def _top_k(self, batch: MicroBatch, teacher_states: LazyHiddenStates, student_states: OffloadedRows | None) -> TopK:
+        shard = self.student.shard
         counted = batch.response_mask.nonzero().squeeze(1)
-        temperature = batch.temperature[counted] if isinstance(batch.temperature, torch.Tensor) else batch.temperature
-        teacher = Projection(state.hidden(), state.weight_shard()[: shard.columns], 1.0, torch.float32)
-        mine = None
-        if own is not None:
-            mine = Projection(own.read(), student.output_weight.detach()[: shard.columns], 1.0, torch.float32)
+        temperature = _at(batch.temperature, counted)
+        teacher = Projection(
+            teacher_states.hidden(), teacher_states.weight_shard()[: shard.columns], 1.0, torch.float32
+        )
+        student = None
+        if student_states is not None:
+            weight = self.student.output_weight.detach()[: shard.columns]
+            student = Projection(student_states.read(), weight, 1.0, torch.float32)
         width = min(2 * self.k, shard.vocab_size) if self.support == "union" else self.k
         # Positions that are not counted need distinct ids too.
         ids = torch.arange(width, device=counted.device).repeat(batch.labels.numel(), 1)
         log_probs, tail = torch.zeros(ids.shape, device=ids.device), torch.zeros(len(ids), device=ids.device)
         for start in range(0, len(counted), TOP_K_ROWS_PER_CHUNK):
             rows = slice(start, min(start + TOP_K_ROWS_PER_CHUNK, len(counted)))
-            sizes = (rows.stop - start, shard.columns)
-            at = temperature[rows] if isinstance(temperature, torch.Tensor) else temperature
-            logits = teacher.logits(rows, torch.empty(sizes, device=counted.device))
-            chosen = None
-            if mine is not None:
-                own_logits = mine.logits(rows, torch.empty_like(logits))
-                chosen = vocab_parallel_topk(own_logits, self.k, shard, at)[0]
-                best = vocab_parallel_topk(logits, self.k, shard, at)[0]
-                if student.layout.is_output_rank:
-                    self._shared = self._shared + (chosen.unsqueeze(2) == best.unsqueeze(1)).any(2).sum()
-                    self._counted += len(chosen) * self.k
-            places = counted[rows]
-            ids[places], log_probs[places], tail[places] = self._support(logits, chosen, at)
+            logits = teacher.logits(rows, torch.empty(rows.stop - start, shard.columns, device=counted.device))
+            chunk_temperature = _at(temperature, rows)
+            student_ids = None
+            if student is not None:
+                student_logits = student.logits(rows, torch.empty_like(logits))
+                student_ids = vocab_parallel_topk(student_logits, self.k, shard, chunk_temperature)[0]
+                self._count_overlap(logits, student_ids, chunk_temperature)
+            positions = counted[rows]
+            ids[positions], log_probs[positions], tail[positions] = self._select_support(
+                logits, student_ids, chunk_temperature
+            )
         return TopK(ids, log_probs, tail, tail=self.tail, support=self.support)
 
-    def _support(self, logits, chosen, temperature) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _count_overlap(self, logits: torch.Tensor, student_ids: torch.Tensor, temperature: Temperature) -> None:
+        """Count the tokens of ``student_ids`` [t, k] among the top k of the teacher's ``logits`` [t, v_tp]."""
+        teacher_ids = vocab_parallel_topk(logits, self.k, self.student.shard, temperature)[0]
+        if self.student.layout.is_output_rank:
+            shared = (student_ids.unsqueeze(2) == teacher_ids.unsqueeze(1)).any(2)
+            self._num_shared = self._num_shared + shared.sum()
+            self._num_selected += len(student_ids) * self.k
+
+    def _select_support(
+        self, logits: torch.Tensor, student_ids: torch.Tensor | None, temperature: Temperature
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (ids, the teacher's log-probabilities, log tail mass) of the support of ``logits`` [t, v_tp]."""
         shard = self.student.shard
         if self.support == "teacher":
             return vocab_parallel_topk(logits, self.k, shard, temperature)
+        ids = student_ids
         if self.support == "union":
-            size = min(2 * self.k, shard.vocab_size)
-            ids = vocab_parallel_topk(logits, size, shard, temperature)[0]
-            known = (ids.unsqueeze(2) == chosen.unsqueeze(1)).any(2)
-            # The teacher's likeliest tokens that the student did not choose, in their order.
-            order = known.long().argsort(dim=1, stable=True)
-            extra = ids.gather(1, order)[:, : size - self.k]
-            chosen = torch.cat([chosen, extra], dim=1)
-        log_probs, tail = vocab_parallel_support(logits, chosen, shard, temperature)
-        return chosen, log_probs, tail
+            width = min(2 * self.k, shard.vocab_size)
+            teacher_ids = vocab_parallel_topk(logits, width, shard, temperature)[0]
+            is_shared = (teacher_ids.unsqueeze(2) == student_ids.unsqueeze(1)).any(2)
+            # The teacher's most likely tokens that are not the student's, in their order.
+            order = is_shared.long().argsort(dim=1, stable=True)
+            ids = torch.cat([student_ids, teacher_ids.gather(1, order)[:, : width - self.k]], dim=1)
+        log_probs, tail = vocab_parallel_support(logits, ids, shard, temperature)
+        return ids, log_probs, tail
+
+
+def _at(temperature: Temperature, rows: torch.Tensor | slice) -> Temperature:
+    """Return the temperature of ``rows``: a number, or those rows of a per-token temperature."""
+    return temperature[rows] if isinstance(temperature, torch.Tensor) else temperature

@@ -1,19 +1,24 @@
-"""Final hidden states from the ranks that compute them to the ranks whose loss reads them, and output layers likewise.
+"""Moves teacher hidden states, and output-layer shards, from the ranks that compute them to those that train on them.
 
-Only positions that predict a response token are kept. The tensor ranks of a data rank share them: each keeps those in
-its part of the micro-batch's positions, which under sequence parallelism are the ones that it computes. They wait in
-host memory; when the loss reads a micro-batch, its tensor ranks gather the parts on the device and let them go
-afterwards. A model of another layout sends every row from the rank that has it straight to the one rank that keeps it;
-all ranks derive from samples and layouts which rows these are, so that nothing else is sent.
+Only positions that predict a response token are kept ("counted" positions). The tensor-parallel ranks of a
+data-parallel rank share them: each keeps those in its block of the micro-batch's positions, which under sequence
+parallelism are the ones that it computes. Rows are offloaded to host memory; when the loss reads a micro-batch, its
+tensor-parallel ranks gather the blocks on the device and free them afterwards. A teacher of another layout sends every
+row from the rank that computes it straight to the one rank that keeps it; all ranks derive from samples and layouts
+which rows these are, so that nothing else is sent.
 
-States of a model with the student's layout wait in host memory too: a copy of one micro-batch there and back takes
-thousandths of its forward pass, and the states of an update would take the device memory of many micro-batches.
+Hidden states of a teacher with the student's layout are offloaded too: copying one micro-batch to the host and back
+takes thousandths of its forward pass, and the states of a whole mini-batch would take the device memory of many
+micro-batches.
+
+Shapes: t counted positions of a micro-batch, h hidden size, n rows of a transfer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -31,133 +36,133 @@ from megatron_s2d.train.megatron_model import MegatronModel
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OffloadedRows:
-    """Rows of a micro-batch's counted positions in host memory, shared out over the ranks of a shard's group."""
+    """Rows of a micro-batch's counted positions in host memory, split over the ranks of a vocabulary shard's group."""
 
-    part: torch.Tensor  # [counts[shard.rank], d] of this rank's part of the positions
+    block: torch.Tensor  # [counts[shard.rank], h], this rank's rows
     counts: tuple[int, ...]  # rows of every rank of the group
     shard: VocabShard
-    order: torch.Tensor | None = None  # row i of the part in order is part[order[i]]; None: it is in order
+    order: torch.Tensor | None = None  # block[order] is in the order of positions; None: block is
 
     @classmethod
-    def cut(
-        cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, policy: MegatronModel
-    ) -> OffloadedRows:
-        """Of rows [R, d] in host memory that every rank has, at the counted ``positions`` [R] of a micro-batch.
+    def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, model: MegatronModel) -> OffloadedRows:
+        """Keep this rank's part of rows [t, h] in host memory that every rank has.
 
-        Positions are those over all context ranks, and those that this one has not are left out.
+        positions: [t], counted positions over all context-parallel ranks; those of other ranks are dropped.
         """
-        cuts = own_positions(batch, policy.layout)
-        start = sum(map(len, cuts[: policy.shard.rank]))
-        holder, places = map(torch.from_numpy, batch.plan.locate(positions.numpy()))
-        mine = (holder == batch.cp_rank).nonzero().squeeze(1)
-        chosen = mine[places[mine].argsort()][start : start + len(cuts[policy.shard.rank])]
-        part = device.pinned_empty(len(chosen), rows.shape[1], dtype=rows.dtype)
-        torch.index_select(rows, 0, chosen, out=part)
-        return cls(part, tuple(map(len, cuts)), policy.shard)
+        blocks = counted_positions(batch, model.layout)
+        start = sum(map(len, blocks[: model.shard.rank]))
+        cp_ranks, local_positions = map(torch.from_numpy, batch.plan.locate(positions.numpy()))
+        local_rows = (cp_ranks == batch.cp_rank).nonzero().squeeze(1)
+        local_rows = local_rows[local_positions[local_rows].argsort()]
+        block_rows = local_rows[start : start + len(blocks[model.shard.rank])]
+        block = device.pinned_empty(len(block_rows), rows.shape[1], dtype=rows.dtype)
+        torch.index_select(rows, 0, block_rows, out=block)
+        return cls(block, tuple(map(len, blocks)), model.shard)
 
     def read(self) -> torch.Tensor:
-        """The rows of all parts on the device, [R, d] in the order of positions; collective over the group."""
-        rows = self.part.to(device.device(), non_blocking=True)
+        """Return the rows of all blocks on the device, [t, h] in the order of positions; collective over the group."""
+        rows = self.block.to(device.device(), non_blocking=True)
         if self.order is not None:
             rows = rows[self.order.to(rows.device)]
         if self.shard.size == 1 or not any(self.counts):
             return rows
-        largest = rows.new_empty(max(self.counts), rows.shape[1])
-        largest[: len(rows)] = rows
-        parts = self.shard.gather(largest)
-        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+        padded = rows.new_empty(max(self.counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        blocks = self.shard.gather(padded)
+        return torch.cat([block[:count] for block, count in zip(blocks, self.counts, strict=True)])
 
 
-def rows_of(policy: MegatronModel, batches: Sequence[MicroBatch]) -> list[OffloadedRows | None]:
-    """Final hidden states of ``batches`` for a loss at the layout of ``policy``; None before the last stage."""
-    layout = policy.layout
+def offload_hidden_states(model: MegatronModel, batches: Sequence[MicroBatch]) -> list[OffloadedRows | None]:
+    """Compute final hidden states for a loss at the layout of ``model``; None on ranks without an output layer."""
+    layout = model.layout
 
     def keep(number: int, hidden: torch.Tensor) -> OffloadedRows:
-        cuts = own_positions(batches[number], layout)
-        rows = torch.from_numpy(cuts[layout.tp_rank])
+        blocks = counted_positions(batches[number], layout)
+        rows = torch.from_numpy(blocks[layout.tp_rank])
         if layout.config.sequence_parallel:
             rows = rows - layout.tp_rank * hidden.shape[0]
-        kept = device.copy_to_host(hidden[rows.to(hidden.device)])
-        return OffloadedRows(kept, tuple(map(len, cuts)), policy.shard)
+        block = device.copy_to_host(hidden[rows.to(hidden.device)])
+        return OffloadedRows(block, tuple(map(len, blocks)), model.shard)
 
-    return policy.hidden_states(batches, keep)
+    return model.hidden_states(batches, keep)
 
 
-def own_positions(batch: MicroBatch, layout: Layout) -> list[np.ndarray]:
-    """Counted positions (int64, in order) of each tensor rank's part of a micro-batch."""
+def counted_positions(batch: MicroBatch, layout: Layout) -> list[np.ndarray]:
+    """Return the counted positions (int64, in order) in the block of each tensor-parallel rank."""
     mask = batch.response_mask.cpu().numpy()
-    part = _part(len(mask), layout)
-    cuts = range(0, part * layout.tp_size, part)
-    return [start + np.flatnonzero(mask[start : start + part]) for start in cuts]
+    size = _block_size(len(mask), layout)
+    starts = range(0, size * layout.tp_size, size)
+    return [start + np.flatnonzero(mask[start : start + size]) for start in starts]
 
 
-def _part(positions: int, layout: Layout) -> int:
-    """Positions of a micro-batch that one tensor rank answers for."""
-    return ceil_div(positions, layout.tp_size)
+def _block_size(num_positions: int, layout: Layout) -> int:
+    """Return how many positions of a micro-batch one tensor-parallel rank keeps the rows of."""
+    return ceil_div(num_positions, layout.tp_size)
 
 
 def transfer_hidden_states(
-    policy: MegatronModel,
+    teacher: MegatronModel,
     student: MegatronModel,
     samples: Sequence[Sample],
     domain: str | None,
     batches: Sequence[MicroBatch],
 ) -> list[OffloadedRows | None]:
-    """Final hidden states of ``policy`` for the micro-batches of a student of another layout; collective.
+    """Compute the teacher's final hidden states for the micro-batches of a student of another layout; collective.
 
-    samples: of the whole update. domain: of those that ``batches``, the student's, hold; None for all.
+    samples: of the whole mini-batch. domain: of those in ``batches``, the student's micro-batches; None for all.
     """
-    chosen = [i for i, sample in enumerate(samples) if domain is None or sample.domain == domain]
-    asked = [samples[i] for i in chosen]
-    sources = _places(policy.plan_micro_batches(asked))
-    dealt = [
-        [deal for deal in deals if domain is None or deal.domain == domain]
-        for deals in student.plan_micro_batches(samples)
+    indices = [index for index, sample in enumerate(samples) if domain is None or sample.domain == domain]
+    teacher_samples = [samples[index] for index in indices]
+    sources = _sequences(teacher.plan_micro_batches(teacher_samples))
+    student_plans = [
+        [plan for plan in plans if domain is None or plan.domain == domain]
+        for plans in student.plan_micro_batches(samples)
     ]
-    targets = _places(dealt)
-    journeys = [(samples[i], sources[place], targets[i]) for place, i in enumerate(chosen)]
-    rows = _TransferPlan.of(journeys, policy.layout, student.layout)
-    width, dtype = policy.spec.hidden_size, policy.params_dtype
-    sent = _compute(policy, asked, rows.sends(dist.get_rank()), width, dtype)
-    arriving = rows.receives(dist.get_rank())
-    kept = [
-        device.pinned_empty(int((arriving.target_batch == n).sum()), width, dtype=dtype) for n in range(len(batches))
+    targets = _sequences(student_plans)
+    transfers = [(samples[index], sources[number], targets[index]) for number, index in enumerate(indices)]
+    plan = _TransferPlan.of(transfers, teacher.layout, student.layout)
+    hidden_size, dtype = teacher.spec.hidden_size, teacher.params_dtype
+    sent = _compute(teacher, teacher_samples, plan.sends(dist.get_rank()), hidden_size, dtype)
+    receives = plan.receives(dist.get_rank())
+    blocks = [
+        device.pinned_empty(int((receives.target_batch == number).sum()), hidden_size, dtype=dtype)
+        for number in range(len(batches))
     ]
-    ranks = [sum(map(len, layout.output_ranks)) for layout in (policy.layout, student.layout)]
-    p2p.p2p_exchange(sent, _blocks(arriving, kept), partners=max(ranks))
+    num_output_ranks = [sum(map(len, layout.output_ranks)) for layout in (teacher.layout, student.layout)]
+    p2p.p2p_exchange(sent, _receive_buffers(receives, blocks), partners=max(num_output_ranks))
     if not student.layout.is_pipeline_last_stage:
         return [None] * len(batches)
-    found = []
-    for number, (batch, part) in enumerate(zip(batches, kept, strict=True)):
-        counts = tuple(map(len, own_positions(batch, student.layout)))
-        order = np.argsort(arriving.target_row[arriving.target_batch == number])
-        found.append(OffloadedRows(part, counts, student.shard, torch.from_numpy(order)))
-    return found
+    offloaded = []
+    for number, (batch, block) in enumerate(zip(batches, blocks, strict=True)):
+        counts = tuple(map(len, counted_positions(batch, student.layout)))
+        order = np.argsort(receives.target_row[receives.target_batch == number])
+        offloaded.append(OffloadedRows(block, counts, student.shard, torch.from_numpy(order)))
+    return offloaded
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a layout has a sample: sequence ``number`` of a deal, which is micro-batch ``batch`` of a data rank."""
+class _Sequence:
+    """A sample in a layout: sequence ``number`` of ``plan``, which is micro-batch ``batch`` of a data-parallel rank."""
 
     dp_rank: int
     batch: int
-    deal: MicroBatchPlan
+    plan: MicroBatchPlan
     number: int
 
 
-def _places(dealt: Sequence[Sequence[MicroBatchPlan]]) -> dict[int, _Place]:
-    """The place of every sample, by its index."""
+def _sequences(plans: Sequence[Sequence[MicroBatchPlan]]) -> dict[int, _Sequence]:
+    """Return the sequence of every sample, by the sample's index. plans: by data-parallel rank."""
     return {
-        index: _Place(dp_rank, batch, deal, number)
-        for dp_rank, deals in enumerate(dealt)
-        for batch, deal in enumerate(deals)
-        for number, index in enumerate(deal.indices)
+        index: _Sequence(dp_rank, batch, plan, number)
+        for dp_rank, rank_plans in enumerate(plans)
+        for batch, plan in enumerate(rank_plans)
+        for number, index in enumerate(plan.indices)
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class _TransferPlan:
-    """Counted rows that this rank's data ranks have to do with: where each is computed, where it is kept; int64 [n]."""
+    """Which rank computes and which keeps each counted row of this rank's data-parallel ranks; int64 [n] each."""
 
     source: np.ndarray  # global rank
     source_batch: np.ndarray  # number of the micro-batch on that rank
@@ -167,108 +172,115 @@ class _TransferPlan:
     target_row: np.ndarray
 
     @classmethod
-    def of(cls, samples: Sequence[tuple[Sample, _Place, _Place]], source: Layout, target: Layout) -> _TransferPlan:
-        """samples: each with its places in the two layouts."""
-        parts = [np.zeros((6, 0), dtype=np.int64)]
-        for sample, begin, end in samples:
-            if begin.dp_rank == source.dp_rank or end.dp_rank == target.dp_rank:
-                predicted = np.flatnonzero(sample.response_mask[1:])
-                parts.append(np.stack([*_locations(begin, source, predicted), *_locations(end, target, predicted)]))
-        return cls(*np.concatenate(parts, axis=1))
+    def of(
+        cls, transfers: Sequence[tuple[Sample, _Sequence, _Sequence]], source: Layout, target: Layout
+    ) -> _TransferPlan:
+        """transfers: each sample with its sequences in the two layouts."""
+        columns = [np.zeros((6, 0), dtype=np.int64)]
+        for sample, source_sequence, target_sequence in transfers:
+            if source_sequence.dp_rank == source.dp_rank or target_sequence.dp_rank == target.dp_rank:
+                predicting = np.flatnonzero(sample.response_mask[1:])  # tokens before a response token
+                source_columns = _locations(source_sequence, source, predicting)
+                columns.append(np.stack([*source_columns, *_locations(target_sequence, target, predicting)]))
+        return cls(*np.concatenate(columns, axis=1))
 
     def sends(self, rank: int) -> _TransferPlan:
-        """The rows that ``rank`` computes: together by target, then in the order in which they are computed."""
-        return self._chosen(self.source == rank, self.target)
+        """Return the rows that ``rank`` computes: grouped by target, then in the order in which they are computed."""
+        return self._select(self.source == rank, self.target)
 
     def receives(self, rank: int) -> _TransferPlan:
-        """The rows that ``rank`` keeps: together by source, in the order in which the source sends them."""
-        return self._chosen(self.target == rank, self.source)
+        """Return the rows that ``rank`` keeps: grouped by source, in the order in which the source sends them."""
+        return self._select(self.target == rank, self.source)
 
-    def _chosen(self, mask: np.ndarray, partner: np.ndarray) -> _TransferPlan:
+    def _select(self, mask: np.ndarray, partner: np.ndarray) -> _TransferPlan:
         order = np.lexsort((self.target_row, self.target_batch, self.source_batch, partner))
         order = order[mask[order]]
         return _TransferPlan(*(values[order] for values in vars(self).values()))
 
 
-def _locations(place: _Place, layout: Layout, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(global rank, micro-batch, position on its context rank) of the tokens at places ``predicted`` + 1 of a sample."""
-    first, step = place.deal.positions()[place.number].start, place.deal.positions()[place.number].step or 1
-    context, positions = place.deal.locate(first + step * predicted)
-    ranks = np.array(layout.output_ranks[place.dp_rank]).reshape(layout.cp_size, layout.tp_size)
-    part = _part(place.deal.cp_indices.shape[1], layout)
-    return ranks[context, positions // part], np.full_like(positions, place.batch), positions
+def _locations(sequence: _Sequence, layout: Layout, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (global rank, micro-batch, position on its context-parallel rank) of a sample's tokens ``tokens``."""
+    positions = sequence.plan.positions()[sequence.number]
+    cp_ranks, local_positions = sequence.plan.locate(positions.start + (positions.step or 1) * tokens)
+    ranks = np.array(layout.output_ranks[sequence.dp_rank]).reshape(layout.cp_size, layout.tp_size)
+    size = _block_size(sequence.plan.cp_indices.shape[1], layout)
+    batch = np.full_like(local_positions, sequence.batch)
+    return ranks[cp_ranks, local_positions // size], batch, local_positions
 
 
 def _compute(
-    policy: MegatronModel, samples: Sequence[Sample], rows: _TransferPlan, width: int, dtype: torch.dtype
+    teacher: MegatronModel, samples: Sequence[Sample], sends: _TransferPlan, hidden_size: int, dtype: torch.dtype
 ) -> dict[int, torch.Tensor]:
-    """The rows [n, width] that leave this rank by the rank that they go to; collective over the model's ranks."""
-    waiting = device.pinned_empty(len(rows.source), width, dtype=dtype)
+    """Return the rows [n, h] that this rank sends, by target rank; collective over the teacher's ranks."""
+    buffer = device.pinned_empty(len(sends.source), hidden_size, dtype=dtype)
 
     def keep(number: int, hidden: torch.Tensor) -> None:
-        places = np.flatnonzero(rows.source_batch == number)
-        positions = torch.from_numpy(rows.source_row[places])
-        if policy.layout.config.sequence_parallel:
-            positions = positions - policy.layout.tp_rank * hidden.shape[0]
-        found = hidden[positions.to(hidden.device)]
-        for run in _runs(places - np.arange(len(places))):
-            waiting[places[run.start] : places[run.stop - 1] + 1].copy_(found[run], non_blocking=True)
+        indices = np.flatnonzero(sends.source_batch == number)
+        positions = torch.from_numpy(sends.source_row[indices])
+        if teacher.layout.config.sequence_parallel:
+            positions = positions - teacher.layout.tp_rank * hidden.shape[0]
+        rows = hidden[positions.to(hidden.device)]
+        for run in _runs(indices - np.arange(len(indices))):
+            buffer[indices[run.start] : indices[run.stop - 1] + 1].copy_(rows[run], non_blocking=True)
 
-    policy.hidden_states(policy.pack(samples, {}), keep)
-    return {int(rows.target[run.start]): waiting[run] for run in _runs(rows.target)}
+    teacher.hidden_states(teacher.pack(samples, {}), keep)
+    return {int(sends.target[run.start]): buffer[run] for run in _runs(sends.target)}
 
 
-def _blocks(rows: _TransferPlan, kept: Sequence[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
-    """Room in ``kept``, one tensor a micro-batch, for the rows that come from each rank, in the order of ``rows``."""
-    found: dict[int, list[torch.Tensor]] = {}
-    filled = [0] * len(kept)
-    for run in _runs(rows.source, rows.source_batch, rows.target_batch):
-        batch, count = int(rows.target_batch[run.start]), run.stop - run.start
-        found.setdefault(int(rows.source[run.start]), []).append(kept[batch][filled[batch] : filled[batch] + count])
-        filled[batch] += count
-    return found
+def _receive_buffers(receives: _TransferPlan, blocks: Sequence[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    """Return the slices of ``blocks``, one tensor per micro-batch, that the rows of each source rank fill, in order."""
+    buffers: dict[int, list[torch.Tensor]] = {}
+    num_filled = [0] * len(blocks)
+    for run in _runs(receives.source, receives.source_batch, receives.target_batch):
+        source, batch = int(receives.source[run.start]), int(receives.target_batch[run.start])
+        start, count = num_filled[batch], run.stop - run.start
+        buffers.setdefault(source, []).append(blocks[batch][start : start + count])
+        num_filled[batch] += count
+    return buffers
 
 
 def _runs(*columns: np.ndarray) -> Iterator[slice]:
-    """Stretches of neighbours that are equal in all ``columns`` [n]."""
+    """Yield the runs of neighbours that are equal in all ``columns`` [n]."""
     if not len(columns[0]):
         return
     changes = np.flatnonzero(np.any([column[1:] != column[:-1] for column in columns], axis=0)) + 1
     edges = [0, *changes.tolist(), len(columns[0])]
-    yield from (slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
+    yield from (slice(start, stop) for start, stop in itertools.pairwise(edges))
 
 
 class OutputLayers:
-    """Output layers of frozen models cut like the student's: cut once, and at most one on the device at a time.
+    """Output layers of frozen models, resharded like the student's: once each, at most one on the device at a time.
 
-    A model that stays on the device has its own there for good. Those of models that take turns wait in host memory.
+    A model that stays on the device keeps its layer there. Layers of models that take turns are offloaded.
     """
 
     def __init__(self) -> None:
-        self._cut: dict[MegatronModel, torch.Tensor] = {}  # of models of other layouts
-        self._open: tuple[MegatronModel, torch.Tensor] | None = None
+        self._resharded: dict[MegatronModel, torch.Tensor] = {}  # of models of other layouts
+        self._on_device: tuple[MegatronModel, torch.Tensor] | None = None
 
-    def of(self, policy: MegatronModel, student: MegatronModel, *, waits: bool) -> Callable[[], torch.Tensor] | None:
-        """What gives the rows of the student's shard on the device; None on ranks without an output layer.
+    def of(self, teacher: MegatronModel, student: MegatronModel, *, offload: bool) -> Callable[[], torch.Tensor] | None:
+        """Return a function that gives the rows of the student's shard on the device; None without an output layer.
 
-        Collective, with ``policy`` on the device. waits: the model takes turns on the device with others.
+        Collective, with ``teacher`` on the device. offload: the model takes turns on the device with others.
         """
-        if policy.layout is not student.layout and policy not in self._cut:
-            held = (
-                (policy.output_weight.detach(), policy.shard) if policy.layout.is_pipeline_last_stage else (None, None)
+        if teacher.layout is not student.layout and teacher not in self._resharded:
+            local_rows = (
+                (teacher.output_weight.detach(), teacher.shard)
+                if teacher.layout.is_pipeline_last_stage
+                else (None, None)
             )
-            wanted = student.shard if student.layout.is_pipeline_last_stage else None
-            weight = redistribute_output_layer(*held, wanted, dist.group.WORLD)
-            if weight is not None and waits:
+            target = student.shard if student.layout.is_pipeline_last_stage else None
+            weight = redistribute_output_layer(*local_rows, target, dist.group.WORLD)
+            if weight is not None and offload:
                 weight = device.copy_to_host(weight)
-            self._cut[policy] = weight
-        return functools.partial(self._read, policy) if student.layout.is_pipeline_last_stage else None
+            self._resharded[teacher] = weight
+        return functools.partial(self._read, teacher) if student.layout.is_pipeline_last_stage else None
 
-    def _read(self, policy: MegatronModel) -> torch.Tensor:
-        if self._open is None or self._open[0] is not policy:
-            self._open = None  # the last one leaves before the next comes
-            found = self._cut.get(policy)
-            if found is None:
-                found = policy.output_weight.detach()[: policy.shard.columns]
-            self._open = (policy, found.to(device.device(), non_blocking=True))
-        return self._open[1]
+    def _read(self, teacher: MegatronModel) -> torch.Tensor:
+        if self._on_device is None or self._on_device[0] is not teacher:
+            self._on_device = None  # frees the previous one before the next is copied
+            weight = self._resharded.get(teacher)
+            if weight is None:
+                weight = teacher.output_weight.detach()[: teacher.shard.columns]
+            self._on_device = (teacher, weight.to(device.device(), non_blocking=True))
+        return self._on_device[1]

@@ -1,7 +1,9 @@
-"""The likeliest tokens of teachers on SGLang servers as the distributions that a student trains on (methods.md M2, M3).
+"""Teachers on SGLang servers: scores of sampled tokens, and top-k distributions for the loss (methods.md M2, M3).
 
-Each model replica asks for the samples that it trains on itself, so that nothing larger than that travels. Left out:
-supports that the student chooses, which servers cannot score token by token, and whole distributions.
+Each model replica requests the top tokens of the samples that it trains on itself, so that only those are transferred.
+Left out: supports that the student selects, which servers cannot score token by token, and full distributions.
+
+Shapes: t positions of a micro-batch, k top-k entries.
 """
 
 from __future__ import annotations
@@ -16,47 +18,74 @@ from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.kl.teachers import TeacherSource, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
+from megatron_s2d.records import Sample
+from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.scoring import TopTokens
-from megatron_s2d.teachers.frozen import ServedTeachers
+from megatron_s2d.teachers.routing import is_routed, score_by_domain, teacher_of
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ServedTeachers:
+    """Servers with a teacher's weights for every domain, or one engine (under the key ``None``) for all."""
+
+    engines: Mapping[str | None, ServedEngine]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each domain has a teacher of its own."""
+        return is_routed(self.engines)
+
+    def engine_for(self, domain: str) -> ServedEngine:
+        """Return the servers of the teacher of ``domain``."""
+        return teacher_of(self.engines, domain)
+
+    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """See ``TeacherRouter.score``; at temperature 1."""
+        return score_by_domain(samples, lambda domain, in_domain: self.engine_for(domain).score(in_domain))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ServedTopK:
-    """Distributions on the teacher's k likeliest tokens at temperature 1."""
+    """Distributions on the teacher's k most likely tokens at temperature 1."""
 
     student: MegatronModel
     teachers: ServedTeachers
     k: int
     tail: str
 
-    def distributions(self, update: MiniBatch, batches: Sequence[MicroBatch]) -> list[TeacherSource | None]:
+    def distributions(
+        self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Sequence[TeacherSource | None]:
         """See ``train.loop.Teacher``."""
-        found: dict[int, TopTokens] = {}  # by place in the update
-        mine = [index for batch in batches for index in batch.indices]
-        for domain in sorted({sample.domain for sample in update.samples}):
-            places = [index for index in mine if update.samples[index].domain == domain]
+        samples = mini_batch.samples
+        local_indices = [index for batch in micro_batches for index in batch.indices]
+        top_tokens: dict[int, TopTokens] = {}  # by index in the mini-batch
+        for domain in sorted({sample.domain for sample in samples}):
+            indices = [index for index in local_indices if samples[index].domain == domain]
             engine = self.teachers.engine_for(domain)
-            tokens = engine.top_tokens([update.samples[index] for index in places], self.k, self.student.layout)
-            found |= dict(zip(places, tokens, strict=True))
+            replies = engine.top_tokens([samples[index] for index in indices], self.k, self.student.layout)
+            top_tokens |= dict(zip(indices, replies, strict=True))
         if not self.student.layout.is_pipeline_last_stage:
-            return [None] * len(batches)
-        return [self._source(update, batch, found) for batch in batches]
+            return [None] * len(micro_batches)
+        return [self._source(samples, batch, top_tokens) for batch in micro_batches]
 
     def metrics(self) -> dict[str, Metric]:
-        """Nothing is measured."""
+        """Return nothing: distributions are not measured."""
         return {}
 
-    def _source(self, update: MiniBatch, batch: MicroBatch, found: Mapping[int, TopTokens]) -> TopK:
-        """The entry of token t stands at the position that predicts it."""
+    def _source(self, samples: Sequence[Sample], batch: MicroBatch, top_tokens: Mapping[int, TopTokens]) -> TopK:
+        """Place the entries of each token at the position that predicts it."""
         # Positions that are not counted need k distinct ids too.
         ids = np.tile(np.arange(self.k), (batch.num_positions, 1))
         log_probs = np.zeros((batch.num_positions, self.k), dtype=np.float32)
         log_tail = np.zeros(batch.num_positions, dtype=np.float32)
-        for place, index in zip(batch.positions(), batch.indices, strict=True):
-            top, tokens = found[index], np.flatnonzero(update.samples[index].response_mask)
-            ids[place][tokens - 1] = top.ids[tokens]
-            log_probs[place][tokens - 1] = top.log_probs[tokens]
-            log_tail[place][tokens - 1] = top.log_tail[tokens]
-        parts = [batch.slice_for_cp(torch.from_numpy(part)).to(device.device()) for part in (ids, log_probs, log_tail)]
-        return TopK(*parts, tail=self.tail, support="teacher")
+        for positions, index in zip(batch.positions(), batch.indices, strict=True):
+            top, tokens = top_tokens[index], np.flatnonzero(samples[index].response_mask)
+            ids[positions][tokens - 1] = top.ids[tokens]
+            log_probs[positions][tokens - 1] = top.log_probs[tokens]
+            log_tail[positions][tokens - 1] = top.log_tail[tokens]
+        columns = [
+            batch.slice_for_cp(torch.from_numpy(values)).to(device.device()) for values in (ids, log_probs, log_tail)
+        ]
+        return TopK(*columns, tail=self.tail, support="teacher")

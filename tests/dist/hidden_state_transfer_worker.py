@@ -1,7 +1,7 @@
-"""Teachers of other layouts on four ranks: where their states go, and what training on them gives; writes JSON.
+"""Teachers of other layouts on four ranks: which rank keeps which hidden states, and the losses; writes JSON.
 
-Started by test_hidden_state_transfer.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of layouts
-as in training_worker.py. Beside the product stands the plain way: every rank is given the states of all samples.
+Started by test_hidden_state_transfer.py through torchrun; arguments are the output file and pairs STUDENT:TEACHER of
+layouts as in training_worker.py. The reference implementation gathers the states of all samples on every rank.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from training_worker import parse_layout, policy, samples, train, weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from memory import peak_bytes
 
+from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates
@@ -35,47 +36,48 @@ SCENARIOS = ("full", "few_samples", "by_domain", "geometric", "topk")
 OBJECT_COLLECTIVES = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
 
 
-class Everywhere:
-    """``TeacherRouter`` the plain way: all states on every rank, all positions, the output layer cut anew every time."""
+class GatheredTeachers:
+    """Reference for ``TeacherRouter``: all states on every rank, the output layer resharded every time."""
 
-    def __init__(self, teachers: TeacherRouter, waiting: bool):
-        self.teachers, self.waiting = teachers, waiting
+    def __init__(self, teachers: TeacherRouter, lazy: bool):
+        self.teachers, self.lazy = teachers, lazy
 
-    def distributions(self, student, update, batches):
-        states, layers = {}, {}
-        for domain in sorted({sample.domain for sample in update.samples}) if self.teachers.is_routed else [None]:
-            chosen = [i for i, sample in enumerate(update.samples) if domain in (None, sample.domain)]
+    def distributions(self, student, mini_batch, micro_batches):
+        states, weights = {}, {}
+        samples = mini_batch.samples
+        for domain in sorted({sample.domain for sample in samples}) if self.teachers.is_routed else [None]:
+            indices = [i for i, sample in enumerate(samples) if domain in (None, sample.domain)]
             with self.teachers.model_for(domain) as model:
-                states |= all_states(model, update, chosen)
-                last = model.layout.is_pipeline_last_stage
-                held = (model.output_weight.detach(), model.shard) if last else (None, None)
-                layers[domain] = redistribute_output_layer(*held, student.shard, dist.group.WORLD)
-        return [self.source(student, batch, states, layers) for batch in batches]
+                states |= all_states(model, samples, indices)
+                is_last = model.layout.is_pipeline_last_stage
+                local_rows = (model.output_weight.detach(), model.shard) if is_last else (None, None)
+                weights[domain] = redistribute_output_layer(*local_rows, student.shard, dist.group.WORLD)
+        return [self.source(student, batch, states, weights) for batch in micro_batches]
 
-    def source(self, student, batch, states, layers):
+    def source(self, student, batch, states, weights):
         if not student.layout.is_pipeline_last_stage:
             return None
-        weight = layers[batch.domain if self.teachers.is_routed else None]
-        sequence, rows = batch.shape
-        hidden = torch.zeros(sequence, rows, weight.shape[1])
+        weight = weights[batch.domain if self.teachers.is_routed else None]
+        length, num_rows = batch.shape
+        hidden = torch.zeros(length, num_rows, weight.shape[1])
         for row, index in enumerate(batch.indices):
             hidden[: len(states[index]) - 1, row] = states[index][1:]
         hidden = hidden.flatten(0, 1)
-        if self.waiting:
+        if self.lazy:
             return LazyHiddenStates(lambda: hidden[batch.response_mask], lambda: weight, batch.temperature)
         return HiddenStates(hidden, weight, batch.temperature)
 
 
-def all_states(model, update, chosen) -> dict[int, torch.Tensor]:
-    batches = model.pack([update.samples[i] for i in chosen], {})
-    found = {}
+def all_states(model, samples, indices) -> dict[int, torch.Tensor]:
+    """Return the hidden states of ``samples[indices]`` by index, on every rank."""
+    batches = model.pack([samples[i] for i in indices], {})
+    states = {}
     for batch, hidden in zip(batches, model.hidden_states(batches), strict=True):
         if model.layout.is_pipeline_last_stage:
             rows = batch.unpack(model.gather_sequence_parallel(hidden))
-            found |= (
-                {chosen[i]: value for i, value in zip(batch.indices, rows, strict=True)} if model.layout.is_dp_leader else {}
-            )
-    return gather_dicts(found)
+            if model.layout.is_dp_leader:
+                states |= {indices[i]: value for i, value in zip(batch.indices, rows, strict=True)}
+    return gather_dicts(states)
 
 
 def models(scenario: str, student_layout, teacher_layout):
@@ -96,11 +98,12 @@ def models(scenario: str, student_layout, teacher_layout):
     return batch, student, TeacherRouter(teachers), TeacherRouter(references) if references else None
 
 
-def losses(scenario: str, layouts, *, plain: bool) -> list[dict[str, float]]:
+def losses(scenario: str, layouts, *, gathered: bool) -> list[dict[str, float]]:
+    """Losses and gradient norms of three updates. gathered: with the reference implementation."""
     batch, student, teachers, references = models(scenario, *layouts)
-    if plain:
-        teachers = Everywhere(teachers, waiting=scenario == "topk")
-        references = references and Everywhere(references, waiting=False)
+    if gathered:
+        teachers = GatheredTeachers(teachers, lazy=scenario == "topk")
+        references = references and GatheredTeachers(references, lazy=False)
     tail = "bucket" if scenario == "topk" else None
     source = FullTeacher(student, teachers, references, 1.5 if references else 1.0)
     if tail:
@@ -111,73 +114,83 @@ def losses(scenario: str, layouts, *, plain: bool) -> list[dict[str, float]]:
 
 
 @contextlib.contextmanager
-def counted():
-    """Bytes received in the exchange, and calls of collectives that send objects or output layers."""
-    found = Counter()
-    send, run = dist.batch_isend_irecv, p2p.p2p_exchange
+def count_traffic():
+    """Count the bytes received by p2p_exchange, and the calls of collectives that send objects or output layers."""
+    counts = Counter()
+    send, exchange = dist.batch_isend_irecv, p2p.p2p_exchange
 
-    def batched(operations):
-        found["received"] += sum(op.tensor.nbytes for op in operations if op.op is dist.irecv)
+    def counted_send(operations):
+        counts["received"] += sum(op.tensor.nbytes for op in operations if op.op is dist.irecv)
         return send(operations)
 
-    def exchanged(*args, **kwargs):  # pipelines send point to point too
-        with mock.patch.object(dist, "batch_isend_irecv", batched):
-            run(*args, **kwargs)
+    def counted_exchange(*args, **kwargs):  # pipelines send point to point too
+        with mock.patch.object(dist, "batch_isend_irecv", counted_send):
+            exchange(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(p2p, "p2p_exchange", exchanged))
+        stack.enter_context(mock.patch.object(p2p, "p2p_exchange", counted_exchange))
         for name in (*OBJECT_COLLECTIVES, "broadcast"):
             calls = stack.enter_context(mock.patch.object(dist, name, wraps=getattr(dist, name)))
-            stack.callback(lambda name=name, calls=calls: found.update({name: calls.call_count}))
-        yield found
+            stack.callback(lambda name=name, calls=calls: counts.update({name: calls.call_count}))
+        yield counts
 
 
 def transport(scenario: str, layouts) -> list[dict]:
-    """Of every rank, in the second of two updates: what arrives, what is kept, and whether it is what it should be."""
+    """Return for every rank, in the second of two updates, what it receives and keeps, and whether the values agree."""
     batch, student, teachers, _ = models(scenario, *layouts)
-    update = MiniBatch(batch, {})
-    batches = student.pack(batch, {})
-    teachers.distributions(student, update, batches)
-    with counted() as found:
-        sources = teachers.distributions(student, update, batches)
-    expected = Everywhere(teachers, waiting=True).distributions(student, update, batches)
-    width = teachers.models[next(iter(teachers.models))].spec.hidden_size
-    kept, due, whole, same = 0, 0, 0, True
-    for item, source, other in zip(batches, sources, expected, strict=True):
+    mini_batch = MiniBatch(batch, {})
+    micro_batches = student.pack(batch, {})
+    teachers.distributions(student, mini_batch, micro_batches)
+    with count_traffic() as counts:
+        sources = teachers.distributions(student, mini_batch, micro_batches)
+    expected = GatheredTeachers(teachers, lazy=True).distributions(student, mini_batch, micro_batches)
+    teacher = next(iter(teachers.models.values()))
+    row_bytes = teacher.spec.hidden_size * 4
+    stored, expected_stored, all_rows, same = 0, 0, 0, True
+    for micro_batch, source, reference in zip(micro_batches, sources, expected, strict=True):
         if source is None:
             continue
-        size, rank = student.layout.tp_size, student.layout.tp_rank
-        part = -(-item.labels.numel() // size)
-        due += int(item.response_mask[rank * part : (rank + 1) * part].sum()) * width * 4
-        whole += int(item.response_mask.sum()) * width * 4
-        kept += source.hidden.__self__.part.untyped_storage().nbytes()
-        same &= torch.equal(source.hidden(), other.hidden())
-        same &= torch.equal(source.weight_shard(), other.weight_shard())
-    sums = Counter(received=found["received"], kept=kept, due=due, whole=whole)
-    objects = sum(found[name] for name in OBJECT_COLLECTIVES)
-    mine = dict(sums) | {"same": same, "objects": objects, "broadcasts": found["broadcast"], "width": width}
-    mine |= {
-        "update": sum(s.response_length for s in batch) * width * 4,
+        rank = student.layout.tp_rank
+        size = ceil_div(micro_batch.labels.numel(), student.layout.tp_size)
+        expected_stored += int(micro_batch.response_mask[rank * size : (rank + 1) * size].sum()) * row_bytes
+        all_rows += int(micro_batch.response_mask.sum()) * row_bytes
+        stored += source.hidden.__self__.block.untyped_storage().nbytes()
+        same &= torch.equal(source.hidden(), reference.hidden())
+        same &= torch.equal(source.weight_shard(), reference.weight_shard())
+    report = {
+        "received": counts["received"],
+        "stored": stored,
+        "expected_stored": expected_stored,
+        "all_rows": all_rows,
+        "same": same,
+        "objects": sum(counts[name] for name in OBJECT_COLLECTIVES),
+        "broadcasts": counts["broadcast"],
+        "mini_batch": sum(sample.response_length for sample in batch) * row_bytes,
         "student": [student.layout.dp_rank, student.layout.is_pipeline_last_stage],
-        "computes": [teachers.models[next(iter(teachers.models))].layout.is_pipeline_last_stage],
+        "computes": teacher.layout.is_pipeline_last_stage,
     }
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return all_ranks(report)
 
 
 def bucketed() -> list[dict]:
     """4 MiB from every rank to the next but one and to itself, a quarter of a MiB at a time, into uneven blocks."""
-    rank, size, rows = dist.get_rank(), dist.get_world_size(), 8192
-    values = [torch.full((rows, 64), float(i)) + torch.arange(rows).unsqueeze(1) / rows for i in range(size)]
-    target, source = (rank + 2) % size, (rank - 2) % size
+    rank, world_size, num_rows = dist.get_rank(), dist.get_world_size(), 8192
+    values = [
+        torch.full((num_rows, 64), float(i)) + torch.arange(num_rows).unsqueeze(1) / num_rows for i in range(world_size)
+    ]
+    target, source = (rank + 2) % world_size, (rank - 2) % world_size
     sent = {target: values[rank], rank: values[rank]}
-    kept = {r: [torch.zeros(n, 64) for n in (1, 0, 5000, rows - 5001)] for r in (source, rank)}
-    peak = peak_bytes(lambda: p2p.p2p_exchange(sent, kept, partners=2, bucket_bytes=1 << 18))
-    same = all(torch.equal(torch.cat(blocks), values[r]) for r, blocks in kept.items())
-    everyone = [None] * size
-    dist.all_gather_object(everyone, {"same": same, "peak": peak})
-    return everyone
+    received = {peer: [torch.zeros(n, 64) for n in (1, 0, 5000, num_rows - 5001)] for peer in (source, rank)}
+    peak = peak_bytes(lambda: p2p.p2p_exchange(sent, received, partners=2, bucket_bytes=1 << 18))
+    same = all(torch.equal(torch.cat(blocks), values[peer]) for peer, blocks in received.items())
+    return all_ranks({"same": same, "peak": peak})
+
+
+def all_ranks(report: dict) -> list[dict]:
+    """Return the reports of all ranks."""
+    reports: list = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    return reports
 
 
 def main() -> None:
@@ -185,17 +198,17 @@ def main() -> None:
     output, *names = sys.argv[1:]
     initialize_distributed()
     layouts = {part: build_layout(parse_layout(part)) for name in names for part in re.split(":", name)}
-    found: dict = {"bucketed": bucketed()}
+    results: dict = {"bucketed": bucketed()}
     for name in names:
         pair = tuple(layouts[part] for part in name.split(":"))
         for scenario in SCENARIOS:
-            found[f"{name}/{scenario}"] = {
-                "losses": losses(scenario, pair, plain=False),
-                "plain": losses(scenario, pair, plain=True),
+            results[f"{name}/{scenario}"] = {
+                "losses": losses(scenario, pair, gathered=False),
+                "gathered": losses(scenario, pair, gathered=True),
                 "transport": transport(scenario, pair),
             }
     if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found))
+        Path(output).write_text(json.dumps(results))
     shutdown_distributed()
 
 

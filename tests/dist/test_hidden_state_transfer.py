@@ -1,4 +1,4 @@
-"""Hidden states of a teacher go to the ranks that train on them and nowhere else, and change no bit on the way."""
+"""Hidden states of a teacher are sent to the ranks that train on them and nowhere else, bit for bit."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ CASES = [
 ]
 
 
-class Found(dict):
-    """What the ranks found, by case; pairs run together when the first of them is asked for."""
+class Results(dict):
+    """Results of the ranks by case; pairs of layouts run together when the first of them is asked for."""
 
     def __init__(self, run):
         super().__init__()
@@ -29,62 +29,62 @@ class Found(dict):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_ranks) -> Found:
+def results(tmp_path_factory, run_ranks) -> Results:
     def run(pairs: list[str]) -> dict:
-        output = Path(tmp_path_factory.mktemp("states")) / "found.json"
+        output = Path(tmp_path_factory.mktemp("states")) / "results.json"
         run_ranks("hidden_state_transfer_worker.py", 4, output, *pairs)
         return json.loads(output.read_text())
 
-    return Found(run)
+    return Results(run)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_what_it_is_with_all_states_everywhere(found, case):
+def test_training_equals_that_with_all_states_on_every_rank(results, case):
     """Equal bits: losses, metrics and gradient norms of three updates."""
-    assert found[case]["losses"] == found[case]["plain"]
-    assert found[case]["losses"][0] != found[case]["losses"][-1]  # the model moved
+    assert results[case]["losses"] == results[case]["gathered"]
+    assert results[case]["losses"][0] != results[case]["losses"][-1]  # the model moved
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
-def test_every_row_is_kept_once_and_by_the_rank_that_is_due(found, case):
-    ranks = found[case]["transport"]
+def test_every_row_is_stored_once_and_by_the_assigned_rank(results, case):
+    ranks = results[case]["transport"]
     assert all(rank["same"] for rank in ranks)
     for rank in ranks:
-        assert rank["kept"] == rank["due"]
-        assert rank["received"] <= rank["due"]
-    # Over the whole job: each response token once, where the plain way has all tokens on all ranks.
-    assert sum(rank["kept"] for rank in ranks) == ranks[0]["update"]
+        assert rank["stored"] == rank["expected_stored"]
+        assert rank["received"] <= rank["stored"]
+    # Over the whole job: each response token once, while the reference stores all tokens on all ranks.
+    assert sum(rank["stored"] for rank in ranks) == ranks[0]["mini_batch"]
     for dp_rank in {rank["student"][0] for rank in ranks}:
         group = [rank for rank in ranks if rank["student"] == [dp_rank, True]]
-        assert {rank["whole"] for rank in group} == {sum(rank["kept"] for rank in group)}
+        assert {rank["all_rows"] for rank in group} == {sum(rank["stored"] for rank in group)}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("pair", PAIRS)
-def test_bytes_on_the_wire_are_those_of_the_rows(found, pair):
-    """A rank that computes no states receives all that it keeps; one that trains on none receives nothing."""
-    ranks = found[f"{pair}/full"]["transport"]
+def test_received_bytes_are_those_of_the_rows(results, pair):
+    """A rank that computes no states receives all that it stores; one that trains on none receives nothing."""
+    ranks = results[f"{pair}/full"]["transport"]
     for rank in ranks:
         if not rank["student"][1]:
             assert rank["received"] == 0
-        elif not rank["computes"][0]:
-            assert rank["received"] == rank["due"]
+        elif not rank["computes"]:
+            assert rank["received"] == rank["stored"]
     student, teacher = pair.split(":")
     assert (sum(rank["received"] for rank in ranks) == 0) == (student == teacher)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_pickled_and_no_output_layer_is_cut_again(found, case):
-    for rank in found[case]["transport"]:
+def test_nothing_is_pickled_and_no_output_layer_is_resharded_twice(results, case):
+    for rank in results[case]["transport"]:
         assert rank["objects"] == 0 and rank["broadcasts"] == 0
 
 
 @pytest.mark.dist
-def test_buckets_bound_what_is_in_flight(found):
+def test_buckets_bound_the_bytes_in_flight(results):
     """8 MiB per rank pass through two quarters of a MiB."""
-    for rank in found["bucketed"]:
+    for rank in results["bucketed"]:
         assert rank["same"]
         assert 0 < rank["peak"] <= 2 * (1 << 18)

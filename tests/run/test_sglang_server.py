@@ -44,8 +44,8 @@ from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.startup_checks import StartupChecks
 from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
 from megatron_s2d.rollout.sglang.protocol import SglangProtocol
-from megatron_s2d.teachers.frozen import ServedTeachers, TeacherRouter, TopKTeacher
-from megatron_s2d.teachers.served import ServedTopK
+from megatron_s2d.teachers.frozen import TeacherRouter, TopKTeacher
+from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
 
 
 def span_gap(policy, samples, version: int) -> float:

@@ -158,7 +158,7 @@ def test_cached_responses_fill_the_batch(fakes, samples, student, teacher):
     assert batch.loss_weights["divergence_weight"] == pytest.approx([1 / 26] * 8)
 
 
-def test_mini_batches_hold_whole_groups(fakes, samples, student, teacher):
+def test_mini_batches_do_not_split_groups(fakes, samples, student, teacher):
     stage = opd_config(num_mini_batches=2)
     first, second = source_of(fakes, stage, samples, student, teacher).step(1).mini_batches
     assert [sample.id for sample in first.samples] == ["a", "b"]
