@@ -30,8 +30,7 @@ STEPS = {
     ),
     "copy of the Megatron directory": COPY.replace("{source}", "megatron"),
     "export": (
-        "from megatron_s2d.conversion.convert import megatron_to_hf; "
-        "megatron_to_hf('{root}/megatron', '{root}/back')"
+        "from megatron_s2d.conversion.convert import megatron_to_hf; megatron_to_hf('{root}/megatron', '{root}/back')"
     ),
     "check": (
         "from megatron_s2d.conversion.convert import check_conversion; "

@@ -23,7 +23,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
-from megatron_s2d.estimate.layers import Part
+from megatron_s2d.estimate.layers import ModelShard
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 from megatron_s2d.records import Sample
@@ -120,13 +120,13 @@ def seconds_of(step: Callable[[], object], repeats: int, *, warm_up: int = 2) ->
     return float(np.median(found))
 
 
-def forward_flops(part: Part, samples: list[Sample]) -> float:
+def forward_flops(shard: ModelShard, samples: list[Sample]) -> float:
     """Operations of one forward pass, the output layer at responses only; a token looks at half of its sequence."""
     flops = 0.0
     for sample in samples:
         length = len(sample.token_ids)
-        flops += part.num_layers * part.layer_flops(length, length / 2)
-        flops += part.output_flops(int(sample.response_mask[1:].sum()))
+        flops += shard.num_layers * shard.layer_flops(length, length / 2)
+        flops += shard.output_flops(int(sample.response_mask[1:].sum()))
     return flops
 
 

@@ -358,7 +358,9 @@ def accuracy(vocab: int, device: str) -> list[dict[str, object]]:
             if dtype == torch.float64:
                 outputs = dense_outputs(leaf, other, (name,), beta=beta)
             else:
-                outputs = vocab_parallel_divergence(leaf, Logits(other), VocabShard.unsharded(vocab), (name,), beta=beta)
+                outputs = vocab_parallel_divergence(
+                    leaf, Logits(other), VocabShard.unsharded(vocab), (name,), beta=beta
+                )
             getattr(outputs, name).sum().backward()
             results.append((getattr(outputs, name).detach(), leaf.grad))
         errors = [relative(value, wanted) for wanted, value in zip(*results, strict=True)]

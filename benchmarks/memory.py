@@ -31,14 +31,14 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
 from megatron_s2d.data.packing import MiniBatch
-from megatron_s2d.estimate.layers import Build, MicroBatch, Part
+from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
 from megatron_s2d.estimate.memory import (
     TeacherInputs,
     Workload,
-    frozen,
+    frozen_memory,
     generate_phases,
     train_phase,
-    trained,
+    trained_memory,
     update_phase,
 )
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
@@ -219,29 +219,29 @@ def measure(case: Case) -> dict[str, object]:
     """Bytes held and peak bytes of this rank, measured and estimated."""
     layout = build_layout(case.parallel)
     policy = build_policy(case.model, case, layout)
-    part = Part(policy.spec, case.parallel, layout.pp_rank)
+    shard = ModelShard(policy.spec, case.parallel, layout.pp_rank)
     found, size = device.capabilities(), 4 if case.precision == "float32" else 2
     build = Build(size, fused=found.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
     if case.does == "generate":
-        held, estimate = [frozen(part, build, "student")], generate_estimate(case, part, build)
+        held, estimate = [frozen_memory(shard, build, "student")], generate_estimate(case, shard, build)
         step = generation(case, policy, layout)
         step()
     else:
         policy.prepare_training(OptimizerConfig(), 10)
-        held = [trained(part, build)]
+        held = [trained_memory(shard, build)]
         step, work, states, teacher = training(case, policy, layout)
         step()
-        train = train_phase(part, build, work, on_gpu=found.cuda, teacher=states)
-        estimate = max(train, update_phase(part, build, on_gpu=found.cuda), key=lambda phase: sum(phase.values()))
+        train = train_phase(shard, build, work, on_gpu=found.cuda, teacher=states)
+        estimate = max(train, update_phase(shard, build, on_gpu=found.cuda), key=lambda phase: sum(phase.values()))
         if teacher is not None:
-            held.append(frozen(Part(teacher.spec, case.parallel, part.stage), build, "teacher"))
+            held.append(frozen_memory(ModelShard(teacher.spec, case.parallel, shard.pp_rank), build, "teacher"))
             policy_tensors = [*held_tensors(policy), *held_tensors(teacher)]
     tensors = list(held_tensors(policy))
     if case.does == "opd":
         tensors = policy_tensors
     peak, there = peak_bytes(step), storages(tensors)
     return {
-        "stage": part.stage,
+        "stage": shard.pp_rank,
         "held": there,
         "held_estimate": sum(item.total for item in held),
         "peak": peak - there if found.cuda else peak,
@@ -275,7 +275,7 @@ def training(case: Case, policy: MegatronModel, layout):
 
     packed = policy.pack(batch, columns)
     largest = max(packed, key=lambda item: item.token_ids.numel())
-    shape = MicroBatch(largest.token_ids.numel(), largest.token_ids.shape[1], int(largest.response_mask.sum()))
+    shape = MicroBatchShape(largest.token_ids.numel(), largest.token_ids.shape[1], int(largest.response_mask.sum()))
     return step, Workload(shape, len(packed)), states, teacher
 
 
@@ -292,11 +292,11 @@ def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object
     return lambda: engine.generate(requests)
 
 
-def generate_estimate(case: Case, part: Part, build: Build) -> dict[str, int]:
+def generate_estimate(case: Case, shard: ModelShard, build: Build) -> dict[str, int]:
     """The estimate of ``generation``."""
     half = case.length // 2
     phases = generate_phases(
-        part, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
+        shard, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
         sampling=SamplingConfig(max_response_length=half), rollout=RolloutConfig(),
     )  # fmt: skip
     return max(phases.values(), key=lambda found: sum(found.values()))

@@ -27,7 +27,7 @@ from device_common import (
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
-from megatron_s2d.estimate.layers import Part
+from megatron_s2d.estimate.layers import ModelShard
 from megatron_s2d.parallel import device
 
 RANKS = 8
@@ -50,11 +50,11 @@ def measure(spec: ModelSpec, recipe: str | None, setup: Setup) -> None:
     """Rows of one precision: the pass that exact distributions take, and the one that sampled tokens take."""
     teacher = random_policy(spec, setup.layout, fp8=None if recipe is None else Fp8Config(recipe=recipe))
     teacher.freeze()
-    part = Part(spec, ParallelConfig(), 0)
+    shard = ModelShard(spec, ParallelConfig(), 0)
     for count, length in ((4, 4096), (1, 16384)) if ON_GPU else ((2, 16),):
         samples = random_samples(spec, count, length)
-        batches, flops = teacher.pack(samples, {}), forward_flops(part, samples)
-        outputs = sum(part.output_flops(int(sample.response_mask[1:].sum())) for sample in samples)
+        batches, flops = teacher.pack(samples, {}), forward_flops(shard, samples)
+        outputs = sum(shard.output_flops(int(sample.response_mask[1:].sum())) for sample in samples)
         steps = {
             "hidden states": (functools.partial(teacher.hidden_states, batches), flops - outputs),
             "log-probabilities": (functools.partial(teacher.score, samples), flops),

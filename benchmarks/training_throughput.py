@@ -31,8 +31,8 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.estimate.layers import Build, MicroBatch, Part
-from megatron_s2d.estimate.memory import Workload, train_phase, trained
+from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
+from megatron_s2d.estimate.memory import Workload, train_phase, trained_memory
 from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel import device
 
@@ -70,9 +70,9 @@ def fitting(spec: ModelSpec, case: Case, fused: bool) -> ModelSpec:
     memory = 0.85 * torch.cuda.get_device_properties(0).total_memory
     for layers in range(spec.num_layers, 0, -2):
         found = dataclasses.replace(spec, num_layers=layers)
-        part, build = Part(found, ParallelConfig(), 0), Build(2, fused=fused, fp8=True)
-        work = Workload(MicroBatch(case.tokens, case.tokens, case.tokens), case.micro_batches)
-        if trained(part, build).total + sum(train_phase(part, build, work, on_gpu=True).values()) <= memory:
+        shard, build = ModelShard(found, ParallelConfig(), 0), Build(2, fused=fused, fp8=True)
+        work = Workload(MicroBatchShape(case.tokens, case.tokens, case.tokens), case.micro_batches)
+        if trained_memory(shard, build).total + sum(train_phase(shard, build, work, on_gpu=True).values()) <= memory:
             return found
     return dataclasses.replace(spec, num_layers=1)
 
@@ -101,7 +101,7 @@ def measure(case: Case, setup: Setup) -> None:
         policy.optim_step()
 
     seconds = seconds_of(step, setup.repeats)
-    flops = 3 * forward_flops(Part(spec, ParallelConfig(), 0), samples)
+    flops = 3 * forward_flops(ModelShard(spec, ParallelConfig(), 0), samples)
     setup.add(
         **row,
         layers=spec.num_layers,

@@ -1,8 +1,8 @@
-"""Seconds and traffic of a model at a layout: a roofline over data-sheet rates and assumed efficiencies. No torch here.
+"""Time and traffic of a model at a layout: a roofline over data-sheet rates and assumed efficiencies. No torch here.
 
-Operations are counted (``arithmetic.py``) and divided by the peak that is assumed to be reached, decoding reads
-weights, keys and values at the memory's bandwidth, a pipeline idles while it fills and drains (1F1B), and no
-communication is hidden behind computation, because the training step hides none (``parallel/trainable_model.py``: no overlapped
+Operations are counted (``layers.py``) and divided by the peak that is assumed to be reached, decoding reads weights,
+keys and values at the memory's bandwidth, a pipeline idles while it fills and drains (1F1B), and no communication
+overlaps with computation, because the training step overlaps none (``parallel/trainable_model.py``: no overlapped
 reduction). Bytes are those that one rank sends, of ring algorithms. Left out: input, grading, checkpoints, stragglers.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from megatron_s2d.config.hardware import AssumptionsConfig, Gpu
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.estimate.layers import Build, Part, parts
+from megatron_s2d.estimate.layers import Build, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import Workload
 
 _ADAM_BYTES = 36  # read and written per parameter of the optimizer's share: gradient, master, two moments, new weight
@@ -22,10 +22,10 @@ _ADAM_BYTES = 36  # read and written per parameter of the optimizer's share: gra
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Equal GPUs and what is assumed of them."""
+    """A cluster of equal GPUs, and the assumed efficiencies."""
 
     gpu: Gpu
-    assumptions: AssumptionsConfig = AssumptionsConfig()
+    assumptions: AssumptionsConfig = dataclasses.field(default_factory=AssumptionsConfig)
 
     @property
     def flops(self) -> float:
@@ -42,8 +42,8 @@ class Machine:
         """Bytes that tensors may take."""
         return self.gpu.memory - self.assumptions.reserved_memory
 
-    def link(self, span: int) -> float:
-        """Bytes per second of one rank within a group that reaches over ``span`` neighbouring ranks."""
+    def link_rate(self, span: int) -> float:
+        """Return bytes per second of one rank in a group that spans ``span`` neighbouring ranks."""
         within = span <= self.assumptions.gpus_per_node
         peak = self.gpu.link_bandwidth if within else self.assumptions.network_bandwidth
         return min(peak, self.gpu.link_bandwidth) * self.assumptions.link_efficiency
@@ -58,38 +58,39 @@ class Traffic:
     span: int  # ranks between the first and the last of the group, both counted
 
     def seconds(self, machine: Machine) -> float:
-        return self.bytes_sent / machine.link(self.span) + self.calls * machine.assumptions.latency
+        """Return the time of all calls, none of them overlapped."""
+        return self.bytes_sent / machine.link_rate(self.span) + self.calls * machine.assumptions.latency
 
 
 def hidden_state_traffic(
-    teacher: ModelSpec, responses: int, bytes_per_value: int, scorer: ParallelConfig, trainer: ParallelConfig
+    teacher: ModelSpec, response_tokens: int, bytes_per_value: int, scorer: ParallelConfig, trainer: ParallelConfig
 ) -> Traffic:
-    """Hidden states of ``responses`` tokens from a teacher's ranks to a student's: each once, every rank a share.
+    """Return the traffic of hidden states from a teacher's ranks to a student's, sent once and split over ranks.
 
-    What the busier of the two kinds of ranks moves, sent or received (``teachers/hidden_state_transfer.py``).
+    response_tokens: number of states. Counted for the side with fewer ranks (``teachers/hidden_state_transfer.py``).
     """
-    ranks = min(at.tensor_model_parallel_size * at.data_parallel_size for at in (scorer, trainer))
-    return Traffic(responses * teacher.hidden_size * bytes_per_value / ranks, 1, trainer.world_size)
+    ranks = min(layout.tensor_model_parallel_size * layout.data_parallel_size for layout in (scorer, trainer))
+    return Traffic(response_tokens * teacher.hidden_size * bytes_per_value / ranks, 1, trainer.world_size)
 
 
 def total_seconds(traffic: Mapping[str, Traffic], machine: Machine) -> float:
-    """Seconds of all kinds one after the other."""
+    """Return the seconds of all kinds of traffic, one after the other."""
     return sum(item.seconds(machine) for item in traffic.values())
 
 
-def repeated(traffic: Mapping[str, Traffic], count: float) -> dict[str, Traffic]:
-    """The same, ``count`` times."""
+def scale_traffic(traffic: Mapping[str, Traffic], count: float) -> dict[str, Traffic]:
+    """Return ``count`` times the traffic."""
     return {name: Traffic(item.bytes_sent * count, item.calls * count, item.span) for name, item in traffic.items()}
 
 
-def added(*parts: Mapping[str, Traffic]) -> dict[str, Traffic]:
-    """Kind by kind; the span is the widest."""
-    found: dict[str, Traffic] = {}
-    for part in parts:
-        for name, item in part.items():
-            old = found.get(name, Traffic(0.0, 0.0, 1))
-            found[name] = Traffic(old.bytes_sent + item.bytes_sent, old.calls + item.calls, max(old.span, item.span))
-    return found
+def add_traffic(*terms: Mapping[str, Traffic]) -> dict[str, Traffic]:
+    """Return the sum, kind by kind; the span is the widest."""
+    total: dict[str, Traffic] = {}
+    for term in terms:
+        for name, item in term.items():
+            old = total.get(name, Traffic(0.0, 0.0, 1))
+            total[name] = Traffic(old.bytes_sent + item.bytes_sent, old.calls + item.calls, max(old.span, item.span))
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,94 +103,94 @@ class ModelOnMachine:
     machine: Machine
 
     @property
-    def part(self) -> Part:
-        """The stage with the most to compute: the last, which has the output layer."""
-        return parts(self.spec, self.parallel)[-1]
+    def shard(self) -> ModelShard:
+        """The shard with the most to compute: the last, which has the output layer."""
+        return pipeline_shards(self.spec, self.parallel)[-1]
 
     @property
     def replica_span(self) -> int:
-        """Ranks over which the data ranks of one pipeline stage are spread (Megatron's order: data before pipeline)."""
-        return self.world // self.parallel.pipeline_model_parallel_size
+        """Ranks that the data ranks of one pipeline rank span (Megatron's order: data before pipeline)."""
+        return self.world_size // self.parallel.pipeline_model_parallel_size
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.parallel.world_size
 
     # ------------------------------------------------------------------------------ traffic
 
     def pass_traffic(self, work: Workload, *, trains: bool) -> dict[str, Traffic]:
-        """Of one micro-batch through one stage: forward, and with ``trains`` backward (and recomputed) too."""
-        part, size, parallel = self.part, self.build.bytes_per_value, self.parallel
-        tokens, tensor, layers = work.batch.tokens, part.tensor, part.num_layers
+        """Return the traffic of one micro-batch on one rank: forward, with ``trains`` also backward and recompute."""
+        shard, size, parallel = self.shard, self.build.bytes_per_value, self.parallel
+        tokens, tp_size, layers = work.batch.tokens, shard.tp_size, shard.num_layers
         hidden = tokens * self.spec.hidden_size * size
         repeats = 2 if trains and self.build.recompute == "full" else 1
-        found = {}
-        if tensor > 1:
-            pairs = 1 if self.spec.num_experts else 2  # a column-wise and a row-wise product; experts are kept whole
+        traffic = {}
+        if tp_size > 1:
+            pairs = 1 if self.spec.num_experts else 2  # a column- and a row-parallel product; experts are not split
             forward, backward = (2, 3) if parallel.sequence_parallel else (1, 1)
             count = layers * pairs * (forward * repeats + backward * trains) + 1 + 2 * trains
-            ring = (tensor - 1) / tensor * (1 if parallel.sequence_parallel else 2)
-            found["tensor"] = Traffic(count * hidden * ring, count, tensor)
+            ring = (tp_size - 1) / tp_size * (1 if parallel.sequence_parallel else 2)
+            traffic["tensor"] = Traffic(count * hidden * ring, count, tp_size)
         if parallel.pipeline_model_parallel_size > 1:
             calls = 1 + trains
-            found["pipeline"] = Traffic(calls * hidden / part.sequence_shards, calls, self.world)
-        expert = parallel.expert_model_parallel_size
-        if expert > 1:
+            traffic["pipeline"] = Traffic(calls * hidden / shard.sequence_shards, calls, self.world_size)
+        ep_size = parallel.expert_model_parallel_size
+        if ep_size > 1:
             calls = layers * 2 * (repeats + trains)
-            sent = hidden / part.sequence_shards * self.spec.num_experts_per_tok * (expert - 1) / expert
-            found["expert"] = Traffic(calls * sent, calls, expert)
-        return found
+            sent = hidden / shard.sequence_shards * self.spec.num_experts_per_tok * (ep_size - 1) / ep_size
+            traffic["expert"] = Traffic(calls * sent, calls, ep_size)
+        return traffic
 
     def update_traffic(self) -> dict[str, Traffic]:
-        """Of one update: gradients reduced in float32, weights gathered, a tied embedding's copies added."""
-        part, size = self.part, self.build.bytes_per_value
+        """Return the traffic of one update: float32 gradient reduction, weight gathering, tied embedding gradients."""
+        shard, size = self.shard, self.build.bytes_per_value
         gradients = weights = 0.0
-        for count, ranks in part.buffers():
+        for count, ranks in shard.gradient_buffers():
             gradients += 4 * count * (ranks - 1) / ranks
             weights += size * count * (ranks - 1) / ranks
-        found = {}
+        traffic = {}
         if gradients:
-            found["gradients"] = Traffic(gradients, len(part.buffers()), self.replica_span)
-            found["weights"] = Traffic(weights, len(part.buffers()), self.replica_span)
+            traffic["gradients"] = Traffic(gradients, len(shard.gradient_buffers()), self.replica_span)
+            traffic["weights"] = Traffic(weights, len(shard.gradient_buffers()), self.replica_span)
         if self.spec.tie_word_embeddings and self.parallel.pipeline_model_parallel_size > 1:
-            found["tied embedding"] = Traffic(4 * part.vocabulary * self.spec.hidden_size, 1, self.world)
-        return found
+            traffic["tied embedding"] = Traffic(4 * shard.local_vocab_size * self.spec.hidden_size, 1, self.world_size)
+        return traffic
 
     def train_traffic(self, work: Workload) -> dict[str, Traffic]:
-        """Of one whole update."""
-        return repeated(self.pass_traffic(work, trains=True), work.num_micro_batches) | self.update_traffic()
+        """Return the traffic of all passes and of the update."""
+        return scale_traffic(self.pass_traffic(work, trains=True), work.num_micro_batches) | self.update_traffic()
 
     def decode_traffic(self, rows: float, tokens: float) -> dict[str, Traffic]:
-        """Of ``tokens`` steps of decoding ``rows`` responses on one stage: two all-reduces a layer, hidden states."""
-        part, size = self.part, self.build.bytes_per_value
+        """Return the traffic of ``tokens`` decoding steps of ``rows`` responses: all-reduces and hidden states."""
+        shard, size = self.shard, self.build.bytes_per_value
         hidden = rows * self.spec.hidden_size * size
-        found = {}
-        if part.tensor > 1:
-            calls = tokens * (2 * part.num_layers + 1)
-            found["tensor"] = Traffic(calls * hidden * 2 * (part.tensor - 1) / part.tensor, calls, part.tensor)
+        traffic = {}
+        if shard.tp_size > 1:
+            calls = tokens * (2 * shard.num_layers + 1)
+            traffic["tensor"] = Traffic(calls * hidden * 2 * (shard.tp_size - 1) / shard.tp_size, calls, shard.tp_size)
         if self.parallel.pipeline_model_parallel_size > 1:
-            found["pipeline"] = Traffic(tokens * hidden, tokens, self.world)
-        return found
+            traffic["pipeline"] = Traffic(tokens * hidden, tokens, self.world_size)
+        return traffic
 
     # ------------------------------------------------------------------------------ seconds
 
-    def _layers_seconds(self, tokens: float, context: float, passes: float) -> float:
-        return passes * self.part.num_layers * self.part.layer_flops(tokens, context) / self.machine.flops
+    def _layers_seconds(self, tokens: float, attention_span: float, passes: float) -> float:
+        return passes * self.shard.num_layers * self.shard.layer_flops(tokens, attention_span) / self.machine.flops
 
     def train_seconds(self, work: Workload, teacher: ModelSpec | None = None) -> dict[str, float]:
-        """One update: passes (with the pipeline's idle time and communication), loss, gradients, optimizer.
+        """Return seconds of one update: passes (with pipeline idle time and communication), loss, gradients, optimizer.
 
-        ``teacher``: its output layer's products are part of the loss.
+        teacher: if given, the products of its output layer are part of the loss.
         """
-        batch, stages = work.batch, self.parallel.pipeline_model_parallel_size
+        batch, pp_size = work.batch, self.parallel.pipeline_model_parallel_size
         passes = 4 if self.build.recompute == "full" else 3
-        layers = self._layers_seconds(batch.tokens, batch.length / 2, passes)
-        loss = 3 * self.part.output_flops(batch.responses)
+        layers = self._layers_seconds(batch.tokens, batch.seq_length / 2, passes)
+        loss = 3 * self.shard.output_flops(batch.response_tokens)
         if teacher is not None:
-            loss += 2 * batch.responses * teacher.hidden_size * self.part.vocabulary
+            loss += 2 * batch.response_tokens * teacher.hidden_size * self.shard.local_vocab_size
         loss /= self.machine.flops
         communication = total_seconds(self.pass_traffic(work, trains=True), self.machine)
-        count, idle = work.num_micro_batches, stages - 1
+        count, idle = work.num_micro_batches, pp_size - 1
         return {
             "layers": count * layers,
             "loss": count * loss,
@@ -200,39 +201,43 @@ class ModelOnMachine:
         }
 
     def optimizer_seconds(self) -> float:
-        """Adam's reads and writes of this rank's share."""
-        share = sum(count / ranks for count, ranks in self.part.buffers())
+        """Return the time of Adam's reads and writes of this rank's share."""
+        share = sum(count / ranks for count, ranks in self.shard.gradient_buffers())
         return share * _ADAM_BYTES / self.machine.memory_rate
 
     def score_seconds(self, work: Workload, *, outputs: bool) -> float:
-        """Forward passes alone; ``outputs``: with the output layer (log-probabilities rather than hidden states)."""
-        batch, stages = work.batch, self.parallel.pipeline_model_parallel_size
-        each = self._layers_seconds(batch.tokens, batch.length / 2, 1)
+        """Return the time of forward passes alone; ``outputs``: with the output layer (for log-probabilities)."""
+        batch, pp_size = work.batch, self.parallel.pipeline_model_parallel_size
+        each = self._layers_seconds(batch.tokens, batch.seq_length / 2, 1)
         if outputs:
-            each += self.part.output_flops(batch.responses) / self.machine.flops
+            each += self.shard.output_flops(batch.response_tokens) / self.machine.flops
         each += total_seconds(self.pass_traffic(work, trains=False), self.machine)
-        return (work.num_micro_batches + stages - 1) * each
+        return (work.num_micro_batches + pp_size - 1) * each
 
     def prefill_seconds(self, prompts: float, length: float) -> float:
-        """Prompts of one data rank, stage after stage (the in-process engine pipelines nothing)."""
-        stages = self.parallel.pipeline_model_parallel_size
-        return stages * self._layers_seconds(prompts * length, length / 2, 1)
+        """Return the time of one data rank's prompts; pipeline ranks run one after the other (in-process engine)."""
+        pp_size = self.parallel.pipeline_model_parallel_size
+        return pp_size * self._layers_seconds(prompts * length, length / 2, 1)
 
     def decode_seconds(self, rows: float, prompt: float, response: float) -> float:
-        """A batch of ``rows`` on one data rank, ``response`` tokens each, all rows to the end.
+        """Return the time of a batch of ``rows`` on one data rank, ``response`` tokens each, all rows to the end.
 
-        Per token the larger of products and reading of weights; keys and values are read beside them.
+        Per token the larger of matrix products and weight reads; keys and values are read on top.
         """
-        part, spec, size = self.part, self.spec, self.build.bytes_per_value
-        weights = part.parameters - (part.vocabulary * spec.hidden_size if part.is_first and not part.ties_here else 0)
-        if spec.num_experts:  # experts that no row chose are not read
-            reached = 1 - (1 - spec.num_experts_per_tok / spec.num_experts) ** max(rows, 1)
-            experts = sum(count for count, expert in part.tensors() if expert)
-            weights -= experts * (1 - reached)
-        products = part.num_layers * part.layer_flops(rows, 0) + part.output_flops(rows)
+        shard, spec, size = self.shard, self.spec, self.build.bytes_per_value
+        weights = shard.num_parameters - (
+            shard.local_vocab_size * spec.hidden_size
+            if shard.is_pipeline_first_stage and not shard.has_tied_output
+            else 0
+        )
+        if spec.num_experts:  # experts that no token is routed to are not read
+            routed = 1 - (1 - spec.num_experts_per_tok / spec.num_experts) ** max(rows, 1)
+            experts = sum(count for count, is_expert in shard.parameter_sizes() if is_expert)
+            weights -= experts * (1 - routed)
+        products = shard.num_layers * shard.layer_flops(rows, 0) + shard.output_flops(rows)
         base = max(weights * size / self.machine.memory_rate, products / self.machine.flops)
-        cached = 2 * rows * (prompt + response / 2) * part.kv * size * part.num_layers
+        cached = 2 * rows * (prompt + response / 2) * shard.local_kv_dim * size * shard.num_layers
         each = base + cached / self.machine.memory_rate
         each += total_seconds(self.decode_traffic(rows, 1), self.machine)
-        stages = self.parallel.pipeline_model_parallel_size
-        return response * stages * each
+        pp_size = self.parallel.pipeline_model_parallel_size
+        return response * pp_size * each

@@ -1,7 +1,7 @@
-"""What a stage of a workflow needs of one rank: its shape (responses, lengths), and from that its memory.
+"""Sizes of a workflow's stage (responses, lengths) and, from them, the memory of one rank while the stage runs.
 
-The shape is the worst case that the settings allow: every response as long as ``sampling.max_response_length``, every
-prompt as long as the longest. Memory of the host and of a server beside the trainer are left out. No torch here.
+Sizes are the worst case that the settings allow: every response as long as ``sampling.max_response_length``, every
+prompt as long as the longest. Host memory and the memory of servers beside the trainer are left out. No torch here.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
-from megatron_s2d.estimate.layers import Build, Part, parts
+from megatron_s2d.estimate.layers import Build, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     ResidentMemory,
     StageMemory,
     TeacherInputs,
     Workload,
-    frozen,
+    frozen_memory,
     generate_phases,
     lazy_hidden_states,
     score_phase,
-    support_bytes,
+    top_k_selection_bytes,
     train_phase,
-    trained,
+    trained_memory,
     update_phase,
     workload,
 )
 from megatron_s2d.records import Prompt
 
-BYTES = {"float32": 4, "bfloat16": 2}
-_DOCUMENTS = 64  # of a generated corpus that are looked at for its length
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+_DOCUMENTS = 64  # documents of a generated corpus that are read to find its length
 
 
 @dataclasses.dataclass(frozen=True)
 class StageShape:
     """Sizes of a stage over all data ranks."""
 
-    responses: int  # of one update; 0 where nothing is trained
-    updates: int  # of one step
-    requests: int  # responses sampled in one step (or round of a cache); 0 where none
+    responses: int  # of one update; 0 without training
+    updates: int  # optimizer updates of one step
+    requests: int  # responses sampled in one step (or batch of a cache); 0 for none
     prompts: int  # distinct prompts of those
     prompt_length: int  # tokens, the longest
     response_length: int  # tokens, the limit
@@ -64,7 +64,7 @@ class StageShape:
 def stage_shape(
     config: WorkflowConfig, name: str, prompts: Mapping[str, Sequence[Prompt]], tokenizer: Any
 ) -> StageShape:
-    """The shape of a stage; ``prompts`` as in ``Preflight``."""
+    """Return the shape of stage ``name``; ``prompts`` as in ``Preflight``."""
     stage = config.stages[name]
     if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
         return StageShape(0, 0, 0, 0, 0, 0)
@@ -100,14 +100,14 @@ def _longest_solution(
 def stage_memory(
     config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec], shape: StageShape, *, on_gpu: bool
 ) -> StageMemory:
-    """The pipeline rank that needs most while stage ``name`` runs; on a GPU with Transformer Engine's layers."""
-    estimate = _Stage(config, name, specs, shape, on_gpu)
-    found = [estimate.of(part) for part in parts(estimate.spec, estimate.parallel)]
-    return max(found, key=lambda memory: memory.total)
+    """Return the memory of the fullest pipeline rank while stage ``name`` runs; on a GPU with Transformer Engine."""
+    estimate = _StageEstimate(config, name, specs, shape, on_gpu)
+    shards = pipeline_shards(estimate.spec, estimate.parallel)
+    return max((estimate.memory_of(shard) for shard in shards), key=lambda memory: memory.total)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stage:
+class _StageEstimate:
     config: WorkflowConfig
     name: str
     specs: Mapping[str, ModelSpec]
@@ -134,32 +134,32 @@ class _Stage:
 
     @property
     def build(self) -> Build:
-        return Build(BYTES[self.config.precision], self.on_gpu, self.config.models[self.model].recompute)
+        return Build(BYTES_PER_VALUE[self.config.precision], self.on_gpu, self.config.models[self.model].recompute)
 
-    def of(self, part: Part) -> StageMemory:
-        """Memory on the ranks of one pipeline stage."""
+    def memory_of(self, shard: ModelShard) -> StageMemory:
+        """Return the memory of one pipeline rank."""
         if isinstance(self.stage, ExpoConfig):
-            weights = frozen(part, self.build, "student", self.model)
-            tuned = frozen(part, self.build, "tuned", self.model, copies=min(2, len(self.stage.tuned)))
-            return StageMemory(part.stage, (weights, tuned), {"average": {"float32 sums": 4 * part.parameters}})
+            weights = frozen_memory(shard, self.build, "student", self.model)
+            tuned = frozen_memory(shard, self.build, "tuned", self.model, copies=min(2, len(self.stage.tuned)))
+            return StageMemory(shard.pp_rank, (weights, tuned), {"average": {"float32 sums": 4 * shard.num_parameters}})
         if isinstance(self.stage, LoadCheckpointConfig):
-            return StageMemory(part.stage, (frozen(part, self.build, "student", self.model),), {"load": {}})
+            return StageMemory(shard.pp_rank, (frozen_memory(shard, self.build, "student", self.model),), {"load": {}})
         if isinstance(self.stage, TeacherCacheConfig):
-            phases = self._generation(part) | {"score": self._cached(part)}
-            return StageMemory(part.stage, (frozen(part, self.build, "teacher", self.model),), phases)
+            phases = self._generation(shard) | {"score": self._cache_scoring(shard)}
+            return StageMemory(shard.pp_rank, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
         work = self._workload()
         teacher = self._teacher_states()
-        phases = self._generation(part) | self._scores(part, work)
-        phases["train"] = train_phase(part, self.build, work, on_gpu=self.on_gpu, teacher=teacher)
-        phases["update"] = update_phase(part, self.build, on_gpu=self.on_gpu)
+        phases = self._generation(shard) | self._scores(shard, work)
+        phases["train"] = train_phase(shard, self.build, work, on_gpu=self.on_gpu, teacher=teacher)
+        phases["update"] = update_phase(shard, self.build, on_gpu=self.on_gpu)
         fp8 = self.config.fp8
-        copies = fp8 is not None and not fp8.parameters  # without, both directions take the bfloat16 weights' place
-        student = trained(part, dataclasses.replace(self.build, fp8=copies), self.model)
-        if self.stage.offload_optimizer:  # there only while they are used
+        copies = fp8 is not None and not fp8.parameters  # FP8 parameters replace the bfloat16 weights
+        student = trained_memory(shard, dataclasses.replace(self.build, fp8=copies), self.model)
+        if self.stage.offload_optimizer:  # on the device only while they are used
             phases["train"]["gradients"] = student.gradients
             phases["update"] |= {"gradients": student.gradients, "optimizer": student.optimizer}
             student = dataclasses.replace(student, gradients=0, optimizer=0)
-        return StageMemory(part.stage, (student, *self._frozen_models(part)), phases)
+        return StageMemory(shard.pp_rank, (student, *self._frozen_models(shard)), phases)
 
     def _workload(self, responses: int | None = None, parallel=None) -> Workload:
         shape = self.shape
@@ -171,49 +171,49 @@ class _Stage:
             parallel=parallel or self.parallel,
         )
 
-    def _generation(self, part: Part) -> dict[str, dict[str, int]]:
-        if not self.shape.requests or self.config.rollout.engine != "megatron":  # a server's memory is its own
+    def _generation(self, shard: ModelShard) -> dict[str, dict[str, int]]:
+        if not self.shape.requests or self.config.rollout.engine != "megatron":  # servers have separate GPUs
             return {}
-        data = part.parallel.data_parallel_size
+        dp_size = shard.parallel.data_parallel_size
         return generate_phases(
-            part,
+            shard,
             self.build,
-            requests=ceil_div(self.shape.requests, data),
-            prompts=ceil_div(self.shape.prompts, data),
+            requests=ceil_div(self.shape.requests, dp_size),
+            prompts=ceil_div(self.shape.prompts, dp_size),
             prompt_length=self.shape.prompt_length,
             sampling=self.stage.sampling,
             rollout=self.config.rollout,
         )
 
-    def _cached(self, part: Part) -> dict[str, int]:
-        """Scoring of a round's responses for a cache: all hidden states are there at once."""
+    def _cache_scoring(self, shard: ModelShard) -> dict[str, int]:
+        """Scoring of a batch of responses for a cache: the hidden states of all of them exist at once."""
         work = self._workload(self.shape.requests)
         states = None
-        if self.stage.representation != "sampled_token" and part.is_last:
-            states = work.tokens * self.spec.hidden_size * self.build.bytes_per_value // part.sequence_shards
-        found = score_phase(part, self.build, work, on_gpu=self.on_gpu, states=states)
-        if self.stage.representation in ("full_vocab", "top_k") and part.is_last:
-            found["logits"] = self.shape.response_length * part.vocabulary * 4 * (2 + part.tensor)
-        return found
+        if self.stage.representation != "sampled_token" and shard.is_pipeline_last_stage:
+            states = work.tokens * self.spec.hidden_size * self.build.bytes_per_value // shard.sequence_shards
+        added = score_phase(shard, self.build, work, on_gpu=self.on_gpu, states=states)
+        if self.stage.representation in ("full_vocab", "top_k") and shard.is_pipeline_last_stage:
+            added["logits"] = self.shape.response_length * shard.local_vocab_size * 4 * (2 + shard.tp_size)
+        return added
 
-    def _frozen_models(self, part: Part) -> list[ResidentMemory]:
-        found = []
-        for role, other, parallel in frozen_roles(self.config, self.name):
-            spec = self.specs[self.config.model_of(other)]
-            candidates = parts(spec, parallel)
+    def _frozen_models(self, shard: ModelShard) -> list[ResidentMemory]:
+        resident = []
+        for role, stage, parallel in frozen_models(self.config, self.name):
+            model = self.config.model_of(stage)
+            shards = pipeline_shards(self.specs[model], parallel)
             if parallel == self.parallel:
-                candidates = [candidates[part.stage]]
+                shards = [shards[shard.pp_rank]]
             fp8 = self.config.fp8 is not None and self.config.fp8.frozen
             build = dataclasses.replace(self.build, recompute="none", fp8=fp8)
-            model = self.config.model_of(other)
-            found.append(max((frozen(item, build, role, model) for item in candidates), key=lambda held: held.total))
+            memories = (frozen_memory(item, build, role, model) for item in shards)
+            resident.append(max(memories, key=lambda memory: memory.total))
         for role in ("teacher", "reference"):
-            alike = [held for held in found if held.role == role]
-            waits = self.on_gpu and getattr(self.stage, "teacher_sampling", None) is None
-            if len(alike) > 1 and waits:  # those that wait are in host memory
-                found = [held for held in found if held.role != role]
-                found.append(max(alike, key=lambda held: held.total))
-        return found
+            same_role = [memory for memory in resident if memory.role == role]
+            is_offloaded = self.on_gpu and getattr(self.stage, "teacher_sampling", None) is None
+            if len(same_role) > 1 and is_offloaded:  # one is on the device, the others in host memory
+                resident = [memory for memory in resident if memory.role != role]
+                resident.append(max(same_role, key=lambda memory: memory.total))
+        return resident
 
     def _teacher_states(self) -> TeacherInputs | None:
         stage = self.stage
@@ -221,61 +221,61 @@ class _Stage:
             cache = self.config.stages[stage.cache]
             kind = {"hidden_states": "hidden", "full_vocab": "logits", "top_k": "topk"}[cache.representation]
             spec = self.specs[self.config.model_of(stage.cache)]
-            return TeacherInputs(kind, spec, top_k=cache.top_k, own_copy=kind == "hidden")
+            return TeacherInputs(kind, spec, top_k=cache.top_k, copies_output_layer=kind == "hidden")
         if not isinstance(stage, OpdConfig) or stage.kl_estimator == "sampled_token":
             return None
-        models = frozen_roles(self.config, self.name)
+        models = frozen_models(self.config, self.name)
         parallel = next(layout for role, _, layout in models if role == "teacher")
         return TeacherInputs(
             "topk" if stage.kl_estimator == "top_k" else "hidden",
             max((self.specs[self.config.model_of(other)] for _, other, _ in models), key=lambda spec: spec.hidden_size),
             sources=2 if stage.reward_scale != 1.0 else 1,
             top_k=stage.top_k * (2 if stage.top_k_source == "union" else 1),
-            own_copy=parallel != self.parallel,
+            copies_output_layer=parallel != self.parallel,
         )
 
-    def _scores(self, part: Part, work: Workload) -> dict[str, dict[str, int]]:
-        """Forward passes of frozen models (and of the student, where old log-probabilities are asked for)."""
-        found = {}
-        if self._rescoring():
-            found["score"] = score_phase(part, self.build, work, on_gpu=self.on_gpu)
-        for role, other, parallel in frozen_roles(self.config, self.name):
-            spec = self.specs[self.config.model_of(other)]
-            candidates = parts(spec, parallel)
-            own = candidates[part.stage] if parallel == self.parallel else candidates[-1]
-            at = self._workload(parallel=parallel)
+    def _scores(self, shard: ModelShard, work: Workload) -> dict[str, dict[str, int]]:
+        """Forward passes of frozen models, and of the student for old log-probabilities."""
+        phases = {}
+        if self._scores_old_log_probs():
+            phases["score"] = score_phase(shard, self.build, work, on_gpu=self.on_gpu)
+        for role, stage, parallel in frozen_models(self.config, self.name):
+            spec = self.specs[self.config.model_of(stage)]
+            shards = pipeline_shards(spec, parallel)
+            scorer = shards[shard.pp_rank] if parallel == self.parallel else shards[-1]
+            scorer_work = self._workload(parallel=parallel)
             states = None
-            if self._teacher_states() is not None and own.is_last:
-                states = lazy_hidden_states(own, self.build, at, spec, on_gpu=self.on_gpu)
+            if self._teacher_states() is not None and scorer.is_pipeline_last_stage:
+                states = lazy_hidden_states(scorer, self.build, scorer_work, spec, on_gpu=self.on_gpu)
                 if parallel != self.parallel:
                     states += 2 * P2P_BUCKET_BYTES
-            phase = score_phase(own, self.build, at, on_gpu=self.on_gpu, states=states)
-            if getattr(self.stage, "kl_estimator", "") == "top_k" and part.is_last:
-                phase["support"] = support_bytes(part, spec)
-            if sum(phase.values()) > sum(found.get(role, {}).values()):
-                found[role] = phase
-        return found
+            phase = score_phase(scorer, self.build, scorer_work, on_gpu=self.on_gpu, states=states)
+            if getattr(self.stage, "kl_estimator", "") == "top_k" and shard.is_pipeline_last_stage:
+                phase["support"] = top_k_selection_bytes(shard, spec)
+            if sum(phase.values()) > sum(phases.get(role, {}).values()):
+                phases[role] = phase
+        return phases
 
-    def _rescoring(self) -> bool:
+    def _scores_old_log_probs(self) -> bool:
         stage = self.stage
         return isinstance(stage, TrainingStageConfig) and getattr(stage, "num_mini_batches", 1) > 1
 
 
-def frozen_roles(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:
-    """(role, stage whose weights serve, layout) of every frozen model that stage ``name`` loads."""
+def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:
+    """Return (role, stage whose weights are loaded, layout) of every frozen model that stage ``name`` loads."""
     stage = config.stages[name]
-    found = []
+    models = []
     if isinstance(stage, GrpoConfig) and stage.kl_loss_coef > 0:
-        if stage.reference is None:  # its own start, loaded like the trained model
-            found.append(("reference", name, config.parallel))
+        if stage.reference is None:  # the initial weights, loaded like the trained model
+            models.append(("reference", name, config.parallel))
         else:
-            found.append(("reference", stage.reference, config.frozen_parallel(stage.reference)))
+            models.append(("reference", stage.reference, config.frozen_parallel(stage.reference)))
     if isinstance(stage, OpdConfig):
         for relation, other in stage.inputs().items():
             role = relation.partition(".")[0]
-            place = (role, other, config.frozen_parallel(other))
+            model = (role, other, config.frozen_parallel(other))
             if role == "teacher" and stage.teacher_engine == "sglang":
                 continue
-            if (role == "teacher" or (role == "reference" and stage.needs_reference)) and place not in found:
-                found.append(place)
-    return found
+            if (role == "teacher" or (role == "reference" and stage.needs_reference)) and model not in models:
+                models.append(model)
+    return models

@@ -1,7 +1,7 @@
-"""Seconds and traffic of one step of a workflow's stage, phase by phase. No torch here.
+"""Time and traffic of one step of a workflow's stage, phase by phase. No torch here.
 
-Lengths are those of ``StageShape``: every response at its limit, so times are upper ends, and of two layouts the
-comparison is fair. Phases run one after the other, as in ``train/loop.py``.
+Lengths are those of ``StageShape``: every response at its limit, so times are upper bounds, and the comparison of two
+layouts is fair. Phases run one after the other, as in ``train/loop.py``.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from megatron_s2d.estimate.roofline import (
     Machine,
     ModelOnMachine,
     Traffic,
-    added,
+    add_traffic,
     hidden_state_traffic,
-    repeated,
+    scale_traffic,
     total_seconds,
 )
-from megatron_s2d.estimate.stage_memory import BYTES, StageShape, frozen_roles
+from megatron_s2d.estimate.stage_memory import BYTES_PER_VALUE, StageShape, frozen_models
 
 
 @dataclasses.dataclass(frozen=True)
 class StageTime:
-    """One step (a round, for a cache) of a stage."""
+    """One step of a stage; for a cache, one batch of prompts."""
 
-    seconds: Mapping[str, float]  # phase -> seconds; updates of a step together
-    traffic: Mapping[str, Traffic]  # kind -> what one rank sends in a step
+    seconds: Mapping[str, float]  # phase -> seconds, summed over the updates of a step
+    traffic: Mapping[str, Traffic]  # kind -> traffic of one rank in a step
     tokens: int  # prompt and response tokens of the step, over all data ranks
     flops: float  # of the trained model: forward and backward passes, nothing recomputed, over all ranks
 
@@ -46,51 +46,55 @@ class StageTime:
         return sum(self.seconds.values())
 
     def mfu(self, machine: Machine, ranks: int) -> float:
-        """Share of the data sheet's peak that the trained model's operations would make of the whole step."""
+        """Return the trained model's operations over the data sheet's peak in the time of the full step."""
         return self.flops / (self.total * ranks * machine.gpu.bf16_flops) if self.total else 0.0
 
 
 def stage_time(
     config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec], shape: StageShape, machine: Machine
 ) -> StageTime:
-    """The step of stage ``name`` on ``machine``."""
+    """Return the time and traffic of one step of stage ``name`` on ``machine``."""
     stage, model = config.stages[name], config.model_of(name)
     if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
         return StageTime({}, {}, 0, 0.0)
     parallel = config.parallel
     if isinstance(stage, TeacherCacheConfig):
         parallel = config.frozen_parallel(stage.teacher)
-    build = Build(BYTES[config.precision], True, config.models[model].recompute)
+    build = Build(BYTES_PER_VALUE[config.precision], True, config.models[model].recompute)
     student = ModelOnMachine(specs[model], parallel, build, machine)
     seconds, traffic = _generation(config, stage, shape, student)
     if isinstance(stage, TeacherCacheConfig):
         work = _work(shape, shape.requests, stage, parallel)
         seconds["score"] = student.score_seconds(work, outputs=stage.representation != "hidden_states")
-        traffic = added(traffic, repeated(student.pass_traffic(work, trains=False), work.num_micro_batches))
+        traffic = add_traffic(traffic, scale_traffic(student.pass_traffic(work, trains=False), work.num_micro_batches))
         return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
     work, teacher = _work(shape, shape.responses, stage, parallel), None
     exact = isinstance(stage, OpdConfig) and stage.kl_estimator != "sampled_token"
-    for role, other, layout in frozen_roles(config, name):
+    for role, other, layout in frozen_models(config, name):
         spec = specs[config.model_of(other)]
         scorer = ModelOnMachine(spec, layout, dataclasses.replace(build, recompute="none"), machine)
-        at, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
-        seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(at, outputs=not exact)
-        passes = repeated(scorer.pass_traffic(at, trains=False), at.num_micro_batches * shape.updates)
-        traffic = added(traffic, passes)
+        scorer_work, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
+        seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(scorer_work, outputs=not exact)
+        passes = scale_traffic(
+            scorer.pass_traffic(scorer_work, trains=False), scorer_work.num_micro_batches * shape.updates
+        )
+        traffic = add_traffic(traffic, passes)
         if exact:
             teacher = spec
         if exact and layout != parallel:
-            responses = shape.responses * shape.response_length
-            one = {f"{role} states": hidden_state_traffic(spec, responses, build.bytes_per_value, layout, parallel)}
-            travel = repeated(one, shape.updates)
+            response_tokens = shape.responses * shape.response_length
+            one = {
+                f"{role} states": hidden_state_traffic(spec, response_tokens, build.bytes_per_value, layout, parallel)
+            }
+            travel = scale_traffic(one, shape.updates)
             phase = f"{role} states travel"
             seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
-            traffic = added(traffic, travel)
+            traffic = add_traffic(traffic, travel)
     if shape.updates > 1 and shape.requests:
         seconds["old log-probabilities"] = shape.updates * student.score_seconds(work, outputs=True)
     for phase, value in student.train_seconds(work, teacher).items():
         seconds[phase] = shape.updates * value
-    traffic = added(traffic, repeated(student.train_traffic(work), shape.updates))
+    traffic = add_traffic(traffic, scale_traffic(student.train_traffic(work), shape.updates))
     tokens = shape.updates * shape.responses * shape.length
     flops = 3 * model_flops(specs[model], tokens, shape.length / 2)
     flops += 3 * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])
@@ -98,7 +102,7 @@ def stage_time(
 
 
 def output_flops(spec: ModelSpec) -> float:
-    """Operations of the output layer for one position."""
+    """Return operations of the output layer for one position."""
     return 2.0 * spec.hidden_size * spec.vocab_size
 
 
@@ -117,8 +121,8 @@ def _generation(
 ) -> tuple[dict[str, float], dict[str, Traffic]]:
     if not shape.requests:
         return {}, {}
-    data, rollout = student.parallel.data_parallel_size, config.rollout
-    requests, prompts = ceil_div(shape.requests, data), ceil_div(shape.prompts, data)
+    dp_size, rollout = student.parallel.data_parallel_size, config.rollout
+    requests, prompts = ceil_div(shape.requests, dp_size), ceil_div(shape.prompts, dp_size)
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // shape.length))
     batches = math.ceil(requests / rows)
     decode = student.decode_seconds(requests / batches, shape.prompt_length, shape.response_length)
@@ -126,4 +130,4 @@ def _generation(
         "prefill": student.prefill_seconds(max(prompts, batches), shape.prompt_length),
         "decode": batches * decode,
     }
-    return seconds, repeated(student.decode_traffic(requests / batches, shape.response_length), batches)
+    return seconds, scale_traffic(student.decode_traffic(requests / batches, shape.response_length), batches)

@@ -26,13 +26,13 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.simulation import ShareConfig, SimulationConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.estimate.layers import Build, model_flops, parts
+from megatron_s2d.estimate.layers import Build, model_flops, pipeline_shards
 from megatron_s2d.estimate.memory import (
     TeacherInputs,
-    frozen,
+    frozen_memory,
     generate_phases,
     train_phase,
-    trained,
+    trained_memory,
     workload,
 )
 from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, Traffic, hidden_state_traffic
@@ -211,13 +211,13 @@ class _Step:
         measured = self.config.measured.kl
         if measured is not None:
             done = measured.vocab * (3 * measured.hidden + measured.teacher_hidden)
-            wanted = trainer.part.vocabulary * (3 * self.student.hidden_size + self.teacher.hidden_size)
-            responses = work.num_micro_batches * work.batch.responses
+            wanted = trainer.shard.local_vocab_size * (3 * self.student.hidden_size + self.teacher.hidden_size)
+            responses = work.num_micro_batches * work.batch.response_tokens
             loss = responses * measured.seconds / measured.tokens * wanted / done
         travel = 0.0
         if scorer.parallel != trainer.parallel:
             places = (scorer.parallel, trainer.parallel)
-            responses = at.responses * scorer.parallel.data_parallel_size
+            responses = at.response_tokens * scorer.parallel.data_parallel_size
             travel = hidden_state_traffic(self.teacher, responses, 2, *places).seconds(self.machine)
         passes = ("layers", "tensor, pipeline, expert traffic", "pipeline idle")
         return {
@@ -233,12 +233,16 @@ class _Step:
     def _memory(self, trainer: ModelOnMachine, scorer: ModelOnMachine) -> int:
         config, build = self.config, trainer.build
         same = scorer.parallel == trainer.parallel
-        states = TeacherInputs("hidden", self.teacher, own_copy=not same)
-        teacher = max(frozen(part, build, "teacher").total for part in parts(self.teacher, scorer.parallel))
+        states = TeacherInputs("hidden", self.teacher, copies_output_layer=not same)
+        teacher = max(
+            frozen_memory(shard, build, "teacher").total for shard in pipeline_shards(self.teacher, scorer.parallel)
+        )
         engine = self._engine(trainer)
         server = 0
         if engine is not trainer:
-            server = max(frozen(part, build, "engine").total for part in parts(self.student, engine.parallel))
+            server = max(
+                frozen_memory(shard, build, "engine").total for shard in pipeline_shards(self.student, engine.parallel)
+            )
         requests = ceil_div(self.prompts * config.num_generations, engine.parallel.data_parallel_size)
         rows = min(requests, config.max_batch_size)
         longest = config.longest_response_tokens or config.response_tokens
@@ -246,16 +250,16 @@ class _Step:
         rollout = RolloutConfig(max_batch_size=rows, max_batch_tokens=rows * (config.prompt_tokens + longest))
         decode = max(
             sum(phase.values())
-            for part in parts(self.student, engine.parallel)
+            for shard in pipeline_shards(self.student, engine.parallel)
             for phase in generate_phases(
-                part, build, requests=rows, prompts=rows, prompt_length=config.prompt_tokens, sampling=sampling,
+                shard, build, requests=rows, prompts=rows, prompt_length=config.prompt_tokens, sampling=sampling,
                 rollout=rollout,
             ).values()
         )  # fmt: skip
         found = 0
-        for part in parts(self.student, trainer.parallel):
-            train = train_phase(part, build, self._work(trainer.parallel), on_gpu=True, teacher=states)
-            found = max(found, trained(part, build).total + max(sum(train.values()), decode))
+        for shard in pipeline_shards(self.student, trainer.parallel):
+            train = train_phase(shard, build, self._work(trainer.parallel), on_gpu=True, teacher=states)
+            found = max(found, trained_memory(shard, build).total + max(sum(train.values()), decode))
         return found + teacher + server
 
 

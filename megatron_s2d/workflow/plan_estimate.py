@@ -70,7 +70,7 @@ def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
     table = Table(*columns, title=f"Estimated memory of {where} (docs/preflight.md)", show_lines=True)
     for name, memory in preflight.memory(on_gpu=machine is not None).items():
         models, parts = [], []
-        for item in memory.held:
+        for item in memory.models:
             models.append(f"{item.role} {format_bytes(item.total)}")
             trained = f", {format_bytes(item.gradients)}, {format_bytes(item.optimizer)}" if item.gradients else ""
             parts.append(f"{item.role} {format_bytes(item.weights)}{trained}")

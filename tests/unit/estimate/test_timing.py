@@ -10,7 +10,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
-from megatron_s2d.estimate.layers import Build, MicroBatch
+from megatron_s2d.estimate.layers import Build, MicroBatchShape
 from megatron_s2d.estimate.memory import Workload
 from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, hidden_state_traffic
 from megatron_s2d.workflow.layout_search import layouts, propose
@@ -24,75 +24,77 @@ PERFECT = AssumptionsConfig(
 H200 = Machine(GPUS["h200"], PERFECT)
 
 
-def placed(recompute: str = "none", **sizes) -> ModelOnMachine:
+def on_h200(recompute: str = "none", **sizes) -> ModelOnMachine:
     return ModelOnMachine(LLAMA_8B, ParallelConfig(**sizes), Build(2, True, recompute), H200)
 
 
-def test_products_by_hand():
+def test_matrix_product_time_by_hand():
     """Six operations a parameter and token, the embedding left out, and 6 x context x queries in attention."""
     tokens, length = 8192, 4096
-    work = Workload(MicroBatch(tokens, length, tokens), 3)
+    work = Workload(MicroBatchShape(tokens, length, tokens), 3)
     layers = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     attention = 32 * 2 * 2 * 4096 * length / 2
-    seconds = placed().train_seconds(work)
+    seconds = on_h200().train_seconds(work)
     assert seconds["layers"] == pytest.approx(3 * tokens * (6 * layers + 3 * attention) / 989e12)
     assert seconds["loss"] == pytest.approx(3 * tokens * 6 * 128256 * 4096 / 989e12)
-    assert placed("full").train_seconds(work)["layers"] == pytest.approx(seconds["layers"] * 4 / 3)
+    assert on_h200("full").train_seconds(work)["layers"] == pytest.approx(seconds["layers"] * 4 / 3)
 
 
-def test_gradients_travel_once_and_weights_come_back():
-    found = placed(data_parallel_size=16).update_traffic()
+def test_update_traffic_is_gradient_reduction_and_weight_gathering():
+    traffic = on_h200(data_parallel_size=16).update_traffic()
     count = 8_030_261_248
-    assert found["gradients"].bytes_sent == pytest.approx(4 * count * 15 / 16, rel=1e-5)
-    assert found["weights"].bytes_sent == pytest.approx(2 * count * 15 / 16, rel=1e-5)
-    assert found["gradients"].span == 16
+    assert traffic["gradients"].bytes_sent == pytest.approx(4 * count * 15 / 16, rel=1e-5)
+    assert traffic["weights"].bytes_sent == pytest.approx(2 * count * 15 / 16, rel=1e-5)
+    assert traffic["gradients"].span == 16
     expected = 6 * count * 15 / 16 / 50e9  # sixteen ranks are two nodes
-    assert placed(data_parallel_size=16).train_seconds(Workload(MicroBatch(64, 64, 64), 1))[
+    assert on_h200(data_parallel_size=16).train_seconds(Workload(MicroBatchShape(64, 64, 64), 1))[
         "gradients and weights"
     ] == pytest.approx(expected, rel=1e-4)
-    near = placed(data_parallel_size=8).train_seconds(Workload(MicroBatch(64, 64, 64), 1))["gradients and weights"]
+    near = on_h200(data_parallel_size=8).train_seconds(Workload(MicroBatchShape(64, 64, 64), 1))[
+        "gradients and weights"
+    ]
     assert near == pytest.approx(6 * count * 7 / 8 / 450e9, rel=1e-4)
 
 
-def test_states_of_a_teacher_are_sent_once():
+def test_teacher_states_are_sent_once():
     """A million response tokens of 16 KiB: 128 MiB for each of the fewer ranks, at the network's rate between nodes."""
     teacher = ModelConfig(preset="llama-3.3-70b").resolve()
     scorer = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=2, data_parallel_size=16)
     trainer = ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=128)
-    found = hidden_state_traffic(teacher, 2**20, 2, scorer, trainer)
-    assert found.bytes_sent == 2**27 and found.span == 256
-    assert found.seconds(H200) == pytest.approx(2**27 / 50e9)
+    traffic = hidden_state_traffic(teacher, 2**20, 2, scorer, trainer)
+    assert traffic.bytes_sent == 2**27 and traffic.span == 256
+    assert traffic.seconds(H200) == pytest.approx(2**27 / 50e9)
 
 
 def test_tensor_parallel_traffic_by_hand():
     """All-reduces: two a layer each way, the embedding's, two of the loss; a ring sends 2 (T - 1) / T of each."""
-    work = Workload(MicroBatch(1024, 1024, 1024), 1)
-    found = placed(tensor_model_parallel_size=4).pass_traffic(work, trains=True)["tensor"]
-    assert found.calls == 32 * 4 + 3
-    assert found.bytes_sent == pytest.approx((32 * 4 + 3) * 1024 * 4096 * 2 * 2 * 3 / 4)
-    shared = placed(tensor_model_parallel_size=4, sequence_parallel=True).pass_traffic(work, trains=True)["tensor"]
+    work = Workload(MicroBatchShape(1024, 1024, 1024), 1)
+    traffic = on_h200(tensor_model_parallel_size=4).pass_traffic(work, trains=True)["tensor"]
+    assert traffic.calls == 32 * 4 + 3
+    assert traffic.bytes_sent == pytest.approx((32 * 4 + 3) * 1024 * 4096 * 2 * 2 * 3 / 4)
+    shared = on_h200(tensor_model_parallel_size=4, sequence_parallel=True).pass_traffic(work, trains=True)["tensor"]
     # Gathers and scatters: four a layer forward, six backward (the input is gathered again for the weight's gradient).
     assert shared.bytes_sent == pytest.approx((32 * 10 + 3) * 1024 * 4096 * 2 * 3 / 4)
 
 
-def test_a_pipeline_idles_for_its_other_stages():
-    work = Workload(MicroBatch(1024, 1024, 1024), 8)
-    seconds = placed(pipeline_model_parallel_size=4).train_seconds(work)
+def test_pipeline_bubble():
+    work = Workload(MicroBatchShape(1024, 1024, 1024), 8)
+    seconds = on_h200(pipeline_model_parallel_size=4).train_seconds(work)
     busy = seconds["layers"] + seconds["loss"] + seconds["tensor, pipeline, expert traffic"]
     assert seconds["pipeline idle"] == pytest.approx(busy * 3 / 8)
 
 
-def test_decoding_reads_weights_keys_and_values():
+def test_decoding_reads_weights_and_kv_cache():
     """One row: every weight but the embedding in bfloat16, and keys and values of half the response on average."""
     weights = 2 * (8_030_261_248 - 128256 * 4096)
     cached = 2 * (100 + 512) * 1024 * 2 * 32
     expected = 1024 * (weights + cached) / 4.8e12
-    assert placed().decode_seconds(1, 100, 1024) == pytest.approx(expected)
-    many = placed().decode_seconds(4096, 0, 2)
+    assert on_h200().decode_seconds(1, 100, 1024) == pytest.approx(expected)
+    many = on_h200().decode_seconds(4096, 0, 2)
     assert many > 2 * 2 * 4096 * 7.5e9 / 989e12  # products take longer than reading then
 
 
-def test_experts_that_no_token_chose_are_not_read():
+def test_unused_experts_are_not_read():
     moe = ModelConfig(preset="qwen3-30b-a3b").resolve()
     site = ModelOnMachine(moe, ParallelConfig(), Build(2, True), H200)
     experts = 3 * 2048 * 768 * 128 * 48
@@ -100,7 +102,7 @@ def test_experts_that_no_token_chose_are_not_read():
     assert site.decode_seconds(1, 0, 1) == pytest.approx(2 * weights / 4.8e12, rel=1e-3)
 
 
-def test_unknown_gpus_and_options_are_one_line():
+def test_unknown_gpu_is_an_error_with_a_suggestion():
     with pytest.raises(UserError, match="did you mean 'h200'"):
         gpu_of("h20")
     assert gpu_of("A100-80").fp8_flops is None
@@ -108,12 +110,12 @@ def test_unknown_gpus_and_options_are_one_line():
 
 def test_layouts_divide_every_model():
     moe = ModelConfig(preset="qwen3-30b-a3b").resolve()
-    found = list(layouts({"moe": moe}, 16, 8))
-    assert all(item.world_size == 16 for item in found)
-    sizes = {(item.tensor_model_parallel_size, item.pipeline_model_parallel_size) for item in found}
+    candidates = list(layouts({"moe": moe}, 16, 8))
+    assert all(item.world_size == 16 for item in candidates)
+    sizes = {(item.tensor_model_parallel_size, item.pipeline_model_parallel_size) for item in candidates}
     assert sizes == {(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4),
                      (8, 1), (8, 2)}  # fmt: skip
-    assert max(item.expert_model_parallel_size for item in found) == 16
+    assert max(item.expert_model_parallel_size for item in candidates) == 16
     # With a dense model beside it there are no expert ranks.
     both = list(layouts({"moe": moe, "dense": LLAMA_8B}, 16, 8))
     assert {item.expert_model_parallel_size for item in both} == {1}
@@ -129,27 +131,27 @@ def large(tmp_path_factory):
     return check_workflow(load_workflow(SMOKE, overrides), tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_what_is_proposed_fits_and_is_fastest(large):
+def test_proposed_layouts_fit_and_the_fastest_comes_first(large):
     machine = Machine(GPUS["h200"])
-    found = propose(large, machine, 16)
-    assert all(item.memory <= machine.usable_memory for item in found)
-    assert found[0].seconds == min(item.seconds for item in found)
+    proposals = propose(large, machine, 16)
+    assert all(item.memory <= machine.usable_memory for item in proposals)
+    assert proposals[0].seconds == min(item.seconds for item in proposals)
     # 70 billion parameters at 18 bytes each do not fit below eight ranks a replica.
     assert all(
-        item.parallel.tensor_model_parallel_size * item.parallel.pipeline_model_parallel_size >= 8 for item in found
+        item.parallel.tensor_model_parallel_size * item.parallel.pipeline_model_parallel_size >= 8 for item in proposals
     )
-    config = load_workflow(SMOKE, [found[0].as_yaml().partition(";")[0].replace(": {", "={", 1)])
-    assert config.parallel == found[0].parallel
+    config = load_workflow(SMOKE, [proposals[0].as_yaml().partition(";")[0].replace(": {", "={", 1)])
+    assert config.parallel == proposals[0].parallel
 
 
-def test_what_cannot_fit_is_said_with_the_smallest_peak(large):
+def test_no_fitting_layout_is_an_error_with_the_smallest_peak(large):
     with pytest.raises(UserError, match=r"no layout fits 4 x NVIDIA L40S: the smallest peak is [0-9.]+ GiB, in stage"):
         propose(large, Machine(GPUS["l40s"]), 4)
     with pytest.raises(UserError, match="no layout of 7919 GPUs"):
         propose(large, Machine(GPUS["h200"]), 7919)
 
 
-def test_the_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
+def test_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
     assert main(["plan", str(SMOKE), "--gpu", "h100", "--num-gpus", "2", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     for expected in ("Labels: 256 distinct", "tokenizer fingerprint", "template fingerprint", "KV cache", "fastest: ",
@@ -168,7 +170,7 @@ def test_the_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
         (["--gpu", "h200", "--assume", "matmul_efficiency=1.6"], "less than or equal to 1"),
     ],
 )
-def test_wrong_options_of_plan_are_one_line(capsys, arguments, message):
+def test_wrong_options_of_plan_are_one_line_errors(capsys, arguments, message):
     assert main(["plan", str(SMOKE), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
