@@ -81,7 +81,7 @@ class KeyValueCache(StaticInferenceContext):
         if self._pad_lengths is not None:
             self._pad_lengths = self._pad_lengths[rows]
         for number, pair in self._layers.items():
-            self._layers[number] = tuple(self._with_free_columns(buffer, rows) for buffer in pair)
+            self._layers[number] = self._with_free_columns(pair, rows)
 
     def extend(
         self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor
@@ -102,21 +102,28 @@ class KeyValueCache(StaticInferenceContext):
             self._layers[number] = (keys, values)
             return key, value
         if stop > self._layers[number][0].shape[2]:
-            self._layers[number] = tuple(self._with_free_columns(buffer, None) for buffer in self._layers[number])
+            self._layers[number] = self._with_free_columns(self._layers[number], None)
         all_keys, all_values = self._layers[number]
         all_keys[:, :, start:stop] = keys
         all_values[:, :, start:stop] = values
         return all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
 
-    def _with_free_columns(self, buffer: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """Copy ``rows`` (None: all) of ``buffer`` into a buffer with free columns after the filled ones."""
+    def _with_free_columns(
+        self, buffers: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy ``rows`` (None: all) of keys and values into buffers with free columns after the filled ones."""
         num_filled = self.sequence_len_offset
-        filled = buffer[:, :, :num_filled]
-        filled = filled if rows is None else filled.index_select(0, rows)
-        columns = min(self.max_sequence_length, num_filled + max(num_filled, _MIN_FREE_COLUMNS))
-        larger = filled.new_empty(filled.shape[0], filled.shape[1], columns, filled.shape[3])
-        larger[:, :, :num_filled] = filled
-        return larger
+        num_columns = min(self.max_sequence_length, num_filled + max(num_filled, _MIN_FREE_COLUMNS))
+
+        def enlarge(buffer: torch.Tensor) -> torch.Tensor:
+            filled = buffer[:, :, :num_filled]
+            filled = filled if rows is None else filled.index_select(0, rows)
+            larger = filled.new_empty(filled.shape[0], filled.shape[1], num_columns, filled.shape[3])
+            larger[:, :, :num_filled] = filled
+            return larger
+
+        keys, values = buffers
+        return enlarge(keys), enlarge(values)
 
     def _window_rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and signed sine of the window's positions, computed once for all layers: [w, b or 1, 1, d]."""
@@ -125,14 +132,14 @@ class KeyValueCache(StaticInferenceContext):
                 sin = torch.sin(angles[:, 0, 0])
                 sin[:, : sin.shape[1] // 2].neg_()
                 self._cos_sin = (torch.cos(angles[:, 0, 0]).to(dtype), sin.to(dtype))
+            cos, sin = self._cos_sin
             start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
             if self._pad_lengths is None:
-                positions = slice(start, stop)
-                self._rotation = tuple(table[positions, None, None, :] for table in self._cos_sin)
+                self._rotation = cos[start:stop, None, None, :], sin[start:stop, None, None, :]
             else:
                 columns = torch.arange(start, stop, device=angles.device)
                 positions = (columns[:, None] - self._pad_lengths).clamp_(min=0)
-                self._rotation = tuple(table[positions].unsqueeze(2) for table in self._cos_sin)
+                self._rotation = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
         return self._rotation
 
 

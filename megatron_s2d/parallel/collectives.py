@@ -26,9 +26,9 @@ def broadcast_from_rank0[Result](action: Callable[[], Result]) -> Result:
             message[1] = str(error)
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(message, src=0)
-    result, error = message
-    if error is not None:
-        raise UserError(error)
+    result, refusal = message
+    if refusal is not None:
+        raise UserError(refusal)
     return result
 
 

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,15 @@ class MegatronModel:
         """
         self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
         self._packed, self._fp8 = packed, fp8
-        extra = (
-            {}
-            if options is None
-            else {"recompute": options.recompute, "moe_aux_loss_coeff": options.moe_aux_loss_coeff}
+        self.chunks = build_model(
+            spec,
+            layout,
+            params_dtype=DTYPES[precision],
+            seed=seed,
+            recompute="none" if options is None else options.recompute,
+            moe_aux_loss_coeff=0.0 if options is None else options.moe_aux_loss_coeff,
+            fp8=fp8,
         )
-        self.chunks = build_model(spec, layout, params_dtype=DTYPES[precision], seed=seed, fp8=fp8, **extra)
         self.trainable: TrainableModel | None = None
         self._host_copies: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
@@ -153,7 +156,9 @@ class MegatronModel:
         if release:
             self.offload()
 
-    def pack(self, samples: Sequence[Sample], loss_weights: dict[str, np.ndarray]) -> list[MicroBatch]:
+    def pack(
+        self, samples: Sequence[Sample], loss_weights: Mapping[str, Sequence[float | np.ndarray]]
+    ) -> list[MicroBatch]:
         """Return this data-parallel rank's micro-batches of ``samples`` (the same list on every rank)."""
         return pack(
             samples,

@@ -157,13 +157,13 @@ def scores(layout: Layout):
 def cached(layout: Layout):
     model = policy("tiny-teacher", layout, 4)
     by_representation = {}
-    for kind, extra in (
+    for representation, extra in (
         ("full_vocab", {}),
         ("top_k", {"k": 5}),
         ("hidden_states", {"hidden_size": model.spec.hidden_size}),
     ):
         header = CacheHeader(
-            kind=kind,
+            representation=representation,
             teacher_digest="t",
             tokenizer_fingerprint="f",
             template_fingerprint="c",
@@ -172,8 +172,8 @@ def cached(layout: Layout):
             **extra,
         )
         rows = distributions_of(model, samples(), header)
-        tensor = "hidden" if kind == "hidden_states" else "log_probs"
-        by_representation[kind] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
+        tensor = "hidden" if representation == "hidden_states" else "log_probs"
+        by_representation[representation] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
     return by_representation
 
 

@@ -219,7 +219,7 @@ def test_first_tokens_follow_the_models_distribution(layout, chunks):
 def test_growing_and_shrinking_leave_no_trace(layout, chunks, monkeypatch):
     requests = make_requests(lengths=(4, 9, 1), groups=6, max_new_tokens=40, stop_token_ids=(EOS,))
     reference = engine(chunks, layout).generate(requests)
-    monkeypatch.setattr(kv_cache, "_LEAST_ROOM", 3)
+    monkeypatch.setattr(kv_cache, "_MIN_FREE_COLUMNS", 3)
     monkeypatch.setattr(batching, "POSITIONS_PER_DRAW", 7)
     samples = engine(chunks, layout).generate(requests)
     assert max(sample.response_length for sample in samples) > 20 > min(sample.response_length for sample in samples)
