@@ -24,12 +24,12 @@ from pathlib import Path
 COPY = "import shutil; shutil.copytree('{root}/{source}', '{root}/copy')"
 STEPS = {
     "copy of the Hugging Face directory": COPY.replace("{source}", "hf"),
-    "import": (
+    "hf-to-megatron": (
         "from megatron_s2d.conversion.convert import hf_to_megatron; "
         "hf_to_megatron('{root}/hf', '{root}/megatron', tensor_model_parallel_size={tensor})"
     ),
     "copy of the Megatron directory": COPY.replace("{source}", "megatron"),
-    "export": (
+    "megatron-to-hf": (
         "from megatron_s2d.conversion.convert import megatron_to_hf; megatron_to_hf('{root}/megatron', '{root}/back')"
     ),
     "check": (

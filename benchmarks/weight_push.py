@@ -64,7 +64,7 @@ def main() -> None:
                 attached.close()
         finally:
             started.close()
-    print("| way | GB | push, s | GB/s | whole, s |\n|---|---|---|---|---|")
+    print("| `weight_sync` | GB | transfer, s | GB/s | total, s |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| `{row['sync']}` | {row['gigabytes']:.2f} | {row['push_seconds']:.2f} | {row['gb_per_second']:.2f} "
               f"| {row['whole_seconds']:.2f} |")  # fmt: skip
