@@ -74,7 +74,7 @@ class Sample:
 
     def require(self, field: str, step: str) -> np.ndarray | float | int:
         """The value of ``field``, or an error that names the ``step`` which should have written it."""
-        value = getattr(self, field)
+        value: np.ndarray | float | int | None = getattr(self, field)
         if value is None:
             raise UserError(f"sample {self.id} has no {field}: run {step} before this step")
         return value

@@ -1,4 +1,4 @@
-"""Strict configuration models and the one error type that a user's mistake raises. No torch here."""
+"""Base of all configuration models, reading of YAML files, and error messages for invalid ones. No torch here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import yaml
 from megatron_s2d.errors import UserError
 
 
+Location = tuple[int | str, ...]  # of an error in a document, as pydantic reports it
+
+
 class Config(pydantic.BaseModel):
     """Base of every configuration object: frozen, typed, and without unknown keys."""
 
@@ -19,7 +22,7 @@ class Config(pydantic.BaseModel):
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or a ``UserError`` that names the file (and the line, for a syntax error)."""
+    """Return the mapping in a YAML file; raise a ``UserError`` with the file (and the line, for a syntax error)."""
     try:
         with open(path, encoding="utf-8") as file:
             document = yaml.safe_load(file)
@@ -32,13 +35,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping of configuration keys, found {type(document).__name__}")
+        raise UserError(f"{path}: expected a mapping of configuration keys, not a {type(document).__name__}")
     return document
 
 
 def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of ``document`` with each ``a.b=value`` applied; the value is read as YAML."""
-    result = _copy(document)
+    """Return a copy of ``document`` with each ``a.b=value`` applied; the value is read as YAML."""
+    result: dict[str, Any] = _copy(document)
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:
@@ -48,20 +51,22 @@ def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str,
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise UserError(f"--set {override}: {key} is not a mapping")
+                raise UserError(f"--set {override}: {key} has no keys below it")
         node[last] = yaml.safe_load(text) if text else None
     return result
 
 
-def parse(model: type[Config], document: dict[str, Any], source: str) -> Config:
-    """Validate ``document`` against ``model``; the first problem becomes one line: file, key and closest valid key."""
+def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C:
+    """Validate ``document`` against ``model``; report the first problem in one line: file, key, closest valid key."""
     try:
         return model.model_validate(document)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
-        may_lack = first["type"] == "missing"  # then the last part is a key that is not in the file
-        key = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"], may_lack))
+        is_missing = first["type"] == "missing"  # then the last part is a key that is not in the file
+        key = ".".join(
+            str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"], is_missing)
+        )
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key{_suggest(model, first['loc'])}"
@@ -72,7 +77,7 @@ def parse(model: type[Config], document: dict[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The fully resolved configuration as plain JSON types, defaults included."""
+    """Return the resolved configuration as plain JSON types, defaults included."""
     return config.model_dump(mode="json")
 
 
@@ -84,21 +89,22 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _is_union_tag(part: Any, document: Any, location: tuple, may_lack: bool) -> bool:
-    """Whether ``part`` of an error location is the tag of a union rather than a key in the user's file."""
+def _is_union_tag(part: Any, document: Any, location: Location, is_missing: bool) -> bool:
+    """Return whether ``part`` of an error location is the tag of a union rather than a key in the user's file."""
     node = document
     for step in location:
         if step is part:
             if isinstance(node, dict):
-                return part not in node and not (may_lack and step is location[-1])
+                return part not in node and not (is_missing and step is location[-1])
             return not isinstance(part, int)
-        if (isinstance(node, dict) and step in node) or (isinstance(node, list) and isinstance(step, int) and step < len(node)):
+        in_list = isinstance(node, list) and isinstance(step, int) and step < len(node)
+        if in_list or (isinstance(node, dict) and step in node):
             node = node[step]
     return False
 
 
-def _suggest(model: type[Config], location: tuple) -> str:
-    """`` (did you mean 'x'?)`` for the key at ``location``, from the fields that would be valid there."""
+def _suggest(model: type[Config], location: Location) -> str:
+    """Return `` (did you mean 'x'?)`` for the key at ``location``, from the fields that are valid there."""
     candidates = _fields_at(model, location[:-1])
     close = difflib.get_close_matches(str(location[-1]), candidates, n=1, cutoff=0.5)
     if close:
@@ -106,8 +112,8 @@ def _suggest(model: type[Config], location: tuple) -> str:
     return f" (valid keys: {', '.join(sorted(candidates))})" if candidates else ""
 
 
-def _fields_at(annotation: Any, location: tuple) -> list[str]:
-    """The field names valid below ``annotation`` at ``location``; union members are followed together."""
+def _fields_at(annotation: Any, location: Location) -> list[str]:
+    """Return the field names valid below ``annotation`` at ``location``, of all members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         if not location:
             return list(annotation.model_fields)
@@ -136,4 +142,4 @@ def _fields_at(annotation: Any, location: tuple) -> list[str]:
 
 def _tag_of(member: Any) -> str | None:
     field = getattr(member, "model_fields", {}).get("type")
-    return field.default if field is not None else None
+    return None if field is None else str(field.default)

@@ -51,9 +51,10 @@ class AxisConfig(Config):
         return [str(value) for value in self.values]
 
     def settings(self, label: str) -> dict[str, Any]:
-        """Dotted key -> value of a label."""
+        """Return dotted key -> value of a label."""
         if isinstance(self.values, dict):
             return self.values[label]
+        assert self.key is not None
         return {self.key: self.values[self.labels.index(label)]}
 
 
@@ -137,7 +138,7 @@ def load_sweep(path: Path) -> SweepConfig:
     """Read and validate a sweep file; ``workflow`` is made relative to its folder. ``UserError`` for every problem."""
     document = load_yaml(path)
     refuse_renamed(document, str(path), SWEEP_KEYS)
-    sweep: SweepConfig = parse(SweepConfig, document, str(path))
+    sweep = parse(SweepConfig, document, str(path))
     workflow = path.parent / sweep.workflow
     if not workflow.is_file():
         raise UserError(f"{path}: workflow: {workflow}: no such file")

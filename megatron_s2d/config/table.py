@@ -39,8 +39,10 @@ class TableRow(Config):
     note: str = Field("", description="printed behind the label, such as why the row is not run")
 
     def arm_of(self, column: TableColumn) -> str | None:
-        """The arm that is shown in ``column``."""
-        return self.arm.get(column.group) if isinstance(self.arm, dict) else self.arm
+        """Return the arm that is shown in ``column``."""
+        if isinstance(self.arm, dict):
+            return None if column.group is None else self.arm.get(column.group)
+        return self.arm
 
 
 class TableConfig(Config):

@@ -263,7 +263,10 @@ class WorkflowConfig(Config):
             return self.model_of(stage.teacher)
         if isinstance(stage, ExpoConfig):
             return self.model_of(stage.base)
-        return stage.model if stage.model is not None else self.model_of(stage.init)
+        if stage.model is not None:
+            return stage.model
+        assert stage.init is not None
+        return self.model_of(stage.init)
 
     def chain(self, stage_name: str) -> list[str]:
         """Every stage that leads to ``stage_name``, itself last, inputs first."""

@@ -68,7 +68,8 @@ def zero_variance_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
     lowest, highest = np.full(len(ids), np.inf), np.full(len(ids), -np.inf)
     np.minimum.at(lowest, members, rewards)
     np.maximum.at(highest, members, rewards)
-    return ids[lowest == highest]
+    zero_variance: np.ndarray = ids[lowest == highest]
+    return zero_variance
 
 
 def overlong_penalty(
@@ -83,7 +84,8 @@ def overlong_penalty(
             f"overlong_buffer.len {buffer_tokens}: choose 1 to sampling.max_response_length ({max_response_length})"
         )
     excess = np.asarray(lengths, dtype=np.float64) - (max_response_length - buffer_tokens)
-    return -penalty * np.clip(excess / buffer_tokens, 0.0, 1.0)
+    ramp: np.ndarray = np.clip(excess / buffer_tokens, 0.0, 1.0)
+    return np.asarray(-penalty * ramp)
 
 
 def distillation_advantage(teacher_log_probs: np.ndarray, student_log_probs: np.ndarray) -> np.ndarray:
@@ -94,7 +96,8 @@ def distillation_advantage(teacher_log_probs: np.ndarray, student_log_probs: np.
     teacher = _finite(teacher_log_probs, "teacher")
     student = _finite(student_log_probs, "student")
     _aligned(teacher, student)
-    return (teacher - student).astype(_dtype(teacher_log_probs, student_log_probs))
+    advantages: np.ndarray = teacher - student
+    return advantages.astype(_dtype(teacher_log_probs, student_log_probs))
 
 
 def g_opd_advantage(
@@ -119,7 +122,7 @@ def g_opd_advantage(
     student = _finite(student_log_probs, "student")
     reference = _finite(reference_log_probs, "reference")
     _aligned(teacher, student, reference)
-    advantages = (teacher - student) + (reward_scale - 1.0) * (teacher - reference)
+    advantages: np.ndarray = (teacher - student) + (reward_scale - 1.0) * (teacher - reference)
     return advantages.astype(_dtype(teacher_log_probs, student_log_probs))
 
 
@@ -183,14 +186,14 @@ def sg_opd_gate(
     models = (teacher_log_probs, student_log_probs, reference_log_probs)
     base = g_opd_advantage(*models, reward_scale=gate.lambda_base)
     high = g_opd_advantage(*models, reward_scale=gate.lambda_high)
-    fallbacks = {
-        "interp": lambda: distillation * distillation.dtype.type(gate.conflict_beta),
-        "preserve": lambda: base,
-        "grpo": lambda: verifier.astype(distillation.dtype),
-        "mask": lambda: np.zeros_like(distillation),
-    }
+    if gate.conflict_fallback == "interp":
+        conflict = distillation * distillation.dtype.type(gate.conflict_beta)
+    elif gate.conflict_fallback == "grpo":
+        conflict = verifier.astype(distillation.dtype)
+    else:
+        conflict = base if gate.conflict_fallback == "preserve" else np.zeros_like(distillation)
     agreement = (np.sign(verifier) * np.sign(distillation)).astype(np.int8)
-    advantages = np.select([agreement > 0, agreement < 0], [high, fallbacks[gate.conflict_fallback]()], base)
+    advantages = np.select([agreement > 0, agreement < 0], [high, conflict], base)
     counts = GateCounts(*(int((agreement == kind).sum()) for kind in (1, -1, 0)))
     return GatedAdvantages(advantages, agreement, counts)
 

@@ -51,20 +51,19 @@ class Metric:
         values = values.detach().to(torch.float64)
         empty = {"mean": 0.0, "sum": 0.0, "max": -math.inf, "min": math.inf}[reduction]
         active_values = torch.cat([torch.where(active, values, empty), values.new_full((1,), empty)])
-        reduce = {"mean": torch.sum, "sum": torch.sum, "max": torch.max, "min": torch.min}[reduction]
-        numerator: torch.Tensor = reduce(active_values)
-        return cls(numerator, active.sum(dtype=torch.float64), reduction)
+        reduce = {"max": torch.amax, "min": torch.amin}.get(reduction, torch.sum)
+        return cls(reduce(active_values), active.sum(dtype=torch.float64), reduction)
 
     def combine(self, other: Metric) -> Metric:
         """Return the metric of both sets of values."""
         if self.reduction != other.reduction:
             raise ValueError(f"metrics of reduction {self.reduction} and {other.reduction} cannot be combined")
-        merge = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[self.reduction]
-        return dataclasses.replace(
-            self,
-            numerator=merge(self.numerator, other.numerator),
-            denominator=self.denominator + other.denominator,
-        )
+        if self.reduction in ("mean", "sum"):
+            numerator = self.numerator + other.numerator
+        else:
+            extreme = torch.maximum if self.reduction == "max" else torch.minimum
+            numerator = extreme(self.numerator, other.numerator)
+        return dataclasses.replace(self, numerator=numerator, denominator=self.denominator + other.denominator)
 
     def value(self) -> float:
         """Return the number; NaN for the mean of no values."""
