@@ -1,4 +1,4 @@
-"""``s2d launch local | slurm | nemo-run``: arguments and printed results. Parsing needs no torch."""
+"""Command line of ``s2d launch local | slurm | nemo-run``: arguments and printed results. No torch here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def add_cluster(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out a parsed command; returns the exit code. Errors are ``UserError``."""
+    """Run a parsed command and return its exit code. Errors are ``UserError``."""
     launch = _plan(options)
     actions = {"local": _local, "slurm": _slurm, "nemo-run": _nemo_run}
     code = actions[options.launcher](launch, options)
@@ -79,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> Launch:
     workflow = load_workflow(options.config, options.overrides)
-    # NeMo-Run's tasks are the stages; on this machine one run does them all, whatever the cluster's file says.
-    here = options.launcher == "local" or (options.launcher == "nemo-run" and options.executor == "local")
-    per_stage = True if options.launcher == "nemo-run" else False if here else options.per_stage or None
-    chosen = {
-        "nodes": 1 if here and options.nodes is None else options.nodes,
+    # NeMo-Run's tasks are the stages; on this machine one run covers them all, whatever the cluster file sets.
+    is_local = options.launcher == "local" or (options.launcher == "nemo-run" and options.executor == "local")
+    per_stage = True if options.launcher == "nemo-run" else False if is_local else options.per_stage or None
+    from_options = {
+        "nodes": 1 if is_local and options.nodes is None else options.nodes,
         "processes_per_node": options.processes_per_node,
         "per_stage": per_stage,
     }
-    named = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
-    settings = load_launch(options.cluster, [*options.cluster_overrides, *named])
+    overrides = [f"{key}={json.dumps(value)}" for key, value in from_options.items() if value is not None]
+    settings = load_launch(options.cluster, [*options.cluster_overrides, *overrides])
     return plan_launch(workflow, settings, options.out or Path("runs") / workflow.name)
 
 

@@ -1,4 +1,4 @@
-"""What a launcher must know about a cluster and a job: one small YAML beside the workflow. No torch here."""
+"""Settings of a cluster and its jobs, read from a small YAML file beside the workflow. No torch here."""
 
 from __future__ import annotations
 
@@ -16,57 +16,62 @@ OneLine = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
 
 
 class ContainerConfig(Config):
-    """A container that every rank runs in, through pyxis and enroot (``srun --container-image``)."""
+    """A container for every rank, started through pyxis and enroot (``srun --container-image``)."""
 
     image: OneLine = Field(description="an image of a registry, or a .sqsh file")
     mounts: list[OneLine] = Field(
         default_factory=list,
-        description="source:target[:flags], as pyxis takes them; the working and the run directory are mounted anyway",
+        description="source:target[:flags], in the form of pyxis; the working and the run directory are always mounted",
     )
 
 
 class LaunchConfig(Config):
-    """Where ranks run, and what becomes of a job that is stopped."""
+    """Nodes and processes of a launch, options of its jobs, and how they restart."""
 
     nodes: int | None = Field(None, ge=1, description="by default 1")
     min_nodes: int | None = Field(
         None,
         ge=1,
-        description="slurm: after a crash, go on within the job on the nodes that are left, if these are as many; "
-        "data-parallel replicas follow",
+        description="slurm: after a crash, continue within the job on the remaining nodes, if there are this many; "
+        "the number of data-parallel replicas follows",
     )
     server_nodes: dict[str, PositiveInt] = Field(
         default_factory=dict,
-        description="slurm: entry of `models` -> further nodes, whose GPUs run SGLang servers that the run samples from",
+        description="slurm: entry of `models` -> additional nodes whose GPUs run SGLang servers for its rollouts",
     )
-    processes_per_node: int | None = Field(None, ge=1, description="ranks; by default what the layout needs / nodes")
+    processes_per_node: int | None = Field(None, ge=1, description="ranks; by default the layout's ranks / nodes")
     gpus_per_node: int | None = Field(
         None,
         ge=0,
-        description="by default one for each process; 0: nodes without GPUs, or a site that counts otherwise",
+        description="by default one for each process; 0: nodes without GPUs, or a site with other options for them",
     )
-    cpus_per_process: int | None = Field(None, ge=1, description="by default what the site gives")
-    time_limit_minutes: int = Field(240, ge=1, description="of one job; a longer run takes several, see `requeue`")
+    cpus_per_process: int | None = Field(None, ge=1, description="by default the site's")
+    time_limit_minutes: int = Field(240, ge=1, description="of one job; a longer run needs several, see `requeue`")
     partition: OneLine | None = None
     account: OneLine | None = None
     qos: OneLine | None = None
     constraint: OneLine | None = None
     sbatch: list[OneLine] = Field(
-        default_factory=list, description="further options of sbatch, such as `--mem=0` or `--reservation=name`"
+        default_factory=list, description="additional options of sbatch, such as `--mem=0` or `--reservation=name`"
     )
     container: ContainerConfig | None = None
-    python: OneLine | None = Field(None, description="by default this one; in a container `python3`")
-    setup: list[str] = Field(default_factory=list, description="bash lines that every rank runs first, say module load")
+    python: OneLine | None = Field(None, description="interpreter; by default this one, in a container `python3`")
+    setup: list[str] = Field(
+        default_factory=list, description="bash lines that every rank runs first, such as module load"
+    )
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
-        default_factory=dict, description="variables of every rank"
+        default_factory=dict, description="environment variables of every rank"
     )
     signal_seconds: int = Field(
-        300, ge=1, le=65535, description="before the time limit: ranks finish their step, save a checkpoint, and end"
+        300,
+        ge=1,
+        le=65535,
+        description="time before the limit at which ranks finish their step, save a checkpoint and exit",
     )
-    requeue: bool = Field(True, description="a job that was stopped at its time limit goes back into the queue")
-    max_requeues: int = Field(100, ge=0, description="so that a run that gets nowhere ends")
-    restarts: int = Field(2, ge=0, description="times that a job starts its ranks again, on its nodes, after a crash")
-    per_stage: bool = Field(False, description="one job a stage, each after the stages that it reads from")
+    requeue: bool = Field(True, description="put a job that was stopped at its time limit back into the queue")
+    max_requeues: int = Field(100, ge=0, description="limit, so that a run without progress ends")
+    restarts: int = Field(2, ge=0, description="how often a job restarts its ranks on its nodes after a crash")
+    per_stage: bool = Field(False, description="submit one job a stage, each after the stages that it depends on")
 
     @pydantic.field_validator("sbatch")
     @classmethod
@@ -86,13 +91,13 @@ class LaunchConfig(Config):
 
 
 def load_launch(path: Path | None, overrides: list[str]) -> LaunchConfig:
-    """Settings of the file (or the defaults) with overrides ``key=value``; a problem is a one-line ``UserError``."""
+    """Return the settings of the file (or the defaults) with overrides ``key=value``; errors are ``UserError``."""
     document = apply_overrides({} if path is None else load_yaml(path), overrides)
     return parse(LaunchConfig, document, "launch settings" if path is None else str(path))
 
 
 def resolve(launch: LaunchConfig, workflow: WorkflowConfig) -> LaunchConfig:
-    """``launch`` with nodes, processes and GPUs filled in; they must give the workflow's layout its ranks."""
+    """Return ``launch`` with nodes, processes and GPUs filled in; ``UserError`` if they do not match the layout."""
     world_size = workflow.parallel.world_size
     nodes = launch.nodes or 1
     processes = launch.processes_per_node or max(1, world_size // nodes)

@@ -1,8 +1,8 @@
-"""What one ``s2d launch`` is about to start: its tasks, and the files that describe them. No torch here.
+"""Plan of one ``s2d launch``: its tasks (scheduler jobs), and the files that describe them. No torch here.
 
-A task is one job of a scheduler: the whole workflow, or with ``per_stage`` one stage, and at the end the report. What a
-task reads lies in a directory named by its content, ``RUN_DIR/launch/DIGEST``: a job that waits in a queue starts with
-what was submitted, whatever is launched or edited meanwhile.
+A task is one job of a scheduler: the full workflow, or with ``per_stage`` one stage, and finally the report. A task
+reads its files from a directory named by their content, ``RUN_DIR/launch/DIGEST``: a queued job starts with what was
+submitted, whatever is launched or edited meanwhile.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from megatron_s2d.workflow.preflight import check_workflow
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One job; ``arguments`` are those of the ``s2d`` that every one of its ranks runs."""
+    """One job; every rank runs ``s2d`` with ``arguments``."""
 
     name: str
     arguments: tuple[str, ...]
-    after: tuple[str, ...] = ()  # tasks that must have succeeded
+    after: tuple[str, ...] = ()  # tasks that must succeed first
     nodes: int = 1
     processes_per_node: int = 1
     gpus_per_node: int = 0
@@ -38,7 +38,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Everything that the scripts are written from; paths are absolute."""
+    """Input of the scripts; paths are absolute."""
 
     workflow: WorkflowConfig
     settings: LaunchConfig  # resolved
@@ -49,12 +49,12 @@ class Launch:
 
     @property
     def directory(self) -> Path:
-        """Where the files of this launch lie."""
+        """Directory of this launch's files."""
         return self.run_dir / "launch" / self.digest
 
     @property
     def workflow_path(self) -> Path:
-        """The resolved workflow, which every rank reads."""
+        """File of the resolved workflow, which every rank reads."""
         return self.directory / "workflow.json"
 
     @property
@@ -65,11 +65,11 @@ class Launch:
     @property
     def mounts(self) -> list[str]:
         """Mounts of the container, the working and the run directory first."""
-        own = dict.fromkeys(f"{path}:{path}" for path in (self.working_dir, self.run_dir))
-        return [*own, *(self.settings.container.mounts if self.settings.container else [])]
+        required = dict.fromkeys(f"{path}:{path}" for path in (self.working_dir, self.run_dir))
+        return [*required, *(self.settings.container.mounts if self.settings.container else [])]
 
     def tasks(self) -> list[Task]:
-        """The jobs to submit, each after those that it depends on; finished stages are left out."""
+        """Return the jobs to submit, each after its dependencies; finished stages are left out."""
         size = {
             "nodes": self.settings.nodes,
             "processes_per_node": self.settings.processes_per_node,
@@ -91,9 +91,9 @@ class Launch:
 
 
 def plan_launch(workflow: WorkflowConfig, settings: LaunchConfig, run_dir: Path) -> Launch:
-    """Check workflow and settings against each other, as far as that is possible here; writes nothing.
+    """Check workflow and settings against each other and return the plan; writes nothing.
 
-    Raises ``UserError`` for anything that would fail in the job and can be seen before it is queued.
+    Raises ``UserError`` for every problem that can be detected before a job is queued.
     """
     settings = resolve(settings, workflow)
     workflow = with_servers(workflow, settings)
@@ -102,7 +102,7 @@ def plan_launch(workflow: WorkflowConfig, settings: LaunchConfig, run_dir: Path)
     run_dir, working_dir = run_dir.absolute(), Path.cwd()
     for path in (run_dir, working_dir) if settings.container else ():
         if any(character in str(path) for character in ",:"):
-            raise UserError(f"{path}: a path with , or : cannot be mounted into a container; choose another place")
+            raise UserError(f"{path}: a path with , or : cannot be mounted into a container; choose another path")
     jobs = tuple(make_plan(workflow, run_dir))
     pending = [job.id for job in jobs if job.is_pending]
     content = [dump(workflow), dump(settings), str(run_dir), str(working_dir), sys.executable, pending]
@@ -122,11 +122,11 @@ def write_launch(launch: Launch, scripts: Mapping[str, str]) -> None:
 
 
 def processes(launch: Launch) -> list[dict]:
-    """One entry a task: where its ranks stand and what each of them runs."""
-    found = []
+    """Return one entry a task: the nodes of its ranks and the command that each of them runs."""
+    entries = []
     for task in launch.tasks():
         ranks = range(task.nodes * task.processes_per_node)
-        found.append(
+        entries.append(
             dataclasses.asdict(task)
             | {
                 "command": [launch.python, "-m", "megatron_s2d.cli", *task.arguments],
@@ -142,4 +142,4 @@ def processes(launch: Launch) -> list[dict]:
                 ],
             }
         )
-    return found
+    return entries

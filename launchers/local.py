@@ -1,7 +1,6 @@
-"""All ranks on this machine through torchrun. No torch here.
+"""Launcher for this machine: starts all ranks through torchrun. No torch here.
 
-``s2d run`` starts several ranks by itself, too; this is for trying what a cluster does, and for the variables and
-set-up lines of a cluster's file.
+``s2d run`` also starts several ranks; use this to try a cluster's settings, its environment variables and set-up lines.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ def write(launch: Launch) -> None:
 
 
 def run(launch: Launch) -> int:
-    """Run the written script to its end; returns its exit code. Raises ``Interrupted`` when it was asked to stop.
+    """Run the written script to its end and return its exit code. Raises ``Interrupted`` after a signal to stop.
 
-    SIGTERM and Ctrl-C become one SIGTERM to torchrun, which passes it on to the ranks: they save a checkpoint.
+    SIGTERM and Ctrl-C become one SIGTERM to torchrun, which forwards it to the ranks: they save a checkpoint.
     """
     (task,) = launch.tasks()
     command = ["bash", str(launch.directory / "local.sh"), str(task.processes_per_node), *task.arguments]
     process = subprocess.Popen(command, start_new_session=True)
-    asked: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        asked.append(number)
+        received.append(number)
         process.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    if asked and code:
+    if received and code:
         raise Interrupted(f"stopped; {RESUME_HINT}")
     return code

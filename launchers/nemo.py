@@ -1,7 +1,8 @@
-"""The stages as tasks of a NeMo-Run experiment, on this machine or through SLURM. The one place that imports nemo_run.
+"""Launcher through NeMo-Run: each stage is a task of an experiment, on this machine or on SLURM.
 
-Ranks run the same scripts as without NeMo-Run. Its own sbatch template requeues a job after every failure, up to
-``max_requeues`` times: it does not read exit codes, as ``slurm`` does, and does not start ranks again within a job.
+The only module that imports nemo_run. Ranks run the same scripts as without NeMo-Run. Its sbatch template requeues a
+job after every failure, up to ``max_requeues`` times: unlike ``slurm`` it ignores exit codes and does not restart ranks
+within a job.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Executor = Literal["local", "slurm"]
 
 
 def write(launch: Launch, executor: Executor) -> None:
-    """Write the scripts of a rank, and what NeMo-Run makes of the tasks."""
+    """Write the scripts of a rank, and the files that NeMo-Run generates for the tasks."""
     with _experiment(launch, executor) as experiment:
         experiment.dryrun(log=False, exist_ok=True, delete_exp_dir=False)
 
 
 def run(launch: Launch, executor: Executor) -> Path:
-    """Start the experiment: SLURM's jobs are submitted, local ones run to their end. Returns NeMo-Run's directory.
+    """Start the experiment (submit SLURM jobs, or run local tasks to their end) and return NeMo-Run's directory.
 
-    Raises ``UserError`` when a local task left its stage unfinished.
+    Raises ``UserError`` if a local task does not finish its stage.
     """
     with _experiment(launch, executor) as experiment:
         experiment.run(detach=executor == "slurm")
@@ -46,7 +47,7 @@ def _base(launch: Launch) -> Path:
 
 @contextlib.contextmanager
 def _experiment(launch: Launch, executor: Executor) -> Iterator[Any]:
-    """The experiment, entered, with a task for every task of the launch."""
+    """Enter an experiment with one task for every task of the launch."""
     try:
         import nemo_run
     except ImportError as error:
@@ -60,12 +61,12 @@ def _experiment(launch: Launch, executor: Executor) -> Iterator[Any]:
     ) as experiment:
         for task in launch.tasks():
             if executor == "local":
-                made, words = _local_executor(nemo_run, task), ["local.sh", str(task.processes_per_node)]
+                nemo_executor, words = _local_executor(nemo_run, task), ["local.sh", str(task.processes_per_node)]
             else:
-                made, words = _slurm_executor(nemo_run, launch, task), ["rank.sh"]
+                nemo_executor, words = _slurm_executor(nemo_run, launch, task), ["rank.sh"]
             command = shlex.join([str(launch.directory / words[0]), *words[1:], *task.arguments])
             script = nemo_run.Script(inline=f"exec bash {command}\n")
-            experiment.add(script, made, name=task.name, dependencies=list(task.after))
+            experiment.add(script, nemo_executor, name=task.name, dependencies=list(task.after))
         yield experiment
 
 
@@ -76,7 +77,7 @@ def _local_executor(nemo_run: Any, task: Task) -> Any:
 
 
 def _slurm_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
-    """NeMo-Run's description of what ``scripts.sbatch_script`` writes."""
+    """Return the NeMo-Run executor that corresponds to ``scripts.sbatch_script``."""
     settings = launch.settings
     if " " in str(launch.run_dir):
         raise UserError(f"{launch.run_dir}: NeMo-Run does not quote paths; choose a run directory without spaces")
@@ -98,13 +99,13 @@ def _slurm_executor(nemo_run: Any, launch: Launch, task: Task) -> Any:
         additional_parameters=_additional(settings.sbatch),
         # Unquoted on purpose: the job's script expands them.
         env_vars={"MASTER_ADDR": "$head_node", "MASTER_PORT": scripts.MASTER_PORT},
-        # NeMo-Run writes below the experiment's own directory and copies nothing there for a local tunnel.
+        # NeMo-Run writes below the experiment's directory and copies nothing to it for a local tunnel.
         tunnel=nemo_run.LocalTunnel(job_dir=str(_base(launch) / "experiments")),
         packager=nemo_run.Packager(),
     )
 
 
 def _additional(options: list[str]) -> dict[str, Any]:
-    """``--name=value`` and ``--flag`` as NeMo-Run takes them."""
+    """Return ``--name=value`` and ``--flag`` options in the form of NeMo-Run."""
     pairs = [option.lstrip("-").partition("=") for option in options]
     return {name: value if separator else True for name, separator, value in pairs}

@@ -1,10 +1,10 @@
-"""Bash scripts of a launch, as text. What a reader may want to change by hand stands near their top. No torch here.
+"""Bash scripts of a launch, as text; settings that a user may edit by hand are near their top. No torch here.
 
     submit.sh --sbatch--> NN-TASK.sbatch --srun, once a rank--> rank.sh --> s2d run workflow.json --out RUN_DIR
     local.sh --torchrun, once a rank--> s2d run workflow.json --out RUN_DIR
 
-srun starts the ranks itself, without torchrun between: torchrun kills ranks 30 seconds after it passed a signal on,
-which is too short for a large checkpoint, and hides their exit codes, which say whether a run can go on.
+srun starts the ranks directly, without torchrun: torchrun kills ranks 30 seconds after it forwards a signal, which is
+too short for a large checkpoint, and hides their exit codes, which say whether a run can resume.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megatron_s2d.launchers import servers
 from megatron_s2d.launchers.config import LaunchConfig
 from megatron_s2d.launchers.job import Launch, Task
 
-# 20000 to 31999: below the ports that kernels hand out. Jobs that share a head node rarely meet.
+# 20000 to 31999: below the ephemeral ports of Linux. Jobs that share a head node rarely collide.
 MASTER_PORT = "$((20000 + SLURM_JOB_ID % 12000))"
 
 
 def rank_script(launch: Launch) -> str:
-    """What srun starts for every rank (inside the container, where there is one); its arguments are those of s2d."""
+    """Return the script that srun starts for every rank (in the container, if any); its arguments are those of s2d."""
     return f"""#!/bin/bash
 # One rank of {launch.workflow.name}: srun starts this once for each process, with the arguments of `s2d`.
 {_preamble(launch)}
@@ -30,7 +30,7 @@ exec {shlex.quote(launch.python)} -m megatron_s2d.cli "$@"
 
 
 def local_script(launch: Launch) -> str:
-    """A task's ranks on this machine, by torchrun; its arguments are their number and those of s2d."""
+    """Return the script that starts a task's ranks here with torchrun; arguments: number of ranks, those of s2d."""
     return f"""#!/bin/bash
 # Ranks of {launch.workflow.name} on this machine: their number, then the arguments of `s2d`.
 {_preamble(launch)}
@@ -42,7 +42,7 @@ exec {shlex.quote(launch.python)} -m torch.distributed.run --standalone --nproc-
 
 
 def sbatch_script(launch: Launch, task: Task) -> str:
-    """The job of one task."""
+    """Return the sbatch script of one task."""
     settings = launch.settings
     words = [*srun_words(launch, task), shlex.join(task.arguments)]
     if settings.server_nodes:
@@ -51,7 +51,7 @@ def sbatch_script(launch: Launch, task: Task) -> str:
         words.append('"${urls[@]}"')
     if settings.min_nodes is not None:
         count = f"$((${{#hosts[@]}} * {task.processes_per_node}))"
-        # --overlap: the step of an attempt that lost a node holds its places for a while
+        # --overlap: the job step of an attempt that lost a node occupies its slots for a while
         hosts = '--nodelist="$(IFS=,; echo "${hosts[*]}")"'
         words[1:1] = ["--overlap", f'--nodes="${{#hosts[@]}}" --ntasks={count}', hosts]
     command = " \\\n        ".join(words)
@@ -68,12 +68,12 @@ MASTER_PORT={MASTER_PORT}
 export MASTER_ADDR MASTER_PORT
 
 {_servers(launch)}
-# Set by scancel, and by SLURM when it takes the nodes away, after which it requeues the job itself.
+# Sent by scancel, and by SLURM when it preempts the job, which it then requeues itself.
 cancelled=
 trap 'cancelled=yes' TERM
 
-# Exit codes of s2d: 0 done, 1 and 2 a mistake to mend, 130 stopped with a checkpoint on disk (138: by the signal,
-# before it had anything to save). All else is a crash: the ranks start again, from their last checkpoint.
+# Exit codes of s2d: 0 done, 1 and 2 an error of the user, 130 stopped with a checkpoint on disk (138: by the signal,
+# before there was anything to save). Any other code is a crash: the ranks restart from their last checkpoint.
 for attempt in {attempts}; do
     {command}
     code=$?
@@ -87,7 +87,7 @@ exit "$code"
 
 
 def _survivors(settings: LaunchConfig) -> str:
-    """Between two attempts of a job that may shrink: the nodes that still start something."""
+    """Return the lines between two attempts of an elastic job: keep the nodes that still start a process."""
     if settings.min_nodes is None:
         return ""
     return f"""    survivors=()
@@ -111,7 +111,7 @@ def _servers(launch: Launch) -> str:
 
 
 def server_script(launch: Launch) -> str:
-    """What srun starts for every SGLang server on nodes of its own."""
+    """Return the script that srun starts for every SGLang server on its separate nodes."""
     return servers.server_script(launch.workflow, launch.settings, launch.python, _preamble(launch))
 
 
@@ -130,14 +130,14 @@ esac
 
 
 def sbatch_options(launch: Launch, task: Task) -> list[str]:
-    """Options of sbatch, quoted as its script lines want them; those of the user come last and win."""
+    """Return options of sbatch, quoted for its script lines; those of the user come last and override."""
     settings = launch.settings
     logs = str(launch.directory).replace("%", "%%") + f"/{_file_name(task.name).replace('%', '%%')}-%j.log"
     nodes = task.nodes + sum(settings.server_nodes.values())
     requeue = ["--requeue" if settings.requeue else "--no-requeue"]
     if settings.min_nodes is not None:
         requeue.append("--no-kill")
-    named = {
+    values = {
         "job-name": f"{launch.workflow.name}-{task.name}",
         "nodes": nodes,
         "ntasks-per-node": task.processes_per_node,
@@ -152,28 +152,28 @@ def sbatch_options(launch: Launch, task: Task) -> list[str]:
         "chdir": launch.working_dir,
         "output": logs,
     }
-    options = [f"--{name}={shlex.quote(str(value))}" for name, value in named.items() if value is not None]
+    options = [f"--{name}={shlex.quote(str(value))}" for name, value in values.items() if value is not None]
     return [*options, "--open-mode=append", *requeue, *settings.sbatch]
 
 
 def signal_option(launch: Launch) -> str:
-    """When SLURM tells the ranks to save: USR1 goes to the job's steps, not to its script."""
+    """Return the signal that tells ranks to save, and its time: USR1 is sent to job steps, not to the script."""
     return f"USR1@{launch.settings.signal_seconds}"
 
 
 def srun_words(launch: Launch, task: Task) -> list[str]:
-    """srun with its options, one quoted word an item, up to the arguments of s2d."""
+    """Return srun with its options, one quoted word an item, up to the arguments of s2d."""
     settings = launch.settings
-    # When one rank is lost the others cannot go on; they get a minute to say why.
+    # If one rank is lost the others cannot continue; they get a minute to log the reason.
     words = ["srun", "--wait=60"]
-    if settings.cpus_per_process:  # srun does not take it over from sbatch
+    if settings.cpus_per_process:  # srun does not inherit it from sbatch
         words.append(f"--cpus-per-task={settings.cpus_per_process}")
     words += container_words(launch)
     return [*words, f"bash {shlex.quote(str(launch.directory / 'rank.sh'))}"]
 
 
 def container_words(launch: Launch) -> list[str]:
-    """srun's options for the container, if there is one."""
+    """Return srun's options for the container, if any."""
     container = launch.settings.container
     if container is None:
         return []
@@ -185,12 +185,12 @@ def container_words(launch: Launch) -> list[str]:
 
 
 def sbatch_name(number: int, task: Task) -> str:
-    """File name of a task's job."""
+    """Return the file name of a task's sbatch script."""
     return f"{number:02d}-{_file_name(task.name)}.sbatch"
 
 
 def submit_script(launch: Launch) -> str:
-    """Submits every task after those that it depends on, and prints names and job numbers."""
+    """Return the script that submits every task after its dependencies and prints names and job ids."""
     lines, variables = [], {}
     for number, task in enumerate(launch.tasks(), 1):
         variables[task.name] = f"job_{number}"
@@ -199,7 +199,7 @@ def submit_script(launch: Launch) -> str:
         lines.append(f"job_{number}=$(submit {options}{shlex.quote(sbatch_name(number, task))})")
         lines.append(f'echo {shlex.quote(task.name)} "$job_{number}"')
     return f"""#!/bin/bash
-# Submits the jobs of {launch.workflow.name} and prints the name and number of each.
+# Submits the jobs of {launch.workflow.name} and prints the name and id of each.
 set -euo pipefail
 cd {shlex.quote(str(launch.directory))}
 submit() {{ sbatch --parsable "$@" | cut -d ';' -f 1; }}
@@ -209,7 +209,7 @@ submit() {{ sbatch --parsable "$@" | cut -d ';' -f 1; }}
 
 
 def _preamble(launch: Launch) -> str:
-    """Working directory, variables and set-up of a rank."""
+    """Return working directory, environment variables and set-up lines of a rank."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in launch.settings.environment.items()]
     lines = ["set -eo pipefail", f"cd {shlex.quote(str(launch.working_dir))}", *exports, *launch.settings.setup]
     return "\n".join(lines)

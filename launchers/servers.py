@@ -1,10 +1,9 @@
-"""SGLang servers on nodes of their own within a SLURM job: the first nodes train, the last ones serve. No torch here.
+"""SGLang servers on separate nodes of a SLURM job: the first nodes train, the last ones serve. No torch here.
 
     NN-TASK.sbatch --srun, once a server--> server.sh --> sglang.launch_server
                    --srun, once a rank----> rank.sh   --> s2d run ... --set rollout.sglang.urls.MODEL=[...]
 
-Servers start with a model's published weights and get the trained ones from the trainer, which checks that they hold
-them.
+Servers start with a model's published weights and receive the trained ones from the trainer, which verifies them.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _UNKNOWN = "http://set-by-the-job:30000"
 
 
 def with_servers(workflow: WorkflowConfig, settings: LaunchConfig) -> WorkflowConfig:
-    """``workflow`` whose servers are those of the job; ``UserError`` for models that cannot be served so."""
+    """Return ``workflow`` with the job's servers as its servers; ``UserError`` for models that cannot be served."""
     if not settings.server_nodes:
         return workflow
     if settings.per_stage or settings.min_nodes is not None:
-        raise UserError("server_nodes goes with one job of a fixed number of nodes: leave per_stage and min_nodes out")
+        raise UserError("server_nodes needs one job with a fixed number of nodes: leave per_stage and min_nodes out")
     for name in settings.server_nodes:
         if name not in workflow.models:
             raise UserError(f"server_nodes: '{name}' is not among `models` ({', '.join(workflow.models)})")
@@ -42,8 +41,9 @@ def with_servers(workflow: WorkflowConfig, settings: LaunchConfig) -> WorkflowCo
     for name, count in settings.server_nodes.items():
         if count % span:
             raise UserError(
-                f"server_nodes: a server of '{name}' takes {span} nodes ({workflow.rollout.sglang.tensor_parallel_size} "
-                f"GPUs, {settings.gpus_per_node} a node), and {count} is no multiple of that"
+                f"server_nodes: a server of '{name}' takes {span} nodes "
+                f"({workflow.rollout.sglang.tensor_parallel_size} GPUs, {settings.gpus_per_node} a node), "
+                f"and {count} is not a multiple of that"
             )
     urls = workflow.rollout.sglang.urls | {name: [_UNKNOWN] for name in settings.server_nodes}
     sglang = workflow.rollout.sglang.model_copy(update={"urls": urls})
@@ -51,32 +51,32 @@ def with_servers(workflow: WorkflowConfig, settings: LaunchConfig) -> WorkflowCo
 
 
 def servers_per_node(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
-    """Servers on one node, each with ``tensor_parallel_size`` of its GPUs."""
+    """Return the number of servers on one node, each with ``tensor_parallel_size`` of its GPUs."""
     return max(1, (settings.gpus_per_node or 1) // workflow.rollout.sglang.tensor_parallel_size)
 
 
 def nodes_per_server(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
-    """Nodes that one server takes: more than one where its ``tensor_parallel_size`` is above the GPUs of a node.
+    """Return the nodes of one server: more than one if its ``tensor_parallel_size`` exceeds the GPUs of a node.
 
-    Raises ``UserError`` where the ranks of a server do not fill its nodes.
+    Raises ``UserError`` if the ranks of a server do not fill its nodes.
     """
     size, gpus = workflow.rollout.sglang.tensor_parallel_size, settings.gpus_per_node or 1
     if size > gpus and size % gpus:
         raise UserError(
-            f"server_nodes: rollout.sglang.tensor_parallel_size {size} is no multiple of the {gpus} GPUs of a node"
+            f"server_nodes: rollout.sglang.tensor_parallel_size {size} is not a multiple of the {gpus} GPUs of a node"
         )
     return max(1, size // gpus)
 
 
 def server_script(workflow: WorkflowConfig, settings: LaunchConfig, python: str, preamble: str) -> str:
-    """What srun starts for every server, on each of its nodes: model's directory, positions, and the first node."""
+    """Return the script that srun starts on each node of a server: model directory, positions, first node."""
     size, span = workflow.rollout.sglang.tensor_parallel_size, nodes_per_server(workflow, settings)
     nodes = f'--nnodes {span} --node-rank "$SLURM_NODEID" --dist-init-addr "$3:{_RENDEZVOUS_PORT}"' if span > 1 else ""
     dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.extra_args)
     return f"""#!/bin/bash
-# An SGLang server of {workflow.name}: the directory of its model, the positions it needs, its first node.
+# An SGLang server of {workflow.name}; arguments: model directory, context length, first node.
 {preamble}
-trap '' USR1 # the signal before the time limit is for the ranks
+trap '' USR1 # the signal before the time limit is meant for the ranks
 export SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1
 exec {shlex.quote(python)} -m sglang.launch_server --model-path "$1" --context-length "$2" --dtype {dtype} \\
     --host "$SLURMD_NODENAME" --port $(({PORT} + SLURM_LOCALID)) \\
@@ -85,7 +85,7 @@ exec {shlex.quote(python)} -m sglang.launch_server --model-path "$1" --context-l
 
 
 def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, srun: str) -> str:
-    """Part of a job's script: which nodes train, servers on the others, and ``urls``, further arguments of s2d."""
+    """Return the part of a job's script that starts servers on the last nodes and sets ``urls``, arguments of s2d."""
     per_node, first, span = servers_per_node(workflow, settings), settings.nodes, nodes_per_server(workflow, settings)
     lines = [
         f"# The first {first} nodes train; servers on the others end with the job.",

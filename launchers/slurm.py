@@ -1,4 +1,4 @@
-"""Jobs of a SLURM cluster through sbatch: write the scripts, submit them. No torch here."""
+"""Launcher for SLURM: writes the scripts of the jobs and submits them with sbatch. No torch here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_s2d.studies.sweep import Point
 
 
 def write(launch: Launch) -> None:
-    """Write the job of every task, the script of a rank, and the one that submits them all."""
+    """Write the sbatch script of every task, the script of a rank, and the script that submits all jobs."""
     jobs = {
         scripts.sbatch_name(number, task): scripts.sbatch_script(launch, task)
         for number, task in enumerate(launch.tasks(), 1)
@@ -29,7 +29,7 @@ def write(launch: Launch) -> None:
 
 
 def submitter(cluster: Path | None, overrides: list[str]) -> Callable[[Point, Path, Console], None]:
-    """What submits a point of a sweep as a job of its own, for ``workflow.sweep.run_sweep``."""
+    """Return a function that submits one point of a sweep as a separate job, for ``studies.sweep.run_sweep``."""
     settings = load_launch(cluster, overrides)
 
     def submit_point(point: Point, run_dir: Path, console: Console) -> None:
@@ -42,12 +42,12 @@ def submitter(cluster: Path | None, overrides: list[str]) -> Callable[[Point, Pa
 
 
 def submit(launch: Launch) -> dict[str, int]:
-    """Run the written ``submit.sh``; task -> job number. A refusal of sbatch is a ``UserError``."""
+    """Run the written ``submit.sh`` and return task -> job id. A rejection by sbatch is a ``UserError``."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: run this where jobs are submitted from, or add --dry-run")
     done = subprocess.run(["bash", str(launch.directory / "submit.sh")], capture_output=True, text=True)
     numbers = {name: int(number) for name, _, number in (line.rpartition(" ") for line in done.stdout.splitlines())}
     if done.returncode:
-        held = f"; submitted before: {' '.join(map(str, numbers.values()))}" if numbers else ""
-        raise UserError(f"sbatch refused a job: {' '.join(done.stderr.split())}{held}")
+        submitted = f"; submitted before: {' '.join(map(str, numbers.values()))}" if numbers else ""
+        raise UserError(f"sbatch rejected a job: {' '.join(done.stderr.split())}{submitted}")
     return numbers

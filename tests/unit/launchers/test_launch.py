@@ -1,4 +1,4 @@
-"""What ``s2d launch`` writes, and what its scripts do, with stand-ins for the programs that they call."""
+"""Files that ``s2d launch`` writes, and the behaviour of its scripts with stubs for the programs that they call."""
 
 import json
 import os
@@ -22,8 +22,8 @@ TWO_RANKS = ["--set", "parallel.data_parallel_size=2"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A working directory that wants quoting."""
+def workdir(tmp_path, monkeypatch) -> Path:
+    """A working directory whose name needs quoting."""
     directory = tmp_path / "it's $HOME a 100% place"
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -31,25 +31,25 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def dry_run(launcher: str, *arguments: str) -> Path:
-    """The directory that a dry run has written."""
+    """Run with --dry-run and return the directory that it writes."""
     assert main(["launch", launcher, str(SMOKE), "--out", "my run", "--dry-run", *arguments]) == 0
     (directory,) = Path("my run/launch").iterdir()
     return directory.absolute()
 
 
-def noting_calls(path: Path) -> str:
-    """Adds its arguments, each with a bar after it, to ``path``: a line in one write, for calls are made side by side."""
+def log_calls(path: Path) -> str:
+    """Bash that appends its arguments, each followed by a bar, to ``path``: one write a line (parallel calls)."""
     return f'line=$(printf "%s|" "$@"); echo "$line" >>{shlex.quote(str(path))}'
 
 
-def waiting_for_calls(path: Path, word: str, count: int) -> str:
-    """Waits (10 s at most) until ``count`` lines of ``path`` hold ``word``."""
+def wait_for_calls(path: Path, word: str, count: int) -> str:
+    """Bash that waits (10 s at most) until ``count`` lines of ``path`` contain ``word``."""
     enough = f"$(grep -c {word} {shlex.quote(str(path))}) -ge {count}"
     return f"for _ in $(seq 200); do [ {enough} ] && break; sleep 0.05; done"
 
 
 def program(folder: Path, name: str, body: str) -> Path:
-    """An executable bash script."""
+    """Write an executable bash script."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!/bin/bash\n{body}\n")
@@ -66,18 +66,21 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_job_that_may_shrink_goes_on_with_the_nodes_that_are_left(place):
+def test_elastic_job_continues_on_the_remaining_nodes(workdir):
     directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--cluster-set", "min_nodes=1")
     text = (directory / "01-run.sbatch").read_text()
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --no-kill\n" in text and "--elastic" in text
-    calls = shlex.quote(str(place / "calls"))
-    program(place / "bin", "scontrol", "printf 'a\\nb\\n'")
-    # The first start of the ranks fails, and node b answers no more.
-    body = f'echo "$@" >>{calls}; case "$*" in *rank.sh*) [ $(wc -l <{calls}) -gt 1 ] || exit 3 ;; *nodelist=b*) exit 1 ;; esac'
-    program(place / "bin", "srun", body)
-    done = run_script(directory / "01-run.sbatch", bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="7")
+    calls = shlex.quote(str(workdir / "calls"))
+    program(workdir / "bin", "scontrol", "printf 'a\\nb\\n'")
+    # The first start of the ranks fails, and node b no longer responds.
+    cases = f"*rank.sh*) [ $(wc -l <{calls}) -gt 1 ] || exit 3 ;; *nodelist=b*) exit 1 ;;"
+    body = f'echo "$@" >>{calls}; case "$*" in {cases} esac'
+    program(workdir / "bin", "srun", body)
+    done = run_script(
+        directory / "01-run.sbatch", bin_dir=workdir / "bin", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="7"
+    )
     assert done.returncode == 0 and "nodes left: a\n" in done.stderr, done.stderr
-    starts = [line for line in (place / "calls").read_text().splitlines() if "rank.sh" in line]
+    starts = [line for line in (workdir / "calls").read_text().splitlines() if "rank.sh" in line]
     assert "--nodes=2 --ntasks=2 --nodelist=a,b " in starts[0] and "--nodes=1 --ntasks=1 --nodelist=a " in starts[1]
     workflow = load_workflow(SMOKE, ["parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}"])
     with pytest.raises(UserError, match="1 ranks are no whole number of replicas"):
@@ -86,9 +89,9 @@ def test_a_job_that_may_shrink_goes_on_with_the_nodes_that_are_left(place):
         resolve(LaunchConfig(nodes=4, min_nodes=5), workflow)
 
 
-def test_a_dry_run_writes_scripts_and_configuration_and_nothing_else(place):
+def test_dry_run_writes_scripts_and_configuration_only(workdir):
     directory = dry_run("slurm", "--nodes", "2", *TWO_RANKS, "--per-stage")
-    assert all(name.startswith("my run/launch/") for name in files(place))
+    assert all(name.startswith("my run/launch/") for name in files(workdir))
     for script in [*directory.glob("*.sh"), *directory.glob("*.sbatch")]:
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0, script
     # What a rank reads is the resolved workflow, overrides included.
@@ -106,7 +109,7 @@ def test_a_dry_run_writes_scripts_and_configuration_and_nothing_else(place):
     assert json.loads((directory / "resolved/stages/opd.json").read_text())["config"]["stage"]["steps"] == 6
 
 
-def test_the_same_launch_is_written_to_the_same_place_and_another_elsewhere(place):
+def test_launch_directory_is_named_by_content(workdir):
     first = dry_run("slurm", "--nodes", "2", *TWO_RANKS)
     before = {name: (first / name).read_bytes() for name in files(first)}
     assert dry_run("slurm", "--nodes", "2", *TWO_RANKS) == first
@@ -121,52 +124,54 @@ def options_of(script: Path) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def test_the_job_asks_for_what_the_cluster_file_says(place):
-    (place / "cluster.yaml").write_text(
+def test_job_requests_the_options_of_the_cluster_file(workdir):
+    (workdir / "cluster.yaml").write_text(
         "{time_limit_minutes: 90, partition: batch, account: a1, qos: high, constraint: h200, cpus_per_process: 8, "
         "signal_seconds: 600, sbatch: [--mem=0], container: {image: 'registry#image:1', mounts: ['/data:/data:ro']}}"
     )
     directory = dry_run("slurm", "--cluster", "cluster.yaml", *TWO_RANKS, "--cluster-set", "partition=main")
     options = options_of(directory / "01-run.sbatch")
-    wanted = {"--time": "90", "--partition": "main", "--account": "a1", "--qos": "high", "--constraint": "h200"}
-    wanted |= {"--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2", "--cpus-per-task": "8"}
-    wanted |= {"--signal": "USR1@600", "--mem": "0", "--requeue": "", "--chdir": str(place)}
-    assert options.items() >= wanted.items()
+    expected = {"--time": "90", "--partition": "main", "--account": "a1", "--qos": "high", "--constraint": "h200"}
+    expected |= {"--nodes": "1", "--ntasks-per-node": "2", "--gpus-per-node": "2", "--cpus-per-task": "8"}
+    expected |= {"--signal": "USR1@600", "--mem": "0", "--requeue": "", "--chdir": str(workdir)}
+    assert options.items() >= expected.items()
     assert options["--output"] == str(directory).replace("%", "%%") + "/run-%j.log"
-    bin_dir = place / "bin"
+    bin_dir = workdir / "bin"
     program(bin_dir, "scontrol", "echo head; echo other")
     program(bin_dir, "srun", 'printf "%s\\n" "$MASTER_ADDR" "$MASTER_PORT" "$@"')
     done = run_script(directory / "01-run.sbatch", bin_dir=bin_dir, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
-    run_dir = place / "my run"
+    run_dir = workdir / "my run"
     assert done.stdout.splitlines() == [
         "head", "20007", "--wait=60", "--cpus-per-task=8", "--container-image=registry#image:1",
-        f"--container-mounts={place}:{place},{run_dir}:{run_dir},/data:/data:ro", f"--container-workdir={place}",
+        f"--container-mounts={workdir}:{workdir},{run_dir}:{run_dir},/data:/data:ro", f"--container-workdir={workdir}",
         "bash", f"{directory}/rank.sh", "run", f"{directory}/workflow.json", "--out", str(run_dir),
     ]  # fmt: skip
 
 
-def test_a_place_that_cannot_be_mounted_is_refused(tmp_path, monkeypatch, capsys):
+def test_unmountable_path_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     container = ["--cluster-set", "container={image: x}"]
     assert main(["launch", "slurm", str(SMOKE), "--out", "a:b", "--dry-run", *container]) == 1
     assert "cannot be mounted" in capsys.readouterr().err
 
 
-def test_a_rank_knows_its_place_and_its_arguments(place):
-    python = program(place / "bin", "my python", 'printf "%s\\n" "$PWD" "$RANK/$WORLD_SIZE/$LOCAL_RANK" "$A" "$B" "$@"')
-    chosen = {"python": str(python), "environment": {"A": "it's"}, "setup": ["export B='$HOME'"]}
-    (place / "cluster.yaml").write_text(json.dumps(chosen))
+def test_rank_gets_its_directory_variables_and_arguments(workdir):
+    python = program(
+        workdir / "bin", "my python", 'printf "%s\\n" "$PWD" "$RANK/$WORLD_SIZE/$LOCAL_RANK" "$A" "$B" "$@"'
+    )
+    settings = {"python": str(python), "environment": {"A": "it's"}, "setup": ["export B='$HOME'"]}
+    (workdir / "cluster.yaml").write_text(json.dumps(settings))
     directory = dry_run("slurm", "--cluster", "cluster.yaml")
     variables = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
-    done = run_script(directory / "rank.sh", "run", "a b", bin_dir=place / "bin", **variables)
-    assert done.stdout.splitlines() == [str(place), "3/4/1", "it's", "$HOME", "-m", "megatron_s2d.cli", "run", "a b"]
+    done = run_script(directory / "rank.sh", "run", "a b", bin_dir=workdir / "bin", **variables)
+    assert done.stdout.splitlines() == [str(workdir), "3/4/1", "it's", "$HOME", "-m", "megatron_s2d.cli", "run", "a b"]
 
 
 @pytest.mark.parametrize(
     ("codes", "restarted", "expected", "starts", "requeued"),
     [
         ("0", 0, 0, 1, False),
-        ("1", 0, 1, 1, False),  # the user's mistake
+        ("1", 0, 1, 1, False),  # an error of the user
         ("3 0", 0, 0, 2, False),  # a crash, then success
         ("137 3 139", 0, 139, 3, False),
         ("130", 0, 130, 1, True),
@@ -174,12 +179,14 @@ def test_a_rank_knows_its_place_and_its_arguments(place):
         ("130", 5, 130, 1, False),  # max_requeues
     ],
 )
-def test_what_a_job_does_after_its_ranks_have_ended(place, codes, restarted, expected, starts, requeued):
+def test_exit_codes_decide_restart_and_requeue(workdir, codes, restarted, expected, starts, requeued):
     directory = dry_run("slurm", "--cluster-set", "max_requeues=5")
-    bin_dir = place / "bin"
-    (place / "codes").write_text(codes.replace(" ", "\n") + "\n")
+    bin_dir = workdir / "bin"
+    (workdir / "codes").write_text(codes.replace(" ", "\n") + "\n")
     program(
-        bin_dir, "srun", f"cd {shlex.quote(str(place))}; echo start; code=$(head -1 codes); sed -i 1d codes; exit $code"
+        bin_dir,
+        "srun",
+        f"cd {shlex.quote(str(workdir))}; echo start; code=$(head -1 codes); sed -i 1d codes; exit $code",
     )
     program(bin_dir, "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_RESTART_COUNT": str(restarted)}
@@ -188,19 +195,19 @@ def test_what_a_job_does_after_its_ranks_have_ended(place, codes, restarted, exp
     assert done.stdout.splitlines() == ["start"] * starts + ["requeue 7"] * requeued
 
 
-def test_a_cancelled_job_is_not_requeued(place):
+def test_cancelled_job_is_not_requeued(workdir):
     directory = dry_run("slurm")
-    program(place / "bin", "srun", "kill -TERM $PPID; exit 130")
-    program(place / "bin", "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
-    done = run_script(directory / "01-run.sbatch", bin_dir=place / "bin", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
+    program(workdir / "bin", "srun", "kill -TERM $PPID; exit 130")
+    program(workdir / "bin", "scontrol", '[ "$1" = show ] && echo head || echo "$@"')
+    done = run_script(directory / "01-run.sbatch", bin_dir=workdir / "bin", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
     assert done.returncode == 130 and "requeue" not in done.stdout
 
 
-def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
-    counter = shlex.quote(str(place / "count"))
+def test_stages_are_submitted_after_their_inputs(workdir, monkeypatch, capsys):
+    counter = shlex.quote(str(workdir / "count"))
     body = f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})));cluster"'
-    program(place / "bin", "sbatch", body)
-    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+    program(workdir / "bin", "sbatch", body)
+    monkeypatch.setenv("PATH", f"{workdir / 'bin'}:{os.environ['PATH']}")
     assert main(["launch", "slurm", str(SMOKE), "--out", "my run", "--per-stage"]) == 0
     shown = capsys.readouterr().out
     numbers = dict(re.findall(r"^(\S+): job (\d+)$", shown, re.MULTILINE))
@@ -209,7 +216,7 @@ def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
     ]  # fmt: skip
     calls = {
         line.split()[-1].partition("-")[2].removesuffix(".sbatch"): line
-        for line in (place / "count").read_text().splitlines()
+        for line in (workdir / "count").read_text().splitlines()
     }
     after = f"afterok:{numbers['forward_kl']}:{numbers['rl_teacher']} "
     assert after in calls["opd"] and "--kill-on-invalid-dep=yes" in calls["opd"]
@@ -218,9 +225,9 @@ def test_stages_are_submitted_after_what_they_read(place, monkeypatch, capsys):
 
 
 @pytest.fixture
-def served(place) -> Path:
+def served(workdir) -> Path:
     """A workflow that samples from servers of a model with a checkpoint."""
-    write_tiny_checkpoint(place / "my model")
+    write_tiny_checkpoint(workdir / "my model")
     document = {
         "defaults": str(SMOKE),
         "models": {"student": {"path": "my model"}},
@@ -232,7 +239,7 @@ def served(place) -> Path:
             "sglang": {"tensor_parallel_size": 2, "extra_args": ["--mem-fraction-static", "0.8"]},
         },
     }
-    path = place / "served.yaml"
+    path = workdir / "served.yaml"
     path.write_text(json.dumps(document))
     return path
 
@@ -251,50 +258,50 @@ def write_tiny_checkpoint(directory: Path) -> None:
     save_file({name: torch.zeros(shape) for name, shape in hf_tensor_shapes(spec)}, directory / "model.safetensors")
 
 
-def test_servers_get_nodes_of_their_own(place, served):
-    """The job's script with stand-ins for srun and scontrol: who is started where, and which addresses the run gets."""
+def test_servers_run_on_separate_nodes(workdir, served):
+    """The job's script with stubs for srun and scontrol: what starts on which node, and the addresses for the run."""
     arguments = ["--cluster-set", "server_nodes={student: 2}", "--cluster-set", "gpus_per_node=4"]
     assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
     (directory,) = Path("run/launch").iterdir()
     script = directory.absolute() / "01-run.sbatch"
     assert "#SBATCH --nodes=3\n" in script.read_text()
-    program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\n'")
-    started = waiting_for_calls(place / "calls", "server.sh", 2)  # as servers answer only then
-    program(place / "bin", "srun", noting_calls(place / "calls"))
-    program(place / "bin", "curl", f'{started}; echo "curl ${{@: -1}}" >>{shlex.quote(str(place / "calls"))}')
-    done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
+    program(workdir / "bin", "scontrol", "printf 'a\\nb\\nc\\n'")
+    started = wait_for_calls(workdir / "calls", "server.sh", 2)  # as servers answer only then
+    program(workdir / "bin", "srun", log_calls(workdir / "calls"))
+    program(workdir / "bin", "curl", f'{started}; echo "curl ${{@: -1}}" >>{shlex.quote(str(workdir / "calls"))}')
+    done = run_script(script, bin_dir=workdir / "bin", SLURM_JOB_NODELIST="n[1-3]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
-    calls = (place / "calls").read_text().splitlines()
+    calls = (workdir / "calls").read_text().splitlines()
     serving = [line for line in calls if "server.sh" in line]
     (training,) = [line for line in calls if "rank.sh" in line]
     for line, node in zip(sorted(serving), "bc", strict=True):
         assert f"--nodes=1|--ntasks=2|--ntasks-per-node=2|--nodelist={node}|" in line
-        assert f"{place / 'my model'}|520|{node}|" in line
+        assert f"{workdir / 'my model'}|520|{node}|" in line
     assert "--nodes=1 --ntasks=1".replace(" ", "|") in training and "--nodelist=a|" in training
     addresses = ",".join(f"http://{host}:{port}" for host in "bc" for port in (30000, 30001))
     assert f"--set|rollout.sglang.urls.student=[{addresses}]|" in training
     waited = [line for line in calls if line.startswith("curl ")]
     assert waited == [f"curl {address}/health" for address in addresses.split(",")]
     assert calls.index(training) > calls.index(waited[-1])
-    program(place / "bin", "my python", 'printf "%s\n" "$@"')
+    program(workdir / "bin", "my python", 'printf "%s\n" "$@"')
     text = (directory / "server.sh").read_text()
     assert '--host "$SLURMD_NODENAME"' in text and "--mem-fraction-static 0.8" in text and "trap '' USR1" in text
     assert subprocess.run(["bash", "-n", directory / "server.sh"]).returncode == 0
 
 
-def test_a_server_can_span_nodes(place, served):
-    """Two servers of two nodes each: every node has its rank, and the first one's address is the server's."""
+def test_server_spans_nodes(workdir, served):
+    """Two servers of two nodes each: every node has its rank; the address is that of the first node."""
     arguments = ["--cluster-set", "server_nodes={student: 4}", "--cluster-set", "gpus_per_node=2"]
     arguments += ["--set", "rollout.sglang.tensor_parallel_size=4"]
     assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
     (directory,) = Path("run/launch").iterdir()
-    program(place / "bin", "scontrol", "printf 'a\\nb\\nc\\nd\\ne\\n'")
-    program(place / "bin", "srun", noting_calls(place / "calls"))
-    program(place / "bin", "curl", waiting_for_calls(place / "calls", "server.sh", 2))
+    program(workdir / "bin", "scontrol", "printf 'a\\nb\\nc\\nd\\ne\\n'")
+    program(workdir / "bin", "srun", log_calls(workdir / "calls"))
+    program(workdir / "bin", "curl", wait_for_calls(workdir / "calls", "server.sh", 2))
     script = directory.absolute() / "01-run.sbatch"
-    done = run_script(script, bin_dir=place / "bin", SLURM_JOB_NODELIST="n[1-5]", SLURM_JOB_ID="7")
+    done = run_script(script, bin_dir=workdir / "bin", SLURM_JOB_NODELIST="n[1-5]", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
-    lines = (place / "calls").read_text().splitlines()
+    lines = (workdir / "calls").read_text().splitlines()
     serving = sorted(line for line in lines if "server.sh" in line)
     for line, nodes in zip(serving, ("b,c", "d,e"), strict=True):
         assert f"--nodes=2|--ntasks=2|--ntasks-per-node=1|--nodelist={nodes}|" in line
@@ -311,7 +318,7 @@ def test_a_server_can_span_nodes(place, served):
     [
         (
             ["--cluster-set", "server_nodes={student: 3}", "--cluster-set", "gpus_per_node=1"],
-            "a server of 'student' takes 2 nodes (2 GPUs, 1 a node), and 3 is no multiple",
+            "a server of 'student' takes 2 nodes (2 GPUs, 1 a node), and 3 is not a multiple",
         ),
         (
             ["--cluster-set", "server_nodes={student: 1}", "--set", "rollout.sglang.weight_sync=tensor"],
@@ -323,15 +330,15 @@ def test_a_server_can_span_nodes(place, served):
         (["--cluster-set", "server_nodes={student: 1}", "--per-stage"], "leave per_stage and min_nodes out"),
     ],
 )
-def test_nodes_for_servers_that_cannot_be_are_refused(place, served, changes, message, capsys):
+def test_invalid_server_nodes_are_errors(workdir, served, changes, message, capsys):
     assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *changes]) == 1
     assert message in capsys.readouterr().err and not Path("run").exists()
 
 
-def test_a_sweep_submits_a_job_for_every_point(place, monkeypatch, capsys):
-    counter = shlex.quote(str(place / "count"))
-    program(place / "bin", "sbatch", f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})))"')
-    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+def test_sweep_submits_a_job_for_every_point(workdir, monkeypatch, capsys):
+    counter = shlex.quote(str(workdir / "count"))
+    program(workdir / "bin", "sbatch", f'echo "$@" >>{counter}; echo "$((100 + $(wc -l <{counter})))"')
+    monkeypatch.setenv("PATH", f"{workdir / 'bin'}:{os.environ['PATH']}")
     grid = {"labels": {"key": "data.pool.num_prompts", "values": [64, 128]}}
     Path("sweep.yaml").write_text(json.dumps({"name": "two", "workflow": str(SMOKE), "grid": grid}))
     assert main(["sweep", "sweep.yaml", "--submit", "--cluster-set", "partition=small", "--out", "out"]) == 0
@@ -344,20 +351,20 @@ def test_a_sweep_submits_a_job_for_every_point(place, monkeypatch, capsys):
     assert "not finished" in capsys.readouterr().out + Path("out/results.md").read_text()
 
 
-def test_a_refusal_of_sbatch_is_one_line(place, monkeypatch, capsys):
-    program(place / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
-    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+def test_sbatch_rejection_is_a_one_line_error(workdir, monkeypatch, capsys):
+    program(workdir / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{workdir / 'bin'}:{os.environ['PATH']}")
     assert main(["launch", "slurm", str(SMOKE), "--out", "my run"]) == 1
-    assert capsys.readouterr().err == "error: sbatch refused a job: sbatch: error: invalid partition\n"
+    assert capsys.readouterr().err == "error: sbatch rejected a job: sbatch: error: invalid partition\n"
 
 
-def test_the_local_script_starts_torchrun(place):
-    python = program(place / "bin", "python", 'printf "%s\\n" "$@"')
-    chosen = ["--cluster-set", f"python={json.dumps(str(python))}"]
-    (place / "cluster.yaml").write_text("{nodes: 4, per_stage: true, partition: batch}")  # of no concern here
-    directory = dry_run("local", "--cluster", "cluster.yaml", "--processes-per-node", "2", *TWO_RANKS, *chosen)
+def test_local_script_starts_torchrun(workdir):
+    python = program(workdir / "bin", "python", 'printf "%s\\n" "$@"')
+    overrides = ["--cluster-set", f"python={json.dumps(str(python))}"]
+    (workdir / "cluster.yaml").write_text("{nodes: 4, per_stage: true, partition: batch}")  # not used by local
+    directory = dry_run("local", "--cluster", "cluster.yaml", "--processes-per-node", "2", *TWO_RANKS, *overrides)
     assert [task["name"] for task in json.loads((directory / "processes.json").read_text())] == ["run"]
-    done = run_script(directory / "local.sh", "2", "run", "x y", bin_dir=place / "bin")
+    done = run_script(directory / "local.sh", "2", "run", "x y", bin_dir=workdir / "bin")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert done.stdout.splitlines() == [*torchrun, "-m", "megatron_s2d.cli", "run", "x y"]
 
@@ -377,7 +384,7 @@ def test_the_local_script_starts_torchrun(place):
         (["slurm", "--set", "stages.opd.stpes=3"], "did you mean 'steps'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_found_before_anything_is_written(place, capsys, arguments, message):
+def test_errors_are_raised_before_anything_is_written(workdir, capsys, arguments, message):
     launcher, *others = arguments
     assert main(["launch", launcher, str(SMOKE), "--out", "my run", *others]) == 1
     error = capsys.readouterr().err
@@ -385,24 +392,24 @@ def test_mistakes_are_found_before_anything_is_written(place, capsys, arguments,
     assert not Path("my run").exists()
 
 
-def test_sizes_follow_the_layout():
+def test_processes_and_gpus_default_to_the_layout():
     workflow = load_workflow(SMOKE, ["parallel.data_parallel_size=4"])
-    found = resolve(LaunchConfig(nodes=2), workflow)
-    assert (found.nodes, found.processes_per_node, found.gpus_per_node) == (2, 2, 2)
+    resolved = resolve(LaunchConfig(nodes=2), workflow)
+    assert (resolved.nodes, resolved.processes_per_node, resolved.gpus_per_node) == (2, 2, 2)
     assert resolve(LaunchConfig(processes_per_node=4, gpus_per_node=0), workflow).gpus_per_node == 0
     shared = load_workflow(SMOKE, ["parallel.data_parallel_size=4", "teacher_parallel={data_parallel_size: 4}"])
     with pytest.raises(UserError, match="whose product is 4"):
         resolve(LaunchConfig(nodes=3), shared)
 
 
-def test_the_documented_cluster_file_is_valid(tmp_path):
-    block = re.search(r"```yaml\n(# cluster.yaml.*?)```", (ROOT / "docs" / "launch.md").read_text(), re.DOTALL)
+def test_documented_cluster_file_is_valid(tmp_path):
+    block = re.search(r"```yaml cluster\n(# cluster.yaml.*?)```", (ROOT / "docs" / "launch.md").read_text(), re.DOTALL)
     (tmp_path / "cluster.yaml").write_text(block[1])
     documented = load_launch(tmp_path / "cluster.yaml", [])
     assert documented.model_fields_set == set(LaunchConfig.model_fields), "every key is shown"
 
 
-def test_nemo_run_writes_the_same_ranks_into_its_jobs(tmp_path, monkeypatch):
+def test_nemo_run_jobs_run_the_same_ranks(tmp_path, monkeypatch):
     pytest.importorskip("nemo_run", reason="NeMo-Run is not installed (the extra `launch`)")
     monkeypatch.chdir(tmp_path)
     arguments = ["--nodes", "2", *TWO_RANKS, "--cluster-set", "partition=main", "--cluster-set", "sbatch=[--mem=0]"]
