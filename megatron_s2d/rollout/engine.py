@@ -1,19 +1,22 @@
-"""What every rollout engine promises: requests in, ``Sample`` records out, weights pushed by version. No torch here.
+"""The interface of rollout engines: requests in, ``Sample`` records out, weights updated by version. No torch here.
 
-A served engine and the in-process one (``megatron_engine.py``) implement the same ``RolloutEngine``. Conventions that
-the rest of the project relies on (methods.md, Notation and M1):
+A served engine (``served/engine.py``) and the in-process one (``megatron/engine.py``) implement ``RolloutEngine``.
+Conventions that the rest of the project relies on (methods.md, Notation and M1):
 
 - ``rollout_log_probs`` are those of the sampled tokens under ``softmax(logits / temperature)``, before top-k and top-p,
   which is what served engines report too. Greedy decoding (temperature 0) reports them at temperature 1.
 - A response ends with the stop token (or with the token that completes a stop string), which belongs to the response;
   its ``finish_reason`` is "stop". A response that reaches ``max_new_tokens`` first has "length".
-- A sample depends on its own prompt, seed and parameters and on the weights, never on the requests beside it.
+- A sample depends on its own prompt, seed and parameters and on the weights, never on other requests.
+
+Shapes: s response length.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -28,6 +31,12 @@ from megatron_s2d.records import Prompt, Sample, WeightVersionSpan
 ProgressCallback = Callable[[int, int], None]
 
 
+class Decoder(Protocol):
+    """What stop strings need of a tokenizer; Hugging Face tokenizers have it."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one response is sampled; a value out of range is a ``UserError`` that names it."""
@@ -35,8 +44,8 @@ class SamplingParams:
     max_new_tokens: int  # response tokens at most, at least 1
     stop_token_ids: tuple[int, ...]  # the response ends with the first of these; empty: only the length ends it
     temperature: float = 1.0  # 0 is greedy decoding
-    top_p: float = 1.0  # smallest set of likeliest tokens that holds this much probability; 1 keeps every token
-    top_k: int = -1  # number of likeliest tokens kept; -1 keeps every token
+    top_p: float = 1.0  # sample from the smallest set of likeliest tokens with this probability; 1: from all tokens
+    top_k: int = -1  # sample from this many likeliest tokens; -1: from all tokens
     stop_strings: tuple[str, ...] = ()  # the response ends when its text contains one of these
 
     def __post_init__(self) -> None:
@@ -63,7 +72,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """One response wanted. ``id`` becomes the sample's id, so it is unique in a run."""
+    """A request for one response. ``id`` becomes the sample's id, so it is unique in a run."""
 
     id: str  # "<prompt id>#<index>@<step>"
     prompt: Prompt
@@ -73,7 +82,7 @@ class Request:
 
 
 class RolloutEngine(Protocol):
-    """Generates responses with the weights that were last pushed."""
+    """Generates responses with the weights of the last ``update_weights``."""
 
     version: int  # of the weights in use; written to every sample's weight_versions
 
@@ -84,19 +93,19 @@ class RolloutEngine(Protocol):
         *,
         num_groups: int | None = None,
     ) -> list[Sample]:
-        """One sample per request, in the order of ``requests``.
+        """Return one sample per request, in the order of ``requests``.
 
-        num_groups: return when that many groups are complete, with the samples of these alone; the others are kept as
-        far as they are, and go on when their requests come again. Only served engines can.
+        num_groups: return when that many groups are complete, with their samples alone; the others are interrupted,
+        and continued when their requests come again. Only served engines can.
         """
         ...
 
     def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Say what the next ``generate`` will ask for; an engine that works beside the trainer may begin with it."""
+        """Announce the requests of the next ``generate``; an engine that runs beside the trainer may start them."""
         ...
 
     def sleep(self) -> None:
-        """Nothing is asked for until the next ``push``: memory that generation needs may be given back."""
+        """Release memory that generation needs, if possible; nothing is requested until the next weight update."""
         ...
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
@@ -104,26 +113,26 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What the last push measured, for the step's row."""
+        """Return what the last weight update measured, for the step's row."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; it is not used afterwards."""
+        """Release the engine's resources; it is not used afterwards."""
         ...
 
 
-def sample_seed(run_seed: int, step: int, prompt_id: str, group: int) -> int:
-    """Seed of one response: a hash of its place in the run, the same on every machine, layout and order.
+def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
+    """Return the seed of one response: a hash of the arguments, the same on every machine and layout.
 
-    63 bits, so that it is a non-negative signed integer everywhere.
+    It has 63 bits, so that it is a non-negative signed integer everywhere.
     """
-    text = f"{run_seed}\x1f{step}\x1f{prompt_id}\x1f{group}"
+    text = f"{run_seed}\x1f{step}\x1f{prompt_id}\x1f{index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def check_requests(requests: Sequence[Request], *, vocab_size: int, max_positions: int, has_tokenizer: bool) -> None:
-    """Refuse, with a ``UserError`` that names the prompt, what a model of these sizes cannot continue."""
-    known: set[int] = set()  # prompts that were looked at; the requests of a group share one
+    """Raise ``UserError``, which names the prompt, for requests that a model of these sizes cannot serve."""
+    checked: set[int] = set()  # prompts; the requests of a group share one
     for request in requests:
         prompt, params = request.prompt, request.params
         length = len(prompt.token_ids)
@@ -134,9 +143,9 @@ def check_requests(requests: Sequence[Request], *, vocab_size: int, max_position
             )
         if params.stop_strings and not has_tokenizer:
             raise UserError("stop_strings need a tokenizer, and this engine has none: use stop_token_ids")
-        if id(prompt) in known:
+        if id(prompt) in checked:
             continue
-        known.add(id(prompt))
+        checked.add(id(prompt))
         if length == 0:
             raise UserError(f"prompt {prompt.id} is empty: there is nothing to continue")
         if prompt.token_ids.min() < 0 or prompt.token_ids.max() >= vocab_size:
@@ -147,7 +156,7 @@ def check_requests(requests: Sequence[Request], *, vocab_size: int, max_position
 
 
 def requests_digest(requests: Sequence[Request]) -> int:
-    """A number of 63 bits that is equal for equal requests."""
+    """Return a number of 63 bits that is equal for equal requests."""
     digest = hashlib.blake2b(digest_size=8)
     for request in requests:
         digest.update(f"{request.id}\x1f{request.seed}\x1f{request.params}".encode())
@@ -158,9 +167,9 @@ def requests_digest(requests: Sequence[Request]) -> int:
 def sample_of(
     request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, versions: int | np.ndarray
 ) -> Sample:
-    """The record of a response: tokens [R] int64 and their log-probabilities [R] float32.
+    """Return the record of a response: tokens [s] int64 and their log-probabilities [s] float32.
 
-    versions: of the weights that wrote the response, or [R] int64 where several did.
+    versions: of the weights that sampled the response, or [s] int64 if there were several.
     """
     prompt = request.prompt.token_ids
     start = len(prompt)
@@ -186,6 +195,9 @@ def sample_of(
 
 
 def _spans(start: int, versions: np.ndarray) -> tuple[WeightVersionSpan, ...]:
-    """Runs of equal ``versions`` [R] as spans of the tokens from ``start`` on."""
+    """Return runs of equal ``versions`` [s] as spans of the tokens from ``start`` on."""
     bounds = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
-    return tuple(WeightVersionSpan(start + a, start + b, int(versions[a])) for a, b in zip(bounds, bounds[1:]))
+    return tuple(
+        WeightVersionSpan(start + first, start + stop, int(versions[first]))
+        for first, stop in itertools.pairwise(bounds)
+    )

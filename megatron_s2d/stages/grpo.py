@@ -17,13 +17,8 @@ from megatron_s2d.objectives.advantages import (
 )
 from megatron_s2d.objectives.policy import grpo_objective
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.sampler import (
-    PromptDataLoader,
-    RolloutBuffer,
-    RolloutWorker,
-    examples,
-    response_metrics,
-)
+from megatron_s2d.rollout.buffer import RolloutBuffer
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
 from megatron_s2d.train.loop import StepData, train
@@ -92,7 +87,7 @@ class GrpoSource:
             MiniBatch(part, {"policy_weight": policy_loss_weights(part, stage)})
             for part in split_into_mini_batches(samples, stage.num_mini_batches)
         ]
-        shown = examples(step, samples, prompts, self.buffer.sampler.tokenizer)
+        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer)
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 
     def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
@@ -106,10 +101,10 @@ class GrpoSource:
         for attempt in range(1, stage.filter_groups.max_num_gen_batches):
             num_missing = stage.train_batch_size - len(informative) // stage.num_generations
             used = {prompt.id for prompt in prompts}
-            extra_prompts = self.buffer.stream.resample(step, attempt, used, num_missing) if num_missing else []
+            extra_prompts = self.buffer.loader.resample(step, attempt, used, num_missing) if num_missing else []
             if not extra_prompts:
                 break
-            extra = self.buffer.sampler.sample(extra_prompts, stage.num_generations, step)
+            extra = self.buffer.worker.sample(extra_prompts, stage.num_generations, step)
             prompts += extra_prompts
             generated = generated + extra
             informative += _informative(extra)

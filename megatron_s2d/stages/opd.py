@@ -19,14 +19,9 @@ from megatron_s2d.objectives.advantages import g_opd_advantage
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.engine import SamplingParams
-from megatron_s2d.rollout.sampler import (
-    PromptDataLoader,
-    RolloutBuffer,
-    RolloutWorker,
-    examples,
-    response_metrics,
-)
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker, examples, response_metrics
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
@@ -142,7 +137,7 @@ class DivergenceOpdSource:
     def step(self, step: int) -> StepData:
         """Sample; responses are not scored, because the loss reads distributions."""
         stage = self.stage
-        num_on_policy, tokenizer = self.buffer.train_batch_size, self.buffer.sampler.tokenizer
+        num_on_policy, tokenizer = self.buffer.train_batch_size, self.buffer.worker.tokenizer
         prompts, samples = self.buffer.next_batch(step) if num_on_policy else ([], [])
         metrics = response_metrics(samples) if samples else {}
         shown = examples(step, samples, prompts, tokenizer) if samples else []
@@ -199,7 +194,7 @@ class PolicyGradientOpdSource:
                 with_anchors(part, self._policy_weights(part, factors), part_anchors, alpha)
                 for part, part_anchors in zip(parts, anchors, strict=True)
             ]
-        shown = examples(step, samples, prompts, self.buffer.sampler.tokenizer)
+        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer)
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 
     def _policy_weights(

@@ -10,9 +10,10 @@ from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
-from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutBuffer, RolloutWorker
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
 from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.sglang.backend import sglang_server_group

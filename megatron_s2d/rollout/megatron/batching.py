@@ -1,7 +1,7 @@
-"""Requests cut into batches, and a batch as tensors: what the decoding loop of ``megatron_engine.py`` works on.
+"""Plans generation batches and holds one as tensors for the decoding loop of ``megatron/engine.py``.
 
-Prompts of a batch are padded on the left to one length; a prompt that several requests share appears once. Shape
-suffixes: U distinct prompts, B requests of the batch, A requests still in it, P prompt columns, T response positions.
+Prompts of a batch are padded on the left to one length; a prompt that several requests share appears once. Shapes:
+b requests of the batch, a active requests, u distinct prompts, p prompt length, s response positions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_s2d.rollout.megatron.sampling import BatchParams, uniforms
 
 
 def plan_batches(requests: Sequence[Request], max_batch_size: int, max_batch_tokens: int) -> list[list[int]]:
-    """Indices of ``requests`` cut into batches of similar prompt length, equal prompts side by side.
+    """Return the indices of ``requests`` in batches of similar prompt length, equal prompts side by side.
 
     A batch has at most ``max_batch_size`` rows, and rows x (longest prompt + longest response) is at most
-    ``max_batch_tokens``, except that a single request always fits.
+    ``max_batch_tokens``, except in a batch of one request.
     """
     keys = [(len(request.prompt.token_ids), request.prompt.token_ids.tobytes()) for request in requests]
     batches: list[list[int]] = []
@@ -43,12 +43,13 @@ def plan_batches(requests: Sequence[Request], max_batch_size: int, max_batch_tok
 class PromptTable:
     """The distinct prompts of a batch."""
 
-    token_ids: torch.Tensor  # [U, P] int64, padded on the left with 0
-    pad_lengths: torch.Tensor | None  # [U] int64; None where all prompts are equally long
-    rows: torch.Tensor  # [B] int64, the prompt of each request
+    token_ids: torch.Tensor  # [u, p] int64, padded on the left with 0
+    pad_lengths: torch.Tensor | None  # [u] int64; None if all prompts are equally long
+    rows: torch.Tensor  # [b] int64, the prompt of each request
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> PromptTable:
+        """Return the prompts of ``requests``."""
         index_of: dict[bytes, int] = {}
         prompts: list[np.ndarray] = []
         rows = np.empty(len(requests), dtype=np.int64)
@@ -73,39 +74,44 @@ class PromptTable:
 
 @dataclasses.dataclass(frozen=True)
 class ActiveRows:
-    """The requests of a batch that are still decoded; finished ones stay until enough have gathered to drop them."""
+    """The requests of a batch that are decoded; finished ones stay until there are enough of them to drop."""
 
-    rows: torch.Tensor  # [A] int64, place in the batch
-    alive: torch.Tensor  # [A] bool
-    limits: torch.Tensor  # [A] int64, max_new_tokens
-    stop_ids: torch.Tensor  # [A, most stop ids] int64, filled up with -1
+    rows: torch.Tensor  # [a] int64, index in the batch
+    alive: torch.Tensor  # [a] bool
+    limits: torch.Tensor  # [a] int64, max_new_tokens
+    stop_ids: torch.Tensor  # [a, max stop ids] int64, padded with -1
     params: BatchParams
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> ActiveRows:
-        most = max(len(request.params.stop_token_ids) for request in requests)
-        stop_ids = [r.params.stop_token_ids + (-1,) * (most - len(r.params.stop_token_ids)) for r in requests]
+        """Return all ``requests`` as active."""
+        width = max(len(request.params.stop_token_ids) for request in requests)
+        stop_ids = [r.params.stop_token_ids + (-1,) * (width - len(r.params.stop_token_ids)) for r in requests]
         return cls(
             rows=torch.arange(len(requests), device=device),
             alive=torch.ones(len(requests), dtype=torch.bool, device=device),
             limits=torch.tensor([request.params.max_new_tokens for request in requests], device=device),
-            stop_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device).view(len(requests), most),
+            stop_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device).view(len(requests), width),
             params=BatchParams.of([request.params for request in requests], vocab_size, device),
         )
 
     def after(self, stopped: torch.Tensor, position: int) -> ActiveRows:
-        """The same rows after the token of response ``position``; ``stopped``: [A] bool."""
+        """Return the same rows after the token of response ``position``; stopped: [a] bool."""
         return dataclasses.replace(self, alive=self.alive & ~stopped & (self.limits > position + 1))
 
-    def select(self, kept: torch.Tensor) -> ActiveRows:
-        """The rows ``kept`` ([A'] int64, indices into the active rows), all of them alive."""
+    def select(self, indices: torch.Tensor) -> ActiveRows:
+        """Return the active rows at ``indices`` (int64), all of them alive."""
         return ActiveRows(
-            self.rows[kept], self.alive[kept], self.limits[kept], self.stop_ids[kept], self.params.select(kept)
+            self.rows[indices],
+            self.alive[indices],
+            self.limits[indices],
+            self.stop_ids[indices],
+            self.params.select(indices),
         )
 
 
 class Responses:
-    """What a batch has produced so far, with the random numbers that it draws from."""
+    """The tokens of a batch so far, and the random numbers that it draws from."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device):
         steps, rows = max(request.params.max_new_tokens for request in requests), len(requests)
@@ -113,13 +119,13 @@ class Responses:
         self._device = device
         self._seeds = np.array([request.seed for request in requests], dtype=np.uint64)
         self._uniforms = torch.empty(0)
-        self.tokens = torch.zeros(steps, rows, dtype=torch.int64, device=device)  # [T, B]
-        self.log_probs = torch.zeros(steps, rows, device=device)  # [T, B] float32
-        self.stopped = torch.zeros(steps, rows, dtype=torch.bool, device=device)  # [T, B]
+        self.tokens = torch.zeros(steps, rows, dtype=torch.int64, device=device)  # [s, b]
+        self.log_probs = torch.zeros(steps, rows, device=device)  # [s, b] float32
+        self.stopped = torch.zeros(steps, rows, dtype=torch.bool, device=device)  # [s, b]
         self.num_steps = 0
 
     def uniforms(self, rows: torch.Tensor) -> torch.Tensor:
-        """Random numbers of the current position for ``rows``: [A] float64."""
+        """Return random numbers of the current position for ``rows``: [a] float64."""
         offset = self.num_steps % POSITIONS_PER_DRAW
         if offset == 0:
             stop = min(self.num_steps + POSITIONS_PER_DRAW, len(self.tokens))
@@ -127,13 +133,13 @@ class Responses:
         return self._uniforms[offset][rows]
 
     def add(self, rows: torch.Tensor, tokens: torch.Tensor, stopped: torch.Tensor) -> None:
-        """Write the current position of ``rows`` ([A] each) and go on to the next."""
+        """Write the current position of ``rows`` ([a] each) and advance to the next."""
         self.tokens[self.num_steps, rows] = tokens
         self.stopped[self.num_steps, rows] = stopped
         self.num_steps += 1
 
     def samples(self, version: int) -> list[Sample]:
-        """One record per request of the batch; ``UserError`` where the model's outputs were not finite."""
+        """Return one record per request of the batch; ``UserError`` if the model's outputs were not finite."""
         tokens = self.tokens[: self.num_steps].T.contiguous().cpu().numpy()
         log_probs = self.log_probs[: self.num_steps].T.contiguous().cpu().numpy()
         stopped = self.stopped[: self.num_steps].T.cpu().numpy()

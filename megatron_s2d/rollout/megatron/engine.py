@@ -1,24 +1,24 @@
-"""Generation in the training process, by the live Megatron model itself, with its keys and values kept.
+"""Generation in the training process by the trained Megatron model itself, with a key-value cache.
 
 All ranks of one model replica (tensor x pipeline) call ``generate`` with the same requests and return the same samples;
-every data-parallel replica brings its own. Who waits for whom, once per generated token:
+every data-parallel replica brings its own. Communication for each generated token:
 
-    stage 0 .. last   each stage sends its hidden states to the next (point to point)
-    last stage        tensor ranks gather their vocabulary shards at tensor rank 0, the root; padded columns are cut off
-    root              samples, decides which responses stop, and broadcasts (token, stopped) to the whole replica
+    pipeline ranks      each sends its hidden states to the next (point to point)
+    last pipeline rank  tensor ranks gather their vocabulary shards at tensor rank 0, the root; padding is cut off
+    root                samples, decides which responses stop, and broadcasts (token, stopped) to the replica
 
-so no rank ever draws a token of its own, and log-probabilities travel once, when a batch is finished. With experts
-spread over data-parallel ranks, ranks that have finished keep joining the others' forward passes until all are done.
+so only the root draws tokens, and log-probabilities are sent once, when a batch is finished. With experts on several
+data-parallel ranks, ranks that have finished keep joining the others' forward passes until all are done.
 
-Left out: refilling the places of finished responses (they are dropped and the batch shrinks), pipelining several
-batches through the stages, virtual pipeline stages, context parallelism.
+Not supported: continuous batching (finished responses are dropped and the batch shrinks), pipelining several batches,
+virtual pipeline stages, context parallelism. Shapes: a active requests, s response positions, v_tp local vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,26 +29,20 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.collectives import any_rank, is_same_on_all_ranks
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
+from megatron_s2d.rollout.engine import Decoder, ProgressCallback, Request, check_requests, requests_digest
 from megatron_s2d.rollout.megatron.batching import ActiveRows, PromptTable, Responses, plan_batches
 from megatron_s2d.rollout.megatron.sampling import sample_tokens
 
-# A batch is shrunk when this share of its rows, or less, is still alive: copying the kept keys and values costs about
-# as much memory traffic as one step's attention, while every dead row costs a whole row of every layer.
+# A batch is shrunk when this share of its rows, or less, is still alive: copying the remaining keys and values costs
+# about as much memory traffic as one step's attention, while every dead row costs a full row of every layer.
 _SHRINK_BELOW = 0.75
 
-# Megatron's switches of sequence parallelism on modules; a single decoded token cannot be cut over tensor ranks.
+# Megatron's switches of sequence parallelism on modules; a single decoded token cannot be split over tensor ranks.
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
-class Decoder(Protocol):
-    """What stop strings need of a tokenizer; Hugging Face tokenizers have it."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-
 class MegatronEngine:
-    """A ``RolloutEngine`` over the model that is being trained; a push only raises the version."""
+    """A ``RolloutEngine`` over the model that is being trained; a weight update only sets the version."""
 
     def __init__(
         self,
@@ -60,13 +54,13 @@ class MegatronEngine:
         max_batch_size: int = 1024,
         max_batch_tokens: int = 262_144,
     ):
-        """``chunks``: the bare model of this rank; ``vocab_size``: tokens that exist, without padding.
+        """chunks: the bare model of this rank. vocab_size: without padding. tokenizer: for stop strings only.
 
-        ``tokenizer`` is needed for stop strings only. ``max_batch_size`` bounds the rows of a batch and
-        ``max_batch_tokens`` its rows x (prompt + response), which bounds the memory of keys and values.
+        max_batch_size: rows of a batch at most. max_batch_tokens: rows x (prompt + response) at most, which bounds
+        the memory of keys and values.
         """
         if len(chunks) != 1:
-            raise UserError(f"generation does not support virtual pipeline stages (found {len(chunks)} on a rank)")
+            raise UserError(f"generation does not support virtual pipeline stages ({len(chunks)} chunks on a rank)")
         if layout.config.context_parallel_size > 1:
             raise UserError("generation does not support context_parallel_size > 1: generate with another layout")
         if max_batch_size < 1 or max_batch_tokens < 1:
@@ -79,29 +73,29 @@ class MegatronEngine:
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._device = device.device()
-        # Ranks of a replica are ordered by stage, tensor ranks within (Megatron's order).
+        # Ranks of a replica are ordered by pipeline rank, then by tensor rank (Megatron's order).
         self._root = layout.tp_size * (layout.pp_size - 1)
         self._is_root = layout.groups.mp.rank() == self._root
         self._is_alone = layout.groups.mp.size() == 1
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
-        """The engine reads the live weights, so only the version changes; ``chunks`` must be its own model."""
+        """Set the version: the engine generates with the trained weights, and ``chunks`` must be its own model."""
         if len(chunks) != 1 or chunks[0] is not self._chunk:
-            raise ValueError("this engine generates with the model it was built on and was pushed another one")
+            raise ValueError("this engine generates with the model that it was built on and got another one")
         self.version = version
 
     def metrics(self) -> dict[str, float]:
-        """A push moves nothing."""
+        """Return nothing: a weight update copies nothing."""
         return {}
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: no memory is used between calls."""
 
     def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Nothing: the model generates when it does not train."""
+        """Do nothing: the model generates when it does not train."""
 
     def sleep(self) -> None:
-        """Nothing: between two calls of ``generate`` nothing is held."""
+        """Do nothing: no memory is used between two calls of ``generate``."""
 
     def generate(
         self,
@@ -110,7 +104,7 @@ class MegatronEngine:
         *,
         num_groups: int | None = None,
     ) -> list[Sample]:
-        """One sample per request, in order, the same on all ranks of the replica; parameters stay trainable.
+        """Return one sample per request, in order, the same on all ranks of the replica.
 
         Raises ``UserError`` for an empty prompt, an unknown token, a prompt and response longer than the model's
         positions, stop strings without a tokenizer, and a model whose outputs are not finite.
@@ -143,15 +137,15 @@ class MegatronEngine:
         cache.select(prompts.rows)
         logits = None if logits is None else logits[prompts.rows]
         while True:
-            tokens, stopped = self._choose(logits, active, responses, stop_strings)
+            tokens, stopped = self._sample(logits, active, responses, stop_strings)
             active = active.after(stopped, responses.num_steps - 1)
             num_alive = int(active.alive.sum())
             if num_alive == 0:
                 break
             if num_alive <= _SHRINK_BELOW * len(active.rows):
-                kept = active.alive.nonzero().squeeze(1)
-                active, tokens = active.select(kept), tokens[kept]
-                cache.select(kept)
+                alive = active.alive.nonzero().squeeze(1)
+                active, tokens = active.select(alive), tokens[alive]
+                cache.select(alive)
             logits = self._forward(tokens.unsqueeze(1), cache)
         if not self._is_alone:
             log_probs = responses.log_probs[: responses.num_steps].contiguous()
@@ -159,10 +153,10 @@ class MegatronEngine:
             responses.log_probs[: responses.num_steps] = log_probs
         return responses.samples(self.version)
 
-    def _choose(
+    def _sample(
         self, logits: torch.Tensor | None, active: ActiveRows, responses: Responses, stop_strings: _StopStrings | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens [A] int64 and which of them end their response [A] bool, the same on every rank."""
+        """Return the next tokens [a] int64 and which of them end their response [a] bool, the same on every rank."""
         position = responses.num_steps
         if logits is not None and self._layout.tp_size > 1:
             logits = self._gather_vocabulary(logits)
@@ -182,17 +176,17 @@ class MegatronEngine:
         return tokens, stopped
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Shards [A, V / tensor ranks] put side by side at the root; None elsewhere."""
+        """Return the shards [a, v_tp] concatenated at the root; None elsewhere."""
         shards = [torch.empty_like(logits) for _ in range(self._layout.tp_size)] if self._is_root else None
         dist.gather(logits.contiguous(), shards, group=self._layout.groups.tp, group_dst=0)
         return torch.cat(shards, dim=1) if shards is not None else None
 
     def _forward(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
-        """Logits of the last column on the last stage, [rows, V / tensor ranks]; None on the others."""
-        self._announce(working=True)
-        return self._run_stages(token_ids, cache)
+        """Return logits of the last column on the last pipeline rank, [rows, v_tp]; None on the others."""
+        self._any_working(working=True)
+        return self._run_pipeline(token_ids, cache)
 
-    def _run_stages(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
+    def _run_pipeline(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
         layout, config = self._layout, self._chunk.config
         if not layout.is_pipeline_first_stage:
             shape = (token_ids.shape[1], token_ids.shape[0], config.hidden_size)
@@ -208,19 +202,19 @@ class MegatronEngine:
         dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         return None
 
-    def _announce(self, *, working: bool) -> bool:
-        """Whether any rank that shares experts with this one still works; every forward pass begins with this."""
+    def _any_working(self, *, working: bool) -> bool:
+        """Return whether a rank that shares experts with this one still generates; called before each forward pass."""
         return any_rank(working, self._layout.groups.ep)
 
     def _join_until_all_done(self) -> None:
-        """Lend this rank's experts to the others: one token goes along with each of their forward passes."""
-        while self._announce(working=False):
+        """Run this rank's experts for the others: one token joins each of their forward passes."""
+        while self._any_working(working=False):
             token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-            self._run_stages(token, KeyValueCache(None, 1, 1))
+            self._run_pipeline(token, KeyValueCache(None, 1, 1))
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode, no graph, whole sequences on every tensor rank, no FP8; as before afterwards.
+        """Switch to evaluation mode, without graph, sequence parallelism and FP8, and back afterwards.
 
         ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too. A decoded
         token of a few rows does not fill the blocks of an FP8 product, so layers compute with their bfloat16 weights.
@@ -254,35 +248,35 @@ class MegatronEngine:
             self._check_same_requests(requests)
 
     def _check_same_requests(self, requests: list[Request]) -> None:
-        """Ranks that decode different requests would wait for each other forever."""
+        """Raise if ranks of the replica have different requests: they would wait for each other forever."""
         if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
-            raise RuntimeError("the ranks of one model replica were given different requests")
+            raise RuntimeError("the ranks of one model replica have different requests")
 
 
 class _StopStrings:
-    """Finds responses whose text has just come to contain one of their stop strings."""
+    """Finds responses whose newest token completes a stop string."""
 
     def __init__(self, strings: list[tuple[str, ...]], decode: Any):
         self._strings = strings  # of each row of the batch
         self._decode = decode
         # A token has at least one byte, so a match that the newest token completes lies within as many tokens as the
-        # string has bytes; a few more keep what a decoder does at the start of a text away from it.
+        # string has bytes; a few more, because decoders treat the start of a text differently.
         self._window = 4 + max(len(text.encode()) for texts in strings for text in texts)
 
     @classmethod
     def of(cls, requests: list[Request], tokenizer: Decoder | None) -> _StopStrings | None:
-        """None where no request has stop strings."""
+        """Return None if no request has stop strings."""
         strings = [request.params.stop_strings for request in requests]
         return cls(strings, tokenizer.decode) if any(strings) else None
 
     def completed(self, earlier: torch.Tensor, tokens: torch.Tensor, active: ActiveRows) -> torch.Tensor:
-        """Which rows' ``tokens`` ([A]) complete a stop string, ``earlier`` ([T, B]) being before them: [A] bool."""
+        """Return which rows' ``tokens`` [a] complete a stop string after the ``earlier`` ones [s, b]: [a] bool."""
         history = earlier[max(0, len(earlier) + 1 - self._window) :, active.rows]
         windows = torch.cat([history, tokens.unsqueeze(0)]).T.tolist()
         rows, alive = active.rows.tolist(), active.alive.tolist()
         strings = [self._strings[row] if live else () for row, live in zip(rows, alive, strict=True)]
-        found = [self._contains(window, texts) for window, texts in zip(windows, strings, strict=True)]
-        return torch.tensor(found, device=tokens.device)
+        flags = [self._contains(window, texts) for window, texts in zip(windows, strings, strict=True)]
+        return torch.tensor(flags, device=tokens.device)
 
     def _contains(self, window: list[int], texts: tuple[str, ...]) -> bool:
         if not texts:
@@ -292,13 +286,13 @@ class _StopStrings:
 
 
 def _last_column_logits(*, hidden_states, output_layer, output_weight, scale_logits, **_) -> torch.Tensor:
-    """Megatron's output hook: logits of the last column only, this rank's part of the vocabulary."""
+    """Return logits of the last column only, [a, v_tp]; Megatron's output hook."""
     logits, _ = output_layer(hidden_states[-1:], weight=output_weight, runtime_gather_output=False)
     return scale_logits(logits)[0]
 
 
 def _sequence_parallel_switches(chunk: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Every (object, attribute) of the model that is on and cuts sequences over tensor ranks."""
+    """Return every (object, attribute) of the model that is on and splits sequences over tensor ranks."""
     owners = {id(owner): owner for module in chunk.modules() for owner in (module, getattr(module, "config", None))}
     return [
         (owner, name)

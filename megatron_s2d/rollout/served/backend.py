@@ -43,12 +43,6 @@ class WeightUpdateFailed(Exception):
     """A server did not take the weights; it may hold a mixture of old and new ones."""
 
 
-class Decoder(Protocol):
-    """What stop strings need of a tokenizer."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class ServerRequirements:
     """What a stage will request from its servers; the default is nothing."""

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.engine import Request, sample_of
+from megatron_s2d.rollout.engine import Decoder, Request, sample_of
 from megatron_s2d.rollout.served.backend import (
     ContextLengthExceeded,
-    Decoder,
     InvalidReply,
     PartialRollout,
     ScoredToken,

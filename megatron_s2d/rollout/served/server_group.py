@@ -28,10 +28,10 @@ from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
+from megatron_s2d.rollout.engine import Decoder
 from megatron_s2d.rollout.served.backend import (
     NO_REQUIREMENTS,
     Bucket,
-    Decoder,
     InvalidReply,
     RouterProcess,
     ServerBackend,

@@ -33,8 +33,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        found = [{"id": key, "url": url} for key, url in list(workers.items())]
-        self.answer(200, json.dumps({"workers": found}).encode())
+        servers = [{"id": key, "url": url} for key, url in list(workers.items())]
+        self.answer(200, json.dumps({"workers": servers}).encode())
 
     def do_DELETE(self):
         del workers[self.path.rpartition("/")[2]]

@@ -1,7 +1,7 @@
-"""A server that speaks SGLang's protocol over a toy model, and misbehaves on command.
+"""A server with SGLang's protocol over a toy model; it misbehaves on command.
 
 The toy model: the log-probability of a token after another is that of ``softmax(E E^T)`` with E the embedding of the
-weights that the server was last given, so that a push that did not happen shows. ``python fake_sglang.py`` takes the
+weights that the server was last given, so that a missing weight update shows. ``python fake_sglang.py`` takes the
 options of ``sglang.launch_server`` that matter; POST /fault {"kind", "count"} queues faults of coming /generate
 requests.
 """
@@ -88,7 +88,7 @@ class FakeServer:
                     self.end_headers()
                     self.wfile.write(content)
                 except (BrokenPipeError, ConnectionResetError, ValueError):
-                    self.close_connection = True  # the client has given up
+                    self.close_connection = True  # the client has closed the connection
 
         class Listener(ThreadingHTTPServer):
             request_queue_size = 256  # of connections that come at the same time; beyond it they wait a second
@@ -257,7 +257,7 @@ class FakeServer:
         last = len(self.embedding) - 1
         shown = [0 if token == last else token for token in ids]
         scored = [[None, shown[0], None]]
-        scored += [[float(table[ids[place - 1], ids[place]]), shown[place], None] for place in range(1, len(ids))]
+        scored += [[float(table[ids[index - 1], ids[index]]), shown[index], None] for index in range(1, len(ids))]
         meta = self.meta(ids) | {"completion_tokens": 0, "finish_reason": {"type": "length", "length": 0}}
         if k:
             rows = [table[token] for token in ids[:-1]]

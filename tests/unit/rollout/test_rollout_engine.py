@@ -28,7 +28,7 @@ from megatron_s2d.rollout.engine import SamplingParams, sample_seed
         ("stop_strings", ("ok", "")),
     ],
 )
-def test_a_value_out_of_range_is_named(field, value):
+def test_value_out_of_range_is_named(field, value):
     with pytest.raises(UserError, match=field) as error:
         SamplingParams(**{"max_new_tokens": 4, "stop_token_ids": (), field: value})
     assert "\n" not in str(error.value)
@@ -40,9 +40,9 @@ def test_greedy_log_probs_are_at_temperature_one():
 
 
 def test_seeds_differ_in_every_argument_and_never_change():
-    places = list(itertools.product((0, 1), (0, 1, 12), ("gsm8k/1", "gsm8k/12"), (0, 1, 2)))
-    seeds = {sample_seed(*place) for place in places}
-    assert len(seeds) == len(places)
+    arguments = list(itertools.product((0, 1), (0, 1, 12), ("gsm8k/1", "gsm8k/12"), (0, 1, 2)))
+    seeds = {sample_seed(*values) for values in arguments}
+    assert len(seeds) == len(arguments)
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Written down once: a stored run must be repeatable by a later version.
     assert sample_seed(1, 2, "gsm8k/test/17", 3) == 3257553313289189419

@@ -1,4 +1,4 @@
-"""Generation by the live model on one rank: exact against its full forward, independent of batching, and harmless."""
+"""Generation by the trained model on one rank: exact against its full forward, and independent of batching."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_requests(lengths=(4, 9, 1, 6), groups=3, **params) -> list[Request]:
 
 
 def full_forward(chunks, token_ids: np.ndarray) -> torch.Tensor:
-    """Logits [length, vocabulary] of one unpadded sequence."""
+    """Logits [s, v] of one unpadded sequence."""
     with torch.no_grad():
         return chunks[0](torch.from_numpy(token_ids)[None], None, None)[0, :, :VOCAB_SIZE].float()
 
@@ -79,15 +79,15 @@ def response(sample) -> np.ndarray:
 
 def largest_difference(chunks, samples) -> float:
     """Between reported log-probabilities and those of a full forward, over all response tokens."""
-    worst = 0.0
+    largest = 0.0
     for sample in samples:
         start = sample.prompt_length
         temperature = sample.temperature or 1.0
         log_probs = torch.log_softmax(full_forward(chunks, sample.token_ids) / temperature, dim=-1)
         expected = log_probs[torch.arange(start - 1, len(sample.token_ids) - 1), torch.from_numpy(response(sample))]
-        worst = max(worst, float((torch.from_numpy(sample.rollout_log_probs[start:]) - expected).abs().max()))
+        largest = max(largest, float((torch.from_numpy(sample.rollout_log_probs[start:]) - expected).abs().max()))
         assert not sample.rollout_log_probs[:start].any()
-    return worst
+    return largest
 
 
 @pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
@@ -113,7 +113,7 @@ def test_bfloat16_log_probs_are_near_those_of_a_full_forward(layout):
     assert largest_difference(chunks, engine(chunks, layout).generate(make_requests())) < 0.15
 
 
-def test_fp8_is_off_while_tokens_are_generated_and_on_again_afterwards(layout):
+def test_fp8_is_off_during_generation_only(layout):
     """Megatron asks the configuration before every layer; without Transformer Engine the answer changes nothing."""
     (chunk,) = model(layout)
     seen = []
@@ -129,9 +129,9 @@ def test_batching_and_order_do_not_matter(layout, chunks):
     for options in ({"max_batch_size": 1}, {"max_batch_size": 5}, {"max_batch_tokens": 60}):
         order = np.random.default_rng(len(options)).permutation(len(requests))
         shuffled = engine(chunks, layout, **options).generate([requests[index] for index in order])
-        for place, index in enumerate(order):
-            assert shuffled[place].id == requests[index].id
-            assert np.array_equal(shuffled[place].token_ids, reference[index].token_ids)
+        for position, index in enumerate(order):
+            assert shuffled[position].id == requests[index].id
+            assert np.array_equal(shuffled[position].token_ids, reference[index].token_ids)
 
 
 def test_records_are_complete(layout, chunks):
@@ -153,21 +153,21 @@ def test_records_are_complete(layout, chunks):
         assert sample.weight_versions == (WeightVersionSpan(start, length, 17),)
 
 
-def test_a_stop_token_ends_the_response_and_changes_nothing_before(layout, chunks):
+def test_stop_token_ends_the_response_and_changes_no_token_before(layout, chunks):
     free = engine(chunks, layout).generate(make_requests(groups=8, stop_token_ids=()))
     assert {sample.finish_reason for sample in free} == {"length"}
     assert {sample.response_length for sample in free} == {10}
     for stop_ids in ((EOS,), (EOS, 9, 20)):
         stopped = engine(chunks, layout).generate(make_requests(groups=8, stop_token_ids=stop_ids))
-        for whole, cut in zip(free, stopped, strict=True):
-            hits = np.flatnonzero(np.isin(response(whole), stop_ids))
+        for full, cut in zip(free, stopped, strict=True):
+            hits = np.flatnonzero(np.isin(response(full), stop_ids))
             length = int(hits[0]) + 1 if hits.size else 10
-            assert np.array_equal(response(cut), response(whole)[:length])
+            assert np.array_equal(response(cut), response(full)[:length])
             assert cut.finish_reason == ("stop" if hits.size else "length")
         assert {sample.finish_reason for sample in stopped} == {"stop", "length"}
 
 
-def test_limits_and_parameters_are_each_requests_own(layout, chunks):
+def test_limits_and_parameters_are_per_request(layout, chunks):
     requests = [
         dataclasses.replace(
             request,
@@ -188,15 +188,15 @@ def test_limits_and_parameters_are_each_requests_own(layout, chunks):
         assert sample.response_length <= request.params.max_new_tokens
 
 
-def test_a_stop_string_ends_the_response_at_the_token_that_completes_it(layout, chunks):
+def test_stop_string_ends_the_response_at_the_token_that_completes_it(layout, chunks):
     free = engine(chunks, layout).generate(make_requests(groups=16, stop_token_ids=()))
     texts = [Letters.decode(response(sample)) for sample in free]
-    wanted = (texts[0][3:5], texts[7][2:5])
+    stop_strings = (texts[0][3:5], texts[7][2:5])
     # The prompt contains a stop string too, which must not count.
-    requests = make_requests(groups=16, stop_token_ids=(), stop_strings=wanted)
+    requests = make_requests(groups=16, stop_token_ids=(), stop_strings=stop_strings)
     stopped = engine(chunks, layout, tokenizer=Letters).generate(requests)
     for text, sample in zip(texts, stopped, strict=True):
-        ends = [text.index(string) + len(string) for string in wanted if string in text]
+        ends = [text.index(string) + len(string) for string in stop_strings if string in text]
         assert Letters.decode(response(sample)) == text[: min(ends, default=10)]
         assert sample.finish_reason == ("stop" if ends else "length")
     assert sum(sample.finish_reason == "stop" for sample in stopped) >= 2
@@ -216,7 +216,7 @@ def test_first_tokens_follow_the_models_distribution(layout, chunks):
     assert abs(statistic - likely.sum()) < 4 * np.sqrt(2 * likely.sum())
 
 
-def test_growing_and_shrinking_leave_no_trace(layout, chunks, monkeypatch):
+def test_growing_and_shrinking_batches_do_not_change_samples(layout, chunks, monkeypatch):
     requests = make_requests(lengths=(4, 9, 1), groups=6, max_new_tokens=40, stop_token_ids=(EOS,))
     reference = engine(chunks, layout).generate(requests)
     monkeypatch.setattr(kv_cache, "_MIN_FREE_COLUMNS", 3)
@@ -228,7 +228,7 @@ def test_growing_and_shrinking_leave_no_trace(layout, chunks, monkeypatch):
     assert largest_difference(chunks, samples) < 2e-5
 
 
-def test_training_goes_on_afterwards(layout):
+def test_training_continues_after_generation(layout):
     chunks = model(layout)
     chunks[0].train()
     samples = engine(chunks, layout).generate(make_requests())
@@ -238,7 +238,7 @@ def test_training_goes_on_afterwards(layout):
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in chunks[0].parameters())
 
 
-def test_generation_uses_the_weights_of_the_moment(layout):
+def test_generation_uses_the_current_weights(layout):
     chunks = model(layout)
     generator = engine(chunks, layout)
     before = generator.generate(make_requests(temperature=0.0, groups=1))
@@ -250,7 +250,7 @@ def test_generation_uses_the_weights_of_the_moment(layout):
     assert largest_difference(chunks, after) < 2e-5 < largest_difference(chunks, before)
 
 
-def test_mistakes_are_one_clear_line(layout, chunks):
+def test_invalid_requests_are_one_clear_line(layout, chunks):
     generator = engine(chunks, layout)
     cases = [
         (make_requests(max_new_tokens=600), "exceeds the model's 512 positions"),

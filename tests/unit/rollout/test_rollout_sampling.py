@@ -32,7 +32,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 def test_uniforms_are_uniform_and_independent_over_positions_and_seeds():
     values = uniforms(seeds(20_000), 0, 8)
-    assert values.shape == (8, 20_000) and 0 <= values.min() and values.max() < 1
+    assert values.shape == (8, 20_000) and values.min() >= 0 and values.max() < 1
     for t in range(8):
         counts = np.histogram(values[t], bins=50, range=(0, 1))[0]
         assert abs(chi_square(counts, np.full(50, 400.0))) < 4
@@ -47,9 +47,9 @@ def test_neighbouring_seeds_do_not_share_a_stream():
 
 
 def test_uniforms_of_a_position_do_not_depend_on_the_block_they_are_drawn_in():
-    whole = uniforms(seeds(5), 0, 20)
-    assert np.array_equal(whole[13:20], uniforms(seeds(5), 13, 20))
-    assert np.array_equal(whole[:, 2:3], uniforms(seeds(5)[2:3], 0, 20))
+    values = uniforms(seeds(5), 0, 20)
+    assert np.array_equal(values[13:20], uniforms(seeds(5), 13, 20))
+    assert np.array_equal(values[:, 2:3], uniforms(seeds(5)[2:3], 0, 20))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -68,7 +68,7 @@ def test_samples_follow_the_distribution(temperature):
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(-1, 0.9), (-1, 0.3), (5, 1.0), (1, 1.0), (8, 0.7), (-1, 1.0), (999, 1.0)]
 )
-def test_filters_keep_what_the_library_keeps(top_k, top_p):
+def test_filters_agree_with_transformers(top_k, top_p):
     vocab, rows = 50, 200
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
     expected = logits
@@ -76,12 +76,12 @@ def test_filters_keep_what_the_library_keeps(top_k, top_p):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    # The row beside it keeps everything, so the filter runs even where these settings are neutral.
+    # The last row has filters, so that the filter runs even for neutral settings.
     columns = BatchParams.of([params(top_k=top_k, top_p=top_p)] * rows + [params(top_k=2, top_p=0.5)], vocab, CPU)
     weights = torch.exp(torch.cat([logits, logits[:1]]))
-    kept = _filter(weights, columns)[:rows]
-    assert torch.equal(kept > 0, expected.isfinite())
-    assert torch.equal(kept[kept > 0], weights[:rows][kept > 0])
+    filtered = _filter(weights, columns)[:rows]
+    assert torch.equal(filtered > 0, expected.isfinite())
+    assert torch.equal(filtered[filtered > 0], weights[:rows][filtered > 0])
 
 
 def test_filtered_samples_follow_the_renormalised_distribution():
@@ -91,17 +91,17 @@ def test_filtered_samples_follow_the_renormalised_distribution():
     uniform = torch.from_numpy(uniforms(seeds(draws), 0, 1)[0])
     tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, uniform)
     scaled = logits.double() / 0.8
-    kept = TopPLogitsWarper(0.95)(None, TopKLogitsWarper(6)(None, scaled[None]))[0].isfinite().numpy()
+    allowed = TopPLogitsWarper(0.95)(None, TopKLogitsWarper(6)(None, scaled[None]))[0].isfinite().numpy()
     probs = torch.softmax(scaled, dim=-1)
-    inside = np.where(kept, probs.numpy(), 0.0)
+    inside = np.where(allowed, probs.numpy(), 0.0)
     counts = np.bincount(tokens.numpy(), minlength=vocab)
-    assert 1 < kept.sum() < 7 and counts[~kept].sum() == 0
-    assert abs(chi_square(counts[kept], (inside / inside.sum())[kept] * draws)) < 4
+    assert 1 < allowed.sum() < 7 and counts[~allowed].sum() == 0
+    assert abs(chi_square(counts[allowed], (inside / inside.sum())[allowed] * draws)) < 4
     # Reported before the filters: the probability in the whole vocabulary.
     torch.testing.assert_close(log_probs.double(), probs.log()[tokens], rtol=0, atol=3e-6)
 
 
-def test_a_token_without_probability_is_never_drawn():
+def test_token_without_probability_is_never_drawn():
     logits = torch.full((4, 6), -1e30)
     logits[:, 2] = 0.0
     for uniform in (0.0, 0.5, 1 - 2.0**-52):
@@ -110,7 +110,7 @@ def test_a_token_without_probability_is_never_drawn():
         assert tokens.tolist() == [2] * 4 and log_probs.tolist() == [0.0] * 4
 
 
-def test_rows_of_different_parameters_do_not_meet():
+def test_rows_of_different_parameters_are_independent():
     kinds = [
         params(),
         params(temperature=0.0),
@@ -127,8 +127,8 @@ def test_rows_of_different_parameters_do_not_meet():
     together = BatchParams.of(rows_params, vocab, CPU)
     tokens, log_probs = sample_tokens(logits, together, uniform)
     for row in range(rows):
-        own = BatchParams.of([rows_params[row]], vocab, CPU)
-        alone = sample_tokens(logits[row : row + 1], own, uniform[row : row + 1])
+        single = BatchParams.of([rows_params[row]], vocab, CPU)
+        alone = sample_tokens(logits[row : row + 1], single, uniform[row : row + 1])
         assert (tokens[row], log_probs[row]) == (alone[0][0], alone[1][0])
     assert torch.equal(tokens[1 :: len(kinds)], logits[1 :: len(kinds)].argmax(-1))
     picked = torch.arange(0, rows, 7)

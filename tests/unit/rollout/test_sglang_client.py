@@ -1,4 +1,4 @@
-"""Requests to servers that misbehave: every reply is checked, nothing is lost or counted twice, tries are bounded."""
+"""Requests to servers that misbehave: replies are checked, no sample is lost or duplicated, attempts are bounded."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def short_pauses(monkeypatch):
 @pytest.fixture
 def servers():
     embedding = np.random.default_rng(0).normal(0, 0.1, (VOCAB_SIZE, 6)).astype(np.float32)
-    found = [FakeServer(embedding, "v7") for _ in range(2)]
-    yield found
-    for server in found:
+    fakes = [FakeServer(embedding, "v7") for _ in range(2)]
+    yield fakes
+    for server in fakes:
         server.close()
 
 
 def make_requests(prompts=4, groups=3, **params) -> list[Request]:
     params = SamplingParams(**{"max_new_tokens": 6, "stop_token_ids": (EOS,), **params})
     generator = np.random.default_rng(1)
-    found = []
+    requests = []
     for number in range(prompts):
         prompt = Prompt(f"p{number}", generator.integers(0, VOCAB_SIZE, 2 + number), "", "math", None, None)
-        found += [
+        requests += [
             Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", sample_seed(1, 0, prompt.id, group), params)
             for group in range(groups)
         ]
-    return found
+    return requests
 
 
-def ask(servers, requests, settings=SETTINGS, progress=None):
+def generate(servers, requests, settings=SETTINGS, progress=None):
     pool = ServerPool([server.url for server in servers], settings, PROTOCOL)
     return pool, GenerationTask(pool, requests, EXPECTED, progress=progress).result()
 
@@ -69,37 +69,37 @@ def posts(server, path="/generate") -> list[dict]:
 
 
 def same(left, right) -> bool:
-    """Samples equal in everything; places too."""
+    """Whether the samples and their indices are equal."""
     return left.keys() == right.keys() and all(
         a.id == b.id
         and a.token_ids.tolist() == b.token_ids.tolist()
         and a.rollout_log_probs.tolist() == b.rollout_log_probs.tolist()
         and a.finish_reason == b.finish_reason
-        for a, b in ((left[place], right[place]) for place in left)
+        for a, b in ((left[index], right[index]) for index in left)
     )
 
 
-def test_a_sample_is_what_the_server_said_under_the_request_that_asked(servers):
+def test_samples_are_the_replies_to_their_requests(servers):
     requests = make_requests(groups=10)
     steps = []
-    _, outcome = ask(servers, requests, progress=lambda done, total: steps.append((done, total)))
-    assert sorted(outcome.samples) == list(range(40)) and not outcome.failures
+    _, result = generate(servers, requests, progress=lambda done, total: steps.append((done, total)))
+    assert sorted(result.samples) == list(range(40)) and not result.failures
     assert steps[-1] == (40, 40) and len(steps) == 40
     table = log_prob_table(servers[0].embedding)
-    for place, sample in outcome.samples.items():
-        request, start = requests[place], len(requests[place].prompt.token_ids)
+    for index, sample in result.samples.items():
+        request, start = requests[index], len(requests[index].prompt.token_ids)
         assert (sample.id, sample.seed, sample.group_id) == (request.id, request.seed, request.group_id)
         assert sample.token_ids[:start].tolist() == request.prompt.token_ids.tolist()
         expected = table[sample.token_ids[start - 1 : -1], sample.token_ids[start:]]
         assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
         assert sample.weight_versions == (WeightVersionSpan(start, len(sample.token_ids), 7),)
         assert sample.response_mask.tolist() == [False] * start + [True] * (len(sample.token_ids) - start)
-    reasons = collections.Counter(sample.finish_reason for sample in outcome.samples.values())
+    reasons = collections.Counter(sample.finish_reason for sample in result.samples.values())
     assert reasons["stop"] and reasons["length"]
 
 
-def test_the_samples_of_a_group_go_to_one_server_with_seeds_of_their_own(servers):
-    ask(servers, make_requests())
+def test_requests_of_a_group_go_to_one_server_with_different_seeds(servers):
+    generate(servers, make_requests())
     seen = [collections.Counter(tuple(body["input_ids"]) for body in posts(server)) for server in servers]
     assert not seen[0].keys() & seen[1].keys()
     assert [sorted(counter.values()) for counter in seen] == [[3, 3], [3, 3]]
@@ -108,11 +108,11 @@ def test_the_samples_of_a_group_go_to_one_server_with_seeds_of_their_own(servers
     assert len({body["rid"] for body in bodies}) == 12
 
 
-def test_a_stop_token_at_the_very_limit_is_a_stop(servers):
+def test_stop_token_at_the_length_limit_is_a_stop(servers):
     # SGLang itself calls this "length", and the verifier would count the response as truncated.
     requests = make_requests(groups=12, max_new_tokens=2)
-    _, outcome = ask(servers, requests)
-    last = [sample for sample in outcome.samples.values() if sample.response_length == 2]
+    _, result = generate(servers, requests)
+    last = [sample for sample in result.samples.values() if sample.response_length == 2]
     ended = [sample for sample in last if sample.token_ids[-1] == EOS]
     assert ended and len(ended) < len(last)
     assert {sample.finish_reason for sample in ended} == {"stop"}
@@ -135,91 +135,91 @@ def test_a_stop_token_at_the_very_limit_is_a_stop(servers):
         ("vocabulary", "vocabulary"),
     ],
 )
-def test_a_bad_reply_is_asked_for_again_and_bounded(servers, fault, word):
+def test_invalid_reply_is_retried_a_bounded_number_of_times(servers, fault, word):
     requests = make_requests()
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].faults.extend([fault] * 3)
-    pool, outcome = ask(servers, requests)
-    assert same(outcome.samples, clean.samples) and not outcome.failures and not pool.problems
+    pool, result = generate(servers, requests)
+    assert same(result.samples, clean.samples) and not result.failures and not pool.problems
 
     for server in servers:
         server.log.clear()
         server.faults.extend([fault] * 1000)
-    _, outcome = ask(servers, requests)
-    assert not outcome.samples and sorted(outcome.failures) == list(range(12))
-    assert all(word in reason and "\n" not in reason for reason in outcome.failures.values())
+    _, result = generate(servers, requests)
+    assert not result.samples and sorted(result.failures) == list(range(12))
+    assert all(word in reason and "\n" not in reason for reason in result.failures.values())
     assert sum(len(posts(server)) for server in servers) == 12 * SETTINGS.max_attempts
 
 
-def test_what_the_server_refuses_is_an_error_at_once(servers):
+def test_refused_request_is_an_error_at_once(servers):
     servers[0].faults.extend(["400"] * 100)
     with pytest.raises(UserError, match="refused a request: the reason"):
-        ask(servers, make_requests())
+        generate(servers, make_requests())
 
 
-def test_a_response_cut_short_is_an_error_that_names_the_context(servers):
+def test_truncated_response_is_an_error_that_names_the_context(servers):
     servers[0].faults.append("short")
     with pytest.raises(UserError, match="1 tokens of 6: the server's context is too short"):
-        ask(servers, make_requests(stop_token_ids=()))
+        generate(servers, make_requests(stop_token_ids=()))
 
 
-def test_a_server_with_other_weights_gets_no_more_requests(servers):
+def test_server_with_other_weights_gets_no_more_requests(servers):
     requests = make_requests()
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].log.clear()
     servers[0].faults.extend(["stale"] * 1000)
     settings = SETTINGS.model_copy(update={"max_concurrent_requests": 1})
-    pool, outcome = ask(servers, requests, settings)
-    assert same(outcome.samples, clean.samples)
+    pool, result = generate(servers, requests, settings)
+    assert same(result.samples, clean.samples)
     assert "'older' instead of 'v7'" in pool.problems[servers[0].url]
-    assert len(posts(servers[0])) <= 2  # what was under way when the first answer came
+    assert len(posts(servers[0])) <= 2  # those in flight when the first reply came
 
 
-def test_a_server_that_goes_away_is_left_out_and_its_requests_go_elsewhere(servers):
+def test_requests_of_a_server_that_is_gone_go_to_another(servers):
     requests = make_requests()
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].faults.extend(["drop"] * 1000)
     servers[0].control_faults["/abort_request"] = "drop"
-    pool, outcome = ask(servers, requests)
-    assert same(outcome.samples, clean.samples)
+    pool, result = generate(servers, requests)
+    assert same(result.samples, clean.samples)
     assert "connection failed" in pool.problems[servers[0].url]
 
 
-def test_a_connection_that_breaks_is_no_reason_to_leave_a_server_out(servers):
+def test_broken_connection_does_not_mark_a_server_failed(servers):
     requests = make_requests()
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].faults.append("drop")
-    pool, outcome = ask(servers, requests)
-    assert same(outcome.samples, clean.samples) and not pool.problems
+    pool, result = generate(servers, requests)
+    assert same(result.samples, clean.samples) and not pool.problems
 
 
 def test_without_servers_every_request_fails_with_the_reason(servers):
     requests = make_requests()
     for server in servers:
         server.close()
-    pool, outcome = ask(servers, requests)
-    assert not outcome.samples and len(outcome.failures) == 12 and len(pool.problems) == 2
-    assert all("connection failed" in reason for reason in outcome.failures.values())
+    pool, result = generate(servers, requests)
+    assert not result.samples and len(result.failures) == 12 and len(pool.problems) == 2
+    assert all("connection failed" in reason for reason in result.failures.values())
 
 
-def test_a_try_that_hangs_is_aborted_and_the_request_answered_once(servers):
+def test_attempt_that_hangs_is_aborted_and_answered_once(servers):
     requests = make_requests(prompts=2, groups=2)
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].faults.append("hang")
-    pool, outcome = ask(servers, requests, IMPATIENT)
-    assert same(outcome.samples, clean.samples) and not pool.problems
+    pool, result = generate(servers, requests, IMPATIENT)
+    assert same(result.samples, clean.samples) and not pool.problems
     hung = {body["rid"] for body in posts(servers[0])} & {body["rid"] for body in posts(servers[0], "/abort_request")}
     assert len(hung) == 1
 
 
-def test_a_server_that_hangs_altogether_is_left_out(servers, monkeypatch):
+def test_server_that_does_not_answer_aborts_is_marked_failed(servers, monkeypatch):
     monkeypatch.setattr(server_pool, "_ABORT_SECONDS", 0.3)
     requests = make_requests(prompts=2, groups=2)
-    _, clean = ask(servers, requests)
+    _, clean = generate(servers, requests)
     servers[0].faults.extend(["hang"] * 100)
     servers[0].control_faults["/abort_request"] = "hang"
-    pool, outcome = ask(servers, requests, IMPATIENT)
-    assert same(outcome.samples, clean.samples)
+    pool, result = generate(servers, requests, IMPATIENT)
+    assert same(result.samples, clean.samples)
     assert pool.problems == {servers[0].url: "it hangs"}
 
 
@@ -227,48 +227,48 @@ INFINITE = resource.RLIM_INFINITY
 
 
 @pytest.mark.parametrize(
-    "limits, raised, found",
+    ("limits", "raised", "concurrency"),
     [
         ((1024, 4096), 2048 + 512, 2048),
         ((1024, INFINITE), 2048 + 512, 2048),
-        ((1024, 1512), 1512, 1000),  # as many as may be
+        ((1024, 1512), 1512, 1000),  # as many as allowed
         ((1024, 1024), 1024, 512),
         ((4096, 4096), None, 2048),
         ((INFINITE, INFINITE), None, 2048),
     ],
 )
-def test_connections_do_not_run_into_the_limit_of_open_files(monkeypatch, capsys, limits, raised, found):
-    """Or servers would be taken for dead, and started anew."""
+def test_connections_stay_below_the_limit_of_open_files(monkeypatch, capsys, limits, raised, concurrency):
+    """Otherwise servers would be marked failed and restarted."""
     calls = []
     monkeypatch.setattr(server_pool.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(server_pool.resource, "setrlimit", lambda _, new: calls.append(new))
     urls = [f"http://10.0.0.{number}:30000" for number in range(8)]
-    assert ServerPool(urls, ServerConfig(max_concurrent_requests=256), PROTOCOL).concurrency == found
+    assert ServerPool(urls, ServerConfig(max_concurrent_requests=256), PROTOCOL).concurrency == concurrency
     assert calls == ([] if raised is None else [(raised, limits[1])])
-    assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (found < 2048)
+    assert ("instead of 2048 requests in flight" in capsys.readouterr().out) == (concurrency < 2048)
 
 
-def test_no_more_requests_are_in_flight_than_allowed(servers):
+def test_requests_in_flight_are_bounded(servers):
     servers[0].faults.extend(["slow"] * 1000)
     settings = SETTINGS.model_copy(update={"max_concurrent_requests": 2})
-    busy, most = 0, 0
+    busy, max_busy = 0, 0
     original = servers[0].generate
 
     def counted(body):
-        nonlocal busy, most
+        nonlocal busy, max_busy
         busy += 1
-        most = max(most, busy)
+        max_busy = max(max_busy, busy)
         try:
             return original(body)
         finally:
             busy -= 1
 
     servers[0].generate = counted
-    ask(servers[:1], make_requests(prompts=3, groups=3), settings)
-    assert most == 2
+    generate(servers[:1], make_requests(prompts=3, groups=3), settings)
+    assert max_busy == 2
 
 
-# ---------------------------------------------------------------------- interrupted, and gone on with
+# ---------------------------------------------------------------------- interrupted and continued
 
 
 def wait_for(condition) -> None:
@@ -278,78 +278,78 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def test_an_interrupted_response_goes_on_with_later_weights(servers):
+def test_interrupted_response_continues_with_later_weights(servers):
     server = servers[0]
-    held = set()
-    server.holds = lambda body, n: n == 3 and not held.add(body["rid"])
+    stalled = set()
+    server.holds = lambda body, n: n == 3 and not stalled.add(body["rid"])
     requests = make_requests(prompts=2, groups=2, stop_token_ids=(), max_new_tokens=8)
     pool = ServerPool([server.url], SETTINGS, PROTOCOL)
     generation = GenerationTask(pool, requests, EXPECTED)
-    wait_for(lambda: len(held) == 4)
+    wait_for(lambda: len(stalled) == 4)
     generation.interrupt()
-    outcome = generation.result()
-    assert not outcome.samples and not outcome.failures and sorted(outcome.partials) == [0, 1, 2, 3]
+    result = generation.result()
+    assert not result.samples and not result.failures and sorted(result.partials) == [0, 1, 2, 3]
     first = log_prob_table(server.embedding)
     server.embedding = np.random.default_rng(5).normal(0, 0.1, server.embedding.shape).astype(np.float32)
     server.weight_version, server.holds = "v8", lambda body, n: False
     second = log_prob_table(server.embedding)
-    later = GenerationTask(pool, requests, ReplyContract("v8", 8, VOCAB_SIZE), partials=outcome.partials).result()
+    later = GenerationTask(pool, requests, ReplyContract("v8", 8, VOCAB_SIZE), partials=result.partials).result()
     assert sorted(later.samples) == [0, 1, 2, 3]
-    for place, sample in later.samples.items():
-        written, start = len(outcome.partials[place].token_ids), sample.prompt_length
-        assert written == 3 and sample.response_length == 8 and sample.finish_reason == "length"
+    for index, sample in later.samples.items():
+        num_earlier, start = len(result.partials[index].token_ids), sample.prompt_length
+        assert num_earlier == 3 and sample.response_length == 8 and sample.finish_reason == "length"
         assert sample.weight_versions == (
-            WeightVersionSpan(start, start + written, 7),
-            WeightVersionSpan(start + written, start + 8, 8),
+            WeightVersionSpan(start, start + num_earlier, 7),
+            WeightVersionSpan(start + num_earlier, start + 8, 8),
         )
-        previous, own = sample.token_ids[start - 1 : -1], sample.token_ids[start:]
-        expected = np.concatenate([first[previous, own][:written], second[previous, own][written:]])
+        previous, current = sample.token_ids[start - 1 : -1], sample.token_ids[start:]
+        expected = np.concatenate([first[previous, current][:num_earlier], second[previous, current][num_earlier:]])
         assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
     sent = [body for body in posts(server) if body["sampling_params"]["max_new_tokens"] < 8]
-    assert len(sent) == 4  # each asked for what was missing, with what was there in its prompt
+    assert len(sent) == 4  # each requested the missing tokens, with the earlier ones in its prompt
 
 
-def test_the_first_groups_to_be_complete_end_the_others(servers):
+def test_first_complete_groups_interrupt_the_others(servers):
     for server in servers:
         server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
     requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
-    outcome = GenerationTask(
+    result = GenerationTask(
         ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED, num_groups=2
     ).result()
-    assert sorted(outcome.samples) == [0, 1, 4, 5] and not outcome.failures
-    assert set(outcome.partials) <= {2, 3}
+    assert sorted(result.samples) == [0, 1, 4, 5] and not result.failures
+    assert set(result.partials) <= {2, 3}
     aborted = [body["rid"] for server in servers for body in posts(server, "/abort_request")]
     assert {rid.partition("#")[0] for rid in aborted} == {"p1"}
 
 
-def test_a_generation_that_is_interrupted_at_once_loses_nothing(servers):
+def test_generation_interrupted_at_once_has_no_failures(servers):
     for server in servers:
         server.holds = lambda body, n: True
     requests = make_requests()
     generation = GenerationTask(ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED)
     generation.interrupt()
-    outcome = generation.result()
-    assert not outcome.samples and not outcome.failures
-    generation.interrupt()  # once more is no error
+    result = generation.result()
+    assert not result.samples and not result.failures
+    generation.interrupt()  # a second time is no error
 
 
-def test_a_response_with_stop_strings_begins_anew(servers):
+def test_response_with_stop_strings_is_restarted(servers):
     class Words:
         def decode(self, ids):
             return "x" * len(ids)
 
-    held = set()
-    servers[0].holds = lambda body, n: n == 2 and not held.add(body["rid"])
+    stalled = set()
+    servers[0].holds = lambda body, n: n == 2 and not stalled.add(body["rid"])
     requests = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
     expected = ReplyContract("v7", 7, VOCAB_SIZE, Words())
     generation = GenerationTask(ServerPool([servers[0].url], SETTINGS, PROTOCOL), requests, expected)
-    wait_for(lambda: held)
+    wait_for(lambda: stalled)
     generation.interrupt()
     assert not generation.result().partials
 
 
 @pytest.mark.parametrize("ids", [[1, EOS, 2], [1, 99], [1] * 7])
-def test_an_interrupted_reply_is_checked_like_any_other(ids):
+def test_interrupted_reply_is_checked_like_any_other(ids):
     (request,) = make_requests(prompts=1, groups=1)
     reply = PROTOCOL.parse_reply(
         json.dumps(

@@ -31,11 +31,11 @@ class Scorer:
 class Buffer:
     """Returns the same samples at every step."""
 
-    def __init__(self, samples, stream=None, worker=None):
+    def __init__(self, samples, loader=None, worker=None):
         tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "text")
-        self.samples, self.stream = samples, stream
-        self.sampler = worker or types.SimpleNamespace()
-        self.sampler.tokenizer = tokenizer
+        self.samples, self.loader = samples, loader
+        self.worker = worker or types.SimpleNamespace()
+        self.worker.tokenizer = tokenizer
         self.train_batch_size = len({sample.prompt_id for sample in samples})
         self.prefetched: list[int] = []
 

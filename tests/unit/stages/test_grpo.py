@@ -81,10 +81,10 @@ def test_groups_without_a_signal_are_replaced(fakes, num_extra):
         for index, reward in enumerate(pair)
     ]
     stage = grpo_config(train_batch_size=3, num_generations=2, filter_groups={"max_num_gen_batches": 2})
-    stream = Resampler(fakes, num_extra)
-    buffer = fakes.Buffer(samples, stream, ResamplingWorker(fakes))
+    loader = Resampler(fakes, num_extra)
+    buffer = fakes.Buffer(samples, loader, ResamplingWorker(fakes))
     selected, prompts, generated = GrpoSource(stage, buffer, None)._sample(1)
-    assert stream.calls == [(1, 1, {"p0", "p1", "p2"}, 2)] and buffer.prefetched == [2]
+    assert loader.calls == [(1, 1, {"p0", "p1", "p2"}, 2)] and buffer.prefetched == [2]
     # Without further prompts, uninformative groups fill the batch.
     expected = ["p1", "extra0", "extra1"] if num_extra else ["p0", "p1", "p2"]
     assert list(dict.fromkeys(sample.prompt_id for sample in selected)) == expected

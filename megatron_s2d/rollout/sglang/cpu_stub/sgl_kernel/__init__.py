@@ -1,9 +1,9 @@
-"""Stands for SGLang's compiled CUDA kernels in a server process on a machine without a GPU.
+"""Stub of SGLang's compiled CUDA kernels for servers on a machine without a GPU.
 
-The published kernels need the CUDA driver to be imported, and SGLang imports them everywhere, but on a CPU with the
-``torch_native`` attention it calls none of them. So every name resolves, whatever the submodule, and raises when it is
-called: what would need a kernel stops with its name instead of computing something else. ``server.py`` puts this
-folder on the path of servers on a CPU only; nothing else imports it.
+Importing the published kernels needs the CUDA driver, and SGLang imports them everywhere, but on a CPU with the
+``torch_native`` attention it calls none of them. So every name of every submodule resolves, and raises when it is
+called: code that needs a kernel stops with its name instead of computing something else. ``server.py`` adds this
+folder to the path of servers on a CPU only; nothing else imports it.
 """
 
 import importlib.abc
@@ -11,7 +11,7 @@ import importlib.machinery
 import sys
 import types
 
-__version__ = "0.4.5"  # of the kernels that SGLang 0.5.17 asks for
+__version__ = "0.4.5"  # that SGLang 0.5.17 requires
 
 
 class _Absent:
@@ -34,7 +34,7 @@ def _attributes_of(module: str):
 
 
 class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds every submodule that is not a file here, and makes it empty."""
+    """Creates an empty module for every submodule that is not a file here."""
 
     def find_spec(self, name, path, target=None):
         if name.startswith(__name__ + "."):
@@ -48,7 +48,7 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module):
-        """Nothing to run."""
+        """Do nothing: the module is empty."""
 
 
 __getattr__ = _attributes_of(__name__)

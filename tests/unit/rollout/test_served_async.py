@@ -1,0 +1,144 @@
+"""Served generation beside training, carried-over groups, and sleeping servers, over toy servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from fake_sglang import log_prob_table
+from served_helpers import change_weights, embedding_of, make_engine, make_requests, max_difference
+
+from megatron_s2d.config.base import UserError
+from megatron_s2d.rollout.engine import Request, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def spans(samples) -> set[tuple[int, ...]]:
+    return {tuple(span.version for span in sample.weight_versions) for sample in samples}
+
+
+def max_difference_by_version(tables, samples) -> float:
+    """Largest difference from the log-probabilities under the weights that a sample's spans name."""
+    largest = 0.0
+    for sample in samples:
+        for span in sample.weight_versions:
+            indices = np.arange(span.start, span.stop)
+            expected = tables[span.version][sample.token_ids[indices - 1], sample.token_ids[indices]]
+            largest = max(largest, float(np.abs(sample.rollout_log_probs[indices] - expected).max()))
+    return largest
+
+
+def long_requests() -> list[Request]:
+    return [
+        dataclasses.replace(request, params=SamplingParams(8, ())) for request in make_requests(prompts=2, groups=2)
+    ]
+
+
+@pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
+def test_next_step_is_generated_while_the_trainer_works(chunks, layout, servers, tmp_path, async_mode):
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode=async_mode)
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    stalled = set()
+
+    def hold(body, n) -> bool:
+        old = async_mode == "partial_rollout" and servers[0].weight_version.endswith("-0")
+        return old and n == 3 and not stalled.add(body["rid"])
+
+    for server in servers:
+        server.holds = hold
+    engine.submit(long_requests())
+    while async_mode == "partial_rollout" and len(stalled) < 4:
+        time.sleep(0.01)
+    change_weights(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.update_weights(chunks, 1)
+    samples = engine.generate(long_requests())
+    assert [sample.id for sample in samples] == [request.id for request in long_requests()]
+    assert spans(samples) == ({(0,)} if async_mode == "one_step_off" else {(0, 1)})
+    assert max_difference_by_version(tables, samples) < 1e-5
+    with pytest.raises(RuntimeError, match="other requests were submitted"):
+        engine.submit(long_requests())
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_submit_does_nothing_in_sync_mode(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    engine.submit(long_requests())
+    rids = [body.get("rid") for server in servers for path, body in server.log if path == "/generate"]
+    assert rids and not any(isinstance(rid, str) for rid in rids)  # startup and weight checks alone
+    engine.close()
+
+
+def test_server_that_dies_during_training_costs_no_sample(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="partial_rollout")
+    servers[0].faults.extend(["drop"] * 100)
+    servers[0].control_faults["/abort_request"] = "drop"
+    engine.submit(make_requests())
+    time.sleep(0.2)
+    servers[0].faults.clear()
+    servers[0].control_faults.clear()
+    engine.update_weights(chunks, 1)
+    samples = engine.generate(make_requests())
+    assert [sample.id for sample in samples] == [request.id for request in make_requests()]
+    assert not engine._server_group.pool.problems
+    engine.close()
+
+
+def test_request_refused_during_training_raises_in_generate(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="one_step_off")
+    servers[0].faults.append("400")
+    engine.submit(make_requests())
+    engine.update_weights(chunks, 1)
+    with pytest.raises(UserError, match="refused a request"):
+        engine.generate(make_requests())
+    engine.close()
+
+
+def test_incomplete_groups_are_carried_over(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers[:1])
+    tables = {0: log_prob_table(embedding_of(chunks))}
+    servers[0].holds = lambda body, n: len(body["input_ids"]) in (2, 5) and n == 2
+    requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=4, groups=3)]
+    first = engine.generate(requests, num_groups=2)
+    assert [sample.group_id for sample in first] == ["p1@0.0"] * 3 + ["p2@0.0"] * 3
+    change_weights(chunks)
+    tables[1] = log_prob_table(embedding_of(chunks))
+    engine.update_weights(chunks, 1)
+    servers[0].holds = lambda body, n: False
+    remaining = [request for request in requests if request.group_id in ("p0@0.0", "p3@0.0")]
+    second = engine.generate(remaining, num_groups=2)
+    assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
+    assert (0, 1) in spans(second) and max_difference_by_version(tables, first + second) < 1e-5
+    engine.close()
+
+
+def test_servers_sleep_between_generation_and_update(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers, enable_memory_saver=True)
+    for server in servers:
+        server.log.clear()
+    engine.sleep()
+    engine.sleep()
+    engine.update_weights(chunks, 1)
+    assert max_difference(chunks, engine.generate(make_requests())) < 1e-5
+    control = [(path, body.get("tags")) for path, body in servers[0].log if path != "/generate"]
+    assert control == [
+        ("/flush_cache?timeout=120", None),
+        ("/release_memory_occupation", None),
+        ("/resume_memory_occupation", ["weights", "cuda_graph"]),
+        ("/pause_generation", None),
+        ("/flush_cache?timeout=120", None),
+        ("/update_weights_from_disk", None),
+        ("/resume_memory_occupation", ["kv_cache"]),
+        ("/continue_generation", None),
+        ("/weights_checker", None),
+    ]
+    engine.sleep()
+    assert max_difference(chunks, engine.generate(make_requests())) < 1e-5  # woken up without an update
+    engine.close()
