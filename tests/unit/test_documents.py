@@ -219,8 +219,8 @@ GENERATED = (
 # Keys that were renamed and whose last part is still the name of something else, or an English word.
 REUSED = {
     "aggregation", "ahead", "arguments", "attempts", "base", "batch_size", "concurrency", "deterministic", "fallback",
-    "gate", "gates", "importance", "keep", "kind", "like", "max_kl", "max_tokens", "num_workers", "overlong", "packed",
-    "recoveries", "release_memory", "replicas", "support", "sync", "tail",
+    "frozen_models", "gate", "gates", "importance", "keep", "kind", "like", "max_kl", "max_tokens", "num_workers",
+    "overlong", "packed", "recoveries", "release_memory", "replicas", "support", "sync", "tail",
 }  # fmt: skip
 RENAMED_IN_CODE = """
     Deal UpdateBatch WaitingStates HostRows _Journeys travelling_rows by_predictor policy_spans Fleet BadReply
