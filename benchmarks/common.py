@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: the same weights as a Megatron and as a transformers model, and fair timing."""
+"""Shared by the CPU benchmarks: one set of weights as a Megatron and a transformers model, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distri
 
 
 def start() -> Layout:
-    """One process, one thread."""
+    """Initialize one process with one thread."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     initialize_distributed()
@@ -29,7 +29,7 @@ def start() -> Layout:
 def same_model_twice(
     preset: str, vocab_size: int, layout: Layout
 ) -> tuple[ModelSpec, list[torch.nn.Module], transformers.PreTrainedModel]:
-    """The Megatron model (one chunk) and the transformers model of a preset, with the same weights."""
+    """Build the Megatron model (one chunk) and the transformers model of a preset, with the same weights."""
     spec = ModelConfig(preset=preset).resolve(vocab_size)
     chunks = build_model(spec, layout, seed=1)
     config = transformers.AutoConfig.for_model(**hf_config_from_spec(spec, "float32"))
@@ -43,9 +43,9 @@ def same_model_twice(
 
 
 def interleaved_minima(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Least process CPU seconds of each case over ``repeats`` rounds, the cases taking turns; the first is warm-up.
+    """Return the minimum process CPU seconds of each case over ``repeats`` interleaved rounds, after one warm-up round.
 
-    CPU time and minima, because a shared machine only ever adds to a measurement.
+    CPU time and minima, because a shared machine can only add to a measurement.
     """
     best = dict.fromkeys(cases, float("inf"))
     for round_number in range(repeats + 1):

@@ -1,11 +1,11 @@
-"""Speed and peak memory of checkpoint conversion, beside a plain copy of the same bytes on the same disk.
+"""Speed and peak memory of checkpoint conversion, compared with a plain copy of the same bytes on the same disk.
 
     python benchmarks/conversion.py --preset llama-3.3-70b --num-layers 4 --directory DIR
 
-Writes a random checkpoint of the preset's shapes with fewer layers, then runs each step in a process of its own, with
-nothing in the page cache before and a sync of the disk after, copies and conversions in turn. Prints the fastest of the
-repeats, its rate against that of the copy, and the largest resident set of all repeats. Needs three times the
-checkpoint's size on the disk, and deletes everything at the end.
+Writes a random checkpoint of the preset's shapes with fewer layers, then runs each step in a process of its own with
+a cold page cache and a final sync of the disk, alternating copies and conversions. Prints the fastest of the repeats,
+its rate relative to the copy, and the largest resident set of all repeats. Needs three times the checkpoint's size on
+the disk and deletes everything at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PEAK = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_max
 
 
 def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, int]:
-    """A random bfloat16 checkpoint; returns its bytes and those of its largest layer or tensor outside the layers."""
+    """Write a random bfloat16 checkpoint; return its bytes and those of its largest layer or tensor outside layers."""
     import torch
 
     from megatron_s2d.config.hf_config import hf_config_from_spec
@@ -58,7 +58,7 @@ def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, in
         count = tensor.num_bytes // 2
         writer.write(tensor.name, noise.repeat(-(-count // noise.numel()))[:count].view(tensor.shape))
     writer.finish()
-    # Without recorded digests, as most published checkpoints come.
+    # Without recorded digests, like most published checkpoints.
     (directory / "weights.sha256").unlink()
     (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "bfloat16")))
     layer = sum(tensor.num_bytes for tensor in plan if ".layers.0." in tensor.name)
@@ -67,13 +67,13 @@ def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, in
 
 
 @dataclasses.dataclass
-class Measured:
+class Measurement:
     seconds: float = float("inf")
     peak: int = 0
 
 
-def measure(code: str, root: Path) -> Measured:
-    """Run ``code`` from a cold page cache until its results are on the disk."""
+def measure(code: str, root: Path) -> Measurement:
+    """Run ``code`` with a cold page cache, including the sync of its results to the disk."""
     os.sync()
     for path in root.rglob("*"):
         if path.is_file():
@@ -82,7 +82,7 @@ def measure(code: str, root: Path) -> Measured:
     start = time.perf_counter()
     finished = subprocess.run([sys.executable, "-c", code + PEAK], capture_output=True, text=True, check=True)
     os.sync()
-    return Measured(time.perf_counter() - start, int(finished.stdout.split()[-1]))
+    return Measurement(time.perf_counter() - start, int(finished.stdout.split()[-1]))
 
 
 def main() -> None:
@@ -95,31 +95,31 @@ def main() -> None:
     arguments = parser.parse_args()
     root = arguments.directory
     root.mkdir(parents=True)
-    measured = {name: Measured() for name in STEPS}
+    best = {name: Measurement() for name in STEPS}
     try:
-        # In a process of its own, because a child's peak starts from its parent's.
+        # In a process of its own, because a child inherits the peak memory of its parent.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             total, bound = pool.apply(write_source, (root / "hf", arguments.preset, arguments.num_layers))
         print(f"{arguments.preset}, {arguments.num_layers} layers: {total / 2**30:.1f} GiB, of which the largest layer")
         print(f"or tensor outside the layers has {bound / 2**30:.2f} GiB\n")
         for repeat in range(arguments.repeats):
             for name, code in STEPS.items():
-                found = measure(code.format(root=root, tensor=arguments.tensor_model_parallel_size), root)
-                print(f"repeat {repeat}: {name}: {found.seconds:.1f} s", file=sys.stderr, flush=True)
-                best = measured[name]
-                best.seconds, best.peak = min(best.seconds, found.seconds), max(best.peak, found.peak)
+                result = measure(code.format(root=root, tensor=arguments.tensor_model_parallel_size), root)
+                print(f"repeat {repeat}: {name}: {result.seconds:.1f} s", file=sys.stderr, flush=True)
+                best[name].seconds = min(best[name].seconds, result.seconds)
+                best[name].peak = max(best[name].peak, result.peak)
                 shutil.rmtree(root / "copy", ignore_errors=True)
             for name in ("megatron", "back"):
                 shutil.rmtree(root / name)
     finally:
         shutil.rmtree(root)
-    print("| step | seconds | MB/s | rate against the copy | peak RSS GiB |\n|---|---|---|---|---|")
-    for name, found in measured.items():
+    print("| step | seconds | MB/s | rate relative to the copy | peak RSS GiB |\n|---|---|---|---|---|")
+    for name, result in best.items():
         if name.startswith("copy"):
-            copied = found.seconds
-        ratio = f"{copied / found.seconds:.2f}"
-        rate = total / found.seconds / 1e6
-        print(f"| {name} | {found.seconds:.1f} | {rate:.0f} | {ratio} | {found.peak / 2**30:.2f} |")
+            copy_seconds = result.seconds
+        ratio = f"{copy_seconds / result.seconds:.2f}"
+        rate = total / result.seconds / 1e6
+        print(f"| {name} | {result.seconds:.1f} | {rate:.0f} | {ratio} | {result.peak / 2**30:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmarks of a whole step share: the device, random samples, fair timing, operations, one file of rows.
+"""Shared by the benchmarks of a whole step: device, random samples, timing, FLOPs, a JSON file of result rows.
 
-They run on a GPU as they are meant, and on a CPU with tiny models, where their figures mean nothing: that is for trying
-the scripts (``tests/unit/test_benchmarks.py``). Weights are drawn on the device, because no figure depends on them.
+The benchmarks are for a GPU. On a CPU they run with tiny models and without meaningful numbers, to test the scripts
+(``tests/unit/test_benchmarks.py``). Weights are random and drawn on the device, because no result depends on them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ON_GPU = device.capabilities().cuda
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What ``begin`` makes of the command line."""
+    """The layout and the options of a benchmark, and its result rows."""
 
     layout: Layout
     repeats: int
@@ -42,7 +42,7 @@ class Setup:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, **row: Any) -> None:
-        """A row of the results: printed, and kept in the file, which holds what is finished if the script is ended."""
+        """Print a result row and write all rows to the file, so that a killed script leaves its finished rows."""
         self.rows.append({"device": device.capabilities().device_name} | row)
         print(json.dumps(self.rows[-1]), flush=True)
         if self.json is not None:
@@ -50,23 +50,23 @@ class Setup:
 
 
 def begin(description: str, arguments: list[str] | None, *, repeats: int) -> Setup:
-    """Parse the options that all have, and join a process group of one."""
+    """Parse the common options and initialize a process group of one rank."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--repeats", type=int, default=repeats if ON_GPU else 1, help="measured steps of a case")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     initialize_distributed()
-    return Setup(build_layout(ParallelConfig()), given.repeats, given.json)
+    return Setup(build_layout(ParallelConfig()), options.repeats, options.json)
 
 
-def gpu_here() -> Gpu | None:
-    """The data sheet of this process's GPU; None on a CPU and for a GPU that is not in the table."""
+def current_gpu() -> Gpu | None:
+    """Return the data sheet of this process's GPU; None on a CPU and for a GPU that is not in the table."""
     words = set(device.capabilities().device_name.lower().replace("-", " ").split())
     return next((gpu for name, gpu in GPUS.items() if name.partition("-")[0] in words), None)
 
 
 def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = None, **options: Any) -> MegatronModel:
-    """A model with random weights: bfloat16 on a GPU, float32 on a CPU; sequences end to end."""
+    """Build a model with random weights and sequence packing: bfloat16 on a GPU, float32 on a CPU."""
     policy = MegatronModel(
         spec, layout, precision="bfloat16" if ON_GPU else "float32", packed=True, fp8=fp8, max_tokens=10**9, **options
     )
@@ -75,7 +75,7 @@ def random_policy(spec: ModelSpec, layout: Layout, *, fp8: Fp8Config | None = No
 
 
 def draw_weights(policy: MegatronModel) -> None:
-    """Normal matrices and norms of one, drawn where the weights are."""
+    """Fill norms with one and other weights with normal values, on their device."""
     generator = torch.Generator(device=device.device()).manual_seed(1)
     for chunk in policy.chunks:
         for name, parameter in chunk.named_parameters():
@@ -83,17 +83,17 @@ def draw_weights(policy: MegatronModel) -> None:
                 if "norm" in name:
                     parameter.fill_(1.0)
                 else:
-                    drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-                    parameter.copy_(drawn.mul_(0.02))
+                    values = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                    parameter.copy_(values.mul_(0.02))
 
 
 def spec_of(preset: str, **changes: Any) -> ModelSpec:
-    """A preset, with fields replaced."""
+    """Return the spec of a preset with changed fields."""
     return ModelConfig(preset=preset, **changes).resolve(None if ON_GPU else 64)
 
 
 def random_samples(spec: ModelSpec, count: int, length: int, *, prompt: int = 1) -> list[Sample]:
-    """``count`` sequences of ``length`` tokens, of which the first ``prompt`` are no response."""
+    """Return ``count`` sequences of ``length`` tokens, the first ``prompt`` of which are the prompt."""
     rng = np.random.default_rng(0)
     mask = np.arange(length) >= prompt
     return [
@@ -107,21 +107,21 @@ def random_samples(spec: ModelSpec, count: int, length: int, *, prompt: int = 1)
 
 
 def seconds_of(step: Callable[[], object], repeats: int, *, warm_up: int = 2) -> float:
-    """Median seconds of ``step``: wall clock around a finished device, after ``warm_up`` calls."""
+    """Return the median wall time of ``step`` with device synchronization, after ``warm_up`` calls."""
     for _ in range(warm_up):
         step()
-    found = []
+    times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return float(np.median(found))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def forward_flops(shard: ModelShard, samples: list[Sample]) -> float:
-    """Operations of one forward pass, the output layer at responses only; a token looks at half of its sequence."""
+    """Return the FLOPs of one forward pass, with half of the sequence as context and the output layer at responses."""
     flops = 0.0
     for sample in samples:
         length = len(sample.token_ids)
@@ -131,12 +131,12 @@ def forward_flops(shard: ModelShard, samples: list[Sample]) -> float:
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """Share of the data sheet's dense bfloat16 peak; None where there is no data sheet."""
-    gpu = gpu_here()
+    """Return the fraction of the dense bfloat16 peak of the data sheet; None without a data sheet."""
+    gpu = current_gpu()
     return None if gpu is None else flops / seconds / gpu.bf16_flops
 
 
 def release() -> None:
-    """Give the memory of models that went out of scope back to the device."""
+    """Free the device memory of models that went out of scope."""
     gc.collect()
     torch.cuda.empty_cache()

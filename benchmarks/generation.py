@@ -1,9 +1,9 @@
-"""Generation on one CPU thread: the Megatron engine beside transformers' ``generate`` on the same weights.
+"""Generation on one CPU thread: the Megatron engine compared with transformers' ``generate`` on the same weights.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py [--repeats 7]
 
 Every response has the same fixed length, so both do the same work. transformers samples without log-probabilities, the
-engine reports them. A greedy run of both is compared first: different tokens end the benchmark.
+engine reports them. Greedy runs of both are compared first; different tokens stop the benchmark.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ CASES = (
 )
 
 
-def requests(case: Case, **params) -> list[Request]:
+def make_requests(case: Case, **params) -> list[Request]:
     generator = np.random.default_rng(0)
     params = SamplingParams(max_new_tokens=case.response_tokens, stop_token_ids=(), **params)
-    found = []
+    requests = []
     for number in range(case.prompts):
         token_ids = generator.integers(0, case.vocab_size, case.prompt_tokens)
         prompt = Prompt(f"p{number}", token_ids, "", "math", None, None)
         for index in range(case.group):
             seed = sample_seed(1, 0, prompt.id, index)
-            found.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
-    return found
+            requests.append(Request(f"p{number}#{index}@0", prompt, f"p{number}@0.0", seed, params))
+    return requests
 
 
 def measure(case: Case, layout, repeats: int) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
     reference.eval()
     engine = MegatronEngine(chunks, spec.vocab_size, layout)
-    sampled = requests(case)
-    token_ids = torch.from_numpy(np.stack([request.prompt.token_ids for request in sampled]))
+    requests = make_requests(case)
+    token_ids = torch.from_numpy(np.stack([request.prompt.token_ids for request in requests]))
 
     def transformers_generate(do_sample: bool) -> torch.Tensor:
         return reference.generate(
@@ -75,14 +75,14 @@ def measure(case: Case, layout, repeats: int) -> str:
             pad_token_id=0,
         )
 
-    greedy = np.stack([sample.token_ids for sample in engine.generate(requests(case, temperature=0.0))])
+    greedy = np.stack([sample.token_ids for sample in engine.generate(make_requests(case, temperature=0.0))])
     # Tokens whose logits tie to the last bit may differ; a wrong implementation differs nearly everywhere.
     agreement = float((greedy == transformers_generate(False).numpy()).mean())
-    assert agreement > 0.99, f"greedy tokens agree in {agreement:.1%} of the places only"
+    assert agreement > 0.99, f"only {agreement:.1%} of the greedy tokens agree"
     seconds = interleaved_minima(
-        {"ours": lambda: engine.generate(sampled), "transformers": lambda: transformers_generate(True)}, repeats
+        {"ours": lambda: engine.generate(requests), "transformers": lambda: transformers_generate(True)}, repeats
     )
-    tokens = len(sampled) * case.response_tokens
+    tokens = len(requests) * case.response_tokens
     return (
         f"| {case.preset} ({spec.num_layers} x {spec.hidden_size}) | {case.prompts} x {case.group} "
         f"| {case.prompt_tokens} + {case.response_tokens} | {tokens / seconds['ours']:,.0f} "

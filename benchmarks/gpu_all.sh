@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every check and benchmark that needs a GPU, in under 8 minutes, with one results file:
+# Runs every check and benchmark that needs a GPU in under 8 minutes and writes one results file:
 #
 #   benchmarks/gpu_all.sh [RESULTS.json]        (default: gpu_results.json; PYTHON=... chooses the interpreter)
 #   python benchmarks/gpu_report.py table RESULTS.json
 #
-# A part that fails or runs out of its time does not stop the others; the file says which did. Exit code: 0 where every
-# part passed, 1 where one did not, 2 where there is no GPU.
+# A part that fails or exceeds its time limit does not stop the others; the file has the outcome of each. Exit code: 0 if
+# all parts passed, 1 if one failed, 2 without a GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 results=$(realpath -m "${1:-gpu_results.json}")
@@ -19,7 +19,7 @@ fi
 
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
-began=$SECONDS
+start_seconds=$SECONDS
 
 # part NAME SECONDS COMMAND...: the command may write $parts/NAME.rows.json or, as pytest does, $parts/NAME.xml
 part() {
@@ -43,5 +43,5 @@ part kl 60 "$python" benchmarks/kl.py --device cuda --json "$parts/kl.rows.json"
 
 "$python" benchmarks/gpu_report.py collect "$parts" "$results"
 code=$?
-echo "$results written after $((SECONDS - began)) s"
+echo "$results written after $((SECONDS - start_seconds)) s"
 exit $code

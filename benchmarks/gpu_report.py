@@ -1,10 +1,10 @@
-"""The results of ``gpu_all.sh``: one JSON file of its parts, and the tables that documents take from that file.
+"""Collects the results of ``gpu_all.sh`` into one JSON file and prints them as Markdown tables.
 
     python benchmarks/gpu_report.py collect PARTS RESULTS.json     (gpu_all.sh does this)
     python benchmarks/gpu_report.py table RESULTS.json             Markdown on standard output
 
 A part is ``NAME.status.json`` (exit code, seconds), with ``NAME.rows.json`` (a benchmark's rows) or ``NAME.xml``
-(pytest's checks) beside it, and ``NAME.log``, of which the end is kept where the part failed.
+(pytest's checks) next to it, and ``NAME.log``, whose last lines are included if the part failed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Row = Mapping[str, Any]
 
 
 def collect(parts: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the parts left in the directory, as one document."""
-    found = []
+    """Return the files of all parts in the directory as one document."""
+    results = []
     for path in sorted(parts.glob("*.status.json"), key=lambda path: path.stat().st_mtime_ns):
         status = json.loads(path.read_text(encoding="utf-8"))
         name = status["name"]
@@ -41,39 +41,39 @@ def collect(parts: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
             status["checks"] = read_checks(checks)
         if status["exit"] != 0:
             status["end_of_log"] = lines[-_LOG_LINES:]
-        found.append(status)
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"measured": when, "machine": dict(machine), "parts": found}
+        results.append(status)
+    measured_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"measured": measured_at, "machine": dict(machine), "parts": results}
 
 
 def printed_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that a benchmark printed before it was ended: lines that are JSON objects."""
-    found = []
+    """Return the rows that a killed benchmark printed: lines that are JSON objects."""
+    rows = []
     for line in lines:
         if line.startswith("{"):
             try:
-                found.append(json.loads(line))
-            except ValueError:  # cut in the middle
+                rows.append(json.loads(line))
+            except ValueError:  # an incomplete line
                 continue
-    return found
+    return rows
 
 
 def read_checks(path: Path) -> list[dict[str, str]]:
-    """pytest's JUnit file: name, outcome and reason of every check."""
-    found = []
+    """Read name, outcome and reason of every check from pytest's JUnit file."""
+    checks = []
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         outcome, reason = "passed", ""
-        for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        for kind, result in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
             child = case.find(kind)
             if child is not None:
-                outcome, reason = word, next(iter((child.get("message") or "").splitlines()), "")
+                outcome, reason = result, next(iter((child.get("message") or "").splitlines()), "")
         properties = {item.get("name"): item.get("value") for item in case.iter("property")}
-        found.append({"name": case.get("name", ""), "outcome": outcome, "reason": reason, "measured": properties})
-    return found
+        checks.append({"name": case.get("name", ""), "outcome": outcome, "reason": reason, "measured": properties})
+    return checks
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: the machine, what passed, and one table a part."""
+    """Return Markdown with the machine, the outcomes, and one table per part."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in sorted(machine) if isinstance(machine[name], str))
     lines = [f"Measured {results['measured']} on {machine['capabilities']['device_name']}; {versions}.", ""]
@@ -87,29 +87,35 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _checks_table(checks: Sequence[Row]) -> list[str]:
-    counts = {word: sum(check["outcome"] == word for check in checks) for word in ("passed", "failed", "skipped")}
-    lines = [", ".join(f"{count} {word}" for word, count in counts.items()) + ".", "", "| check | outcome | measured |"]
+    counts = {
+        outcome: sum(check["outcome"] == outcome for check in checks) for outcome in ("passed", "failed", "skipped")
+    }
+    lines = [
+        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".",
+        "",
+        "| check | outcome | measured |",
+    ]
     lines.append("|---|---|---|")
     for check in checks:
-        said = "; ".join(f"{name} {value}" for name, value in check["measured"].items())
-        lines.append(f"| {check['name']} | {check['outcome']} | {_cell(said or check['reason'])} |")
+        measured = "; ".join(f"{name} {value}" for name, value in check["measured"].items())
+        lines.append(f"| {check['name']} | {check['outcome']} | {_cell(measured or check['reason'])} |")
     return [*lines, ""]
 
 
 def _rows_table(rows: Sequence[Row]) -> list[str]:
-    """A column a field, in the order of first appearance; what all rows agree on is said once, above."""
+    """Return one column per field in the order of first appearance, below a line of the values common to all rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     common = [name for name in names if len(rows) > 1 and all(row.get(name) == rows[0].get(name) for row in rows)]
-    shown = [name for name in names if name not in common]
+    varying = [name for name in names if name not in common]
     lines = []
     if common:
-        lines += ["; ".join(f"{_words(name)}: {_value(name, rows[0][name])}" for name in common) + ".", ""]
-    lines += ["| " + " | ".join(map(_words, shown)) + " |", "|" + "---|" * len(shown)]
-    lines += ["| " + " | ".join(_cell(_value(name, row.get(name))) for name in shown) + " |" for row in rows]
+        lines += ["; ".join(f"{_title(name)}: {_value(name, rows[0][name])}" for name in common) + ".", ""]
+    lines += ["| " + " | ".join(map(_title, varying)) + " |", "|" + "---|" * len(varying)]
+    lines += ["| " + " | ".join(_cell(_value(name, row.get(name))) for name in varying) + " |" for row in rows]
     return [*lines, ""]
 
 
-def _words(name: str) -> str:
+def _title(name: str) -> str:
     return name.removesuffix("_bytes").replace("_", " ") + (", GiB" if name.endswith("_bytes") else "")
 
 
@@ -131,35 +137,35 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def machine_here() -> dict[str, Any]:
-    """The machine and what is installed on it."""
+def describe_machine() -> dict[str, Any]:
+    """Return the device capabilities and the installed versions."""
     import torch
 
     from megatron_s2d.parallel import device
 
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    machine = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "megatron-core", "transformer-engine", "triton", "apex", "transformers"):
         try:
-            found[name] = importlib.metadata.version(name)
+            machine[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"capabilities": dataclasses.asdict(device.capabilities())}
+            machine[name] = None
+    return machine | {"capabilities": dataclasses.asdict(device.capabilities())}
 
 
-def main(arguments: list[str] | None = None, *, machine: Callable[[], Mapping[str, Any]] = machine_here) -> int:
+def main(arguments: list[str] | None = None, *, machine: Callable[[], Mapping[str, Any]] = describe_machine) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="parts to one file; fails where a part did not pass")
+    collecting = commands.add_parser("collect", help="parts to one file; exit code 1 if a part failed")
     collecting.add_argument("parts", type=Path)
     collecting.add_argument("results", type=Path)
     printing = commands.add_parser("table", help="Markdown of a results file")
     printing.add_argument("results", type=Path)
-    given = parser.parse_args(arguments)
-    if given.command == "table":
-        print(table(json.loads(given.results.read_text(encoding="utf-8"))), end="")
+    options = parser.parse_args(arguments)
+    if options.command == "table":
+        print(table(json.loads(options.results.read_text(encoding="utf-8"))), end="")
         return 0
-    results = collect(given.parts, machine())
-    given.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = collect(options.parts, machine())
+    options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for part in results["parts"]:
         print(f"{part['name']}: {part['outcome']}, {len(part['rows'])} rows, {len(part.get('checks', []))} checks")
     return int(any(part["outcome"] != "passed" for part in results["parts"]))

@@ -1,17 +1,19 @@
-"""Divergences at an output layer: time and memory of ``linear_divergence`` beside what people write otherwise.
+"""Divergences at an output layer: time and memory of ``linear_divergence`` compared with common alternatives.
 
     python benchmarks/kl.py --device cpu --json OUT
     python benchmarks/kl.py --device cuda --json OUT     (about a minute on an H200 by design; not run yet)
 
 Three kinds of rows. ``variant``: seconds, peak_bytes beyond operands and gradients by number of tokens, and the
 relative errors of both gradients against float64 (of 32 tokens, and of 64 vocabulary rows over all tokens). All
-variants start from the same hidden states and weights and end with the gradients of both; those that work in chunks run
-at every ``--chunk``.
-``ratio``: the bars, each variant at its fastest chunk. ``accuracy``: float32 logits of confident models against float64.
+variants start from the same hidden states and weights and return the gradients of both; chunked variants run at every
+``--chunk``. ``ratio``: the bars, each variant at its fastest chunk. ``accuracy``: float32 logits of confident models
+against float64.
 
-Times are minima over interleaved rounds; on a CPU process CPU time with one thread, on a GPU between CUDA events. Peak
-memory on a CPU is that of a process of its own. liger_kernel is not part of the environment: ``pip install
-liger-kernel==0.8.5`` beside it, on a GPU.
+Times are minima over interleaved rounds: process CPU time with one thread on a CPU, time between CUDA events on a GPU.
+Peak memory on a CPU is that of a process of its own. liger_kernel is not part of the environment: ``pip install
+liger-kernel==0.8.5`` as well, on a GPU.
+
+Shapes: t tokens, h hidden size, v vocabulary.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import HiddenStates, Logits
 
-Gradients = tuple[torch.Tensor, torch.Tensor]  # of hidden [N, d] and weight [V, d]
-_EXACT_TOKENS, _EXACT_ROWS = 32, 64  # whose gradients are compared with float64
+Gradients = tuple[torch.Tensor, torch.Tensor]  # of hidden [t, h] and weight [v, h]
+_EXACT_TOKENS, _EXACT_ROWS = 32, 64  # gradients that are compared with float64
 
 
 @dataclass
 class Operands:
-    """Student and teacher: hidden states [N, d] and output layers [V, d], standard normal and scaled to logits of 1."""
+    """Hidden states [t, h] and output layers [v, h] of student and teacher, scaled to logits of variance 1."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -64,16 +66,16 @@ class Operands:
         )  # fmt: skip
 
     def of_tokens(self, rows: slice) -> Operands:
-        """The same for some of the tokens."""
+        """Return the operands of some of the tokens."""
         return Operands(self.hidden[rows], self.weight, self.teacher_hidden[rows], self.teacher_weight)
 
     def leaves(self) -> Gradients:
-        """The student's hidden states and weight, to be differentiated."""
+        """Return the student's hidden states and weight as leaves that require gradients."""
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
 
 def ours(operands: Operands, chunk: int, name: str = "forward_kl", backend: str = "auto") -> Gradients:
-    """``linear_divergence`` with chunks of ``chunk`` tokens; on a GPU with Triton unless ``backend`` is torch."""
+    """Run ``linear_divergence`` with chunks of ``chunk`` tokens; on a GPU with Triton unless ``backend`` is torch."""
     hidden, weight = operands.leaves()
     loss, _ = linear_divergence(
         hidden,
@@ -91,7 +93,7 @@ def ours(operands: Operands, chunk: int, name: str = "forward_kl", backend: str 
 
 
 def naive(operands: Operands, chunk: int) -> Gradients:
-    """Both logits whole in float32, ``log_softmax`` and ``kl_div``."""
+    """Full float32 logits of both models, ``log_softmax`` and ``kl_div``."""
     hidden, weight = operands.leaves()
     student = torch.log_softmax((hidden @ weight.T).float(), -1)
     with torch.no_grad():
@@ -100,11 +102,11 @@ def naive(operands: Operands, chunk: int) -> Gradients:
     return hidden.grad, weight.grad
 
 
-def kept_logits(operands: Operands, chunk: int) -> Gradients:
-    """Both logits kept whole in the dtype of the operands; float32 log-softmax chunk by chunk in plain PyTorch.
+def stored_logits(operands: Operands, chunk: int) -> Gradients:
+    """Full logits of both models stored in the operands' dtype; float32 log-softmax by chunks in plain PyTorch.
 
-    The backward pass makes the softmax again. Its gradient overwrites the student's logits, which is kind to this
-    scheme: as an autograd function it would take a tensor of its own.
+    The backward pass recomputes the softmax. Its gradient overwrites the student's logits, which favours this variant:
+    an autograd function would need another tensor.
     """
     student = operands.hidden @ operands.weight.T
     teacher = operands.teacher_hidden @ operands.teacher_weight.T
@@ -122,7 +124,7 @@ def kept_logits(operands: Operands, chunk: int) -> Gradients:
 
 
 def products(operands: Operands, chunk: int) -> Gradients:
-    """The four matrix products alone, whole and in the operands' dtype: the floor."""
+    """The four matrix products alone, in the operands' dtype: the lower bound."""
     student = operands.hidden @ operands.weight.T
     teacher = operands.teacher_hidden @ operands.teacher_weight.T
     del teacher
@@ -130,7 +132,7 @@ def products(operands: Operands, chunk: int) -> Gradients:
 
 
 def liger_jsd(operands: Operands, chunk: int, accum_dtype: torch.dtype | None = torch.float32) -> Gradients:
-    """Liger-Kernel's fused linear JSD, beta 0.5; it chooses its own chunk. accum_dtype: of the weight's gradient."""
+    """Liger-Kernel's fused linear JSD, beta 0.5; it selects its chunk size. accum_dtype: of the weight gradient."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     hidden, weight = operands.leaves()
@@ -141,24 +143,24 @@ def liger_jsd(operands: Operands, chunk: int, accum_dtype: torch.dtype | None = 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to the gradients, and which divergence they are of (None: of nothing)."""
+    """A method to compute the gradients of a divergence (None: of no divergence)."""
 
     run: Callable[[Operands, int], Gradients]
     divergence: str | None = "forward_kl"
     in_chunks: bool = True
-    everywhere: bool = True  # among the defaults on a CPU too
+    cpu_default: bool = True  # also a default on a CPU
 
 
 VARIANTS = {
     "linear_divergence": Variant(ours),
-    "linear_divergence_torch": Variant(lambda *of: ours(*of, backend="torch"), everywhere=False),
-    "linear_divergence_jsd": Variant(lambda *of: ours(*of, name="jsd"), "jsd"),
+    "linear_divergence_torch": Variant(lambda *inputs: ours(*inputs, backend="torch"), cpu_default=False),
+    "linear_divergence_jsd": Variant(lambda *inputs: ours(*inputs, name="jsd"), "jsd"),
     "naive": Variant(naive, in_chunks=False),
-    "kept_logits_chunked": Variant(kept_logits),
+    "stored_logits_chunked": Variant(stored_logits),
     "matrix_products": Variant(products, None, in_chunks=False),
-    "liger_fused_linear_jsd": Variant(liger_jsd, "jsd", in_chunks=False, everywhere=False),
+    "liger_fused_linear_jsd": Variant(liger_jsd, "jsd", in_chunks=False, cpu_default=False),
     "liger_fused_linear_jsd_default": Variant(
-        lambda *of: liger_jsd(*of, accum_dtype=None), "jsd", in_chunks=False, everywhere=False
+        lambda *inputs: liger_jsd(*inputs, accum_dtype=None), "jsd", in_chunks=False, cpu_default=False
     ),
 }
 
@@ -167,21 +169,21 @@ BARS = {
     "cpu": [
         ("linear_divergence", "naive", "seconds", 0.85),
         ("linear_divergence", "naive", "peak_bytes", 1 / 24),
-        ("linear_divergence", "kept_logits_chunked", "seconds", 0.9),
+        ("linear_divergence", "stored_logits_chunked", "seconds", 0.9),
     ],
     "cuda": [
         ("linear_divergence", "matrix_products", "seconds", 1.25),
         ("linear_divergence_jsd", "liger_fused_linear_jsd", "seconds", 0.8),
         ("linear_divergence_jsd", "liger_fused_linear_jsd", "hidden_gradient_error", 1.0),
         ("linear_divergence_jsd", "liger_fused_linear_jsd", "weight_gradient_error", 1.0),
-        ("linear_divergence", "kept_logits_chunked", "seconds", 0.7),
-        ("linear_divergence", "kept_logits_chunked", "peak_bytes", 0.25),
+        ("linear_divergence", "stored_logits_chunked", "seconds", 0.7),
+        ("linear_divergence", "stored_logits_chunked", "peak_bytes", 0.25),
     ],
 }  # fmt: skip
 
 
 def exact_gradients(operands: Operands, name: str) -> Gradients:
-    """In float64 from the same operands: hidden states' of the first tokens [32, d], the weight's first rows' [64, d].
+    """Return float64 gradients: of the first hidden states [32, h] and of the first rows of the weight [64, h].
 
     The loss is the mean over all tokens.
     """
@@ -201,13 +203,13 @@ def exact_gradients(operands: Operands, name: str) -> Gradients:
     return hidden, rows
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
-    return float((found.double() - expected).norm() / expected.norm())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference relative to the norm of ``expected``."""
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Process CPU seconds, or seconds between CUDA events."""
+    """Return process CPU seconds, or seconds between CUDA events."""
     if device == "cpu":
         begin = time.process_time()
         run()
@@ -221,7 +223,7 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
 
 
 def interleaved_minima(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """Least seconds of each run over ``repeats`` rounds, the runs taking turns; the first round is warm-up."""
+    """Return the minimum seconds of each run over ``repeats`` interleaved rounds, after one warm-up round."""
     best = dict.fromkeys(runs, float("inf"))
     for number in range(repeats + 1):
         for name, run in runs.items():
@@ -232,13 +234,13 @@ def interleaved_minima(runs: dict[str, Callable[[], object]], device: str, repea
 
 
 def peak_resident_bytes() -> int:
-    """High-water mark of this process's memory (``ru_maxrss`` would begin with the parent's)."""
+    """Return the peak memory of this process (``ru_maxrss`` would include the parent's)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def extra_bytes(run: Callable[[], Gradients], operands: Operands, device: str) -> int:
-    """Peak memory of one run beyond the operands and the two gradients."""
+    """Return the peak memory of one run beyond the operands and the two gradients."""
     gradients = operands.hidden.nbytes + operands.weight.nbytes
     if device == "cpu":
         before = peak_resident_bytes()
@@ -250,8 +252,8 @@ def extra_bytes(run: Callable[[], Gradients], operands: Operands, device: str) -
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def extra_bytes_in_own_process(arguments: argparse.Namespace, variant: str, chunk: int, tokens: int) -> int:
-    """``extra_bytes`` on a CPU, where a process only ever grows."""
+def extra_bytes_in_subprocess(arguments: argparse.Namespace, variant: str, chunk: int, tokens: int) -> int:
+    """Run ``extra_bytes`` on a CPU in a new process, because the peak of a process never decreases."""
     command = [sys.executable, __file__, "--device", "cpu", "--peak-of", variant, "--tokens", str(tokens)]
     sizes = {"--vocab": [arguments.vocab], "--hidden": arguments.hidden, "--chunk": [chunk]}
     command += [str(word) for option, values in sizes.items() for word in (option, *values)]
@@ -259,7 +261,7 @@ def extra_bytes_in_own_process(arguments: argparse.Namespace, variant: str, chun
 
 
 def gathers_per_chunk(operands: Operands, chunk: int, variant: str) -> float:
-    """Exchanges between shards that a pass asks for; a lone shard answers them itself (tests count real ones)."""
+    """Return the number of gathers between shards per chunk; with one shard they are local (tests count real ones)."""
     calls = mock.Mock(side_effect=VocabShard.gather)
     with mock.patch.object(VocabShard, "gather", lambda shard, values: calls(shard, values)):
         VARIANTS[variant].run(operands, chunk)
@@ -267,12 +269,12 @@ def gathers_per_chunk(operands: Operands, chunk: int, variant: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """The rows of the variants at one vocabulary; what does not fit into memory has no row, or no peak."""
+    """Return the rows of the variants at one vocabulary; variants that run out of memory have no row or no peak."""
     device, dtype = arguments.device, torch.float32 if arguments.device == "cpu" else torch.bfloat16
     sizes = (arguments.vocab, tuple(arguments.hidden), device, dtype)
     operands = Operands.random(arguments.tokens, *sizes)
     exact = {name: exact_gradients(operands, name) for name in ("forward_kl", "jsd")}
-    runs, found = {}, {}
+    runs, errors = {}, {}
     for name in arguments.variants:
         variant = VARIANTS[name]
         for chunk in arguments.chunk if variant.in_chunks else [None]:
@@ -284,19 +286,19 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
                 continue
             row = {"hidden_gradient_error": None, "weight_gradient_error": None}
             if variant.divergence is not None:
-                for field, value, wanted in zip(row, (hidden, weight), exact[variant.divergence], strict=True):
-                    row[field] = relative(value[: len(wanted)], wanted)
+                for field, value, expected in zip(row, (hidden, weight), exact[variant.divergence], strict=True):
+                    row[field] = relative_error(value[: len(expected)], expected)
             if name.startswith("linear_divergence"):
                 row["gathers_per_chunk"] = gathers_per_chunk(operands, chunk, name)
-            runs[name, chunk], found[name, chunk] = run, row
+            runs[name, chunk], errors[name, chunk] = run, row
             del hidden, weight
     best = interleaved_minima(runs, device, arguments.repeats)
     rows = []
-    for (name, chunk), row in found.items():
+    for (name, chunk), row in errors.items():
         peaks = {}
         for tokens in arguments.peak_tokens:
             if device == "cpu":
-                peaks[tokens] = extra_bytes_in_own_process(arguments, name, chunk or arguments.chunk[0], tokens)
+                peaks[tokens] = extra_bytes_in_subprocess(arguments, name, chunk or arguments.chunk[0], tokens)
                 continue
             many = Operands.random(tokens, *sizes)
             try:
@@ -316,15 +318,15 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def ratios(rows: Sequence[dict], device: str) -> list[dict[str, object]]:
-    """The bars whose two variants were measured; both at the chunk that is fastest for them."""
-    found = []
+    """Return the ratios of the bars whose variants were both measured, each at its fastest chunk."""
+    results = []
     for vocab, (name, other, field, bar) in itertools.product(sorted({row["vocab"] for row in rows}), BARS[device]):
         fastest = {
-            which: min(
-                (row for row in rows if row["vocab"] == vocab and row["name"] == which),
+            variant: min(
+                (row for row in rows if row["vocab"] == vocab and row["name"] == variant),
                 key=lambda row: row["seconds"], default=None,
             )
-            for which in (name, other)
+            for variant in (name, other)
         }  # fmt: skip
         if None in fastest.values():
             continue
@@ -332,20 +334,20 @@ def ratios(rows: Sequence[dict], device: str) -> list[dict[str, object]]:
         if field == "peak_bytes":
             common = fastest[name][field].keys() & fastest[other][field].keys()
             pairs = {tokens: (fastest[name][field][tokens], fastest[other][field][tokens]) for tokens in sorted(common)}
-        for tokens, (own, theirs) in pairs.items():
-            found.append(
+        for tokens, (value, other_value) in pairs.items():
+            results.append(
                 {
                     "row": "ratio", "vocab": vocab, "name": name, "to": other, "of": field, "tokens": tokens,
-                    "ratio": own / theirs, "bar": bar, "met": own / theirs <= bar, "chunk": fastest[name]["chunk"],
-                    "chunk_of_other": fastest[other]["chunk"],
+                    "ratio": value / other_value, "bar": bar, "met": value / other_value <= bar,
+                    "chunk": fastest[name]["chunk"], "chunk_of_other": fastest[other]["chunk"],
                 }
             )  # fmt: skip
-    return found
+    return results
 
 
 def accuracy(vocab: int, device: str) -> list[dict[str, object]]:
-    """float32 logits of two close models, ever more confident: relative errors of value and gradient; bar 1e-5."""
-    found = []
+    """Return errors of value and gradient from float32 logits of two close, increasingly confident models; bar 1e-5."""
+    rows = []
     for lead, name in itertools.product((3.0, 15.0, 19.0, 24.0), ("forward_kl", "reverse_kl", "jsd")):
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, vocab, generator=generator)
@@ -363,23 +365,23 @@ def accuracy(vocab: int, device: str) -> list[dict[str, object]]:
                 )
             getattr(outputs, name).sum().backward()
             results.append((getattr(outputs, name).detach(), leaf.grad))
-        errors = [relative(value, wanted) for wanted, value in zip(*results, strict=True)]
-        found.append(
+        errors = [relative_error(value, expected) for expected, value in zip(*results, strict=True)]
+        rows.append(
             {
                 "row": "accuracy", "device": device, "vocab": vocab, "name": name,
                 "p_max": float(torch.softmax(z.double(), -1).max()), "value_error": errors[0],
                 "gradient_error": errors[1], "bar": 1e-5, "met": max(errors) <= 1e-5,
             }
         )  # fmt: skip
-    return found
+    return rows
 
 
 def default_variants(device: str) -> list[str]:
-    """Those that the device and what is installed can run."""
+    """Return the variants that the device and the installed packages can run."""
     if device == "cpu":
-        return [name for name, variant in VARIANTS.items() if variant.everywhere]
+        return [name for name, variant in VARIANTS.items() if variant.cpu_default]
     if importlib.util.find_spec("liger_kernel") is None:
-        print("liger_kernel is not installed: its rows are left out", file=sys.stderr)
+        print("liger_kernel is not installed: skipping its rows", file=sys.stderr)
         return [name for name in VARIANTS if "liger" not in name]
     return list(VARIANTS)
 
@@ -396,7 +398,7 @@ def main() -> None:
         "--peak-tokens", type=int, nargs="+", help="of the peak memory; default 4096 on a CPU, 8192 and 32768 on a GPU"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all that the device has")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all that the device can run")
     parser.add_argument("--peak-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"

@@ -1,14 +1,13 @@
-"""Memory of a training step beside the estimate of ``s2d plan``: what is held, and the peak of a step.
+"""Memory of a training step compared with the estimate of ``s2d plan``: persistent tensors and the peak of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --cases dense dense-full dense-bf16 ... [--json OUT]
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/memory.py --cases tp2sp pp2 dp2 ep2
 
-On a machine with a GPU the cases are others (``GPU_CASES``), and the peak is the CUDA allocator's.
+A GPU has other cases (``GPU_CASES``) and reports the peak of the CUDA allocator.
 
-Held: the storages of parameters, gradient buffers and optimizer state, walked and added. Peak: the largest sum of what
-PyTorch's CPU allocator had given out beyond that, over the events of one step (or generation) that the profiler
-records, copies inside of operators included. One row a case and pipeline stage; a case runs where its layout has as
-many ranks as were started.
+Persistent: the total size of the storages of parameters, gradient buffers and optimizer state. Peak: the largest total
+of PyTorch's CPU allocations beyond that during one step (or generation), from the profiler's events, including copies
+inside operators. One row per case and pipeline rank; a case runs if its layout has as many ranks as were started.
 """
 
 from __future__ import annotations
@@ -62,16 +61,16 @@ TEACHER = DENSE | {"num_layers": 2, "hidden_size": 384, "ffn_hidden_size": 1024}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, how it is cut, and what it trains on."""
+    """A model, its layout, and its training data."""
 
     model: dict
-    layout: str = ""  # such as tp2sp, pp2, dp2, ep2; one rank where empty
+    layout: str = ""  # such as tp2sp, pp2, dp2, ep2; empty: one rank
     precision: str = "float32"
     recompute: str = "none"
     rows: int = 8  # samples of an update
     length: int = 192
     max_tokens: int = 10**6
-    does: str = "supervised"  # or opd, generate
+    task: str = "supervised"  # or opd, generate
     fp8: str | None = None
 
     @property
@@ -96,10 +95,10 @@ CASES = {
     "llama": Case(LLAMA),
     "moe": Case(MOE),
     "moe-bf16": Case(MOE, precision="bfloat16"),
-    "opd": Case(DENSE, does="opd"),
-    "opd-batches": Case(DENSE, does="opd", max_tokens=400),
-    "generate": Case(DENSE, does="generate", rows=64, length=128),
-    "generate-bf16": Case(DENSE, does="generate", rows=64, length=128, precision="bfloat16"),
+    "opd": Case(DENSE, task="opd"),
+    "opd-batches": Case(DENSE, task="opd", max_tokens=400),
+    "generate": Case(DENSE, task="generate", rows=64, length=128),
+    "generate-bf16": Case(DENSE, task="generate", rows=64, length=128, precision="bfloat16"),
     "tp2": Case(DENSE, "tp2"),
     "tp2sp": Case(DENSE, "tp2sp"),
     "tp2sp-full": Case(DENSE, "tp2sp", recompute="full"),
@@ -108,8 +107,8 @@ CASES = {
     "dp2-bf16": Case(DENSE, "dp2", precision="bfloat16"),
     "ep2": Case(MOE, "ep2"),
     "moe-tp2sp": Case(MOE, "tp2spep2"),
-    "opd-tp2sp": Case(DENSE, "tp2sp", does="opd"),
-    "generate-tp2": Case(DENSE, "tp2", does="generate", rows=64, length=128),
+    "opd-tp2sp": Case(DENSE, "tp2sp", task="opd"),
+    "generate-tp2": Case(DENSE, "tp2", task="generate", rows=64, length=128),
 }
 
 
@@ -119,8 +118,8 @@ GPU_CASES = {
     "1.7b": Case(MEDIUM, **_LONG),
     "1.7b-full": Case(MEDIUM, recompute="full", **_LONG),
     "1.7b-fp8": Case(MEDIUM, fp8="tensorwise", **_LONG),
-    "1.7b-opd": Case(MEDIUM, does="opd", **_LONG),
-    "1.7b-generate": Case(MEDIUM, precision="bfloat16", does="generate", rows=256, length=1024),
+    "1.7b-opd": Case(MEDIUM, task="opd", **_LONG),
+    "1.7b-generate": Case(MEDIUM, precision="bfloat16", task="generate", rows=256, length=1024),
 }
 if device.capabilities().cuda:
     CASES = (
@@ -130,28 +129,28 @@ if device.capabilities().cuda:
     )
 
 
-def samples(case: Case) -> list[Sample]:
-    """Rows of one length, the second half of each a response."""
+def make_samples(case: Case) -> list[Sample]:
+    """Return samples of one length, the second half of each a response."""
     rng = np.random.default_rng(0)
-    found = []
+    samples = []
     for index in range(case.rows):
-        found.append(
+        samples.append(
             Sample(
                 id=str(index), prompt_id=str(index), group_id=str(index), domain="test", seed=index,
                 token_ids=rng.integers(0, case.model["vocab_size"], case.length),
                 response_mask=np.arange(case.length) >= case.length // 2, temperature=1.0, finish_reason="stop",
             )
         )  # fmt: skip
-    return found
+    return samples
 
 
-def storages(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the distinct storages of ``tensors``."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held_tensors(policy: MegatronModel) -> Iterator[torch.Tensor]:
-    """Parameters, and of a trainable policy gradient buffers, master weights and Adam's moments."""
+def persistent_tensors(policy: MegatronModel) -> Iterator[torch.Tensor]:
+    """Yield parameters and, for a trainable model, gradient buffers, master weights and Adam's moments."""
     for chunk in policy.chunks:
         yield from chunk.parameters()
     if policy.trainable is None:
@@ -169,10 +168,10 @@ def held_tensors(policy: MegatronModel) -> Iterator[torch.Tensor]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Largest number of bytes allocated at one time during ``run``, beyond what was there before.
+    """Return the peak of bytes allocated during ``run``, on a CPU without earlier allocations.
 
-    What is allocated and not seen to be freed is left out: gloo frees its copies in threads that no profiler watches.
-    On a GPU the most that its allocator had given out, what was there before included.
+    Allocations without a recorded free are ignored: gloo frees its copies in threads that the profiler does not record.
+    On a GPU: the peak of its allocator, including earlier allocations.
     """
     if device.capabilities().cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -180,12 +179,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    changes, open_ = [], {}
+    changes, live = [], {}
     for time, pointer, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
         if size > 0:
-            open_[pointer] = (time, size)
-        elif pointer in open_:
-            begin, size = open_.pop(pointer)
+            live[pointer] = (time, size)
+        elif pointer in live:
+            begin, size = live.pop(pointer)
             changes += [(begin, size), (time, -size)]
     current = peak = 0
     for _, size in sorted(changes):
@@ -195,7 +194,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def _allocations(events: Iterable) -> Iterator[tuple[int, int, int]]:
-    """(nanoseconds, address, bytes) of every allocation, negative where it is freed."""
+    """Yield (nanoseconds, address, bytes) of every allocation; negative bytes for a free."""
     for event in events:
         if event.tag.name == "Allocation":
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
@@ -203,7 +202,7 @@ def _allocations(events: Iterable) -> Iterator[tuple[int, int, int]]:
 
 
 def build_policy(model: dict, case: Case, layout, seed: int = 1) -> MegatronModel:
-    """A model of the case at its layout."""
+    """Build a model of the case at its layout."""
     options = ModelConfig(recompute=case.recompute, **model)
     on_gpu = device.capabilities().cuda
     policy = MegatronModel(
@@ -216,48 +215,50 @@ def build_policy(model: dict, case: Case, layout, seed: int = 1) -> MegatronMode
 
 
 def measure(case: Case) -> dict[str, object]:
-    """Bytes held and peak bytes of this rank, measured and estimated."""
+    """Measure and estimate persistent and peak bytes of this rank."""
     layout = build_layout(case.parallel)
     policy = build_policy(case.model, case, layout)
     shard = ModelShard(policy.spec, case.parallel, layout.pp_rank)
-    found, size = device.capabilities(), 4 if case.precision == "float32" else 2
-    build = Build(size, fused=found.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
-    if case.does == "generate":
-        held, estimate = [frozen_memory(shard, build, "student")], generate_estimate(case, shard, build)
+    capabilities, size = device.capabilities(), 4 if case.precision == "float32" else 2
+    build = Build(size, fused=capabilities.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
+    if case.task == "generate":
+        persistent, estimate = [frozen_memory(shard, build, "student")], generate_estimate(case, shard, build)
         step = generation(case, policy, layout)
         step()
     else:
         policy.prepare_training(OptimizerConfig(), 10)
-        held = [trained_memory(shard, build)]
+        persistent = [trained_memory(shard, build)]
         step, work, states, teacher = training(case, policy, layout)
         step()
-        train = train_phase(shard, build, work, on_gpu=found.cuda, teacher=states)
-        estimate = max(train, update_phase(shard, build, on_gpu=found.cuda), key=lambda phase: sum(phase.values()))
+        train = train_phase(shard, build, work, on_gpu=capabilities.cuda, teacher=states)
+        estimate = max(
+            train, update_phase(shard, build, on_gpu=capabilities.cuda), key=lambda phase: sum(phase.values())
+        )
         if teacher is not None:
-            held.append(frozen_memory(ModelShard(teacher.spec, case.parallel, shard.pp_rank), build, "teacher"))
-            policy_tensors = [*held_tensors(policy), *held_tensors(teacher)]
-    tensors = list(held_tensors(policy))
-    if case.does == "opd":
+            persistent.append(frozen_memory(ModelShard(teacher.spec, case.parallel, shard.pp_rank), build, "teacher"))
+            policy_tensors = [*persistent_tensors(policy), *persistent_tensors(teacher)]
+    tensors = list(persistent_tensors(policy))
+    if case.task == "opd":
         tensors = policy_tensors
-    peak, there = peak_bytes(step), storages(tensors)
+    peak, persistent_bytes = peak_bytes(step), storage_bytes(tensors)
     return {
-        "stage": shard.pp_rank,
-        "held": there,
-        "held_estimate": sum(item.total for item in held),
-        "peak": peak - there if found.cuda else peak,
+        "pp_rank": shard.pp_rank,
+        "persistent": persistent_bytes,
+        "persistent_estimate": sum(item.total for item in persistent),
+        "peak": peak - persistent_bytes if capabilities.cuda else peak,
         "peak_estimate": sum(estimate.values()),
         "parts": estimate,
     }
 
 
 def training(case: Case, policy: MegatronModel, layout):
-    """(one update as a function, its workload, what the estimate needs of a teacher, the teacher)."""
-    batch = samples(case)
-    column = "divergence_weight" if case.does == "opd" else "supervised_weight"
+    """Return (one update as a function, its workload, the teacher inputs of the estimate, the teacher)."""
+    batch = make_samples(case)
+    column = "divergence_weight" if case.task == "opd" else "supervised_weight"
     columns = {column: [1e-3] * len(batch)}
     teacher = source = states = None
     objective = sft_objective()
-    if case.does == "opd":
+    if case.task == "opd":
         model = {"preset": "qwen3-4b", "vocab_size": 151_936} if device.capabilities().cuda else TEACHER
         teacher = build_policy(model, case, layout, seed=2)
         teacher.freeze()
@@ -280,7 +281,7 @@ def training(case: Case, policy: MegatronModel, layout):
 
 
 def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object]:
-    """A function that answers ``rows`` prompts, four times each, with responses of full length."""
+    """Return a function that generates ``rows`` responses of full length, four per prompt."""
     engine = MegatronEngine(policy.chunks, policy.spec.vocab_size, layout)
     rng = np.random.default_rng(0)
     params = SamplingParams(max_new_tokens=case.length // 2, stop_token_ids=(), temperature=1.0)
@@ -293,30 +294,30 @@ def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object
 
 
 def generate_estimate(case: Case, shard: ModelShard, build: Build) -> dict[str, int]:
-    """The estimate of ``generation``."""
+    """Return the estimate of ``generation``."""
     half = case.length // 2
     phases = generate_phases(
         shard, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
         sampling=SamplingConfig(max_response_length=half), rollout=RolloutConfig(),
     )  # fmt: skip
-    return max(phases.values(), key=lambda found: sum(found.values()))
+    return max(phases.values(), key=lambda phase: sum(phase.values()))
 
 
 def error(estimate: float, measured: float) -> float:
-    """Relative error of an estimate."""
+    """Return the relative error of an estimate."""
     return estimate / measured - 1
 
 
-def row_of(name: str, found: dict) -> dict[str, object]:
-    """A case's measurement with its three errors: of what is held, of the peak beyond it, of both together."""
-    total = found["held"] + found["peak"]
-    estimate = found["held_estimate"] + found["peak_estimate"]
+def row_of(name: str, result: dict) -> dict[str, object]:
+    """Return a case's measurement with the errors of persistent memory, of the peak beyond it, and of their sum."""
+    total = result["persistent"] + result["peak"]
+    estimate = result["persistent_estimate"] + result["peak_estimate"]
     return (
         {"case": name}
-        | found
+        | result
         | {
-            "held_error": error(found["held_estimate"], found["held"]),
-            "peak_error": error(found["peak_estimate"], found["peak"]),
+            "persistent_error": error(result["persistent_estimate"], result["persistent"]),
+            "peak_error": error(result["peak_estimate"], result["peak"]),
             "total_error": error(estimate, total),
         }
     )
@@ -324,7 +325,9 @@ def row_of(name: str, found: dict) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all with as many ranks as started")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASES), help="default: all that need the started number of ranks"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -332,19 +335,19 @@ def main() -> None:
     names = arguments.cases or [name for name in CASES if CASES[name].parallel.world_size == dist.get_world_size()]
     rows = []
     for name in names:
-        everyone: list[dict] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, measure(CASES[name]))
-        for stage in range(CASES[name].parallel.pipeline_model_parallel_size):
-            fullest = max((item for item in everyone if item["stage"] == stage), key=lambda item: item["peak"])
+        by_rank: list[dict] = [{}] * dist.get_world_size()
+        dist.all_gather_object(by_rank, measure(CASES[name]))
+        for pp_rank in range(CASES[name].parallel.pipeline_model_parallel_size):
+            fullest = max((item for item in by_rank if item["pp_rank"] == pp_rank), key=lambda item: item["peak"])
             rows.append(row_of(name, fullest))
     if dist.get_rank() == 0:
-        print("| case | stage | held, MiB | error | peak beyond, MiB | error | together |")
+        print("| case | pp rank | persistent, MiB | error | peak beyond, MiB | error | total |")
         print("|---|---|---|---|---|---|---|")
         for row in rows:
-            print(
-                f"| {row['case']} | {row['stage']} | {row['held'] / 2**20:.1f} | {100 * row['held_error']:+.1f} % "
-                f"| {row['peak'] / 2**20:.1f} | {100 * row['peak_error']:+.1f} % | {100 * row['total_error']:+.1f} % |"
-            )
+            persistent, peak = (f"{row[key] / 2**20:.1f}" for key in ("persistent", "peak"))
+            errors = [f"{100 * row[f'{key}_error']:+.1f} %" for key in ("persistent", "peak", "total")]
+            name = f"{row['case']} | {row['pp_rank']}"
+            print(f"| {name} | {persistent} | {errors[0]} | {peak} | {errors[1]} | {errors[2]} |")
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     shutdown_distributed()

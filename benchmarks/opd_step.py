@@ -1,11 +1,11 @@
-"""A distillation step against the exact full-vocabulary KL beside the same step with the sampled token only.
+"""Time of a distillation step with the exact full-vocabulary KL, relative to one with sampled tokens only.
 
     python benchmarks/opd_step.py [--json OUT]
 
 Both sides: one teacher forward pass, student forward and backward, no optimizer (it is the same for both). ``exact``:
-the teacher's hidden states, and the KL over the whole vocabulary inside the student's loss. ``sampled``: the teacher's
-log-probabilities of the sampled tokens, and a policy loss. Sides take turns. Target on one H200: exact at most 1.05
-times sampled. Student and teacher have the shapes of Qwen3-1.7B and Qwen3-8B.
+the teacher's hidden states, and the KL over the full vocabulary inside the student's loss. ``sampled``: the teacher's
+log-probabilities of the sampled tokens, and a policy loss. Rounds are interleaved. Target on one H200: exact at most
+1.05 times sampled. Student and teacher have the shapes of Qwen3-1.7B and Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_s2d.train.megatron_model import MegatronModel
 
 
 def exact_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sample], kind: str) -> Callable[[], float]:
-    """A function that does one step and returns the loss."""
+    """Return a function that runs one step and returns the loss."""
     weights = {"divergence_weight": [1 / sum(sample.response_length for sample in samples)] * len(samples)}
     source = FullTeacher(student, TeacherRouter({None: teacher}))
     update, objective = MiniBatch(samples, weights), divergence_objective(kind)
@@ -41,7 +41,7 @@ def exact_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sam
 
 
 def sampled_step(student: MegatronModel, teacher: MegatronModel, samples: list[Sample]) -> Callable[[], float]:
-    """The same with log p_teacher(token) as the advantage; the subtraction of the student's is part of neither side."""
+    """Return the same with log p_teacher(token) as the advantage; neither side subtracts the student's log p."""
     weights = {"policy_weight": [1 / sum(sample.response_length for sample in samples)] * len(samples)}
     objective = policy_distillation_objective(Surrogate(on_policy=True))
 
@@ -73,11 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
             "exact forward_kl": exact_step(student, teacher, samples, "forward_kl"),
             "exact reverse_kl": exact_step(student, teacher, samples, "reverse_kl"),
         }
-        found: dict[str, list[float]] = {name: [] for name in steps}
+        times: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(setup.repeats):
             for name, step in steps.items():
-                found[name].append(seconds_of(step, 1, warm_up=2 if number == 0 else 0))
-        seconds = {name: float(np.median(values)) for name, values in found.items()}
+                times[name].append(seconds_of(step, 1, warm_up=2 if number == 0 else 0))
+        seconds = {name: float(np.median(values)) for name, values in times.items()}
         for name, value in seconds.items():
             setup.add(
                 student=student_preset,

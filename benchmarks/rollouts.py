@@ -1,10 +1,10 @@
-"""Tokens a second of the rollout phase with an SGLang server, beside SGLang's own benchmark client at the same load.
+"""Rollout throughput with an SGLang server, compared with SGLang's own benchmark client at the same load.
 
     python benchmarks/rollouts.py --preset tiny-student --json OUT
     python benchmarks/rollouts.py --preset qwen3-1.7b --precision bfloat16 --requests 512 --json OUT      (on a GPU)
 
-Both ask the same server, with as many requests in flight, for responses of a fixed length with log-probabilities to
-different random prompts. Ours also checks every reply and makes samples. Turns are taken, and the best round of each
+Both send random prompts to the same server, with the same number of requests in flight, for responses of a fixed length
+with log-probabilities. Ours also checks every reply and builds samples. Rounds alternate, and the best round of each
 counts. Bar: 0.95 of the client's rate.
 """
 
@@ -32,20 +32,20 @@ from megatron_s2d.rollout.sglang.backend import sglang_server_group
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
-def requests(options: argparse.Namespace, vocab_size: int, round_number: int) -> list[Request]:
-    """Prompts that no round shares, or the server would have their keys and values already."""
+def make_requests(options: argparse.Namespace, vocab_size: int, round_number: int) -> list[Request]:
+    """Return prompts that differ between rounds, so that the server has no cached prefix of them."""
     generator = np.random.default_rng(round_number)
     params = SamplingParams(options.response_tokens, ())
-    found = []
+    requests = []
     for number in range(options.requests):
         token_ids = generator.integers(0, vocab_size, options.prompt_tokens)
         prompt = Prompt(f"r{round_number}p{number}", token_ids, "", "math", None, None)
-        found.append(Request(f"{prompt.id}#0@0", prompt, prompt.id, number, params))
-    return found
+        requests.append(Request(f"{prompt.id}#0@0", prompt, prompt.id, number, params))
+    return requests
 
 
 def client_rate(options: argparse.Namespace, url: str, tokenizer: Path, seed: int) -> float:
-    """Tokens a second that SGLang's client measures."""
+    """Return the tokens per second measured by SGLang's client."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "out.jsonl"
         command = [
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--python", help="interpreter that has sglang; without it this one")
+    parser.add_argument("--python", help="interpreter with sglang; default: this one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     initialize_distributed()
@@ -90,9 +90,9 @@ def main() -> None:
             (url,) = engine.urls
             rates: dict[str, list[float]] = {"rollouts": [], "client": []}
             for round_number in range(options.repeats + 1):  # the first is warm-up
-                asked = requests(options, len(tokenizer), round_number)
+                requests = make_requests(options, len(tokenizer), round_number)
                 begin = time.perf_counter()
-                samples = engine.generate(asked)
+                samples = engine.generate(requests)
                 rates["rollouts"].append(sum(s.response_length for s in samples) / (time.perf_counter() - begin))
                 rates["client"].append(client_rate(options, url, directory / "client", round_number))
         finally:

@@ -1,10 +1,10 @@
-"""The forward pass of one tensor-parallel rank's share of a Llama-70B-shaped teacher, and its output layer.
+"""Forward pass and output layer of one tensor-parallel rank of a Llama-70B-shaped teacher.
 
     python benchmarks/teacher_forward.py [--json OUT]
 
-One of eight ranks: 8 query heads, one key head, an eighth of the MLP and of the vocabulary, all 80 layers, run alone, so
-without the two all-reduces a layer that eight ranks would add. Tokens a second of the share are those of the teacher if
-communication were free.
+One of eight ranks: 8 query heads, one key head, an eighth of the MLP and of the vocabulary, all 80 layers, run alone,
+without the two all-reduces per layer of eight ranks. Its tokens per second are those of the teacher if communication
+were free.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ RANKS = 8
 
 
 def shard_spec() -> ModelSpec:
-    """What one of ``RANKS`` tensor-parallel ranks holds of the teacher, as a model of its own."""
-    whole = spec_of("llama-3.3-70b") if ON_GPU else spec_of("tiny-llama", num_attention_heads=8, num_query_groups=8)
+    """Return the shard of one of ``RANKS`` tensor-parallel ranks as a model of its own."""
+    full = spec_of("llama-3.3-70b") if ON_GPU else spec_of("tiny-llama", num_attention_heads=8, num_query_groups=8)
     return spec_of(
         "llama-3.3-70b" if ON_GPU else "tiny-llama",
-        num_attention_heads=whole.num_attention_heads // RANKS,
-        num_query_groups=whole.num_query_groups // RANKS,
-        head_dim=whole.head_dim,
-        ffn_hidden_size=whole.ffn_hidden_size // RANKS,
-        vocab_size=whole.vocab_size // RANKS if ON_GPU else whole.vocab_size,
+        num_attention_heads=full.num_attention_heads // RANKS,
+        num_query_groups=full.num_query_groups // RANKS,
+        head_dim=full.head_dim,
+        ffn_hidden_size=full.ffn_hidden_size // RANKS,
+        vocab_size=full.vocab_size // RANKS if ON_GPU else full.vocab_size,
     )
 
 
 def measure(spec: ModelSpec, recipe: str | None, setup: Setup) -> None:
-    """Rows of one precision: the pass that exact distributions take, and the one that sampled tokens take."""
+    """Add the rows of one precision: the pass for exact distributions and the one for sampled tokens."""
     teacher = random_policy(spec, setup.layout, fp8=None if recipe is None else Fp8Config(recipe=recipe))
     teacher.freeze()
     shard = ModelShard(spec, ParallelConfig(), 0)

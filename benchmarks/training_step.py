@@ -1,10 +1,10 @@
-"""A training step on one CPU thread: Megatron's schedule, DDP and distributed optimizer beside plain PyTorch.
+"""Training step on one CPU thread: Megatron's schedule, DDP and distributed optimizer against plain PyTorch.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py [--repeats 7]
 
 Both sides compute the mean cross-entropy of the same micro-batches on the same weights, accumulate gradients, clip them
 and update with AdamW. The plain side is transformers' model with ``torch.optim.AdamW``. The losses of the first three
-steps and the gradient norms are compared first: a difference ends the benchmark.
+steps and the gradient norms are compared first; a difference stops the benchmark.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Step = Callable[[], tuple[float, float]]
 
 
 def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[torch.Tensor], vocab_size: int) -> Step:
-    """A function that makes one update and returns (mean loss, gradient norm)."""
+    """Return a function that runs one update and returns (mean loss, gradient norm)."""
     trainable = TrainableModel(chunks, layout, OPTIMIZER, total_steps=10**6)
     count = sum(batch[:, 1:].numel() for batch in batches)
 
@@ -70,7 +70,7 @@ def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[t
 
 
 def plain_step(model: torch.nn.Module, batches: list[torch.Tensor]) -> Step:
-    """The same in plain PyTorch."""
+    """Return the same in plain PyTorch."""
     count = sum(batch[:, 1:].numel() for batch in batches)
     betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
     optimizer = torch.optim.AdamW(model.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.adam_eps, OPTIMIZER.weight_decay)
@@ -95,16 +95,16 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def measure(case: Case, layout: Layout, repeats: int) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
     generator = torch.Generator().manual_seed(0)
     shape = (case.rows, case.length)
     batches = [torch.randint(0, case.vocab_size, shape, generator=generator) for _ in range(case.micro_batches)]
     ours, plain = megatron_step(chunks, layout, batches, spec.vocab_size), plain_step(reference, batches)
     for _ in range(3):
-        found, expected = ours(), plain()
-        agree = all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, expected, strict=True))
-        assert agree, f"(loss, gradient norm) {found} against {expected}"
+        results, expected = ours(), plain()
+        agree = all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(results, expected, strict=True))
+        assert agree, f"(loss, gradient norm) {results} against {expected}"
     seconds = interleaved_minima({"ours": ours, "plain": plain}, repeats)
     tokens = case.micro_batches * case.rows * case.length
     return (

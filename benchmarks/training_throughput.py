@@ -1,12 +1,12 @@
-"""Tokens a second and MFU of a whole update (forward, backward, clipping, Adam) with random weights, bf16 and FP8.
+"""Throughput and MFU of a complete update (forward, backward, clipping, Adam) with random weights, bf16 and FP8.
 
     python benchmarks/training_throughput.py [--json OUT]
 
-One sequence of 4,096 or of 16,384 tokens a micro-batch, four or two micro-batches an update, supervised loss at every
-position.
-Shapes are those of Qwen3-1.7B (whole) and Qwen3-8B, of which as many layers are kept as fit with Adam's state beside
-them (``s2d plan``'s estimate, 85 % of the memory). Targets on one H200: MFU of at least 45 % in bf16, FP8 at least 1.3
-times bf16 at the 8B shape. MFU counts 3 x the forward pass's operations, nothing recomputed, against the bf16 peak.
+One sequence of 4,096 or of 16,384 tokens per micro-batch, four or two micro-batches per update, supervised loss at
+every position. Shapes are those of Qwen3-1.7B (all layers) and Qwen3-8B, with as many layers as fit together with
+Adam's state (``s2d plan``'s estimate, 85 % of the memory). Targets on one H200: MFU of at least 45 % in bf16, FP8 at
+least 1.3 times bf16 at the 8B shape. MFU counts 3 x the FLOPs of the forward pass, without recomputation, against the
+bf16 peak.
 """
 
 from __future__ import annotations
@@ -66,27 +66,27 @@ CPU_CASES = (Case("tiny-student", 48), Case("tiny-student", 48, "tensorwise"))
 
 
 def fitting(spec: ModelSpec, case: Case, fused: bool) -> ModelSpec:
-    """The model with as many layers as are estimated to fit into 85 % of the device's memory, an even number."""
+    """Return the model with the largest even number of layers estimated to fit into 85 % of the device memory."""
     memory = 0.85 * torch.cuda.get_device_properties(0).total_memory
     for layers in range(spec.num_layers, 0, -2):
-        found = dataclasses.replace(spec, num_layers=layers)
-        shard, build = ModelShard(found, ParallelConfig(), 0), Build(2, fused=fused, fp8=True)
+        candidate = dataclasses.replace(spec, num_layers=layers)
+        shard, build = ModelShard(candidate, ParallelConfig(), 0), Build(2, fused=fused, fp8=True)
         work = Workload(MicroBatchShape(case.tokens, case.tokens, case.tokens), case.micro_batches)
         if trained_memory(shard, build).total + sum(train_phase(shard, build, work, on_gpu=True).values()) <= memory:
-            return found
+            return candidate
     return dataclasses.replace(spec, num_layers=1)
 
 
 def measure(case: Case, setup: Setup) -> None:
-    """One row; a case that this machine lacks FP8 for says so."""
-    found = device.capabilities()
+    """Add one row, also for an FP8 case that this machine does not support."""
+    capabilities = device.capabilities()
     row = {"preset": case.preset, "tokens": case.tokens, "precision": case.fp8 or ("bfloat16" if ON_GPU else "float32")}
-    if case.fp8 is not None and not found.transformer_engine:
+    if case.fp8 is not None and not capabilities.transformer_engine:
         setup.add(**row, skipped="no Transformer Engine")
         return
     spec = spec_of(case.preset)
     if ON_GPU:
-        spec = fitting(spec, case, found.transformer_engine)
+        spec = fitting(spec, case, capabilities.transformer_engine)
     fp8 = None if case.fp8 is None else Fp8Config(recipe=case.fp8)
     policy = random_policy(spec, setup.layout, fp8=fp8)
     policy.max_tokens = case.tokens
@@ -105,7 +105,7 @@ def measure(case: Case, setup: Setup) -> None:
     setup.add(
         **row,
         layers=spec.num_layers,
-        transformer_engine=found.transformer_engine,
+        transformer_engine=capabilities.transformer_engine,
         seconds=seconds,
         tokens_per_second=count / seconds,
         tflops_per_second=flops / seconds / 1e12,

@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps run with tiny models on a CPU; results of the GPU script become one file and tables."""
+"""The benchmarks run with tiny models on a CPU, and the results of the GPU script become one file and tables."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ CHECKS = """<testsuites><testsuite>
 
 
 @pytest.mark.parametrize(
-    "name,shows",
+    ("name", "fields"),
     [
         ("training_throughput", {"tokens_per_second", "mfu", "layers", "peak_bytes"}),
         ("opd_step", {"against_sampled", "loss", "tokens_per_second"}),
@@ -33,32 +33,32 @@ CHECKS = """<testsuites><testsuite>
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU benchmarks/gpu_all.sh runs them at their sizes")
-def test_benchmarks_run_on_a_cpu(name, shows, tmp_path):
+def test_benchmarks_run_on_a_cpu(name, fields, tmp_path):
     output = tmp_path / "rows.json"
     importlib.import_module(name).main(["--json", str(output)])
     rows = [row for row in json.loads(output.read_text()) if "skipped" not in row]
-    assert rows and all(shows <= row.keys() and row["device"] == "CPU" for row in rows)
+    assert rows and all(fields <= row.keys() and row["device"] == "CPU" for row in rows)
     assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_script_says_in_one_line_that_there_is_no_gpu(tmp_path):
+def test_gpu_script_without_a_gpu_prints_a_one_line_error(tmp_path):
     results = tmp_path / "results.json"
-    done = subprocess.run(
+    result = subprocess.run(
         [BENCHMARKS / "gpu_all.sh", results], env={**os.environ, "PYTHON": sys.executable}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and not results.exists()
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 1 and "sees no CUDA device" in done.stderr
+    assert result.returncode == 2 and not results.exists()
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1 and "sees no CUDA device" in result.stderr
 
 
-def test_the_parts_are_given_less_than_eight_minutes_together():
+def test_time_limits_of_the_parts_sum_to_less_than_eight_minutes():
     limits = [int(line.split()[2]) for line in (BENCHMARKS / "gpu_all.sh").read_text().splitlines()
               if line.startswith("part ")]  # fmt: skip
     assert len(limits) == 7 and sum(limits) < 480
 
 
-def test_results_are_one_file_with_what_failed_and_why(tmp_path, capsys):
+def test_results_are_one_file_with_failures_and_reasons(tmp_path, capsys):
     parts = tmp_path / "parts"
     parts.mkdir()
 
@@ -76,13 +76,13 @@ def test_results_are_one_file_with_what_failed_and_why(tmp_path, capsys):
     results = tmp_path / "results.json"
     assert gpu_report.main(["collect", str(parts), str(results)], machine=lambda: MACHINE) == 1
     document = json.loads(results.read_text())
-    found = {part["name"]: part for part in document["parts"]}
-    assert {name: part["outcome"] for name, part in found.items()} == {
+    by_name = {part["name"]: part for part in document["parts"]}
+    assert {name: part["outcome"] for name, part in by_name.items()} == {
         "checks": "failed", "training": "passed", "kl": "out of time",
     }  # fmt: skip
-    assert [check["outcome"] for check in found["checks"]["checks"]] == ["passed", "skipped", "failed"]
-    assert found["checks"]["checks"][2]["reason"] == "assert 2 <= 1" and found["checks"]["end_of_log"] == ["boom"]
-    assert found["training"]["rows"] == rows and found["kl"]["rows"] == [{"name": "ours", "seconds": 0.5}]
+    assert [check["outcome"] for check in by_name["checks"]["checks"]] == ["passed", "skipped", "failed"]
+    assert by_name["checks"]["checks"][2]["reason"] == "assert 2 <= 1" and by_name["checks"]["end_of_log"] == ["boom"]
+    assert by_name["training"]["rows"] == rows and by_name["kl"]["rows"] == [{"name": "ours", "seconds": 0.5}]
     capsys.readouterr()
     assert gpu_report.main(["table", str(results)]) == 0
     printed = capsys.readouterr().out
@@ -92,10 +92,10 @@ def test_results_are_one_file_with_what_failed_and_why(tmp_path, capsys):
     assert "| 45.1 % | 2.00 | 1.235 |  |" in printed and "### kl: out of time (3 s)" in printed
 
 
-def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
-    """The script itself, with an interpreter that pretends: checks fail, a benchmark crashes, the others leave rows."""
-    pretender = tmp_path / "python"
-    pretender.write_text(
+def test_failing_part_does_not_stop_the_others(tmp_path):
+    """The script with a fake interpreter: checks fail, a benchmark crashes, the others write rows."""
+    fake_python = tmp_path / "python"
+    fake_python.write_text(
         "#!/usr/bin/env bash\n"
         'case "$*" in\n'
         "  -c*) exit 0 ;;\n"
@@ -106,13 +106,13 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
         'while [ "$1" != --json ]; do shift; done\n'
         """echo '[{"tokens_per_second": 5}]' > "$2"\n"""
     )
-    pretender.chmod(0o755)
+    fake_python.chmod(0o755)
     results = tmp_path / "results.json"
-    done = subprocess.run(
-        [BENCHMARKS / "gpu_all.sh", results], env={**os.environ, "PYTHON": str(pretender)}, capture_output=True,
+    result = subprocess.run(
+        [BENCHMARKS / "gpu_all.sh", results], env={**os.environ, "PYTHON": str(fake_python)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    assert result.returncode == 1, result.stderr
     parts = {part["name"]: part for part in json.loads(results.read_text())["parts"]}
     assert list(parts) == ["checks", "training", "opd_step", "teacher_forward", "memory", "generation", "kl"]
     assert [name for name, part in parts.items() if part["outcome"] != "passed"] == ["checks", "opd_step"]

@@ -1,10 +1,10 @@
-"""Seconds and GB/s of bringing a model's weights to an SGLang server, by each way, the proof of every push included.
+"""Seconds and GB/s of a weight update of an SGLang server by each method, including its checks.
 
-    python benchmarks/weight_push.py --preset qwen3-0.6b --json OUT
-    python benchmarks/weight_push.py --preset qwen3-8b --precision bfloat16 --json OUT      (on a GPU)
+    python benchmarks/weight_update.py --preset qwen3-0.6b --json OUT
+    python benchmarks/weight_update.py --preset qwen3-8b --precision bfloat16 --json OUT      (on a GPU)
 
-One server on this machine, random weights. ``push`` is what ``metrics.jsonl`` has as weight_sync/gb_per_s: full tensors
-from the trainer's layout, sent, loaded. ``whole`` adds the probes that every push must pass. The best of the repeats.
+One server on this machine, random weights. ``transfer`` is weight_sync/gb_per_s in ``metrics.jsonl``: full tensors are
+gathered from the trainer's layout, sent and loaded. ``total`` adds the checks of every update. The best of the repeats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--preset", default="qwen3-0.6b")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--python", help="interpreter that has sglang; without it this one")
+    parser.add_argument("--python", help="interpreter with sglang; default: this one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     initialize_distributed()
@@ -41,33 +41,35 @@ def main() -> None:
         spec = ModelConfig(preset=options.preset).resolve(len(tokenizer))
         policy = MegatronModel(spec, layout, precision=options.precision, max_tokens=4096, seed=1)
 
-        def fleet(sync: str, urls=()) -> ServerGroup:
+        def server_group(sync: str, urls=()) -> ServerGroup:
             settings = RolloutConfig(engine="sglang", sglang=SglangConfig(weight_sync=sync, python=options.python))
             directory = Path(name) / f"{sync}{len(urls)}"
             return sglang_server_group(
                 policy.chunks, spec, layout, policy.score, settings, directory, urls=urls, tokenizer=tokenizer
             )
 
-        started = fleet("disk")
+        owner = server_group("disk")
         try:
             for sync in ("disk", "distributed", "tensor"):
-                attached = fleet(sync, [server.url for server in started.pool.servers])  # with a first push
+                attached = server_group(sync, [server.url for server in owner.pool.servers])  # includes a first update
                 times = []
                 for version in range(1, options.repeats + 1):
                     begin = time.perf_counter()
                     attached.update_weights(policy.chunks, version)
                     times.append((attached.last_update.seconds, time.perf_counter() - begin))
-                push, whole = map(min, zip(*times, strict=True))
+                transfer, total = map(min, zip(*times, strict=True))
                 size = attached.last_update.num_bytes / 1e9
-                rows.append({"preset": options.preset, "precision": options.precision, "sync": sync, "gigabytes": size,
-                             "push_seconds": push, "gb_per_second": size / push, "whole_seconds": whole})  # fmt: skip
+                rows.append({
+                    "preset": options.preset, "precision": options.precision, "sync": sync, "gigabytes": size,
+                    "transfer_seconds": transfer, "gb_per_second": size / transfer, "total_seconds": total,
+                })  # fmt: skip
                 attached.close()
         finally:
-            started.close()
+            owner.close()
     print("| `weight_sync` | GB | transfer, s | GB/s | total, s |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| `{row['sync']}` | {row['gigabytes']:.2f} | {row['push_seconds']:.2f} | {row['gb_per_second']:.2f} "
-              f"| {row['whole_seconds']:.2f} |")  # fmt: skip
+        fields = ("gigabytes", "transfer_seconds", "gb_per_second", "total_seconds")
+        print(f"| `{row['sync']}` | " + " | ".join(f"{row[field]:.2f}" for field in fields) + " |")
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1))
 
