@@ -114,6 +114,7 @@ def test_failing_part_does_not_stop_the_others(tmp_path):
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     parts = {part["name"]: part for part in json.loads(results.read_text())["parts"]}
-    assert list(parts) == ["checks", "training", "opd_step", "teacher_forward", "memory", "generation", "kl"]
-    assert [name for name, part in parts.items() if part["outcome"] != "passed"] == ["checks", "opd_step"]
+    # Not in order: parts that end within one tick of the file system's clock have equal times.
+    assert set(parts) == {"checks", "training", "opd_step", "teacher_forward", "memory", "generation", "kl"}
+    assert {name for name, part in parts.items() if part["outcome"] != "passed"} == {"checks", "opd_step"}
     assert parts["kl"]["rows"] == [{"tokens_per_second": 5}] and parts["checks"]["end_of_log"] == ["broken"]
