@@ -1,8 +1,8 @@
-"""Laws through the points of a sweep: power laws with bootstrap intervals, and efficiency along layouts. No torch here.
+"""Fits power laws with bootstrap intervals to the points of a sweep, and computes scaling efficiency. No torch here.
 
-A power law is fitted by least squares on logarithms (x and y). Its interval is a percentile bootstrap: problems are
-drawn anew, the same ones for every point, and so are the seeds of each point, which covers other problems and other
-training runs; with a single seed and a loss there is nothing to draw from, and no interval.
+A power law is fitted by least squares on the logarithms of x and y. Its interval is a percentile bootstrap over
+problems (the same resample for every point) and over the seeds of each point, so it covers other problems and other
+training runs. A loss from a single seed cannot be resampled and gets no interval.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class PowerLaw:
 
     scale: float
     exponent: float
-    interval: tuple[float, float] | None  # 95 %, of the exponent; None where nothing could be drawn anew
-    points: tuple[tuple[float, float], ...]  # (x, y), the mean over seeds
+    interval: tuple[float, float] | None  # 95 %, of the exponent; None without anything to resample
+    points: tuple[tuple[float, float], ...]  # (x, mean of y over seeds)
     r_squared: float  # of the logarithms
-    dropped: int = 0  # resamples without a positive y somewhere, left out of the interval
+    dropped: int = 0  # resamples with a y that is not positive, left out of the interval
 
     def __call__(self, x: float) -> float:
         return self.scale * x**self.exponent
@@ -35,7 +35,7 @@ class PowerLaw:
 
 @dataclasses.dataclass(frozen=True)
 class Observations:
-    """What was seen at one x: per seed one number, or (accuracies) one number a problem."""
+    """Measurements at one x: one number per seed, or for accuracies one per seed and problem."""
 
     x: float
     values: np.ndarray  # [seeds] or [seeds, problems] float64
@@ -46,9 +46,10 @@ class Observations:
 
 
 def fit_power_law(observed: Sequence[Observations], *, complement: bool = False, seed: int = 0) -> PowerLaw:
-    """The law through the means at three or more different x; ``complement``: of 1 - y (errors from accuracies).
+    """Fit the law through the means at three or more different x.
 
-    Raises ``UserError`` for fewer points, and where a mean is not positive.
+    With ``complement`` the law is that of 1 - y (errors from accuracies). Raises ``UserError`` for fewer points, or if
+    a mean is not positive.
     """
     if len({item.x for item in observed}) < 3:
         raise UserError(f"a power law needs three different x; there are {len({item.x for item in observed})}")
@@ -56,12 +57,13 @@ def fit_power_law(observed: Sequence[Observations], *, complement: bool = False,
     x = np.log([item.x for item in observed])
     y = np.array([complement + sign * item.mean for item in observed])
     if (y <= 0).any():
-        place = observed[int((y <= 0).argmax())].x
-        raise UserError(f"a power law needs positive values; at x = {place:g} it is {y.min():g}")
+        first = observed[int((y <= 0).argmax())].x
+        raise UserError(f"a power law needs positive values; at x = {first:g} it is {y.min():g}")
     exponent, offset = np.polyfit(x, np.log(y), 1)
-    left = np.log(y) - (exponent * x + offset)
-    spread = np.log(y) - np.log(y).mean()
-    r_squared = 1 - float(left @ left) / float(spread @ spread) if spread @ spread > 0 else 1.0
+    residuals = np.log(y) - (exponent * x + offset)
+    deviations = np.log(y) - np.log(y).mean()
+    variance = float(deviations @ deviations)
+    r_squared = 1 - float(residuals @ residuals) / variance if variance > 0 else 1.0
     interval, dropped = _interval(observed, x, complement, np.random.default_rng(seed))
     points = tuple((item.x, float(value)) for item, value in zip(observed, y, strict=True))
     return PowerLaw(math.exp(offset), float(exponent), interval, points, r_squared, dropped)
@@ -94,17 +96,17 @@ def _interval(
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Throughput of one layout beside the smallest."""
+    """Throughput of one layout, relative to the smallest."""
 
     label: str
     ranks: int
     tokens_per_step: float  # over all ranks
     tokens_per_second: float
-    efficiency: float  # tokens a second and rank, against the layout with the fewest ranks
+    efficiency: float  # tokens per second and rank, relative to the layout with the fewest ranks
 
 
 def scaling_kind(rows: Sequence[Efficiency]) -> str:
-    """``strong`` where a step has the same tokens everywhere, ``weak`` where its tokens grow with the ranks."""
+    """Return ``strong`` for equal tokens per step, ``weak`` for equal tokens per step and rank, else ``mixed``."""
     tokens = np.array([row.tokens_per_step for row in rows])
     per_rank = tokens / np.array([row.ranks for row in rows])
     if np.ptp(tokens) <= 0.1 * tokens.mean():
@@ -113,10 +115,10 @@ def scaling_kind(rows: Sequence[Efficiency]) -> str:
 
 
 def efficiencies(measured: Mapping[str, tuple[int, float, float]]) -> list[Efficiency]:
-    """From label -> (ranks, tokens of a step, tokens a second), fewest ranks first."""
+    """Return efficiencies of label -> (ranks, tokens per step, tokens per second), fewest ranks first."""
     order = sorted(measured, key=lambda label: measured[label][0])
-    ranks, _, speed = measured[order[0]]
-    base = speed / ranks
+    ranks, _, rate = measured[order[0]]
+    base = rate / ranks
     return [
         Efficiency(label, count, tokens, rate, rate / count / base)
         for label, (count, tokens, rate) in ((label, measured[label]) for label in order)

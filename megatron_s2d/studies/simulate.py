@@ -1,10 +1,10 @@
-"""``s2d simulate``: seconds, tokens a second and memory of on-policy distillation on clusters nobody has at hand.
+"""``s2d simulate``: predicts time and memory of on-policy distillation on clusters that are not at hand.
 
-One step of stage 2b with the whole distribution, in the order of ``train/loop.py`` and by the model of ``costs/timing.py``:
-prefill and decoding of the responses, the teacher's forward passes, the student's passes with the divergence, update,
-and new weights to servers where there are any. Kernel times and bandwidths that were measured go in through the file;
-what was not is a data-sheet number times an assumption, and is printed as such. Left out: grading, input, checkpoints,
-failures, and anything that runs at the same time as something else. No torch here.
+One OPD step with the full-vocabulary divergence, in the order of ``train/loop.py`` and by the models of ``estimate/``:
+prefill and decoding of the responses, teacher forward, student passes with the divergence, optimizer step, and the
+weight update of the servers if there are any. Measured kernel times and bandwidths come from the simulation file; every
+other rate is a data-sheet number times an assumption, and is printed as such. Not modelled: grading, data loading,
+checkpoints, failures and overlap. No torch here.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ _COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One number of GPUs."""
+    """The prediction for one number of GPUs."""
 
     num_gpus: int
-    seconds: Mapping[str, float]  # phase -> seconds of a step
-    tokens: float  # prompt and response tokens of a step
-    mfu: float  # of the student's training operations, over the whole step
-    memory: int  # peak bytes of the fullest rank
+    seconds: Mapping[str, float]  # phase -> seconds per step
+    tokens: float  # prompt and response tokens per step
+    mfu: float  # FLOPs of training the student, over the duration of the step
+    memory: int  # largest peak of a rank, in bytes
 
     @property
     def total(self) -> float:
-        """Seconds of a step."""
+        """Seconds per step."""
         return sum(self.seconds.values())
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.total
 
 
@@ -76,48 +76,48 @@ def load_simulation(path: Path) -> SimulationConfig:
 
 
 def machine_from_config(config: SimulationConfig) -> Machine:
-    """The data sheet with what was measured in place of what would be assumed."""
-    gpu, taken, measured = gpu_of(config.gpu), config.assumptions, config.measured
+    """Return the GPU of the data sheet with measured rates in place of assumed ones."""
+    gpu, assumed, measured = gpu_of(config.gpu), config.assumptions, config.measured
     changes: dict[str, float] = {}
     if measured.matmuls:
         rate = sum(2 * item.m * item.n * item.k for item in measured.matmuls)
         rate /= sum(item.seconds for item in measured.matmuls)
-        changes["matmul_efficiency"] = _share(rate, gpu.bf16_flops, "measured.matmuls", "FLOP/s")
+        changes["matmul_efficiency"] = _fraction_of_peak(rate, gpu.bf16_flops, "measured.matmuls", "FLOP/s")
     if measured.memory_bandwidth is not None:
-        changes["memory_efficiency"] = _share(
+        changes["memory_efficiency"] = _fraction_of_peak(
             measured.memory_bandwidth, gpu.memory_bandwidth, "measured.memory_bandwidth", "bytes/s"
         )
-    if measured.node_bandwidth is not None:  # the machine multiplies by the efficiency again
-        gpu = dataclasses.replace(gpu, link_bandwidth=measured.node_bandwidth / taken.link_efficiency)
+    if measured.node_bandwidth is not None:  # Machine multiplies by the efficiency again
+        gpu = dataclasses.replace(gpu, link_bandwidth=measured.node_bandwidth / assumed.link_efficiency)
     if measured.network_bandwidth is not None:
-        changes["network_bandwidth"] = measured.network_bandwidth / taken.link_efficiency
+        changes["network_bandwidth"] = measured.network_bandwidth / assumed.link_efficiency
     if measured.latency is not None:
         changes["latency"] = measured.latency
-    return Machine(gpu, taken.model_copy(update=changes))
+    return Machine(gpu, assumed.model_copy(update=changes))
 
 
-def _share(found: float, peak: float, where: str, unit: str) -> float:
-    if found > peak:
-        raise UserError(f"{where}: {found:.3g} {unit} is above the data sheet's {peak:.3g}; check it and the `gpu`")
-    return found / peak
+def _fraction_of_peak(rate: float, peak: float, where: str, unit: str) -> float:
+    if rate > peak:
+        raise UserError(f"{where}: {rate:.3g} {unit} is above the data sheet's {peak:.3g}; check it and the `gpu`")
+    return rate / peak
 
 
 def predict(config: SimulationConfig) -> list[Prediction]:
-    """Every number of GPUs, in order; ``UserError`` for a layout that does not divide."""
+    """Predict every number of GPUs, in order; raise ``UserError`` for a layout that does not divide the models."""
     machine, smallest = machine_from_config(config), min(config.num_gpus)
     student, teacher = config.student.resolve(), config.teacher.resolve()
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
-            f"teacher and student have {teacher.vocab_size} and {student.vocab_size} tokens: "
+            f"teacher and student have vocabularies of {teacher.vocab_size} and {student.vocab_size} tokens: "
             "they must share one vocabulary"
         )
-    found = []
+    predictions = []
     for count in sorted(config.num_gpus):
         prompts = config.train_batch_size
         if config.scaling == "weak":
             prompts = prompts * count // smallest
-        found.append(_Step(config, machine, student, teacher, count, prompts).prediction())
-    return found
+        predictions.append(_Step(config, machine, student, teacher, count, prompts).prediction())
+    return predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +144,18 @@ class _Step:
         responses = self.prompts * self.config.num_generations
         if responses < parallel.data_parallel_size:
             raise UserError(
-                f"{self.count} GPUs leave {parallel.data_parallel_size} data ranks for {responses} responses a step; "
-                "raise train_batch_size, or set scaling: weak"
+                f"{self.count} GPUs have {parallel.data_parallel_size} data-parallel ranks but only {responses} "
+                "responses per step; increase train_batch_size, or set scaling: weak"
             )
         return parallel
 
     def prediction(self) -> Prediction:
         config = self.config
         share = config.teacher_parallel or config.parallel
-        own = self._layout(config.parallel, self.student, "parallel")
-        its = self._layout(share, self.teacher, "teacher_parallel")
-        trainer = ModelOnMachine(self.student, own, Build(2, True, config.student.recompute), self.machine)
-        scorer = ModelOnMachine(self.teacher, its, Build(2, True), self.machine)
+        student_layout = self._layout(config.parallel, self.student, "parallel")
+        teacher_layout = self._layout(share, self.teacher, "teacher_parallel")
+        trainer = ModelOnMachine(self.student, student_layout, Build(2, True, config.student.recompute), self.machine)
+        scorer = ModelOnMachine(self.teacher, teacher_layout, Build(2, True), self.machine)
         seconds = self._rollout(trainer) | self._training(trainer, scorer)
         tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens)
         flops = 3 * model_flops(self.student, tokens, (config.prompt_tokens + config.response_tokens) / 2)
@@ -176,7 +176,7 @@ class _Step:
         return dataclasses.replace(trainer, parallel=parallel)
 
     def _rollout(self, trainer: ModelOnMachine) -> dict[str, float]:
-        """Rows that end are replaced until none is left, and the longest response is waited for."""
+        """Finished rows are replaced while requests remain, and the step waits for the longest response."""
         config, engine = self.config, self._engine(trainer)
         engines = engine.parallel.data_parallel_size
         requests = self.prompts * config.num_generations / engines
@@ -194,7 +194,7 @@ class _Step:
             "weight sync": sync,
         }
 
-    def _work(self, parallel: ParallelConfig):
+    def _workload(self, parallel: ParallelConfig):
         config = self.config
         return workload(
             self.prompts * config.num_generations,
@@ -205,27 +205,27 @@ class _Step:
         )
 
     def _training(self, trainer: ModelOnMachine, scorer: ModelOnMachine) -> dict[str, float]:
-        work, at = self._work(trainer.parallel), self._work(scorer.parallel)
-        found = trainer.train_seconds(work, self.teacher)
-        loss = found["loss"]
+        student_work, teacher_work = self._workload(trainer.parallel), self._workload(scorer.parallel)
+        seconds = trainer.train_seconds(student_work, self.teacher)
+        loss = seconds["loss"]
         measured = self.config.measured.kl
         if measured is not None:
-            done = measured.vocab * (3 * measured.hidden + measured.teacher_hidden)
-            wanted = trainer.shard.local_vocab_size * (3 * self.student.hidden_size + self.teacher.hidden_size)
-            responses = work.num_micro_batches * work.batch.response_tokens
-            loss = responses * measured.seconds / measured.tokens * wanted / done
-        travel = 0.0
+            measured_size = measured.vocab * (3 * measured.hidden + measured.teacher_hidden)
+            size = trainer.shard.local_vocab_size * (3 * self.student.hidden_size + self.teacher.hidden_size)
+            num_tokens = student_work.num_micro_batches * student_work.batch.response_tokens
+            loss = num_tokens * measured.seconds / measured.tokens * size / measured_size
+        transfer = 0.0
         if scorer.parallel != trainer.parallel:
-            places = (scorer.parallel, trainer.parallel)
-            responses = at.response_tokens * scorer.parallel.data_parallel_size
-            travel = hidden_state_traffic(self.teacher, responses, 2, *places).seconds(self.machine)
+            num_tokens = teacher_work.response_tokens * scorer.parallel.data_parallel_size
+            traffic = hidden_state_traffic(self.teacher, num_tokens, 2, scorer.parallel, trainer.parallel)
+            transfer = traffic.seconds(self.machine)
         passes = ("layers", "tensor, pipeline, expert traffic", "pipeline idle")
         return {
-            "teacher forward": scorer.score_seconds(at, outputs=False),
-            "teacher states": travel,
-            "student passes": sum(found[name] for name in passes),
+            "teacher forward": scorer.score_seconds(teacher_work, outputs=False),
+            "teacher states": transfer,
+            "student passes": sum(seconds[name] for name in passes),
             "KL": loss,
-            "update": found["gradients and weights"] + found["optimizer"],
+            "update": seconds["gradients and weights"] + seconds["optimizer"],
         }
 
     # ------------------------------------------------------------------------------ memory
@@ -256,93 +256,100 @@ class _Step:
                 rollout=rollout,
             ).values()
         )  # fmt: skip
-        found = 0
+        peak = 0
         for shard in pipeline_shards(self.student, trainer.parallel):
-            train = train_phase(shard, build, self._work(trainer.parallel), on_gpu=True, teacher=states)
-            found = max(found, trained_memory(shard, build).total + max(sum(train.values()), decode))
-        return found + teacher + server
+            train = train_phase(shard, build, self._workload(trainer.parallel), on_gpu=True, teacher=states)
+            peak = max(peak, trained_memory(shard, build).total + max(sum(train.values()), decode))
+        return peak + teacher + server
 
 
 # ---------------------------------------------------------------------------------- output
 
 
 def print_simulation(config: SimulationConfig, out: Path | None, console: Console) -> None:
-    """Tables on the terminal; with ``out`` also Markdown, a page, CSV and plots."""
-    found, machine = predict(config), machine_from_config(config)
-    sheets = [_main(config, found, machine), _phases(found)]
+    """Print tables; with ``out`` also write Markdown, a page, CSV and plots."""
+    predictions, machine = predict(config), machine_from_config(config)
+    sheets = [_main(config, predictions, machine), _phases(predictions)]
     for sheet in sheets:
         sheet.print(console)
     if out is not None:
-        plots = {"phases": _plot_phases(found), "efficiency": _plot_efficiency(config, found)}
+        plots = {"phases": _plot_phases(predictions), "efficiency": _plot_efficiency(config, predictions)}
         page = write_sheets(out, "simulation", config.name, config.description, sheets, plots)
-        (out / "simulation.csv").write_text(_phases(found).as_csv(), encoding="utf-8")
+        (out / "simulation.csv").write_text(_phases(predictions).as_csv(), encoding="utf-8")
         console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _efficiency(found: Sequence[Prediction]) -> list[float]:
-    base = found[0].rate / found[0].num_gpus
-    return [item.rate / item.num_gpus / base for item in found]
+def _efficiency(predictions: Sequence[Prediction]) -> list[float]:
+    base = predictions[0].rate / predictions[0].num_gpus
+    return [item.rate / item.num_gpus / base for item in predictions]
 
 
-def _main(config: SimulationConfig, found: Sequence[Prediction], machine: Machine) -> Sheet:
+def _main(config: SimulationConfig, predictions: Sequence[Prediction], machine: Machine) -> Sheet:
     rows = []
-    for item, efficiency in zip(found, _efficiency(found), strict=True):
+    for item, efficiency in zip(predictions, _efficiency(predictions), strict=True):
         fits = "yes" if item.memory <= machine.usable_memory else "NO"
         rows.append([
             str(item.num_gpus), f"{item.total:.2f}", f"{item.rate:,.0f}", f"{item.rate / item.num_gpus:,.0f}",
             f"{100 * item.mfu:.1f} %", f"{100 * efficiency:.0f} %", format_bytes(item.memory), fits,
         ])  # fmt: skip
-    columns = ["GPUs", "seconds a step", "tokens/s", "tokens/s a GPU", "MFU of training", f"{config.scaling} scaling"]
+    columns = [
+        "GPUs",
+        "seconds per step",
+        "tokens/s",
+        "tokens/s per GPU",
+        "MFU of training",
+        f"{config.scaling} scaling",
+    ]
     title = f"{config.name}: predicted, not measured"
     return Sheet(title, [*columns, "peak of a rank", "fits"], rows, [*_basis(config), *assumptions(machine)])
 
 
 def _basis(config: SimulationConfig) -> list[str]:
-    """Which rates were measured and which are assumed."""
+    """Return which rates were measured and which are assumed."""
     measured = config.measured
     names = {
-        "products": bool(measured.matmuls),
+        "matmuls": bool(measured.matmuls),
         "divergence": measured.kl is not None,
         "memory bandwidth": measured.memory_bandwidth is not None,
         "bandwidth in a node": measured.node_bandwidth is not None,
         "bandwidth between nodes": measured.network_bandwidth is not None,
         "latency": measured.latency is not None,
     }
-    given = [name for name, known in names.items() if known]
-    taken = [name for name, known in names.items() if not known]
+    measured_rates = [name for name, is_measured in names.items() if is_measured]
+    assumed_rates = [name for name, is_measured in names.items() if not is_measured]
     return [
-        f"measured, from the file: {', '.join(given) or 'nothing'}",
-        f"ASSUMED, data sheet times efficiency: {', '.join(taken) or 'nothing'}",
+        f"measured, from the file: {', '.join(measured_rates) or 'nothing'}",
+        f"ASSUMED, data sheet times efficiency: {', '.join(assumed_rates) or 'nothing'}",
     ]
 
 
-def _phases(found: Sequence[Prediction]) -> Sheet:
-    rows = [[str(item.num_gpus), *(f"{item.seconds[phase]:.3f}" for phase in PHASES)] for item in found]
-    return Sheet("Seconds of a step by phase", ["GPUs", *PHASES], rows)
+def _phases(predictions: Sequence[Prediction]) -> Sheet:
+    rows = [[str(item.num_gpus), *(f"{item.seconds[phase]:.3f}" for phase in PHASES)] for item in predictions]
+    return Sheet("Seconds per step by phase", ["GPUs", *PHASES], rows)
 
 
-def _plot_phases(found: Sequence[Prediction]) -> bytes:
+def _plot_phases(predictions: Sequence[Prediction]) -> bytes:
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    place, bottom = np.arange(len(found)), np.zeros(len(found))
+    positions, bottom = np.arange(len(predictions)), np.zeros(len(predictions))
     for phase, color in zip(PHASES, _COLORS, strict=True):
-        values = np.array([item.seconds[phase] for item in found])
+        values = np.array([item.seconds[phase] for item in predictions])
         if values.any():
-            axes.bar(place, values, bottom=bottom, color=color, label=phase, width=0.65)
+            axes.bar(positions, values, bottom=bottom, color=color, label=phase, width=0.65)
             bottom += values
-    axes.set_xticks(place, [str(item.num_gpus) for item in found])
+    axes.set_xticks(positions, [str(item.num_gpus) for item in predictions])
     axes.set_xlabel("GPUs")
-    axes.set_ylabel("seconds a step, predicted")
+    axes.set_ylabel("seconds per step, predicted")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     tidy(axes, "y")
     return as_png(figure)
 
 
-def _plot_efficiency(config: SimulationConfig, found: Sequence[Prediction]) -> bytes:
+def _plot_efficiency(config: SimulationConfig, predictions: Sequence[Prediction]) -> bytes:
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.add_subplot()
-    counts = [item.num_gpus for item in found]
-    axes.plot(counts, [100 * value for value in _efficiency(found)], "o-", color=BLUE)
+    counts = [item.num_gpus for item in predictions]
+    axes.plot(counts, [100 * value for value in _efficiency(predictions)], "o-", color=BLUE)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_ylim(0, 110)

@@ -1,8 +1,8 @@
-"""``s2d sweep``: the points of a grid as ordinary runs below one directory, one after the other.
+"""``s2d sweep``: runs the points of a grid as ordinary runs below one directory, one after another.
 
-Every point is a workflow of its own under OUT/POINT: it resumes and is reused like any run, and can be looked at with
-``s2d eval``. A point that fails is listed and the rest goes on. How a point is run is a function that is handed in, so
-that a launcher can submit it instead. No torch here.
+Every point is a workflow with its own directory OUT/POINT: it resumes and is reused like any run, and ``s2d eval``
+reads it. A point that fails is listed and the others run. The function that runs a point is a parameter, so that a
+launcher can submit it instead. No torch here.
 """
 
 from __future__ import annotations
@@ -39,25 +39,24 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Its directory below the sweep's."""
+        """Name of its directory below that of the sweep."""
         return "_".join([*(f"{axis}-{label}" for axis, label in self.choice.items()), f"seed-{self.seed}"])
 
 
 RunPoint = Callable[[Point, Path, Console], None]
-"""Brings a point's run to its end in the directory given (or sees to it that another machine will), or raises
-``UserError`` or ``JobCrashed``."""
+"""Runs a point in a directory (or submits it to another machine); raises ``UserError`` or ``JobCrashed``."""
 
 
 def run_here(point: Point, run_dir: Path, console: Console) -> None:
-    """The point as ``s2d run`` would run it, on this machine."""
+    """Run the point on this machine, as ``s2d run`` does."""
     from megatron_s2d.workflow.runner import run_workflow
 
     run_workflow(point.config, run_dir, console)
 
 
 def expand_points(sweep: SweepConfig) -> list[Point]:
-    """Every point, seeds innermost; a mistake in workflow or grid is a ``UserError`` that names the point."""
-    found = []
+    """Return every point, seeds innermost; raise a ``UserError`` that names the point for a mistake in it."""
+    points = []
     for choice in sweep.choices():
         settings = dict(sweep.set)
         for axis, label in choice.items():
@@ -69,15 +68,15 @@ def expand_points(sweep: SweepConfig) -> list[Point]:
                 config = load_workflow(sweep.workflow, [*overrides, f"seed={seed}"])
             except UserError as error:
                 raise UserError(f"point {where or 'base'}: {error}") from None
-            found.append(Point(choice, seed, config))
-    _check_names(sweep, found)
-    return found
+            points.append(Point(choice, seed, config))
+    _check_names(sweep, points)
+    return points
 
 
 def _check_names(sweep: SweepConfig, points: list[Point]) -> None:
-    wanted = [("contrasts", item.arm) for item in sweep.contrasts] + [("fits", item.arm) for item in sweep.fits]
+    arms = [("contrasts", item.arm) for item in sweep.contrasts] + [("fits", item.arm) for item in sweep.fits]
     for point in points:
-        for where, arm in wanted:
+        for where, arm in arms:
             if arm not in point.config.arms:
                 raise UserError(f"{where}: the workflow has no arm '{arm}' (arms: {', '.join(point.config.arms)})")
         for item in sweep.efficiency:
@@ -86,7 +85,7 @@ def _check_names(sweep: SweepConfig, points: list[Point]) -> None:
 
 
 def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoint = run_here) -> list[Point]:
-    """Run what is not finished; returns all points. An interruption ends it."""
+    """Run the unfinished points and return all points; an interruption ends the sweep."""
     points = expand_points(sweep)
     atomic_write_json(out / "sweep.json", dump(sweep))
     for number, point in enumerate(points, 1):
@@ -95,7 +94,7 @@ def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoi
         if is_finished(point, run_dir):
             console.print(f"{head}: finished", markup=False, highlight=False)
             continue
-        console.print(f"{head}: runs", markup=False, highlight=False)
+        console.print(f"{head}: running", markup=False, highlight=False)
         marker = run_dir / FAILURE_NAME
         marker.unlink(missing_ok=True)
         try:
@@ -108,24 +107,24 @@ def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoi
 
 
 def unfinished_points(points: list[Point], out: Path) -> dict[str, str]:
-    """Points that have no result, with the reason."""
-    found = {}
+    """Return point -> reason for the points that have no result."""
+    reasons = {}
     for point in points:
         marker = out / point.name / FAILURE_NAME
         if not is_finished(point, out / point.name):
-            found[point.name] = marker.read_text(encoding="utf-8").strip() if marker.exists() else "not finished"
-    return found
+            reasons[point.name] = marker.read_text(encoding="utf-8").strip() if marker.exists() else "not finished"
+    return reasons
 
 
 def is_finished(point: Point, run_dir: Path) -> bool:
-    """Whether the run in ``run_dir`` has this point's configuration and its results."""
+    """Return whether the run in ``run_dir`` has this point's configuration and results."""
     if not (run_dir / "results.json").exists() or read_json(run_dir / "config.json") != dump(point.config):
         return False
     return not any(job.is_pending for job in make_plan(point.config, run_dir))
 
 
 def print_points(sweep: SweepConfig, out: Path, console: Console) -> None:
-    """What would run, each with its checks and the estimated peak of a rank; nothing is written."""
+    """Print the points with their checks and the estimated peak memory of a rank; write nothing."""
     import tempfile
 
     table = Table("point", "ranks", "stages", "peak of a CPU rank", "labels", "state", title=f"{sweep.name}: points")
@@ -138,12 +137,12 @@ def print_points(sweep: SweepConfig, out: Path, console: Console) -> None:
 def _checked_cells(point: Point, run_dir: Path, scratch: Path) -> list[str]:
     ranks = str(point.config.parallel.world_size)
     try:
-        checked = check_workflow(point.config, scratch)
+        preflight = check_workflow(point.config, scratch)
     except UserError as error:
         return [ranks, "-", "-", "-", f"cannot run: {error}"]
-    memory = checked.memory(on_gpu=False)
-    peak = max(found.total for found in memory.values())
-    entries: list[Any] = [entry for entry in checked.ledger.entries(checked.stages) if entry.labels_used]
-    labels = {key for entry in entries for key in checked.ledger.keys(entry.prompts)}
+    memory = preflight.memory(on_gpu=False)
+    peak = max(stage.total for stage in memory.values())
+    entries: list[Any] = [entry for entry in preflight.ledger.entries(preflight.stages) if entry.labels_used]
+    labels = {key for entry in entries for key in preflight.ledger.keys(entry.prompts)}
     state = "finished" if is_finished(point, run_dir) else "unfinished" if run_dir.exists() else "new"
-    return [ranks, str(len(checked.stages)), format_bytes(peak), str(len(labels)), state]
+    return [ranks, str(len(preflight.stages)), format_bytes(peak), str(len(labels)), state]

@@ -1,4 +1,4 @@
-"""What a sweep leaves: results.csv, results.md, results.html and plots/. No torch here."""
+"""Writes the report of a sweep: results.csv, results.md, results.html and plots/. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLORS = (BLUE, ORANGE, GREEN, GREY, INK)
 
 
 def write_sweep(results: SweepResults, out: Path, console: Console) -> Path:
-    """Write everything and print the tables; returns the path of the page."""
+    """Write the files, print the tables and return the path of the page."""
     sheets = [_main(results), _contrasts(results), _fits(results), *_efficiency(results), _failures(results)]
     shown = [sheet for sheet in sheets if sheet.rows or sheet.notes]
     atomic_write_text(out / "results.csv", _csv(results))
@@ -45,7 +45,7 @@ def _main(results: SweepResults) -> Sheet:
         ])  # fmt: skip
     notes = [
         "avg@k with one standard error over problems. tokens/s, MFU and wall time: all stages that lead to the arm, "
-        "sampling included. Peak: resident memory of a rank on a CPU, allocated memory on a GPU."
+        "including sampling. Peak: resident memory of a rank on a CPU, allocated memory on a GPU."
     ]
     return Sheet("Results", [*columns, "peak of a rank", "wall time"], rows, notes)
 
@@ -55,7 +55,7 @@ def _mfu(row: ArmRow) -> str:
 
 
 def _csv(results: SweepResults) -> str:
-    """The main table in plain numbers."""
+    """Return the main table as CSV with unrounded numbers."""
     axes = list(results.sweep.grid)
     columns = [*axes, "seed", "arm", "accuracy", "std_err", "k", "problems", "parameters", "ranks"]
     columns += ["tokens_per_second", "mfu", "peak_bytes", "wall_seconds", "final_loss"]
@@ -72,7 +72,7 @@ def _csv(results: SweepResults) -> str:
     return Sheet("", columns, rows).as_csv()
 
 
-def _words(choice: Mapping[str, object]) -> str:
+def _describe(choice: Mapping[str, object]) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in choice.items()) or "-"
 
 
@@ -82,19 +82,19 @@ def _contrasts(results: SweepResults) -> Sheet:
         comparison = item.comparison
         low, high = comparison.interval
         rows.append([
-            item.contrast.arm, f"{_words(item.contrast.a)} − {_words(item.contrast.b)}", _words(item.others),
+            item.contrast.arm, f"{_describe(item.contrast.a)} − {_describe(item.contrast.b)}", _describe(item.others),
             ", ".join(map(str, item.seeds)), points(comparison.difference, comparison.std_err),
             f"{points(low)} to {points(high)}", f"{comparison.p_value:.3f}", str(comparison.num_problems),
         ])  # fmt: skip
-    columns = ["arm", "contrast", "with", "seeds", "points", "95 % interval", "p", "problems"]
-    notes = ["Paired problem by problem, the seeds' samples pooled; intervals speak of other problems."] if rows else []
+    columns = ["arm", "contrast", "fixed", "seeds", "points", "95 % interval", "p", "problems"]
+    notes = ["Paired by problem, with the samples of all seeds pooled; intervals are over problems."] if rows else []
     return Sheet("Matched contrasts", columns, rows, notes)
 
 
 def _fits(results: SweepResults) -> Sheet:
     rows = []
     for item in results.fits:
-        head = [item.fit.arm, f"{item.fit.y} against {item.fit.x}", _words(item.others)]
+        head = [item.fit.arm, f"{item.fit.y} against {item.fit.x}", _describe(item.others)]
         if item.law is None:
             rows.append([*head, "-", "-", "-", "-", item.reason])
             continue
@@ -104,12 +104,12 @@ def _fits(results: SweepResults) -> Sheet:
         rows.append([
             *head, f"{law.scale:.4g}", f"{law.exponent:+.3f}", interval, f"{law.r_squared:.3f}", note,
         ])  # fmt: skip
-    columns = ["arm", "law", "with", "scale", "exponent", "95 % interval", "R² of logarithms", "note"]
+    columns = ["arm", "law", "fixed", "scale", "exponent", "95 % interval", "R² of logarithms", "note"]
     return Sheet("Power laws: y = scale · x^exponent", columns, rows)
 
 
 def _efficiency(results: SweepResults) -> list[Sheet]:
-    found = []
+    sheets = []
     for stage, others, rows in results.efficiencies:
         cells = [
             [row.label, str(row.ranks), f"{row.tokens_per_step:,.0f}", f"{row.tokens_per_second:,.0f}",
@@ -117,14 +117,14 @@ def _efficiency(results: SweepResults) -> list[Sheet]:
         ]  # fmt: skip
         kind = scaling_kind(rows)
         note = {
-            "strong": "A step has the same tokens everywhere: strong scaling.",
-            "weak": "A step's tokens grow with the ranks: weak scaling.",
-            "mixed": "Neither a step's tokens nor its tokens a rank are the same: read the efficiencies with care.",
+            "strong": "Every layout has the same tokens per step: strong scaling.",
+            "weak": "The tokens per step grow with the ranks: weak scaling.",
+            "mixed": "Neither tokens per step nor tokens per rank are equal: the efficiencies are hard to compare.",
         }[kind]
-        title = f"Efficiency of {stage}" + (f", {_words(others)}" if others else "")
-        columns = ["layout", "ranks", "tokens a step", "tokens/s", "efficiency a rank"]
-        found.append(Sheet(title, columns, cells, [note]))
-    return found
+        title = f"Efficiency of {stage}" + (f", {_describe(others)}" if others else "")
+        columns = ["layout", "ranks", "tokens per step", "tokens/s", "efficiency per rank"]
+        sheets.append(Sheet(title, columns, cells, [note]))
+    return sheets
 
 
 def _failures(results: SweepResults) -> Sheet:
@@ -132,35 +132,35 @@ def _failures(results: SweepResults) -> Sheet:
 
 
 def _plots(results: SweepResults) -> dict[str, bytes]:
-    found = {}
+    plots = {}
     if results.rows:
-        found["accuracy"] = _plot_accuracy(results)
+        plots["accuracy"] = _plot_accuracy(results)
     for number, item in enumerate(results.fits):
         if item.law is not None:
-            found[f"fit_{number}_{item.fit.arm}"] = _plot_fit(item, item.law)
+            plots[f"fit_{number}_{item.fit.arm}"] = _plot_fit(item, item.law)
     for number, (stage, _, rows) in enumerate(results.efficiencies):
-        found[f"efficiency_{number}_{stage}"] = _plot_efficiency(stage, rows)
-    return found
+        plots[f"efficiency_{number}_{stage}"] = _plot_efficiency(stage, rows)
+    return plots
 
 
 def _plot_accuracy(results: SweepResults) -> bytes:
-    """avg@k of every arm at every point, seeds side by side."""
-    choices = list(dict.fromkeys(_words(row.point.choice) for row in results.rows))
+    """Plot avg@k of every arm at every point, with one mark for each seed."""
+    choices = list(dict.fromkeys(_describe(row.point.choice) for row in results.rows))
     arms = list(dict.fromkeys(row.arm for row in results.rows))
     figure = Figure(figsize=(8.4, 1.2 + 0.3 * len(choices) * max(1, len(arms) / 2)), layout="constrained")
     axes = figure.add_subplot()
     for number, arm in enumerate(arms):
-        own = [row for row in results.rows if row.arm == arm]
+        arm_rows = [row for row in results.rows if row.arm == arm]
         offset = 0.6 * ((number + 0.5) / len(arms) - 0.5)
-        place = [choices.index(_words(row.point.choice)) + offset for row in own]
-        error = [row.accuracy.std_err or 0.0 for row in own]
+        positions = [choices.index(_describe(row.point.choice)) + offset for row in arm_rows]
+        error = [row.accuracy.std_err or 0.0 for row in arm_rows]
         axes.errorbar(
-            [100 * row.accuracy.mean for row in own], place, xerr=[100 * value for value in error], fmt="o",
+            [100 * row.accuracy.mean for row in arm_rows], positions, xerr=[100 * value for value in error], fmt="o",
             color=_COLORS[number % len(_COLORS)], markersize=4, linewidth=1, label=arm,
         )  # fmt: skip
     axes.set_yticks(range(len(choices)), choices, fontsize=8, parse_math=False)
     axes.set_ylim(len(choices) - 0.5, -0.5)
-    axes.set_xlabel("avg@k, %, with one standard error over problems; one mark a seed")
+    axes.set_xlabel("avg@k, %, with one standard error over problems; one mark per seed")
     axes.legend(fontsize=8, frameon=False, loc="best")
     tidy(axes, "x")
     return as_png(figure)
@@ -177,7 +177,7 @@ def _plot_fit(item: FitRow, law: PowerLaw) -> bytes:
     axes.set_yscale("log")
     axes.set_xlabel(item.fit.x, parse_math=False)
     axes.set_ylabel(f"{item.fit.y} of {item.fit.arm}", parse_math=False)
-    axes.set_title(f"exponent {law.exponent:+.3f}, {_words(item.others)}", fontsize=9, loc="left", parse_math=False)
+    axes.set_title(f"exponent {law.exponent:+.3f}, {_describe(item.others)}", fontsize=9, loc="left", parse_math=False)
     tidy(axes, "both")
     return as_png(figure)
 

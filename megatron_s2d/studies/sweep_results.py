@@ -1,4 +1,4 @@
-"""From the finished runs of a sweep to its table, contrasts, fits and efficiencies. No torch here."""
+"""Collects the table, contrasts, power laws and efficiencies of a sweep from its finished runs. No torch here."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ class ArmRow:
     k: int
     parameters: int  # of the arm's model
     ranks: int
-    tokens_per_second: float  # of all steps of the arm's training stages, sampling included
-    mfu: float | None  # None where the sweep names no GPU
-    peak_memory: int | None  # bytes of the fullest rank; None for runs from before it was recorded
-    wall_seconds: float  # of the stages that lead to the arm, resumes included
+    tokens_per_second: float  # over all steps of the arm's training stages, including sampling
+    mfu: float | None  # None if the sweep names no GPU
+    peak_memory: int | None  # largest peak of a rank, in bytes; None if the run did not record it
+    wall_seconds: float  # of the stages that lead to the arm, including resumes
     evaluation: Evaluation
-    losses: np.ndarray  # of the last tenth of the last training stage's steps
+    losses: np.ndarray  # of the last tenth of the steps of the last training stage
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastRow:
-    """Two values, everything else the same; the seeds are pooled problem by problem."""
+    """A comparison of two values with everything else equal; seeds are pooled problem by problem."""
 
     contrast: SweepContrastConfig
-    others: Mapping[str, str]  # axes that are fixed
+    others: Mapping[str, str]  # values of the fixed axes
     seeds: tuple[int, ...]
     comparison: PairedComparison
 
 
 @dataclasses.dataclass(frozen=True)
 class FitRow:
-    """A power law, or why there is none."""
+    """A fitted power law, or the reason that there is none."""
 
     fit: FitConfig
     others: Mapping[str, str]
@@ -65,7 +65,7 @@ class FitRow:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResults:
-    """Everything that the sweep's report shows."""
+    """Everything that the report of a sweep shows."""
 
     sweep: SweepConfig
     rows: tuple[ArmRow, ...]
@@ -76,14 +76,14 @@ class SweepResults:
 
 
 def collect_sweep(sweep: SweepConfig, out: Path, points: Sequence[Point], failed: Mapping[str, str]) -> SweepResults:
-    """Results of the points that are finished; ``failed``: point -> message."""
+    """Collect the results of the finished points; ``failed`` maps the others to messages."""
     finished = [point for point in points if point.name not in failed and (out / point.name / "results.json").exists()]
     rows = [row for point in finished for row in _arm_rows(sweep, point, out / point.name)]
     return SweepResults(
         sweep,
         tuple(rows),
-        tuple(found for contrast in sweep.contrasts for found in _contrasts(sweep, contrast, rows)),
-        tuple(found for fit in sweep.fits for found in _fits(sweep, fit, rows)),
+        tuple(row for contrast in sweep.contrasts for row in _contrasts(sweep, contrast, rows)),
+        tuple(row for fit in sweep.fits for row in _fits(sweep, fit, rows)),
         tuple(_efficiencies(sweep, out, finished)),
         tuple(failed.items()),
     )
@@ -91,8 +91,8 @@ def collect_sweep(sweep: SweepConfig, out: Path, points: Sequence[Point], failed
 
 def _arm_rows(sweep: SweepConfig, point: Point, run_dir: Path) -> list[ArmRow]:
     config = point.config
-    vocabulary = len(load_tokenizer(config.tokenizer, run_dir / "tokenizer"))
-    found = []
+    vocab_size = len(load_tokenizer(config.tokenizer, run_dir / "tokenizer"))
+    rows = []
     for arm, stage in config.arms.items():
         chain = config.chain(stage)
         evaluation = read_evaluation(run_dir / "evaluations" / stage / EVALUATION_NAME)
@@ -101,14 +101,14 @@ def _arm_rows(sweep: SweepConfig, point: Point, run_dir: Path) -> list[ArmRow]:
         trained = [name for name in chain if isinstance(config.stages[name], TrainingStageConfig)]
         tokens, seconds, flops = 0.0, 0.0, 0.0
         for name in trained:
-            spec = config.models[config.model_of(name)].resolve(vocabulary)
+            spec = config.models[config.model_of(name)].resolve(vocab_size)
             stage_tokens, stage_seconds = _speed(run_dir, name)
             tokens, seconds = tokens + stage_tokens, seconds + stage_seconds
             flops += stage_tokens * training_flops(spec)
-        spec = config.models[config.model_of(stage)].resolve(vocabulary)
+        spec = config.models[config.model_of(stage)].resolve(vocab_size)
         ranks = config.parallel.world_size
         mfu = None if sweep.gpu is None else flops / seconds / ranks / gpu_of(sweep.gpu).bf16_flops
-        found.append(
+        rows.append(
             ArmRow(
                 point=point,
                 arm=arm,
@@ -124,20 +124,19 @@ def _arm_rows(sweep: SweepConfig, point: Point, run_dir: Path) -> list[ArmRow]:
                 losses=_last_losses(run_dir, trained[-1]) if trained else np.zeros(0),
             )
         )
-    return found
+    return rows
 
 
 def training_flops(spec: ModelSpec) -> float:
-    """Operations per trained token, forward and backward, attention's own products left out (they need lengths)."""
+    """Return the FLOPs of training on a token, without attention scores, which depend on the sequence length."""
     return 3 * (model_flops(spec, 1, 0) + output_flops(spec))
 
 
 def _speed(run_dir: Path, stage: str) -> tuple[float, float]:
-    """(tokens, seconds) of all steps of a stage."""
+    """Return (tokens, seconds) of all steps of a stage."""
     rows = StageDirectory(run_dir / "stages" / stage).metrics()
-    return sum(row["tokens_per_second"] * row["timing_s/step"] for row in rows), sum(
-        row["timing_s/step"] for row in rows
-    )
+    tokens = sum(row["tokens_per_second"] * row["timing_s/step"] for row in rows)
+    return tokens, sum(row["timing_s/step"] for row in rows)
 
 
 def _last_losses(run_dir: Path, stage: str) -> np.ndarray:
@@ -146,35 +145,35 @@ def _last_losses(run_dir: Path, stage: str) -> np.ndarray:
 
 
 def _grouped(sweep: SweepConfig, rows: Sequence[ArmRow], arm: str, free: set[str]) -> list[tuple[dict, list[ArmRow]]]:
-    """Rows of ``arm`` by the values of all axes that are not ``free``."""
+    """Group the rows of ``arm`` by the values of all axes that are not ``free``."""
     fixed = [axis for axis in sweep.grid if axis not in free]
-    found: dict[tuple[str, ...], list[ArmRow]] = {}
+    groups: dict[tuple[str, ...], list[ArmRow]] = {}
     for row in rows:
         if row.arm == arm:
-            found.setdefault(tuple(row.point.choice[axis] for axis in fixed), []).append(row)
-    return [(dict(zip(fixed, key, strict=True)), group) for key, group in found.items()]
+            groups.setdefault(tuple(row.point.choice[axis] for axis in fixed), []).append(row)
+    return [(dict(zip(fixed, key, strict=True)), group) for key, group in groups.items()]
 
 
 def _contrasts(sweep: SweepConfig, contrast: SweepContrastConfig, rows: Sequence[ArmRow]) -> list[ContrastRow]:
-    found = []
+    contrast_rows = []
     for others, group in _grouped(sweep, rows, contrast.arm, set(contrast.a)):
         sides = []
-        for wanted in (contrast.a, contrast.b):
-            wanted = {axis: str(value) for axis, value in wanted.items()}
-            sides.append({r.point.seed: r for r in group if wanted.items() <= dict(r.point.choice).items()})
+        for values in (contrast.a, contrast.b):
+            labels = {axis: str(value) for axis, value in values.items()}
+            sides.append({row.point.seed: row for row in group if labels.items() <= dict(row.point.choice).items()})
         seeds = sorted(set(sides[0]) & set(sides[1]))
         if seeds:
             pooled = [_pooled([side[seed].evaluation for seed in seeds]) for side in sides]
-            found.append(ContrastRow(contrast, others, tuple(seeds), paired_comparison(*pooled)))
-    return found
+            contrast_rows.append(ContrastRow(contrast, others, tuple(seeds), paired_comparison(*pooled)))
+    return contrast_rows
 
 
 def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The samples of all seeds as samples of the same problems, in the order of the first."""
+    """Join the samples of all seeds as samples of the same problems, in the order of the first."""
     first = evaluations[0]
     for other in evaluations[1:]:
         if set(other.problem_ids) != set(first.problem_ids):
-            raise UserError(f"{first.source} and {other.source} are on different problems: evaluate on one set")
+            raise UserError(f"{first.source} and {other.source} have different problems: evaluate both on the same")
     ordered = [first, *(other.of_problems(first.problem_ids) for other in evaluations[1:])]
     return dataclasses.replace(
         first,
@@ -188,7 +187,7 @@ def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 def _fits(sweep: SweepConfig, fit: FitConfig, rows: Sequence[ArmRow]) -> list[FitRow]:
     free = {fit.x} if fit.x != "parameters" else set(sweep.grid)
-    found = []
+    fit_rows = []
     for others, group in _grouped(sweep, rows, fit.arm, free):
         by_x: dict[float, list[ArmRow]] = {}
         for row in group:
@@ -197,10 +196,10 @@ def _fits(sweep: SweepConfig, fit: FitConfig, rows: Sequence[ArmRow]) -> list[Fi
         try:
             observed = [Observations(x, _values(fit, by_x[x])) for x in sorted(by_x)]
             law = fit_power_law(observed, complement=fit.y == "error")
-            found.append(FitRow(fit, others, law))
+            fit_rows.append(FitRow(fit, others, law))
         except UserError as error:
-            found.append(FitRow(fit, others, None, str(error)))
-    return found
+            fit_rows.append(FitRow(fit, others, None, str(error)))
+    return fit_rows
 
 
 def _values(fit: FitConfig, rows: Sequence[ArmRow]) -> np.ndarray:
@@ -218,12 +217,12 @@ def _efficiencies(sweep: SweepConfig, out: Path, points: Sequence[Point]):
             key = tuple(point.choice[axis] for axis in fixed)
             groups.setdefault(key, {}).setdefault(point.choice[item.axis], []).append(point)
         for key, by_label in groups.items():
-            measured = {label: _measured(out, own, item.stage) for label, own in by_label.items()}
+            measured = {label: _measured(out, group, item.stage) for label, group in by_label.items()}
             yield item.stage, dict(zip(fixed, key, strict=True)), tuple(efficiencies(measured))
 
 
 def _measured(out: Path, points: Sequence[Point], stage: str) -> tuple[int, float, float]:
-    """(ranks, tokens of a step, tokens a second) over the points' steps but the first."""
+    """Return (ranks, tokens per step, tokens per second) over the points' steps except the first."""
     tokens = seconds = steps = 0.0
     for point in points:
         rows = StageDirectory(out / point.name / "stages" / stage).metrics()

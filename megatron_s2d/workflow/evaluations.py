@@ -1,4 +1,4 @@
-"""``s2d eval``: the numbers of finished evaluations, and the paired comparison of two. No torch here."""
+"""``s2d eval``: prints the accuracies of finished evaluations, or compares two of them in pairs. No torch here."""
 
 from __future__ import annotations
 
@@ -16,34 +16,39 @@ from megatron_s2d.report.results import ArmResult
 from megatron_s2d.workflow.collect_results import EVALUATION_NAME
 
 
-def find_evaluations(place: Path, arm: str | None) -> dict[str, Evaluation]:
-    """Name -> evaluation: of a file, of one arm (or stage) of a run, or of all arms of a run."""
-    if place.is_file():
-        return {arm or place.stem: read_evaluation(place)}
-    if not (place / "config.json").exists():
-        raise UserError(f"{place}: neither a run directory nor an evaluation.jsonl file")
-    arms: dict[str, str] = read_json(place / "config.json")["arms"]
+def read_evaluations(path: Path, arm: str | None) -> dict[str, Evaluation]:
+    """Return name -> evaluation of a file, of one arm (or stage) of a run, or of all arms of a run."""
+    if path.is_file():
+        return {arm or path.stem: read_evaluation(path)}
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: neither a run directory nor an evaluation.jsonl file")
+    arms: dict[str, str] = read_json(path / "config.json")["arms"]
     if arm is not None:
-        return {arm: _read(place, arms.get(arm, arm), arm)}
-    stages = {path.parent.name for path in (place / "evaluations").glob(f"*/{EVALUATION_NAME}")}
-    found = {name: _read(place, stage, name) for name, stage in arms.items() if stage in stages}
-    found |= {stage: _read(place, stage, stage) for stage in sorted(stages - set(arms.values()))}
-    if not found:
-        raise UserError(f"{place}: no finished evaluation yet; run the workflow again to complete it")
-    return found
+        return {arm: _read(path, arms.get(arm, arm), arm)}
+    stages = set(_evaluated_stages(path))
+    evaluations = {name: _read(path, stage, name) for name, stage in arms.items() if stage in stages}
+    evaluations |= {stage: _read(path, stage, stage) for stage in sorted(stages - set(arms.values()))}
+    if not evaluations:
+        raise UserError(f"{path}: no evaluation has finished; run the workflow again to complete it")
+    return evaluations
 
 
-def _read(place: Path, stage: str, name: str) -> Evaluation:
-    path = place / "evaluations" / stage / EVALUATION_NAME
+def _evaluated_stages(run_dir: Path) -> list[str]:
+    return sorted(path.parent.name for path in (run_dir / "evaluations").glob(f"*/{EVALUATION_NAME}"))
+
+
+def _read(run_dir: Path, stage: str, name: str) -> Evaluation:
+    path = run_dir / "evaluations" / stage / EVALUATION_NAME
     if not path.exists():
-        known = sorted(item.parent.name for item in (place / "evaluations").glob(f"*/{EVALUATION_NAME}"))
-        raise UserError(f"{place}: no finished evaluation of '{name}' (evaluated stages: {', '.join(known) or 'none'})")
+        stages = ", ".join(_evaluated_stages(run_dir)) or "none"
+        raise UserError(f"{run_dir}: no finished evaluation of '{name}' (evaluated stages: {stages})")
     return read_evaluation(path)
 
 
-def print_evaluations(place: Path, arm: str | None, *, as_json: bool, console: Console) -> None:
+def print_evaluations(path: Path, arm: str | None, *, as_json: bool, console: Console) -> None:
     """Print avg@k and pass@k with standard errors."""
-    results = [ArmResult.from_evaluation(name, name, found) for name, found in find_evaluations(place, arm).items()]
+    evaluations = read_evaluations(path, arm)
+    results = [ArmResult.from_evaluation(name, name, evaluation) for name, evaluation in evaluations.items()]
     if as_json:
         print(json.dumps({result.name: result.as_json() for result in results}, indent=1))
         return
@@ -65,13 +70,15 @@ def print_evaluations(place: Path, arm: str | None, *, as_json: bool, console: C
 def print_comparison(
     first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console
 ) -> None:
-    """Print first minus second, problem by problem, for every name that both have (or for the two that are named)."""
-    left, right = find_evaluations(*first), find_evaluations(*second)
+    """Print first minus second, paired by problem, for every arm that both have (or for the two named arms)."""
+    left, right = read_evaluations(*first), read_evaluations(*second)
     pairs = [(name, name) for name in left if name in right]
     if first[1] is not None and second[1] is not None:
         pairs = [(first[1], second[1])]
     if not pairs:
-        raise UserError(f"{first[0]} and {second[0]} have no evaluation of the same name; give --arm and --against-arm")
+        raise UserError(
+            f"{first[0]} and {second[0]} have no arm in common; name one of each with --arm and --against-arm"
+        )
     rows = {f"{a} - {b}" if a != b else a: paired_comparison(left[a], right[b]) for a, b in pairs}
     if as_json:
         print(json.dumps({name: vars(row) for name, row in rows.items()}, indent=1))

@@ -1,5 +1,6 @@
-"""Power laws, efficiencies and predictions: known laws are found again, and numbers are worked by hand."""
+"""Power laws, efficiencies and predictions against known laws and numbers calculated by hand."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,22 @@ SIMULATION = Path(__file__).resolve().parents[3] / "configs" / "simulations" / "
 # ---------------------------------------------------------------- power laws
 
 
-def test_an_exact_law_is_found_again():
+def test_exact_law_is_recovered():
     observed = [Observations(x, np.array([3.0 * x**-0.4])) for x in (10, 30, 100, 1000)]
     law = fit_power_law(observed)
     assert law.exponent == pytest.approx(-0.4) and law.scale == pytest.approx(3.0)
     assert law.r_squared == pytest.approx(1.0)
-    assert law.interval is None  # one seed and no problems: nothing to draw from
+    assert law.interval is None  # one seed and no problems: nothing to resample
     assert law(50) == pytest.approx(3.0 * 50**-0.4)
 
 
-def test_errors_come_from_accuracies():
+def test_complement_fits_errors_of_accuracies():
     observed = [Observations(x, np.array([1 - 2.0 / x])) for x in (4, 8, 16)]
     assert fit_power_law(observed, complement=True).exponent == pytest.approx(-1.0)
 
 
-def test_the_interval_covers_the_law_about_as_often_as_it_says():
-    """Accuracies of 400 problems around a known law: 95 % intervals miss it rarely, and are narrow enough to say so."""
+def test_interval_covers_the_law_at_its_nominal_rate():
+    """Accuracies of 400 problems around a known law: 95 % intervals rarely miss it, and are narrow."""
     covered, widths = 0, []
     for trial in range(20):
         generator = np.random.default_rng(trial)
@@ -47,14 +48,14 @@ def test_the_interval_covers_the_law_about_as_often_as_it_says():
     assert 0.01 < np.mean(widths) < 0.2
 
 
-def test_what_has_no_law_is_said():
+def test_points_without_a_law_raise():
     with pytest.raises(UserError, match="needs three different x; there are 2"):
         fit_power_law([Observations(x, np.array([1.0])) for x in (1, 2)])
     with pytest.raises(UserError, match="needs positive values; at x = 3 it is 0"):
         fit_power_law([Observations(x, np.array([1.0 if x < 3 else 0.0])) for x in (1, 2, 3)])
 
 
-def test_a_law_through_zeros_of_some_resamples_has_no_interval():
+def test_law_with_zeros_in_some_resamples_has_no_interval():
     values = np.zeros((1, 50))
     values[0, 0] = 1.0  # a third of the resamples miss the one problem that is solved
     law = fit_power_law([Observations(x, values) for x in (1, 2, 4)])
@@ -64,7 +65,7 @@ def test_a_law_through_zeros_of_some_resamples_has_no_interval():
 # ---------------------------------------------------------------- efficiency
 
 
-def test_efficiency_is_throughput_a_rank():
+def test_efficiency_is_throughput_per_rank():
     rows = efficiencies({"four": (4, 1000.0, 300.0), "one": (1, 1000.0, 100.0)})
     assert [row.label for row in rows] == ["one", "four"]
     assert rows[1].efficiency == pytest.approx(0.75)
@@ -72,7 +73,7 @@ def test_efficiency_is_throughput_a_rank():
 
 
 @pytest.mark.parametrize(("tokens", "kind"), [((100, 200), "weak"), ((100, 100), "strong"), ((100, 150), "mixed")])
-def test_the_kind_of_scaling_is_what_the_steps_show(tokens, kind):
+def test_kind_of_scaling_follows_the_tokens_per_step(tokens, kind):
     rows = [Efficiency(str(n), n, count, 1.0, 1.0) for n, count in zip((1, 2), tokens, strict=True)]
     assert scaling_kind(rows) == kind
 
@@ -86,38 +87,38 @@ def simulation():
 
 
 def test_phases_by_hand(simulation):
-    """On 64 GPUs: the teacher's products and all-reduces, and the student's, within what attention adds."""
-    found = predict(simulation)[0]
+    """On 64 GPUs: GEMMs and all-reduces of teacher and student, up to the share of attention."""
+    prediction = predict(simulation)[0]
     tokens = 512 * 8 * (512 + 4096)
     layers = 70_553_706_496 - 2 * 128256 * 8192
-    products = 2 * tokens * layers / (64 * 0.5 * 989e12)
-    # Sequence parallelism: four gathers or scatters a layer of 8192 channels in bfloat16, 7/8 of each is sent.
-    wires = tokens / 8 * 8192 * 2 * 7 / 8 * (4 * 80 + 1) / (0.7 * 450e9)
-    assert found.seconds["teacher forward"] == pytest.approx(products + wires, rel=0.08)
+    gemms = 2 * tokens * layers / (64 * 0.5 * 989e12)
+    # Sequence parallelism: four gathers or scatters per layer of 8192 channels in bfloat16, 7/8 of each is sent.
+    traffic = tokens / 8 * 8192 * 2 * 7 / 8 * (4 * 80 + 1) / (0.7 * 450e9)
+    assert prediction.seconds["teacher forward"] == pytest.approx(gemms + traffic, rel=0.08)
     student = 3 * 2 * tokens * (8_030_261_248 - 2 * 128256 * 4096) / (64 * 0.5 * 989e12)
-    wires = tokens / 8 * 4096 * 2 * 7 / 8 * (10 * 32 + 3) / (0.7 * 450e9)
-    assert found.seconds["student passes"] == pytest.approx(student + wires, rel=0.12)
-    assert found.seconds["weight sync"] == 0  # the trainer's own weights sample
-    assert found.tokens == tokens
+    traffic = tokens / 8 * 4096 * 2 * 7 / 8 * (10 * 32 + 3) / (0.7 * 450e9)
+    assert prediction.seconds["student passes"] == pytest.approx(student + traffic, rel=0.12)
+    assert prediction.seconds["weight sync"] == 0  # sampling uses the trainer's weights
+    assert prediction.tokens == tokens
 
 
-def test_strong_scaling_loses_where_the_longest_response_is_waited_for(simulation):
-    found = predict(simulation)
-    assert [item.num_gpus for item in found] == [64, 128, 256, 512, 1024]
-    rates = [item.rate / item.num_gpus for item in found]
-    assert all(a > b for a, b in zip(rates[:-1], rates[1:], strict=True))
+def test_strong_scaling_is_limited_by_the_longest_response(simulation):
+    predictions = predict(simulation)
+    assert [item.num_gpus for item in predictions] == [64, 128, 256, 512, 1024]
+    rates = [item.rate / item.num_gpus for item in predictions]
+    assert all(a > b for a, b in itertools.pairwise(rates))
     floor = 8192 * 2 * (8_030_261_248 - 128256 * 4096) / 8 / (0.7 * 4.8e12)  # weights read for every token
-    assert all(item.seconds["decode"] > floor for item in found)
+    assert all(item.seconds["decode"] > floor for item in predictions)
 
 
-def test_weak_scaling_keeps_its_rate(simulation):
-    found = predict(simulation.model_copy(update={"scaling": "weak"}))
-    rates = [item.rate / item.num_gpus for item in found]
+def test_weak_scaling_has_a_constant_rate_per_gpu(simulation):
+    predictions = predict(simulation.model_copy(update={"scaling": "weak"}))
+    rates = [item.rate / item.num_gpus for item in predictions]
     assert rates[-1] == pytest.approx(rates[0], rel=0.02)
-    assert found[-1].tokens == 16 * found[0].tokens
+    assert predictions[-1].tokens == 16 * predictions[0].tokens
 
 
-def test_measured_rates_take_the_place_of_assumed_ones(simulation):
+def test_measured_rates_replace_assumed_ones(simulation):
     measured = MeasuredConfig(
         matmuls=[MatmulTime(m=1000, n=1000, k=1000, seconds=2e9 / 800e12)],
         kl=KlTime(tokens=1000, vocab=128256, hidden=4096, teacher_hidden=8192, seconds=0.01),
@@ -127,31 +128,31 @@ def test_measured_rates_take_the_place_of_assumed_ones(simulation):
     machine = machine_from_config(config)
     assert machine.flops == pytest.approx(800e12)
     assert machine.memory_rate == pytest.approx(4e12)
-    assert machine.link(8) == pytest.approx(300e9) and machine.link(16) == pytest.approx(40e9)
-    found = predict(config)[0]
-    # Eight data ranks of eight tensor ranks, each with an eighth of the vocabulary: 1e-5 s a token on one GPU.
-    assert found.seconds["KL"] == pytest.approx(512 * 8 * 4096 / 8 * 1e-5 / 8, rel=0.02)
+    assert machine.link_rate(8) == pytest.approx(300e9) and machine.link_rate(16) == pytest.approx(40e9)
+    prediction = predict(config)[0]
+    # Eight data ranks of eight tensor ranks, each with an eighth of the vocabulary: 1e-5 s per token on one GPU.
+    assert prediction.seconds["KL"] == pytest.approx(512 * 8 * 4096 / 8 * 1e-5 / 8, rel=0.02)
 
 
-def test_impossible_measurements_and_layouts_are_one_line(simulation):
+def test_impossible_measurements_and_layouts_raise_one_line(simulation):
     fast = MeasuredConfig(memory_bandwidth=9e12)
-    with pytest.raises(UserError, match="memory_bandwidth: 9e[+]12 bytes/s is above the data sheet's 4.8e[+]12"):
+    with pytest.raises(UserError, match=r"memory_bandwidth: 9e[+]12 bytes/s is above the data sheet's 4.8e[+]12"):
         predict(simulation.model_copy(update={"measured": fast}))
-    with pytest.raises(UserError, match="1024 GPUs leave 128 data ranks for 64 responses"):
+    with pytest.raises(UserError, match="1024 GPUs have 128 data-parallel ranks but only 64 responses"):
         predict(simulation.model_copy(update={"train_batch_size": 8}))
     other = simulation.student.model_copy(update={"preset": "qwen3-8b"})
     with pytest.raises(UserError, match="must share one vocabulary"):
         predict(simulation.model_copy(update={"student": other}))
 
 
-def test_servers_take_weights_and_memory(simulation):
-    inside = predict(simulation)[0]
-    beside = predict(simulation.model_copy(update={"engine_tensor_parallel_size": 2}))[0]
-    assert beside.seconds["weight sync"] == pytest.approx(2 * 8_030_261_248 / 2 / (0.7 * 50e9), rel=0.01)
-    assert beside.memory > inside.memory
+def test_servers_need_weight_updates_and_memory(simulation):
+    in_process = predict(simulation)[0]
+    served = predict(simulation.model_copy(update={"engine_tensor_parallel_size": 2}))[0]
+    assert served.seconds["weight sync"] == pytest.approx(2 * 8_030_261_248 / 2 / (0.7 * 50e9), rel=0.01)
+    assert served.memory > in_process.memory
 
 
-def test_the_command_prints_its_basis_and_writes_a_page(capsys, tmp_path):
+def test_command_prints_its_basis_and_writes_a_page(capsys, tmp_path):
     assert main(["simulate", str(SIMULATION), "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for expected in ("predicted, not measured", "measured, from the file: nothing", "ASSUMED", "strong scaling"):

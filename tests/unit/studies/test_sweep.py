@@ -1,4 +1,4 @@
-"""Sweeps: points of a grid, what is run and what is not, and results from runs whose numbers are known."""
+"""Sweeps: the points of a grid, which of them run, and results from runs with known numbers."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.studies.sweep import expand_points, print_points, run_sweep, unfinished_points
 from megatron_s2d.studies.sweep_report import write_sweep
 from megatron_s2d.studies.sweep_results import collect_sweep
-from megatron_s2d.workflow.status import Interrupted
 from megatron_s2d.workflow.plan import make_plan
+from megatron_s2d.workflow.status import Interrupted
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 ARM = "direct_student_grpo"
 PROBLEMS = 200
-SHORT = {"arms": {ARM: "student_grpo"}, "contrasts": []}  # two stages and an evaluation a point
+SHORT = {"arms": {ARM: "student_grpo"}, "contrasts": []}  # each point has two stages and an evaluation
 
 
 def sweep_file(tmp_path, **changes) -> Path:
@@ -52,17 +52,17 @@ def console():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def finished(tmp_path_factory):
     """(sweep, directory) with every point finished."""
     folder = tmp_path_factory.mktemp("sweep")
     sweep = load_sweep(sweep_file(folder))
-    points = run_sweep(sweep, folder / "out", Console(file=io.StringIO()), finished_run)
+    points = run_sweep(sweep, folder / "out", Console(file=io.StringIO()), write_finished_run)
     assert not unfinished_points(points, folder / "out")
     return sweep, folder / "out"
 
 
-def finished_run(point, run_dir, console):
-    """What a run leaves, with numbers by rule: errors 8 / labels, losses 2 / labels, 100 tokens/s or 180."""
+def write_finished_run(point, run_dir, console):
+    """Write the files of a finished run: errors 8 / labels, losses 2 / labels, 100 or 180 tokens/s."""
     labels, ranks = int(point.choice["labels"]), point.config.parallel.world_size
     for job in make_plan(point.config, run_dir):
         job.directory.begin(job.resolved, job.inputs, {})
@@ -87,7 +87,7 @@ def finished_run(point, run_dir, console):
     atomic_write_json(run_dir / "results.json", {})
 
 
-def test_points_are_the_product_with_seeds_and_have_their_settings(tmp_path):
+def test_points_are_the_product_of_axes_and_seeds_with_their_settings(tmp_path):
     points = expand_points(load_sweep(sweep_file(tmp_path, set=SHORT | {"evaluation.samples_per_prompt": 8})))
     assert len(points) == 12 and len({point.name for point in points}) == 12
     point = next(point for point in points if point.name == "labels-128_layout-two_seed-2")
@@ -96,36 +96,36 @@ def test_points_are_the_product_with_seeds_and_have_their_settings(tmp_path):
     assert point.config.seed == 2 and point.config.evaluation.samples_per_prompt == 8
 
 
-def test_failures_are_listed_and_the_rest_goes_on(tmp_path, console):
+def test_failures_are_listed_and_other_points_run(tmp_path, console):
     sweep, out = load_sweep(sweep_file(tmp_path)), tmp_path / "out"
     ran = []
 
     def run(point, run_dir, console):
         ran.append(point.name)
         if point.choice == {"labels": "128", "layout": "one"}:
-            raise UserError("no room")
-        finished_run(point, run_dir, console)
+            raise UserError("out of memory")
+        write_finished_run(point, run_dir, console)
 
     failed = unfinished_points(run_sweep(sweep, out, console, run), out)
     names = ["labels-128_layout-one_seed-1", "labels-128_layout-one_seed-2"]
-    assert len(ran) == 12 and failed == dict.fromkeys(names, "no room")
-    # The same command again runs what failed, and nothing that is finished.
+    assert len(ran) == 12 and failed == dict.fromkeys(names, "out of memory")
+    # The second sweep runs only the points that failed.
     ran.clear()
-    points = run_sweep(sweep, out, console, lambda *a: (ran.append(a[0].name), finished_run(*a)))
+    points = run_sweep(sweep, out, console, lambda *a: (ran.append(a[0].name), write_finished_run(*a)))
     assert sorted(ran) == names and not unfinished_points(points, out)
     assert not (out / ran[0] / "failure.txt").exists()
 
 
-def test_a_changed_point_runs_again(tmp_path, console, done):
+def test_changed_point_runs_again(tmp_path, console, finished):
     ran = []
-    run_sweep(done[0], done[1], console, lambda point, *_: ran.append(point.name))
+    run_sweep(finished[0], finished[1], console, lambda point, *_: ran.append(point.name))
     assert not ran
     changed = load_sweep(sweep_file(tmp_path, set=SHORT | {"evaluation.samples_per_prompt": 8}))
-    run_sweep(changed, done[1], console, lambda point, *_: ran.append(point.name))
+    run_sweep(changed, finished[1], console, lambda point, *_: ran.append(point.name))
     assert len(ran) == 12
 
 
-def test_an_interruption_ends_the_sweep(tmp_path, console):
+def test_interruption_ends_the_sweep(tmp_path, console):
     def run(*_):
         raise Interrupted("stopped")
 
@@ -134,28 +134,28 @@ def test_an_interruption_ends_the_sweep(tmp_path, console):
 
 
 @pytest.fixture(scope="module")
-def results(done):
-    return collect_sweep(*done, expand_points(done[0]), {}), done[1]
+def results(finished):
+    return collect_sweep(*finished, expand_points(finished[0]), {}), finished[1]
 
 
-def test_rows_are_what_the_runs_say(results):
-    found, _ = results
-    assert len(found.rows) == 12
-    row = next(row for row in found.rows if row.point.name == "labels-64_layout-one_seed-1")
+def test_rows_have_the_numbers_of_the_runs(results):
+    sweep_results, _ = results
+    assert len(sweep_results.rows) == 12
+    row = next(row for row in sweep_results.rows if row.point.name == "labels-64_layout-one_seed-1")
     assert row.accuracy.mean == pytest.approx(1 - 8 / 64)
     assert row.accuracy.std_err == pytest.approx(np.sqrt(0.125 * 0.875 / (PROBLEMS - 1)))
     assert row.tokens_per_second == pytest.approx(100.0) and row.ranks == 1
     assert row.peak_memory == 1 << 30
     assert row.wall_seconds == pytest.approx(20.0)  # student_base and student_grpo
-    # Six operations a weight of a product and token: attention 48 x 48 four times, MLP, output layer of 25 tokens.
-    products = 2 * (4 * 48 * 48 + 3 * 48 * 128) + 25 * 48
-    assert row.mfu == pytest.approx(100 * 6 * products / 989e12)
+    # Six operations per GEMM weight and token: attention 48 x 48 four times, MLP, output layer of 25 tokens.
+    weights = 2 * (4 * 48 * 48 + 3 * 48 * 128) + 25 * 48
+    assert row.mfu == pytest.approx(100 * 6 * weights / 989e12)
 
 
 def test_contrasts_are_paired_and_matched(results):
-    found, _ = results
-    assert [dict(row.others) for row in found.contrasts] == [{"layout": "one"}, {"layout": "two"}]
-    row = found.contrasts[0]
+    sweep_results, _ = results
+    assert [dict(row.others) for row in sweep_results.contrasts] == [{"layout": "one"}, {"layout": "two"}]
+    row = sweep_results.contrasts[0]
     assert row.seeds == (1, 2) and row.comparison.k == 8
     # 25 and 6 of 200 problems are wrong: 19 differ.
     assert row.comparison.difference == pytest.approx(19 / 200)
@@ -163,18 +163,18 @@ def test_contrasts_are_paired_and_matched(results):
 
 
 def test_laws_and_efficiencies(results):
-    found, _ = results
-    errors, losses = found.fits[0], found.fits[2]
+    sweep_results, _ = results
+    errors, losses = sweep_results.fits[0], sweep_results.fits[2]
     assert errors.law.exponent == pytest.approx(-1.0, abs=0.03)  # 25, 12 and 6 of 200 problems
     low, high = errors.law.interval
     assert low < -1 < high
     assert losses.fit.y == "loss"
     assert losses.law.exponent == pytest.approx(-1.0) and losses.law.scale == pytest.approx(2)
-    stage, others, rows = found.efficiencies[0]
+    stage, _, rows = sweep_results.efficiencies[0]
     assert stage == "student_grpo" and [row.efficiency for row in rows] == pytest.approx([1.0, 0.9])
 
 
-def test_the_report_has_everything_and_runs_nothing(results, console, tmp_path):
+def test_report_has_every_table_and_plot(results, console, tmp_path):
     page = write_sweep(results[0], tmp_path, console).read_text()
     assert "<script" not in page and "Matched contrasts" in page and "Power laws" in page and "strong scaling" in page
     assert page.count("data:image/png;base64,") == 1 + 4 + 3  # accuracy, laws at two layouts, efficiencies
@@ -184,16 +184,18 @@ def test_the_report_has_everything_and_runs_nothing(results, console, tmp_path):
     assert (tmp_path / "results.md").read_text().startswith("# test\n")
 
 
-def test_markup_is_escaped_and_mfu_is_not_known_without_a_gpu(tmp_path, console, done):
+def test_markup_is_escaped_and_mfu_needs_a_gpu(tmp_path, console, finished):
     sweep = load_sweep(sweep_file(tmp_path, description="<script>alert(1)</script>", gpu=None))
-    found = collect_sweep(sweep, done[1], expand_points(sweep), {"labels-64_layout-one_seed-1": "<b>no room</b>"})
-    assert len(found.rows) == 11 and all(row.mfu is None for row in found.rows)
-    page = write_sweep(found, tmp_path, console).read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;no room" in page
+    sweep_results = collect_sweep(
+        sweep, finished[1], expand_points(sweep), {"labels-64_layout-one_seed-1": "<b>out of memory</b>"}
+    )
+    assert len(sweep_results.rows) == 11 and all(row.mfu is None for row in sweep_results.rows)
+    page = write_sweep(sweep_results, tmp_path, console).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;out of memory" in page
     assert "| n/a |" in (tmp_path / "results.md").read_text()
 
 
-def test_a_dry_run_lists_points_with_their_checks(tmp_path, console):
+def test_dry_run_lists_points_with_their_checks(tmp_path, console):
     grid = {"length": {"key": "evaluation.sampling.max_response_length", "values": [8, 900]}}
     sweep = load_sweep(sweep_file(tmp_path, grid=grid, contrasts=[], fits=[], efficiency=[], seeds=[1]))
     print_points(sweep, tmp_path / "out", console)
@@ -224,7 +226,7 @@ def test_wrong_files_are_one_line(tmp_path, changes, message):
 
 def test_wrong_keys_and_arms_name_the_point(tmp_path):
     grid = {"a": {"key": "stages.opd.stpes", "values": [1]}}
-    with pytest.raises(UserError, match="point a 1: .*did you mean 'steps'"):
+    with pytest.raises(UserError, match=r"point a 1: .*did you mean 'steps'"):
         expand_points(load_sweep(sweep_file(tmp_path, grid=grid, contrasts=[], fits=[], efficiency=[])))
     contrast = {"a": {"labels": 256}, "b": {"labels": 64}, "arm": "nobody"}
     with pytest.raises(UserError, match="no arm 'nobody'"):
