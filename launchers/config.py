@@ -8,8 +8,9 @@ from typing import Annotated
 import pydantic
 from pydantic import Field, PositiveInt
 
-from megatron_s2d.config.base import Config, apply_overrides, load_yaml, parse
+from megatron_s2d.config.base import Config, apply_overrides, parse
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 
 OneLine = Annotated[str, Field(pattern=r"^[^\n\r]+$")]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
-import yaml
 
+from megatron_s2d.config.yaml_file import parse_yaml
 from megatron_s2d.errors import UserError
+
+LARGEST_INTEGER = 10**12
+LARGEST_FLOAT = 1e30
+# Names of stages, arms, models and data entries become names of folders and files.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+Name = Annotated[str, pydantic.StringConstraints(pattern=NAME_PATTERN)]
 
 
 Location = tuple[int | str, ...]  # of an error in a document, as pydantic reports it
@@ -19,24 +24,6 @@ class Config(pydantic.BaseModel):
     """Base of every configuration object: frozen, typed, and without unknown keys."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raise a ``UserError`` with the file (and the line, for a syntax error)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            document = yaml.safe_load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping of configuration keys, not a {type(document).__name__}")
-    return document
 
 
 def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -52,14 +39,15 @@ def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str,
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {override}: {key} has no keys below it")
-        node[last] = yaml.safe_load(text) if text else None
+        node[last] = parse_yaml(text, f"--set {override}") if text else None
     return result
 
 
 def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C:
     """Validate ``document`` against ``model``; report the first problem in one line: file, key, closest valid key."""
+    _refuse_huge_numbers(document, "", source)
     try:
-        return model.model_validate(document)
+        config = model.model_validate(document)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
@@ -70,15 +58,51 @@ def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key{_suggest(model, first['loc'])}"
+        elif first["type"] == "string_pattern_mismatch" and first["ctx"]["pattern"] == NAME_PATTERN:
+            message = (
+                f"{first['input']!r} cannot name files: use letters, digits, '.', '_' and '-', a letter or digit first, "
+                "at most 100 characters"
+            )
         elif first["type"] != "value_error" and first["type"] != "missing":
             message += f" (got {first['input']!r})"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}{more}") from None
+    _refuse_booleans_as_numbers(document, config, "", source)
+    return config
 
 
 def dump(config: Config) -> dict[str, Any]:
     """Return the resolved configuration as plain JSON types, defaults included."""
     return config.model_dump(mode="json")
+
+
+def _refuse_huge_numbers(value: Any, key: str, source: str) -> None:
+    """Numbers that only a slip of the keyboard gives, anywhere in a document."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_huge_numbers(item, f"{key}.{name}" if key else str(name), source)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_huge_numbers(item, f"{key}.{index}", source)
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise UserError(
+            f"{source}: {key}: {value:.3g} is more than anything counted here (at most {LARGEST_INTEGER:,})"
+        )
+    elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        raise UserError(f"{source}: {key}: {value:.3g} leaves float32 no room to compute (at most {LARGEST_FLOAT:g})")
+
+
+def _refuse_booleans_as_numbers(document: Any, config: Any, key: str, source: str) -> None:
+    """``true`` where the validated ``config`` holds a number: pydantic reads it as 1."""
+    if isinstance(document, dict):
+        for name, item in document.items():
+            inner = config.get(name) if isinstance(config, dict) else getattr(config, str(name), None)
+            _refuse_booleans_as_numbers(item, inner, f"{key}.{name}" if key else str(name), source)
+    elif isinstance(document, list) and isinstance(config, (list, tuple)):
+        for index, (item, inner) in enumerate(zip(document, config, strict=False)):
+            _refuse_booleans_as_numbers(item, inner, f"{key}.{index}", source)
+    elif isinstance(document, bool) and isinstance(config, (int, float)) and not isinstance(config, bool):
+        raise UserError(f"{source}: {key}: expected a number, got {str(document).lower()}")
 
 
 def _copy(value: Any) -> Any:

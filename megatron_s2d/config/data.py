@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config
+from megatron_s2d.config.base import Config, Name
 
 Schema = Literal["columns", "dapo", "deepmath", "gsm8k", "math500", "competition", "humaneval", "mbpp_plus"]
 Template = Literal["math", "code", "plain"]
@@ -32,7 +32,7 @@ class TaskSource(Config):
         min_length=1,
         description="which a problem may have; the numbering of problems stays that of all",
     )
-    domain: str = Field("arithmetic", description="routes to a teacher and is reported separately")
+    domain: Name = Field("arithmetic", description="routes to a teacher and is reported separately")
     world_seed: int = Field(0, ge=0, description="of the corpus's misconceptions")
     misconception_fraction: float = Field(0.25, ge=0, le=1, description="facts with one fixed wrong result")
     misconception_rate: float = Field(0.65, ge=0, le=1, description="how often the corpus states that wrong result")
@@ -63,7 +63,7 @@ class FileSource(Config):
         "(DeepMath-103K), gsm8k, math500, competition (AIME, HMMT), humaneval, mbpp_plus",
     )
     columns: Columns = Columns()
-    domain: str = Field("math", description="routes to a teacher and is reported separately")
+    domain: Name = Field("math", description="routes to a teacher and is reported separately")
     verifier: str | None = Field("math", description="how answers are checked; null for prompts without labels")
     template: Template = Field("math", description="what is put around the question (methods.md M7)")
     system_prompt: str | None = None

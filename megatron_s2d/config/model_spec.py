@@ -116,6 +116,8 @@ def _inconsistency(spec: ModelSpec) -> str | None:
     for name in (*sizes, "vocab_size", "max_position_embeddings"):
         if getattr(spec, name) < 1:
             return f"{name} is {getattr(spec, name)}; it must be at least 1"
+    if spec.hidden_size % 2:
+        return f"hidden_size {spec.hidden_size} is odd; kernels and tensor-parallel shards need even widths"
     if spec.head_dim % 2:
         return f"head_dim {spec.head_dim} is odd; rotary embeddings need pairs"
     if spec.num_attention_heads % spec.num_query_groups:

@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config
+from megatron_s2d.config.base import Config, Name
 from megatron_s2d.config.hardware import AssumptionsConfig
 from megatron_s2d.config.model import ModelConfig
 
@@ -53,7 +53,7 @@ class ShareConfig(Config):
 class SimulationConfig(Config):
     """On-policy distillation of a large teacher into a small student, step by step, on more and more GPUs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name
     description: str = ""
     gpu: str
     num_gpus: list[int] = Field(min_length=1, description="the sizes to predict")

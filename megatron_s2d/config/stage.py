@@ -11,7 +11,7 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config
+from megatron_s2d.config.base import Config, Name
 from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, OptimizerConfig
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
@@ -24,7 +24,7 @@ TRUNCATED = (
 class StageConfig(Config):
     """Fields of every stage."""
 
-    role: str = Field(description="what the stage is in its arm; arms are compared role by role")
+    role: Name = Field(description="what the stage is in its arm; arms are compared role by role")
     seed: int = Field(0, ge=0, description="added to the run's seed; arms that should share noise share it")
     micro_batch: MicroBatchConfig = MicroBatchConfig()
 

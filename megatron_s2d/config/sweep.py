@@ -19,8 +19,9 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.base import Config, load_yaml, parse
+from megatron_s2d.config.base import Config, Name, parse
 from megatron_s2d.config.migration import SWEEP_KEYS, refuse_renamed
+from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 
 _LABEL = re.compile(r"[A-Za-z0-9.+]+")
@@ -86,7 +87,7 @@ class EfficiencyConfig(Config):
 class SweepConfig(Config):
     """A grid of runs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name
     description: str = ""
     workflow: Path = Field(description="workflow file, relative to this one")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value, for every point")

@@ -16,8 +16,8 @@ LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their
 class OptimizerConfig(Config):
     """AdamW with Megatron's distributed optimizer."""
 
-    lr: float = Field(1e-6, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a decay")
+    lr: float = Field(1e-6, gt=0, le=1, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end of a decay")
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     weight_decay: float = Field(0.0, ge=0)

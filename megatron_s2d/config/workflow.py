@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import graphlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, PositiveInt
 
-from megatron_s2d.config.base import Config, apply_overrides, load_yaml, parse
+from megatron_s2d.config.base import Config, Name, apply_overrides, parse
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.migration import WORKFLOW_KEYS, WORKFLOW_VALUES, refuse_renamed
@@ -22,6 +23,7 @@ from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig
+from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 
 HALVES = ("1H", "2H")
@@ -81,13 +83,18 @@ class PassRateCheck(Config):
 class WorkflowConfig(Config):
     """The file that ``s2d run`` takes."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name
     description: str = ""
     seed: int = Field(1, ge=0, description="of weights, orders and samples; every stage adds its own offset")
     split_seed: int = Field(0, ge=0, description="of the halves 1H and 2H of an entry of `data`")
     tokenizer: str = Field(description="`task:modular_arithmetic`, a local directory, or a hub name")
-    models: dict[str, ModelConfig]
-    data: dict[str, DataSource]
+    template_date: datetime.date = Field(
+        datetime.date(2026, 1, 1),
+        description="the day that chat templates which write today's date are given, so that prompts do not change "
+        "overnight",
+    )
+    models: dict[Name, ModelConfig]
+    data: dict[Name, DataSource]
     parallel: ParallelConfig = ParallelConfig()
     teacher_parallel: ParallelConfig | dict[str, ParallelConfig] | None = Field(
         None,
@@ -98,8 +105,8 @@ class WorkflowConfig(Config):
     fp8: Fp8Config | None = Field(None, description="layers compute in FP8 (docs/gpu.md); by default in `precision`")
     lengths: LengthConfig = LengthConfig()
     rollout: RolloutConfig = RolloutConfig()
-    stages: dict[str, Stage]
-    arms: dict[str, str] = Field(description="arm -> stage that is its endpoint")
+    stages: dict[Name, Stage]
+    arms: dict[Name, str] = Field(description="arm -> stage that is its endpoint")
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
@@ -194,6 +201,8 @@ class WorkflowConfig(Config):
                 raise ValueError(f"evaluation.samples_per_prompt: no number for the domain '{domain}' of '{entry}'")
         self._check_table()
         for index, contrast in enumerate(self.contrasts):
+            if contrast.a == contrast.b:
+                raise ValueError(f"contrasts.{index} compares the arm '{contrast.a}' with itself")
             for side in (contrast.a, contrast.b):
                 if side not in self.arms:
                     raise ValueError(f"contrasts.{index} names the arm '{side}', which is not among `arms`")

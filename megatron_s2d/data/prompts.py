@@ -7,16 +7,17 @@ read by ``data/files.py``, labels are interpreted by ``verify``.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from megatron_s2d.config.data import DataSource, FileSource, TaskSource
 from megatron_s2d.config.workflow import HALVES, WorkflowConfig
 from megatron_s2d.data.files import Problem, read_problems
 from megatron_s2d.data.tasks import task_documents, task_prompts
+from megatron_s2d.data.tokenizer import render
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
@@ -37,8 +38,12 @@ class PromptSet:
     dropped_duplicates: int = 0  # rows with a repeated id (on_duplicate_id: drop)
 
 
-def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_length: int | None) -> PromptSet:
+def load_prompts(
+    source: DataSource, tokenizer: Any, *, max_prompt_length: int | None, date: datetime.date
+) -> PromptSet:
     """Tokenize the prompts of a task or of files; drop and count those longer than ``max_prompt_length``.
+
+    ``date`` is the day for chat templates that write today's date.
 
     Raises ``UserError`` for a missing file or column, an empty data set, repeated ids, and, with
     ``on_long_prompt: error``, a prompt that is too long.
@@ -48,7 +53,7 @@ def load_prompts(source: DataSource, tokenizer: Any, *, max_prompt_length: int |
         prompts = task_prompts(source, tokenizer)
     else:
         problems, num_duplicates = read_problems(source)
-        prompts = [_prompt(source, problem, tokenizer) for problem in problems]
+        prompts = [_prompt(source, problem, tokenizer, date) for problem in problems]
     fitting = [prompt for prompt in prompts if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length]
     if len(fitting) < len(prompts) and getattr(source, "on_long_prompt", "drop") == "error":
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
@@ -67,7 +72,9 @@ def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any) -> PromptSet:
     """Return the prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``."""
     entry, _, half = name.partition("/")
     try:
-        prompt_set = load_prompts(config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length)
+        prompt_set = load_prompts(
+            config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length, date=config.template_date
+        )
     except UserError as error:
         raise UserError(f"data.{entry}: {error}") from None
     if half:
@@ -100,14 +107,14 @@ def _name(source: DataSource) -> str:
     return f"task {source.task}" if isinstance(source, TaskSource) else ", ".join(map(str, source.paths))
 
 
-def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
+def _prompt(source: FileSource, problem: Problem, tokenizer: Any, date: datetime.date) -> Prompt:
     question = TEMPLATES[source.template].format(question=problem.question)
     messages = [*problem.context, {"role": "user", "content": question}]
     if source.system_prompt is not None:
         if messages[0]["role"] == "system":
             raise UserError(f"prompt {problem.id} already has a system message; remove system_prompt")
         messages.insert(0, {"role": "system", "content": source.system_prompt})
-    text = render(messages, tokenizer)
+    text = render(messages, tokenizer, date)
     # A chat template writes the start token itself; plain text needs the tokenizer's special tokens.
     ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
     if not ids:
@@ -125,22 +132,3 @@ def _prompt(source: FileSource, problem: Problem, tokenizer: Any) -> Prompt:
         answer=problem.answer if source.verifier is not None else None,
         solution_token_ids=solution,
     )
-
-
-def render(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    """Render the conversation with the tokenizer's chat template, thinking off; without a template, its one message.
-
-    Raises ``UserError`` if the template rejects the conversation (some do not support system messages), and for several
-    messages without a template.
-    """
-    if tokenizer.chat_template is None:
-        if len(messages) > 1:
-            raise UserError("the tokenizer has no chat template: use one message per prompt and no system_prompt")
-        return messages[-1]["content"]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template rejects a conversation of {roles}: {error}") from error

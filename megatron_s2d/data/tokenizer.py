@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import json
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from megatron_s2d.artifacts.files import atomic_directory
 from megatron_s2d.data.tasks import tokens_of
@@ -13,6 +20,8 @@ from megatron_s2d.errors import UserError
 
 _TASK = "task:modular_arithmetic"
 _DEFAULT_MODULUS = 17
+_CONVERSATION = [{"role": "user", "content": "1 + 1 ="}]
+_TEMPLATE_SECONDS = 10.0
 # Prompts of the task are plain text: the last message of a conversation.
 _TASK_TEMPLATE = "{{ messages[-1]['content'] }}"
 
@@ -28,9 +37,10 @@ def load_tokenizer(name: str, cache_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Never its own code, and never a question about it on standard input.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # an edited tokenizer file fails in any way: KeyError, AttributeError, the Rust parser's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); give a directory or a hub name") from error
 
 
@@ -71,7 +81,61 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def template_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of the chat template."""
+def template_fingerprint(tokenizer: Any, date: datetime.date) -> str:
+    """Return the SHA-256 of the chat template and of a conversation that it renders on ``date``.
+
+    The text catches what the template alone does not say: the date, and special tokens that the template names.
+    """
     template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256(json.dumps(template, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    content = {"template": template, "text": template and render(_CONVERSATION, tokenizer, date)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def render(messages: list[dict[str, str]], tokenizer: Any, date: datetime.date) -> str:
+    """Render the conversation with the tokenizer's chat template, thinking off; without a template, its one message.
+
+    Templates that ask for today's date get ``date``. Raises ``UserError`` if the template rejects the conversation
+    (some do not support system messages), fails or does not end, and for several messages without a template.
+    """
+    if tokenizer.chat_template is None:
+        if len(messages) > 1:
+            raise UserError("the tokenizer has no chat template: use one message per prompt and no system_prompt")
+        return messages[-1]["content"]
+    roles = ", ".join(message["role"] for message in messages)
+    try:
+        with time_limit(_TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                strftime_now=datetime.datetime.combine(date, datetime.time()).strftime,
+            )
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template rejects a conversation of {roles}: {error}") from error
+    except TimeoutError:
+        raise UserError(
+            f"the chat template did not end within {_TEMPLATE_SECONDS} s on a conversation of {roles}"
+        ) from None
+    except Exception as error:  # templates are programs: division by zero, missing attributes, recursion
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"the chat template fails on a conversation of {roles} ({reason})") from error
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` inside the block after ``seconds``; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(signum: int, frame: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

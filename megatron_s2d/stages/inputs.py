@@ -47,4 +47,4 @@ class StageInputs:
         """Open the cache of a finished stage; raise ``UserError`` if it does not belong to this run."""
         directory = self.directories[stage_name]
         teacher = StageDirectory(directory.path.with_name(self.config.stages[stage_name].teacher))
-        return open_cache(directory, teacher, self.tokenizer)
+        return open_cache(directory, teacher, self.tokenizer, self.config.template_date)

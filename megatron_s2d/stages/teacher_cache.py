@@ -91,7 +91,7 @@ def cache_header(inputs: StageInputs, stage: TeacherCacheConfig, teacher: Megatr
         representation=stage.representation,
         teacher_digest=tree_digest(inputs.model_path(stage.teacher)),
         tokenizer_fingerprint=tokenizer_fingerprint(inputs.tokenizer),
-        template_fingerprint=template_fingerprint(inputs.tokenizer),
+        template_fingerprint=template_fingerprint(inputs.tokenizer, inputs.config.template_date),
         temperature=1.0 if stage.representation == "hidden_states" else sampling_temperature,
         vocab_size=vocab_size,
         k=min(stage.top_k, vocab_size) if stage.representation == "top_k" else None,

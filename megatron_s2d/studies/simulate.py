@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from megatron_s2d.arithmetic import ceil_div
-from megatron_s2d.config.base import load_yaml, parse
+from megatron_s2d.config.base import parse
 from megatron_s2d.config.hardware import gpu_of
 from megatron_s2d.config.migration import SIMULATION_KEYS, refuse_renamed
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.simulation import ShareConfig, SimulationConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
+from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, model_flops, pipeline_shards
 from megatron_s2d.estimate.memory import (

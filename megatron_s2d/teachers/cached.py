@@ -5,6 +5,7 @@ Shapes: t response tokens of a micro-batch, k top-k entries, h hidden size.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
-def open_cache(directory: StageDirectory, teacher: StageDirectory, tokenizer: Any) -> TeacherCache:
+def open_cache(directory: StageDirectory, teacher: StageDirectory, tokenizer: Any, date: datetime.date) -> TeacherCache:
     """Open the cache in ``directory``; raise ``UserError`` if its teacher, tokenizer or chat template is another."""
     info = cache_info(directory.cache_path)
     header = CacheHeader(**{name: info[name] for name in CacheHeader.model_fields})
     expected = {
         "teacher_digest": teacher.finished()["outputs"][teacher.model_path.name],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "template_fingerprint": template_fingerprint(tokenizer),
+        "template_fingerprint": template_fingerprint(tokenizer, date),
     }
     return TeacherCache.open(directory.cache_path, expect=header.model_copy(update=expected))
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ _HERE = Path(__file__).parent
 _MAX_WORKERS = 8
 _OUTPUT_BYTES = 16 << 20
 _WALL_PER_CPU_SECOND = 4  # the verdict should not depend on the load of the machine
+_TOTAL_PER_WALL_SECOND = 3
 _LANGUAGES = ("", "python", "py", "python3")
 _FIELDS = {
     "asserts": {"setup", "entry_point", "tests"},
@@ -60,10 +62,12 @@ class CodeVerifier:
         cpu_seconds: int = 10,
         memory_bytes: int = 1 << 30,
         wall_seconds: float | None = None,
+        total_seconds: float | None = None,
     ) -> None:
-        """Limit each process to ``cpu_seconds`` and ``memory_bytes``, and each run to ``wall_seconds``.
+        """Limit each process to ``cpu_seconds`` and ``memory_bytes``, each run to ``wall_seconds``, and all script tests
+        of one response to ``total_seconds``.
 
-        Defaults: one worker per core, at most 8; four times ``cpu_seconds``.
+        Defaults: one worker per core, at most 8; four times ``cpu_seconds``; three times ``wall_seconds``.
         Raises ``UserError`` if this machine cannot confine a process.
         """
         if "landlock" not in sandbox_layers():
@@ -74,6 +78,7 @@ class CodeVerifier:
             {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds, "file_bytes": _OUTPUT_BYTES}
         )
         self._wall_seconds = _WALL_PER_CPU_SECOND * cpu_seconds if wall_seconds is None else wall_seconds
+        self._total_seconds = _TOTAL_PER_WALL_SECOND * self._wall_seconds if total_seconds is None else total_seconds
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per response, in order. Raises ``UserError`` for malformed unit tests."""
@@ -98,8 +103,10 @@ class CodeVerifier:
         sources = json.dumps({"setup": label.get("setup", ""), "program": program}).encode()
         if label["kind"] != "script":
             return self._judge_calls(sources, label)
+        deadline = time.monotonic() + self._total_seconds
         for stdin, expected in zip(label["inputs"], label["outputs"], strict=True):
-            status = self._judge_script(sources, _text(stdin), _text(expected))
+            seconds = min(self._wall_seconds, deadline - time.monotonic())
+            status = self._judge_script(sources, _text(stdin), _text(expected), seconds) if seconds > 0 else "timeout"
             if status != "correct":
                 return status
         return "correct"
@@ -119,7 +126,7 @@ class CodeVerifier:
                 runner = self._start(["case_runner.py", *map(str, ends)], label_file, status_file, ends)
                 for end in (*calls, *answers):
                     os.close(end)
-                if not self._ends_in_time(runner):
+                if not _ends_within(runner, self._wall_seconds):
                     return "timeout"
             finally:
                 for process in (program, runner):
@@ -131,7 +138,7 @@ class CodeVerifier:
             cpu_limit_hit = -signal.SIGXCPU in (program.returncode, runner.returncode)
             return "timeout" if status == "crash" and cpu_limit_hit else status
 
-    def _judge_script(self, sources: bytes, stdin: str, expected: str) -> str:
+    def _judge_script(self, sources: bytes, stdin: str, expected: str, wall_seconds: float) -> str:
         with (
             _file(sources) as program_file,
             _file(stdin.encode(errors="replace")) as input_file,
@@ -141,7 +148,7 @@ class CodeVerifier:
             command = ["program.py", "script", str(descriptor)]
             process = self._start(command, input_file, output_file, (descriptor,))
             try:
-                if not self._ends_in_time(process):
+                if not _ends_within(process, wall_seconds):
                     return "timeout"
             finally:
                 process.kill()
@@ -161,13 +168,13 @@ class CodeVerifier:
             start_new_session=True,
         )  # fmt: skip
 
-    def _ends_in_time(self, process: subprocess.Popen) -> bool:
-        """Return whether the process ends within ``wall_seconds``."""
-        try:
-            process.wait(self._wall_seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+
+def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def parse_unit_tests(prompt: Prompt) -> dict[str, Any]:

@@ -129,7 +129,12 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
 def _common(config: WorkflowConfig) -> dict[str, Any]:
     fp8 = {} if config.fp8 is None else {"fp8": dump(config.fp8)}
     return (
-        {"tokenizer": config.tokenizer, "precision": config.precision, "seed": config.seed}
+        {
+            "tokenizer": config.tokenizer,
+            "template_date": config.template_date.isoformat(),
+            "precision": config.precision,
+            "seed": config.seed,
+        }
         | fp8
         | {"lengths": dump(config.lengths)}
     )

@@ -80,6 +80,6 @@ def _fingerprints(preflight: Preflight) -> list[str]:
     sizes = ", ".join(f"{name} {spec.vocab_size}" for name, spec in preflight.specs.items())
     return [
         f"tokenizer fingerprint  {tokenizer_fingerprint(tokenizer)}",
-        f"template fingerprint   {template_fingerprint(tokenizer)}",
+        f"template fingerprint   {template_fingerprint(tokenizer, preflight.config.template_date)}",
         f"vocabulary: tokenizer {len(tokenizer)}, models {sizes}",
     ]

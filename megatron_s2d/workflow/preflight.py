@@ -226,6 +226,12 @@ def _check_stage(
             )
     num_responses = getattr(stage, "global_batch_size", None)
     if isinstance(stage, GrpoConfig | OpdConfig):
+        num_prompts = sum(len(prompts[entry]) for entry in stage.entries)
+        if stage.train_batch_size > num_prompts:
+            raise UserError(
+                f"{where}.train_batch_size: {stage.train_batch_size} prompts a step, but its data has {num_prompts}: "
+                "a step would repeat prompts; lower it or add data"
+            )
         num_responses = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
     if num_responses is not None and num_responses < config.parallel.data_parallel_size:
         raise UserError(

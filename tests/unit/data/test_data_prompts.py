@@ -1,5 +1,6 @@
 """Prompts from files: schemas, templates, filters, and the messages for bad input."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -23,6 +24,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+
+DATE = datetime.date(2026, 1, 1)
 
 
 def _tokenizer(template=TEMPLATE):
@@ -58,7 +61,7 @@ def _write(path, rows):
 
 
 def _load(path, tokenizer, max_tokens=None, **settings):
-    return load_prompts(_source(path, **settings), tokenizer, max_prompt_length=max_tokens)
+    return load_prompts(_source(path, **settings), tokenizer, max_prompt_length=max_tokens, date=DATE)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -1,5 +1,6 @@
 """The embedded task: corpus, disjoint splits, answer check, tokenizer."""
 
+import datetime
 import itertools
 import re
 
@@ -13,6 +14,8 @@ from megatron_s2d.data.tasks import check_answer, task_prompts
 from megatron_s2d.data.tokenizer import load_tokenizer, template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 
+DATE = datetime.date(2026, 1, 1)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -20,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 
 def _prompts(tokenizer, **settings):
-    return load_prompts(TaskSource(**settings), tokenizer, max_prompt_length=None).prompts
+    return load_prompts(TaskSource(**settings), tokenizer, max_prompt_length=None, date=DATE).prompts
 
 
 def _results(text, modulus=17):
@@ -171,7 +174,7 @@ def test_task_tokenizer_loads_from_its_directory(tokenizer, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path / "modular_arithmetic")
     assert len(loaded) == 25 and loaded.eos_token == "<eos>" and loaded.pad_token == "<pad>"
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
-    assert template_fingerprint(loaded) == template_fingerprint(tokenizer)
+    assert template_fingerprint(loaded, DATE) == template_fingerprint(tokenizer, DATE)
     text = loaded.apply_chat_template([{"role": "user", "content": "3 + 4 ="}], tokenize=False)
     assert text == "3 + 4 ="
     assert loaded.decode(loaded("3 + 4 =")["input_ids"]) == "3 + 4 ="
@@ -180,11 +183,11 @@ def test_task_tokenizer_loads_from_its_directory(tokenizer, tmp_path):
 def test_fingerprints_distinguish_tokenizers(tokenizer, tmp_path):
     other = load_tokenizer("task:modular_arithmetic/19", tmp_path)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
-    before = tokenizer_fingerprint(other), template_fingerprint(other)
+    before = tokenizer_fingerprint(other), template_fingerprint(other, DATE)
     other(["3 + 4 =", "3"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(other) == before[0]  # calls do not change it
     other.chat_template = "{{ messages[0]['content'] }}"
-    assert tokenizer_fingerprint(other) == before[0] and template_fingerprint(other) != before[1]
+    assert tokenizer_fingerprint(other) == before[0] and template_fingerprint(other, DATE) != before[1]
     assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in before)
 
 

@@ -14,6 +14,7 @@ from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.workflow.preflight import check_workflow
 
+NUM_ROWS = 2200  # of each stand-in data set: enough for a step of every table after its filters
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 TABLES = sorted(path.relative_to(CONFIGS / "papers") for path in (CONFIGS / "papers").rglob("table*.yaml"))
 MODELS = {
@@ -70,25 +71,25 @@ def write_data(directory):
     import datasets
 
     directory.mkdir()
-    problem = [f"What is {number} + 1?" for number in range(64)]
-    answer = [str(number + 1) for number in range(64)]
-    rows = list(zip(range(64), problem, answer, strict=True))
+    problem = [f"What is {number} + 1?" for number in range(NUM_ROWS)]
+    answer = [str(number + 1) for number in range(NUM_ROWS)]
+    rows = list(zip(range(NUM_ROWS), problem, answer, strict=True))
     messages = [[{"role": "user", "content": text}] for text in problem]
     datasets.Dataset.from_dict({
         "prompt": messages,
         "reward_model": [{"ground_truth": a} for a in answer],
-        "extra_info": [{"index": f"d{i}"} for i in range(64)],
+        "extra_info": [{"index": f"d{i}"} for i in range(NUM_ROWS)],
     }).to_parquet(directory / "dapo-math-17k.parquet")  # fmt: skip
-    difficulty = [3.0 + i % 6 for i in range(64)]
+    difficulty = [3.0 + i % 6 for i in range(NUM_ROWS)]
     datasets.Dataset.from_dict(
         {"question": problem, "final_answer": answer, "difficulty": difficulty, "r1_solution_1": answer}
     ).to_parquet(directory / "deepmath-103k.parquet")  # fmt: skip
     case = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
     datasets.Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": f"Program {i}: add 1."}] for i in range(64)],
-            "reward_model": [{"ground_truth": case}] * 64,
-            "extra_info": [{"index": f"c{i}"} for i in range(64)],
+            "prompt": [[{"role": "user", "content": f"Program {i}: add 1."}] for i in range(NUM_ROWS)],
+            "reward_model": [{"ground_truth": case}] * NUM_ROWS,
+            "extra_info": [{"index": f"c{i}"} for i in range(NUM_ROWS)],
         }
     ).to_parquet(directory / "eurus-2-rl-code.parquet")
     lines(

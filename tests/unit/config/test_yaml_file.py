@@ -1,0 +1,95 @@
+"""YAML that would be misread, would never end or would run out of memory is refused with the file and the line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_s2d.config.base import apply_overrides
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.config.yaml_file import load_yaml
+from megatron_s2d.errors import UserError
+
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: 2\na: 3\n", r"file.yaml:3: the key 'a' stands in lines 1 and 3"),
+        (b"s:\n  x: {k: 1, k: 2}\n", r"file.yaml:2: the key 'k' stands in lines 2 and 2"),
+        (b"a: 1\nb: .inf\n", r"file.yaml:2: .inf is not a finite number"),
+        (b"b: -.INF\n", r"file.yaml:1: -.INF is not a finite number"),
+        (b"b: .nan\n", r"file.yaml:1: .nan is not a finite number"),
+        (b"a: 1\nb: \xff\xfe\n", r"file.yaml:2: not UTF-8 text"),
+        (b"a: " + b"[" * 100_000, r"file.yaml:1: nested deeper than 50 levels"),
+        (b"a: &x {b: *x}\n", r"file.yaml:1: the anchor 'x' contains itself"),
+        (b"a: &x [*x]\n", r"file.yaml:1: the anchor 'x' contains itself"),
+        (LAUGHS.encode(), r"file.yaml:\d+: more than 200,000 values once aliases are expanded"),
+        (b"a: 2026-13-45\n", r"file.yaml: not valid YAML \(month must be in 1..12"),
+        (b"? [1, 2]\n: 3\n", r"file.yaml:1: not valid YAML \(found unhashable key"),
+        (b"on: 3\n", r"file.yaml: the key True is not text; write it in quotes"),
+        (b"a: {\n", r"file.yaml:2: not valid YAML"),
+        (b"- 1\n", r"file.yaml: expected a mapping of configuration keys, not a list"),
+        (b"a: !!python/object/apply:os.system [ls]\n", r"file.yaml:1: not valid YAML \(could not determine"),
+        (b"x: " + b"a" * (11 * 2**20), r"file.yaml: larger than 10 MiB"),
+    ],
+)
+def test_traps_are_refused_with_their_line(tmp_path, content, message):
+    path = tmp_path / "file.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_merge_keys_and_a_byte_order_mark_still_work(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}\nc: *x\nd: {<<: *x, m: 4}\n")
+    x = {"k": 1, "l": 2}
+    assert load_yaml(path) == {"a": x, "b": x | {"k": 3}, "c": x, "d": x | {"m": 4}}
+
+
+def test_broken_yaml_of_an_override_is_one_line():
+    with pytest.raises(UserError, match=r"^--set a=\[1:1: not valid YAML"):
+        apply_overrides({}, ["a=[1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=true", "seed: expected a number, got true"),
+        ("stages.opd.steps=false", "stages.opd.steps: (Input should be greater|expected a number)"),
+        ("stages.opd.optimizer.weight_decay=true", "weight_decay: expected a number, got true"),
+        ("seed=1000000000000000000000000000000", "seed: 1e+30 is more than anything counted here"),
+        ("stages.opd.train_batch_size=1000000000000000000", "1e+18 is more than anything counted here"),
+        ("stages.opd.optimizer.lr=1.0e+300", "leaves float32 no room"),
+        ("stages.opd.optimizer.lr=3.0", "less than or equal to 1"),
+        ("contrasts.0.b=half_bridge_stage3", "has no keys below it"),
+        ("contrasts=[{a: half_bridge_stage3, b: half_bridge_stage3, factor: x}]", "with itself"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(override, message):
+    with pytest.raises(UserError, match=message.replace("+", r"\+")):
+        load_workflow(SMOKE, [override])
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "..", "", "/tmp/x", ".archive", "a/b", "a b", "x" * 300, "a\nb", "-x", "ü"]
+)
+@pytest.mark.parametrize("kind", ["name", "stages", "arms", "models", "data", "role", "domain"])
+def test_names_that_reach_the_file_system_have_one_pattern(tmp_path, name, kind):
+    document = load_yaml(SMOKE)
+    if kind == "name":
+        document["name"] = name
+    elif kind == "role":
+        document["stages"]["cache"]["role"] = name
+    elif kind == "domain":
+        document["data"]["pool"]["domain"] = name
+    else:
+        document[kind][name] = next(iter(document[kind].values()))
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match="cannot name files: use letters"):
+        load_workflow(path)
