@@ -32,7 +32,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._sizes: dict[str, int] = {}  # anchor -> nodes
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self._open_anchors:
                 raise _Problem(None, None, f"the anchor '{event.anchor}' contains itself", event.start_mark)
@@ -52,12 +52,12 @@ class _StrictLoader(yaml.SafeLoader):
             self._sizes[anchor] = self._num_nodes - before
         return node
 
-    def _count(self, nodes: int, mark: yaml.Mark) -> None:
+    def _count(self, nodes: int, mark: Any) -> None:
         self._num_nodes += nodes
         if self._num_nodes > MAX_NODES:
             raise _Problem(None, None, f"more than {MAX_NODES:,} values once aliases are expanded", mark)
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
