@@ -1,6 +1,6 @@
-"""``s2d convert hf-to-megatron | megatron-to-hf | check | inspect``: arguments and printed results.
+"""Command line of ``s2d convert hf-to-megatron | megatron-to-hf | check | inspect``.
 
-Parsing needs no torch; ``run`` imports what its command needs.
+Parsing does not import torch; ``run`` imports the module of its command.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _add_directories(command: argparse.ArgumentParser, *formats: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carry out a parsed command; errors are ``UserError``."""
+    """Run a parsed command; errors are ``UserError``."""
     report = silent if arguments.no_progress else bar
     actions = {
         "hf-to-megatron": _hf_to_megatron,
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _hf_to_megatron(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import hf_to_megatron
 
-    done = hf_to_megatron(
+    result = hf_to_megatron(
         arguments.hf_directory,
         arguments.megatron_directory,
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
@@ -119,33 +119,33 @@ def _hf_to_megatron(arguments: argparse.Namespace, report: Report) -> None:
         expert_model_parallel_size=arguments.expert_model_parallel_size,
         report=report,
     )
-    _print_result(arguments.megatron_directory, done)
+    _print_result(arguments.megatron_directory, result)
 
 
 def _megatron_to_hf(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import megatron_to_hf
 
-    done = megatron_to_hf(
+    result = megatron_to_hf(
         arguments.megatron_directory,
         arguments.hf_directory,
         max_shard_bytes=arguments.max_shard_size,
         assets=arguments.assets,
         report=report,
     )
-    _print_result(arguments.hf_directory, done)
+    _print_result(arguments.hf_directory, result)
 
 
-def _print_result(directory: str, done: Converted) -> None:
-    print(f"{directory}: {done.spec.family}, {done.spec.num_parameters:,} parameters")
-    for note in done.notes:
+def _print_result(directory: str, result: Converted) -> None:
+    print(f"{directory}: {result.spec.family}, {result.spec.num_parameters:,} parameters")
+    for note in result.notes:
         print(f"note: {note}")
 
 
 def _check(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import check_conversion
 
-    found = check_conversion(arguments.hf_directory, arguments.megatron_directory, report=report)
-    print(f"tensors: {found.num_tensors} equal bit by bit ({found.num_bytes:,} bytes)")
+    comparison = check_conversion(arguments.hf_directory, arguments.megatron_directory, report=report)
+    print(f"tensors: {comparison.num_tensors} equal bit by bit ({comparison.num_bytes:,} bytes)")
     if arguments.skip_logits:
         print("logits: not compared (--skip-logits)")
         return
@@ -161,12 +161,12 @@ def _check(arguments: argparse.Namespace, report: Report) -> None:
 def _inspect(arguments: argparse.Namespace, report: Report) -> None:
     from megatron_s2d.conversion.convert import inspect_checkpoint
 
-    found = inspect_checkpoint(arguments.directory, report=report)
+    description = inspect_checkpoint(arguments.directory, report=report)
     if arguments.json:
-        json.dump(found, sys.stdout, indent=1)
+        json.dump(description, sys.stdout, indent=1)
         print()
         return
-    for key, value in found.items():
+    for key, value in description.items():
         if isinstance(value, dict):
             print(f"{key}:")
             for name, item in value.items():
@@ -183,7 +183,7 @@ def _positive(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number (powers of 1000, with ``i`` of 1024)."""
+    """Return the bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number (powers of 1000, with ``i`` of 1024)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 5GB or 500MB")

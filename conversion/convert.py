@@ -1,8 +1,8 @@
-"""Checkpoints from Hugging Face to Megatron and back, streamed; the check that two are equal; what a directory holds.
+"""Streaming conversion of checkpoints between Hugging Face and Megatron, comparison of two, and inspection of one.
 
-One parameter of one layer is in memory at a time (the largest, usually the embedding), whatever the model's size.
-Sources are checked before anything is written, and a result appears in one rename. Weights that go straight into a
-running model need no conversion: ``models.weights.import_weights`` with a ``models.hf_checkpoint.HfCheckpoint``.
+One parameter of one layer is in memory at a time (the largest is usually the embedding), whatever the model's size.
+Sources are checked before anything is written, and the result appears in one rename. To load weights into a running
+model no conversion is needed: ``models.weights.import_weights`` with a ``models.hf_checkpoint.HfCheckpoint``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ASSETS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that a Hugging Face directory may hold beside weights and ``config.json``, and that travel with them."""
+"""Files that are copied with a Hugging Face checkpoint, beside weights and ``config.json``."""
 
 _ASSETS_DIRECTORY = "hf"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -53,7 +53,7 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote, and what it could not do, as sentences for the user."""
+    """Model of a converted checkpoint, and notes for the user on what could not be done."""
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
@@ -70,16 +70,16 @@ def hf_to_megatron(
 ) -> Converted:
     """Write a Megatron checkpoint from a Hugging Face directory.
 
-    It loads at every layout; the sizes say for which one its chunks are cut, so that a rank reads only its own bytes.
-    Dtypes are kept. Raises ``UserError`` for a damaged or unsupported source, sizes that do not divide the model, an
-    existing target, and a full disk; then no target appears.
+    It loads at every layout; the sizes choose the layout that its chunks are split for, so that a rank of that layout
+    reads only its share. Dtypes are preserved. Raises ``UserError`` for a damaged or unsupported source, sizes that do
+    not divide the model, an existing target, and a full disk; then no target is created.
     """
     source = HfCheckpoint(hf_directory)
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
-        # The two only have to make the layout a valid one; they do not change what is stored.
+        # Needed for a valid layout; they do not change the stored checkpoint.
         data_parallel_size=expert_model_parallel_size,
         sequence_parallel=tensor_model_parallel_size > 1,
     )
@@ -91,7 +91,7 @@ def hf_to_megatron(
         unchecked = len(source.shards) - source.verify_digests(advance)
     with atomic_directory(megatron_directory) as target:
         writer = MegatronWriter(target, source.spec, parallel)
-        with contextlib.closing(writer), report("importing", source.num_bytes) as advance:
+        with contextlib.closing(writer), report("hf to megatron", source.num_bytes) as advance:
             with contextlib.closing(read_ahead(_chunks(source, parallel))) as chunks:
                 for chunk in chunks:
                     writer.write(chunk)
@@ -112,11 +112,11 @@ def megatron_to_hf(
     assets: str | Path | None = None,
     report: Report = silent,
 ) -> Converted:
-    """Write a Hugging Face directory from a Megatron checkpoint of any layout, an import's or a training run's.
+    """Write a Hugging Face directory from a Megatron checkpoint of any layout, converted or saved by a training run.
 
     Tokenizer and configuration files come from ``assets`` (a Hugging Face directory of the same model, or of its
-    tokenizer), else from the import that made the checkpoint. ``config.json`` and ``generation_config.json`` are
-    generated where they are not found there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as
+    tokenizer), else from the files that ``hf_to_megatron`` stored. ``config.json`` and ``generation_config.json`` are
+    generated if they are missing there; a tokenizer is not. Optimizer state is left out. Raises ``UserError`` as
     ``hf_to_megatron`` does.
     """
     source = MegatronReader(megatron_directory)
@@ -134,7 +134,7 @@ def megatron_to_hf(
     ]
     with atomic_directory(hf_directory) as target:
         writer = HfWriter(target, plan, max_shard_bytes)
-        with contextlib.closing(writer), report("exporting", writer.num_bytes) as advance:
+        with contextlib.closing(writer), report("megatron to hf", writer.num_bytes) as advance:
             with contextlib.closing(read_ahead(_hf_tensors(source))) as tensors:
                 for name, row, tensor in tensors:
                     writer.write(name, tensor, row)
@@ -143,7 +143,7 @@ def megatron_to_hf(
         copied = _copy_files(ASSETS, asset_directory, target)
         if _GENERATION_NAME not in copied:
             _write_json(target / _GENERATION_NAME, _generation_document(config))
-        # Last, because nothing loads a directory without it.
+        # Last, because no loader accepts a directory without it.
         _write_json(target / "config.json", config)
     if any("token" in name for name in copied):
         return Converted(source.spec)
@@ -152,7 +152,7 @@ def megatron_to_hf(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What ``check_conversion`` found equal."""
+    """Number and bytes of the tensors that ``check_conversion`` compared as equal."""
 
     num_tensors: int
     num_bytes: int
@@ -161,42 +161,42 @@ class Comparison:
 def check_conversion(
     hf_directory: str | Path, megatron_directory: str | Path, *, report: Report = silent
 ) -> Comparison:
-    """Compare every tensor bit by bit; a ``UserError`` names the first that differs. ``logits`` compares functions."""
+    """Compare every tensor bit by bit; a ``UserError`` names the first that differs. ``logits.py`` compares outputs."""
     reference, converted = HfCheckpoint(hf_directory), MegatronReader(megatron_directory)
     _same_model(reference.spec, converted.spec, hf_directory, megatron_directory)
     count = 0
-    with report("comparing", reference.num_bytes) as advance:
-        with contextlib.closing(read_ahead(_hf_tensors(converted))) as tensors:
-            for name, row, tensor in tensors:
-                expected = reference.read(name, 0, row, row + tensor.size(0))
-                if tensor.dtype != expected.dtype:
-                    raise UserError(
-                        f"{name}: {expected.dtype} in {hf_directory}, {tensor.dtype} in {megatron_directory}"
-                    )
-                # Bytes, because NaN is unequal to itself and -0 is equal to 0.
-                if not torch.equal(tensor.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
-                    raise UserError(f"{name}: differs between {hf_directory} and {megatron_directory}")
-                count += row == 0
-                advance(tensor.nbytes)
+    with (
+        report("comparing", reference.num_bytes) as advance,
+        contextlib.closing(read_ahead(_hf_tensors(converted))) as tensors,
+    ):
+        for name, row, tensor in tensors:
+            expected = reference.read(name, 0, row, row + tensor.size(0))
+            if tensor.dtype != expected.dtype:
+                raise UserError(f"{name}: {expected.dtype} in {hf_directory}, {tensor.dtype} in {megatron_directory}")
+            # Bytes, because NaN is unequal to itself and -0 is equal to 0.
+            if not torch.equal(tensor.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)):
+                raise UserError(f"{name}: differs between {hf_directory} and {megatron_directory}")
+            count += row == 0
+            advance(tensor.nbytes)
     return Comparison(count, reference.num_bytes)
 
 
 def inspect_checkpoint(directory: str | Path, *, report: Report = silent) -> dict[str, Any]:
-    """What a Hugging Face or Megatron directory holds: format, model, dtype, layout, parameter count, bytes, digest."""
+    """Describe a Hugging Face or Megatron directory: format, model, dtypes, layout, parameters, bytes, digest."""
     path = Path(directory)
     if (path / SPEC_NAME).is_file():
         source = MegatronReader(path)
-        found = {"format": "megatron", "layout": source.layout(), "optimizer_state": source.has_optimizer_state}
+        description = {"format": "megatron", "layout": source.layout(), "optimizer_state": source.has_optimizer_state}
         num_bytes, digest = source.num_files_bytes, source.digest
     else:
         source = HfCheckpoint(path)
         num_bytes = source.num_bytes
-        found = {"format": "huggingface", "layout": {"shards": len(source.shards)}}
+        description = {"format": "huggingface", "layout": {"shards": len(source.shards)}}
         with report("hashing", num_bytes) as advance:
             digest = json_digest(source.file_digests(advance))
     spec = source.spec
     return {
-        **found,
+        **description,
         "model": spec.to_dict(),
         "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in source.dtypes),
         "num_parameters": spec.num_parameters,
@@ -213,9 +213,9 @@ def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
 
 
 def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Hugging Face tensors in rows: name, first row, and the rows, as they are stored or else all at once."""
+    """Yield Hugging Face tensors as (name, first row, rows): chunk by chunk if chunks are rows, otherwise as one."""
     for piece in source.pieces:
-        if piece.entry.parallelism in ("vocab_parallel", "gate_up_column_parallel") and source.is_cut_by_rows(piece):
+        if piece.entry.parallelism in ("vocab_parallel", "gate_up_column_parallel") and source.is_split_by_rows(piece):
             yield from source.read_rows(piece)
         else:
             for name, tensor in join_shards(piece.entry, source.spec, [source.read(piece)]):
@@ -230,7 +230,7 @@ def _same_model(left: ModelSpec, right: ModelSpec, left_name: Any, right_name: A
 
 
 def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
-    """``config.json`` of the export: that of the assets, if it describes this model, with the dtype of the weights."""
+    """Return ``config.json``: that of the assets, if it describes this model, with the dtype of the weights."""
     dtype = str(source.entries["model.embedding.word_embeddings.weight"].properties.dtype).removeprefix("torch.")
     path = assets / "config.json"
     if not path.is_file():
@@ -242,7 +242,7 @@ def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
 
 
 def _special_tokens(directory: Path) -> dict[str, int]:
-    """Ids of the special tokens of a tokenizer's directory; none where it holds no tokenizer."""
+    """Return ids of the special tokens of a tokenizer's directory; empty if it has no tokenizer."""
     if not (directory / "tokenizer_config.json").is_file():
         return {}
     from transformers import AutoTokenizer
@@ -255,7 +255,7 @@ def _special_tokens(directory: Path) -> dict[str, int]:
 
 
 def _generation_document(config: dict[str, Any]) -> dict[str, Any]:
-    """``generation_config.json`` in the form that transformers derives from a model's configuration."""
+    """Return ``generation_config.json`` in the form that transformers derives from a model's configuration."""
     return {
         "_from_model_config": True,
         **{name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None},
@@ -267,9 +267,9 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _copy_files(names: tuple[str, ...], source: Path, target: Path) -> list[str]:
-    """Copy those of ``names`` that ``source`` has; returns them."""
-    found = [name for name in names if (source / name).is_file()]
+    """Copy the files ``names`` that exist in ``source``, and return their names."""
+    existing = [name for name in names if (source / name).is_file()]
     target.mkdir(exist_ok=True)
-    for name in found:
+    for name in existing:
         shutil.copyfile(source / name, target / name)
-    return found
+    return existing

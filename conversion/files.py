@@ -1,4 +1,4 @@
-"""File objects for ``torch.save`` and ``torch.load`` (one hashes, one is part of a file), and reading ahead."""
+"""File objects for ``torch.save`` (hashes what it writes) and ``torch.load`` (a slice of a file), and a prefetcher."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_s2d.models.hf_checkpoint import BLOCK_BYTES
 
-T = TypeVar("T")
-
-_WINDOW = 64 * 2**20  # bytes of a written file that may lie in the page cache
+_WINDOW = 64 * 2**20  # bytes of a written file that may stay in the page cache
 
 
-def read_ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
-    """``items``, made by a second thread while the last one is being used; ``depth`` of them may wait.
+def read_ahead[T](items: Iterator[T], depth: int = 1) -> Iterator[T]:
+    """Yield ``items``, computed by a second thread up to ``depth`` items ahead.
 
-    An exception of the iterator is raised here, and when this is closed early the thread ends at its next item.
+    An exception of the iterator is raised here; if the generator is closed early, the thread ends at its next item.
     """
-    waiting: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    prefetched: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
-    def hand_over(entry: tuple[bool, T | BaseException | None]) -> bool:
+    def put(entry: tuple[bool, T | BaseException | None]) -> bool:
         while not stopped.is_set():
             try:
-                waiting.put(entry, timeout=0.1)
+                prefetched.put(entry, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -39,18 +37,18 @@ def read_ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
     def work() -> None:
         try:
             for item in items:
-                if not hand_over((True, item)):
+                if not put((True, item)):
                     return
                 del item
-            hand_over((False, None))
+            put((False, None))
         except BaseException as error:
-            hand_over((False, error))
+            put((False, error))
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)
     thread.start()
     try:
         while True:
-            more, item = waiting.get()
+            more, item = prefetched.get()
             if not more:
                 if item is not None:
                     raise item
@@ -63,15 +61,15 @@ def read_ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
 
 
 class HashedFile:
-    """A file that is written once, from start to end, with its length and SHA-256 kept along the way.
+    """A file that is written once, from start to end, and records its length and SHA-256.
 
-    Large contents are hashed by a second thread while they are written.
+    A second thread hashes contents while they are written.
     """
 
     def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._hasher = ThreadPoolExecutor(max_workers=1)
-        self._let_go_to = 0
+        self._dropped_to = 0
         self.digest = hashlib.sha256()
         self.length = 0
 
@@ -83,37 +81,37 @@ class HashedFile:
             done = 0
             while done < len(view):
                 done += self._file.write(view[done : done + BLOCK_BYTES])
-                self._let_go(self.length + done)
+                self._drop_from_cache(self.length + done)
         finally:
-            # The buffer is the caller's again when this returns.
+            # The caller may reuse the buffer after this returns.
             hashed.result()
         self.length += len(view)
         return len(view)
 
-    def _let_go(self, position: int) -> None:
-        """Have the kernel start writing the last window to the disk, and drop the one before from the page cache.
+    def _drop_from_cache(self, position: int) -> None:
+        """Tell the kernel to write the last window to disk and to drop the one before from the page cache.
 
-        Otherwise a conversion would push everything else out of memory, and wait for fresh pages most of its time.
+        Otherwise a conversion would evict everything else from memory, and mostly wait for free pages.
         """
-        if position - self._let_go_to >= _WINDOW:
-            start = max(0, self._let_go_to - _WINDOW)
+        if position - self._dropped_to >= _WINDOW:
+            start = max(0, self._dropped_to - _WINDOW)
             os.posix_fadvise(self._file.fileno(), start, position - start, os.POSIX_FADV_DONTNEED)
-            self._let_go_to = position
+            self._dropped_to = position
 
     def flush(self) -> None:
-        """Nothing is buffered; ``torch.save`` asks."""
+        """Do nothing, as nothing is buffered; ``torch.save`` calls it."""
 
     def close(self) -> None:
-        """No more will be written."""
+        """Close the file; its digest is complete."""
         self._hasher.shutdown()
         self._file.close()
 
 
 class FileSlice(io.RawIOBase):
-    """Bytes [start, start + length) of a file as a file of its own."""
+    """Bytes [start, start + length) of a file as a separate file object."""
 
     def __init__(self, path: Path, start: int, length: int):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._start, self._length, self._position = start, length, 0
         os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_SEQUENTIAL)
 

@@ -1,7 +1,7 @@
-"""Which global tensor of a Megatron checkpoint each parameter of a model is a slice of, and how a layout cuts it.
+"""Maps each parameter of a model to a slice of a global tensor of a Megatron checkpoint, and splits it for a layout.
 
 The names and shapes are those of ``sharded_state_dict`` in Megatron-Core 0.19 (a test compares them): layers of equal
-shape are stacked along a first dimension, experts along a second, and a norm is filed under the linear layer that
+shape are stacked along a first dimension, experts along a second, and a norm is named after the linear layer that
 Transformer Engine fuses it with.
 """
 
@@ -35,9 +35,9 @@ class Piece:
 
 
 def pieces(spec: ModelSpec, tp_size: int = 1) -> Iterator[Piece]:
-    """Every parameter of the model in the order of a Hugging Face checkpoint; a tied output layer is not stored.
+    """Yield every parameter in the order of a Hugging Face checkpoint; a tied output layer is not stored.
 
-    ``tp_size`` decides how far the vocabulary is padded.
+    ``tp_size`` determines the padding of the vocabulary.
     """
     (embedding,) = global_param_mappings(spec, "first")
     vocabulary = (padded_vocab_size(spec.vocab_size, tp_size), spec.hidden_size)
@@ -78,7 +78,7 @@ def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
 
 
 def boxes(piece: Piece, tp_size: int) -> list[Box]:
-    """How ``tp_size`` ranks cut a parameter, within the parameter itself; experts are kept whole."""
+    """Return the box of each of ``tp_size`` ranks within a parameter; experts are not split."""
     parallelism, parts = piece.entry.parallelism, tp_size if piece.entry.expert is None else 1
     if parallelism == "replicated":
         return [((0,) * len(piece.shape), piece.shape)]

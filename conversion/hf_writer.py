@@ -1,7 +1,7 @@
-"""Hugging Face safetensors shards, written tensor by tensor.
+"""Writes Hugging Face safetensors shards tensor by tensor.
 
-The sizes of all tensors are known beforehand, so each shard's header is written first and memory holds one tensor.
-Written beside the shards: the index (with more than one shard) and ``weights.sha256``, which ``sha256sum -c`` checks.
+The sizes of all tensors are planned beforehand, so each shard's header is written first and one tensor is in memory.
+Also written: the index (with more than one shard) and ``weights.sha256``, which ``sha256sum -c`` checks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to come."""
+    """Name, dtype and shape of a tensor that will be written."""
 
     name: str
     dtype: torch.dtype
@@ -38,18 +38,18 @@ class HfWriter:
     """Writes the tensors of a plan, in its order, into ``directory``."""
 
     def __init__(self, directory: Path, plan: Iterable[PlannedTensor], max_shard_bytes: int):
-        """A tensor that is larger than ``max_shard_bytes`` gets a shard of its own."""
+        """Plan the shards; a tensor larger than ``max_shard_bytes`` gets a separate shard."""
         self._directory = directory
         self._shards: list[list[PlannedTensor]] = [[]]
-        room = max_shard_bytes
+        free = max_shard_bytes
         for tensor in plan:
             if tensor.dtype not in _DTYPE_NAMES:
-                raise UserError(f"{tensor.name}: dtype {tensor.dtype} is not written to safetensors")
-            if self._shards[-1] and tensor.num_bytes > room:
+                raise UserError(f"{tensor.name}: dtype {tensor.dtype} cannot be written to safetensors")
+            if self._shards[-1] and tensor.num_bytes > free:
                 self._shards.append([])
-                room = max_shard_bytes
+                free = max_shard_bytes
             self._shards[-1].append(tensor)
-            room -= tensor.num_bytes
+            free -= tensor.num_bytes
         self._pending = [(number, tensor) for number, shard in enumerate(self._shards) for tensor in shard]
         self._pending.reverse()
         self._file: HashedFile | None = None
@@ -63,11 +63,11 @@ class HfWriter:
         return sum(tensor.num_bytes for shard in self._shards for tensor in shard)
 
     def write(self, name: str, tensor: torch.Tensor, row: int = 0) -> None:
-        """The next tensor of the plan, or its rows from ``row`` on, when they come in several parts."""
+        """Write the next tensor of the plan, or, if it is written in several parts, its rows from ``row`` on."""
         number, planned = self._pending[-1]
         stop = row + tensor.size(0)
-        found = (name, tensor.dtype, tuple(tensor.shape[1:]), row)
-        assert found == (planned.name, planned.dtype, planned.shape[1:], self._next_row), (found, planned)
+        actual = (name, tensor.dtype, tuple(tensor.shape[1:]), row)
+        assert actual == (planned.name, planned.dtype, planned.shape[1:], self._next_row), (actual, planned)
         if number != self._current:
             self._end_shard()
             self._begin_shard(number)
@@ -90,7 +90,7 @@ class HfWriter:
         (self._directory / DIGESTS_NAME).write_text("".join(lines), encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file of a checkpoint that will not be finished."""
+        """Close the file of an unfinished checkpoint."""
         if self._file is not None:
             self._file.close()
 

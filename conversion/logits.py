@@ -1,4 +1,4 @@
-"""An independent proof of a conversion: transformers' model and the converted Megatron model compute the same logits.
+"""Independent check of a conversion: transformers' model and the converted Megatron model compute equal logits.
 
 The two share no code but PyTorch: transformers reads the Hugging Face directory with its own loader, Megatron-Core the
 distributed checkpoint with its own. Both models are in memory at once, in float32, so this is for models that fit.
@@ -22,7 +22,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 
 @dataclasses.dataclass(frozen=True)
 class LogitsComparison:
-    """Largest absolute difference of the logits, and the standard deviation that it is to be seen against."""
+    """Largest absolute difference of the logits, and their standard deviation as its scale."""
 
     max_difference: float
     standard_deviation: float
@@ -38,9 +38,9 @@ def compare_logits(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> LogitsComparison:
-    """Logits of random token sequences from both models, in float32 on the CPU or this process's GPU.
+    """Compare logits of random token sequences from both models, in float32 on the CPU or this process's GPU.
 
-    Raises ``UserError`` where they differ by more than ``tolerance`` standard deviations of the logits (at least 1).
+    Raises ``UserError`` if they differ by more than ``tolerance`` standard deviations of the logits (at least 1).
     """
     spec = spec_from_directory(hf_directory)
     tokens = torch.randint(0, spec.vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
@@ -52,13 +52,13 @@ def compare_logits(
     tokens = tokens.to(device)
     with layout.active(), torch.no_grad():
         positions = torch.arange(length, device=device).expand_as(tokens)
-        found = chunks[0].eval()(tokens, positions, None)[..., : spec.vocab_size]
+        logits = chunks[0].eval()(tokens, positions, None)[..., : spec.vocab_size]
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         hf_directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     with torch.no_grad():
         expected = reference.to(device).eval()(tokens).logits
-    result = LogitsComparison(float((found - expected).abs().max()), float(expected.std()), num_sequences * length)
+    result = LogitsComparison(float((logits - expected).abs().max()), float(expected.std()), num_sequences * length)
     if not result.max_difference <= tolerance * max(1.0, result.standard_deviation):
         raise UserError(
             f"logits differ by up to {result.max_difference:.2e} (their standard deviation is "

@@ -1,12 +1,12 @@
-"""Megatron distributed checkpoints (``torch_dist``), written and read tensor by tensor, without building a model.
+"""Writes and reads Megatron distributed checkpoints (``torch_dist``) tensor by tensor, without building a model.
 
-Megatron saves global tensors (``global_tensors``) in chunks, each of which says which box of its global tensor it is.
-A global tensor does not depend on the layout that wrote it, only the chunks do; so a checkpoint written here loads at
-any layout, and one written at any layout is read.
+Megatron saves global tensors (``global_tensors.py``) in chunks; each chunk records its box within the global tensor.
+Global tensors do not depend on the layout that wrote them, only their chunks do; so a checkpoint written here loads at
+any layout, and one written at any layout can be read.
 
-Files: ``__<n>_0.distcp`` (chunks, each a ``torch.save`` record), ``.metadata`` (where each chunk lies; a pickle, read
-with an unpickler that knows only the few classes in it), ``metadata.json``, ``integrity.json`` (SHA-256 of each file),
-and this project's ``model_spec.json`` and ``trainer_state.json``. Optimizer state is skipped when reading.
+Files: ``__<n>_0.distcp`` (chunks, each a ``torch.save`` record), ``.metadata`` (file and offset of each chunk; a
+pickle, read with an unpickler that allows only the few classes in it), ``metadata.json``, ``integrity.json`` (SHA-256
+of each file), and this project's ``model_spec.json`` and ``trainer_state.json``. Optimizer state is skipped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPEC_NAME = "model_spec.json"
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Part of a parameter: its place in ``boxes``, the box, and a contiguous tensor with storage of its own."""
+    """Part of a parameter: its index in ``boxes``, the box, and a contiguous tensor with separate storage."""
 
     piece: Piece
     number: int
@@ -58,12 +58,12 @@ class Chunk:
 
 
 def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tp_size: int) -> Iterator[Chunk]:
-    """The chunks of a parameter, from its Hugging Face tensors; each is read by itself where its bytes lie together."""
+    """Yield the chunks of a parameter, read from its Hugging Face tensors; contiguous chunks are read separately."""
     entry, half = piece.entry, piece.shape[0] // 2
-    whole = source.read(entry.hf_names[0]) if entry.parallelism == "row_parallel" else None
+    full = source.read(entry.hf_names[0]) if entry.parallelism == "row_parallel" else None
     for number, (offset, size) in enumerate(boxes(piece, tp_size)):
-        if whole is not None:
-            tensor = whole.narrow(1, offset[1], size[1])
+        if full is not None:
+            tensor = full.narrow(1, offset[1], size[1])
         elif entry.parallelism == "gate_up_column_parallel":
             name, row = entry.hf_names[offset[0] // half], offset[0] % half
             tensor = source.read(name, 0, row, row + size[0])
@@ -76,7 +76,7 @@ def read_chunks(piece: Piece, spec: ModelSpec, source: WeightSource, tp_size: in
 
 
 class MegatronWriter:
-    """Writes a checkpoint into a directory, one parameter at a time; nothing loads before ``finish``."""
+    """Writes a checkpoint into a directory, one parameter at a time; it is not loadable before ``finish``."""
 
     def __init__(self, directory: Path, spec: ModelSpec, parallel: ParallelConfig):
         self._directory = directory
@@ -88,7 +88,7 @@ class MegatronWriter:
         self._digests: dict[str, str] = {}
 
     def write(self, chunk: Chunk) -> None:
-        """Store a chunk; those of one parameter come in the order of ``boxes``."""
+        """Store a chunk; the chunks of one parameter must come in the order of ``boxes``."""
         piece, tensor = chunk.piece, chunk.tensor
         offset, size = chunk.box
         assert tuple(tensor.shape) == size, (piece, tensor.shape)
@@ -102,26 +102,28 @@ class MegatronWriter:
                 f"{entry.properties.dtype}; convert the checkpoint to one dtype first"
             )
         ones = (1,) * len(piece.leading)
-        where = ChunkStorageMetadata(torch.Size((*piece.leading, *offset)), torch.Size((*ones, *size)))
-        entry.chunks.append(where)
+        location = ChunkStorageMetadata(torch.Size((*piece.leading, *offset)), torch.Size((*ones, *size)))
+        entry.chunks.append(location)
         self._append(
-            self._file_name(piece, chunk.number), MetadataIndex(piece.key, where.offsets), tensor.view(where.sizes)
+            self._file_name(piece, chunk.number),
+            MetadataIndex(piece.key, location.offsets),
+            tensor.view(location.sizes),
         )
 
     def _file_name(self, piece: Piece, number: int) -> str:
-        """One file a pipeline stage and tensor (for experts, expert) rank, as if each rank had written its own."""
+        """Return the file that the pipeline and tensor (or expert) rank of a training run would write."""
         parallel, spec = self._parallel, self._spec
-        stage = 0
+        pp_rank = 0
         if piece.leading:
-            stage = piece.leading[0] * parallel.pipeline_model_parallel_size // spec.num_layers
+            pp_rank = piece.leading[0] * parallel.pipeline_model_parallel_size // spec.num_layers
         elif not piece.key.startswith("model.embedding"):
-            stage = parallel.pipeline_model_parallel_size - 1
+            pp_rank = parallel.pipeline_model_parallel_size - 1
         writers = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
         if piece.entry.parallelism == "gate_up_column_parallel":
             number %= parallel.tensor_model_parallel_size
         if piece.entry.expert is not None:
             number = piece.entry.expert * parallel.expert_model_parallel_size // spec.num_experts
-        return f"__{stage * writers + number}_0.distcp"
+        return f"__{pp_rank * writers + number}_0.distcp"
 
     def _append(self, name: str, index: MetadataIndex, record: Any) -> None:
         if name not in self._files:
@@ -132,7 +134,7 @@ class MegatronWriter:
         self._storage[index] = _StorageInfo(name, start, file.length - start)
 
     def finish(self) -> None:
-        """Write what makes the chunks a checkpoint."""
+        """Write metadata, digests and model spec, which make the checkpoint loadable."""
         self._entries[_COMMON_KEY] = BytesStorageMetadata()
         self._append("__0_0.distcp", MetadataIndex(_COMMON_KEY), [{"content_metadata": {}}])
         for name, file in self._files.items():
@@ -154,24 +156,23 @@ class MegatronWriter:
             (self._directory / name).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the files of a checkpoint that will not be finished."""
+        """Close the files of an unfinished checkpoint."""
         for file in self._files.values():
             file.close()
 
 
 class MegatronReader:
-    """The model parameters of a checkpoint written at any layout, by this module or by a training run."""
+    """Reads the model parameters of a checkpoint of any layout, written by this module or by a training run."""
 
     def __init__(self, directory: str | Path):
-        """Raises ``UserError`` for a directory that is no checkpoint, and for a missing, extra or misshapen parameter,
-        naming it."""
+        """Open a checkpoint; ``UserError`` for another directory and for a missing, extra or misshapen parameter."""
         self.directory = Path(directory)
         if not (self.directory / SPEC_NAME).is_file():
             hint = _hint(self.directory)
             raise UserError(f"{self.directory}: not a Megatron checkpoint of this project (no {SPEC_NAME}){hint}")
         self.spec = ModelSpec.from_dict(read_json(self.directory / SPEC_NAME))
         self._digests = self._read_digests()
-        # Before anything in it is looked at.
+        # Before the file is parsed.
         verify_digests({self.directory / ".metadata": self._digests[".metadata"]})
         metadata = read_metadata(self.directory)
         self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
@@ -200,22 +201,25 @@ class MegatronReader:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def layout(self) -> dict[str, int]:
-        """The layout that wrote the checkpoint, from how the attention's output projection is cut, and from how many
-        ranks wrote its layers, and the experts of one layer."""
+        """Return the layout that wrote the checkpoint.
+
+        Derived from the chunks of the attention's output projection, and from the number of ranks that wrote its layers
+        and the experts of one layer.
+        """
         key = "model.decoder.layers.self_attention.linear_proj.weight"
-        parts = [self._chunks[key, (layer,)] for layer in range(self.spec.num_layers)]
+        chunks = [self._chunks[key, (layer,)] for layer in range(self.spec.num_layers)]
         sizes = {
-            "tensor_model_parallel_size": len(parts[0]),
-            "pipeline_model_parallel_size": len({self._writer(key, part[0]) for part in parts}),
+            "tensor_model_parallel_size": len(chunks[0]),
+            "pipeline_model_parallel_size": len({self._writer(key, part[0]) for part in chunks}),
         }
         if self.spec.num_experts:
             key = "model.decoder.layers.mlp.experts.experts.linear_fc2.weight"
-            parts = [self._chunks[key, (0, expert)] for expert in range(self.spec.num_experts)]
-            sizes["expert_model_parallel_size"] = len({self._writer(key, part[0]) for part in parts})
+            chunks = [self._chunks[key, (0, expert)] for expert in range(self.spec.num_experts)]
+            sizes["expert_model_parallel_size"] = len({self._writer(key, part[0]) for part in chunks})
         return sizes
 
     def _writer(self, key: str, chunk: ChunkStorageMetadata) -> str:
-        """The rank that wrote a chunk, which is the first number in the file's name."""
+        """Return the rank that wrote a chunk, the first number of the file name."""
         return self._storage[key, tuple(chunk.offsets)].relative_path.split("_")[2]
 
     def verify_digests(self, progress: Callable[[int], None] = lambda count: None) -> None:
@@ -223,7 +227,7 @@ class MegatronReader:
         verify_digests({self.directory / name: digest for name, digest in self._digests.items()}, progress)
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """One undivided parameter, put together from its chunks."""
+        """Return one full parameter, joined from its chunks."""
         chunks = self._chunks[piece.key, piece.leading]
         if len(chunks) == 1:
             return self._read_chunk(piece, chunks[0])
@@ -234,8 +238,8 @@ class MegatronReader:
             parameter[tuple(slice(start, start + size) for start, size in box)] = self._read_chunk(piece, chunk)
         return parameter
 
-    def is_cut_by_rows(self, piece: Piece) -> bool:
-        """Whether every chunk holds whole rows of one Hugging Face tensor."""
+    def is_split_by_rows(self, piece: Piece) -> bool:
+        """Whether every chunk consists of complete rows of one Hugging Face tensor."""
         height = piece.shape[0] // len(piece.entry.hf_names)
         count = len(piece.leading)
         return all(
@@ -245,7 +249,7 @@ class MegatronReader:
         )
 
     def read_rows(self, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """The chunks of a parameter that is cut by rows: name of the Hugging Face tensor, first row, rows."""
+        """Yield the chunks of a parameter that is split by rows: name of the Hugging Face tensor, first row, rows."""
         names, count = piece.entry.hf_names, len(piece.leading)
         height = piece.shape[0] // len(names)
         limit = self.spec.vocab_size if piece.entry.parallelism == "vocab_parallel" else height
@@ -264,7 +268,7 @@ class MegatronReader:
             raise UserError(f"{path}: {piece.key} cannot be read ({str(error).splitlines()[0]})") from None
         dtype = self.entries[piece.key].properties.dtype
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.shape != torch.Size(chunk.sizes):
-            raise UserError(f"{path}: a chunk of {piece.key} is not what its metadata says")
+            raise UserError(f"{path}: a chunk of {piece.key} does not match its metadata")
         return tensor.view(chunk.sizes[len(piece.leading) :])
 
     def _read_digests(self) -> dict[str, str]:
@@ -282,7 +286,7 @@ class MegatronReader:
             for chunk in entry.chunks:
                 info = self._storage.get((key, tuple(chunk.offsets)))
                 if info is None or info.relative_path not in self._digests:
-                    raise UserError(f"{self.directory}: a part of {key} is missing; write the checkpoint again")
+                    raise UserError(f"{self.directory}: a chunk of {key} is missing; write the checkpoint again")
         unknown = set(self.entries)
         for piece in self.pieces:
             entry = self.entries.get(piece.key)
@@ -298,7 +302,7 @@ class MegatronReader:
         self._index_chunks()
 
     def _index_chunks(self) -> None:
-        """Chunks by parameter, after a check that those of each parameter cover it without overlap."""
+        """Group chunks by parameter, and check that those of each parameter cover it without overlap."""
         leading = {piece.key: len(piece.leading) for piece in self.pieces}
         for key, entry in self.entries.items():
             for chunk in entry.chunks:
@@ -313,26 +317,28 @@ class MegatronReader:
         for piece in self.pieces:
             chunks = self._chunks.get((piece.key, piece.leading), [])
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(piece.shape) or _overlap(chunks):
-                raise UserError(f"{self.directory}: the parts of {piece.key} {piece.leading} do not make a whole")
+                raise UserError(
+                    f"{self.directory}: the chunks of {piece.key} {piece.leading} do not cover it exactly once"
+                )
 
 
 def _hint(directory: Path) -> str:
-    """Where the checkpoints are, for a directory that holds some."""
-    found = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{SPEC_NAME}"))
-    found = [path for path in found if not path.name.endswith(".partial")]
-    return f"; did you mean {found[-1]}?" if found else ""
+    """Return a hint at the newest checkpoint below ``directory``, if any."""
+    checkpoints = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{SPEC_NAME}"))
+    checkpoints = [path for path in checkpoints if not path.name.endswith(".partial")]
+    return f"; did you mean {checkpoints[-1]}?" if checkpoints else ""
 
 
 def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
-    def meet(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
+    def intersects(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
         sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
         return all(x < y + m and y < x + n for x, n, y, m in sides)
 
-    return any(meet(a, b) for a, b in itertools.combinations(chunks, 2))
+    return any(intersects(a, b) for a, b in itertools.combinations(chunks, 2))
 
 
-def _same_shape(found: tuple[int, ...], piece: Piece, spec: ModelSpec) -> bool:
+def _same_shape(stored: tuple[int, ...], piece: Piece, spec: ModelSpec) -> bool:
     """Whether a stored shape fits; the vocabulary may be padded for another tensor-parallel size."""
     if piece.entry.parallelism != "vocab_parallel":
-        return found == piece.global_shape
-    return len(found) == 2 and found[0] >= spec.vocab_size and found[1:] == piece.global_shape[1:]
+        return stored == piece.global_shape
+    return len(stored) == 2 and stored[0] >= spec.vocab_size and stored[1:] == piece.global_shape[1:]

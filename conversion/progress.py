@@ -1,4 +1,4 @@
-"""A progress bar with bytes a second on a terminal, one line per part elsewhere."""
+"""Progress bar of a conversion, with bytes a second, on the standard error stream."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 Advance = Callable[[int], None]
 Report = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
-"""Called with a description and the number of bytes to come; the block gets a function that takes byte counts."""
+"""Context manager: called with a description and the total bytes; yields a function that takes byte counts."""
 
 
 @contextlib.contextmanager
 def silent(description: str, total: int) -> Iterator[Advance]:
-    """No output; for use as a library and in tests."""
+    """Show nothing; for use as a library and in tests."""
     yield lambda count: None
 
 
 @contextlib.contextmanager
 def bar(description: str, total: int) -> Iterator[Advance]:
-    """A bar on the standard error stream."""
+    """Show a bar on the standard error stream."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(),

@@ -9,10 +9,8 @@ import json
 import pickle
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -21,6 +19,7 @@ from megatron_s2d.conversion.files import HashedFile
 from megatron_s2d.conversion.global_tensors import boxes, pieces
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 from megatron_s2d.conversion.megatron_format import MegatronReader
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 
@@ -33,7 +32,7 @@ LAYOUTS = {"tp1pp1": (1, 1), "tp2pp2": (2, 2), "tp4pp1": (4, 1)}
 
 
 def make_hf(directory, name="qwen3", dtype=torch.bfloat16, max_shard_bytes=10**9, change=None, **more):
-    """A random checkpoint; bytes are drawn too, so infinities, NaNs and subnormal numbers occur.
+    """Write a random checkpoint of random bytes, so infinities, NaNs and subnormal numbers occur.
 
     ``change`` edits the tensors before they are written, ``more`` replaces fields of the model.
     """
@@ -53,8 +52,8 @@ def make_hf(directory, name="qwen3", dtype=torch.bfloat16, max_shard_bytes=10**9
     for key, tensor in tensors.items():
         writer.write(key, tensor)
     writer.finish()
-    document = {**hf_config_from_spec(spec, str(dtype).removeprefix("torch.")), "_name_or_path": "kept"}
-    document["eos_token_id"] = [3, 5]
+    changes = {"_name_or_path": "original", "eos_token_id": [3, 5]}
+    document = hf_config_from_spec(spec, str(dtype).removeprefix("torch.")) | changes
     (directory / "config.json").write_text(json.dumps(document))
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
     (directory / "generation_config.json").write_text('{"top_k": 17}')
@@ -84,37 +83,37 @@ def test_round_trip_is_bit_exact(tmp_path, name, dtype, layout):
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=80_000)
     same_bytes(source, tmp_path / "back")
     assert spec_from_directory(tmp_path / "back") == spec_from_directory(source)
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["_name_or_path"] == "kept"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["_name_or_path"] == "original"
     for file in ("tokenizer.json", "generation_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
     assert not (tmp_path / "back" / "training_args.bin").exists()
     assert convert.check_conversion(source, tmp_path / "megatron").num_tensors == len(HfCheckpoint(source).tensors)
 
 
-def test_safetensors_library_reads_the_export(tmp_path):
-    """Shards are no larger than asked for, unless they hold one tensor, and the index is that of the library."""
+def test_safetensors_library_reads_the_converted_checkpoint(tmp_path):
+    """Shards respect the size limit unless they hold a single tensor, and the index matches the library's."""
     safetensors = pytest.importorskip("safetensors.torch")
     convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=20_000)
     checkpoint = HfCheckpoint(tmp_path / "back")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == checkpoint.num_bytes
-    found, single = {}, 0
+    loaded, num_large = {}, 0
     for shard in checkpoint.shards:
         tensors = safetensors.load_file(shard)
         size = sum(tensor.nbytes for tensor in tensors.values())
         assert size <= 20_000 or len(tensors) == 1
-        single += size > 20_000
+        num_large += size > 20_000
         assert {index["weight_map"][name] for name in tensors} == {shard.name}
-        found.update(tensors)
-    assert 0 < single < len(checkpoint.shards)
-    assert found.keys() == checkpoint.tensors.keys()
-    for name, tensor in found.items():
+        loaded.update(tensors)
+    assert 0 < num_large < len(checkpoint.shards)
+    assert loaded.keys() == checkpoint.tensors.keys()
+    for name, tensor in loaded.items():
         assert torch.equal(tensor.view(torch.uint8), checkpoint.read(name).view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
+def test_keys_and_chunks_equal_those_of_megatron(name, tmp_path):
     """The table of global tensors against ``sharded_state_dict`` of a live model."""
     from megatron_s2d.models.build import build_model
     from megatron_s2d.parallel import layout as layouts
@@ -135,10 +134,10 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
             ones = (1,) * len(piece.leading)
             expected.setdefault(piece.key, set()).add(((*piece.leading, *offset), (*ones, *size)))
         assert tuple(entries[piece.key].size) == piece.global_shape
-    found = {
+    stored = {
         key: {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks} for key, entry in entries.items()
     }
-    assert found == expected
+    assert stored == expected
 
     done = convert.megatron_to_hf(tmp_path / "trained", tmp_path / "hf")
     assert "--assets" in done.notes[0]
@@ -151,7 +150,7 @@ def test_keys_and_chunks_are_those_that_megatron_writes(name, tmp_path):
         assert torch.equal(parameter, other), key
 
 
-def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
+def test_transformers_loads_a_converted_run_with_its_tokenizer(tmp_path):
     """A run's checkpoint has no Hugging Face files, its tokenizer directory no ``config.json``: both are made."""
     transformers = pytest.importorskip("transformers")
     from megatron_s2d.data.tokenizer import load_tokenizer
@@ -174,11 +173,11 @@ def test_transformers_loads_the_export_of_a_run_with_its_tokenizer(tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.chat_template == tokenizer.chat_template
     tokens = torch.randint(0, spec.vocab_size, (2, 9))
     with layout.active(), torch.no_grad():
-        found = chunks[0].eval()(tokens, torch.arange(9).expand(2, 9), None)[..., : spec.vocab_size]
-        torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=1e-4)
+        logits = chunks[0].eval()(tokens, torch.arange(9).expand(2, 9), None)[..., : spec.vocab_size]
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-4)
 
 
-def test_a_tied_output_layer_that_is_stored_too(tmp_path):
+def test_stored_copy_of_a_tied_output_layer(tmp_path):
     """As Qwen3 0.6B and 1.7B are published. It has to equal the embedding, and is not stored again."""
 
     def twice(tensors):
@@ -195,10 +194,10 @@ def test_a_tied_output_layer_that_is_stored_too(tmp_path):
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     same_bytes(source, tmp_path / "back")
     assert "lm_head" not in (tmp_path / "back" / "model.safetensors").read_bytes()[:20_000].decode(errors="replace")
-    refused(tmp_path, "lm_head.weight differs", lambda: convert.hf_to_megatron(other, tmp_path / "m"))
+    assert_error(tmp_path, "lm_head.weight differs", lambda: convert.hf_to_megatron(other, tmp_path / "m"))
 
 
-def test_a_tensor_parallel_size_that_pads_the_vocabulary_further(tmp_path):
+def test_tensor_parallel_size_with_more_vocabulary_padding(tmp_path):
     """At 3 tensor ranks 101 rows become 120, at one 104; both load at one, and both give the same export."""
     from megatron_s2d.models.build import build_model
     from megatron_s2d.models.weights import import_weights
@@ -255,15 +254,14 @@ def mixed(tensors):
 )
 def test_every_tensor_is_accounted_for(tmp_path, change, words):
     source = make_hf(tmp_path / "hf", change=change)
-    refused(tmp_path, words, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+    assert_error(tmp_path, words, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
-def refused(tmp_path, words, action) -> None:
+def assert_error(tmp_path, words, action) -> None:
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(UserError) as error:
         action()
-    assert words in str(error.value), str(error.value)
-    assert "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -273,11 +271,11 @@ def test_truncated_shard(tmp_path):
     content = shard.read_bytes()
     for length in (len(content) - 1, 200, 5):
         shard.write_bytes(content[:length])
-        refused(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+        assert_error(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     shard.write_bytes(content + b"\0")
-    refused(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+    assert_error(tmp_path, str(shard), lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     shard.unlink()
-    refused(tmp_path, shard.name, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+    assert_error(tmp_path, shard.name, lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
 def flip(path, position: int) -> None:
@@ -289,14 +287,14 @@ def flip(path, position: int) -> None:
 def test_corrupted_shard_with_a_recorded_digest(tmp_path):
     source = make_hf(tmp_path / "hf")
     flip(source / "model.safetensors", 50_000)
-    refused(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+    assert_error(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
     # The note that the hub's client leaves beside a download serves as well.
     digest = (source / "weights.sha256").read_text().split()[0]
     (source / "weights.sha256").unlink()
     note = source / ".cache/huggingface/download/model.safetensors.metadata"
     note.parent.mkdir(parents=True)
     note.write_text(f"{'0' * 40}\n{digest}\n1700000000.0\n")
-    refused(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
+    assert_error(tmp_path, "SHA-256", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
 
 
 def test_index_that_disagrees(tmp_path):
@@ -305,18 +303,18 @@ def test_index_that_disagrees(tmp_path):
     index = json.loads(path.read_text())
     moved = {**index["weight_map"], "model.norm.weight": index["weight_map"]["model.embed_tokens.weight"]}
     path.write_text(json.dumps({**index, "weight_map": moved}))
-    refused(tmp_path, "model.norm.weight", lambda: HfCheckpoint(source))
+    assert_error(tmp_path, "model.norm.weight", lambda: HfCheckpoint(source))
     path.write_text(json.dumps({**index, "weight_map": {**moved, "model.norm.weight": "../secret.safetensors"}}))
-    refused(tmp_path, "outside the directory", lambda: HfCheckpoint(source))
+    assert_error(tmp_path, "outside the directory", lambda: HfCheckpoint(source))
 
 
 @pytest.mark.parametrize("victim", ["__0_0.distcp", ".metadata"])
 def test_corrupted_megatron_checkpoint(tmp_path, victim):
     convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     flip(tmp_path / "megatron" / victim, 2000)
-    refused(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    assert_error(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
     (tmp_path / "megatron" / victim).unlink()
-    refused(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    assert_error(tmp_path, victim, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
 @pytest.mark.parametrize(
@@ -332,16 +330,16 @@ def test_every_parameter_of_a_megatron_checkpoint_is_accounted_for(tmp_path, fie
     convert.hf_to_megatron(make_hf(tmp_path / "hf"), tmp_path / "megatron")
     path = tmp_path / "megatron" / "model_spec.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    assert_error(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
-def test_a_parameter_missing_from_a_megatron_checkpoint(tmp_path):
+def test_parameter_missing_from_a_megatron_checkpoint(tmp_path):
     source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
     convert.hf_to_megatron(source, tmp_path / "megatron")
     path = tmp_path / "megatron" / "model_spec.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
     words = "parameter model.output_layer.weight is missing"
-    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    assert_error(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
 
 
 class Hostile:
@@ -357,33 +355,32 @@ def test_hostile_metadata_is_not_executed(tmp_path, capsys):
     document = json.loads(manifest.read_text())
     document["files"][".metadata"] = hashlib.sha256(content).hexdigest()
     manifest.write_text(json.dumps(document))
-    refused(tmp_path, "builtins.print", lambda: MegatronReader(tmp_path / "megatron"))
+    assert_error(tmp_path, "builtins.print", lambda: MegatronReader(tmp_path / "megatron"))
     assert "executed" not in capsys.readouterr().out
 
 
 def test_existing_target_and_foreign_directories(tmp_path):
     source = make_hf(tmp_path / "hf")
     (tmp_path / "taken").mkdir()
-    refused(tmp_path, "already exists", lambda: convert.hf_to_megatron(source, tmp_path / "taken"))
-    refused(tmp_path, "no config.json", lambda: convert.hf_to_megatron(tmp_path / "taken", tmp_path / "m"))
-    refused(tmp_path, "not a Megatron checkpoint", lambda: convert.megatron_to_hf(source, tmp_path / "m"))
+    assert_error(tmp_path, "already exists", lambda: convert.hf_to_megatron(source, tmp_path / "taken"))
+    assert_error(tmp_path, "no config.json", lambda: convert.hf_to_megatron(tmp_path / "taken", tmp_path / "m"))
+    assert_error(tmp_path, "not a Megatron checkpoint", lambda: convert.megatron_to_hf(source, tmp_path / "m"))
     convert.hf_to_megatron(source, tmp_path / "stage" / "checkpoints" / "step_00000003")
     words = f"did you mean {tmp_path / 'stage' / 'checkpoints' / 'step_00000003'}?"
-    refused(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "stage", tmp_path / "m"))
-    refused(
+    assert_error(tmp_path, words, lambda: convert.megatron_to_hf(tmp_path / "stage", tmp_path / "m"))
+    assert_error(
         tmp_path,
         "num_attention_heads 4 cannot be divided by tensor_model_parallel_size 3",
         lambda: convert.hf_to_megatron(source, tmp_path / "m", tensor_model_parallel_size=3),
     )
 
 
-@pytest.mark.parametrize("direction", ["import", "export"])
+@pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
     source = make_hf(tmp_path / "hf")
-    if direction == "export":
+    if direction == "megatron_to_hf":
         convert.hf_to_megatron(source, tmp_path / "megatron")
     seen = []
-
     write = HashedFile.write
 
     def fill_up(file, content):
@@ -393,10 +390,9 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, direction):
         return write(file, content)
 
     monkeypatch.setattr(HashedFile, "write", fill_up)
-    if direction == "import":
-        refused(tmp_path, "no space left", lambda: convert.hf_to_megatron(source, tmp_path / "megatron"))
-    else:
-        refused(tmp_path, "no space left", lambda: convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    convert_once = getattr(convert, direction)
+    origin = source if direction == "hf_to_megatron" else tmp_path / "megatron"
+    assert_error(tmp_path, "no space left", lambda: convert_once(origin, tmp_path / "converted"))
     assert seen
 
 
@@ -426,8 +422,8 @@ def test_logits_comparison_sees_a_swapped_tensor(tmp_path):
     good = make_hf(tmp_path / "good", dtype=torch.float32, change=small)
     bad = make_hf(tmp_path / "bad", dtype=torch.float32, change=swapped)
     convert.hf_to_megatron(good, tmp_path / "megatron", tensor_model_parallel_size=2)
-    found = compare_logits(good, tmp_path / "megatron")
-    assert found.max_difference < 1e-4 and found.standard_deviation > 0.3
+    comparison = compare_logits(good, tmp_path / "megatron")
+    assert comparison.max_difference < 1e-4 and comparison.standard_deviation > 0.3
     with pytest.raises(UserError, match="logits differ"):
         compare_logits(bad, tmp_path / "megatron")
 
@@ -443,13 +439,12 @@ def test_commands(tmp_path, capsys):
 
     s2d("hf-to-megatron", source, tmp_path / "m", "--expert-model-parallel-size", "2", "--no-progress")
     s2d("megatron-to-hf", tmp_path / "m", tmp_path / "back", "--max-shard-size", "100KB", "--no-progress")
-    found = json.loads(s2d("inspect", tmp_path / "m", "--json"))
-    assert found["layout"]["expert_model_parallel_size"] == 2 and found["dtypes"] == ["bfloat16"]
-    assert found["num_parameters"] == spec_from_directory(source).num_parameters
-    assert found["digest"] == json.loads(s2d("inspect", tmp_path / "m", "--json"))["digest"]
+    description = json.loads(s2d("inspect", tmp_path / "m", "--json"))
+    assert description["layout"]["expert_model_parallel_size"] == 2 and description["dtypes"] == ["bfloat16"]
+    assert description["num_parameters"] == spec_from_directory(source).num_parameters
+    assert description["digest"] == json.loads(s2d("inspect", tmp_path / "m", "--json"))["digest"]
     assert "format: huggingface" in s2d("inspect", tmp_path / "back", "--no-progress")
     printed = s2d("check", tmp_path / "back", tmp_path / "m", "--skip-logits", "--no-progress")
     assert "equal bit by bit" in printed and "not compared" in printed
     assert (cli.parse_size("5GB"), cli.parse_size("2KiB"), cli.parse_size("7")) == (5 * 10**9, 2048, 7)
-    with pytest.raises(argparse.ArgumentTypeError):
-        cli.parse_size("5 apples")
+    pytest.raises(argparse.ArgumentTypeError, cli.parse_size, "5 apples")

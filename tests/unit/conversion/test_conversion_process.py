@@ -1,4 +1,4 @@
-"""Conversions in processes of their own: killed at any write, their peak memory, and parsing without torch."""
+"""Conversions in subprocesses: killed at any write, their peak memory, and parsing without torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from megatron_s2d.config.base import UserError
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.conversion import convert
 from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import hf_tensor_shapes
 
 # Forks a process for every point; each runs a conversion and kills itself with SIGKILL there.
@@ -34,7 +33,7 @@ def run(direction, point):
     def counted(file, content):
         writes.append(1)
         if len(writes) == point:
-            # Half of what was to be written gets there.
+            # Only half of the content is written.
             file._file.write(memoryview(content).cast("B")[: len(memoryview(content).cast("B")) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         return write(file, content)
@@ -47,12 +46,12 @@ def run(direction, point):
         artifacts.os.rename = killed
     if point == "finish":
         convert.MegatronWriter.finish = convert.HfWriter.finish = killed
-    if direction == "import":
-        convert.hf_to_megatron(root / "hf", root / f"import_{point}", tensor_model_parallel_size=2)
+    if direction == "hf_to_megatron":
+        convert.hf_to_megatron(root / "hf", root / f"hf_to_megatron_{point}", tensor_model_parallel_size=2)
     else:
-        convert.megatron_to_hf(root / "megatron", root / f"export_{point}", max_shard_bytes=60_000)
+        convert.megatron_to_hf(root / "megatron", root / f"megatron_to_hf_{point}", max_shard_bytes=60_000)
 
-for direction in ("import", "export"):
+for direction in ("hf_to_megatron", "megatron_to_hf"):
     for point in (1, 7, 30, "finish", "rename"):
         child = os.fork()
         if child == 0:
@@ -62,7 +61,7 @@ for direction in ("import", "export"):
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (direction, point, status)
 """
 
-# Peak resident bytes of an import and an export above those of the imported modules.
+# Peak resident bytes of a conversion in each direction, above those of the imported modules.
 PEAK = """
 import resource, sys
 from megatron_s2d.conversion.convert import megatron_to_hf, hf_to_megatron
@@ -72,9 +71,9 @@ def peak():
 
 before = peak()
 hf_to_megatron(sys.argv[1] + "/hf", sys.argv[1] + "/megatron", tensor_model_parallel_size=2)
-imported = peak()
+forward = peak()
 megatron_to_hf(sys.argv[1] + "/megatron", sys.argv[1] + "/back")
-print(imported - before, peak() - before)
+print(forward - before, peak() - before)
 """
 
 
@@ -97,15 +96,19 @@ def python(code: str, *arguments) -> str:
     return finished.stdout
 
 
-def test_what_a_killed_conversion_leaves_does_not_load(tmp_path):
+def test_killed_conversion_leaves_nothing_that_loads(tmp_path):
     spec = ModelConfig(preset="tiny-teacher", num_layers=4).resolve(101)
     write_random(tmp_path / "hf", spec)
     convert.hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     python(KILLED, tmp_path)
-    left = {path.name for path in tmp_path.iterdir()} - {"hf", "megatron"}
-    points = [f"{direction}_{point}" for direction in ("import", "export") for point in (1, 7, 30, "finish", "rename")]
+    remaining = {path.name for path in tmp_path.iterdir()} - {"hf", "megatron"}
+    points = [
+        f"{direction}_{point}"
+        for direction in ("hf_to_megatron", "megatron_to_hf")
+        for point in (1, 7, 30, "finish", "rename")
+    ]
     # Hidden directories only; no target exists.
-    assert left == {f".{name}.partial" for name in points}
+    assert remaining == {f".{name}.partial" for name in points}
     for name in points:
         with pytest.raises(UserError):
             convert.inspect_checkpoint(tmp_path / name)
@@ -113,10 +116,10 @@ def test_what_a_killed_conversion_leaves_does_not_load(tmp_path):
             # Up to the rename not even what is hidden loads; at the rename it is complete.
             with pytest.raises(UserError):
                 convert.inspect_checkpoint(tmp_path / f".{name}.partial")
-    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "import_7")
-    convert.check_conversion(tmp_path / "hf", tmp_path / "import_7")
-    convert.megatron_to_hf(tmp_path / "import_7", tmp_path / "export_7")
-    assert {path.name for path in tmp_path.iterdir() if "_7" in path.name} == {"import_7", "export_7"}
+    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "hf_to_megatron_7")
+    convert.check_conversion(tmp_path / "hf", tmp_path / "hf_to_megatron_7")
+    convert.megatron_to_hf(tmp_path / "hf_to_megatron_7", tmp_path / "megatron_to_hf_7")
+    assert {path.name for path in tmp_path.iterdir() if "_7" in path.name} == {"hf_to_megatron_7", "megatron_to_hf_7"}
 
 
 def test_peak_memory_does_not_grow_with_the_model(tmp_path):
@@ -128,8 +131,8 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     shapes = {name: 2 * torch.Size(shape).numel() for name, shape in hf_tensor_shapes(spec)}
     bound = max(sum(size for name, size in shapes.items() if ".layers.0." in name), shapes["model.embed_tokens.weight"])
     assert total > 25 * bound
-    imported, both = map(int, python(PEAK, tmp_path).split())
-    assert imported < 4 * bound and both < 4 * bound, (imported / bound, both / bound)
+    forward, both = map(int, python(PEAK, tmp_path).split())
+    assert forward < 4 * bound and both < 4 * bound, (forward / bound, both / bound)
 
 
 def test_parsing_needs_no_torch():
