@@ -1,8 +1,8 @@
-"""The one exception type that a user's mistake raises."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong, where, and what to do.
+    """A mistake that the user can correct; the message is one line that says what is wrong, where, and what to do.
 
-    The command line prints it without a traceback (``--debug`` shows one) and exits with a non-zero code.
+    The command line prints it without a traceback (``--debug`` prints one) and exits with code 1.
     """
