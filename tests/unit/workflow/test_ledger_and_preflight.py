@@ -110,11 +110,11 @@ def test_fp8_is_checked_without_a_gpu(cache):
     plain, fp8 = check(cache, bf16).memory(on_gpu=True)["opd"], preflight.memory(on_gpu=True)["opd"]
     copies = {
         with_fp8.role: with_fp8.weights - without.weights
-        for with_fp8, without in zip(fp8.held, plain.held, strict=True)
+        for with_fp8, without in zip(fp8.models, plain.models, strict=True)
     }
     assert copies["student"] > 0 and copies["teacher"] == 0
     both = check(cache, bf16, "fp8={recipe: tensorwise, frozen: true}").memory(on_gpu=True)["opd"]
-    assert all(with_fp8.weights > without.weights for with_fp8, without in zip(both.held, plain.held, strict=True))
+    assert all(with_fp8.weights > without.weights for with_fp8, without in zip(both.models, plain.models, strict=True))
 
 
 def test_plan_for_a_chip_without_fp8_is_refused(cache):
@@ -138,8 +138,8 @@ def test_fp8_changes_job_keys_and_offloading_does_not(tmp_path):
 def test_offloaded_optimizer_is_counted_in_the_update_phase(cache):
     plain = check(cache).memory(on_gpu=True)["opd"]
     offloaded = check(cache, "stages.opd.offload_optimizer=true").memory(on_gpu=True)["opd"]
-    student = plain.held[0]
-    assert plain.held_total - offloaded.held_total == student.gradients + student.optimizer > 0
+    student = plain.models[0]
+    assert plain.models_total - offloaded.models_total == student.gradients + student.optimizer > 0
     assert sum(offloaded.phases["train"].values()) - sum(plain.phases["train"].values()) == student.gradients
     assert sum(offloaded.phases["update"].values()) == student.gradients + student.optimizer
 
