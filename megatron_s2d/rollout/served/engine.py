@@ -40,7 +40,8 @@ class PendingBatch:
     def __init__(
         self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]
     ):
-        self.requests, self.generation = list(requests), None
+        self.requests = list(requests)
+        self.generation: GenerationTask | None = None
         groups = {request.group_id for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
         earlier = {index: carried[request.id] for index, request in enumerate(self.requests) if request.id in carried}
@@ -190,7 +191,8 @@ class ServedEngine:
 
         def attempt() -> list[str]:
             missing = [index for index in range(len(samples)) if index not in top]
-            reasons, refusal = [], ""
+            refusal = ""
+            reasons: list[str] = []
             if mp_group.rank() == 0 and missing:
                 sequences = [samples[index].token_ids for index in missing]
                 try:

@@ -14,7 +14,13 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS, Bucket, ServerRequirements, WeightUpdateFailed
+from megatron_s2d.rollout.served.backend import (
+    NO_REQUIREMENTS,
+    Bucket,
+    ServerProtocol,
+    ServerRequirements,
+    WeightUpdateFailed,
+)
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.startup_checks import Score
 from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
@@ -86,22 +92,24 @@ class SglangBackend:
     ):
         """directory: of weights and logs. dtype: the trainer's."""
         sglang = settings.sglang
-        self.protocol = SglangProtocol(spec.vocab_size)
+        self.protocol: ServerProtocol = SglangProtocol(spec.vocab_size)
         self.num_servers, self.uses_router, self.can_sleep = (
             sglang.num_servers,
             sglang.router,
             sglang.enable_memory_saver,
         )
-        self.weight_sync, self.bucket_bytes = sglang.weight_sync, sglang.bucket_bytes
+        self.weight_sync: str = sglang.weight_sync
+        self.bucket_bytes = sglang.bucket_bytes
         self.startup_timeout_seconds = sglang.startup_timeout_seconds
         self._settings, self._spec, self._directory, self._dtype = settings, spec, directory, dtype
         self._compatibility = compatibility
         self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
-        self._sync: WeightSync = {
+        transports: dict[str, WeightSync] = {
             "disk": self._disk,
             "distributed": BroadcastWeightSync(),
             "tensor": TensorWeightSync(),
-        }[sglang.weight_sync]
+        }
+        self._sync = transports[sglang.weight_sync]
 
     def check_server(self, url: str) -> None:
         """Raise ``UserError`` for a server that does not fit model and stage; ``ServerUnreachable``."""
@@ -117,6 +125,8 @@ class SglangBackend:
 
     def start_server(self, number: int) -> SglangServer:
         """Start a server with the last complete checkpoint."""
+        if self._disk.complete is None:
+            raise RuntimeError("no start weights were written")
         return SglangServer(
             self._settings.sglang,
             self._disk.complete,
