@@ -44,6 +44,7 @@ def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, in
     """Write a random bfloat16 checkpoint; return its bytes and those of its largest layer or tensor outside layers."""
     import torch
 
+    from megatron_s2d.arithmetic import ceil_div
     from megatron_s2d.config.hf_config import hf_config_from_spec
     from megatron_s2d.config.model import ModelConfig
     from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
@@ -56,7 +57,7 @@ def write_source(directory: Path, preset: str, num_layers: int) -> tuple[int, in
     noise = torch.randn(2**26).bfloat16()
     for tensor in plan:
         count = tensor.num_bytes // 2
-        writer.write(tensor.name, noise.repeat(-(-count // noise.numel()))[:count].view(tensor.shape))
+        writer.write(tensor.name, noise.repeat(ceil_div(count, noise.numel()))[:count].view(tensor.shape))
     writer.finish()
     # Without recorded digests, like most published checkpoints.
     (directory / "weights.sha256").unlink()

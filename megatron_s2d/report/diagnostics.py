@@ -1,6 +1,6 @@
-"""The diagnostics of a training stage as one figure: KL by position, gap to the engine, ratios, gate, top-k overlap.
+"""Diagnostics of a training stage as one figure: KL by position, mismatch to the engine, ratios, gate, top-k overlap.
 
-Only what the stage recorded is drawn. No torch, no display.
+Only recorded metrics are drawn. No torch, no display.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 
 Rows = Sequence[Mapping[str, Any]]
-# metrics by place in the response: prefix -> title
+# metrics by position in the response: prefix -> title
 _POSITIONS = {
     "kl_by_position/": "KL by token of the response",
     "gate/consensus_by_position/": "consensus by token of the response",
     "gate/conflict_by_position/": "conflict by token of the response",
 }
 _GAPS = "mismatch/hist/"  # shares of tokens by |log pi_trainer - log pi_engine|, named by the least of each bin
-_LEAST_GAP = 3e-8  # where a logarithmic axis begins to show what is smaller
+_LEAST_GAP = 3e-8  # left end of the logarithmic axis, where smaller values are shown
 _LINES = {
     "gap between trainer and engine, nats": {
         "mismatch/log_prob_abs_diff_max": (ORANGE, "max"),
@@ -56,9 +56,9 @@ _LINES = {
 
 
 def plot_diagnostics(rows: Rows) -> bytes | None:
-    """A figure of the panels that have something to show; None where there is none."""
+    """Return a figure of the panels with data as PNG; None without any data."""
     panels = [name for name, lines in _LINES.items() if any(_varies(rows, key) for key in lines)]
-    positions = {prefix: places for prefix in _POSITIONS if (places := _places(rows, prefix))}
+    positions = {prefix: firsts for prefix in _POSITIONS if (firsts := _positions(rows, prefix))}
     has_gaps = any(key.startswith(_GAPS) for row in rows for key in row)
     count = len(panels) + len(positions) + has_gaps
     if not count:
@@ -66,21 +66,21 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
     columns = min(4, count)
     height = ceil_div(count, columns)
     figure = Figure(figsize=(2.9 * columns, 2.0 * height), layout="constrained")
-    for place, name in enumerate(panels, 1):
-        _draw_lines(figure.add_subplot(height, columns, place), rows, name)
-    for place, prefix in enumerate(positions, len(panels) + 1):
-        _draw_positions(figure.add_subplot(height, columns, place), rows, prefix, positions[prefix])
+    for index, name in enumerate(panels, 1):
+        _draw_lines(figure.add_subplot(height, columns, index), rows, name)
+    for index, prefix in enumerate(positions, len(panels) + 1):
+        _draw_positions(figure.add_subplot(height, columns, index), rows, prefix, positions[prefix])
     if has_gaps:
         _draw_gaps(figure.add_subplot(height, columns, count), rows)
     return as_png(figure)
 
 
-def _places(rows: Rows, prefix: str) -> list[int]:
+def _positions(rows: Rows, prefix: str) -> list[int]:
     return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
 
 
 def _varies(rows: Rows, key: str) -> bool:
-    """Whether a line is worth drawing: recorded, and not the same (such as a ratio of 1) at every step."""
+    """Whether a metric is recorded and not constant (such as a ratio of 1)."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return len(values) > 1 and max(values) - min(values) > 1e-6
 
@@ -96,7 +96,7 @@ def _draw_lines(axes: Axes, rows: Rows, title: str) -> None:
 
 
 def _draw_positions(axes: Axes, rows: Rows, prefix: str, positions: list[int]) -> None:
-    """Mean over tokens at each place of the response, in the first and in the last quarter of the steps."""
+    """Mean over tokens by position in the response, in the first and in the last quarter of the steps."""
     quarter = max(1, len(rows) // 4)
     for part, color, label in ((rows[:quarter], GREY, "first quarter"), (rows[-quarter:], BLUE, "last quarter")):
         means = []
@@ -111,9 +111,9 @@ def _draw_positions(axes: Axes, rows: Rows, prefix: str, positions: list[int]) -
 
 
 def gap_shares(rows: Rows) -> dict[float, float]:
-    """Least gap of each bin, in nats -> mean share of tokens over the rows that have measured; 0 holds what is smaller.
+    """Return lower bin edge in nats -> mean share of tokens over the rows with a histogram; 0 for all smaller gaps.
 
-    Bins that a row does not name are empty in it.
+    Bins that a row does not list are empty in it.
     """
     measured = [row for row in rows if any(key.startswith(_GAPS) for key in row)]
     keys = {key for row in measured for key in row if key.startswith(_GAPS)}

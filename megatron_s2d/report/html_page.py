@@ -1,7 +1,7 @@
-"""``report.html``: one file that opens without a network and runs no script.
+"""Renders ``report.html``: one self-contained file without scripts, from ``templates/report.html``.
 
-Every value goes through the template's escaping, and characters that could hide or reorder text are made visible:
-prompts and responses are untrusted. The page's own policy forbids scripts and any load from elsewhere.
+The template escapes every value, and characters that could hide or reorder text are made visible: prompts and
+responses are untrusted. The page's content security policy forbids scripts and external resources.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def shown_pass_ks(results: RunResults) -> list[int]:
 
 
 def headline(results: RunResults) -> str:
-    """One sentence on how many contrasts came out as the paper has them."""
+    """Return one sentence on how many contrasts agree with the paper."""
     counts = Counter(contrast.agreement for contrast in results.contrasts)
     parts = [f"{counts[key]} {text}" for key, text in _COUNTED.items() if counts[key]]
     if results.refused:

@@ -1,7 +1,7 @@
 """The report of a run: ``results.json``, ``report.md``, ``report.html``, ``plots/*.png`` and a table in the terminal.
 
-Everything is made from ``RunResults`` and from the directories of its stages; nothing is measured here. A contrast
-that goes against the paper, or that shows nothing, is said to in words (``ContrastResult.verdict``). No torch here.
+Everything is derived from ``RunResults`` and the directories of its stages; nothing is measured here. The report says
+in words if a contrast contradicts the paper or shows nothing (``ContrastResult.verdict``). No torch here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
 
 
 def make_plots(results: RunResults) -> dict[str, bytes]:
-    """PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, where there is one."""
+    """Return PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, if they have data."""
     plots = {}
     if results.arms:
         plots["arms"] = plot_arms(results.arms, results.also_evaluated)
@@ -56,7 +56,7 @@ def make_plots(results: RunResults) -> dict[str, bytes]:
 
 
 def print_report(results: RunResults, console: Console) -> None:
-    """The tables of arms and contrasts, for a terminal."""
+    """Print the tables of arms and contrasts on a terminal."""
     header, rows = _arm_table(results)
     console.print(_rich_table("Arms", header, rows))
     if results.table is not None:
@@ -74,7 +74,7 @@ def print_report(results: RunResults, console: Console) -> None:
 
 
 def render_markdown(results: RunResults) -> str:
-    """The same tables in Markdown."""
+    """Return the same tables in Markdown."""
     lines = [f"# {_cell(results.name)}", ""]
     if results.description:
         lines += [_cell(results.description), ""]
@@ -150,6 +150,6 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that neither ends a cell nor turns into HTML, a link or an image."""
+    """Escape text so that it cannot end a cell or become HTML, a link or an image."""
     escaped = re.sub(r"([\\|`*\[\]<>])", r"\\\1", visible(text))
     return escaped.replace("\n", " ")

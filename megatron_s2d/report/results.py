@@ -1,6 +1,6 @@
-"""What came out of a run, as plain data that the runner fills and the report prints. No torch here.
+"""Results of a run as plain data: arms, contrasts, stages, examples. Filled by the runner, printed by the report.
 
-Numbers are rewards between 0 and 1; only what is shown to people is in per cent. Statistics are methods.md M6.
+No torch here. Rewards are between 0 and 1; reports show them in per cent. Statistics are methods.md M6.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ArmResult:
     k: int
     pass_at_k: Mapping[int, Estimate]  # k -> estimate
     response_length: float  # mean over all samples, tokens
-    truncated_fraction: float  # samples that ran into the length limit
-    domains: Mapping[str, Estimate]  # avg@k by domain; empty where there is only one
+    truncated_fraction: float  # samples that reached the length limit
+    domains: Mapping[str, Estimate]  # avg@k by domain; empty for a single domain
 
     @classmethod
     def from_evaluation(cls, name: str, stage: str, evaluation: Evaluation) -> ArmResult:
@@ -65,8 +65,12 @@ class ArmResult:
         }
 
 
-_SEEN = {"a>b": "a is better", "a<b": "b is better", "a~b": "not distinguishable from zero on these problems"}
-_FOUND = {"a>b": "the paper found a better", "a<b": "the paper found b better", "a~b": "the paper found no difference"}
+_MEASURED_ORDER = {"a>b": "a is better", "a<b": "b is better", "a~b": "not distinguishable from zero on these problems"}
+_EXPECTED_ORDER = {
+    "a>b": "the paper found a better",
+    "a<b": "the paper found b better",
+    "a~b": "the paper found no difference",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +97,12 @@ class ContrastResult:
     @property
     def verdict(self) -> str:
         """One clause, of a and b, that says no more than the interval does."""
-        seen = _SEEN[self.comparison.order]
+        seen = _MEASURED_ORDER[self.comparison.order]
         if self.agreement == "no expectation":
             return seen
         if self.agreement == "agrees" and self.expected != "a~b":
             return f"{seen}, as the paper found"
-        return f"{'AGAINST the paper: ' * (self.agreement == 'against')}{seen}; {_FOUND[self.expected]}"
+        return f"{'AGAINST the paper: ' * (self.agreement == 'against')}{seen}; {_EXPECTED_ORDER[self.expected]}"
 
     def as_json(self) -> dict[str, Any]:
         """The entry of ``results.json``."""

@@ -1,4 +1,4 @@
-"""Tables and figures as Markdown, as one HTML file, as CSV and on a terminal: what sweeps and simulations leave.
+"""Tables and figures of sweeps and simulations, as Markdown, HTML, CSV and on a terminal.
 
 The page opens without a network, runs no script, and everything in it is escaped. No torch here.
 """

@@ -220,8 +220,7 @@ def test_tensor_parallel_size_with_more_vocabulary_padding(tmp_path):
         assert torch.equal(parameter, other), key
 
 
-def small(tensors):
-    """Numbers that a model can compute with."""
+def small(tensors):  # values that a model can compute with
     generator = torch.Generator().manual_seed(2)
     for tensor in tensors.values():
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.1, generator=generator)
@@ -447,4 +446,5 @@ def test_commands(tmp_path, capsys):
     printed = s2d("check", tmp_path / "back", tmp_path / "m", "--skip-logits", "--no-progress")
     assert "equal bit by bit" in printed and "not compared" in printed
     assert (cli.parse_size("5GB"), cli.parse_size("2KiB"), cli.parse_size("7")) == (5 * 10**9, 2048, 7)
-    pytest.raises(argparse.ArgumentTypeError, cli.parse_size, "5 apples")
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.parse_size("5 apples")

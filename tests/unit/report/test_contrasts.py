@@ -154,9 +154,9 @@ def contrast(differs):
 def test_arm_differences_by_dotted_key():
     assert arm_differences(arm(), arm()) == []
     other = [*arm(optimizer={"lr": 1e-4}, teacher="teacher_base", extra=None), {"role": "stage3", "type": "grpo"}]
-    found = arm_differences(arm(), other)
-    assert [item.key for item in found] == ["opd.teacher", "opd.optimizer.lr", "opd.extra", "stage3"]
-    assert [str(item) for item in found[1:]] == [
+    differences = arm_differences(arm(), other)
+    assert [item.key for item in differences] == ["opd.teacher", "opd.optimizer.lr", "opd.extra", "stage3"]
+    assert [str(item) for item in differences[1:]] == [
         "opd.optimizer.lr: 0.001 against 0.0001",
         "opd.extra: absent against null",
         "stage3: only the second arm has it",
@@ -205,5 +205,5 @@ def test_arms_of_a_workflow_are_compared_by_role():
     first = arm_of(config, "rl")
     assert sorted(stage["role"] for stage in first) == ["opd", "student_base", "teacher_base", "teacher_grpo"]
     assert first[-1]["init"] == "student_base" and first[-1]["optimizer"]["lr"] == 1e-6
-    found = arm_differences(first, arm_of(config, "raw"))
-    assert {item.key for item in found} == {"teacher_grpo", "opd.teacher"}
+    differences = arm_differences(first, arm_of(config, "raw"))
+    assert {item.key for item in differences} == {"teacher_grpo", "opd.teacher"}

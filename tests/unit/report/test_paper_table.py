@@ -46,14 +46,14 @@ def workflow(folder, **changes):
 def evaluation(rewards):
     """Four problems with two samples each, two of them in the second domain with four."""
     rows = []
-    for place, own in enumerate(rewards):
+    for index, samples in enumerate(rewards):
         rows.append(
             {
-                "problem_id": f"p{place}",
-                "domain": "first" if place < 4 else "second",
-                "rewards": own,
-                "response_lengths": [2] * len(own),
-                "finish_reasons": ["stop"] * len(own),
+                "problem_id": f"p{index}",
+                "domain": "first" if index < 4 else "second",
+                "rewards": samples,
+                "response_lengths": [2] * len(samples),
+                "finish_reasons": ["stop"] * len(samples),
             }
         )
     return evaluation_from_rows(rows, "test")
@@ -85,7 +85,7 @@ def test_problems_with_several_numbers_of_samples():
     # pass@2 of two right in four is 1 - C(2,2)/C(4,2), of one right 1 - C(3,2)/C(4,2)
     assert pass_at_k(good, [2])[2].mean == pytest.approx((4 + (1 - 1 / 6) + (1 - 3 / 6)) / 6)
     with pytest.raises(UserError, match="evaluate both with the same k"):
-        paired_comparison(good, evaluation([own[:2] for own in BAD]))
+        paired_comparison(good, evaluation([samples[:2] for samples in BAD]))
 
 
 @pytest.mark.parametrize(

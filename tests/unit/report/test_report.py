@@ -41,15 +41,15 @@ RATES = {
 def fake_evaluation(name, rate, n=96, k=16):
     generator = np.random.default_rng(7)  # the same problems for every arm
     difficulty = generator.normal(0, 1.2, size=n)
-    own = np.random.default_rng(len(name))
+    sampler = np.random.default_rng(len(name))
     chance = 1 / (1 + np.exp(-(math.log(rate / (1 - rate)) + difficulty)))
-    rewards = (own.random((n, k)) < chance[:, None]).astype(float)
+    rewards = (sampler.random((n, k)) < chance[:, None]).astype(float)
     rows = [
         {
             "problem_id": f"p{index}",
             "domain": "short" if index % 2 else "long",
             "rewards": rewards[index].tolist(),
-            "response_lengths": own.integers(6, 12, k).tolist(),
+            "response_lengths": sampler.integers(6, 12, k).tolist(),
             "finish_reasons": ["stop"] * (k - 1) + ["length"],
         }
         for index in range(n)
