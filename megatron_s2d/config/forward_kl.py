@@ -1,4 +1,4 @@
-"""Configuration of stage 2a: the teacher cache and the forward-KL warm-up that trains on it. No torch."""
+"""Configuration of stage 2a: the teacher cache and the forward-KL warm-up that trains on it. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_s2d.config.stage import LossAggMode, StageConfig, TrainingStageConfig
+from megatron_s2d.config.stage import LOSS_AGG, LossAggMode, StageConfig, TrainingStageConfig
 from megatron_s2d.config.training import SamplingConfig
 
 
@@ -16,15 +16,15 @@ class TeacherCacheConfig(StageConfig):
     type: Literal["teacher_cache"] = "teacher_cache"
     teacher: str = Field(description="stage whose weights sample and score")
     prompts: str = Field(description="prompts: an entry of `data`, or `entry/half`; labels are not used")
-    num_generations: int = Field(8, ge=1)
+    num_generations: int = Field(8, ge=1, description="responses per prompt")
     sampling: SamplingConfig = SamplingConfig()
     representation: Literal["sampled_token", "top_k", "hidden_states", "full_vocab"] = Field(
         "hidden_states",
-        description="what is stored per position; hidden_states and full_vocab are exact, top_k keeps `top_k` entries",
+        description="stored per position; hidden_states and full_vocab are exact, top_k stores `top_k` entries",
     )
     top_k: int = Field(256, ge=1, description="entries per position of representation top_k")
-    generation_batch_size: int = Field(256, ge=1, description="prompts generated between two progress reports")
-    only_correct: bool = Field(False, description="keep only responses that the verifier accepts; this uses labels")
+    generation_batch_size: int = Field(256, ge=1, description="prompts sampled together, between two progress reports")
+    only_correct: bool = Field(False, description="store only responses that the verifier accepts; this uses labels")
 
     def inputs(self) -> dict[str, str]:
         return {"teacher": self.teacher}
@@ -42,13 +42,13 @@ class ForwardKlConfig(TrainingStageConfig):
     """Stage 2a: forward KL to the cached teacher distributions (methods M2)."""
 
     type: Literal["forward_kl"] = "forward_kl"
-    cache: str = Field(description="teacher_cache stage")
-    global_batch_size: int = Field(64, ge=1, description="responses of one update")
-    temperature: float = Field(1.0, gt=0, description="tau of both sides")
+    cache: str = Field(description="teacher_cache stage to train on")
+    global_batch_size: int = Field(64, ge=1, description="responses per optimizer step")
+    temperature: float = Field(1.0, gt=0, description="tau, of teacher and student")
     tail_mass: Literal["bucket", "renormalise", "truncate"] = Field(
-        "bucket", description="what becomes of the mass beyond a top_k cache's entries"
+        "bucket", description="treatment of the teacher's probability outside a top_k cache's entries (methods M2)"
     )
-    loss_agg_mode: LossAggMode = "token_mean"
+    loss_agg_mode: LossAggMode = Field("token_mean", description=LOSS_AGG)
 
     def inputs(self) -> dict[str, str]:
         return super().inputs() | {"cache": self.cache}

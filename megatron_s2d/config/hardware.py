@@ -1,4 +1,4 @@
-"""GPUs as their data sheets have them, and what an estimate assumes beyond them. No torch here."""
+"""Data-sheet numbers of GPUs, and the assumptions of time and memory estimates. No torch here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gpu:
     name: str
     memory: int  # bytes, the sheet's gigabytes as 10^9
     bf16_flops: float  # per second, dense
-    fp8_flops: float | None  # per second, dense; None where there is no FP8
+    fp8_flops: float | None  # per second, dense; None without FP8
     memory_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second to the other GPUs of the node, one direction
     capability: tuple[int, int]  # CUDA compute capability
@@ -34,7 +34,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU called ``name``; ``UserError`` with the known ones."""
+    """Return the GPU called ``name``, or raise ``UserError`` with the supported names."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     close = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.4)
@@ -43,14 +43,14 @@ def gpu_of(name: str) -> Gpu:
 
 
 class AssumptionsConfig(Config):
-    """What turns peaks into times. None of the defaults was measured; a measured value takes a default's place."""
+    """Efficiencies that turn peak rates into times. The defaults are not measured; measurements replace them."""
 
     matmul_efficiency: float = Field(0.5, gt=0, le=1, description="share of the dense bf16 peak that layers reach")
     memory_efficiency: float = Field(0.7, gt=0, le=1, description="share of the memory bandwidth that decoding reaches")
     link_efficiency: float = Field(0.7, gt=0, le=1, description="share of a link's bandwidth that collectives reach")
     network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one way")
     gpus_per_node: int = Field(8, ge=1, description="GPUs that share the fast links")
-    latency: float = Field(10e-6, ge=0, description="seconds that a collective takes however little it moves")
+    latency: float = Field(10e-6, ge=0, description="seconds of a collective of minimal size")
     reserved_memory: int = Field(
         8 * 2**30, ge=0, description="bytes for the CUDA context, communication buffers and fragmentation"
     )

@@ -1,8 +1,8 @@
-"""``config.json`` of Hugging Face models and ``ModelSpec``, both ways. No torch and no transformers here.
+"""Conversion between the ``config.json`` of Hugging Face models and ``ModelSpec``. No torch, no transformers here.
 
 Reads the published form (``rope_theta`` and ``rope_scaling``) and that of transformers 5 (``rope_parameters``); writes
-the published form, which both read. What the model code does not compute (attention biases, sliding windows, other
-activations or rope types) is refused by name instead of being loaded as something else.
+the published form, which both read. Fields that the model code does not implement (attention biases, sliding windows,
+other activations or rope types) raise an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_s2d.errors import UserError
 
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM"}
 
-# Fields that change the function of a model, with the only value that is computed here.
+# Fields that change the function of a model, with the only values that are implemented.
 _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -30,7 +30,7 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def spec_from_directory(directory: str | Path) -> ModelSpec:
-    """The model that ``config.json`` in a Hugging Face directory describes."""
+    """Return the spec of the ``config.json`` in a Hugging Face directory."""
     path = Path(directory) / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def spec_from_directory(directory: str | Path) -> ModelSpec:
 
 
 def spec_from_hf_config(document: dict[str, Any], where: str) -> ModelSpec:
-    """The spec for the content of a ``config.json``; a ``UserError`` names the unsupported field of ``where``."""
+    """Return the spec of a ``config.json``'s content; raise ``UserError`` with the unsupported field of ``where``."""
     family = document.get("model_type")
     if family not in _ARCHITECTURES:
         raise UserError(f"{where}: model_type {family!r} is not supported (supported: {', '.join(_ARCHITECTURES)})")
@@ -71,7 +71,7 @@ def spec_from_hf_config(document: dict[str, Any], where: str) -> ModelSpec:
         "initializer_range": float(document.get("initializer_range", 0.02)),
     }
     if family == "qwen3_moe":
-        # transformers 5 saves the number of experts under a name of its own.
+        # transformers 5 saves the number of experts under another name.
         key = "num_experts" if "num_experts" in document else "num_local_experts"
         fields["num_experts"] = _number(document, key, where)
         fields["num_experts_per_tok"] = _number(document, "num_experts_per_tok", where)
@@ -84,7 +84,7 @@ def spec_from_hf_config(document: dict[str, Any], where: str) -> ModelSpec:
 
 
 def hf_config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """The content of ``config.json`` for ``spec``; ``dtype`` as in ``bfloat16``."""
+    """Return the content of ``config.json`` for ``spec``; dtype: for example ``bfloat16``."""
     document: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[spec.family]],
         "model_type": spec.family,
@@ -122,7 +122,7 @@ def hf_config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
 
 
 def _rope(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """``rope_theta``, and for Llama 3's scaling also the fields of ``RopeScaling``."""
+    """Return ``rope_theta``, and for Llama 3's scaling also the fields of ``RopeScaling``."""
     scaling = dict(document.get("rope_parameters") or document.get("rope_scaling") or {})
     theta = scaling.pop("rope_theta", document.get("rope_theta"))
     if theta is None:
@@ -140,5 +140,5 @@ def _rope(document: dict[str, Any], where: str) -> dict[str, Any]:
 def _number(document: dict[str, Any], key: str, where: str) -> int:
     value = document.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where}: {key} is {value!r}; a whole number is needed")
+        raise UserError(f"{where}: {key} is {value!r}, not an integer")
     return value

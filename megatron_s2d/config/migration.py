@@ -1,4 +1,4 @@
-"""Keys and values of configuration files that were renamed: each old one is refused with the new one named.
+"""Renamed configuration keys and values: a file that uses a previous one raises an error with the new one.
 
 The tables and this module go away with version 1.0. Patterns are dotted paths in the file; ``*`` stands for one part.
 """
@@ -93,7 +93,7 @@ def refuse_renamed(
     keys: Mapping[str, str],
     values: Mapping[tuple[str, str], str] | None = None,
 ) -> None:
-    """``UserError`` that names the new key (or value) for the first old one in ``document``, read from ``source``."""
+    """Raise a ``UserError`` with the new key (or value) for the first previous one in ``document``."""
     for path, value in _leaves_and_nodes(document, ()):
         for pattern, new in keys.items():
             if _matches(path, pattern):

@@ -31,7 +31,7 @@ class RopeScalingConfig(Config):
 
 
 class ModelConfig(Config):
-    """A model as a user names it: by ``preset``, by ``path``, or field by field; fields beside a preset override it."""
+    """A model: by ``preset``, by ``path``, or field by field; fields beside a preset override it."""
 
     preset: str | None = Field(None, description="one of " + ", ".join(PRESETS))
     path: Path | None = Field(
@@ -49,7 +49,7 @@ class ModelConfig(Config):
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     head_dim: int | None = None
-    vocab_size: int | None = Field(None, description="the tokenizer's size where left out")
+    vocab_size: int | None = Field(None, description="by default the tokenizer's size")
     max_position_embeddings: int | None = None
     rope_theta: float | None = None
     rope_scaling: RopeScalingConfig | None = None
@@ -63,20 +63,20 @@ class ModelConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        given = sorted(self._overrides())
+        overrides = sorted(self._overrides())
         if self.preset is not None and self.preset not in PRESETS:
             close = difflib.get_close_matches(self.preset, PRESETS, n=1, cutoff=0.4)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(PRESETS)}"
             raise ValueError(f"unknown preset '{self.preset}' ({hint})")
         if self.preset is not None and self.path is not None:
-            raise ValueError("give either preset or path, not both")
-        if self.path is not None and given:
-            raise ValueError(f"{given[0]} is fixed by the config.json in path; leave it out")
+            raise ValueError("set either preset or path, not both")
+        if self.path is not None and overrides:
+            raise ValueError(f"{overrides[0]} is set by the config.json in `path`: leave it out")
         if self.preset is None and self.path is None:
             required = [field.name for field in dataclasses.fields(ModelSpec) if _is_required(field)]
-            missing = [name for name in required if name not in given and name != "vocab_size"]
+            missing = [name for name in required if name not in overrides and name != "vocab_size"]
             if missing:
-                raise ValueError(f"give a preset or a path, or also these fields: {', '.join(missing)}")
+                raise ValueError(f"set a preset or a path, or these fields too: {', '.join(missing)}")
         return self
 
     def _overrides(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class ModelConfig(Config):
         return values
 
     def resolve(self, vocab_size: int | None = None) -> ModelSpec:
-        """The complete description. ``vocab_size`` is the tokenizer's: it fills a gap, and may never be the larger.
+        """Return the complete specification. vocab_size: the tokenizer's, the default and lower bound of the model's.
 
         Raises ``UserError`` for contradictory fields, an unreadable ``path``, or a model smaller than its tokenizer.
         """

@@ -1,4 +1,4 @@
-"""The complete description of a model's architecture, as plain data. No torch here."""
+"""``ModelSpec``: the complete description of a model's architecture, as plain data. No torch here."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything that decides a model's parameters and its function; two equal specs are the same architecture.
+    """All settings of a model's parameters and function; equal specs are the same architecture.
 
-    ``vocab_size`` is the true vocabulary; the rows that pad it for tensor parallelism are the builder's business.
+    ``vocab_size`` is the true vocabulary, without the rows that pad it for tensor parallelism.
     """
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Width of the dense MLP (unused by a mixture of experts, kept because published configurations state it)."""
+    """Width of the dense MLP (unused by a mixture of experts, but part of published configurations)."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -44,14 +44,14 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
-    """Standard deviation of freshly drawn weights."""
+    """Standard deviation of newly initialised weights."""
     num_experts: int = 0
-    """Experts a layer; 0 for a dense model."""
+    """Experts per layer; 0 for a dense model."""
     num_experts_per_tok: int = 0
     moe_ffn_hidden_size: int = 0
     """Width of one expert."""
     norm_topk_prob: bool = True
-    """Whether the weights of the chosen experts are scaled to sum to one."""
+    """Whether the router weights of the selected experts are scaled to sum to one."""
 
     def __post_init__(self) -> None:
         problem = _inconsistency(self)
@@ -60,7 +60,7 @@ class ModelSpec:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised head by head."""
+        """Whether queries and keys are normalised per head."""
         return self.family != "llama"
 
     @property
@@ -75,12 +75,12 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers, padding not counted, a tied embedding counted once."""
+        """Number of trainable parameters, without padding; a tied embedding counts once."""
         return self._parameters(self.num_experts)
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token meets; fewer than ``num_parameters`` in a mixture of experts."""
+        """Number of parameters used for one token; fewer than ``num_parameters`` in a mixture of experts."""
         return self._parameters(self.num_experts_per_tok)
 
     def _parameters(self, experts: int) -> int:
@@ -94,14 +94,14 @@ class ModelSpec:
         return embeddings + self.hidden_size + self.num_layers * (attention + norms + mlp)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; ``from_dict`` reads it back."""
+        """Return the spec as plain JSON types, for ``from_dict``."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> ModelSpec:
-        """The inverse of ``to_dict``; unknown or missing fields are a ``UserError``."""
-        known = {field.name for field in dataclasses.fields(ModelSpec)}
-        unknown = sorted(set(fields) - known)
+        """Invert ``to_dict``; raise ``UserError`` for unknown or missing fields."""
+        names = {field.name for field in dataclasses.fields(ModelSpec)}
+        unknown = sorted(set(fields) - names)
         if unknown:
             raise UserError(f"model: unknown field {unknown[0]!r}; written by another version?")
         scaling = fields.get("rope_scaling")

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks. No torch here."""
+"""Parallel sizes of a model: tensor, pipeline, context, expert, data and sequence parallelism. No torch here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_s2d.config.base import Config
 
 
 class ParallelConfig(Config):
-    """Megatron-Core parallel sizes of one model; data parallelism takes what the world size leaves."""
+    """Megatron-Core parallel sizes of one model; their product (without expert parallelism) is the number of ranks."""
 
     tensor_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share each layer")
     pipeline_model_parallel_size: int = pydantic.Field(1, ge=1, description="ranks that share the depth")
@@ -34,10 +34,13 @@ class ParallelConfig(Config):
         return self
 
     def with_world_size(self, world_size: int) -> ParallelConfig:
-        """The layout with as many data-parallel replicas as ``world_size`` ranks hold; ``ValueError`` if not whole ones."""
+        """Return the layout with as many data-parallel replicas as fit ``world_size`` ranks.
+
+        Raises ``ValueError`` unless ``world_size`` is a multiple of a replica's ranks.
+        """
         replica = self.world_size // self.data_parallel_size
         if world_size % replica:
-            raise ValueError(f"{world_size} ranks are no whole number of replicas of {replica} ranks each")
+            raise ValueError(f"{world_size} ranks are not a multiple of the {replica} ranks of a replica")
         return ParallelConfig(**self.model_dump() | {"data_parallel_size": world_size // replica})
 
     @property

@@ -1,4 +1,4 @@
-"""FP8 layers: what a user writes, and what each recipe asks of the chip and of the shapes. No torch here.
+"""FP8 settings, and the hardware and shapes that each FP8 recipe needs. No torch here.
 
 Only the linear layers of the transformer run in FP8 (Transformer Engine quantises their operands); attention, norms,
 embedding and output layer, and with it every probability, stay in bfloat16, gradients and masters in float32.
@@ -37,13 +37,13 @@ class Fp8Config(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What Transformer Engine 2.20 asks for."""
+    """Requirements of a recipe in Transformer Engine 2.20."""
 
     least_capability: tuple[int, int]  # CUDA compute capability
-    below_capability: tuple[int, int] | None  # the first that lacks it again
+    below_capability: tuple[int, int] | None  # the first that does not support it any more
     least_cuda: tuple[int, int]
-    tokens: int  # multiple of the tokens of a micro-batch on a rank
-    widths: int  # multiple of every width of a rank's matrices
+    tokens: int  # the tokens of a micro-batch on a rank must be a multiple of it
+    widths: int  # every width of a rank's matrices must be a multiple of it
     format: Literal["hybrid", "e4m3"]  # hybrid: gradients have a longer exponent (e5m2)
 
 
@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def check_chip(fp8: Fp8Config, capability: tuple[int, int], chip: str) -> None:
-    """``UserError`` where a chip of this compute capability does not have the recipe."""
+    """Raise ``UserError`` if a chip of this compute capability does not support the recipe."""
     recipe = RECIPES[fp8.recipe]
     if _has(recipe, capability):
         return
@@ -70,7 +70,7 @@ def check_chip(fp8: Fp8Config, capability: tuple[int, int], chip: str) -> None:
 
 
 def check_shapes(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """``UserError`` where a matrix of a rank has a width that the recipe cannot cut into its blocks."""
+    """Raise ``UserError`` if a matrix of a rank has a width that is not a multiple of the recipe's block."""
     tensor, multiple = parallel.tensor_model_parallel_size, RECIPES[fp8.recipe].widths
     widths = {
         "hidden_size": spec.hidden_size,

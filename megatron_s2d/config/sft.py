@@ -1,4 +1,4 @@
-"""Configuration of SFT, SeqKD and base training: cross-entropy on given responses. No torch."""
+"""Configuration of SFT, SeqKD and base training: cross-entropy on stored responses. No torch here."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.stage import LossAggMode, TrainingStageConfig
+from megatron_s2d.config.stage import LOSS_AGG, LossAggMode, TrainingStageConfig
 
 
 class SftConfig(TrainingStageConfig):
-    """Cross-entropy on given responses: base pre-training, SFT, and teacher-sample SFT / SeqKD (from a cache)."""
+    """Cross-entropy on stored responses: base pre-training, SFT, and teacher-sample SFT / SeqKD (from a cache)."""
 
     type: Literal["sft"] = "sft"
     data: str | None = Field(None, description="entry of `data` with reference solutions")
     cache: str | Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="teacher_cache stage whose responses are the data, or several"
+        None, description="teacher_cache stage whose responses are the data, or a list of them"
     )
-    global_batch_size: int = Field(64, ge=1, description="responses of one update")
-    loss_agg_mode: LossAggMode = "token_mean"
+    global_batch_size: int = Field(64, ge=1, description="responses per optimizer step")
+    loss_agg_mode: LossAggMode = Field("token_mean", description=LOSS_AGG)
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> SftConfig:
         if (self.data is None) == (self.cache is None):
-            raise ValueError("give exactly one of `data` and `cache`")
+            raise ValueError("set exactly one of `data` and `cache`")
         return self
 
     def inputs(self) -> dict[str, str]:

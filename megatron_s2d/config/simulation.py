@@ -1,4 +1,4 @@
-"""The file that ``s2d simulate`` takes: two models, a layout each, a cluster, and what was measured. No torch here."""
+"""Configuration of ``s2d simulate``: two models with their layouts, a cluster, and measurements. No torch here."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class KlTime(Config):
 
 
 class MeasuredConfig(Config):
-    """What was measured; each takes the place of a data-sheet number times an assumed efficiency."""
+    """Measurements; each replaces a data-sheet number times an assumed efficiency."""
 
     matmuls: list[MatmulTime] = Field(default_factory=list, description="their total operations over their total time")
     kl: KlTime | None = None
     memory_bandwidth: float | None = Field(None, gt=0, description="bytes per second that decoding reads")
     node_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU within a node, one way")
     network_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU to other nodes, one way")
-    latency: float | None = Field(None, ge=0, description="seconds of a collective that moves next to nothing")
+    latency: float | None = Field(None, ge=0, description="seconds of a collective of minimal size")
 
 
 class ShareConfig(Config):
-    """How one model is cut; data ranks take what is left of the GPUs."""
+    """Parallel sizes of one model; data parallelism uses the remaining GPUs."""
 
     tensor_model_parallel_size: int = Field(8, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
@@ -51,12 +51,12 @@ class ShareConfig(Config):
 
 
 class SimulationConfig(Config):
-    """On-policy distillation of a large teacher into a small student, step by step, on more and more GPUs."""
+    """Steps of on-policy distillation of a large teacher into a small student, on increasing numbers of GPUs."""
 
     name: Name
     description: str = ""
     gpu: str
-    num_gpus: list[int] = Field(min_length=1, description="the sizes to predict")
+    num_gpus: list[int] = Field(min_length=1, description="numbers of GPUs to predict for")
     teacher: ModelConfig
     student: ModelConfig
     parallel: ShareConfig = Field(ShareConfig(), description="of the student")
@@ -65,11 +65,15 @@ class SimulationConfig(Config):
         None, ge=1, description="of servers beside the trainer, on the same GPUs; null: the trainer itself samples"
     )
     scaling: Literal["strong", "weak"] = Field("strong", description="weak: train_batch_size grows with the GPUs")
-    train_batch_size: int = Field(128, ge=1, description="at the smallest number of GPUs, where scaling is weak")
+    train_batch_size: int = Field(
+        128, ge=1, description="prompts per step; for weak scaling at the smallest number of GPUs"
+    )
     num_generations: int = Field(8, ge=1)
     prompt_tokens: int = Field(512, ge=1, description="mean")
     response_tokens: int = Field(8192, ge=1, description="mean")
-    longest_response_tokens: int | None = Field(None, ge=1, description="the step waits for it; by default the mean")
+    longest_response_tokens: int | None = Field(
+        None, ge=1, description="length of the longest response, for which the step waits; by default the mean"
+    )
     micro_batch_tokens: int = Field(16384, ge=1)
     max_batch_size: int = Field(256, ge=1, description="responses that one engine decodes together")
     assumptions: AssumptionsConfig = AssumptionsConfig()

@@ -1,7 +1,7 @@
-"""Fields that every stage has, whatever its method. No torch.
+"""Configuration fields that all stages share. No torch here.
 
-A stage names what it consumes: ``init`` (the stage whose weights it starts from; ``model`` instead, to start from
-scratch or from a checkpoint), ``teacher``, ``cache`` and ``reference`` are names of other stages.
+``init`` (the stage whose weights are the start), ``teacher``, ``cache`` and ``reference`` are names of other stages.
+``model`` names an entry of `models`, to start from fresh weights or from a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, Opt
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 Truncated = Literal["keep", "mask"]
-TRUNCATED = (
-    "mask: a response that ran into max_response_length gives no gradient (its reward still counts in its group)"
+LOSS_AGG = (
+    "token_mean: mean over tokens; seq_mean_token_mean: mean over responses of their means; seq_mean_token_sum_norm: "
+    "sums divided by max_response_length (Dr. GRPO)"
 )
+TRUNCATED = "mask: a response truncated at max_response_length gives no gradient (its reward still counts in its group)"
 
 
 class StageConfig(Config):
     """Fields of every stage."""
 
-    role: Name = Field(description="what the stage is in its arm; arms are compared role by role")
-    seed: int = Field(0, ge=0, description="added to the run's seed; arms that should share noise share it")
+    role: Name = Field(description="role of the stage in its arm, by default its name; arms are compared role by role")
+    seed: int = Field(
+        0, ge=0, description="added to the run's seed; use the same value in arms that should share random numbers"
+    )
     micro_batch: MicroBatchConfig = MicroBatchConfig()
 
     def inputs(self) -> dict[str, str]:
-        """Name of the relation -> stage that must be finished first."""
+        """Return relation (init, teacher, ...) -> the stage that must finish first."""
         return {}
 
     @property
@@ -44,25 +48,26 @@ class StageConfig(Config):
 
 
 class ModelStageConfig(StageConfig):
-    """A stage that leaves a model."""
+    """A stage whose result is a model."""
 
 
 class TrainingStageConfig(ModelStageConfig):
-    """Fields of every stage that updates a model: it starts from ``model`` (fresh weights) or ``init`` (a stage)."""
+    """Fields of every stage that trains a model, from ``model`` (fresh or published weights) or ``init`` (a stage)."""
 
-    model: str | None = Field(None, description="entry of `models`, started from its own weights")
+    model: str | None = Field(None, description="entry of `models` to start from")
     init: str | None = Field(None, description="stage whose final weights are the start")
-    steps: int = Field(ge=1, description="number of sampling rounds (or of batches of data)")
+    steps: int = Field(ge=1, description="training steps: sampled batches (or batches of data)")
     optimizer: OptimizerConfig = OptimizerConfig()
     offload_optimizer: bool = Field(
-        False, description="the optimizer's state waits in host memory, and gradients are given up, between updates"
+        False,
+        description="offload the optimizer's state to host memory, and free gradients, between optimizer steps",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
     def _one_start(self) -> TrainingStageConfig:
         if (self.model is None) == (self.init is None):
-            raise ValueError("give exactly one of `model` (fresh weights) and `init` (a stage to start from)")
+            raise ValueError("set exactly one of `model` (fresh weights) and `init` (a stage to start from)")
         return self
 
     def inputs(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every type of stage, told apart by its key ``type``. No torch."""
+"""The union of all stage types, selected by the key ``type``. No torch here."""
 
 from __future__ import annotations
 

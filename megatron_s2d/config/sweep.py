@@ -1,4 +1,4 @@
-"""The file that ``s2d sweep`` takes: a workflow, a grid over its keys, seeds, and what to make of the results.
+"""Configuration of ``s2d sweep``: a workflow, a grid over its keys, seeds, and how to evaluate the results.
 
     workflow: ../quickstart.yaml
     grid:
@@ -40,10 +40,10 @@ class AxisConfig(Config):
         if (self.key is None) == isinstance(self.values, list):
             raise ValueError("give `key` with a list of values, or a mapping of labels without `key`")
         if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"the values {', '.join(self.labels)} are not different")
+            raise ValueError(f"two of the values {', '.join(self.labels)} are equal")
         for label in self.labels:
             if not _LABEL.fullmatch(label):
-                raise ValueError(f"'{label}' cannot be part of a directory's name; give labels of letters and digits")
+                raise ValueError(f"'{label}' cannot be part of a directory name: use letters and digits")
         return self
 
     @property
@@ -60,7 +60,7 @@ class AxisConfig(Config):
 
 
 class SweepContrastConfig(Config):
-    """Two values of an axis (or of several), everything else and the seed being the same."""
+    """A comparison of two values of an axis (or of several), with equal other settings and seed."""
 
     a: dict[str, str | int | float] = Field(min_length=1, description="axis -> value")
     b: dict[str, str | int | float] = Field(min_length=1)
@@ -68,7 +68,7 @@ class SweepContrastConfig(Config):
 
 
 class FitConfig(Config):
-    """A power law y = scale * x ** exponent through the points of one arm, the other axes being fixed."""
+    """A power law y = scale * x ** exponent through the points of one arm, for fixed values of the other axes."""
 
     x: str = Field(description="an axis with numbers for values, or `parameters`: the size of the arm's model")
     y: Literal["accuracy", "error", "loss"] = Field(
@@ -78,7 +78,7 @@ class FitConfig(Config):
 
 
 class EfficiencyConfig(Config):
-    """Tokens a second and rank along an axis of layouts, against the value with the fewest ranks."""
+    """Tokens per second and rank along an axis of layouts, relative to the value with the fewest ranks."""
 
     axis: str
     stage: str = Field(description="the stage whose steps are timed; its first step is left out")
@@ -96,13 +96,15 @@ class SweepConfig(Config):
     contrasts: list[SweepContrastConfig] = Field(default_factory=list)
     fits: list[FitConfig] = Field(default_factory=list)
     efficiency: list[EfficiencyConfig] = Field(default_factory=list)
-    gpu: str | None = Field(None, description="what it runs on, for MFU: h200, h100, ...; null: MFU is not known")
+    gpu: str | None = Field(None, description="GPU of the runs, to compute MFU: h200, h100, ...; null: no MFU")
 
     @pydantic.model_validator(mode="after")
     def _refers_to_axes(self) -> SweepConfig:
         for name in self.grid:
             if not _LABEL.fullmatch(name) or name == "seed":
-                raise ValueError(f"grid: '{name}' is not a name for an axis; use letters and digits, and not 'seed'")
+                raise ValueError(
+                    f"grid: '{name}' is not a valid name of an axis: use letters and digits, and not 'seed'"
+                )
         for index, contrast in enumerate(self.contrasts):
             for side in (contrast.a, contrast.b):
                 for axis, value in side.items():
@@ -130,13 +132,13 @@ class SweepConfig(Config):
             raise ValueError(f"{where}: the values of '{axis}' are not all positive numbers")
 
     def choices(self) -> list[dict[str, str]]:
-        """Axis -> label of every point but for the seed."""
+        """Return axis -> label of every point of the grid, without seeds."""
         axes = [[(name, label) for label in axis.labels] for name, axis in self.grid.items()]
         return [dict(choice) for choice in itertools.product(*axes)]
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read and validate a sweep file; ``workflow`` is made relative to its folder. ``UserError`` for every problem."""
+    """Read and validate a sweep file, resolving ``workflow`` in its folder; raise ``UserError`` for any problem."""
     document = load_yaml(path)
     refuse_renamed(document, str(path), SWEEP_KEYS)
     sweep = parse(SweepConfig, document, str(path))

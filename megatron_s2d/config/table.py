@@ -1,6 +1,6 @@
-"""A table of a paper: which arm is which row, what was measured in which column, and the paper's own figures.
+"""A paper's table in the report: the arms of its rows, the measurements of its columns, and the paper's figures.
 
-The report prints it (``report/paper_table.py``). No torch here.
+Printed by ``report/paper_table.py``. No torch here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class TableColumn(Config):
     label: str
     prompts: str | None = Field(None, description="entry of `evaluation.prompts`; by default all problems")
     metric: Literal["avg", "pass"] = Field("avg", description="avg@k or pass@k, k being `samples_per_prompt`")
-    group: str | None = Field(None, description="key of a row's `arm` where that differs from column to column")
-    average: list[str] = Field(default_factory=list, description="labels of the columns whose mean this one is")
+    group: str | None = Field(None, description="key of a row's `arm` if the row's arm differs from column to column")
+    average: list[str] = Field(default_factory=list, description="labels of the columns to average in this one")
     paper: str | None = Field(None, description="the paper's column for comparison of the rows' order")
 
     @pydantic.model_validator(mode="after")
@@ -31,12 +31,12 @@ class TableColumn(Config):
 
 
 class TableRow(Config):
-    """One row: an arm (or an arm for each measured column), and what the paper has."""
+    """One row: an arm (or an arm for each group of columns), and the paper's figures."""
 
     label: str
-    arm: str | dict[str, str] | None = Field(None, description="arm, or group -> arm; null for a row that is not run")
-    paper: list[float | None] = Field(description="one figure a paper column; null where it has none")
-    note: str = Field("", description="printed behind the label, such as why the row is not run")
+    arm: str | dict[str, str] | None = Field(None, description="arm, or group -> arm; null: the row is not run")
+    paper: list[float | None] = Field(description="one figure per paper column; null: none")
+    note: str = Field("", description="printed after the label, for example why the row is not run")
 
     def arm_of(self, column: TableColumn) -> str | None:
         """Return the arm that is shown in ``column``."""
@@ -46,7 +46,7 @@ class TableRow(Config):
 
 
 class TableConfig(Config):
-    """The rows in the paper's order."""
+    """A table of a paper, with its rows in the paper's order."""
 
     title: str
     paper_columns: list[str] = Field(min_length=1, description="names of the figures in every row's `paper`")
@@ -72,6 +72,6 @@ class TableConfig(Config):
             groups = {column.group for column in self.columns if column.group is not None}
             if isinstance(row.arm, dict) and set(row.arm) != groups:
                 raise ValueError(
-                    f"row '{row.label}': give an arm for each group of columns ({', '.join(sorted(groups))})"
+                    f"row '{row.label}': set an arm for each group of columns ({', '.join(sorted(groups))})"
                 )
         return self

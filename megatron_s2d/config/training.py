@@ -1,4 +1,4 @@
-"""Settings of a training stage that do not depend on its method. No torch here."""
+"""Optimizer, checkpoint, sampling, micro-batch and rollout-engine settings, shared by all methods. No torch here."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pydantic import Field
 
 from megatron_s2d.config.base import Config
 
-SERVER_SPARE_POSITIONS = 8  # of a server beyond the model's own: SGLang ends a response that comes near its limit
-LEAST_TEMPERATURE = 1e-4  # below, float32 logits divided by it would lose their meaning
+SERVER_SPARE_POSITIONS = 8  # context of a server beyond the longest sequence: SGLang stops shortly before its limit
+LEAST_TEMPERATURE = 1e-4  # float32 logits divided by less lose their precision
 
 
 class OptimizerConfig(Config):
     """AdamW with Megatron's distributed optimizer."""
 
     lr: float = Field(1e-6, gt=0, le=1, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end of a decay")
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    min_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the cosine or linear decay")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -28,21 +28,23 @@ class OptimizerConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When a stage saves its training state, so that it can be resumed inside."""
+    """When a stage saves its training state, from which it can be resumed."""
 
-    interval_steps: int = Field(50, ge=1, description="updates between two checkpoints")
-    keep_last_n: int = Field(2, ge=1, description="resumable checkpoints kept while the stage runs")
-    async_save: bool = Field(False, description="write while training goes on, from a copy in host memory")
+    interval_steps: int = Field(50, ge=1, description="training steps between two checkpoints")
+    keep_last_n: int = Field(2, ge=1, description="number of checkpoints to keep while the stage runs")
+    async_save: bool = Field(False, description="write in the background, from a copy in host memory")
 
 
 class SamplingConfig(Config):
-    """How responses are sampled."""
+    """Sampling parameters of responses."""
 
     temperature: float = Field(1.0, ge=0, description="0 is greedy decoding")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, description="-1 keeps every token")
-    max_response_length: int = Field(16384, ge=1)
-    stop_strings: list[str] = Field(default_factory=list, description="texts that end a response, beside its end token")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the most likely tokens of this total probability")
+    top_k: int = Field(-1, description="sample among this many most likely tokens; -1: all")
+    max_response_length: int = Field(16384, ge=1, description="tokens after which a response is truncated")
+    stop_strings: list[str] = Field(
+        default_factory=list, description="texts that end a response, besides its end token"
+    )
 
     @pydantic.field_validator("temperature")
     @classmethod
@@ -60,13 +62,13 @@ class SamplingConfig(Config):
 
 
 class MicroBatchConfig(Config):
-    """How samples are cut into micro-batches; never changes a gradient beyond rounding."""
+    """How samples are packed into micro-batches; changes gradients by rounding only."""
 
     max_tokens_per_gpu: int = Field(
-        16384, ge=1, description="padded tokens of one micro-batch (a longer sample gets its own)"
+        16384, ge=1, description="tokens of one micro-batch, padding included (a longer sample gets its own)"
     )
     sequence_packing: bool = Field(
-        False, description="lay the sequences of a micro-batch end to end instead of padding them to the longest"
+        False, description="concatenate the sequences of a micro-batch instead of padding them to the longest"
     )
 
 
@@ -75,29 +77,28 @@ class SglangConfig(Config):
 
     urls: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="entry of `models` -> addresses of servers that run already; for the others servers are started",
+        description="entry of `models` -> addresses of running servers; servers are started for entries not named",
     )
-    num_servers: int = Field(1, ge=1, description="servers to start for a model")
+    num_servers: int = Field(1, ge=1, description="number of servers to start for a model")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one started server")
-    base_gpu_id: int = Field(0, ge=0, description="started servers take the GPUs from this one on")
-    python: str | None = Field(
-        None, description="interpreter that has sglang, where it is in an environment of its own; null: this one"
-    )
-    extra_args: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server")
+    base_gpu_id: int = Field(0, ge=0, description="first GPU of the started servers, as SGLang's --base-gpu-id")
+    python: str | None = Field(None, description="Python interpreter of an environment with sglang; null: this one")
+    extra_args: list[str] = Field(default_factory=list, description="additional arguments of sglang.launch_server")
     enable_deterministic_inference: bool = Field(
-        False, description="SGLang's deterministic inference: per-request seeds count. Needs a GPU; slower"
+        False,
+        description="SGLang's deterministic inference: responses depend on per-request seeds only. Needs a GPU; slower",
     )
-    router: bool = Field(False, description="put sglang-router in front of the servers; it chooses among replicas")
+    router: bool = Field(False, description="send requests through sglang-router, which selects a server")
     enable_memory_saver: bool = Field(
-        False, description="servers give their GPU memory back while the trainer works (GPUs shared with it)"
+        False, description="servers release their GPU memory during training (for GPUs shared with the trainer)"
     )
     weight_sync: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
-        description="how weights reach the servers: disk: through files; distributed: over a process group (NCCL or "
-        "gloo); tensor: through shared memory, servers on this machine only",
+        description="transport of weight updates: disk: files; distributed: a process group (NCCL or gloo); tensor: "
+        "shared memory, for servers on the same machine",
     )
-    bucket_bytes: int = Field(512 * 2**20, ge=1, description="weights that travel together")
-    startup_timeout_seconds: float = Field(900.0, gt=0, description="time limit of a server's start")
+    bucket_bytes: int = Field(512 * 2**20, ge=1, description="size of one bucket of weights")
+    startup_timeout_seconds: float = Field(900.0, gt=0, description="time limit of starting a server")
 
     @pydantic.field_validator("urls")
     @classmethod
@@ -105,7 +106,7 @@ class SglangConfig(Config):
         for model, urls in value.items():
             for url in urls:
                 if not url.startswith(("http://", "https://")):
-                    raise ValueError(f"urls.{model}: '{url}' is not an address; write it like http://127.0.0.1:30000")
+                    raise ValueError(f"urls.{model}: '{url}' is not an address such as http://127.0.0.1:30000")
             if not urls or len(set(urls)) < len(urls):
                 raise ValueError(f"urls.{model}: give at least one address, each once")
         return value
@@ -114,13 +115,14 @@ class SglangConfig(Config):
     def _seeds(self) -> SglangConfig:
         if self.enable_deterministic_inference and self.urls:
             raise ValueError(
-                "enable_deterministic_inference is a setting of started servers; start yours with SGLang's option"
+                "enable_deterministic_inference applies to started servers only: start the servers in `urls` with "
+                "SGLang's --enable-deterministic-inference"
             )
         return self
 
 
 class ServerConfig(Config):
-    """How requests to inference servers are bounded and checked, whatever engine they run."""
+    """Limits and checks of requests to inference servers, for any engine."""
 
     max_concurrent_requests: int = Field(256, ge=1, description="requests in flight per server")
     max_attempts: int = Field(4, ge=1, description="attempts of one request before the servers are checked")
@@ -135,14 +137,16 @@ class ServerConfig(Config):
 
 
 class RolloutConfig(Config):
-    """The engine that samples responses."""
+    """The engine that generates responses."""
 
     engine: Literal["megatron", "sglang"] = Field(
-        "megatron", description="megatron: the trained model itself, in this process; sglang: servers"
+        "megatron", description="megatron: the trained model, in the same process; sglang: SGLang servers"
     )
-    max_batch_size: int = Field(1024, ge=1, description="responses that are generated together")
+    max_batch_size: int = Field(1024, ge=1, description="responses generated together (engine megatron)")
     max_batch_tokens: int = Field(
-        262_144, ge=1, description="bound of responses x (prompt + response) tokens in a batch: keys and values held"
+        262_144,
+        ge=1,
+        description="limit of responses x (prompt + response) tokens of a batch, which bounds the KV cache",
     )
     max_mismatch_kl: float | None = Field(
         None,
@@ -153,8 +157,8 @@ class RolloutConfig(Config):
     async_mode: Literal["sync", "one_step_off", "partial_rollout"] = Field(
         "sync",
         description="one_step_off: generate the next step's responses during the training step, with weights one step "
-        "older; a weight update waits for them. partial_rollout: a weight update interrupts them and they continue with "
-        "the new weights. Needs an engine that runs beside the trainer",
+        "older; a weight update waits for them. partial_rollout: a weight update interrupts them and they continue "
+        "with the new weights. Needs an engine that runs beside the trainer",
     )
     over_sampling_ratio: float = Field(
         1.0,
@@ -171,6 +175,6 @@ class RolloutConfig(Config):
         if self.sglang.enable_memory_saver and self.async_mode != "sync":
             raise ValueError(
                 "with sglang.enable_memory_saver the servers have no memory during training: set async_mode: sync, or "
-                "give them GPUs of their own"
+                "use separate GPUs for them"
             )
         return self

@@ -1,4 +1,4 @@
-"""Configuration of stages that leave a model without training it. No torch."""
+"""Configuration of stages that produce a model without training. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_s2d.config.stage import ModelStageConfig
 
 
 class LoadCheckpointConfig(ModelStageConfig):
-    """The weights of a published checkpoint as they are: a raw teacher, a reference, an arm without any training."""
+    """The unchanged weights of a published checkpoint: a raw teacher, a reference, an arm without training."""
 
     type: Literal["load_checkpoint"] = "load_checkpoint"
     model: str = Field(description="entry of `models` that has a `path`")
@@ -21,8 +21,8 @@ class ExpoConfig(ModelStageConfig):
 
     type: Literal["expo"] = "expo"
     tuned: list[str] = Field(min_length=1, description="stages whose weights are averaged")
-    base: str = Field(description="stage to extrapolate away from")
-    alpha: float = Field(0.5, description="how far; 0 is the plain average")
+    base: str = Field(description="stage whose weights are theta_0")
+    alpha: float = Field(0.5, description="extrapolation factor; 0 is the plain average")
 
     def inputs(self) -> dict[str, str]:
         return {f"tuned.{index}": name for index, name in enumerate(self.tuned)} | {"base": self.base}

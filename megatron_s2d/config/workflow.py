@@ -1,4 +1,4 @@
-"""A whole run: models, data, stages, arms, evaluation, contrasts, and the checks that span them. No torch here."""
+"""Configuration of a workflow: models, data, stages, arms, evaluation, contrasts and their checks. No torch here."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ HALVES = ("1H", "2H")
 
 
 class LengthConfig(Config):
-    """Limits of a sequence, for every stage."""
+    """Length limits of all stages."""
 
     max_prompt_length: int = Field(3072, ge=1, description="longer prompts are dropped and counted")
 
 
 class EvaluationConfig(Config):
-    """How the endpoint of every arm is measured (methods M6)."""
+    """Evaluation of every arm's final model (methods M6)."""
 
-    prompts: str | Annotated[list[str], Field(min_length=1)] = Field(description="entry of `data`, or several")
+    prompts: str | Annotated[list[str], Field(min_length=1)] = Field(description="entry of `data`, or a list of them")
     samples_per_prompt: PositiveInt | dict[str, PositiveInt] = Field(
-        16, description="k of avg@k, one for all or domain -> k"
+        16, description="k of avg@k: a number, or domain -> number"
     )
     sampling: SamplingConfig = SamplingConfig()
     seed: int = Field(0, ge=0, description="added to the run's seed")
-    eval_batch_size: int = Field(256, ge=1, description="problems between two progress reports")
+    eval_batch_size: int = Field(256, ge=1, description="problems sampled together, between two progress reports")
 
     @property
     def entries(self) -> list[str]:
@@ -52,7 +52,7 @@ class EvaluationConfig(Config):
         return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
 
     def samples_of(self, domain: str) -> int:
-        """k of a problem of ``domain``."""
+        """Return the samples per problem of ``domain``."""
         return self.samples_per_prompt[domain] if isinstance(self.samples_per_prompt, dict) else self.samples_per_prompt
 
 
@@ -61,68 +61,71 @@ class ContrastConfig(Config):
 
     a: str
     b: str
-    factor: str = Field(description="the factor, in words; printed beside the difference")
+    factor: str = Field(description="name of the factor in words, printed beside the difference")
     expect: Literal["a>b", "a<b", "a~b", "unknown"] = Field("a>b", description="what the paper found")
     differs: list[str] = Field(
         default_factory=list,
-        description="patterns of dotted keys that may differ; any other difference makes the contrast refused",
+        description="patterns of dotted keys that may differ; any other difference is an error",
     )
 
 
 class PassRateCheck(Config):
-    """A check of a stage's endpoint on training prompts, so that a run is judged before its arms are paid for."""
+    """Limits of a stage's pass rate on training prompts, checked before the stages after it run."""
 
     stage: str
     prompts: str = Field(description="labelled prompts of the training distribution, never the evaluation's")
-    low: float = Field(0.0, ge=0, le=1)
-    high: float = Field(1.0, ge=0, le=1)
+    low: float = Field(0.0, ge=0, le=1, description="smallest pass rate")
+    high: float = Field(1.0, ge=0, le=1, description="largest pass rate")
     samples_per_prompt: int = Field(4, ge=1)
     num_prompts: int = Field(256, ge=1)
 
 
 class WorkflowConfig(Config):
-    """The file that ``s2d run`` takes."""
+    """The configuration of ``s2d run``."""
 
     name: Name
     description: str = ""
-    seed: int = Field(1, ge=0, description="of weights, orders and samples; every stage adds its own offset")
-    split_seed: int = Field(0, ge=0, description="of the halves 1H and 2H of an entry of `data`")
-    tokenizer: str = Field(description="`task:modular_arithmetic`, a local directory, or a hub name")
+    seed: int = Field(1, ge=0, description="seed of weights, orders and samples; every stage adds its `seed`")
+    split_seed: int = Field(0, ge=0, description="seed of the halves 1H and 2H of an entry of `data`")
+    tokenizer: str = Field(
+        description="`task:modular_arithmetic`, a local directory, or a name on the Hugging Face hub"
+    )
     template_date: datetime.date = Field(
         datetime.date(2026, 1, 1),
-        description="the day that chat templates which write today's date are given, so that prompts do not change "
-        "overnight",
+        description="date for chat templates that write today's date, so that prompts do not depend on the day",
     )
     models: dict[Name, ModelConfig]
     data: dict[Name, DataSource]
     parallel: ParallelConfig = ParallelConfig()
     teacher_parallel: ParallelConfig | dict[str, ParallelConfig] | None = Field(
         None,
-        description="layout of frozen teachers and references on the same ranks, one for all or stage -> layout; by "
-        "default that of the student",
+        description="layout of frozen teachers and references on the same ranks, or stage -> layout; by default that "
+        "of the student",
     )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    fp8: Fp8Config | None = Field(None, description="layers compute in FP8 (docs/gpu.md); by default in `precision`")
+    fp8: Fp8Config | None = Field(None, description="run layers in FP8 (docs/gpu.md); null: in `precision`")
     lengths: LengthConfig = LengthConfig()
     rollout: RolloutConfig = RolloutConfig()
     stages: dict[Name, Stage]
-    arms: dict[Name, str] = Field(description="arm -> stage that is its endpoint")
+    arms: dict[Name, str] = Field(description="arm -> its last stage")
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
     pass_rate_checks: list[PassRateCheck] = Field(default_factory=list)
-    table: TableConfig | None = Field(None, description="the paper's table that the arms are rows of")
+    table: TableConfig | None = Field(None, description="a paper's table to print beside the arms")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
-    max_parallel_stages: int = Field(1, ge=1, description="stages that run at the same time, each in its own processes")
+    max_parallel_stages: int = Field(
+        1, ge=1, description="stages that may run at the same time, each in its own processes"
+    )
     watchdog_timeout_seconds: float | None = Field(
-        3600, gt=0, description="a rank that makes no progress for so long shows where it stands and ends; null: never"
+        3600, gt=0, description="a rank without progress for this long prints its stacks and exits; null: never"
     )
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
 
     @pydantic.model_validator(mode="after")
     def _fp8(self) -> WorkflowConfig:
         if self.fp8 is not None and self.precision != "bfloat16":
-            raise ValueError(f"fp8 needs precision bfloat16, not {self.precision}; leave fp8 out or change precision")
+            raise ValueError(f"fp8 needs precision bfloat16, not {self.precision}: remove fp8 or change precision")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -133,21 +136,21 @@ class WorkflowConfig(Config):
                 raise ValueError(f"teacher_parallel: there is no stage '{stage}' (stages: {', '.join(self.stages)})")
             if other is not None and other.world_size != self.parallel.world_size:
                 raise ValueError(
-                    f"teacher_parallel takes {other.world_size} ranks and parallel {self.parallel.world_size}: teacher "
-                    "and student share the ranks, so the products must be equal"
+                    f"teacher_parallel uses {other.world_size} ranks and parallel {self.parallel.world_size}: teacher "
+                    "and student share the ranks, so the numbers must be equal"
                 )
         return self
 
     @pydantic.model_validator(mode="after")
     def _older_weights(self) -> WorkflowConfig:
-        """What stages must have where responses can come from older weights than those that are trained."""
+        """Check the settings of stages whose responses may come from weights older than the trained ones."""
         rollout = self.rollout
         if rollout.over_sampling_ratio == 1.0 and rollout.async_mode == "sync":
             return self
         if rollout.engine == "megatron":
             raise ValueError(
-                "rollout.async_mode and rollout.over_sampling_ratio need servers beside the trainer: set rollout.engine: "
-                "sglang, or leave them out"
+                "rollout.async_mode and rollout.over_sampling_ratio need servers beside the trainer: set "
+                "rollout.engine: sglang, or remove them"
             )
         for name, stage in self.stages.items():
             correction, where = getattr(stage, "rollout_correction", None), f"stages.{name}"
@@ -155,7 +158,7 @@ class WorkflowConfig(Config):
             if sampled and correction is not None and correction.mode == "off":
                 raise ValueError(
                     f"{where}: with rollout.async_mode or over_sampling_ratio responses come from older weights: set "
-                    "rollout_correction.mode to tis or mask, which corrects for it"
+                    "rollout_correction.mode: tis or mask"
                 )
             if rollout.over_sampling_ratio > 1.0 and getattr(stage, "filter_groups", None):
                 raise ValueError(f"{where}: filter_groups needs rollout.over_sampling_ratio: 1")
@@ -164,9 +167,9 @@ class WorkflowConfig(Config):
         return self
 
     def with_world_size(self, world_size: int) -> WorkflowConfig:
-        """The workflow with data-parallel replicas of student and teachers on ``world_size`` ranks; nothing else changes.
+        """Return the workflow with data-parallel replicas of student and teachers on ``world_size`` ranks.
 
-        Raises ``UserError`` where a replica does not fit.
+        Raises ``UserError`` if ``world_size`` is not a multiple of a replica's ranks.
         """
         others = self.teacher_parallel
         try:
@@ -176,11 +179,11 @@ class WorkflowConfig(Config):
                 others = others.with_world_size(world_size)
             changed = {"parallel": self.parallel.with_world_size(world_size), "teacher_parallel": others}
         except ValueError as error:  # pydantic's are
-            raise UserError(f"--elastic: {error}; start another number of ranks") from None
+            raise UserError(f"--elastic: {error}; start a different number of ranks") from None
         return self.model_copy(update=changed)
 
     def frozen_parallel(self, stage_name: str) -> ParallelConfig:
-        """The layout of a stage's model where it serves as a teacher or reference."""
+        """Return the layout of a stage's model when used as a frozen teacher or reference."""
         if isinstance(self.teacher_parallel, dict):
             return self.teacher_parallel.get(stage_name, self.parallel)
         return self.teacher_parallel or self.parallel
@@ -206,9 +209,9 @@ class WorkflowConfig(Config):
             for side in (contrast.a, contrast.b):
                 if side not in self.arms:
                     raise ValueError(f"contrasts.{index} names the arm '{side}', which is not among `arms`")
-        for index, gate in enumerate(self.pass_rate_checks):
-            self._need_stage(f"pass_rate_checks.{index}.stage", gate.stage, ModelStageConfig)
-            self._need_prompts(f"pass_rate_checks.{index}.prompts", gate.prompts)
+        for index, check in enumerate(self.pass_rate_checks):
+            self._need_stage(f"pass_rate_checks.{index}.stage", check.stage, ModelStageConfig)
+            self._need_prompts(f"pass_rate_checks.{index}.prompts", check.prompts)
         return self
 
     def _check_stage(self, name: str, stage: Stage) -> None:
@@ -221,7 +224,7 @@ class WorkflowConfig(Config):
         for entry in stage.entries:
             self._need_prompts(f"{where}.{'data' if stage.type == 'sft' else 'prompts'}", entry)
             if stage.uses_labels and entry.partition("/")[0] in {e.partition("/")[0] for e in self.evaluation.entries}:
-                raise ValueError(f"{where}: '{entry}' is the evaluation set; training on its labels is refused")
+                raise ValueError(f"{where}: '{entry}' is the evaluation set: training must not use its labels")
 
     def _check_table(self) -> None:
         if self.table is None:
@@ -238,8 +241,8 @@ class WorkflowConfig(Config):
         if name not in self.stages:
             raise ValueError(f"{where}: there is no stage '{name}' (stages: {', '.join(self.stages)})")
         if not isinstance(self.stages[name], wanted):
-            kind = "a teacher_cache stage" if wanted is TeacherCacheConfig else "a stage that trains a model"
-            raise ValueError(f"{where}: stage '{name}' is of type {self.stages[name].type}; {kind} is needed")
+            kind = "a teacher_cache stage" if wanted is TeacherCacheConfig else "a stage with a model as its result"
+            raise ValueError(f"{where}: stage '{name}' has type {self.stages[name].type}, but {kind} is needed")
 
     def _need_prompts(self, where: str, name: str) -> None:
         entry, _, half = name.partition("/")
@@ -255,8 +258,8 @@ class WorkflowConfig(Config):
         try:
             sorter.prepare()
         except graphlib.CycleError as error:
-            circle = " -> ".join(error.args[1])
-            raise ValueError(f"stages form a circle (each is an input of the next): {circle}") from None
+            cycle = " -> ".join(error.args[1])
+            raise ValueError(f"stages form a cycle (each is an input of the next): {cycle}") from None
         order: list[str] = []
         ready: list[str] = []
         while sorter.is_active():
@@ -266,7 +269,7 @@ class WorkflowConfig(Config):
         return order
 
     def model_of(self, stage_name: str) -> str:
-        """The entry of ``models`` that a stage trains (or samples from, for a cache)."""
+        """Return the entry of ``models`` that a stage trains (or samples from, for a cache)."""
         stage = self.stages[stage_name]
         if isinstance(stage, TeacherCacheConfig):
             return self.model_of(stage.teacher)
@@ -278,7 +281,7 @@ class WorkflowConfig(Config):
         return self.model_of(stage.init)
 
     def chain(self, stage_name: str) -> list[str]:
-        """Every stage that leads to ``stage_name``, itself last, inputs first."""
+        """Return the stages that lead to ``stage_name``, inputs first and itself last."""
         wanted = {stage_name}
         for name in reversed(self.stage_order()):
             if name in wanted:
@@ -300,31 +303,31 @@ def load_workflow(path: str | Path, overrides: list[str] | None = None) -> Workf
 
 
 def _documents(path: Path, users: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """The documents of the files that the file's ``defaults`` name, relative to its folder, in order, and its own."""
+    """Return the documents of the file's ``defaults`` (relative to its folder), in order, and its own."""
     document = load_yaml(path)
     refuse_renamed(document, str(path), WORKFLOW_KEYS, WORKFLOW_VALUES)
     names = document.pop("defaults", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: defaults: give the name of another workflow file, or a list of names")
+        raise UserError(f"{path}: defaults: expected the name of another workflow file, or a list of names")
     if path.resolve() in users:
-        raise UserError(f"{path}: defaults: the file builds on itself")
+        raise UserError(f"{path}: defaults: the file includes itself")
     users = (*users, path.resolve())
     return [part for name in names for part in _documents(path.parent / name, users)] + [document]
 
 
 def _over(base: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key and null removes a key; ``arms``, and an entry of ``models`` or ``data``, replace."""
-    whole = {
+    """Merge mappings key by key; null removes a key. ``arms``, and entries of ``models`` or ``data``, are replaced."""
+    replaced = {
         key: document[key] if key == "arms" else base.get(key, {}) | document[key]
         for key in ("arms", "models", "data")
         if isinstance(document.get(key), dict)
     }
-    return _merge(base, {key: value for key, value in document.items() if key not in whole}) | whole
+    return _merge(base, {key: value for key, value in document.items() if key not in replaced}) | replaced
 
 
 def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:
-    """The stage with what it inherits through ``extends: other`` filled in; mappings merge key by key, null removes."""
+    """Return the stage merged into what it inherits through ``extends: other``; null removes a key."""
     stage = stages[name]
     if not isinstance(stage, dict) or "extends" not in stage:
         return stage

@@ -31,5 +31,5 @@ def test_ranks_that_hold_no_whole_replica_are_refused(world_size):
         "parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}",
         "teacher_parallel={pipeline_model_parallel_size: 4}",
     )
-    with pytest.raises(UserError, match=f"--elastic: {world_size} ranks are no whole number of replicas"):
+    with pytest.raises(UserError, match=f"--elastic: {world_size} ranks are not a multiple of the"):
         config.with_world_size(world_size)

@@ -59,8 +59,8 @@ def test_fields_override_a_preset():
     [
         ({"preset": "qwen3-7b"}, "unknown preset 'qwen3-7b' (did you mean 'qwen3-1.7b'?)"),
         ({"preset": "qwen3-8b", "path": "x"}, "either preset or path"),
-        ({"path": "x", "num_layers": 3}, "num_layers is fixed by the config.json"),
-        ({"family": "qwen3", "num_layers": 2}, "give a preset or a path, or also these fields: hidden_size"),
+        ({"path": "x", "num_layers": 3}, "num_layers is set by the config.json"),
+        ({"family": "qwen3", "num_layers": 2}, "set a preset or a path, or these fields too: hidden_size"),
         ({"preset": "qwen3-8b", "num_layer": 2}, "did you mean 'num_layers'?"),
     ],
 )

@@ -48,12 +48,12 @@ def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, *
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sglang": {"urls": {"student": ["127.0.0.1:30000"]}}}, "is not an address; write it like http://"),
+        ({"sglang": {"urls": {"student": ["127.0.0.1:30000"]}}}, "is not an address such as http://"),
         ({"sglang": {"urls": {"student": []}}}, "give at least one address"),
         ({"sglang": {"urls": {"student": ["http://a:1", "http://a:1"]}}}, "each once"),
         (
             {"sglang": {"urls": {"student": ["http://a:1"]}, "enable_deterministic_inference": True}},
-            "enable_deterministic_inference is a setting of started servers",
+            "enable_deterministic_inference applies to started servers only",
         ),
         ({"sglang": {"weight_sync": "carrier pigeon"}}, "'disk', 'distributed' or 'tensor'"),
         ({"server": {"max_attempts": 0}}, "greater than or equal to 1"),
@@ -106,9 +106,9 @@ def test_a_served_teacher_has_conditions():
                 "top_k_source": "teacher",
                 "sampling": {"temperature": 0.0, "max_response_length": 8},
             },
-            "sampling.temperature 1",
+            "sampling.temperature: 1",
         ),
-        ({"sampling": {"temperature": 0.7, "max_response_length": 8}}, "sampling.temperature 1"),
+        ({"sampling": {"temperature": 0.7, "max_response_length": 8}}, "sampling.temperature: 1"),
     ]:
         with pytest.raises(UserError, match=message):
             workflow({}, {"teacher_engine": "sglang"} | change)

@@ -42,8 +42,8 @@ def test_null_takes_a_key_of_the_base_away(tmp_path):
     ("document", "message"),
     [
         ({"defaults": "gone.yaml"}, "gone.yaml: no such file"),
-        ({"defaults": 3}, "defaults: give the name"),
-        ({"defaults": "own.yaml"}, "builds on itself"),
+        ({"defaults": 3}, "defaults: expected the name"),
+        ({"defaults": "own.yaml"}, "includes itself"),
     ],
 )
 def test_a_wrong_base_is_named(tmp_path, document, message):

@@ -83,7 +83,7 @@ def test_elastic_job_continues_on_the_remaining_nodes(workdir):
     starts = [line for line in (workdir / "calls").read_text().splitlines() if "rank.sh" in line]
     assert "--nodes=2 --ntasks=2 --nodelist=a,b " in starts[0] and "--nodes=1 --ntasks=1 --nodelist=a " in starts[1]
     workflow = load_workflow(SMOKE, ["parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}"])
-    with pytest.raises(UserError, match="1 ranks are no whole number of replicas"):
+    with pytest.raises(UserError, match="1 ranks are not a multiple of the"):
         resolve(LaunchConfig(nodes=4, min_nodes=1), workflow)
     with pytest.raises(UserError, match="min_nodes 5 is above the 4 nodes"):
         resolve(LaunchConfig(nodes=4, min_nodes=5), workflow)
