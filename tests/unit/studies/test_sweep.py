@@ -210,9 +210,9 @@ def test_dry_run_lists_points_with_their_checks(tmp_path, console):
     [
         ({"bse": 1}, "bse: unknown key"),
         ({"workflow": "nowhere.yaml"}, "nowhere.yaml: no such file"),
-        ({"grid": {"a b": {"key": "seed", "values": [1]}}}, "'a b' is not a name for an axis"),
+        ({"grid": {"a b": {"key": "seed", "values": [1]}}}, "'a b' is not a valid name of an axis"),
         ({"grid": {"a": {"values": [1]}}}, "give `key` with a list of values"),
-        ({"grid": {"a": {"key": "x", "values": ["../up"]}}}, "cannot be part of a directory's name"),
+        ({"grid": {"a": {"key": "x", "values": ["../up"]}}}, "cannot be part of a directory name"),
         ({"contrasts": [{"a": {"labels": 3}, "b": {"labels": 64}, "arm": ARM}]}, "the grid has no labels: 3"),
         ({"fits": [{"x": "layout", "y": "error", "arm": ARM}]}, "'layout' are not all positive numbers"),
         ({"efficiency": [{"axis": "depth", "stage": "opd"}]}, "the grid has no 'depth'"),
