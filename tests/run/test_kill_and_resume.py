@@ -80,7 +80,7 @@ def test_killed_rank_stops_the_run_with_a_one_line_error(tmp_path):
     victim = next(pid for pid in processes_of(run_dir / "stages/teacher_base") if pid != run.pid)
     os.kill(victim, signal.SIGKILL)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
-    assert run.returncode == 3 and "ended with signal 9" in output
+    assert run.returncode == 3 and "was killed by signal 9" in output
     assert not processes_of(run_dir)
 
 
