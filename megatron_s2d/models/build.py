@@ -32,6 +32,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe import router as moe_router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,6 +43,31 @@ from megatron_s2d.models.kv_cache import CachedSelfAttention
 from megatron_s2d.models.layers import CoreAttention, RMSNorm
 
 Recompute = Literal["none", "selective", "full"]
+
+
+def _count_tokens_per_expert(
+    routing_map: torch.Tensor,
+    reduce_group: torch.distributed.ProcessGroup,
+    topk: int | None = None,
+    with_padding_mask: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | int]:
+    """Return the group's tokens of each expert [e], the mean number of tokens of a rank, and their sum.
+
+    Replaces the function of Megatron-Core 0.19.2, which sums the counts of this rank in place where there is a padding
+    mask: its count of this rank is then the group's, and the router multiplies by the group's size once more, so that
+    the gradient of the auxiliary loss is too large by TP x CP. The mean, and not this rank's count, because the router
+    weights every rank's share by it, and padding is not spread evenly over ranks.
+    """
+    tokens_per_expert = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), reduce_group)
+    size = reduce_group.size()
+    if not with_padding_mask:
+        return tokens_per_expert, routing_map.shape[0], routing_map.shape[0] * size
+    num_tokens = tokens_per_expert.sum() / topk
+    # A data-parallel rank that has fewer micro-batches than the others gets empty ones, whose loss must be 0, not 0 / 0.
+    return tokens_per_expert, num_tokens / size, num_tokens.clamp(min=1)
+
+
+moe_router.get_tokens_per_expert_and_token_count = _count_tokens_per_expert
 
 
 def build_model(

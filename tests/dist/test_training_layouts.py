@@ -54,6 +54,14 @@ def test_moe_losses_agree_under_expert_and_context_parallelism(runs, layout):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("layout", ["tp2sp", "cp2", "ep2", "dp2"])
+def test_load_balancing_gradients_do_not_depend_on_the_layout(runs, layout):
+    _assert_rows_agree(runs[f"{layout}/balanced"], runs["tp1/balanced"])
+    plain = [row["grad_norm"] for row in runs["tp1/moe"]]
+    assert abs(runs["tp1/balanced"][0]["grad_norm"] / plain[0] - 1) > 1e-4  # the loss takes part
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
 def test_scores_and_cached_distributions_do_not_depend_on_the_layout(runs, layout):
     for mine, reference in zip(runs[f"{layout}/scores"], runs["tp1/scores"], strict=True):

@@ -31,6 +31,7 @@ from megatron_s2d.train.megatron_model import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 3
+BALANCED = ("tp1", "tp2sp", "cp2", "ep2", "dp2")  # layouts of the load-balancing loss
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
 PACKED = False  # of the current layout
 
@@ -71,10 +72,12 @@ def samples(count: int = 13) -> list[Sample]:
     return batch
 
 
-def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40) -> MegatronModel:
-    spec = ModelConfig(preset=preset, vocab_size=VOCAB).resolve()
+def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40, **options) -> MegatronModel:
+    config = ModelConfig(preset=preset, vocab_size=VOCAB, **options)
     packed = PACKED or layout.cp_size > 1
-    return MegatronModel(spec, layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed)
+    return MegatronModel(
+        config.resolve(), layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed, options=config
+    )
 
 
 def weights(batch: list[Sample], loss_agg_mode: str) -> np.ndarray:
@@ -98,6 +101,13 @@ def train(model: MegatronModel, batch: list[Sample], objective, columns: dict, t
 def supervised(layout: Layout, preset: str = "tiny-teacher"):
     batch = samples()
     return train(policy(preset, layout, 1), batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")})
+
+
+def balanced(layout: Layout):
+    """Experts with a load-balancing loss, one sample per micro-batch: the loss is of a micro-batch and so the same."""
+    batch = samples()
+    model = policy("tiny-moe", layout, 1, max_tokens=1, moe_aux_loss_coeff=0.1)
+    return train(model, batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")})
 
 
 def with_rollouts(model: MegatronModel, batch: list[Sample]) -> list[Sample]:
@@ -197,6 +207,8 @@ def main() -> None:
         layout = layouts[name]
         if "ep" in name or name in ("tp1", "cp2"):
             results[f"{name}/moe"] = supervised(layout, "tiny-moe")
+        if name in BALANCED:
+            results[f"{name}/balanced"] = balanced(layout)
         if "ep" not in name:
             for scenario in (supervised, grpo, opd, opd_by_domain, scores, cached):
                 results[f"{name}/{scenario.__name__}"] = scenario(layout)
