@@ -1,6 +1,6 @@
-"""What flows through a run: ``Prompt`` and ``Sample``. No torch here.
+"""The records of a run, ``Prompt`` and ``Sample``, and their JSON-lines form. No torch here.
 
-All per-token arrays of a ``Sample`` have the length of prompt plus response, and entry ``t`` speaks of token ``t``
+All per-token arrays of a ``Sample`` have the length of prompt plus response, and entry ``t`` belongs to token ``t``
 (entry 0 of a log-probability array is 0.0: nothing predicts the first token). The shift to labels happens once, in
 ``data/packing.py``. ``None`` means "not computed"; each field has one writer, named beside it, and is written once
 (``dataclasses.replace`` makes the next record).
@@ -63,7 +63,7 @@ class Sample:
 
     @property
     def prompt_length(self) -> int:
-        """Number of tokens before the first response token (the whole length where there is none)."""
+        """Number of tokens before the first response token (all tokens without a response)."""
         hits = np.flatnonzero(self.response_mask)
         return int(hits[0]) if hits.size else len(self.token_ids)
 
@@ -73,7 +73,7 @@ class Sample:
         return int(self.response_mask.sum())
 
     def require(self, field: str, step: str) -> np.ndarray | float | int:
-        """The value of ``field``, or an error that names the ``step`` which should have written it."""
+        """Return the value of ``field``, or raise a ``UserError`` with the ``step`` that writes it."""
         value: np.ndarray | float | int | None = getattr(self, field)
         if value is None:
             raise UserError(f"sample {self.id} has no {field}: run {step} before this step")
@@ -81,7 +81,7 @@ class Sample:
 
 
 def sample_to_json(sample: Sample) -> str:
-    """One JSON line; float32 values survive the round trip bit for bit."""
+    """Return one JSON line; float32 values survive the round trip bit for bit."""
     fields = {}
     for field in dataclasses.fields(sample):
         value = getattr(sample, field.name)
@@ -97,11 +97,11 @@ _DTYPES = {"token_ids": np.int64, "response_mask": np.bool_}
 
 
 def sample_from_json(line: str) -> Sample:
-    """The inverse of ``sample_to_json``. Unknown or missing fields are an error."""
+    """Invert ``sample_to_json``; raise ``UserError`` for unknown or missing fields."""
     fields = json.loads(line)
-    known = {field.name for field in dataclasses.fields(Sample)}
-    if set(fields) != known:
-        raise UserError(f"not a sample record: unexpected or missing fields {sorted(set(fields) ^ known)}")
+    names = {field.name for field in dataclasses.fields(Sample)}
+    if set(fields) != names:
+        raise UserError(f"not a sample record: unexpected or missing fields {sorted(set(fields) ^ names)}")
     for name, value in fields.items():
         if isinstance(value, list) and name != "weight_versions":
             fields[name] = np.asarray(value, dtype=_DTYPES.get(name, np.float32))
@@ -110,6 +110,6 @@ def sample_from_json(line: str) -> Sample:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All samples of a JSON-lines file."""
+    """Return the samples of a JSON-lines file."""
     with open(path, encoding="utf-8") as file:
         return [sample_from_json(line) for line in file if line.strip()]

@@ -60,8 +60,8 @@ def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C
             message = f"unknown key{_suggest(model, first['loc'])}"
         elif first["type"] == "string_pattern_mismatch" and first["ctx"]["pattern"] == NAME_PATTERN:
             message = (
-                f"{first['input']!r} cannot name files: use letters, digits, '.', '_' and '-', a letter or digit first, "
-                "at most 100 characters"
+                f"{first['input']!r} cannot name files: use letters, digits, '.', '_' and '-', a letter or digit "
+                "first, at most 100 characters"
             )
         elif first["type"] != "value_error" and first["type"] != "missing":
             message += f" (got {first['input']!r})"
