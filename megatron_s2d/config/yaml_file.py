@@ -33,7 +33,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if is_alias:  # a narrowed type would reject the marks of the C parser
             if event.anchor in self._open_anchors:
                 raise _Problem(None, None, f"the anchor '{event.anchor}' contains itself", event.start_mark)
             self._count(self._sizes.get(event.anchor, 1), event.start_mark)
