@@ -55,7 +55,7 @@ class Letters:
 
 
 def requests() -> list[Request]:
-    """Mixed prompt lengths, limits and parameters; most work at the end: data-parallel ranks finish at different times."""
+    """Mixed prompt lengths, limits and parameters; most work at the end, so that ranks finish at different times."""
     generator = np.random.default_rng(0)
     batch = []
     for number in range(12):
