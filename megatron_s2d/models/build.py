@@ -63,7 +63,7 @@ def _count_tokens_per_expert(
     if not with_padding_mask:
         return tokens_per_expert, routing_map.shape[0], routing_map.shape[0] * size
     num_tokens = tokens_per_expert.sum() / topk
-    # A data-parallel rank that has fewer micro-batches than the others gets empty ones, whose loss must be 0, not 0 / 0.
+    # A data-parallel rank with fewer micro-batches than the others gets empty ones; their loss is 0, not 0 / 0.
     return tokens_per_expert, num_tokens / size, num_tokens.clamp(min=1)
 
 

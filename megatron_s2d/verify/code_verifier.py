@@ -64,8 +64,9 @@ class CodeVerifier:
         wall_seconds: float | None = None,
         total_seconds: float | None = None,
     ) -> None:
-        """Limit each process to ``cpu_seconds`` and ``memory_bytes``, each run to ``wall_seconds``, and all script tests
-        of one response to ``total_seconds``.
+        """Limit each process to ``cpu_seconds`` and ``memory_bytes``, each run to ``wall_seconds``.
+
+        All script tests of one response together may take ``total_seconds``.
 
         Defaults: one worker per core, at most 8; four times ``cpu_seconds``; three times ``wall_seconds``.
         Raises ``UserError`` if this machine cannot confine a process.
