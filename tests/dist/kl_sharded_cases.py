@@ -1,4 +1,4 @@
-"""The cases that kl_worker.py computes and test_kl_sharded.py judges."""
+"""The cases that kl_worker.py computes and test_kl_sharded.py checks."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
-# What each broken step is shown on: the control's answer must be wrong there.
+# Broken step -> the case whose answer it must change.
 CONTROLS = {"no gather": "all", "no scale": "all", "no hidden reduction": "all"}

@@ -1,4 +1,7 @@
-"""Started by test_kl_sharded.py on 4 ranks: every case at tensor-parallel size 1, 2 and 4; rank 0 saves the answers."""
+"""Compute every case at tensor-parallel sizes 1, 2 and 4 on 4 ranks and save the answers; for test_kl_sharded.py.
+
+Shapes: h hidden size.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from megatron_s2d.kl.teachers import HiddenStates, TopK
 
 
 def student_shard(case: Case, group) -> VocabShard:
-    """Megatron's layout, or one that is cut unevenly with shards that are empty."""
+    """Return a shard of Megatron's layout, or of uneven cuts with empty shards."""
     size = 1 if group is None else dist.get_world_size(group)
     if case.layout == "padded" or size == 1:
         return VocabShard.of_padded(-(-case.vocab // size) + 2, case.vocab, group)
@@ -43,13 +46,13 @@ def student_shard(case: Case, group) -> VocabShard:
 
 
 def rows_of(weight: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """The shard's rows and two rows of padding that hold poison."""
+    """Return the shard's rows and two padding rows of huge numbers."""
     padding = torch.full((2, weight.shape[1]), 1e6, dtype=weight.dtype)
     return torch.cat([weight[shard.start : shard.stop], padding])
 
 
-def whole_weight(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """The rows of all shards in order of their ids, from every rank's [columns + 2, d]."""
+def gather_weight(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Return the rows of all shards in order of their ids, from every rank's [columns + 2, h]."""
     pieces = [None] * shard.size
     if shard.size == 1:
         return local[: shard.columns]
@@ -58,15 +61,15 @@ def whole_weight(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
 
 
 def teacher_of(case: Case, problem, shard: VocabShard, world):
-    """Hidden states with an output layer that four ranks hold under other padding, or a top-k of the whole logits."""
+    """Return hidden states and an output layer stored on four ranks with another padding, or a top-k."""
     dtype = case.dtype
     if case.tail is not None:
-        whole = VocabShard.unsharded(case.vocab)
-        ids, log_probs, tail = vocab_parallel_topk(problem.teacher_logits().to(dtype), 5, whole)
+        unsharded = VocabShard.unsharded(case.vocab)
+        ids, log_probs, tail = vocab_parallel_topk(problem.teacher_logits().to(dtype), 5, unsharded)
         return TopK(ids.int(), log_probs, tail, tail=case.tail, support="union")
-    held = VocabShard.of_padded(-(-case.vocab // 4) + 3, case.vocab, world)
-    mine = rows_of(problem.teacher_weight.to(dtype), held)
-    weight = redistribute_output_layer(mine, held, shard, world)
+    stored = VocabShard.of_padded(-(-case.vocab // 4) + 3, case.vocab, world)
+    local = rows_of(problem.teacher_weight.to(dtype), stored)
+    weight = redistribute_output_layer(local, stored, shard, world)
     hidden = problem.teacher_hidden.to(dtype)
     if case.sequence_parallel:
         hidden = hidden.chunk(shard.size)[shard.rank].clone()
@@ -74,7 +77,7 @@ def teacher_of(case: Case, problem, shard: VocabShard, world):
 
 
 def solve(case: Case, group, world) -> dict[str, torch.Tensor]:
-    """One case at one tensor-parallel size: loss, outputs, whole gradients, counts of collectives, equal bits."""
+    """Solve one case at one size; return loss, outputs, full gradients, counts of collectives, equality of ranks."""
     problem = make_problem(rows=8, vocab=case.vocab, width=6, teacher_width=5, padding=0).rounded()
     shard = student_shard(case, group)
     hidden = problem.hidden.to(case.dtype)
@@ -96,12 +99,12 @@ def solve(case: Case, group, world) -> dict[str, torch.Tensor]:
     slope = hidden.grad
     if case.sequence_parallel:
         slope = shard.gather(slope).flatten(0, 1)
-    found = vars_of(outputs)
-    found |= {"loss": loss.detach(), "hidden": slope}
-    same = all(bool((shard.gather(value) == value).all()) for value in found.values())
-    found |= {"weight": whole_weight(weight.grad, shard), "same_bits": torch.tensor(same)}
-    found |= {"padding": weight.grad[shard.columns :].abs().sum()}
-    return found | {"collectives": torch.tensor([*forward, *backward])}
+    answers = vars_of(outputs)
+    answers |= {"loss": loss.detach(), "hidden": slope}
+    same = all(bool((shard.gather(value) == value).all()) for value in answers.values())
+    answers |= {"weight": gather_weight(weight.grad, shard), "same_bits": torch.tensor(same)}
+    answers |= {"padding": weight.grad[shard.columns :].abs().sum()}
+    return answers | {"collectives": torch.tensor([*forward, *backward])}
 
 
 def vars_of(outputs) -> dict[str, torch.Tensor]:
@@ -111,15 +114,15 @@ def vars_of(outputs) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def counted():
-    """Counts of (all-gathers, sums over ranks) inside the block."""
+    """Count (all-gathers, reductions and broadcasts) inside the block."""
     counts = [0, 0]
-    places = {"all_gather_into_tensor": 0, "all_reduce": 1, "reduce_scatter_tensor": 1, "broadcast": 1}
+    indices = {"all_gather_into_tensor": 0, "all_reduce": 1, "reduce_scatter_tensor": 1, "broadcast": 1}
     with contextlib.ExitStack() as stack:
-        for name, place in places.items():
+        for name, index in indices.items():
             original = getattr(dist, name)
 
-            def counting(*args, original=original, place=place, **kwargs):
-                counts[place] += 1
+            def counting(*args, original=original, index=index, **kwargs):
+                counts[index] += 1
                 return original(*args, **kwargs)
 
             stack.enter_context(mock.patch.object(dist, name, counting))
@@ -127,7 +130,7 @@ def counted():
 
 
 def broken(control: str):
-    """A patch that breaks one step of the protocol."""
+    """Return a patch that breaks one step of the protocol."""
     if control == "no gather":
         return mock.patch.object(
             VocabShard, "gather", lambda self, values: values.expand(self.size, *values.shape).contiguous()
@@ -146,7 +149,7 @@ def broken(control: str):
 
 
 def autograd_through_collectives(group, blind: bool) -> dict[str, torch.Tensor]:
-    """Forward KL written the usual way, with autograd meeting the all-reduce: value right, gradient not."""
+    """Return forward KL with autograd through the all-reduce: correct value, wrong gradient."""
     from torch.distributed.nn.functional import all_reduce as differentiable
 
     problem = make_problem(rows=8, vocab=37, padding=0)
@@ -171,7 +174,7 @@ def autograd_through_collectives(group, blind: bool) -> dict[str, torch.Tensor]:
 
 
 def existing_logits(group) -> dict[str, torch.Tensor]:
-    """Divergences of logits that exist, with per-token gradients, and top-k across shards."""
+    """Return divergences of existing logits with per-token gradients, and top-k across shards."""
     problem = make_problem(rows=8, vocab=37, padding=0)
     shard = VocabShard.of_padded(-(-37 // dist.get_world_size(group)), 37, group)
     local = slice(shard.start, shard.stop)
@@ -186,10 +189,10 @@ def existing_logits(group) -> dict[str, torch.Tensor]:
     dist.all_gather_object(pieces, z.grad, group=group)
     with counted() as counts:
         ids, log_probs, tail = vocab_parallel_topk(y, 12, shard)
-    again, rest = vocab_parallel_support(y, ids, shard)
+    support_log_probs, support_tail = vocab_parallel_support(y, ids, shard)
     return {
-        "logits": torch.cat(pieces, 1), "ids": ids, "log_probs": log_probs, "tail": tail, "again": again,
-        "rest": rest, "collectives": torch.tensor(counts),
+        "logits": torch.cat(pieces, 1), "ids": ids, "log_probs": log_probs, "tail": tail,
+        "support_log_probs": support_log_probs, "support_tail": support_tail, "collectives": torch.tensor(counts),
     }  # fmt: skip
 
 
@@ -203,7 +206,7 @@ def main() -> None:
     for name, case in CASES.items():
         for size in case.sizes:
             results[f"{name}/{size}"] = solve(case, groups[size], world)
-    results["again/4"] = solve(CASES["all"], world, world)
+    results["repeat/4"] = solve(CASES["all"], world, world)
     for control, name in CONTROLS.items():
         with broken(control):
             results[f"{control}/4"] = solve(CASES[name], world, world)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the divergences, compiled: against the float64 reference, and against PyTorch in bf16."""
+"""The compiled Triton kernels of the divergences against the float64 reference, and in bf16 next to PyTorch."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kl"))
 
-from kl_problems import ALL, MIXTURES, combined, make_problem, reference, relative
+from kl_problems import ALL, MIXTURES, make_problem, reference, relative
 
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.shards import VocabShard
@@ -26,15 +26,15 @@ def test_loss_and_gradients_against_float64(vocab, mixture, record_property):
     )
     loss, _ = linear_divergence(
         hidden, weight, shard=VocabShard.unsharded(vocab), outputs=names, teacher=teacher, beta=0.3,
-        temperature=problem.temperature, target_ids=problem.target.cuda(), token_loss=combined,
-        weights=problem.weights.float().cuda(), response_mask=problem.mask.cuda(), backend="triton",
+        temperature=problem.temperature, target_ids=problem.target.cuda(), token_loss=problem.token_loss,
+        response_mask=problem.mask.cuda(), backend="triton",
     )  # fmt: skip
     loss.backward()
-    found = (loss.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu())
-    errors = [relative(a, b) for a, b in zip(found, (expected[0], *expected[2:]), strict=True)]
+    results = (loss.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu())
+    errors = [relative(a, b) for a, b in zip(results, (expected[0], *expected[2:]), strict=True)]
     for name, error in zip(("loss", "hidden", "weight"), errors, strict=True):
         record_property(name, f"{error:.3g}")
-    assert max(errors) <= 2e-4  # float32 products on a GPU, the interpreter's bar is 1e-5
+    assert max(errors) <= 2e-4  # float32 products on a GPU; 1e-5 in the interpreter
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
@@ -54,7 +54,7 @@ def test_bfloat16_operands_against_float64_of_the_same_operands(name, record_pro
     slope = log_p.exp() - log_q.exp()
     if name == "reverse_kl":
         slope = log_p.exp() * (log_p - log_q - reverse[:, None])
-    found = {}
+    errors = {}
     for backend in ("triton", "torch"):
         leaf = hidden.detach().requires_grad_()
         loss, outputs = linear_divergence(
@@ -63,10 +63,10 @@ def test_bfloat16_operands_against_float64_of_the_same_operands(name, record_pro
             token_loss=lambda outputs, rows: getattr(outputs, name), backend=backend,
         )  # fmt: skip
         loss.backward()
-        found[f"value {backend}"] = relative(getattr(outputs, name), forward if name == "forward_kl" else reverse)
-        found[f"gradient {backend}"] = relative(leaf.grad, slope @ weight.double())
-    for key, error in found.items():
+        errors[f"value {backend}"] = relative(getattr(outputs, name), forward if name == "forward_kl" else reverse)
+        errors[f"gradient {backend}"] = relative(leaf.grad, slope @ weight.double())
+    for key, error in errors.items():
         record_property(key, f"{error:.3g}")
-    assert max(found["value triton"], found["value torch"]) <= 1e-3
-    # The gradient by logits is rounded to bf16 for the product, and the result again.
-    assert max(found["gradient triton"], found["gradient torch"]) <= 1e-2
+    assert max(errors["value triton"], errors["value torch"]) <= 1e-3
+    # The logits gradient is rounded to bf16 for the product, and so is the result.
+    assert max(errors["gradient triton"], errors["gradient torch"]) <= 1e-2

@@ -1,4 +1,4 @@
-"""A workflow on another number of ranks: replicas come or go, their layout stays."""
+"""A workflow on another number of ranks: the number of replicas changes, their layout does not."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_replicas_follow_the_ranks():
 
 
 @pytest.mark.parametrize("world_size", [3, 2])
-def test_ranks_that_hold_no_whole_replica_are_refused(world_size):
+def test_ranks_that_are_no_multiple_of_a_replica_are_refused(world_size):
     config = workflow(
         "parallel={tensor_model_parallel_size: 2, data_parallel_size: 2}",
         "teacher_parallel={pipeline_model_parallel_size: 4}",

@@ -1,4 +1,4 @@
-"""A configuration file of previous names fails with the new name."""
+"""A configuration with a previous name is refused with the new name."""
 
 import pytest
 import yaml
@@ -10,14 +10,14 @@ from megatron_s2d.errors import UserError
 
 
 def nested(pattern, value):
-    """The document that has ``value`` at the path ``pattern``."""
+    """Return the document with ``value`` at the path ``pattern``."""
     for part in reversed(pattern.split(".")):
         value = {"x" if part == "*" else part: value}
     return value
 
 
 @pytest.mark.parametrize("table", [WORKFLOW_KEYS, SWEEP_KEYS, SIMULATION_KEYS])
-def test_every_previous_key_is_refused_with_the_new_one(table):
+def test_previous_keys_are_refused_with_the_new_name(table):
     for pattern, new in table.items():
         with pytest.raises(UserError) as error:
             refuse_renamed(nested(pattern, 1), "run.yaml", table)
@@ -26,7 +26,7 @@ def test_every_previous_key_is_refused_with_the_new_one(table):
 
 
 @pytest.mark.parametrize(("pattern", "old"), WORKFLOW_VALUES)
-def test_every_previous_value_is_refused_with_the_new_one(pattern, old):
+def test_previous_values_are_refused_with_the_new_name(pattern, old):
     with pytest.raises(UserError, match=f"the value {old} was renamed: write {WORKFLOW_VALUES[pattern, old]}"):
         refuse_renamed(nested(pattern, old), "run.yaml", {}, WORKFLOW_VALUES)
 

@@ -39,7 +39,7 @@ def test_active_parameters_of_a_mixture():
     assert 3.3e9 < ModelConfig(preset="qwen3-30b-a3b").resolve().num_active_parameters < 3.4e9
 
 
-def test_tiny_presets_take_the_tokenizers_vocabulary():
+def test_tiny_presets_use_the_vocabulary_of_the_tokenizer():
     spec = ModelConfig(preset="tiny-teacher").resolve(25)
     assert spec.vocab_size == 25 and 0.2e6 < spec.num_parameters < 0.25e6
     with pytest.raises(UserError, match="vocab_size is not given"):
@@ -64,7 +64,7 @@ def test_fields_override_a_preset():
         ({"preset": "qwen3-8b", "num_layer": 2}, "did you mean 'num_layers'?"),
     ],
 )
-def test_mistakes_are_one_line(document, words):
+def test_invalid_models_are_one_line_errors(document, words):
     with pytest.raises(UserError) as error:
         parse(ModelConfig, document, "run.yaml")
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -80,14 +80,14 @@ def test_mistakes_are_one_line(document, words):
         ({"num_layers": 0}, "num_layers is 0"),
     ],
 )
-def test_impossible_models(fields, words):
+def test_inconsistent_models_are_refused(fields, words):
     with pytest.raises(UserError, match="model: ") as error:
         ModelConfig(preset="tiny-teacher", **fields).resolve(25)
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_specs_survive_json_and_config_json(preset, tmp_path):
+def test_specs_round_trip_through_json_and_config_json(preset, tmp_path):
     spec = ModelConfig(preset=preset).resolve(None if "vocab_size" in PRESETS[preset] else 25)
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     (tmp_path / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "bfloat16")))
@@ -126,14 +126,14 @@ def test_unsupported_config_json_is_refused(change, words):
         ("tiny-moe", {"expert_model_parallel_size": 3, "data_parallel_size": 3}, "num_experts 4 cannot be divided"),
     ],
 )
-def test_layouts_that_do_not_divide(preset, sizes, words):
+def test_layouts_that_do_not_divide_are_refused(preset, sizes, words):
     spec = ModelConfig(preset=preset).resolve(None if "vocab_size" in PRESETS[preset] else 25)
     with pytest.raises(UserError) as error:
         check_layout(spec, ParallelConfig(**sizes))
     assert words in str(error.value)
 
 
-def test_groups_and_ranks_must_divide_one_way_or_the_other():
+def test_number_of_groups_must_divide_that_of_ranks_or_vice_versa():
     fields = {"num_attention_heads": 12, "num_query_groups": 4, "ffn_hidden_size": 384}
     spec = ModelConfig(preset="tiny-teacher", **fields).resolve(25)
     check_layout(spec, ParallelConfig(tensor_model_parallel_size=12))
@@ -141,7 +141,7 @@ def test_groups_and_ranks_must_divide_one_way_or_the_other():
         check_layout(spec, ParallelConfig(tensor_model_parallel_size=6))
 
 
-def test_layouts_that_divide():
+def test_layouts_that_divide_are_accepted():
     spec = ModelConfig(preset="qwen3-30b-a3b").resolve()
     check_layout(
         spec,
@@ -153,8 +153,8 @@ def test_layouts_that_divide():
             sequence_parallel=True,
         ),
     )
-    stages = [layers_of_pp_rank(spec, stage, 4) for stage in range(4)]
-    assert [layer for stage in stages for layer in stage] == list(range(48))
+    ranks = [layers_of_pp_rank(spec, pp_rank, 4) for pp_rank in range(4)]
+    assert [layer for layers in ranks for layer in layers] == list(range(48))
 
 
 def test_padded_vocabulary():
@@ -166,13 +166,13 @@ def test_padded_vocabulary():
     assert padded_vocab_size(25, 3) == 48 and padded_vocab_size(151936, 8) == 151936
 
 
-def test_experts_differ_in_nothing_but_width():
+def test_parameters_of_wider_experts():
     spec = ModelConfig(preset="tiny-moe").resolve(25)
     wider = dataclasses.replace(spec, moe_ffn_hidden_size=spec.moe_ffn_hidden_size + 1)
     assert wider.num_parameters - spec.num_parameters == 3 * spec.hidden_size * spec.num_experts * spec.num_layers
 
 
-def test_no_torch():
+def test_model_configuration_imports_no_torch():
     code = (
         "import sys, megatron_s2d.config.model, megatron_s2d.models.families; "
         "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""Settings of the policy loss, of SG-OPD's sign gate and of its teacher anchor are validated by the configuration."""
+"""The configuration validates settings of the policy loss, of SG-OPD's sign gate and of its teacher anchor."""
 
 from __future__ import annotations
 

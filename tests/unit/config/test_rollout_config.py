@@ -1,4 +1,4 @@
-"""Settings of served rollouts: mistakes are found before anything is started."""
+"""Invalid settings of served rollouts are reported before anything is started."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, *
         ({"sglang": {"num_server": 2}}, "did you mean 'num_servers'"),
     ],
 )
-def test_a_wrong_setting_is_named(settings, message):
+def test_invalid_settings_are_named(settings, message):
     with pytest.raises(UserError, match=message) as error:
         parse(RolloutConfig, {"engine": "sglang", **settings}, "test.yaml")
     assert "\n" not in str(error.value)
@@ -83,16 +83,16 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
             check_workflow(workflow(rollout, **others), tmp_path)
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "sglang" else real(name, *rest)
+        importlib.util, "find_spec", lambda name, *arguments: None if name == "sglang" else real(name, *arguments)
     )
     for config in (workflow({"engine": "sglang"}), workflow({}, {"teacher_engine": "sglang"})):
         with pytest.raises(UserError, match="sglang is not installed"):
             check_workflow(config, tmp_path)
-    found = check_workflow(workflow({"engine": "sglang", "sglang": urls}), tmp_path).memory(on_gpu=False)["grpo"]
-    assert "decode" not in found.phases and "train" in found.phases
+    estimate = check_workflow(workflow({"engine": "sglang", "sglang": urls}), tmp_path).memory(on_gpu=False)["grpo"]
+    assert "decode" not in estimate.phases and "train" in estimate.phases
 
 
-def test_a_served_teacher_has_conditions():
+def test_served_teacher_settings():
     for change, message in [
         ({"kl_estimator": "full_vocab"}, "needs kl_estimator: sampled_token, or top_k with top_k_source: teacher"),
         ({"kl_estimator": "top_k"}, "needs kl_estimator: sampled_token, or top_k with top_k_source: teacher"),
@@ -117,26 +117,26 @@ def test_a_served_teacher_has_conditions():
 
 
 @pytest.mark.parametrize("settings", [{"async_mode": "partial_rollout"}, {"over_sampling_ratio": 1.5}])
-def test_responses_of_older_weights_must_be_corrected_for(settings):
+def test_stale_responses_need_a_correction(settings):
     rollout = {"engine": "sglang", **settings}
     with pytest.raises(
         UserError, match="stages.grpo: with rollout.async_mode or over_sampling_ratio responses come from older"
     ):
         workflow(rollout)
-    full = {"kl_estimator": "full_vocab"}  # needs no correction: a distribution is compared, whoever wrote the tokens
+    full = {"kl_estimator": "full_vocab"}  # needs no correction: it compares distributions
     workflow(rollout, full, grpo={"rollout_correction": TRUNCATE})
     with pytest.raises(UserError, match="need servers beside the trainer: set rollout.engine: sglang"):
         workflow({"engine": "megatron", **settings}, full)
 
 
-def test_oversampling_has_conditions():
+def test_oversampling_excludes_filter_groups():
     rollout = {"engine": "sglang", "over_sampling_ratio": 1.5}
     truncate = {"rollout_correction": TRUNCATE}
     with pytest.raises(UserError, match="filter_groups needs rollout.over_sampling_ratio: 1"):
         workflow(rollout, truncate, grpo=truncate | {"filter_groups": {"max_num_gen_batches": 3}})
 
 
-def test_another_engine_runs_again_what_was_sampled_and_nothing_else(tmp_path):
+def test_another_engine_reruns_only_sampling_stages(tmp_path):
     keys = [
         {job.id: job.key for job in make_plan(config, tmp_path)}
         for config in (

@@ -1,4 +1,4 @@
-"""Files that build on other files."""
+"""Configuration files with `defaults`: inherited, merged and removed keys."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ def write(folder, name, document):
     return path
 
 
-def test_what_merges_and_what_replaces(tmp_path):
+def test_merged_and_replaced_keys(tmp_path):
     write(tmp_path, "small.yaml", {"models": {"student": {"preset": "tiny-llama"}}, "stages": {"opd": {"steps": 3}}})
     stages = {"opd": {"optimizer": {"lr": 0.5}}, "student_base": {"seed": 7}}
     path = write(
         tmp_path,
-        "own.yaml",
+        "child.yaml",
         {"defaults": [str(SMOKE), "small.yaml"], "arms": {"only": "opd"}, "contrasts": [], "stages": stages},
     )
     before, after = load_workflow(SMOKE), load_workflow(path)
@@ -32,9 +32,9 @@ def test_what_merges_and_what_replaces(tmp_path):
     assert after.stages["student_base"].seed == 7 and after.arms == {"only": "opd"} and after.seed == before.seed
 
 
-def test_null_takes_a_key_of_the_base_away(tmp_path):
+def test_null_removes_a_key_of_the_base(tmp_path):
     write(tmp_path, "part.yaml", {"parallel": {"tensor_model_parallel_size": 2}})
-    path = write(tmp_path, "own.yaml", {"defaults": [str(SMOKE), "part.yaml"], "parallel": None})
+    path = write(tmp_path, "child.yaml", {"defaults": [str(SMOKE), "part.yaml"], "parallel": None})
     assert load_workflow(path).parallel.world_size == 1
 
 
@@ -43,12 +43,12 @@ def test_null_takes_a_key_of_the_base_away(tmp_path):
     [
         ({"defaults": "gone.yaml"}, "gone.yaml: no such file"),
         ({"defaults": 3}, "defaults: expected the name"),
-        ({"defaults": "own.yaml"}, "includes itself"),
+        ({"defaults": "child.yaml"}, "includes itself"),
     ],
 )
-def test_a_wrong_base_is_named(tmp_path, document, message):
+def test_invalid_base_is_named(tmp_path, document, message):
     with pytest.raises(UserError, match=message):
-        load_workflow(write(tmp_path, "own.yaml", document))
+        load_workflow(write(tmp_path, "child.yaml", document))
 
 
 def test_samples_by_domain(tmp_path):

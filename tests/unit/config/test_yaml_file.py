@@ -1,4 +1,4 @@
-"""YAML that would be misread, would never end or would run out of memory is refused with the file and the line."""
+"""YAML that is ambiguous, recursive or too large is refused with the file and the line."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" fo
         (b"x: " + b"a" * (11 * 2**20), r"file.yaml: larger than 10 MiB"),
     ],
 )
-def test_traps_are_refused_with_their_line(tmp_path, content, message):
+def test_invalid_yaml_is_refused_with_its_line(tmp_path, content, message):
     path = tmp_path / "file.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -44,14 +44,14 @@ def test_traps_are_refused_with_their_line(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_anchors_merge_keys_and_a_byte_order_mark_still_work(tmp_path):
+def test_anchors_merge_keys_and_byte_order_mark(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}\nc: *x\nd: {<<: *x, m: 4}\n")
     x = {"k": 1, "l": 2}
     assert load_yaml(path) == {"a": x, "b": x | {"k": 3}, "c": x, "d": x | {"m": 4}}
 
 
-def test_broken_yaml_of_an_override_is_one_line():
+def test_invalid_override_is_a_one_line_error():
     with pytest.raises(UserError, match=r"^--set a=\[1:1: not valid YAML"):
         apply_overrides({}, ["a=[1"])
 
@@ -70,7 +70,7 @@ def test_broken_yaml_of_an_override_is_one_line():
         ("contrasts=[{a: half_bridge_stage3, b: half_bridge_stage3, factor: x}]", "with itself"),
     ],
 )
-def test_numbers_that_nobody_means_are_refused(override, message):
+def test_implausible_numbers_are_refused(override, message):
     with pytest.raises(UserError, match=message.replace("+", r"\+")):
         load_workflow(SMOKE, [override])
 
@@ -79,7 +79,7 @@ def test_numbers_that_nobody_means_are_refused(override, message):
     "name", ["../../x", "..", "", "/tmp/x", ".archive", "a/b", "a b", "x" * 300, "a\nb", "-x", "ü"]
 )
 @pytest.mark.parametrize("kind", ["name", "stages", "arms", "models", "data", "role", "domain"])
-def test_names_that_reach_the_file_system_have_one_pattern(tmp_path, name, kind):
+def test_names_of_files_have_one_pattern(tmp_path, name, kind):
     document = load_yaml(SMOKE)
     if kind == "name":
         document["name"] = name

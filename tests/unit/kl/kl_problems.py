@@ -1,4 +1,4 @@
-"""Operands, a loss that gives every output its own cotangent, and the float64 answer by plain autograd; for tests."""
+"""Test problems of the KL layer: operands, a loss over all outputs, and the float64 reference by autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 @dataclasses.dataclass
 class Problem:
-    """Operands of one call in float64; ``student`` and ``teacher_logits`` give the whole logits after temperature."""
+    """Float64 operands of one call; ``teacher_logits`` returns the full logits after temperature."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -30,14 +30,14 @@ class Problem:
     teacher_temperature: float = 1.3
 
     def rounded(self) -> Problem:
-        """The same operands rounded to float32, so that both precisions start from the same numbers."""
+        """Return the operands rounded to float32, so that both precisions start from the same numbers."""
         fields = vars(self)
         return Problem(**{k: v.float().double() if k in _OPERANDS else v for k, v in fields.items()})
 
     def token_loss(self, outputs, rows):
-        """``combined`` times this problem's loss weights."""
+        """Return ``combined`` times the loss weights."""
         losses = combined(outputs, rows)
-        return losses * self.loss_weights.to(losses.dtype)[rows]
+        return losses * self.loss_weights.to(losses)[rows]
 
     def teacher(self, dtype=torch.float64) -> HiddenStates:
         return HiddenStates(self.teacher_hidden.to(dtype), self.teacher_weight.to(dtype), self.teacher_temperature)
@@ -62,7 +62,7 @@ def make_problem(rows=7, vocab=37, width=5, teacher_width=6, padding=3, seed=0, 
 
 
 def combined(outputs, rows):
-    """A loss in which every output has its own cotangent that depends on the values."""
+    """Return a loss in which every output has its own value-dependent cotangent."""
     total = 0.0
     for index, field in enumerate(dataclasses.fields(outputs)):
         value = getattr(outputs, field.name)
@@ -72,7 +72,7 @@ def combined(outputs, rows):
 
 
 def reference(problem: Problem, names, beta):
-    """Loss, outputs, hidden and weight gradient of ``combined`` by autograd in float64."""
+    """Return loss, outputs, hidden gradient and weight gradient of ``combined`` by autograd in float64."""
     hidden = problem.hidden.clone().requires_grad_()
     weight = problem.weight.clone().requires_grad_()
     z = hidden @ weight[: problem.vocab_size].T / problem.temperature

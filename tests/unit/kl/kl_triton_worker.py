@@ -1,4 +1,4 @@
-"""Started by test_kl_triton.py with Triton's interpreter on: errors of the kernels, as JSON on the last line."""
+"""Print the errors of the kernels in Triton's interpreter as JSON on the last line; started by test_kl_triton.py."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def compare(rows: int, columns: int, kind: str, mixture: str) -> dict[str, float
     names = (mixture, *ALL)
     plan = make_plan(names, teacher="dense", beta=0.3, has_target=True)
     exact, masked = plain.statistics(z.double(), y.double(), target, owned, plan)
-    found, _ = kernels.statistics(z, y, target, owned, plan)
-    errors = {"statistics": relative(found, exact)}
-    merged, merged_found = merge(exact.unsqueeze(0), plan), merge(found.unsqueeze(0), plan)
+    statistics, _ = kernels.statistics(z, y, target, owned, plan)
+    errors = {"statistics": relative(statistics, exact)}
+    merged, triton_merged = merge(exact.unsqueeze(0), plan), merge(statistics.unsqueeze(0), plan)
     sums, _ = plain.divergence_sums(z.double(), y.double(), merged, plan, masked)
-    sums_found, _ = kernels.divergence_sums(z, y, merged_found, plan, True)
-    errors["sums"] = relative(sums_found, sums)
-    for side, values in ((merged, sums), (merged_found, sums_found)):
+    triton_sums, _ = kernels.divergence_sums(z, y, triton_merged, plan, True)
+    errors["sums"] = relative(triton_sums, sums)
+    for side, values in ((merged, sums), (triton_merged, triton_sums)):
         side.outputs[mixture], side.expected_slope = values.unbind(1)
     for name in names:
-        errors[name] = relative(merged_found.outputs[name], merged.outputs[name])
+        errors[name] = relative(triton_merged.outputs[name], merged.outputs[name])
     generator = torch.Generator().manual_seed(0)
-    for chosen in (names, ("forward_kl",), ("reverse_kl",), (mixture,), ("entropy",), ("log_probs",)):
-        cotangents = {name: torch.rand(rows, generator=generator) for name in chosen}
+    for selected in (names, ("forward_kl",), ("reverse_kl",), (mixture,), ("entropy",), ("log_probs",)):
+        cotangents = {name: torch.rand(rows, generator=generator) for name in selected}
         wide = {name: value.double() for name, value in cotangents.items()}
         delta = plain.logits_gradient(
             z.double(), y.double(), target, owned, merged, wide, plan, masked, torch.empty(z.shape, dtype=torch.float64)
         )
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(z.shape, dtype=dtype)
-            got = kernels.logits_gradient(z, y, target, owned, merged_found, cotangents, plan, True, out)
+            got = kernels.logits_gradient(z, y, target, owned, triton_merged, cotangents, plan, True, out)
             assert got is out
-            key = f"gradient {'of all' if len(chosen) > 1 else chosen[0]} {dtype}"
+            key = f"gradient {'of all' if len(selected) > 1 else selected[0]} {dtype}"
             errors[key] = relative(got, delta)
     return errors
 
 
-def whole_call() -> dict[str, float]:
+def errors_of_call() -> dict[str, float]:
     problem = make_problem(rows=9, vocab=301, width=16, teacher_width=12).rounded()
     names = ("jsd", *ALL)
     hidden = problem.hidden.float().requires_grad_()
@@ -77,13 +77,13 @@ def whole_call() -> dict[str, float]:
     )  # fmt: skip
     loss.backward()
     expected = reference(problem, names, 0.3)
-    found = (loss.detach(), hidden.grad, weight.grad)
-    errors = [relative(a, b) for a, b in zip(found, (expected[0], *expected[2:]), strict=True)]
+    results = (loss.detach(), hidden.grad, weight.grad)
+    errors = [relative(a, b) for a, b in zip(results, (expected[0], *expected[2:]), strict=True)]
     return dict(zip(("loss", "hidden", "weight"), errors, strict=True))
 
 
 def main() -> None:
-    results = {"call": whole_call()}
+    results = {"call": errors_of_call()}
     for columns in (1, 5, 300, 5003):
         for kind in ("flat", "confident", "forbidden", "rising"):
             if kind == "forbidden" and columns < 5:

@@ -1,4 +1,4 @@
-"""float32 where it is hard: confident tokens over a large vocabulary, extreme and infinite logits, bfloat16, memory."""
+"""Accuracy in float32 and bfloat16 (confident tokens, extreme and infinite logits), and peak memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_definition(z, y, name, beta=None):
 
 
 def confident(lead: float, noise: float, seed=0):
-    """Logits of two close models of which the first token leads by ``lead``; float32 numbers."""
+    """Return float32 logits of two close models; one token has the logit ``lead``."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(1, VOCAB, generator=generator)
     y = z + noise * torch.randn(1, VOCAB, generator=generator)
@@ -52,7 +52,7 @@ def confident(lead: float, noise: float, seed=0):
 @pytest.mark.parametrize("lead", [3.0, 15.0, 19.0, 24.0], ids=["flat", "p 0.93", "p 0.999", "p 0.99999"])
 @pytest.mark.parametrize(("name", "beta"), [(n, None if n.endswith("e_kl") or n == "forward_kl" else 0.3) for n in
                                             ("forward_kl", "reverse_kl", "jsd")])  # fmt: skip
-def test_confident_tokens_keep_their_digits(lead, name, beta):
+def test_confident_tokens_are_accurate(lead, name, beta):
     z, y = confident(lead, 0.2)
     expected = by_definition(z.double(), y.double(), name, beta)
     value, slope = value_and_slope(z, y, name, beta)
@@ -61,15 +61,15 @@ def test_confident_tokens_keep_their_digits(lead, name, beta):
 
 
 @pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
-def test_confident_tokens_keep_their_digits_in_skew_divergences(name):
+def test_confident_tokens_are_accurate_in_skew_divergences(name):
     z, y = confident(24.0, 0.2)
     expected = by_definition(z.double(), y.double(), name, 0.3)
     value, slope = value_and_slope(z, y, name, 0.3)
     assert relative(value, expected[0]) <= 1e-5 and relative(slope, expected[1]) <= 1e-5
 
 
-def test_the_usual_form_does_lose_them():
-    """Control: at p_max 0.99999 log_softmax in float32 is off by more than a percent, so the test above can fail."""
+def test_log_softmax_loses_accuracy():
+    """Control: with p_max 0.99999, float32 log_softmax has errors above one percent, so the test above can fail."""
     z, y = confident(24.0, 0.2)
     assert float(torch.softmax(z.double(), -1).max()) > 0.9999
     expected = by_definition(z.double(), y.double(), "forward_kl")
@@ -79,7 +79,7 @@ def test_the_usual_form_does_lose_them():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_identical_distributions_are_exactly_zero(name):
+def test_identical_distributions_give_exactly_zero(name):
     z = 4 * torch.randn(3, 5003, generator=torch.Generator().manual_seed(0))
     value, slope = value_and_slope(z, z.clone(), name, 0.3 if name not in ("forward_kl", "reverse_kl") else None)
     assert not value.any()
@@ -87,8 +87,8 @@ def test_identical_distributions_are_exactly_zero(name):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_shift_of_all_logits_changes_nothing(name):
-    """Logits in steps of 2^-12, so that the shifted ones are exact numbers too."""
+def test_shifted_logits_give_the_same_result(name):
+    """Logits are multiples of 2^-12, so the shifted logits are exact too."""
     generator = torch.Generator().manual_seed(0)
     z, y = ((torch.randn(3, 503, generator=generator) * 4096).round() / 4096 for _ in range(2))
     beta = 0.3 if name not in ("forward_kl", "reverse_kl") else None
@@ -97,7 +97,7 @@ def test_a_shift_of_all_logits_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_logits_of_ten_thousand(name):
+def test_large_logits(name):
     z = torch.full((2, 40), -1e4)
     y = torch.full((2, 40), -1e4)
     z[:, 3], y[:, 5] = 1e4, 1e4
@@ -110,7 +110,7 @@ def test_logits_of_ten_thousand(name):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_teacher_forbids_tokens(name):
+def test_infinite_teacher_logits(name):
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(3, 40, generator=generator), torch.randn(3, 40, generator=generator)
     y[:, 7:20] = -torch.inf
@@ -127,7 +127,7 @@ def test_teacher_forbids_tokens(name):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_both_forbid_the_same_tokens(name):
+def test_infinite_logits_of_both_models(name):
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(3, 40, generator=generator), torch.randn(3, 40, generator=generator)
     z[:, 7:20] = y[:, 7:20] = -torch.inf
@@ -139,7 +139,7 @@ def test_both_forbid_the_same_tokens(name):
     assert not slope[:, 7:20].any()
 
 
-def test_student_forbids_what_the_teacher_does_not():
+def test_infinite_student_logits():
     z, y = torch.zeros(2, 10), torch.zeros(2, 10)
     z[1, 3] = -torch.inf
     with pytest.raises(UserError, match="forward_kl is infinite at 1 of 2 tokens"):
@@ -147,7 +147,7 @@ def test_student_forbids_what_the_teacher_does_not():
     assert bool(torch.isfinite(divergence(z, y, ("reverse_kl", "jsd"), 0.5).jsd).all())
 
 
-def test_not_a_number_is_handed_on_and_not_hidden():
+def test_nan_is_propagated():
     z, y = torch.zeros(2, 10), torch.zeros(2, 10)
     z[1, 3] = torch.nan
     value = divergence(z, y, ("forward_kl", "reverse_kl", "entropy"))
@@ -171,8 +171,8 @@ def test_bfloat16_operands_keep_float32_logits():
     expected = dense_outputs(z, y, ("forward_kl",)).forward_kl
     expected.sum().backward()
     leaf = (hidden.float() @ weight.float().T).requires_grad_()
-    found = divergence(leaf, hidden.float() @ teacher_weight.float().T, ("forward_kl",)).forward_kl
-    found.sum().backward()
+    losses = divergence(leaf, hidden.float() @ teacher_weight.float().T, ("forward_kl",)).forward_kl
+    losses.sum().backward()
     assert relative(leaf.grad, z.grad) <= 2e-5
     rounded = (hidden @ weight.T).requires_grad_()
     divergence(rounded, hidden @ teacher_weight.T, ("forward_kl",)).forward_kl.sum().backward()
@@ -180,7 +180,7 @@ def test_bfloat16_operands_keep_float32_logits():
 
 
 def test_weight_gradient_is_summed_in_float32():
-    """Many chunks of bfloat16 operands: the returned gradient is one rounding away from the float64 sum."""
+    """With many chunks of bfloat16 operands, the gradient differs from the float64 sum by one rounding."""
     hidden, weight, teacher_weight = bfloat16_operands(96, 301, 64)
     from megatron_s2d.kl.teachers import HiddenStates
 
@@ -206,7 +206,7 @@ torch.set_num_threads(1)
 rows, vocab, width = int(sys.argv[1]), 32768, 32
 hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
 teacher = HiddenStates(torch.randn(rows, width), torch.randn(vocab, width))
-def peak():  # of this process alone; ru_maxrss would begin with the parent's
+def peak():  # of this process alone; ru_maxrss would include the parent's
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 def step(h, t):
     loss, _ = linear_divergence(h, weight, shard=VocabShard.unsharded(vocab), outputs=("reverse_kl",), teacher=t,
@@ -216,16 +216,16 @@ step(hidden[:128], HiddenStates(teacher.hidden[:128], teacher.weight_shard))
 before = peak()
 step(hidden, teacher)
 print(peak() - before)
-whole = hidden.detach() @ weight.detach().T
+full = hidden.detach() @ weight.detach().T
 print(peak() - before)
 """
 
 
-def test_memory_follows_the_chunk_and_not_the_tokens():
-    """16 times the tokens: peak memory moves by megabytes, where one model's whole logits would be 256 MiB."""
+def test_peak_memory_is_independent_of_the_number_of_tokens():
+    """16 times the tokens raise peak memory by a few megabytes; one model's full logits take 256 MiB."""
     grown = subprocess.run(
         [sys.executable, "-c", _PEAK, "2048"], capture_output=True, text=True, check=True, timeout=120
     )
-    ours, with_whole_logits = (int(line) for line in grown.stdout.split())
+    ours, with_full_logits = (int(line) for line in grown.stdout.split())
     assert ours < 20 * 1024, "KiB beyond the peak of a call with 128 tokens"
-    assert with_whole_logits > 150 * 1024, "this measure does not see whole logits"
+    assert with_full_logits > 150 * 1024, "this measure does not see full logits"

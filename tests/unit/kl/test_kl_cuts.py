@@ -1,4 +1,4 @@
-"""Any cut of the vocabulary gives one answer: shards are evaluated in turn in one process and merged as ranks would."""
+"""Every cut of the vocabulary into shards gives the same result; shards are evaluated one by one in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_s2d.kl.shards import VocabShard
 
 
 class _Shard(VocabShard):
-    """A shard without a group; ``gather`` is replaced by what the test collects."""
+    """A shard without a process group; the tests collect its statistics."""
 
     def __post_init__(self) -> None:
         pass
@@ -57,11 +57,11 @@ def test_full_teachers(edges, seed, mixture, beta, forbid):
     plan = chunk.make_plan(names, teacher="dense", beta=beta, has_target=True)
     shards = [_Shard(a, b, edges[-1]) for a, b in itertools.pairwise(edges)]
     parts = [(z[:, s.start : s.stop], y[:, s.start : s.stop], *s.local(target)) for s in shards]
-    found = [statistics.statistics(*part, plan) for part in parts]
-    merged = merge(torch.stack([numbers for numbers, _ in found]), plan)
+    evaluated = [statistics.statistics(*part, plan) for part in parts]
+    merged = merge(torch.stack([numbers for numbers, _ in evaluated]), plan)
     sums = [
         statistics.divergence_sums(part[0], part[1], merged, plan, masked)
-        for part, (_, masked) in zip(parts, found, strict=True)
+        for part, (_, masked) in zip(parts, evaluated, strict=True)
     ]
     merged.outputs[mixture], merged.expected_slope = torch.stack([numbers for numbers, _ in sums]).sum(0).unbind(1)
     cotangents = {name: (index + 1) * weight for index, name in enumerate(names)}
@@ -70,7 +70,7 @@ def test_full_teachers(edges, seed, mixture, beta, forbid):
         for part, (_, masked) in zip(parts, sums, strict=True)
     ]
     allowed = torch.isfinite(z)
-    leaf = z.masked_fill(~allowed, -80.0).requires_grad_()  # autograd of the definition has no rule for two infinities
+    leaf = z.masked_fill(~allowed, -80.0).requires_grad_()  # autograd of the definition gives NaN for two infinities
     exact = dense_outputs(leaf, y.masked_fill(~allowed, -80.0), names, beta=beta, target_ids=target)
     sum((cotangents[name] * getattr(exact, name)).sum() for name in names).backward()
     for name in names:

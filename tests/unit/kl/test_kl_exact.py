@@ -1,4 +1,4 @@
-"""One rank: values and gradients against plain autograd on whole logits, over generated shapes, and gradcheck."""
+"""Values and gradients on one rank against autograd on full logits, over generated shapes, and by gradcheck."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def computed(problem: Problem, names, beta, dtype=torch.float64, chunk_rows=3, t
     return loss.detach(), outputs, hidden.grad / 2, weight.grad / 2
 
 
-def assert_same(found, expected, mask, value_tolerance, gradient_tolerance):
-    assert relative(found[0], expected[0]) <= value_tolerance
-    for field in dataclasses.fields(found[1]):
-        value, wanted = getattr(found[1], field.name), getattr(expected[1], field.name)
+def assert_same(answer, expected, mask, value_tolerance, gradient_tolerance):
+    assert relative(answer[0], expected[0]) <= value_tolerance
+    for field in dataclasses.fields(answer[1]):
+        value, wanted = getattr(answer[1], field.name), getattr(expected[1], field.name)
         if wanted is not None:
             assert relative(value[mask], wanted.detach()[mask]) <= value_tolerance, field.name
             assert bool((value[~mask] == 0).all())
-    assert relative(found[2], expected[2]) <= gradient_tolerance
-    assert relative(found[3], expected[3]) <= gradient_tolerance
-    assert bool((found[2][~mask] == 0).all())
+    assert relative(answer[2], expected[2]) <= gradient_tolerance
+    assert relative(answer[3], expected[3]) <= gradient_tolerance
+    assert bool((answer[2][~mask] == 0).all())
 
 
 CASES = [(ALL, None)] + [((name,), None) for name in ALL] + [((name, *ALL), 0.3) for name in MIXTURES]
@@ -56,25 +56,25 @@ CASES = [(ALL, None)] + [((name,), None) for name in ALL] + [((name, *ALL), 0.3)
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])
 def test_float64_equals_autograd(names, beta):
     problem = make_problem()
-    found = computed(problem, names, beta)
-    assert_same(found, reference(problem, names, beta), problem.mask, 1e-13, 1e-12)
-    assert bool((found[3][problem.vocab_size :] == 0).all()), "padding rows of the output layer got a gradient"
+    answer = computed(problem, names, beta)
+    assert_same(answer, reference(problem, names, beta), problem.mask, 1e-13, 1e-12)
+    assert bool((answer[3][problem.vocab_size :] == 0).all()), "padding rows of the output layer got a gradient"
 
 
-@pytest.mark.parametrize("kept", [2, 3, 100])
-def test_chunks_that_share_a_product(monkeypatch, kept):
-    """As on a GPU: gradients of several chunks by their logits are multiplied at once, the last few by themselves."""
-    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", kept)
+@pytest.mark.parametrize("chunks", [2, 3, 100])
+def test_gradient_products_of_several_chunks(monkeypatch, chunks):
+    """As on a GPU: one product for the logits gradients of several chunks, and a smaller one for the last chunks."""
+    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", chunks)
     problem = make_problem(rows=23)
-    found = computed(problem, ALL, None)
-    assert_same(found, reference(problem, ALL, None), problem.mask, 1e-13, 1e-12)
+    answer = computed(problem, ALL, None)
+    assert_same(answer, reference(problem, ALL, None), problem.mask, 1e-13, 1e-12)
 
 
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])
 def test_float32_stays_within_rounding_of_float64(names, beta):
     problem = make_problem(rows=40, vocab=503, width=16, teacher_width=24).rounded()
-    found = computed(problem, names, beta, torch.float32)
-    assert_same(found, reference(problem, names, beta), problem.mask, 1e-6, 1e-5)
+    answer = computed(problem, names, beta, torch.float32)
+    assert_same(answer, reference(problem, names, beta), problem.mask, 1e-6, 1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -95,11 +95,11 @@ def test_generated_shapes(rows, vocab, padding, chunk_rows, beta, mixture, tempe
     names = (mixture, *ALL)
     dtype = torch.float32 if single else torch.float64
     problem = problem.rounded()
-    found = computed(problem, names, beta, dtype, chunk_rows=chunk_rows)
+    answer = computed(problem, names, beta, dtype, chunk_rows=chunk_rows)
     expected = reference(problem, names, beta)
     scale = max(1.0, float(expected[0].abs()), float(expected[2].norm()), float(expected[3].norm()))
     tolerance = (2e-5 if single else 1e-12) * scale
-    for a, b in ((found[0], expected[0]), (found[2], expected[2]), (found[3], expected[3])):
+    for a, b in ((answer[0], expected[0]), (answer[2], expected[2]), (answer[3], expected[3])):
         assert float((a.double() - b).norm()) <= tolerance
 
 
@@ -142,10 +142,10 @@ def test_gradcheck_of_existing_logits():
 
     def values(logits):
         names = ("forward_kl", "reverse_kl", "jsd", "entropy", "log_probs")
-        found = vocab_parallel_divergence(
+        outputs = vocab_parallel_divergence(
             logits, Logits(y, 1.2), VocabShard.unsharded(9), names, beta=0.6, temperature=temperature, target_ids=ids
         )
-        return tuple(getattr(found, name) for name in names)
+        return tuple(getattr(outputs, name) for name in names)
 
     assert torch.autograd.gradcheck(values, (z,), eps=1e-6, atol=1e-8)
     log_p = torch.log_softmax(z / temperature.unsqueeze(-1), -1)
@@ -156,7 +156,7 @@ def test_gradcheck_of_existing_logits():
     assert torch.allclose(outputs.entropy, -(log_p.exp() * log_p).sum(-1))
 
 
-def test_frozen_side_gets_no_gradient_and_the_other_is_unchanged():
+def test_frozen_operand_gets_no_gradient():
     problem = make_problem()
     names = ("reverse_kl",)
     expected = reference(problem, names, None)
@@ -174,7 +174,7 @@ def test_frozen_side_gets_no_gradient_and_the_other_is_unchanged():
             assert weight.grad is None and relative(hidden.grad, expected[2]) < 1e-12
 
 
-def test_nothing_in_a_masked_row_can_leak():
+def test_masked_rows_have_no_influence():
     problem = make_problem()
     clean = computed(problem, ALL, None)
     problem.hidden[2] = torch.nan
@@ -184,19 +184,19 @@ def test_nothing_in_a_masked_row_can_leak():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_ignored_positions_of_existing_logits(dtype):
-    """They may hold anything: ids outside the vocabulary, infinite divergences, NaN; the others do not notice."""
+def test_masked_positions_of_existing_logits(dtype):
+    """Invalid ids, infinite divergences and NaN at masked positions do not affect other positions."""
     problem = make_problem(rows=6, masked=(1, 4))
     z = (problem.hidden @ problem.weight.T).to(dtype).view(2, 3, 40)
     y, mask, target = problem.teacher_logits().clone(), problem.mask.view(2, 3), problem.target.clone()
     z[0, 1], y[4], target[1] = torch.nan, -torch.inf, -100
     temperature = torch.tensor([0.5, 0.9, 2.0, 1.5, 0.8, 1.0], dtype=torch.float64)
     leaf = z.clone().requires_grad_()
-    found = vocab_parallel_divergence(
+    outputs = vocab_parallel_divergence(
         leaf, Logits(y), VocabShard.unsharded(37), ("jsd", *ALL), beta=0.3, temperature=temperature.view(2, 3),
         target_ids=target.view(2, 3), response_mask=mask,
     )  # fmt: skip
-    combined(found, torch.arange(6).view(2, 3)).sum().backward()
+    combined(outputs, torch.arange(6).view(2, 3)).sum().backward()
     rows = problem.mask.nonzero().squeeze(1)
     few = z.view(6, 40)[rows].double().requires_grad_()
     scaled = few[:, :37] / temperature[rows, None]
@@ -204,8 +204,8 @@ def test_ignored_positions_of_existing_logits(dtype):
     combined(exact, rows).sum().backward()
     bounds = (1e-13, 1e-12) if dtype == torch.float64 else (1e-6, 2**-8)
     for name in ("jsd", *ALL):
-        assert relative(getattr(found, name)[mask], getattr(exact, name).detach()) <= bounds[0]
-        assert not getattr(found, name)[~mask].any()
+        assert relative(getattr(outputs, name)[mask], getattr(exact, name).detach()) <= bounds[0]
+        assert not getattr(outputs, name)[~mask].any()
     assert relative(leaf.grad.view(6, 40)[rows], few.grad) <= bounds[1]
     assert not leaf.grad[~mask].any()
     empty = vocab_parallel_divergence(
@@ -216,10 +216,10 @@ def test_ignored_positions_of_existing_logits(dtype):
         z, None, VocabShard.unsharded(37), ("log_probs",), temperature=temperature.view(2, 3),
         target_ids=target.view(2, 3), response_mask=mask,
     )  # fmt: skip
-    assert torch.equal(without_teacher.log_probs, found.log_probs)
+    assert torch.equal(without_teacher.log_probs, outputs.log_probs)
 
 
-def test_every_token_has_its_own_temperature():
+def test_temperature_per_token():
     problem = make_problem(rows=9, masked=(2, 3))
     problem.temperature = torch.linspace(0.5, 2.0, 9, dtype=torch.float64)
     expected_problem = dataclasses.replace(problem, temperature=problem.temperature.unsqueeze(1))
@@ -227,24 +227,24 @@ def test_every_token_has_its_own_temperature():
     assert_same(computed(problem, ("jsd", *ALL), 0.3), expected, problem.mask, 1e-13, 1e-12)
 
 
-def test_no_row_counts():
+def test_empty_response_mask():
     problem = make_problem()
     problem.mask[:] = False
     loss, outputs, hidden, weight = computed(problem, ALL, None)
     assert float(loss) == 0.0 and not hidden.any() and not weight.any() and not outputs.entropy.any()
 
 
-@pytest.mark.parametrize("kept", [1, 3])
-def test_chunk_of_tokens_whose_loss_is_constant_takes_no_gradient(monkeypatch, kept):
-    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", kept)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_chunk_with_constant_loss_has_no_gradient(monkeypatch, chunks):
+    monkeypatch.setitem(fused.CHUNKS_PER_PRODUCT, "cpu", chunks)
     problem = make_problem(rows=9, masked=())
 
-    def gated(outputs, rows):
+    def partly_constant(outputs, rows):
         return outputs.log_probs if 3 not in rows else torch.zeros_like(outputs.log_probs.detach())
 
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
     arguments = {"shard": VocabShard.unsharded(37), "outputs": ("log_probs",), "target_ids": problem.target}
-    loss, _ = linear_divergence(hidden, weight, token_loss=gated, chunk_bytes=37 * 8 * 3, **arguments)
+    loss, _ = linear_divergence(hidden, weight, token_loss=partly_constant, chunk_bytes=37 * 8 * 3, **arguments)
     loss.backward()
     z = problem.hidden.requires_grad_() @ problem.weight[:37].T
     log_p = dense_outputs(z, None, ("log_probs",), target_ids=problem.target).log_probs

@@ -1,4 +1,4 @@
-"""Top-k teachers: the tail rules against their dense definitions, bounds, limits, and top-k itself."""
+"""Top-k teachers: the tail modes against their dense definitions, bounds, limits, and the top-k itself."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def test_values_and_gradients_equal_the_dense_definition(tail, k):
     teacher = top_k(y, k, tail)
     for name in ("forward_kl", "reverse_kl"):
         leaf, wanted = z.clone().requires_grad_(), z.clone().requires_grad_()
-        found = outputs_of(leaf, teacher, (name, *NAMES[2:]))
+        outputs = outputs_of(leaf, teacher, (name, *NAMES[2:]))
         expected = dense_support_outputs(
             wanted, teacher.ids, teacher.log_probs, teacher.log_tail_mass, tail, (name, *NAMES[2:])
         )
         weight = torch.arange(1.0, 7.0, dtype=torch.float64)
-        (getattr(found, name) * weight).sum().backward()
+        (getattr(outputs, name) * weight).sum().backward()
         (getattr(expected, name) * weight).sum().backward()
-        assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-13)
+        assert torch.allclose(getattr(outputs, name), getattr(expected, name), rtol=0, atol=1e-13)
         assert torch.allclose(leaf.grad, wanted.grad, rtol=0, atol=1e-13)
         for mass in NAMES[2:]:
-            assert torch.allclose(getattr(found, mass), getattr(expected, mass), rtol=0, atol=1e-13)
+            assert torch.allclose(getattr(outputs, mass), getattr(expected, mass), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "truncate"])
-def test_all_terms_together_through_the_output_layer(tail):
+def test_all_outputs_of_linear_divergence(tail):
     z, y = pair()
     names = ("log_probs", "entropy", "forward_kl", "reverse_kl")
     hidden = torch.randn(6, 41, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -71,8 +71,8 @@ def test_all_terms_together_through_the_output_layer(tail):
     on_support = dense_support_outputs(logits, teacher.ids, teacher.log_probs, teacher.log_tail_mass, tail, names[2:])
     plain |= {name: getattr(on_support, name) for name in names[2:]}
     combined(type(on_support)(**plain), torch.arange(6)).sum().backward()
-    for found, expected in zip(leaves[0], leaves[1], strict=True):
-        assert relative(found.grad, expected.grad) < 1e-11
+    for leaf, expected in zip(leaves[0], leaves[1], strict=True):
+        assert relative(leaf.grad, expected.grad) < 1e-11
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,9 +83,9 @@ def test_bucket_is_a_lower_bound_and_grows_with_k(seed, vocab, spread):
     full = dense_outputs(z, y, ("forward_kl", "reverse_kl"))
     last = {"forward_kl": torch.zeros(3), "reverse_kl": torch.zeros(3)}
     for k in range(1, vocab + 1):
-        found = outputs_of(z, top_k(y, k, "bucket"))
+        outputs = outputs_of(z, top_k(y, k, "bucket"))
         for name in last:
-            value = getattr(found, name)
+            value = getattr(outputs, name)
             assert bool((value <= getattr(full, name) + 1e-12).all())
             assert bool((value >= last[name] - 1e-12).all())
             last[name] = value
@@ -94,18 +94,18 @@ def test_bucket_is_a_lower_bound_and_grows_with_k(seed, vocab, spread):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "truncate"])
-def test_the_whole_vocabulary_as_support_is_the_full_divergence(tail):
+def test_full_support_equals_the_full_divergence(tail):
     z, y = pair()
     leaf, wanted = z.clone().requires_grad_(), z.clone().requires_grad_()
-    found = outputs_of(leaf, top_k(y, 41, tail), ("forward_kl", "reverse_kl"))
+    outputs = outputs_of(leaf, top_k(y, 41, tail), ("forward_kl", "reverse_kl"))
     expected = dense_outputs(wanted, y, ("forward_kl", "reverse_kl"))
-    (found.forward_kl + found.reverse_kl).sum().backward()
+    (outputs.forward_kl + outputs.reverse_kl).sum().backward()
     (expected.forward_kl + expected.reverse_kl).sum().backward()
-    assert torch.allclose(found.forward_kl, expected.forward_kl, rtol=0, atol=1e-12)
+    assert torch.allclose(outputs.forward_kl, expected.forward_kl, rtol=0, atol=1e-12)
     assert torch.allclose(leaf.grad, wanted.grad, rtol=0, atol=1e-12)
 
 
-def test_top_k_agrees_with_sorting_and_keeps_a_tiny_tail():
+def test_top_k_matches_sorting_with_a_tiny_tail():
     _, y = pair(vocab=600)
     y[:, 3] += 40  # a tail of about e^-40, which 1 - sum would round away
     ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.unsharded(600))
@@ -113,8 +113,9 @@ def test_top_k_agrees_with_sorting_and_keeps_a_tiny_tail():
     assert torch.equal(ids, order[:, :5])
     assert torch.allclose(log_probs, log_q[:, :5], rtol=0, atol=1e-12)
     assert torch.allclose(tail, torch.logsumexp(log_q[:, 5:], -1), rtol=0, atol=1e-12)
-    again, rest = vocab_parallel_support(y, ids, VocabShard.unsharded(600))
-    assert torch.allclose(again, log_probs, rtol=0, atol=1e-12) and torch.allclose(rest, tail, rtol=0, atol=1e-12)
+    support_log_probs, support_tail = vocab_parallel_support(y, ids, VocabShard.unsharded(600))
+    assert torch.allclose(support_log_probs, log_probs, rtol=0, atol=1e-12)
+    assert torch.allclose(support_tail, tail, rtol=0, atol=1e-12)
 
 
 def test_top_k_with_forbidden_tokens():
@@ -126,7 +127,7 @@ def test_top_k_with_forbidden_tokens():
     assert bool(torch.isinf(log_probs[:, 4:]).all()) and bool(torch.isinf(tail).all())
 
 
-def test_a_teacher_that_forbids_the_rest_makes_reverse_kl_infinite_and_that_is_said():
+def test_infinite_reverse_kl_is_refused():
     z, y = pair()
     teacher = top_k(y, 5, "bucket")
     teacher.log_tail_mass[2] = -torch.inf
@@ -135,7 +136,7 @@ def test_a_teacher_that_forbids_the_rest_makes_reverse_kl_infinite_and_that_is_s
         outputs_of(z, teacher, ("reverse_kl",))
 
 
-def test_teacher_chosen_support_warns_for_reverse_kl_only():
+def test_teacher_support_warns_for_reverse_kl_only():
     z, y = pair()
     ids, log_probs, tail = vocab_parallel_topk(y, 5, VocabShard.unsharded(41))
     with pytest.warns(UserWarning, match="teacher's top-k only"):
@@ -156,7 +157,7 @@ def test_teacher_chosen_support_warns_for_reverse_kl_only():
         ({"ids": torch.arange(5).expand(4, 5)}, "teacher has 4 rows, student 6"),
     ],
 )
-def test_bad_supports_are_refused(change, message):
+def test_invalid_supports_are_refused(change, message):
     z, y = pair()
     good = top_k(y, 5, "bucket")
     fields = {"ids": good.ids, "log_probs": good.log_probs, "log_tail_mass": good.log_tail_mass, "tail": "bucket"}

@@ -1,4 +1,4 @@
-"""Teacher sources of any layout, the geometric target, the policy-gradient identity, and what is refused."""
+"""Teacher sources, the geometric target, the policy-gradient identity, and invalid calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_s2d.kl.teachers import GeometricTarget, HiddenStates, Logits, TopK
 
 
 class _Group:
-    """Stands for a process group in value-only uses of ``VocabShard``."""
+    """Placeholder for a process group that is not used."""
 
 
 def evaluate(problem, teacher, names=("forward_kl", "reverse_kl")):
@@ -31,18 +31,18 @@ def evaluate(problem, teacher, names=("forward_kl", "reverse_kl")):
     return loss.detach(), outputs, hidden.grad, weight.grad
 
 
-def test_hidden_states_and_logits_are_one_distribution():
+def test_hidden_states_and_logits_agree():
     problem = make_problem()
     logits = problem.teacher_hidden @ problem.teacher_weight.T
     by_hidden = evaluate(problem, problem.teacher())
     by_logits = evaluate(problem, Logits(logits, 1.3))
     per_token = evaluate(problem, Logits(logits, torch.full((7,), 1.3, dtype=torch.float64)))
     for other in (by_logits, per_token):
-        for found, expected in ((other[0], by_hidden[0]), (other[2], by_hidden[2]), (other[3], by_hidden[3])):
-            assert relative(found, expected) < 1e-13
+        for actual, expected in ((other[0], by_hidden[0]), (other[2], by_hidden[2]), (other[3], by_hidden[3])):
+            assert relative(actual, expected) < 1e-13
 
 
-def test_reward_scale_one_is_plain_distillation_bit_for_bit():
+def test_reward_scale_one_equals_distillation_bit_for_bit():
     problem = make_problem()
     reference = HiddenStates(torch.full_like(problem.teacher_hidden, torch.nan), problem.teacher_weight)
     plain = evaluate(problem, problem.teacher(), ("reverse_kl",))
@@ -52,19 +52,19 @@ def test_reward_scale_one_is_plain_distillation_bit_for_bit():
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.25, 2.0])
-def test_the_geometric_target_is_the_minimiser_of_the_g_opd_objective(scale):
+def test_geometric_target_minimises_the_g_opd_objective(scale):
     """min over p of KL(p || ref) - scale E_p[log teacher - log ref]: value and gradient are those of KL(p || q)."""
     generator = torch.Generator().manual_seed(0)
     z, t, r = (torch.randn(4, 19, generator=generator, dtype=torch.float64) for _ in range(3))
     leaf, wanted = z.clone().requires_grad_(), z.clone().requires_grad_()
     target = GeometricTarget(Logits(t), Logits(r), scale)
-    found = vocab_parallel_divergence(leaf, target, VocabShard.unsharded(19), ("reverse_kl",)).reverse_kl
+    divergence = vocab_parallel_divergence(leaf, target, VocabShard.unsharded(19), ("reverse_kl",)).reverse_kl
     log_p, log_t, log_r = (torch.log_softmax(logits, -1) for logits in (wanted, t, r))
     objective = (log_p.exp() * ((log_p - log_r) - scale * (log_t - log_r))).sum(-1)
-    found.sum().backward()
+    divergence.sum().backward()
     objective.sum().backward()
     constant = torch.logsumexp(scale * log_t + (1 - scale) * log_r, -1)  # minus the objective's minimum
-    assert torch.allclose(found, objective.detach() + constant, atol=1e-12)
+    assert torch.allclose(divergence, objective.detach() + constant, atol=1e-12)
     assert torch.allclose(leaf.grad, wanted.grad, atol=1e-12)
     best = (scale * t + (1 - scale) * r).requires_grad_()
     at_best = vocab_parallel_divergence(best, target, VocabShard.unsharded(19), ("reverse_kl",)).reverse_kl
@@ -72,17 +72,19 @@ def test_the_geometric_target_is_the_minimiser_of_the_g_opd_objective(scale):
     assert float(at_best.detach().abs().max()) < 1e-13 and float(best.grad.abs().max()) < 1e-13
 
 
-def test_a_token_that_teacher_and_reference_forbid_stays_forbidden():
+def test_geometric_target_with_infinite_logits():
     t, r = torch.zeros(1, 6), torch.zeros(1, 6)
     t[0, 2] = r[0, 2] = t[0, 4] = -torch.inf
     target = GeometricTarget(Logits(t), Logits(r), 1.25)
-    found = vocab_parallel_divergence(torch.zeros(1, 6), target, VocabShard.unsharded(6), ("forward_kl",)).forward_kl
-    assert found.item() == pytest.approx(torch.tensor(6 / 4).log().item(), rel=1e-6)
+    divergence = vocab_parallel_divergence(
+        torch.zeros(1, 6), target, VocabShard.unsharded(6), ("forward_kl",)
+    ).forward_kl
+    assert divergence.item() == pytest.approx(torch.tensor(6 / 4).log().item(), rel=1e-6)
 
 
 def test_sampled_policy_gradient_is_the_reverse_kl_gradient_in_expectation():
     """methods.md M3: E over y ~ old policy of sum_t A_t grad log p(y_t | s_t) is minus the gradient of the reverse KL
-    at the visited states, summed exactly over all sequences of an enumerable policy (4 tokens, length 3)."""
+    at the visited states. Exact: the sum runs over all sequences of a small policy (4 tokens, length 3)."""
     vocab, length = 4, 3
     prefixes = [p for n in range(length) for p in itertools.product(range(vocab), repeat=n)]
     generator = torch.Generator().manual_seed(0)
@@ -129,13 +131,13 @@ def test_back_propagating_k1_is_refused():
     assert torch.equal(guards.sampled_reverse_kl(log_probs.detach(), torch.ones(3)), -torch.ones(3))
 
 
-def test_support_metrics_count_only_rows_that_count():
+def test_support_metrics_of_active_rows():
     outputs = TokenOutputs(captured_mass=torch.tensor([0.9, 0.5, 0.7]), student_captured_mass=torch.tensor([0.8, 0, 1]))
     mask = torch.tensor([True, False, True])
-    found = guards.support_metrics(outputs, mask, "renormalise")
-    assert found["topk/teacher_mass"][0].item() == pytest.approx(1.6)
-    assert found["topk/dropped_student_mass"][0].item() == pytest.approx(0.2)
-    assert found["topk/teacher_mass"][1].item() == 2
+    metrics = guards.support_metrics(outputs, mask, "renormalise")
+    assert metrics["topk/teacher_mass"][0].item() == pytest.approx(1.6)
+    assert metrics["topk/dropped_student_mass"][0].item() == pytest.approx(0.2)
+    assert metrics["topk/teacher_mass"][1].item() == 2
     assert guards.support_metrics(outputs, mask, "bucket")["topk/dropped_student_mass"][0].item() == 0
 
 
@@ -167,12 +169,12 @@ def call(**changes):
         ({"teacher": GeometricTarget(Logits(torch.ones(7, 37)), None, 1.25)}, "needs a reference"),
     ],
 )
-def test_calls_without_meaning_are_refused(changes, message):
+def test_invalid_calls_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         call(**changes)
 
 
-def test_a_support_has_no_mixture():
+def test_mixture_on_a_support_is_refused():
     teacher = TopK(torch.arange(2).expand(7, 2), torch.full((7, 2), -1.0), torch.full((7,), -2.0))
     with pytest.raises(UserError, match="not defined on a top-k support"):
         call(outputs=("jsd",), beta=0.5, teacher=teacher)
@@ -184,7 +186,7 @@ def test_shards_outside_the_vocabulary_are_refused(start, stop):
         VocabShard(start, stop, 10, _Group())
 
 
-def test_a_part_without_a_group_is_refused():
+def test_shard_without_a_group_is_refused():
     with pytest.raises(UserError, match="has no process group"):
         VocabShard(0, 5, 10)
     with pytest.raises(UserError, match="do not hold a vocabulary of 10"):

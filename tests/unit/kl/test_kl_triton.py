@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 through Triton's interpreter; it needs no GPU, and a process of its own."""
+"""The Triton kernels against float64 in Triton's interpreter, which needs a separate process but no GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_statistics_and_values(results):
             continue
         assert errors["statistics"] <= 1e-6, case
         for name in ("forward_kl", "reverse_kl", "entropy", "log_probs", case.split()[2]):
-            # Five columns, one of them 15 above the next: the whole divergence is a few roundings of float32 sums.
+            # Five columns, one of them 15 above the next: the divergence is of the size of a few float32 roundings.
             assert errors[name] <= (3e-5 if case.startswith("5 ") else 1e-5), (case, name)
 
 
@@ -46,14 +46,14 @@ def test_gradients_in_float32_and_bfloat16(results):
                 assert error <= (3e-6 if key.endswith("float32") else 2**-7), (case, key)  # bfloat16: one unit
 
 
-def test_a_vocabulary_of_one(results):
+def test_vocabulary_of_one(results):
     for case, errors in results.items():
         if case.startswith("1 "):
             for name, error in errors.items():
                 assert error <= (2**-7 if name.endswith("bfloat16") else 0), (case, name)
 
 
-def test_a_whole_call(results):
+def test_linear_divergence(results):
     assert results["call"]["loss"] <= 1e-6
     assert results["call"]["hidden"] <= 1e-5 and results["call"]["weight"] <= 1e-5
 
@@ -68,7 +68,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     assert int(finished.stdout.splitlines()[-1]) == 14
 
 
-def test_which_backend():
+def test_backend_selection():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float32) is statistics
     assert choose_backend("auto", cuda, torch.float64) is statistics

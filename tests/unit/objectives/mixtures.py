@@ -1,4 +1,4 @@
-"""Sums of objectives for tests."""
+"""Weighted sums of objectives for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advantages, gate, stability weight, penalties and schedule against hand-computed numbers and each other."""
+"""Advantages, sign gate, stability weight, penalties and schedule against hand-computed numbers."""
 
 import math
 
@@ -23,7 +23,7 @@ from megatron_s2d.objectives.advantages import (
 
 
 class Untouchable:
-    """A reference that must not be looked at."""
+    """A reference that raises when it is read."""
 
     def __array__(self, *args, **kwargs):
         raise AssertionError("the reference was read")
@@ -35,7 +35,7 @@ def log_prob_arrays(tokens=200, dtype=np.float32, seed=0):
 
 
 def signals(tokens=200, seed=0, dtype=np.float32):
-    """Verifier advantages with a third of zeros; teacher (equal to the student at times), student, reference."""
+    """Return verifier advantages (a third are zero), teacher (every tenth equals the student), student, reference."""
     teacher, student, reference = log_prob_arrays(tokens, dtype, seed)
     teacher[::10] = student[::10]
     verifier = np.random.default_rng(seed + 1).choice([-0.7, 0.0, 1.3], size=tokens)
@@ -43,25 +43,25 @@ def signals(tokens=200, seed=0, dtype=np.float32):
 
 
 def test_group_relative_by_hand():
-    # Group 7: rewards 1 0 0 1, mean 1/2, sample deviation sqrt(1/3); group 2: 1 1, nothing to learn.
-    found = group_relative(np.array([1.0, 1, 0, 0, 1, 1]), np.array([7, 2, 7, 7, 2, 7]))
+    # Group 7: rewards 1 0 0 1, mean 1/2, sample deviation sqrt(1/3); group 2: rewards 1 1, zero variance.
+    relative = group_relative(np.array([1.0, 1, 0, 0, 1, 1]), np.array([7, 2, 7, 7, 2, 7]))
     size = 0.5 / (math.sqrt(1 / 3) + 1e-6)
-    assert found.advantages == pytest.approx([size, 0, -size, -size, 0, size], rel=1e-14)
-    assert (found.num_groups, found.num_zero_variance) == (2, 1)
+    assert relative.advantages == pytest.approx([size, 0, -size, -size, 0, size], rel=1e-14)
+    assert (relative.num_groups, relative.num_zero_variance) == (2, 1)
     # One right out of four: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4.
-    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), eps=0.0)
-    assert found.advantages == pytest.approx([-0.5, -0.5, 1.5, -0.5], rel=1e-14)
+    relative = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), eps=0.0)
+    assert relative.advantages == pytest.approx([-0.5, -0.5, 1.5, -0.5], rel=1e-14)
 
 
-def test_dr_grpo_leaves_the_deviation_out():
-    found = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), norm_adv_by_std=False)
-    assert found.advantages.tolist() == [-0.25, -0.25, 0.75, -0.25]
+def test_dr_grpo_ignores_the_deviation():
+    relative = group_relative(np.array([0.0, 0, 1, 0]), np.zeros(4, int), norm_adv_by_std=False)
+    assert relative.advantages.tolist() == [-0.25, -0.25, 0.75, -0.25]
 
 
 def test_equal_rewards_give_exactly_zero():
-    # 0.1 three times has a mean that rounds away from 0.1: without care, rounding over eps would be an advantage.
-    found = group_relative(np.array([0.1, 0.1, 0.1, 5.0]), np.array([0, 0, 0, 1]), eps=0.0)
-    assert found.advantages.tolist() == [0.0] * 4 and found.num_zero_variance == 2
+    # The mean of three times 0.1 rounds to another number: the rounding error must not become an advantage.
+    relative = group_relative(np.array([0.1, 0.1, 0.1, 5.0]), np.array([0, 0, 0, 1]), eps=0.0)
+    assert relative.advantages.tolist() == [0.0] * 4 and relative.num_zero_variance == 2
 
 
 @given(
@@ -72,23 +72,23 @@ def test_equal_rewards_give_exactly_zero():
 def test_group_relative_properties(rewards, data):
     rewards = np.round(np.array(rewards), 2)
     groups = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(rewards), max_size=len(rewards))))
-    found = group_relative(rewards, groups)
+    relative = group_relative(rewards, groups)
     order = np.random.default_rng(0).permutation(len(rewards))
     shuffled = group_relative(rewards[order], groups[order])
-    assert shuffled.advantages == pytest.approx(found.advantages[order], rel=1e-9, abs=1e-9)
+    assert shuffled.advantages == pytest.approx(relative.advantages[order], rel=1e-9, abs=1e-9)
     dropped = zero_variance_groups(rewards, groups)
-    assert len(dropped) == found.num_zero_variance
+    assert len(dropped) == relative.num_zero_variance
     for group in np.unique(groups):
-        mine = found.advantages[groups == group]
-        assert mine.sum() == pytest.approx(0.0, abs=1e-9)
-        assert (group in dropped) == (not mine.any())
+        advantages = relative.advantages[groups == group]
+        assert advantages.sum() == pytest.approx(0.0, abs=1e-9)
+        assert (group in dropped) == (not advantages.any())
 
 
 def test_zero_variance_groups_by_hand():
     assert zero_variance_groups([1, 0, 1, 1, 0, 0, 3], [4, 4, 9, 9, 1, 1, 0]).tolist() == [0, 1, 9]
 
 
-def test_group_relative_refuses_nonsense():
+def test_group_relative_refuses_invalid_rewards():
     with pytest.raises(UserError, match="1 rewards are not finite"):
         group_relative(np.array([1.0, np.nan]), np.zeros(2, int))
     with pytest.raises(ValueError, match="one entry per response"):
@@ -96,17 +96,17 @@ def test_group_relative_refuses_nonsense():
 
 
 def test_overlong_penalty_by_hand():
-    # Limit 100, buffer 20: free to 80, a twentieth a token, all of it at 100 and beyond.
+    # Limit 100, buffer 20: no penalty up to 80 tokens, a twentieth per token above, the full penalty from 100.
     lengths = np.array([0, 80, 81, 90, 100, 130])
-    found = overlong_penalty(lengths, max_response_length=100, buffer_tokens=20, penalty=2.0)
-    assert found == pytest.approx([0, 0, -0.1, -1.0, -2.0, -2.0])
+    penalties = overlong_penalty(lengths, max_response_length=100, buffer_tokens=20, penalty=2.0)
+    assert penalties == pytest.approx([0, 0, -0.1, -1.0, -2.0, -2.0])
     with pytest.raises(UserError, match="overlong_buffer.len 200"):
         overlong_penalty(lengths, max_response_length=100, buffer_tokens=200)
 
 
 def test_distillation_advantage_by_hand():
-    found = distillation_advantage(np.float32([-1.0, -0.5]), np.float32([-3.0, -0.25]))
-    assert found.tolist() == [2.0, -0.25] and found.dtype == np.float32
+    advantages = distillation_advantage(np.float32([-1.0, -0.5]), np.float32([-3.0, -0.25]))
+    assert advantages.tolist() == [2.0, -0.25] and advantages.dtype == np.float32
     assert distillation_advantage(np.zeros(1), np.zeros(1)).dtype == np.float64
     with pytest.raises(UserError, match="1 of 2 sampled tokens have no finite teacher"):
         distillation_advantage(np.float32([-np.inf, -1]), np.float32([-1, -1]))
@@ -120,21 +120,21 @@ def test_lambda_one_is_opd_bit_for_bit_and_ignores_the_reference(dtype):
     expected = distillation_advantage(teacher, student)
     assert expected.tobytes() == (teacher - student).tobytes()
     for reference in (None, Untouchable()):
-        found = g_opd_advantage(teacher, student, reference, reward_scale=1.0)
-        assert found.dtype == dtype and found.tobytes() == expected.tobytes()
+        advantages = g_opd_advantage(teacher, student, reference, reward_scale=1.0)
+        assert advantages.dtype == dtype and advantages.tobytes() == expected.tobytes()
 
 
 def test_g_opd_is_the_geometric_target_up_to_a_constant():
     """(log pi_T - log pi_S) + (lambda - 1)(log pi_T - log pi_ref) = lambda T + (1 - lambda) ref - S (eq. 12)."""
     teacher, student, reference = log_prob_arrays(dtype=np.float64)
     for scale in (0.0, 0.25, 1.25, 1.8):
-        found = g_opd_advantage(teacher, student, reference, reward_scale=scale)
-        assert found == pytest.approx(scale * teacher + (1 - scale) * reference - student, rel=1e-12, abs=1e-12)
+        advantages = g_opd_advantage(teacher, student, reference, reward_scale=scale)
+        assert advantages == pytest.approx(scale * teacher + (1 - scale) * reference - student, rel=1e-12, abs=1e-12)
     # By hand: T -1, S -2, ref -3, lambda 1.25: 1 + 0.25 * 2; the sign is that of a reward.
     assert g_opd_advantage([-1.0], [-2.0], [-3.0], reward_scale=1.25).tolist() == [1.5]
 
 
-def test_g_opd_refuses():
+def test_g_opd_refuses_invalid_inputs():
     teacher, student, reference = log_prob_arrays()
     with pytest.raises(UserError, match="reward scale 1.25 needs the log-probabilities of a reference"):
         g_opd_advantage(teacher, student, None, reward_scale=1.25)
@@ -156,50 +156,50 @@ def test_gate_by_hand():
     for fallback, advantages in expected.items():
         beta = 0.25 if fallback == "interp" else None
         gate = SignGate(lambda_high=1.5, lambda_base=1.1, conflict_fallback=fallback, conflict_beta=beta)
-        found = sg_opd_gate(verifier, teacher, student, teacher - 2, gate)
-        assert found.advantages == pytest.approx(advantages, abs=1e-12), fallback
-        assert found.agreement.tolist() == [1, 1, -1, -1, 0, 0]
-        assert found.counts == GateCounts(consensus=2, conflict=2, neutral=2)
+        gated = sg_opd_gate(verifier, teacher, student, teacher - 2, gate)
+        assert gated.advantages == pytest.approx(advantages, abs=1e-12), fallback
+        assert gated.agreement.tolist() == [1, 1, -1, -1, 0, 0]
+        assert gated.counts == GateCounts(consensus=2, conflict=2, neutral=2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.25, 1.8])
 def test_equal_lambdas_with_preserve_are_g_opd(scale):
     verifier, *models = signals()
-    found = sg_opd_gate(verifier, *models, SignGate(scale, scale, "preserve"))
-    assert found.advantages.tobytes() == g_opd_advantage(*models, reward_scale=scale).tobytes()
-    assert min(found.counts.consensus, found.counts.conflict, found.counts.neutral) > 0
+    gated = sg_opd_gate(verifier, *models, SignGate(scale, scale, "preserve"))
+    assert gated.advantages.tobytes() == g_opd_advantage(*models, reward_scale=scale).tobytes()
+    assert min(gated.counts.consensus, gated.counts.conflict, gated.counts.neutral) > 0
 
 
 def test_interp_beta_one_is_opd_and_zero_masks():
     verifier, *models = signals()
     conflict = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="mask")).agreement < 0
     for beta, expected in ((1.0, distillation_advantage(*models[:2])), (0.0, np.zeros(200, np.float32))):
-        found = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="interp", conflict_beta=beta))
-        assert np.array_equal(found.advantages[conflict], expected[conflict])
+        gated = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="interp", conflict_beta=beta))
+        assert np.array_equal(gated.advantages[conflict], expected[conflict])
     masked = sg_opd_gate(verifier, *models, SignGate(conflict_fallback="mask"))
-    assert np.array_equal(found.advantages, masked.advantages)
+    assert np.array_equal(gated.advantages, masked.advantages)
 
 
 def test_gate_without_extrapolation_needs_no_reference():
     verifier, teacher, student, _ = signals()
-    found = sg_opd_gate(verifier, teacher, student, None, SignGate(1.0, 1.0, "interp", 1.0))
-    assert found.advantages.tobytes() == distillation_advantage(teacher, student).tobytes()
+    gated = sg_opd_gate(verifier, teacher, student, None, SignGate(1.0, 1.0, "interp", 1.0))
+    assert gated.advantages.tobytes() == distillation_advantage(teacher, student).tobytes()
     with pytest.raises(UserError, match="needs the log-probabilities of a reference"):
         sg_opd_gate(verifier, teacher, student, None, SignGate(1.8, 1.0, "mask"))
 
 
-def test_no_verifier_signal_is_neutral_everywhere():
+def test_gate_without_verifier_signal_is_neutral():
     _, *models = signals()
-    found = sg_opd_gate(np.zeros(200), *models, SignGate(1.8, 1.25, "mask"))
-    assert found.counts == GateCounts(0, 0, 200)
-    assert found.advantages.tobytes() == g_opd_advantage(*models, reward_scale=1.25).tobytes()
+    gated = sg_opd_gate(np.zeros(200), *models, SignGate(1.8, 1.25, "mask"))
+    assert gated.counts == GateCounts(0, 0, 200)
+    assert gated.advantages.tobytes() == g_opd_advantage(*models, reward_scale=1.25).tobytes()
 
 
-def test_gate_is_decided_by_signs_even_of_tiny_numbers():
+def test_gate_depends_on_signs_of_tiny_numbers():
     tiny = 1e-200
-    found = sg_opd_gate(np.array([tiny, -tiny]), np.array([tiny, tiny]), np.zeros(2), None,
+    gated = sg_opd_gate(np.array([tiny, -tiny]), np.array([tiny, tiny]), np.zeros(2), None,
                         SignGate(1.0, 1.0, "grpo"))  # fmt: skip
-    assert found.agreement.tolist() == [1, -1]
+    assert gated.agreement.tolist() == [1, -1]
 
 
 def test_gate_fractions_over_both_denominators():
@@ -216,22 +216,22 @@ def test_gate_fractions_over_both_denominators():
 
 def test_stability_weight_by_hand():
     # c = 1: raw weights 1, 1, 1/2, 1/4; their mean is 11/16.
-    found = stability_weight(np.array([0.0, -1.0, 2.0, -4.0]), clip=1.0)
-    assert found.weights == pytest.approx(np.array([1, 1, 0.5, 0.25]) * 16 / 11, rel=1e-14)
-    assert (found.num_clipped, found.num_tokens) == (2, 4)
+    stability = stability_weight(np.array([0.0, -1.0, 2.0, -4.0]), clip=1.0)
+    assert stability.weights == pytest.approx(np.array([1, 1, 0.5, 0.25]) * 16 / 11, rel=1e-14)
+    assert (stability.num_clipped, stability.num_tokens) == (2, 4)
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), st.floats(0.01, 10))
 @settings(max_examples=60, deadline=None)
 def test_stability_weight_has_mean_one_and_keeps_signs(advantages, clip):
     advantages = np.array(advantages, dtype=np.float32)
-    found = stability_weight(advantages, clip=clip)
-    assert found.weights.dtype == np.float32 and (found.weights > 0).all()
-    assert found.weights.astype(np.float64).mean() == pytest.approx(1.0, abs=1e-5)
-    assert np.array_equal(np.sign(found.weights.astype(np.float64) * advantages), np.sign(advantages))
+    stability = stability_weight(advantages, clip=clip)
+    assert stability.weights.dtype == np.float32 and (stability.weights > 0).all()
+    assert stability.weights.astype(np.float64).mean() == pytest.approx(1.0, abs=1e-5)
+    assert np.array_equal(np.sign(stability.weights.astype(np.float64) * advantages), np.sign(advantages))
 
 
-def test_stability_weight_refuses():
+def test_stability_weight_refuses_infinite_advantages():
     with pytest.raises(UserError, match="finite advantages"):
         stability_weight(np.array([1.0, np.inf]), clip=1.0)
     assert stability_weight(np.zeros(0), clip=1.0).weights.shape == (0,)

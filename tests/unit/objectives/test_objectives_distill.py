@@ -1,4 +1,7 @@
-"""Distillation objectives on a policy small enough to enumerate, and through the output layer that trains with them."""
+"""Distillation objectives on a policy that can be enumerated, and through the chunked output layer.
+
+Shapes: n states, t tokens of all responses.
+"""
 
 import dataclasses
 import itertools
@@ -23,7 +26,7 @@ VOCAB, LIMIT, STOP = 3, 3, 2
 
 
 def enumerate_responses():
-    """Every response of at most LIMIT tokens that ends at STOP or at the limit, and the states they go through."""
+    """Return all responses that end at STOP or after LIMIT tokens, and their states (prefixes)."""
     responses = []
     for tokens in itertools.product(range(VOCAB), repeat=LIMIT):
         length = tokens.index(STOP) + 1 if STOP in tokens else LIMIT
@@ -34,7 +37,7 @@ def enumerate_responses():
 
 
 class Toy:
-    """All responses as flat tokens; a model is a table of logits [states, VOCAB] in float64."""
+    """All responses as flat tokens; a model is a table of float64 logits [n, VOCAB]."""
 
     def __init__(self):
         self.responses, states = enumerate_responses()
@@ -56,7 +59,7 @@ class Toy:
         return torch.zeros(len(self.responses), dtype=logits.dtype).index_add(0, self.response, per_token)
 
     def visits(self, logits):
-        """Probability that a sampled response passes each token of each response [tokens]: its whole response's."""
+        """Return the probability of each token's response [t]."""
         return self.response_log_probs(logits).exp()[self.response]
 
 
@@ -66,7 +69,7 @@ def toy():
 
 
 def policy_slope(toy, student, advantages, beta=1.0):
-    """Gradient of the expected policy loss at the weights that sampled, by the objective that training uses."""
+    """Return the gradient of the expected policy loss at the weights that sampled, by the training objective."""
     logits = student.clone().requires_grad_()
     objective = weighted_sum((beta, policy_distillation_objective()))
     log_probs = toy.token_log_probs(logits)
@@ -86,35 +89,35 @@ def test_enumeration_is_a_distribution(toy):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_trust_region_identity_of_whole_responses(toy, seed):
+def test_trust_region_identity_of_responses(toy, seed):
     """S2D eq. 6 and 7: the reward beta log(pi_T / pi_k) of the response gives beta times the -reverse-KL gradient."""
     student, teacher, beta = toy.model(seed), toy.model(seed + 10), 0.7
     per_token = distillation_advantage(toy.token_log_probs(teacher).numpy(), toy.token_log_probs(student).numpy())
     reward = torch.zeros(len(toy.responses), dtype=torch.float64).index_add(
         0, toy.response, torch.from_numpy(per_token)
     )
-    found = policy_slope(toy, student, reward[toy.response], beta)
+    slope = policy_slope(toy, student, reward[toy.response], beta)
 
     logits = student.clone().requires_grad_()
     log_p = toy.response_log_probs(logits)
     exact = (log_p.exp() * (log_p - toy.response_log_probs(teacher))).sum()
     (expected,) = torch.autograd.grad(beta * exact, logits)
-    # The loss descends where the reward ascends, so both are gradients of a loss and have the same sign.
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    # Both are gradients of a loss (minus the reward), so they have the same sign.
+    torch.testing.assert_close(slope, expected, rtol=1e-10, atol=1e-12)
     assert float(expected.norm()) > 0.1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sampled_opd_is_the_full_divergence_in_expectation(toy, seed):
-    """With discount 0 (methods.md M3): the reverse KL at every visited state, the visits held fixed."""
+    """With discount 0 (methods.md M3): the reverse KL at every visited state, with constant visit probabilities."""
     student, teacher = toy.model(seed), toy.model(seed + 10)
     advantages = distillation_advantage(toy.token_log_probs(teacher).numpy(), toy.token_log_probs(student).numpy())
-    found = policy_slope(toy, student, advantages)
-    torch.testing.assert_close(found, full_slope(toy, student, teacher), rtol=1e-10, atol=1e-12)
+    slope = policy_slope(toy, student, advantages)
+    torch.testing.assert_close(slope, full_slope(toy, student, teacher), rtol=1e-10, atol=1e-12)
 
 
 def full_slope(toy, student, target):
-    """Gradient of divergence_objective("reverse_kl") on the same tokens, weighted by how often they are sampled."""
+    """Return the gradient of divergence_objective("reverse_kl"), weighted by the probability of each token."""
     logits = student.clone().requires_grad_()
     outputs = dense_outputs(logits[toy.state], target[toy.state], ("reverse_kl",))
     columns = TokenColumns(divergence_weight=toy.visits(student))
@@ -124,16 +127,16 @@ def full_slope(toy, student, target):
 
 @pytest.mark.parametrize("reward_scale", [0.5, 1.25])
 def test_sampled_g_opd_is_the_full_form_in_expectation(toy, reward_scale):
-    """G-OPD eq. 12 and 14: the reverse KL to q proportional to pi_T^lambda pi_ref^(1 - lambda), at rest at q."""
+    """G-OPD eq. 12 and 14: the reverse KL to q proportional to pi_T^lambda pi_ref^(1 - lambda); zero gradient at q."""
     student, teacher, reference = (toy.model(seed) for seed in (1, 2, 3))
     models = [toy.token_log_probs(logits).numpy() for logits in (teacher, student, reference)]
-    found = policy_slope(toy, student, g_opd_advantage(*models, reward_scale=reward_scale))
+    slope = policy_slope(toy, student, g_opd_advantage(*models, reward_scale=reward_scale))
     target = reward_scale * torch.log_softmax(teacher, -1) + (1 - reward_scale) * torch.log_softmax(reference, -1)
-    torch.testing.assert_close(found, full_slope(toy, student, target), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(slope, full_slope(toy, student, target), rtol=1e-10, atol=1e-12)
 
     at_target = [toy.token_log_probs(logits).numpy() for logits in (teacher, target, reference)]
-    rest = policy_slope(toy, target, g_opd_advantage(*at_target, reward_scale=reward_scale))
-    assert float(rest.abs().max()) < 1e-14 < 1e-2 < float(found.abs().max())
+    slope_at_target = policy_slope(toy, target, g_opd_advantage(*at_target, reward_scale=reward_scale))
+    assert float(slope_at_target.abs().max()) < 1e-14 < 1e-2 < float(slope.abs().max())
 
 
 def test_lambda_one_updates_bit_for_bit_like_opd():
@@ -158,17 +161,17 @@ def test_lambda_one_updates_bit_for_bit_like_opd():
     assert torch.equal(slopes[0], slopes[1]) and not torch.equal(slopes[0], slopes[2])
 
 
-def test_sampled_log_ratio_is_no_loss(toy):
-    """Differentiating log pi_S - log pi_T at sampled tokens: the same gradient for every teacher, zero on average."""
+def test_gradient_of_the_sampled_log_ratio_ignores_the_teacher(toy):
+    """The gradient of log pi_S - log pi_T at sampled tokens is the same for every teacher, and zero on average."""
     student = toy.model(0)
     per_sample, expected = [], []
     for teacher in (toy.model(1), toy.model(2)):
-        for weights, found in ((torch.rand(len(toy.token), dtype=torch.float64,
+        for weights, gradients in ((torch.rand(len(toy.token), dtype=torch.float64,
                                            generator=torch.Generator().manual_seed(5)), per_sample),
                                (toy.visits(student), expected)):  # fmt: skip
             logits = student.clone().requires_grad_()
             log_ratio = toy.token_log_probs(logits) - toy.token_log_probs(teacher)
-            found.append(torch.autograd.grad((weights * log_ratio).sum(), logits)[0])
+            gradients.append(torch.autograd.grad((weights * log_ratio).sum(), logits)[0])
     assert torch.equal(per_sample[0], per_sample[1]) and float(per_sample[0].norm()) > 0.1
     assert float(expected[0].abs().max()) < 1e-14
     # The advantage of the same tokens does depend on the teacher.
@@ -195,7 +198,7 @@ def test_sampled_log_ratio_is_refused(toy):
 
 @dataclasses.dataclass
 class Layer:
-    """A tiny output layer with its inputs, in float64."""
+    """A small float64 output layer with its inputs."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -246,8 +249,8 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_through_the_output_layer_chunk_by_chunk(layer, name):
-    """Loss and gradients of the chunked layer equal autograd through whole logits."""
+def test_chunked_output_layer_matches_autograd(layer, name):
+    """Loss and gradients of the chunked layer equal autograd through full logits."""
     objective = OBJECTIVES[name]
     beta = 0.3 if name in ("jsd", "skew_forward_kl", "skew_reverse_kl") else None
     needs = tuple(sorted(objective.needs))
@@ -272,26 +275,26 @@ def test_through_the_output_layer_chunk_by_chunk(layer, name):
     assert objective.metrics(outputs, layer.columns)["loss"].value() == pytest.approx(loss.item(), rel=1e-10)
 
 
-def test_cross_entropy_is_torchs(layer):
+def test_cross_entropy_matches_torch(layer):
     z = layer.hidden @ layer.weight.T
     outputs = dense_outputs(z, None, ("log_probs",), target_ids=layer.target)
     anchors = layer.columns.supervised_weight != 0
     count = int(anchors.sum())
     columns = TokenColumns(supervised_weight=anchors / count)
     expected = torch.nn.functional.cross_entropy(z[anchors], layer.target[anchors])
-    found = sft_objective()
-    torch.testing.assert_close(found.token_loss(outputs, columns).sum(), expected, rtol=1e-6, atol=0)
-    assert found.metrics(outputs, columns)["cross_entropy"].value() == pytest.approx(float(expected), rel=1e-12)
+    objective = sft_objective()
+    torch.testing.assert_close(objective.token_loss(outputs, columns).sum(), expected, rtol=1e-6, atol=0)
+    assert objective.metrics(outputs, columns)["cross_entropy"].value() == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_top_k_support_reports_the_mass_it_captures(layer):
+def test_top_k_support_reports_captured_mass(layer):
     y = torch.log_softmax(layer.teacher_logits(), -1)
     log_probs, ids = y.topk(5, dim=-1)
-    rest = torch.log1p(-log_probs.exp().sum(-1))
+    tail = torch.log1p(-log_probs.exp().sum(-1))
     objective = divergence_objective("forward_kl", tail="renormalise")
     _, outputs = linear_divergence(
         layer.hidden, layer.weight, shard=VocabShard.unsharded(VOCABULARY), outputs=tuple(sorted(objective.needs)),
-        teacher=TopK(ids, log_probs, rest, "renormalise"),
+        teacher=TopK(ids, log_probs, tail, "renormalise"),
     )  # fmt: skip
     metrics = objective.metrics(outputs, layer.columns)
     assert metrics["topk/teacher_mass"].value() == pytest.approx(float(log_probs.exp().sum(-1).mean()), rel=1e-9)

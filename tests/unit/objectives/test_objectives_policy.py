@@ -1,4 +1,4 @@
-"""The policy loss against its formula in float64, its gradients, and the metrics by hand."""
+"""The policy loss against its float64 formula, its gradients, and its metrics by hand."""
 
 import dataclasses
 import math
@@ -28,14 +28,14 @@ def double(*values):
 
 def as_written(log_probs, old, advantages, low, high, dual):
     """The formula of methods.md M1 in scalar arithmetic."""
-    found = []
+    losses = []
     for new, before, advantage in zip(log_probs.tolist(), old.tolist(), advantages.tolist(), strict=True):
         ratio = math.exp(new - before)
         value = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
         if dual is not None and advantage < 0:
             value = max(value, dual * advantage)
-        found.append(-value)
-    return double(*found)
+        losses.append(-value)
+    return double(*losses)
 
 
 @given(
@@ -45,44 +45,44 @@ def as_written(log_probs, old, advantages, low, high, dual):
     dual=st.none() | st.floats(1.1, 4.0),
 )
 @settings(max_examples=80, deadline=None)
-def test_surrogate_is_the_formula(rows, low, high, dual):
+def test_surrogate_matches_the_formula(rows, low, high, dual):
     log_probs, difference, advantages = double(*rows).T
     old = log_probs - difference
-    settings_ = Surrogate(clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=dual)
-    found = clipped_surrogate(log_probs, old, advantages, settings_)
-    torch.testing.assert_close(found, as_written(log_probs, old, advantages, low, high, dual), rtol=1e-12, atol=1e-12)
-    # float32 in, float32 out, to its own accuracy; near a clip boundary either side of it has that value.
-    single = clipped_surrogate(log_probs.float(), old.float(), advantages.float(), settings_)
+    surrogate = Surrogate(clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=dual)
+    losses = clipped_surrogate(log_probs, old, advantages, surrogate)
+    torch.testing.assert_close(losses, as_written(log_probs, old, advantages, low, high, dual), rtol=1e-12, atol=1e-12)
+    # float32 inputs give float32 outputs; at a clip boundary both sides have the same value.
+    single = clipped_surrogate(log_probs.float(), old.float(), advantages.float(), surrogate)
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.double(), losses, rtol=1e-5, atol=1e-5)
 
 
 def test_surrogate_and_slopes_by_hand():
     # Ratios 1, 2, 2, 1/2, 1/2, 8 with advantages 3, 1, -1, 1, -1, -1 at clip 0.2 / 0.28 and dual clip 3.
     log_probs = double(1, 2, 2, 0.5, 0.5, 8).log().requires_grad_()
     advantages = double(3, 1, -1, 1, -1, -1)
-    settings_ = Surrogate(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)
-    loss = clipped_surrogate(log_probs, ZERO.expand(6), advantages, settings_)
+    surrogate = Surrogate(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)
+    loss = clipped_surrogate(log_probs, ZERO.expand(6), advantages, surrogate)
     torch.testing.assert_close(loss.detach(), double(-3, -1.28, 2, -0.5, 0.8, 3), rtol=1e-12, atol=0)
     loss.sum().backward()
     torch.testing.assert_close(log_probs.grad, double(-3, 0, 2, -0.5, 0, 0), rtol=1e-12, atol=0)
-    regions = clip_regions(log_probs.detach(), advantages, settings_)
+    regions = clip_regions(log_probs.detach(), advantages, surrogate)
     assert regions.high.tolist() == [False, True, False, False, False, False]
     assert regions.low.tolist() == [False, False, False, False, True, False]
     assert regions.dual.tolist() == [False, False, False, False, False, True]
 
 
-def test_gradcheck_away_from_the_corners():
+def test_gradcheck_away_from_clip_boundaries():
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(12, generator=generator, dtype=torch.float64)
     log_probs = (old + torch.linspace(-1.03, 1.01, 12, dtype=torch.float64)).requires_grad_()
     advantages = torch.randn(12, generator=generator, dtype=torch.float64)
-    for settings_ in (Surrogate(), Surrogate(0.1, 0.4, 1.7)):
-        assert torch.autograd.gradcheck(lambda x, s=settings_: clipped_surrogate(x, old, advantages, s), log_probs)
+    for surrogate in (Surrogate(), Surrogate(0.1, 0.4, 1.7)):
+        assert torch.autograd.gradcheck(lambda x, s=surrogate: clipped_surrogate(x, old, advantages, s), log_probs)
     assert torch.autograd.gradcheck(lambda x: k3(old - x), log_probs)
 
 
-def test_overflow_beyond_the_clip_leaves_a_zero_slope():
+def test_overflow_beyond_the_clip_has_zero_gradient():
     log_probs = torch.tensor([200.0, -200.0, 200.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 0.0])
     loss = clipped_surrogate(log_probs, torch.zeros(3), advantages, Surrogate())
@@ -124,9 +124,9 @@ def test_importance_weight_by_hand():
     old, rollout = double(0, math.log(3), math.log(8)), ZERO.expand(3)
     modes = {"off": [1, 1, 1], "tis": [1, 3, 5], "mask": [1, 3, 0]}
     for mode, expected in modes.items():
-        found = importance_weight(old.requires_grad_(), rollout, Surrogate(rollout_correction=mode))
-        torch.testing.assert_close(found, double(*expected))
-        assert not found.requires_grad
+        weights = importance_weight(old.requires_grad_(), rollout, Surrogate(rollout_correction=mode))
+        torch.testing.assert_close(weights, double(*expected))
+        assert not weights.requires_grad
     assert importance_weight(torch.tensor([500.0]), torch.zeros(1), Surrogate(rollout_correction="tis")).tolist() == [
         5.0
     ]
@@ -136,7 +136,7 @@ def test_importance_weight_by_hand():
 
 
 def example(on_policy=False):
-    """Three tokens that count and one that does not: ratios 1, 2, 1/4; engine ratios 1, 1, 10."""
+    """Return three active tokens and an inactive one: ratios 1, 2, 1/4; engine ratios 1, 1, 10."""
     log_probs = double(0.5, 0.5, 0.25, 0.9).log()
     old = log_probs - double(1, 2, 0.25, 1).log()
     columns = TokenColumns(
@@ -173,7 +173,7 @@ def test_grpo_objective_by_hand():
     assert metrics["advantage_mean"] == pytest.approx(0.0) and metrics["advantage_abs_mean"] == pytest.approx(4 / 3)
 
 
-def test_mismatch_is_reported_even_when_nothing_is_done_about_it():
+def test_mismatch_is_reported_without_correction():
     outputs, columns = example()
     metrics = grpo_objective(kl_loss_coef=0).metrics(outputs, columns)
     assert metrics["importance_clipped_fraction"].value() == pytest.approx(1 / 3)
@@ -186,10 +186,10 @@ def test_on_policy_equals_old_log_probs_of_the_same_weights():
     outputs, columns = example(on_policy=True)
     scored = dataclasses.replace(columns, old_log_probs=outputs.log_probs)
     slopes = []
-    for on_policy, given_columns in ((True, columns), (False, scored)):
+    for on_policy, inputs in ((True, columns), (False, scored)):
         leaf = outputs.log_probs.clone().requires_grad_()
         objective = grpo_objective(Surrogate(on_policy=on_policy, rollout_correction="mask"), kl_loss_coef=0.1)
-        objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), given_columns).sum().backward()
+        objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), inputs).sum().backward()
         slopes.append(leaf.grad)
-        assert objective.metrics(outputs, given_columns)["ratio_max"].value() == 1.0
+        assert objective.metrics(outputs, inputs)["ratio_max"].value() == 1.0
     assert torch.equal(*slopes) and slopes[0].abs().sum() > 0

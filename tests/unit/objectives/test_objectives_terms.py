@@ -1,4 +1,4 @@
-"""Weights, metrics and the sum of terms: independent of how tokens are dealt out."""
+"""Token weights, metrics and sums of terms do not depend on the partition of tokens among ranks and micro-batches."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from megatron_s2d.objectives.terms import (
 
 
 def random_batch(tokens=40, seed=0):
-    """Outputs and columns in float64; a third of the tokens belongs to each of policy, anchor and nothing."""
+    """Return float64 outputs and columns; a third of the tokens each is policy, anchor and inactive."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(scale=1.0):
@@ -62,13 +62,13 @@ def everything():
 
 
 def definition(loss_agg_mode, lengths, values, limit):
-    """The mean over responses or tokens as it is written down."""
-    kept = [found for found in values if len(found)]
+    """Return the mean over responses or tokens by its definition."""
+    responses = [response for response in values if len(response)]
     if loss_agg_mode == "token_mean":
-        return np.concatenate(kept).mean()
+        return np.concatenate(responses).mean()
     if loss_agg_mode == "seq_mean_token_mean":
-        return np.mean([found.mean() for found in kept])
-    return np.mean([found.sum() / limit for found in kept])
+        return np.mean([response.mean() for response in responses])
+    return np.mean([response.sum() / limit for response in responses])
 
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
@@ -77,20 +77,20 @@ LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 @pytest.mark.parametrize("loss_agg_mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 @given(lengths=LENGTHS, seed=st.integers(0, 2**16), parts=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_any_partition_gives_the_defined_mean(loss_agg_mode, lengths, seed, parts):
+def test_every_partition_gives_the_same_mean(loss_agg_mode, lengths, seed, parts):
     random = np.random.default_rng(seed)
     lengths = np.array(lengths)
     values = [random.normal(size=length) for length in lengths]
     owner = random.integers(0, parts, size=len(lengths))
-    # Each rank counts what it has; the counts are added up first, then every rank weighs its own tokens.
+    # The counts of all ranks are summed first, then every rank computes the weights of its tokens.
     counts = ResponseCounts(0, 0)
     for part in range(parts):
         counts = counts + ResponseCounts.of(lengths[owner == part])
     total = 0.0
     for part in range(parts):
-        mine = np.flatnonzero(owner == part)
-        weights = token_weights(lengths[mine], loss_agg_mode, counts, 9)
-        total += sum(weight * values[i].sum() for weight, i in zip(weights, mine, strict=True))
+        local = np.flatnonzero(owner == part)
+        weights = token_weights(lengths[local], loss_agg_mode, counts, 9)
+        total += sum(weight * values[i].sum() for weight, i in zip(weights, local, strict=True))
     assert total == pytest.approx(definition(loss_agg_mode, lengths, values, 9), rel=1e-12, abs=1e-12)
 
 
@@ -102,7 +102,7 @@ def test_weights_by_hand():
     assert token_weights([2, 0, 4], "seq_mean_token_sum_norm", counts, 10).tolist() == [1 / 20, 0.0, 1 / 20]
 
 
-def test_weights_refuse_nonsense():
+def test_weights_refuse_invalid_arguments():
     counts = ResponseCounts.of([3])
     with pytest.raises(ValueError, match="token_mean, seq_mean_token_mean"):
         token_weights([3], "mean", counts)
@@ -112,13 +112,13 @@ def test_weights_refuse_nonsense():
         token_weights([3, 1], "token_mean", counts)
 
 
-def test_mean_of_micro_batch_means_is_another_number():
-    """What the global normaliser is there to avoid."""
+def test_mean_of_micro_batch_means_differs():
+    """The global normaliser avoids this difference."""
     values = [np.array([1.0]), np.array([0.0, 0.0, 0.0])]
     counts = ResponseCounts.of([1, 3])
     weights = token_weights([1, 3], "token_mean", counts)
-    exact = sum(weight * found.sum() for weight, found in zip(weights, values, strict=True))
-    assert exact == 0.25 and np.mean([found.mean() for found in values]) == 0.5
+    exact = sum(weight * response.sum() for weight, response in zip(weights, values, strict=True))
+    assert exact == 0.25 and np.mean([response.mean() for response in values]) == 0.5
 
 
 @given(seed=st.integers(0, 2**16), parts=st.integers(1, 6))
@@ -128,22 +128,22 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_partition(seed, parts):
     outputs, columns = random_batch(seed=seed % 7)
     owner = torch.from_numpy(np.random.default_rng(seed).integers(0, parts, size=40))
 
-    whole = outputs.log_probs.clone().requires_grad_()
-    loss = objective.token_loss(dataclasses.replace(outputs, log_probs=whole), columns).sum()
+    full = outputs.log_probs.clone().requires_grad_()
+    loss = objective.token_loss(dataclasses.replace(outputs, log_probs=full), columns).sum()
     loss.backward()
     expected = objective.metrics(outputs, columns)
 
     leaf = outputs.log_probs.clone().requires_grad_()
-    found_loss, found_metrics = 0.0, []
+    partial_loss, partial_metrics = 0.0, []
     for part in range(parts):
         rows = torch.nonzero(owner == part).squeeze(-1)  # may be empty
-        mine = rows_of(dataclasses.replace(outputs, log_probs=leaf), rows)
-        found_loss = found_loss + objective.token_loss(mine, columns.select(rows)).sum()
-        found_metrics.append(objective.metrics(rows_of(outputs, rows), columns.select(rows)))
-    found_loss.backward()
-    torch.testing.assert_close(found_loss, loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(leaf.grad, whole.grad, rtol=1e-12, atol=0)
-    merged = merge_metrics(found_metrics)
+        outputs_of_part = rows_of(dataclasses.replace(outputs, log_probs=leaf), rows)
+        partial_loss = partial_loss + objective.token_loss(outputs_of_part, columns.select(rows)).sum()
+        partial_metrics.append(objective.metrics(rows_of(outputs, rows), columns.select(rows)))
+    partial_loss.backward()
+    torch.testing.assert_close(partial_loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, full.grad, rtol=1e-12, atol=0)
+    merged = merge_metrics(partial_metrics)
     assert merged.keys() == expected.keys()
     for name, metric in expected.items():
         assert merged[name].reduction == metric.reduction
@@ -162,8 +162,8 @@ def test_metrics_survive_packing_for_two_all_reduces():
     expected = merge_metrics(parts)
     for part in parts:
         reduced = unpack_metrics(part, sums, maxima)
-        assert {name: found.value() for name, found in reduced.items()} == pytest.approx(
-            {name: found.value() for name, found in expected.items()}
+        assert {name: metric.value() for name, metric in reduced.items()} == pytest.approx(
+            {name: metric.value() for name, metric in expected.items()}
         )
     assert [part.shape for part in pack_metrics({})] == [(0,), (0,)]
 
@@ -182,8 +182,8 @@ def test_metric_reductions_by_hand():
         Metric.over(values, active).combine(Metric.over(values, active, "max"))
 
 
-def test_tokens_outside_a_term_may_hold_anything():
-    """Anchor tokens have no old log-probabilities; NaN there must reach neither the loss, its gradient nor a metric."""
+def test_values_of_inactive_tokens_have_no_influence():
+    """Anchor tokens have no old log-probabilities; their NaN must not reach the loss, its gradient or a metric."""
     grpo = grpo_objective(Surrogate(rollout_correction="mask"), kl_loss_coef=0.1)
     objective = weighted_sum((1.0, grpo), (1.0, sft_objective()))
     outputs, columns = random_batch()
@@ -196,18 +196,18 @@ def test_tokens_outside_a_term_may_hold_anything():
         }.items()
     }  # fmt: skip
     results = []
-    for given_columns in (columns, dataclasses.replace(columns, **spoiled)):
+    for inputs in (columns, dataclasses.replace(columns, **spoiled)):
         leaf = outputs.log_probs.clone().requires_grad_()
-        loss = objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), given_columns)
+        loss = objective.token_loss(dataclasses.replace(outputs, log_probs=leaf), inputs)
         loss.sum().backward()
-        metrics = {name: found.value() for name, found in objective.metrics(outputs, given_columns).items()}
+        metrics = {name: metric.value() for name, metric in objective.metrics(outputs, inputs).items()}
         results.append((loss.detach(), leaf.grad, metrics))
     torch.testing.assert_close(results[1][:2], results[0][:2], rtol=0, atol=0)
     assert results[1][2] == results[0][2] and all(math.isfinite(value) for value in results[0][2].values())
     assert (results[0][0] != 0).sum() == (columns.policy_weight != 0).sum() + (columns.supervised_weight != 0).sum()
 
 
-def test_advantage_zero_stays_counted_and_weight_zero_does_not():
+def test_zero_advantages_count_and_zero_weights_do_not():
     outputs, columns = random_batch()
     objective = grpo_objective(kl_loss_coef=0)
     counted = int((columns.policy_weight != 0).sum())
@@ -217,7 +217,7 @@ def test_advantage_zero_stays_counted_and_weight_zero_does_not():
     assert objective.metrics(outputs, columns)["entropy"].denominator == counted
 
 
-def test_missing_column_names_the_step():
+def test_missing_column_is_reported_with_its_step():
     outputs, columns = random_batch()
     with pytest.raises(UserError, match="needs reference_log_probs: run scoring by the reference"):
         grpo_objective().token_loss(outputs, dataclasses.replace(columns, reference_log_probs=None))
@@ -225,7 +225,7 @@ def test_missing_column_names_the_step():
         sft_objective().metrics(outputs, dataclasses.replace(columns, supervised_weight=None))
 
 
-def test_objectives_say_what_they_need():
+def test_needs_and_columns_of_objectives():
     assert grpo_objective().needs == {"log_probs", "entropy"}
     assert grpo_objective().columns == {"old_log_probs", "advantages", "reference_log_probs", "policy_weight"}
     assert grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0).columns == {"advantages", "policy_weight"}
@@ -251,14 +251,14 @@ def test_objective_needs_distinct_terms():
         Objective(())
 
 
-def test_columns_must_fit_together():
+def test_columns_must_have_one_shape():
     with pytest.raises(ValueError, match="one shape"):
         TokenColumns(advantages=torch.zeros(3), policy_weight=torch.zeros(4))
     picked = TokenColumns(advantages=torch.arange(5.0)).select(torch.tensor([4, 1]))
     assert picked.advantages.tolist() == [4.0, 1.0] and picked.policy_weight is None
 
 
-def test_kl_is_shown_beside_the_other_metrics():
+def test_kl_is_among_the_metrics():
     outputs, columns = random_batch()
     assert "kl" not in sft_objective().metrics(outputs, columns)
     metrics = everything().metrics(outputs, columns)
