@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_s2d.config.stage import LOSS_AGG, LossAggMode, StageConfig, TrainingStageConfig
+from megatron_s2d.config.stage import LOSS_AGG, NORM_LENGTH, LossAggMode, StageConfig, TrainingStageConfig
 from megatron_s2d.config.training import SamplingConfig
 
 
@@ -49,6 +49,7 @@ class ForwardKlConfig(TrainingStageConfig):
         "bucket", description="treatment of the teacher's probability outside a top_k cache's entries (methods M2)"
     )
     loss_agg_mode: LossAggMode = Field("token_mean", description=LOSS_AGG)
+    norm_length: int | None = Field(None, ge=1, description=NORM_LENGTH)
 
     def inputs(self) -> dict[str, str]:
         return super().inputs() | {"cache": self.cache}

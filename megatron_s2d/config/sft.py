@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.stage import LOSS_AGG, LossAggMode, TrainingStageConfig
+from megatron_s2d.config.stage import LOSS_AGG, NORM_LENGTH, LossAggMode, TrainingStageConfig
 
 
 class SftConfig(TrainingStageConfig):
@@ -20,6 +20,7 @@ class SftConfig(TrainingStageConfig):
     )
     global_batch_size: int = Field(64, ge=1, description="responses per optimizer step")
     loss_agg_mode: LossAggMode = Field("token_mean", description=LOSS_AGG)
+    norm_length: int | None = Field(None, ge=1, description=NORM_LENGTH)
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> SftConfig:

@@ -16,6 +16,9 @@ from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, Opt
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 Truncated = Literal["keep", "mask"]
+NORM_LENGTH = (
+    "divisor of loss_agg_mode seq_mean_token_sum_norm, the same for every batch; null: the longest response of the data"
+)
 LOSS_AGG = (
     "token_mean: mean over tokens; seq_mean_token_mean: mean over responses of their means; seq_mean_token_sum_norm: "
     "sums divided by max_response_length (Dr. GRPO)"

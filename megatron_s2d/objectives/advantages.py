@@ -202,24 +202,28 @@ def sg_opd_gate(
 class StabilityWeights:
     """Result of ``stability_weight``."""
 
-    weights: np.ndarray  # [t] mean 1 over the batch; multiply the gated advantages with them
-    num_clipped: int  # tokens with |A^D| > clip
-    num_tokens: int
+    weights: np.ndarray  # [t] mean 1 over the counted tokens; multiply the gated advantages with them
+    num_clipped: int  # counted tokens with |A^D| > clip
+    num_tokens: int  # counted ones
 
 
-def stability_weight(distillation_advantages: np.ndarray, *, clip: float) -> StabilityWeights:
-    """Return w_t = min(1, clip / |A^D_t|) [t], divided by its mean over all tokens (SG-OPD eq. 9; methods.md M5).
+def stability_weight(
+    distillation_advantages: np.ndarray, *, clip: float, counted: np.ndarray | None = None
+) -> StabilityWeights:
+    """Return w_t = min(1, clip / |A^D_t|) [t], divided by its mean over counted tokens (SG-OPD eq. 9; methods.md M5).
 
-    distillation_advantages: A^D of every response token of the batch, because the mean is over them. Apply the weights
-    after the gate; they are positive, so they do not change its decisions.
+    distillation_advantages: A^D of every response token of the batch, because the mean is over them. counted: bool [t],
+    the tokens that have a loss weight; all of them by default. Apply the weights after the gate; they are positive, so
+    they do not change its decisions.
     """
     advantages = np.asarray(distillation_advantages)
     size = np.abs(advantages.astype(np.float64))
     if not np.isfinite(size).all():
         raise UserError("stability weights need finite advantages: check the teacher's log-probabilities")
+    counted = np.ones(size.shape, dtype=bool) if counted is None else counted
     raw = clip / np.maximum(size, clip)
-    weights = raw / raw.mean() if raw.size else raw
-    return StabilityWeights(weights.astype(_dtype(advantages)), int((size > clip).sum()), int(size.size))
+    weights = raw / raw[counted].mean() if counted.any() else raw
+    return StabilityWeights(weights.astype(_dtype(advantages)), int((size > clip)[counted].sum()), int(counted.sum()))
 
 
 @dataclasses.dataclass(frozen=True)

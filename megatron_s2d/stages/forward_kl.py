@@ -7,7 +7,7 @@ import dataclasses
 from megatron_s2d.config.forward_kl import ForwardKlConfig
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.sft import OfflineSource, shuffled
+from megatron_s2d.stages.sft import OfflineSource, longest_response, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.teachers.cached import CachedTeacher
 from megatron_s2d.train.loop import train
@@ -23,7 +23,11 @@ def run_forward_kl(context: StageContext) -> None:
     teacher = CachedTeacher(cache, output_layer, student, tail=stage.tail_mass, temperature=stage.temperature)
     samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
     source = OfflineSource(
-        shuffled(samples, context.seed), stage.global_batch_size, stage.loss_agg_mode, "divergence_weight"
+        shuffled(samples, context.seed),
+        stage.global_batch_size,
+        stage.loss_agg_mode,
+        stage.norm_length or longest_response(samples),
+        "divergence_weight",
     )
     tail = stage.tail_mass if cache.header.representation == "top_k" else None
     objective = divergence_objective("forward_kl", tail=tail)

@@ -24,7 +24,13 @@ from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker, examples, response_metrics
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
+from megatron_s2d.stages.policy_loss import (
+    has_loss,
+    mix_into_mini_batches,
+    policy_loss_weights,
+    split_into_mini_batches,
+    surrogate_of,
+)
 from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
@@ -141,9 +147,10 @@ class DivergenceOpdSource:
         prompts, samples = self.buffer.next_batch(step) if num_on_policy else ([], [])
         metrics = response_metrics(samples) if samples else {}
         shown = examples(step, samples, prompts, tokenizer) if samples else []
+        parts = split_into_mini_batches(samples, stage.num_mini_batches)
         num_cached = (stage.train_batch_size - num_on_policy) * stage.num_generations
         if num_cached:
-            samples = samples + [
+            cached = [
                 dataclasses.replace(
                     sample,
                     id=f"{sample.id}~cached",
@@ -151,12 +158,11 @@ class DivergenceOpdSource:
                 )
                 for sample in self.cached((step - 1) * num_cached, num_cached)
             ]
-        # Cached responses come one by one, not in groups: mini-batches are cut by number of responses.
-        blocks = [index // stage.num_generations for index in range(len(samples))]
-        factors = token_factors(stage, samples, self.student, self.teachers)
+            parts = mix_into_mini_batches(parts, cached)
+        factors = token_factors(stage, [sample for part in parts for sample in part], self.student, self.teachers)
         mini_batches = [
             MiniBatch(part, {"divergence_weight": with_factors(part, policy_loss_weights(part, stage), factors)})
-            for part in split_into_mini_batches(samples, stage.num_mini_batches, blocks)
+            for part in parts
         ]
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 
@@ -223,7 +229,9 @@ class PolicyGradientOpdSource:
             values = g_opd_advantage(teacher, student, reference, reward_scale=self.stage.reward_scale)
             metrics: dict[str, float] = {}
         else:
-            values, metrics = gated_advantages(self.stage.sign_gate, samples, teacher, student, reference)
+            lengths = [sample.response_length for sample in samples]
+            counted = np.repeat([has_loss(sample, self.stage) for sample in samples], lengths)
+            values, metrics = gated_advantages(self.stage.sign_gate, samples, teacher, student, reference, counted)
         ends = np.cumsum([sample.response_length for sample in samples])
         scored = []
         for sample, response in zip(samples, np.split(values, ends[:-1]), strict=True):
@@ -256,7 +264,7 @@ def with_anchors(
 def token_factors(
     stage: OpdConfig, samples: Sequence[Sample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
 ) -> dict[str, np.ndarray]:
-    """Return the factor of each token [length] by sample id, of mean 1 over the response tokens of the step.
+    """Return the factor of each token [length] by sample id, of mean 1 over the step's tokens that have a loss weight.
 
     Empty without ``token_weighting``, and where all factors would be 0, such as for a student that equals its teacher.
     """
@@ -270,8 +278,10 @@ def token_factors(
     else:
         limit = stage.sampling.max_response_length
         raw = [1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit for sample in samples]
-    responses = np.concatenate([value[sample.response_mask] for value, sample in zip(raw, samples, strict=True)])
-    mean = float(responses.mean())
+    counted = [
+        value[sample.response_mask] for value, sample in zip(raw, samples, strict=True) if has_loss(sample, stage)
+    ]
+    mean = float(np.concatenate(counted).mean()) if counted else 0.0
     if mean == 0:
         return {}
     return {sample.id: value / mean for sample, value in zip(samples, raw, strict=True)}

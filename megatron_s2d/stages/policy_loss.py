@@ -29,20 +29,26 @@ def surrogate_of(stage: GrpoConfig | OpdConfig) -> Surrogate:
     )
 
 
-def split_into_mini_batches(
-    samples: Sequence[Sample], count: int, blocks: Sequence[int] | None = None
-) -> list[list[Sample]]:
-    """Cut ``samples`` into ``count`` mini-batches of whole groups, in order of first occurrence.
+def split_into_mini_batches(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """Cut ``samples`` into ``count`` mini-batches of whole groups, in order of first occurrence."""
+    groups = list(dict.fromkeys(sample.group_id for sample in samples))
+    mini_batch_of = {group: index * count // len(groups) for index, group in enumerate(groups)}
+    return [[sample for sample in samples if mini_batch_of[sample.group_id] == index] for index in range(count)]
 
-    blocks: what stays together instead of groups, one entry per sample.
-    """
-    keys = [sample.group_id for sample in samples] if blocks is None else blocks
-    units = list(dict.fromkeys(keys))
-    mini_batch_of = {unit: index * count // len(units) for index, unit in enumerate(units)}
-    return [
-        [sample for sample, key in zip(samples, keys, strict=True) if mini_batch_of[key] == index]
-        for index in range(count)
-    ]
+
+def mix_into_mini_batches(mini_batches: Sequence[Sequence[Sample]], others: Sequence[Sample]) -> list[list[Sample]]:
+    """Append ``others`` (single samples, in order) to the mini-batches, so that all become equally large."""
+    count = len(mini_batches)
+    total = len(others) + sum(len(part) for part in mini_batches)
+    sizes = [total * (index + 1) // count - total * index // count for index in range(count)]
+    gaps = np.array([max(0, size - len(part)) for size, part in zip(sizes, mini_batches, strict=True)])
+    cuts = np.cumsum(gaps) * len(others) // max(1, gaps.sum())
+    return [[*part, *others[start:stop]] for part, start, stop in zip(mini_batches, [0, *cuts], cuts, strict=False)]
+
+
+def has_loss(sample: Sample, stage: GrpoConfig | OpdConfig) -> bool:
+    """Return whether the sample's tokens have a loss weight: means over tokens leave out those that have none."""
+    return not (stage.truncated_responses == "mask" and sample.finish_reason == "length")
 
 
 def policy_loss_weights(samples: Sequence[Sample], stage: GrpoConfig | OpdConfig) -> np.ndarray:
@@ -50,6 +56,5 @@ def policy_loss_weights(samples: Sequence[Sample], stage: GrpoConfig | OpdConfig
 
     With ``truncated_responses: mask``, responses that ran into the length limit weigh 0 and are not counted.
     """
-    masks = stage.truncated_responses == "mask"
-    lengths = [0 if masks and sample.finish_reason == "length" else sample.response_length for sample in samples]
+    lengths = [sample.response_length if has_loss(sample, stage) else 0 for sample in samples]
     return token_weights(lengths, stage.loss_agg_mode, ResponseCounts.of(lengths), stage.sampling.max_response_length)

@@ -24,7 +24,10 @@ def run_sft(context: StageContext) -> None:
     stage: SftConfig = context.stage
     model = context.models.start()
     model.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
-    source = OfflineSource(_reader(context, stage), stage.global_batch_size, stage.loss_agg_mode, "supervised_weight")
+    read, longest = _reader(context, stage)
+    source = OfflineSource(
+        read, stage.global_batch_size, stage.loss_agg_mode, stage.norm_length or longest, "supervised_weight"
+    )
     train(model, source, sft_objective(), context.directory, context.loop_settings())
     context.save_model(model)
 
@@ -36,13 +39,14 @@ class OfflineSource:
     read: Callable[[int, int], Sequence[Sample]]
     batch_size: int
     loss_agg_mode: str
+    norm_length: int  # divisor of seq_mean_token_sum_norm, the same at every step
     weight_column: str  # of the objective's term
 
     def step(self, step: int) -> StepData:
         """Return one batch as one mini-batch."""
         samples = self.read((step - 1) * self.batch_size, self.batch_size)
         lengths = [sample.response_length for sample in samples]
-        weights = token_weights(lengths, self.loss_agg_mode, ResponseCounts.of(lengths), max(lengths))
+        weights = token_weights(lengths, self.loss_agg_mode, ResponseCounts.of(lengths), self.norm_length)
         metrics = {"response_length": float(np.mean(lengths))}
         return StepData([MiniBatch(samples, {self.weight_column: weights})], metrics)
 
@@ -66,12 +70,20 @@ def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[
     return read
 
 
-def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Sequence[Sample]]:
-    """Return the reader of the stage's cached responses, corpus documents or reference solutions."""
+def longest_response(samples: Sequence[Sample]) -> int:
+    """Return the number of response tokens of the longest response."""
+    return max(sample.response_length for sample in samples)
+
+
+def _reader(context: StageContext, stage: SftConfig) -> tuple[Callable[[int, int], Sequence[Sample]], int]:
+    """Return the reader of the stage's cached responses, corpus documents or reference solutions, and the length of the
+    longest response (1 for a corpus, which has no end: preflight requires ``norm_length`` where it counts).
+    """
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
         samples = [sample for name in names for sample in context.inputs.teacher_cache(name).samples]
-        return shuffled([dataclasses.replace(sample, temperature=1.0) for sample in samples], context.seed)
+        samples = [dataclasses.replace(sample, temperature=1.0) for sample in samples]
+        return shuffled(samples, context.seed), longest_response(samples)
     source = context.inputs.data_source(stage.data)
     if is_corpus(source):
 
@@ -79,8 +91,9 @@ def _reader(context: StageContext, stage: SftConfig) -> Callable[[int, int], Seq
             documents = corpus_documents(source, context.inputs.tokenizer, start, count)
             return [solution_sample(document) for document in documents]
 
-        return read
-    return shuffled([solution_sample(prompt) for prompt in context.inputs.prompts(stage.data)], context.seed)
+        return read, 1
+    samples = [solution_sample(prompt) for prompt in context.inputs.prompts(stage.data)]
+    return shuffled(samples, context.seed), longest_response(samples)
 
 
 def solution_sample(prompt: Prompt) -> Sample:

@@ -32,10 +32,12 @@ def gated_advantages(
     teacher: np.ndarray,
     student: np.ndarray,
     reference: np.ndarray | None,
+    counted: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Return (advantages [t], metrics) of graded samples.
 
-    teacher, student, reference: log-probabilities [t] of the response tokens.
+    teacher, student, reference: log-probabilities [t] of the response tokens. counted: bool [t], the tokens that have a
+    loss weight, over which the stability weight averages.
     """
     lengths = [sample.response_length for sample in samples]
     rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
@@ -48,7 +50,7 @@ def gated_advantages(
     metrics |= agreement_by_position(gated.agreement, positions)
     advantages = gated.advantages
     if settings.stability_clip is not None:
-        stability = stability_weight(teacher - student, clip=settings.stability_clip)
+        stability = stability_weight(teacher - student, clip=settings.stability_clip, counted=counted)
         advantages = advantages * stability.weights
         metrics["gate/stability_clipped_fraction"] = stability.num_clipped / max(1, stability.num_tokens)
     return advantages, metrics
@@ -79,6 +81,7 @@ class TeacherAnchorSource:
     """Phased teacher sampling: verified responses of the teacher to a share of the step's prompts."""
 
     stage: OpdConfig
+    teachers: TeacherRouter
     workers: dict[str | None, RolloutWorker]  # by domain, as the teachers
     schedule: AnchorSchedule
 
@@ -86,19 +89,19 @@ class TeacherAnchorSource:
     def of(
         cls, context: StageContext, stage: OpdConfig, teachers: TeacherRouter, reward_manager: RewardManager
     ) -> TeacherAnchorSource:
-        """Create rollout workers over the frozen teachers, which stay on the device."""
+        """Create rollout workers over the frozen teachers."""
         settings = stage.teacher_sampling
         schedule = AnchorSchedule(settings.alpha_high, settings.alpha_end, settings.phase_1_end, settings.phase_2_end)
         params = context.rollouts.sampling_params(stage.sampling, context.models.name_of(context.name))
         workers = {}
-        for domain, teacher in teachers.models.items():
-            teacher.onload()
+        for domain in teachers.models:
             name = stage.teacher if domain is None else stage.teacher[domain]
-            engine = context.rollouts.engine(teacher, context.models.name_of(name), params)
+            with teachers.model_for(domain) as teacher:
+                engine = context.rollouts.engine(teacher, context.models.name_of(name), params)
             workers[domain] = RolloutWorker(
                 teacher.layout, engine, params, context.seed + 1, context.inputs.tokenizer, reward_manager
             )
-        return cls(stage, workers, schedule)
+        return cls(stage, teachers, workers, schedule)
 
     def batch_for_step(
         self, step: int, prompts: Sequence[Prompt]
@@ -115,7 +118,9 @@ class TeacherAnchorSource:
         for domain, worker in self.workers.items():
             in_domain = [prompt for prompt in selected if domain is None or prompt.domain == domain]
             if in_domain:
-                generated += worker.sample(in_domain, settings.num_generations, step)
+                # Several teachers take turns on the device: scoring has offloaded them all.
+                with self.teachers.model_for(domain):
+                    generated += worker.sample(in_domain, settings.num_generations, step)
         accepted = [sample for sample in generated if sample.reward == 1.0 or not settings.only_correct]
         for index, sample in enumerate(accepted):
             anchor = dataclasses.replace(sample, id=f"{sample.id}~teacher", rollout_log_probs=None)

@@ -65,7 +65,7 @@ class TeacherRouter:
         return len(set(map(id, self.models.values()))) > 1
 
     @contextlib.contextmanager
-    def model_for(self, domain: str) -> Iterator[MegatronModel]:
+    def model_for(self, domain: str | None) -> Iterator[MegatronModel]:
         """Yield the model of ``domain``, on the device inside the block."""
         model = teacher_of(self.models, domain)
         with model.on_device(release=self._takes_turns):

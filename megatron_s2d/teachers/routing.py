@@ -15,7 +15,7 @@ def is_routed(teachers: Mapping[str | None, object]) -> bool:
     return None not in teachers
 
 
-def teacher_of[T](teachers: Mapping[str | None, T], domain: str) -> T:
+def teacher_of[T](teachers: Mapping[str | None, T], domain: str | None) -> T:
     """Return the teacher of ``domain``; raise ``UserError`` if it has none."""
     teacher = teachers.get(domain if is_routed(teachers) else None)
     if teacher is None:

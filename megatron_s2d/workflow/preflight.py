@@ -211,6 +211,12 @@ def _check_stage(
             f"{where}.overlong_buffer.len: {overlong_buffer.len} is larger than sampling.max_response_length "
             f"{stage.sampling.max_response_length}"
         )
+    needs_norm_length = isinstance(stage, SftConfig) and stage.loss_agg_mode == "seq_mean_token_sum_norm"
+    if needs_norm_length and stage.norm_length is None and stage.data is not None and stage.data not in prompts:
+        raise UserError(
+            f"{where}.norm_length: loss_agg_mode seq_mean_token_sum_norm divides by the longest response, but the "
+            f"corpus '{stage.data}' has no end: give norm_length"
+        )
     if isinstance(stage, SftConfig) and stage.data in prompts:
         missing = [prompt.id for prompt in prompts[stage.data] if prompt.solution_token_ids is None]
         if missing:

@@ -1,5 +1,7 @@
 """What the OPD sources hand to the training loop: advantages, loss weights, anchors, cached responses."""
 
+import contextlib
+import dataclasses
 import types
 
 import numpy as np
@@ -9,6 +11,7 @@ from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.objectives.advantages import AnchorSchedule
 from megatron_s2d.stages.opd import DivergenceOpdSource, PolicyGradientOpdSource, serve_teachers, token_factors
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource
+from megatron_s2d.teachers.frozen import TeacherRouter
 
 
 def opd_config(**options) -> OpdConfig:
@@ -91,7 +94,8 @@ def anchored(fakes, samples, student, teacher, step, **settings):
     config = stage.teacher_sampling
     schedule = AnchorSchedule(config.alpha_high, config.alpha_end, config.phase_1_end, config.phase_2_end)
     worker = AnchorWorker(fakes)
-    anchors = TeacherAnchorSource(stage, {None: worker}, schedule)
+    resident = types.SimpleNamespace(model_for=lambda domain: contextlib.nullcontext())
+    anchors = TeacherAnchorSource(stage, resident, {None: worker}, schedule)
     return source_of(fakes, stage, samples, student, teacher, anchors=anchors).step(step), worker
 
 
@@ -156,6 +160,108 @@ def test_cached_responses_fill_the_batch(fakes, samples, student, teacher):
     assert reads == [(8, 4)]
     assert [sample.id for sample in batch.samples[4:]] == [f"cached{index}~cached" for index in range(8, 12)]
     assert batch.loss_weights["divergence_weight"] == pytest.approx([1 / 26] * 8)
+
+
+@pytest.mark.parametrize(("fraction", "on_policy"), [(0.5, [2, 2]), (0.25, [2, 0]), (0.75, [4, 2])])
+def test_cached_responses_are_mixed_into_every_mini_batch(fakes, student, teacher, fraction, on_policy):
+    """Two mini-batches of four: equal sizes, and the cached responses fill up what the groups leave free."""
+    stage = opd_config(
+        kl_estimator="full_vocab",
+        on_policy_fraction=fraction,
+        cache="cache",
+        train_batch_size=4,
+        num_generations=2,
+        num_mini_batches=2,
+    )
+    groups = round(4 * fraction)
+    samples = [fakes.sample(f"{group}{index}", 3, group=group) for group in range(groups) for index in range(2)]
+
+    def read(start, count):
+        return [fakes.sample(f"cached{index}", 3) for index in range(start, start + count)]
+
+    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, read)
+    mini_batches = source.step(1).mini_batches
+    counts = [sum("cached" not in sample.id for sample in batch.samples) for batch in mini_batches]
+    assert counts == on_policy and [len(batch.samples) for batch in mini_batches] == [4, 4]
+    cached = [sample.id for batch in mini_batches for sample in batch.samples if "cached" in sample.id]
+    assert cached == [f"cached{index}~cached" for index in range(8 - 2 * groups)]
+
+
+def truncated(samples):
+    """The same samples, the longest of which ran into the length limit."""
+    return [dataclasses.replace(s, finish_reason="length" if s.id == "b" else "stop") for s in samples]
+
+
+@pytest.mark.parametrize("token_weighting", ["entropy", "log_ratio", "position"])
+def test_token_factors_average_to_one_over_the_tokens_that_count(fakes, samples, student, teacher, token_weighting):
+    stage = opd_config(token_weighting=token_weighting, truncated_responses="mask", sampling={"max_response_length": 8})
+    (batch,) = source_of(fakes, stage, truncated(samples), student, teacher).step(1).mini_batches
+    weights = batch.loss_weights["policy_weight"]
+    sums = {s.id: weight[s.response_mask].sum() for s, weight in zip(batch.samples, weights, strict=True)}
+    assert sums["b"] == 0 and sum(sums.values()) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_stability_weights_average_to_one_over_the_tokens_that_count(fakes, samples, student, teacher):
+    gate = {"lambda_high": 1.0, "lambda_base": 1.0, "conflict_fallback": "preserve"}
+    plain, clipped = (
+        source_of(
+            fakes,
+            opd_config(sign_gate=gate | {"stability_clip": clip}, truncated_responses="mask"),
+            truncated(samples),
+            student,
+            teacher,
+        ).step(1)
+        for clip in (None, 1.0)
+    )
+    before = {sample.id: sample for sample in plain.mini_batches[0].samples}
+    ratios = []
+    for sample in clipped.mini_batches[0].samples:
+        if sample.id != "b":
+            ratios += list(sample.advantages[sample.response_mask] / before[sample.id].advantages[sample.response_mask])
+    assert len(ratios) == 9 and np.mean(ratios) == pytest.approx(1.0, rel=1e-6)
+    assert max(ratios) > 1.2 and clipped.metrics["gate/stability_clipped_fraction"] == pytest.approx(7 / 9)
+
+
+class OffloadedTeacher:
+    """A frozen model that is either on the device or offloaded."""
+
+    def __init__(self, value: float):
+        self.value, self.on_gpu = value, False
+
+    @contextlib.contextmanager
+    def on_device(self, *, release):
+        self.on_gpu = True
+        yield
+        self.on_gpu = not release
+
+    def score(self, samples, output="log_probs"):
+        assert self.on_gpu, "scored from host memory"
+        return [np.where(sample.response_mask, self.value, 0.0).astype(np.float32) for sample in samples]
+
+
+def test_several_teachers_are_on_the_device_when_they_generate(fakes, student):
+    """They take turns: scoring offloads them all before the anchors are sampled."""
+    models = {"math": OffloadedTeacher(-1.0), "code": OffloadedTeacher(-2.0)}
+    teachers, generated = TeacherRouter(models), []
+
+    def worker(domain):
+        def sample(prompts, num_generations, step):
+            assert models[domain].on_gpu, "generated from host memory"
+            generated.append(domain)
+            return [fakes.sample(f"{domain} answer", 2, reward=1.0)]
+
+        return types.SimpleNamespace(sample=sample)
+
+    sampling = {"fraction": 1.0, "alpha_high": 0.8, "alpha_end": 0.2, "phase_1_end": 0.2, "phase_2_end": 0.6}
+    stage = opd_config(teacher={"math": "a", "code": "b"}, teacher_sampling=sampling)
+    anchors = TeacherAnchorSource(
+        stage, teachers, {domain: worker(domain) for domain in models}, AnchorSchedule(0.8, 0.2, 0.2, 0.6)
+    )
+    samples = [dataclasses.replace(fakes.sample(name, 3), domain=d) for name, d in (("a", "math"), ("b", "code"))]
+    buffer = fakes.Buffer(samples)
+    buffer.next_batch = lambda step: ([fakes.prompt("p0", "math"), fakes.prompt("p1", "code")], samples)
+    PolicyGradientOpdSource(stage, student, buffer, teachers, None, anchors).step(1)
+    assert generated == ["math", "code"] and not any(model.on_gpu for model in models.values())
 
 
 def test_mini_batches_do_not_split_groups(fakes, samples, student, teacher):

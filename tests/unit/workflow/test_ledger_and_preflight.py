@@ -66,6 +66,11 @@ def test_same_problems_under_another_name_are_recognised(cache):
         ("evaluation.sampling.max_response_length=600", "exceed the 512 positions of model 'student'"),
         ("parallel.data_parallel_size=1000", r"stages\.teacher_base: .* smaller than data_parallel_size"),
         ("tokenizer=/nowhere", "tokenizer '/nowhere' cannot be loaded"),
+        ("stages.opd.train_batch_size=200", r"stages\.opd\.train_batch_size: 200 prompts a step, but its data has 128"),
+        (
+            "stages.teacher_base.loss_agg_mode=seq_mean_token_sum_norm",
+            r"stages\.teacher_base\.norm_length: .* has no end",
+        ),
         ("data.pool={type: file, path: /nowhere/x.jsonl}", "/nowhere/x.jsonl: no such file"),
     ],
 )
