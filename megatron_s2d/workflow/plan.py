@@ -86,7 +86,7 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
         entry = check.prompts.partition("/")[0]
         resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
         resolved |= {
-            "gate": {"prompts": check.prompts, "k": check.samples_per_prompt, "num_prompts": check.num_prompts}
+            "pass_rate_check": {"prompts": check.prompts, "k": check.samples_per_prompt, "num_prompts": check.num_prompts}
         }
         resolved |= {"sampling": dump(config.evaluation.sampling)}
         _add(jobs, run_dir, f"pass_rate_checks/{number}-{check.stage}", check.stage, number, resolved, inputs, 0)
@@ -168,6 +168,9 @@ def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:
         resolved["model"] = dump(config.models[stage.model])
+    if isinstance(stage, TrainingStageConfig) and config.models[config.model_of(name)].moe_aux_loss_coeff > 0:
+        # The load-balancing loss is one of each micro-batch, so that its gradient depends on how samples are packed.
+        resolved["micro_batch"] = dump(stage.micro_batch)
     return resolved
 
 

@@ -81,6 +81,19 @@ def test_settings_that_cannot_change_a_result_rerun_nothing(tmp_path):
     assert {job.action for job in jobs.values()} == {"reuse"}
 
 
+def test_micro_batches_decide_a_result_with_a_load_balancing_loss(tmp_path):
+    """It is one of each micro-batch, so that the gradient depends on them."""
+
+    def keys(*settings):
+        config = load_workflow(SMOKE, ["models.student={preset: tiny-moe}", *settings])
+        return {job.id: job.key for job in make_plan(config, tmp_path / "none")}
+
+    other = "stages.opd.micro_batch.max_tokens_per_gpu=100"
+    assert keys()["stages/opd"] == keys(other)["stages/opd"]
+    balanced = "models.student.moe_aux_loss_coeff=0.01"
+    assert keys(balanced)["stages/opd"] != keys(balanced, other)["stages/opd"]
+
+
 def test_seed_and_data_changes_rerun_what_uses_them(tmp_path):
     write_run(tmp_path)
     assert {job.action for job in plan(tmp_path, "seed=2").values()} == {"rerun"}
