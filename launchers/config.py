@@ -76,14 +76,14 @@ class LaunchConfig(Config):
 
     @pydantic.field_validator("sbatch")
     @classmethod
-    def _options(cls, lines: list[str]) -> list[str]:
+    def _check_options(cls, lines: list[str]) -> list[str]:
         for line in lines:
             if not line.startswith("-"):
                 raise ValueError(f"'{line}' is not an option: write it as on sbatch's command line, such as --mem=0")
         return lines
 
     @pydantic.model_validator(mode="after")
-    def _time_to_save(self) -> LaunchConfig:
+    def _check_time_to_save(self) -> LaunchConfig:
         if self.signal_seconds >= 60 * self.time_limit_minutes:
             raise ValueError(
                 f"signal_seconds {self.signal_seconds} is not below the time limit of {self.time_limit_minutes} minutes"

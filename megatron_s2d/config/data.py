@@ -85,7 +85,7 @@ class FileSource(Config):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 
     @pydantic.model_validator(mode="after")
-    def _code_layouts(self) -> FileSource:
+    def _check_code_layouts(self) -> FileSource:
         if self.schema_ in ("humaneval", "mbpp_plus") and self.verifier not in ("code", None):
             raise ValueError(f"schema {self.schema_} has unit tests as labels: set verifier: code (or null)")
         return self

@@ -72,7 +72,7 @@ class GrpoConfig(TrainingStageConfig):
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
-    def _divisible(self) -> GrpoConfig:
+    def _check_divisible(self) -> GrpoConfig:
         if self.train_batch_size % self.num_mini_batches:
             raise ValueError(
                 f"train_batch_size {self.train_batch_size} must be a multiple of num_mini_batches "

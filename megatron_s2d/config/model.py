@@ -62,7 +62,7 @@ class ModelConfig(Config):
     norm_topk_prob: bool | None = None
 
     @pydantic.model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
+    def _check_one_source(self) -> ModelConfig:
         overrides = sorted(self._overrides())
         if self.preset is not None and self.preset not in PRESETS:
             close = difflib.get_close_matches(self.preset, PRESETS, n=1, cutoff=0.4)

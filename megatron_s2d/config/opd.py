@@ -33,7 +33,7 @@ class SignGateConfig(Config):
     )
 
     @pydantic.model_validator(mode="after")
-    def _interp(self) -> SignGateConfig:
+    def _check_conflict_beta(self) -> SignGateConfig:
         if (self.conflict_fallback == "interp") != (self.conflict_beta is not None):
             raise ValueError(
                 f"conflict_beta goes with conflict_fallback: interp, and only with it; conflict_fallback is "
@@ -58,7 +58,7 @@ class TeacherSamplingConfig(Config):
     )
 
     @pydantic.model_validator(mode="after")
-    def _ordered(self) -> TeacherSamplingConfig:
+    def _check_ordered(self) -> TeacherSamplingConfig:
         if self.phase_1_end > self.phase_2_end or self.alpha_end > self.alpha_high:
             raise ValueError("teacher_sampling needs phase_1_end <= phase_2_end and alpha_end <= alpha_high")
         return self
@@ -132,7 +132,7 @@ class OpdConfig(TrainingStageConfig):
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
 
     @pydantic.model_validator(mode="after")
-    def _divergence_fits(self) -> OpdConfig:
+    def _check_divergence_fits(self) -> OpdConfig:
         needs_beta = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
         if needs_beta != (self.beta is not None):
             raise ValueError(
@@ -147,7 +147,7 @@ class OpdConfig(TrainingStageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _served_teacher_fits(self) -> OpdConfig:
+    def _check_served_teacher_fits(self) -> OpdConfig:
         if self.teacher_engine != "sglang":
             return self
         if self.kl_estimator == "full_vocab" or (self.kl_estimator == "top_k" and self.top_k_source != "teacher"):
@@ -164,7 +164,7 @@ class OpdConfig(TrainingStageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _reference_fits(self) -> OpdConfig:
+    def _check_reference_fits(self) -> OpdConfig:
         if self.needs_reference and self.reference is None:
             raise ValueError("a reward scale other than 1 needs a `reference` stage (methods M4)")
         if self.reward_scale != 1.0 and (self.divergence != "reverse_kl" or self.kl_estimator == "top_k"):
@@ -178,7 +178,7 @@ class OpdConfig(TrainingStageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _labels_fit(self) -> OpdConfig:
+    def _check_labels_fit(self) -> OpdConfig:
         if self.sign_gate is not None and (self.kl_estimator != "sampled_token" or self.num_generations < 2):
             raise ValueError("sign_gate needs kl_estimator: sampled_token and at least 2 num_generations")
         if self.sign_gate is not None and self.reward_scale != 1.0:

@@ -22,7 +22,7 @@ class ParallelConfig(Config):
     sequence_parallel: bool = pydantic.Field(False, description="shard norms and activations over the tensor ranks")
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> ParallelConfig:
+    def _check_consistent(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
         ranks = self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size

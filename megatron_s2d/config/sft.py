@@ -23,7 +23,7 @@ class SftConfig(TrainingStageConfig):
     norm_length: int | None = Field(None, ge=1, description=NORM_LENGTH)
 
     @pydantic.model_validator(mode="after")
-    def _one_source(self) -> SftConfig:
+    def _check_one_source(self) -> SftConfig:
         if (self.data is None) == (self.cache is None):
             raise ValueError("set exactly one of `data` and `cache`")
         return self

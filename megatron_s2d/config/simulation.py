@@ -80,7 +80,7 @@ class SimulationConfig(Config):
     measured: MeasuredConfig = MeasuredConfig()
 
     @pydantic.model_validator(mode="after")
-    def _sizes_fit(self) -> SimulationConfig:
+    def _check_sizes_fit(self) -> SimulationConfig:
         for share in (self.parallel, self.teacher_parallel or self.parallel):
             size = share.tensor_model_parallel_size * share.pipeline_model_parallel_size
             for count in self.num_gpus:

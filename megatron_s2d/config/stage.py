@@ -68,7 +68,7 @@ class TrainingStageConfig(ModelStageConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
-    def _one_start(self) -> TrainingStageConfig:
+    def _check_one_start(self) -> TrainingStageConfig:
         if (self.model is None) == (self.init is None):
             raise ValueError("set exactly one of `model` (fresh weights) and `init` (a stage to start from)")
         return self

@@ -36,7 +36,7 @@ class AxisConfig(Config):
     )
 
     @pydantic.model_validator(mode="after")
-    def _one_form(self) -> AxisConfig:
+    def _check_one_form(self) -> AxisConfig:
         if (self.key is None) == isinstance(self.values, list):
             raise ValueError("give `key` with a list of values, or a mapping of labels without `key`")
         if len(set(self.labels)) < len(self.labels):
@@ -99,7 +99,7 @@ class SweepConfig(Config):
     gpu: str | None = Field(None, description="GPU of the runs, to compute MFU: h200, h100, ...; null: no MFU")
 
     @pydantic.model_validator(mode="after")
-    def _refers_to_axes(self) -> SweepConfig:
+    def _check_refers_to_axes(self) -> SweepConfig:
         for name in self.grid:
             if not _LABEL.fullmatch(name) or name == "seed":
                 raise ValueError(

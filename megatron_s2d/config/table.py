@@ -24,7 +24,7 @@ class TableColumn(Config):
     paper: str | None = Field(None, description="the paper's column for comparison of the rows' order")
 
     @pydantic.model_validator(mode="after")
-    def _one_kind(self) -> TableColumn:
+    def _check_one_kind(self) -> TableColumn:
         if self.average and self.prompts is not None:
             raise ValueError("give `prompts` or `average`, not both")
         return self
@@ -54,7 +54,7 @@ class TableConfig(Config):
     rows: list[TableRow] = Field(min_length=1)
 
     @pydantic.model_validator(mode="after")
-    def _fits(self) -> TableConfig:
+    def _check_fits(self) -> TableConfig:
         labels = [column.label for column in self.columns]
         if len(set(labels)) < len(labels):
             raise ValueError("two columns have the same label")

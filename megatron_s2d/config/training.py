@@ -48,14 +48,14 @@ class SamplingConfig(Config):
 
     @pydantic.field_validator("temperature")
     @classmethod
-    def _temperature(cls, value: float) -> float:
+    def _check_temperature(cls, value: float) -> float:
         if 0 < value < LEAST_TEMPERATURE:
             raise ValueError(f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
         return value
 
     @pydantic.field_validator("top_k")
     @classmethod
-    def _top_k(cls, value: int) -> int:
+    def _check_top_k(cls, value: int) -> int:
         if value == 0 or value < -1:
             raise ValueError("top_k must be -1 (every token) or at least 1")
         return value
@@ -102,7 +102,7 @@ class SglangConfig(Config):
 
     @pydantic.field_validator("urls")
     @classmethod
-    def _urls(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+    def _check_urls(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
         for model, urls in value.items():
             for url in urls:
                 if not url.startswith(("http://", "https://")):
@@ -112,7 +112,7 @@ class SglangConfig(Config):
         return value
 
     @pydantic.model_validator(mode="after")
-    def _seeds(self) -> SglangConfig:
+    def _check_seeds(self) -> SglangConfig:
         if self.enable_deterministic_inference and self.urls:
             raise ValueError(
                 "enable_deterministic_inference applies to started servers only: start the servers in `urls` with "
@@ -171,7 +171,7 @@ class RolloutConfig(Config):
     sglang: SglangConfig = SglangConfig()
 
     @pydantic.model_validator(mode="after")
-    def _memory(self) -> RolloutConfig:
+    def _check_memory(self) -> RolloutConfig:
         if self.sglang.enable_memory_saver and self.async_mode != "sync":
             raise ValueError(
                 "with sglang.enable_memory_saver the servers have no memory during training: set async_mode: sync, or "

@@ -123,13 +123,13 @@ class WorkflowConfig(Config):
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
 
     @pydantic.model_validator(mode="after")
-    def _fp8(self) -> WorkflowConfig:
+    def _check_fp8(self) -> WorkflowConfig:
         if self.fp8 is not None and self.precision != "bfloat16":
             raise ValueError(f"fp8 needs precision bfloat16, not {self.precision}: remove fp8 or change precision")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _layouts(self) -> WorkflowConfig:
+    def _check_layouts(self) -> WorkflowConfig:
         others = self.teacher_parallel if isinstance(self.teacher_parallel, dict) else {"": self.teacher_parallel}
         for stage, other in others.items():
             if stage and stage not in self.stages:
@@ -142,7 +142,7 @@ class WorkflowConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _older_weights(self) -> WorkflowConfig:
+    def _check_older_weights(self) -> WorkflowConfig:
         """Check the settings of stages whose responses may come from weights older than the trained ones."""
         rollout = self.rollout
         if rollout.over_sampling_ratio == 1.0 and rollout.async_mode == "sync":
@@ -189,7 +189,7 @@ class WorkflowConfig(Config):
         return self.teacher_parallel or self.parallel
 
     @pydantic.model_validator(mode="after")
-    def _references(self) -> WorkflowConfig:
+    def _check_references(self) -> WorkflowConfig:
         for name, stage in self.stages.items():
             self._check_stage(name, stage)
         self.stage_order()

@@ -290,8 +290,8 @@ def _mbpp_plus(row: _Row) -> tuple:
         inputs += calls
     try:
         text = ast.literal_eval(row.text("prompt").strip())
-        example, compare = _assert_form(row.text("assertion"), name)
-        _, compare_in_prompt = _assert_form(text, name)
+        example, compare = _parse_assert(row.text("assertion"), name)
+        _, compare_in_prompt = _parse_assert(text, name)
         tolerance = float(row.get("atol"))
     except (SyntaxError, ValueError, TypeError) as error:
         raise row.error(f"'prompt', 'assertion' or 'atol' does not follow MBPP+ ({error})") from None
@@ -307,7 +307,7 @@ def _mbpp_plus(row: _Row) -> tuple:
     return row.text("task_id"), [], text.strip(), json.dumps(label), _fenced(reference)
 
 
-def _assert_form(text: str, name: str) -> tuple[str, str]:
+def _parse_assert(text: str, name: str) -> tuple[str, str]:
     """Return the argument list and "equal", "set" or "truth" of the first ``assert ... name(arguments) ...``."""
     line = _LEADING_ASSERT.search(text)
     if line is None:

@@ -148,7 +148,7 @@ class _StageEstimate:
             phases = self._generation(shard) | {"score": self._cache_scoring(shard)}
             return StageMemory(shard.pp_rank, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
         work = self._workload()
-        teacher = self._teacher_states()
+        teacher = self._teacher_inputs()
         phases = self._generation(shard) | self._scores(shard, work)
         phases["train"] = train_phase(shard, self.build, work, on_gpu=self.on_gpu, teacher=teacher)
         phases["update"] = update_phase(shard, self.build, on_gpu=self.on_gpu)
@@ -215,7 +215,7 @@ class _StageEstimate:
                 resident.append(max(same_role, key=lambda memory: memory.total))
         return resident
 
-    def _teacher_states(self) -> TeacherInputs | None:
+    def _teacher_inputs(self) -> TeacherInputs | None:
         stage = self.stage
         if isinstance(stage, ForwardKlConfig):
             cache = self.config.stages[stage.cache]
@@ -245,7 +245,7 @@ class _StageEstimate:
             scorer = shards[shard.pp_rank] if parallel == self.parallel else shards[-1]
             scorer_work = self._workload(parallel=parallel)
             states = None
-            if self._teacher_states() is not None and scorer.is_pipeline_last_stage:
+            if self._teacher_inputs() is not None and scorer.is_pipeline_last_stage:
                 states = lazy_hidden_states(scorer, self.build, scorer_work, spec, on_gpu=self.on_gpu)
                 if parallel != self.parallel:
                     states += 2 * P2P_BUCKET_BYTES

@@ -97,12 +97,12 @@ class Layout:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Install this layout's groups as Megatron's global groups within the block."""
-        before = _snapshot()
-        _install(self._globals)
+        before = _snapshot_parallel_state()
+        _install_parallel_state(self._globals)
         try:
             yield
         finally:
-            _install(before)
+            _install_parallel_state(before)
 
     def destroy(self) -> None:
         """Destroy the process groups of this layout, with their threads and connections; every rank calls it.
@@ -150,7 +150,7 @@ def build_layout(config: ParallelConfig) -> Layout:
             f"context {config.context_parallel_size} x data {config.data_parallel_size} needs {config.world_size} "
             f"ranks, but the job has {world_size}: change the parallel sizes or the number of processes"
         )
-    before = _snapshot()
+    before = _snapshot_parallel_state()
     groups_before = set(_process_groups())
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -164,13 +164,13 @@ def build_layout(config: ParallelConfig) -> Layout:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     created = tuple(group for group in _process_groups() if group not in groups_before)
-    layout = Layout(config, groups, _output_ranks(config, groups), _snapshot(), created)
+    layout = Layout(config, groups, _output_ranks(config, groups), _snapshot_parallel_state(), created)
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     if before.get("_TENSOR_MODEL_PARALLEL_GROUP") is not None:
-        _install(before)
+        _install_parallel_state(before)
     return layout
 
 
@@ -200,7 +200,7 @@ def _process_groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map)
 
 
-def _snapshot() -> dict[str, object]:
+def _snapshot_parallel_state() -> dict[str, object]:
     return {
         name: dict(value) if isinstance(value, dict) else value
         for name, value in vars(parallel_state).items()
@@ -208,5 +208,5 @@ def _snapshot() -> dict[str, object]:
     }
 
 
-def _install(state: dict[str, object]) -> None:
+def _install_parallel_state(state: dict[str, object]) -> None:
     vars(parallel_state).update(state)

@@ -47,7 +47,7 @@ def shown_pass_ks(results: RunResults) -> list[int]:
     return sorted(common - {1})[-3:]
 
 
-def headline(results: RunResults) -> str:
+def contrast_summary(results: RunResults) -> str:
     """Return one sentence on how many contrasts agree with the paper."""
     counts = Counter(contrast.agreement for contrast in results.contrasts)
     parts = [f"{counts[key]} {text}" for key, text in _COUNTED.items() if counts[key]]
@@ -82,8 +82,8 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         images={name: _image(png) for name, png in plots.items()},
         pass_ks=shown_pass_ks(results) if results.arms else [],
         domains=_domains(results.arms),
-        headline=headline(results),
-        stages=[_stage(stage) for stage in results.stages],
+        summary=contrast_summary(results),
+        stages=[_stage_row(stage) for stage in results.stages],
         words={"agrees": "as expected", "undecided": "undecided", "against": "against", "no expectation": "open"},
     )
 
@@ -115,7 +115,7 @@ def _domains(arms: tuple[ArmResult, ...]) -> list[str]:
     return sorted({domain for arm in arms for domain in arm.domains})
 
 
-def _stage(stage: StageRun) -> dict[str, Any]:
+def _stage_row(stage: StageRun) -> dict[str, Any]:
     config, lineage = stage.directory.config(), stage.directory.lineage()
     return {
         "name": stage.name,

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.diagnostics import plot_diagnostics
-from megatron_s2d.report.html_page import headline, render_html, shown_pass_ks, visible
+from megatron_s2d.report.html_page import contrast_summary, render_html, shown_pass_ks, visible
 from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage
 from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults
 
@@ -70,7 +70,7 @@ def print_report(results: RunResults, console: Console) -> None:
         console.print(Text(f"refused: {contrast.a} - {contrast.b}: {contrast.reason}", style="yellow"))
     for warning in results.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
-    console.print(Text(f"{headline(results)} {format_seconds(results.wall_seconds)} of wall-clock time."))
+    console.print(Text(f"{contrast_summary(results)} {format_seconds(results.wall_seconds)} of wall-clock time."))
 
 
 def render_markdown(results: RunResults) -> str:
@@ -79,7 +79,7 @@ def render_markdown(results: RunResults) -> str:
     if results.description:
         lines += [_cell(results.description), ""]
     took = format_seconds(results.wall_seconds)
-    lines += [f"{headline(results)} Seed {results.seed}, {took} of wall-clock time.", ""]
+    lines += [f"{contrast_summary(results)} Seed {results.seed}, {took} of wall-clock time.", ""]
     lines += [f"**Warning:** {_cell(warning)}\n" for warning in results.warnings]
     lines += _markdown_table(*_arm_table(results))
     lines += ["", "Mean over problems ± one standard error over problems, in per cent.", ""]

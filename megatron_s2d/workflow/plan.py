@@ -86,7 +86,11 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
         entry = check.prompts.partition("/")[0]
         resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
         resolved |= {
-            "pass_rate_check": {"prompts": check.prompts, "k": check.samples_per_prompt, "num_prompts": check.num_prompts}
+            "pass_rate_check": {
+                "prompts": check.prompts,
+                "k": check.samples_per_prompt,
+                "num_prompts": check.num_prompts,
+            }
         }
         resolved |= {"sampling": dump(config.evaluation.sampling)}
         _add(jobs, run_dir, f"pass_rate_checks/{number}-{check.stage}", check.stage, number, resolved, inputs, 0)

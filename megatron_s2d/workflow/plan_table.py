@@ -59,7 +59,7 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
         table.add_row(job.id, kind, config.model_of(job.stage), steps, inputs, action)
     console.print(table)
     console.print(_labels(preflight))
-    for line in _fingerprints(preflight):
+    for line in _fingerprint_lines(preflight):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -74,7 +74,7 @@ def _labels(preflight: Preflight) -> Table:
     return table
 
 
-def _fingerprints(preflight: Preflight) -> list[str]:
+def _fingerprint_lines(preflight: Preflight) -> list[str]:
     """Return digests that tell whether two runs use the same tokens and chat template."""
     tokenizer = preflight.tokenizer
     sizes = ", ".join(f"{name} {spec.vocab_size}" for name, spec in preflight.specs.items())
