@@ -89,7 +89,7 @@ def _refuse_huge_numbers(value: Any, key: str, source: str) -> None:
             f"{source}: {key}: {value:.3g} is more than anything counted here (at most {LARGEST_INTEGER:,})"
         )
     elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
-        raise UserError(f"{source}: {key}: {value:.3g} leaves float32 no room to compute (at most {LARGEST_FLOAT:g})")
+        raise UserError(f"{source}: {key}: {value:.3g} is too large for float32 arithmetic (at most {LARGEST_FLOAT:g})")
 
 
 def _refuse_booleans_as_numbers(document: Any, config: Any, key: str, source: str) -> None:

@@ -1,6 +1,6 @@
 """Renamed configuration keys and values: a file that uses a previous one raises an error with the new one.
 
-The tables and this module go away with version 1.0. Patterns are dotted paths in the file; ``*`` stands for one part.
+Version 1.0 will remove this module. Patterns are dotted paths in the file; ``*`` stands for one part.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which model: what a user writes (``ModelConfig``) and the complete description it resolves to (``ModelSpec``).
+"""Model configuration: the settings of a user (``ModelConfig``) and the complete description (``ModelSpec``).
 
-A model comes from a preset, from the ``config.json`` of a Hugging Face directory, or from fields written out; single
-fields of a preset can be overridden. No torch here.
+A model comes from a preset, from the ``config.json`` of a Hugging Face directory, or from explicit fields; fields of a
+preset can be overridden. No torch here.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from megatron_s2d.errors import UserError
 
 MAX_BYTES = 10 * 2**20
 MAX_DEPTH = 50
-MAX_NODES = 200_000  # with every alias counted as what it stands for
+MAX_NODES = 200_000  # with aliases expanded
 
 
 class _Problem(yaml.MarkedYAMLError):
@@ -66,7 +66,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                problem = f"the key '{key.value}' stands in lines {lines[key.value]} and {line}; keep one of them"
+                problem = f"the key '{key.value}' appears in lines {lines[key.value]} and {line}; keep one of them"
                 raise _Problem(None, None, problem, key.start_mark)
             lines[key.value] = line
         return node
@@ -82,7 +82,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of one YAML document; a ``UserError`` of a text that is refused begins with ``source``."""
+    """Return the value of one YAML document; the message of a ``UserError`` starts with ``source``."""
     try:
         loader = _StrictLoader(text)
         try:

@@ -54,7 +54,7 @@ class _Row:
         return UserError(f"{self.path}: row {self.number}: {message}")
 
     def find(self, column: str) -> Any:
-        """Return the value, or None if there is none."""
+        """Return the value, or None if it is missing."""
         if column in self.columns:
             return self.columns[column]
         value: Any = self.columns

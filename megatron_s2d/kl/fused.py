@@ -247,7 +247,7 @@ class _Pass:
         cotangents: dict[str, torch.Tensor],
         out: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the gradient by the raw logits (the student's temperature divides once more), in ``out`` if given."""
+        """Return the gradient by the logits before the student's temperature, in ``out`` if given."""
         if isinstance(self.temperature, torch.Tensor) or self.temperature != 1.0:
             cotangents = {k: over_temperature(v.clone(), self.temperature, block) for k, v in cotangents.items()}
         return gradient(z, teacher, target, evaluated, cotangents, self.call.plan, self.call.backend, out)
@@ -293,7 +293,7 @@ class _GradientAccumulator:
         return self.buffer[block.start - self.begin : block.stop - self.begin]
 
     def add(self, block: slice, delta: torch.Tensor) -> None:
-        """Add one chunk's gradient by logits [c, v_tp], which was written where ``buffer_for`` said."""
+        """Add one chunk's gradient by logits [c, v_tp], written to the buffer that ``buffer_for`` returned."""
         if self.buffer is None:
             self._multiply(block, delta)
 

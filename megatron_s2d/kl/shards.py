@@ -1,4 +1,4 @@
-"""Which global token ids a rank's columns stand for, and the collectives that join or move vocabulary shards.
+"""Vocabulary shards: the global token ids of a rank's columns, and the collectives that gather or move shards.
 
 Output layers are padded to a multiple of the tensor-parallel size. Padding columns are cut off before any arithmetic,
 so nothing here masks by adding minus infinity. Rows of an output layer are addressed by global token id only, so two

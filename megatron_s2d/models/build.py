@@ -54,7 +54,7 @@ def _count_tokens_per_expert(
     """Return the group's tokens of each expert [e], the mean number of tokens of a rank, and their sum.
 
     Replaces the function of Megatron-Core 0.19.2, which sums the counts of this rank in place where there is a padding
-    mask: its count of this rank is then the group's, and the router multiplies by the group's size once more, so that
+    mask: its count of this rank is then the group's, and the router multiplies by the group's size again, so that
     the gradient of the auxiliary loss is too large by TP x CP. The mean, and not this rank's count, because the router
     weights every rank's share by it, and padding is not spread evenly over ranks.
     """

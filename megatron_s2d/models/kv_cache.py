@@ -1,7 +1,7 @@
 """KV cache for decoding with Megatron models: a static inference context that stores keys after rotary embedding.
 
 Megatron's own static context stores keys unrotated and rotates the full history again in every step; its self-attention
-has one method where keys and values meet the context, and ``CachedSelfAttention`` overrides that one. Sequences of a
+adds keys and values to the context in one method, which ``CachedSelfAttention`` overrides. Sequences of a
 batch end at the same column: shorter prompts are padded on the left, and the padding is masked. Positions are counted
 without the padding, so rotations are those of the unpadded sequence; they are computed once per step, not once per
 layer.

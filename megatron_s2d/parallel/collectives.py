@@ -1,6 +1,6 @@
-"""Collectives on Python values: broadcast what one rank knows, gather what every rank knows, agree on flags and errors.
+"""Collectives on Python values: broadcast from one rank, gather from all ranks, agree on flags and errors.
 
-Objects travel pickled, so these serve control flow and small results; tensors go through ``torch.distributed`` itself.
+Objects are pickled, so these serve control flow and small results; tensors go through ``torch.distributed`` itself.
 Every function is collective: all ranks of the group (by default of the job) must call it in the same order.
 """
 

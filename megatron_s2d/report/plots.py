@@ -111,7 +111,7 @@ def plot_stage(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 
 def running_mean(values: np.ndarray, half_width: int) -> np.ndarray:
-    """[n] float64: mean of the finite values within ``half_width`` steps on either side; NaN where there is none."""
+    """Return the mean of the finite values within ``half_width`` steps on both sides [n], NaN without any; float64."""
     result = np.full(len(values), math.nan)
     for index in range(len(values)):
         window = values[max(0, index - half_width) : index + half_width + 1]

@@ -154,7 +154,7 @@ class RolloutExample:
     problem_id: str
     prompt: str
     response: str
-    answer: str | None  # the label; None where there is none
+    answer: str | None  # the label, if any
     reward: float | None
     verifier_label: str
     finish_reason: str

@@ -113,7 +113,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last weight update measured, for the step's row."""
+        """Return the measurements of the last weight update, for the step's row."""
         ...
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ class OfflineSource:
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:
-    """Return a reader of ``samples`` that shuffles them anew every epoch."""
+    """Return a reader of ``samples`` that reshuffles them every epoch."""
 
     def read(start: int, count: int) -> list[Sample]:
         orders: dict[int, np.ndarray] = {}

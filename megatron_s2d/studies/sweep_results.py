@@ -55,7 +55,7 @@ class ContrastRow:
 
 @dataclasses.dataclass(frozen=True)
 class FitRow:
-    """A fitted power law, or the reason that there is none."""
+    """A fitted power law, or the reason why it is missing."""
 
     fit: FitConfig
     others: Mapping[str, str]

@@ -3,8 +3,8 @@
 A teacher gives final hidden states; the loss computes its distribution from them with the teacher's output layer, which
 is sharded like the student's. A teacher of another layout computes on its own data-parallel ranks, and its hidden
 states are sent to the ranks that train on them (``hidden_state_transfer.py``). Teachers that take turns on the device
-are offloaded to host memory. Left out: cached teachers (``cached.py``), served ones (``served.py``) and what the
-distributions are used for (``stages/opd.py``).
+are offloaded to host memory. Elsewhere: cached teachers (``cached.py``), served teachers (``served.py``), and the use
+of the distributions (``stages/opd.py``).
 
 Shapes: t counted positions, v_tp local vocabulary, k top-k entries.
 """

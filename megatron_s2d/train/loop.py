@@ -1,8 +1,8 @@
 """The training loop: sample, score, pack, forward and backward, optimizer step, weight update, metrics, checkpoint.
 
-Every stage that trains calls ``train`` with a source of samples and an objective; the loop knows neither the method nor
-the layout, and all ranks run the same lines. The data of a step is a function of its number and of the weights alone,
-so a killed run resumes from its last checkpoint with the same result as an uninterrupted one.
+Every stage that trains calls ``train`` with a source of samples and an objective; the loop depends on neither the
+method nor the layout, and all ranks run the same code. The data of a step is a function of its number and of the
+weights alone, so a killed run resumes from its last checkpoint with the same result as an uninterrupted one.
 
 A step samples once and splits its samples into mini-batches; each mini-batch gives one optimizer update, whose
 gradients are accumulated over micro-batches.

@@ -11,7 +11,7 @@ RESUME_HINT = "run the same command again to resume"
 
 @dataclasses.dataclass(frozen=True)
 class RankAddress:
-    """Rank of a process in its job, and the file through which the job's ranks meet (it must not exist yet)."""
+    """Rank of a process in its job, and the file for the rendezvous of the job's ranks (it must not exist yet)."""
 
     rank: int
     world_size: int

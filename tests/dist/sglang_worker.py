@@ -166,8 +166,8 @@ def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, direc
     second = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
     engine.close()
     return {
-        "begun": sorted({sample.id for part in all_gather_object(samples) for sample in part}),
-        "begun_gap": max(all_gather_object(gap)),
+        "partial": sorted({sample.id for part in all_gather_object(samples) for sample in part}),
+        "partial_gap": max(all_gather_object(gap)),
         "mixed": sum(all_gather_object(mixed)),
         "carried": sorted({sample.id for part in all_gather_object([*first, *second]) for sample in part}),
         "half": all_gather_object(len(taken) == half * 2),

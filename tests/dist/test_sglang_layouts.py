@@ -46,7 +46,7 @@ def test_a_failed_weight_update_raises_the_same_error_on_every_rank(results, cas
 @pytest.mark.parametrize("case", CASES)
 def test_partial_responses_continue_after_a_weight_update(results, case):
     result = results[case]
-    assert len(result["begun"]) == 12 and result["begun_gap"] < 1e-5
+    assert len(result["partial"]) == 12 and result["partial_gap"] < 1e-5
     assert result["mixed"] == 12  # all were interrupted with tokens
-    assert result["carried"] == [f"{name}again" for name in result["begun"]]
+    assert result["carried"] == [f"{name}again" for name in result["partial"]]
     assert all(result["half"])

@@ -259,8 +259,8 @@ class _StopStrings:
     def __init__(self, strings: list[tuple[str, ...]], decode: Any):
         self._strings = strings  # of each row of the batch
         self._decode = decode
-        # A token has at least one byte, so a match that the newest token completes lies within as many tokens as the
-        # string has bytes; a few more, because decoders treat the start of a text differently.
+        # A token has at least one byte, so a match that the newest token completes spans at most as many tokens as
+        # the string has bytes; a few more, because decoders treat the start of a text differently.
         self._window = 4 + max(len(text.encode()) for texts in strings for text in texts)
 
     @classmethod

@@ -159,7 +159,7 @@ class WeightTransfer(Protocol):
     """One weight update of idle servers. All methods may raise ``WeightUpdateFailed`` or ``UserError``."""
 
     def begin(self) -> None:
-        """Have servers stop generating and drop what the old weights computed."""
+        """Stop generation on the servers and discard results of the old weights."""
         ...
 
     def send(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:

@@ -101,7 +101,7 @@ class ServedEngine:
         self._server_group, self._spec, self._layout = group, group.spec, group.layout
         self._rollout, self._tokenizer = group.rollout, group.tokenizer
         self._submitted: PendingBatch | None = None
-        self._refusal = ""  # why what was submitted cannot be answered, whatever is retried
+        self._refusal = ""  # why the submitted requests can never be answered
         # By request id, of groups that were not complete in time.
         self._carried: dict[str, Sample | PartialRollout] = {}
 

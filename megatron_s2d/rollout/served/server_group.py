@@ -77,7 +77,7 @@ class ServerGroup:
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; send the weights to them.
 
-        Then each server does once what the stage requires, at its temperature and length.
+        Then each server answers one test request of every kind that the stage sends, at its temperature and length.
 
         score: collective. directory: for weights and logs. tokenizer: needed for stop strings. on_device: inside it
         weights are on the device. Raises ``UserError`` on every rank if one rank cannot continue.
@@ -120,7 +120,7 @@ class ServerGroup:
     def recover(self) -> None:
         """Send the current weights to the servers that had a problem.
 
-        Behind a router nobody knows which server a bad reply came from, so all of them are checked.
+        Behind a router it is unknown which server sent an invalid reply, so all of them are checked.
         """
         router = self.pool.router
         if router is not None and router.problem:
@@ -361,6 +361,6 @@ class ServerGroup:
         counts = collections.Counter(digests.values())
         common = max(counts, key=counts.__getitem__, default="")
         if 2 * counts[common] <= len(digests):
-            common = ""  # no majority: nobody knows which are right
+            common = ""  # no majority: it is unknown which are right
         problem = "the digest of its weights is not that of the other servers"
         return {url: problem for url, digest in digests.items() if digest != common}, len(digests)

@@ -1,7 +1,7 @@
 """HTTP requests to several servers: bounded attempts with back-off, every reply checked.
 
 A failed attempt is retried on the next server. A server that is gone, or that answers with other weights than the
-current ones, gets no further requests: ``ServerPool.problems`` says why, and whoever owns the servers repairs them.
+current ones, gets no further requests: ``ServerPool.problems`` says why, and the owner of the servers repairs them.
 ``generation.py`` generates responses; this file has the single request, and scores.
 """
 
@@ -25,7 +25,7 @@ _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled before each fu
 _ABORT_SECONDS = 5.0
 _CONNECT_SECONDS = 30.0
 _OTHER_FILES = 512  # that the process may have open beside its connections
-_KEEP_SECONDS = 2.0  # an idle connection; servers close theirs after 5 s, which must not meet a request
+_KEEP_SECONDS = 2.0  # of an idle connection; servers close theirs after 5 s, which must not hit a request
 
 
 class NoHealthyServer(Exception):
@@ -206,7 +206,7 @@ class Session:
             await asyncio.sleep(0.1)
 
     async def _abort(self, server: Server, request_ids: Sequence[str], reason: str) -> None:
-        """Abort requests whose replies nobody waits for; a server that does not even do that has a problem."""
+        """Abort requests whose replies are no longer needed; a server that fails to do so is marked with a problem."""
         # A router does not forward aborts, and does not say where a request went.
         targets = self._pool.servers if server is self._pool.router else [server]
         timeout = aiohttp.ClientTimeout(_ABORT_SECONDS)

@@ -1,4 +1,4 @@
-"""Checks of servers before the first step: that they fit the model, and do once what the stage will request.
+"""Checks of servers before the first step: that they match the model and can answer the requests of the stage.
 
 Without them a difference would show hours later: another tokenizer once a stop string does not stop, a smaller context
 with the longest responses only. A difference is a ``UserError`` of one line that names it. That weights have arrived is
@@ -31,7 +31,7 @@ _PROMPT_TOKENS, _NEW_TOKENS, _NUM_PROBES = 8, 16, 4
 
 
 class StartupChecks:
-    """Compares servers with the trainer's model, and rehearses what the stage requires of them."""
+    """Compares servers with the trainer's model, and sends test requests like those of the stage."""
 
     def __init__(
         self, backend: ServerBackend, spec: ModelSpec, requirements: ServerRequirements, settings: ServerConfig
@@ -62,7 +62,7 @@ class StartupChecks:
         return [server for server in servers if server.url not in problems]
 
     def dry_run(self, servers: Sequence[Server], weight_version: str, score: Score, tolerance: float) -> None:
-        """Have every healthy server do once what the stage requires, or raise ``UserError``; collective.
+        """Send every healthy server test requests like those of the stage; raise ``UserError`` on failure; collective.
 
         score: the trainer's log-probabilities of samples, collective.
         """

@@ -1,6 +1,6 @@
 """SGLang server and router processes on this machine: started, watched, ended with all their children.
 
-Servers bind to the loopback interface, and so does the router that can stand in front of them. Their output goes to a
+Servers bind to the loopback interface, and so does the optional router in front of them. Their output goes to a
 log file, which errors name.
 """
 
@@ -213,7 +213,7 @@ def is_healthy(url: str, *, checks: int = 1) -> bool:
 
 
 def _free_port() -> int:
-    """Return a port that nobody listens at.
+    """Return an unused port.
 
     A server listens minutes after this. Ports of outgoing connections (32768 and up) may be taken by then, so it is
     below those.

@@ -17,8 +17,8 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" fo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: 1\nb: 2\na: 3\n", r"file.yaml:3: the key 'a' stands in lines 1 and 3"),
-        (b"s:\n  x: {k: 1, k: 2}\n", r"file.yaml:2: the key 'k' stands in lines 2 and 2"),
+        (b"a: 1\nb: 2\na: 3\n", r"file.yaml:3: the key 'a' appears in lines 1 and 3"),
+        (b"s:\n  x: {k: 1, k: 2}\n", r"file.yaml:2: the key 'k' appears in lines 2 and 2"),
         (b"a: 1\nb: .inf\n", r"file.yaml:2: .inf is not a finite number"),
         (b"b: -.INF\n", r"file.yaml:1: -.INF is not a finite number"),
         (b"b: .nan\n", r"file.yaml:1: .nan is not a finite number"),
@@ -64,7 +64,7 @@ def test_invalid_override_is_a_one_line_error():
         ("stages.opd.optimizer.weight_decay=true", "weight_decay: expected a number, got true"),
         ("seed=1000000000000000000000000000000", "seed: 1e+30 is more than anything counted here"),
         ("stages.opd.train_batch_size=1000000000000000000", "1e+18 is more than anything counted here"),
-        ("stages.opd.optimizer.lr=1.0e+300", "leaves float32 no room"),
+        ("stages.opd.optimizer.lr=1.0e+300", "is too large for float32 arithmetic"),
         ("stages.opd.optimizer.lr=3.0", "less than or equal to 1"),
         ("contrasts.0.b=half_bridge_stage3", "has no keys below it"),
         ("contrasts=[{a: half_bridge_stage3, b: half_bridge_stage3, factor: x}]", "with itself"),
