@@ -1,4 +1,4 @@
-"""What the commands of ``s2d`` share: help texts, common arguments, the console."""
+"""Shared parts of the ``s2d`` commands: help texts, common arguments, the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``s2d run``, ``plan`` and ``launch``: train a workflow, or say what training it takes."""
+"""``s2d run``, ``plan`` and ``launch``: train a workflow, or show what training it would need."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from megatron_s2d.records import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class LedgerEntry:
-    """Which prompts a stage reads and whether it uses their labels."""
+    """The prompts that a stage reads, and whether it uses their labels."""
 
     stage: str
     prompts: str  # entry of `data`, with its half

@@ -1,4 +1,4 @@
-"""What one pass computes, and the merge of the shards' statistics to per-token values; shared by all backends.
+"""The plan of one pass, and the merge of the shards' statistics to per-token values; shared by all backends.
 
 p: student with logits z, q: teacher with logits y, both after temperature.
 
@@ -24,7 +24,7 @@ from megatron_s2d.kl.jsd import MIXTURES
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one pass computes. ``outputs`` are names of ``TokenOutputs`` fields; ``beta`` belongs to mixtures."""
+    """The outputs and statistics of one pass. ``outputs`` are names of ``TokenOutputs`` fields; ``beta`` belongs to mixtures."""
 
     outputs: tuple[str, ...]
     has_teacher: bool

@@ -1,4 +1,4 @@
-"""Per-token results of one pass over the vocabulary, the metrics made of them, and the one misuse that is refused.
+"""Per-token results of one pass over the vocabulary, their metrics, and the sampled reverse KL.
 
 Shapes: t tokens.
 """

@@ -259,7 +259,7 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
 
 
 def set_high_precision_init_val(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
-    """Let the float32 master of an FP8 parameter start from ``values`` instead of their FP8 rounding.
+    """Start the float32 master of an FP8 parameter from ``values`` instead of their FP8 rounding.
 
     Transformer Engine stores the values that it initialised such a parameter with, for the optimizer to read once;
     weights that are loaded later must replace them. No-op for other parameters.

@@ -163,7 +163,7 @@ def _use_cpu_random_state() -> None:
 
 
 def _pass_split_sizes_as_numpy() -> None:
-    """Let the MoE dispatcher convert split sizes to NumPy arrays, as the all-to-all requires, from CPU tensors too."""
+    """Make the MoE dispatcher convert split sizes to NumPy arrays, as the all-to-all requires, from CPU tensors too."""
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -42,7 +42,7 @@ def _finalize(value: Any) -> Any:
 
 
 def shown_pass_ks(results: RunResults) -> list[int]:
-    """The k of pass@k that every arm has and that fit a table: at most three, 1 (which is avg@k) left out."""
+    """Return at most three k of pass@k that every arm has, without 1 (which is avg@k)."""
     common = set.intersection(*(set(arm.pass_at_k) for arm in (*results.arms, *results.also_evaluated)))
     return sorted(common - {1})[-3:]
 
@@ -66,7 +66,7 @@ _COUNTED = {
 
 
 def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
-    """The page; ``plots`` holds PNGs under ``arms``, ``contrasts`` and ``stage/<name>``, each shown where present."""
+    """Return the page; ``plots`` has PNGs under ``arms``, ``contrasts`` and ``stage/<name>``, all optional."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -106,7 +106,7 @@ def _facts(token: Mapping[str, Any]) -> str:
 
 
 def _image(png: bytes) -> dict[str, Any]:
-    """The PNG as an address, and its width in CSS pixels (96 to the inch) so that all text has one size."""
+    """Return the PNG as a data URL with its width in CSS pixels (96 per inch), so that all text has one size."""
     width = int.from_bytes(png[16:20], "big")
     return {"src": "data:image/png;base64," + base64.b64encode(png).decode("ascii"), "width": round(width * 96 / DPI)}
 

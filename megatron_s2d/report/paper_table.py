@@ -53,14 +53,14 @@ class PaperTable:
     agreements: list[Agreement]
 
     def as_json(self) -> dict[str, Any]:
-        """The entry of ``results.json``."""
+        """Return the entry of ``results.json``."""
         return dataclasses.asdict(self)
 
 
 def make_table(
     config: WorkflowConfig, evaluations: Mapping[str, Evaluation], problems: Mapping[str, Sequence[str]]
 ) -> PaperTable | None:
-    """The workflow's ``table``, if it has one.
+    """Return the workflow's ``table``, if it has one.
 
     ``evaluations``: stage -> evaluation; ``problems``: entry of ``evaluation.prompts`` -> ids of its problems.
     """
@@ -139,7 +139,7 @@ class _Parts:
         return [other for other in self.table.columns if other.label in column.average]
 
     def _evaluation(self, row: TableRow, column: TableColumn) -> Evaluation | None:
-        """The row's evaluation on the column's problems."""
+        """Return the row's evaluation on the column's problems."""
         arm = row.arm_of(column)
         if arm is None:
             return None

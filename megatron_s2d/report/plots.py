@@ -63,7 +63,7 @@ def plot_arms(arms: Sequence[ArmResult], also: Sequence[ArmResult]) -> bytes:
 
 
 def plot_contrasts(contrasts: Sequence[ContrastResult]) -> bytes:
-    """The difference of every contrast with its interval, beside a line at zero."""
+    """Plot the difference of every contrast with its interval, and a line at zero."""
     figure = Figure(figsize=(8.4, 1.2 + 0.46 * len(contrasts)), layout="constrained")
     axes = figure.add_subplot()
     shown: set[str] = set()
@@ -122,7 +122,7 @@ def running_mean(values: np.ndarray, half_width: int) -> np.ndarray:
 
 
 def tidy(axes: Axes, grid: str) -> None:
-    """The house style of axes; ``grid``: x, y or both."""
+    """Apply the common style to axes; ``grid``: x, y or both."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b9bec7")
     axes.tick_params(color="#b9bec7", labelcolor=INK)
@@ -131,7 +131,7 @@ def tidy(axes: Axes, grid: str) -> None:
 
 
 def as_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG."""
+    """Return the figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")

@@ -47,7 +47,7 @@ class ArmResult:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The entry of ``results.json``."""
+        """Return the entry of ``results.json``."""
         return {
             "avg_at_k": self.avg.mean,
             "std_err": self.avg.std_err,
@@ -96,7 +96,7 @@ class ContrastResult:
 
     @property
     def verdict(self) -> str:
-        """One clause, of a and b, that says no more than the interval does."""
+        """Return one clause about a and b that claims no more than the interval supports."""
         seen = _MEASURED_ORDER[self.comparison.order]
         if self.agreement == "no expectation":
             return seen
@@ -105,7 +105,7 @@ class ContrastResult:
         return f"{'AGAINST the paper: ' * (self.agreement == 'against')}{seen}; {_EXPECTED_ORDER[self.expected]}"
 
     def as_json(self) -> dict[str, Any]:
-        """The entry of ``results.json``."""
+        """Return the entry of ``results.json``."""
         comparison = self.comparison
         return {
             "a": self.a,
@@ -181,7 +181,7 @@ class RunResults:
     table: PaperTable | None = None  # the arms in a paper's form
 
     def as_json(self) -> dict[str, Any]:
-        """The content of ``results.json``."""
+        """Return the content of ``results.json``."""
         return {
             "wall_seconds": self.wall_seconds,
             "arms": {arm.name: arm.as_json() for arm in self.arms},

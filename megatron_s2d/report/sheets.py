@@ -30,14 +30,14 @@ class Sheet:
     notes: Sequence[str] = ()
 
     def as_markdown(self) -> str:
-        """The table with its title."""
+        """Return the table with its title."""
         lines = [f"## {self.title}", ""]
         if self.rows:
             lines += [_line(self.columns), _line(["---"] * len(self.columns)), *map(_line, self.rows), ""]
         return "\n".join([*lines, *(f"{note}\n" for note in self.notes)])
 
     def as_csv(self) -> str:
-        """The rows with one line of column names."""
+        """Return the rows with one line of column names."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)

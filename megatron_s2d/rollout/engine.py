@@ -32,7 +32,7 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Decoder(Protocol):
-    """What stop strings need of a tokenizer; Hugging Face tokenizers have it."""
+    """The part of a tokenizer that stop strings need; Hugging Face tokenizers have it."""
 
     def decode(self, token_ids: list[int]) -> str: ...
 

@@ -1,4 +1,4 @@
-"""What a stage's run function gets: configuration, inputs, and factories of models and rollouts, each by name."""
+"""The argument of a stage's run function: configuration, inputs, and factories of models and rollouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage reads: the tokenizer, prompts, and the weights and teacher caches that finished stages left."""
+"""Inputs of a stage: the tokenizer, prompts, and the weights and teacher caches of finished stages."""
 
 from __future__ import annotations
 

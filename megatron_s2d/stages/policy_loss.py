@@ -1,4 +1,4 @@
-"""What GRPO and OPD share: mini-batches of whole groups, loss weights of responses, the clipped surrogate."""
+"""Shared parts of GRPO and OPD: mini-batches of whole groups, loss weights of responses, the clipped surrogate."""
 
 from __future__ import annotations
 

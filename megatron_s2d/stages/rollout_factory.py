@@ -1,4 +1,4 @@
-"""Builds what a stage generates and scores with: rollout engines, SGLang servers, and the rollout buffer."""
+"""Builds rollout engines, SGLang servers and the rollout buffer of a stage."""
 
 from __future__ import annotations
 

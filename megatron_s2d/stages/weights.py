@@ -1,4 +1,4 @@
-"""Stages that leave weights without training: a published checkpoint as it is, and weight extrapolation (ExPO)."""
+"""Stages that produce weights without training: an unchanged published checkpoint, and weight extrapolation (ExPO)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``s2d simulate``: predicts time and memory of on-policy distillation on clusters that are not at hand.
+"""``s2d simulate``: predicts time and memory of on-policy distillation on clusters that are not available.
 
 One OPD step with the full-vocabulary divergence, in the order of ``train/loop.py`` and by the models of ``estimate/``:
 prefill and decoding of the responses, teacher forward, student passes with the divergence, optimizer step, and the

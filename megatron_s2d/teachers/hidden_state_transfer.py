@@ -45,7 +45,7 @@ class OffloadedRows:
 
     @classmethod
     def cut(cls, rows: torch.Tensor, positions: torch.Tensor, batch: MicroBatch, model: MegatronModel) -> OffloadedRows:
-        """Keep this rank's part of rows [t, h] in host memory that every rank has.
+        """Return this rank's part of rows [t, h], which every rank has, in host memory.
 
         positions: [t], counted positions over all context-parallel ranks; those of other ranks are dropped.
         """

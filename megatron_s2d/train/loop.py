@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepData:
-    """What one step trains on: the same on every rank."""
+    """The training data of one step, the same on every rank."""
 
     mini_batches: Sequence[MiniBatch]
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length

@@ -70,7 +70,7 @@ def equal(actual: Any, expected: Any, tolerance: float) -> bool:
 
 
 def calls_like(calls: list[list], example: tuple) -> list[list]:
-    """Give the arguments of ``calls``, read from JSON, the types of the call ``example``.
+    """Return ``calls``, read from JSON, with arguments converted to the types of the call ``example``.
 
     JSON has complex numbers as text. If one call has one ("1j"), texts in place of numbers ("2") are numbers in all.
     """

@@ -1,4 +1,4 @@
-"""Which implementation each part of the trainer uses on this machine, and what a faster one would need.
+"""Reports which implementation each part of the trainer uses on this machine, and what a faster one needs.
 
 The choice depends on the installed packages and on the chip (``parallel/device.py``); none is a setting. ``s2d doctor``
 prints the report.

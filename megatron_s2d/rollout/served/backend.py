@@ -1,4 +1,4 @@
-"""The interface between ``served/`` and a kind of inference server: what ``rollout/sglang`` implements for SGLang.
+"""The interface between ``served/`` and a kind of inference server; ``rollout/sglang`` implements it for SGLang.
 
 ``served/`` sends requests, retries them, checks replies, restarts servers and proves that weights have arrived. A
 ``ServerBackend`` knows how one kind of server is started, addressed and given weights. Shapes: s tokens of a response.
@@ -45,7 +45,7 @@ class WeightUpdateFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ServerRequirements:
-    """What a stage will request from its servers; the default is nothing."""
+    """The requests that a stage will send to its servers; none by default."""
 
     max_length: int = 0  # tokens of its longest sequence, prompt and response
     params: SamplingParams | None = None  # how responses are sampled; None: the stage samples none
@@ -88,7 +88,7 @@ class ServerCall:
 
 @dataclasses.dataclass(slots=True)
 class ServerReply:
-    """What a server returned for one sequence, parsed and not yet checked."""
+    """The reply of a server for one sequence, parsed but not yet checked."""
 
     output_ids: list[int]  # the generated tokens
     finish_reason: Literal["stop", "length", "abort"]
@@ -167,7 +167,7 @@ class WeightTransfer(Protocol):
         ...
 
     def end(self) -> None:
-        """Have servers generate again."""
+        """Resume generation on the servers."""
         ...
 
 
@@ -210,7 +210,7 @@ class ServerBackend(Protocol):
         ...
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
-        """Have idle servers release their GPU memory; address -> why one did not."""
+        """Release the GPU memory of idle servers; return address -> reason of a failure."""
         ...
 
     def weight_digests(self, urls: Sequence[str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from megatron_s2d.rollout.served.server_pool import ServerPool
 
 
 class PendingBatch:
-    """What one ``generate`` asks for, and its samples so far; only ranks that send requests know samples."""
+    """The requests of one ``generate`` and its samples so far; only ranks that send requests have samples."""
 
     def __init__(
         self, requests: Sequence[Request], num_groups: int | None, carried: Mapping[str, Sample | PartialRollout]
@@ -152,7 +152,7 @@ class ServedEngine:
         return broadcast_in_group(samples, self._layout.groups.mp)
 
     def sleep(self) -> None:
-        """Have the servers release their GPU memory until the next weight update, if they can."""
+        """Release the servers' GPU memory until the next weight update, if they support it."""
         self._server_group.sleep()
 
     def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:

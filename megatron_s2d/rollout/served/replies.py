@@ -30,7 +30,7 @@ _MAX_LOG_PROB = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class ReplyContract:
-    """What a good reply agrees with."""
+    """The values that a valid reply must match."""
 
     weight_version: str  # that the server reports
     version: int  # that samples record

@@ -50,7 +50,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class WeightUpdate:
-    """What a weight update measured."""
+    """Measurements of a weight update."""
 
     seconds: float
     num_bytes: int  # of the weights, once
@@ -109,7 +109,7 @@ class ServerGroup:
 
     @property
     def weight_version(self) -> str:
-        """What servers call the current weights."""
+        """The name of the current weights on the servers."""
         return f"{self._tag}-{self.version}"
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
@@ -137,7 +137,7 @@ class ServerGroup:
         }
 
     def sleep(self) -> None:
-        """Have the servers, which are idle, release their GPU memory until the next update, if the backend can."""
+        """Release the GPU memory of the idle servers until the next update, if the backend supports it."""
         urls = [server.url for server in self.pool.servers if not server.problem]
         if not self._backend.can_sleep or self._sleeping:
             return
@@ -199,7 +199,7 @@ class ServerGroup:
             raise
 
     def _route(self) -> None:
-        """Have the router, if there is one, use exactly the servers without a problem."""
+        """Make the router, if there is one, use exactly the servers without a problem."""
         if self.pool.router is None:
             return
 

@@ -133,7 +133,7 @@ class StartupChecks:
             )
 
     def score_max_length(self, url: str, weight_version: str) -> None:
-        """Have the longest sequence scored, with as many likeliest tokens as the stage will request."""
+        """Score the longest sequence, with as many top tokens as the stage will request."""
         requirements, spec = self._requirements, self._spec
         length = max(2, min(requirements.max_length, spec.max_position_embeddings))
         sequence = np.random.default_rng(2).integers(0, spec.vocab_size, length)

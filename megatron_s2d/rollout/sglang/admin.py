@@ -53,7 +53,7 @@ class ServerControl:
             raise WeightUpdateFailed(f"{url}{path}: status {reply.status_code}: {reply.text[:300]}")
 
     def release_memory(self) -> dict[str, str]:
-        """Have every server release its GPU memory; return address -> why one did not."""
+        """Release the GPU memory of every server; return address -> reason of a failure."""
         futures = {url: self._threads.submit(self._release_memory, url) for url in self.urls}
         concurrent.futures.wait(futures.values())
         return {url: str(error) for url, future in futures.items() if (error := future.exception()) is not None}

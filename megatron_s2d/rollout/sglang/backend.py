@@ -150,7 +150,7 @@ class SglangBackend:
             yield SglangWeightTransfer(self._sync, servers, sleepers)
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
-        """Have idle servers release their GPU memory; address -> why one did not."""
+        """Release the GPU memory of idle servers; return address -> reason of a failure."""
         with ServerControl(urls) as servers:
             return servers.release_memory()
 
@@ -189,6 +189,6 @@ class SglangWeightTransfer:
             raise
 
     def end(self) -> None:
-        """Have servers generate again. Keys and values come last: the transfer needs memory of its own."""
+        """Resume generation on the servers. Keys and values come last: the transfer needs memory of its own."""
         wait_all(self._sleepers.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
         wait_all(self._servers.post("/continue_generation", {}))

@@ -1,7 +1,7 @@
-"""Whether an SGLang server fits the trainer's model and the stage, before it gets weights.
+"""Checks whether an SGLang server fits the trainer's model and the stage, before it receives weights.
 
 Token ids are sent, so a server of another tokenizer would go unnoticed until a stop string does not stop; one of
-another vocabulary ends itself when weights arrive; one with a smaller context cuts the longest responses only. A
+another vocabulary ends itself when weights arrive; one with a smaller context truncates the longest responses only. A
 difference is a ``UserError`` of one line that names it.
 """
 
