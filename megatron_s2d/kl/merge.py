@@ -24,7 +24,7 @@ from megatron_s2d.kl.jsd import MIXTURES
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The outputs and statistics of one pass. ``outputs`` are names of ``TokenOutputs`` fields; ``beta`` belongs to mixtures."""
+    """Outputs (names of ``TokenOutputs`` fields) and statistics of one pass; ``beta`` belongs to mixtures."""
 
     outputs: tuple[str, ...]
     has_teacher: bool
