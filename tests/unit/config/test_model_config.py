@@ -133,7 +133,7 @@ def test_layouts_that_do_not_divide_are_refused(preset, sizes, words):
     assert words in str(error.value)
 
 
-def test_number_of_groups_must_divide_that_of_ranks_or_vice_versa():
+def test_groups_must_divide_ranks_or_vice_versa():
     fields = {"num_attention_heads": 12, "num_query_groups": 4, "ffn_hidden_size": 384}
     spec = ModelConfig(preset="tiny-teacher", **fields).resolve(25)
     check_layout(spec, ParallelConfig(tensor_model_parallel_size=12))

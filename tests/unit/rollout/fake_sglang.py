@@ -22,7 +22,7 @@ import numpy as np
 
 
 def read_embedding(directory: Path) -> np.ndarray:
-    """E [V, d] float32 of a directory of safetensors files, without torch."""
+    """Return the float32 embedding [v, h] of a directory of safetensors files, without torch."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     content = (directory / index["weight_map"]["model.embed_tokens.weight"]).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -33,7 +33,7 @@ def read_embedding(directory: Path) -> np.ndarray:
 
 
 def log_prob_table(embedding: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """[V, V] float64: row p holds log pi(. | p)."""
+    """Return float64 log-probabilities [v, v]: row p is log pi(. | p)."""
     logits = (embedding.astype(np.float64) @ embedding.T.astype(np.float64)) * 50.0 / temperature
     logits -= logits.max(1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
