@@ -22,6 +22,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with control characters written out, so that a terminal shows them instead of obeying them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def percent(mean: float, std_err: float | None = None) -> str:
     """Return ``83.2 ± 1.5``, in per cent; the mean alone without a standard error."""
     return f"{100 * mean:.1f}{_plus_minus(std_err)}"

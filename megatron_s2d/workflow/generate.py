@@ -15,6 +15,7 @@ from megatron_s2d.config.base import parse
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.formatting import printable
 from megatron_s2d.records import Prompt
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def generate(request: GenerateRequest, console: Console) -> None:
         )
         samples = worker.sample(prompts, request.num_samples, 0)
     for index, prompt in enumerate(prompts):
-        console.print(prompt.text, style="bold", markup=False, highlight=False)
+        console.print(printable(prompt.text), style="bold", markup=False, highlight=False)
         for sample in samples[index * request.num_samples : (index + 1) * request.num_samples]:
             label = f"   [{sample.verifier_label}]" if sample.verifier_label else ""
             truncated = "" if sample.finish_reason == "stop" else " ..."
-            text = response_text(context.inputs.tokenizer, sample)
+            text = printable(response_text(context.inputs.tokenizer, sample))
             console.print(f"  {text}{truncated}{label}", markup=False, highlight=False)
     shutdown_distributed()
 

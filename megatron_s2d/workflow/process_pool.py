@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 from multiprocessing.connection import Connection
@@ -31,15 +32,15 @@ class ProcessServer:
     def start(self, config: WorkflowConfig, job: Job, run_dir: Path) -> list[RankProcess]:
         """Start one process for each rank of the job."""
         world_size = config.parallel.world_size
-        rendezvous = Path(tempfile.mkdtemp(prefix="megatron_s2d_")) / "rendezvous"
+        scratch = _Scratch(world_size)
         processes = []
         for rank in range(world_size):
             receiver, sender = self._context.Pipe(duplex=False)
-            arguments = (config, job, run_dir, RankAddress(rank, world_size, rendezvous), sender)
+            arguments = (config, job, run_dir, RankAddress(rank, world_size, scratch.rendezvous), sender)
             process = self._context.Process(target=_run_worker, args=arguments, daemon=True)
             process.start()
             sender.close()
-            processes.append(RankProcess(process, receiver, job.heartbeat_path(rank)))
+            processes.append(RankProcess(process, receiver, job.heartbeat_path(rank), scratch))
         return processes
 
 
@@ -50,11 +51,26 @@ def _run_worker(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAd
     run_rank(config, job, run_dir, address, pipe)
 
 
+class _Scratch:
+    """The directory in which the ranks of a job meet, on a local disk; removed when the last one has ended."""
+
+    def __init__(self, num_users: int):
+        self._directory = tempfile.mkdtemp(prefix="megatron_s2d_")
+        self._num_users = num_users
+        self.rendezvous = Path(self._directory) / "rendezvous"
+
+    def release(self) -> None:
+        """Called once by each user."""
+        self._num_users -= 1
+        if self._num_users == 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
 class RankProcess:
     """A started rank."""
 
-    def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path):
-        self._process, self._pipe, self._heartbeat = process, pipe, heartbeat
+    def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path, scratch: _Scratch):
+        self._process, self._pipe, self._heartbeat, self._scratch = process, pipe, heartbeat, scratch
         self._outcome: JobOutcome | None = None
 
     @property
@@ -89,5 +105,6 @@ class RankProcess:
         self._process.kill()
 
     def join(self) -> None:
-        """Wait until the process has ended."""
+        """Wait until the process has ended; called once."""
         self._process.join()
+        self._scratch.release()

@@ -1,9 +1,11 @@
 """Runs a command until it ends or its parent has died, then kills all processes that it started.
 
 ``python parent_watchdog.py COMMAND ...``; the parent holds the other end of standard input. The file imports nothing of
-this package, so that it starts at once. A server has many processes and would outlive a killed trainer.
+this package, so that it starts at once. A server has many processes and would outlive a killed trainer; if this process
+itself is killed, the kernel kills the server.
 """
 
+import ctypes
 import os
 import select
 import signal
@@ -12,10 +14,13 @@ import sys
 import time
 
 _GRACE_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_the_parent
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while child.poll() is None:
@@ -25,6 +30,11 @@ def main() -> int:
     finally:
         _kill_group(child)
     return child.returncode if child.returncode is not None else 0
+
+
+def _die_with_the_parent() -> None:
+    """Ask the kernel to kill this process when the watchdog dies, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill_group(child: subprocess.Popen) -> None:
