@@ -166,10 +166,10 @@ def test_dynamic_sampling_replaces_groups_without_a_signal(run_dir):
         ("stages.routed.teacher={code: rl_teacher}", "no teacher for the domain 'arithmetic'"),
         ("stages.gkd.cache=null", "set `cache` if on_policy_fraction is below 1"),
         ("stages.jsd.beta=null", "beta goes with jsd"),
-        ("stages.fkl.cache=cache_sampled", "kind sampled"),
-        ("stages.expo.base=student", "another model"),
+        ("stages.fkl.cache=cache_sampled", "has representation sampled_token"),
+        ("stages.expo.base=student", "have different models"),
         ("stages.sg_opd.sign_gate.conflict_fallback=preserve", "conflict_beta goes with conflict_fallback: interp"),
-        ("stages.continued_rl.label_reuse=refuse", "were used before"),
+        ("stages.continued_rl.label_reuse=refuse", "already used the labels"),
         ("stages.student={type: load_checkpoint, model: student}", "model 'student' has no `path`"),
     ],
 )
