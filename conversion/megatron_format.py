@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.conversion.files import FileSlice, HashedFile
@@ -40,10 +39,10 @@ from megatron_s2d.conversion.global_tensors import Box, Piece, boxes, pieces
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import verify_digests
 from megatron_s2d.models.shards import WeightSource, read_shard
+from megatron_s2d.parallel.manifest import MANIFEST_NAME, check_manifest, read_json_object
 from megatron_s2d.parallel.safe_load import read_metadata
 
 _COMMON_KEY = "common_state/shard_0_1"
-_INTEGRITY_NAME = "integrity.json"
 SPEC_NAME = "model_spec.json"
 
 
@@ -147,13 +146,16 @@ class MegatronWriter:
         for name, content in small.items():
             (self._directory / name).write_bytes(content)
             self._digests[name] = hashlib.sha256(content).hexdigest()
-        documents = {
-            SPEC_NAME: self._spec.to_dict(),
-            "trainer_state.json": {"step": 0, "updates": 0},
-            _INTEGRITY_NAME: {"algorithm": "sha256", "files": dict(sorted(self._digests.items()))},
-        }
+        documents = {SPEC_NAME: self._spec.to_dict(), "trainer_state.json": {"step": 0, "updates": 0}}
         for name, document in documents.items():
-            (self._directory / name).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            self._digests[name] = self._write_json(name, document)
+        self._write_json(MANIFEST_NAME, {"algorithm": "sha256", "files": dict(sorted(self._digests.items()))})
+
+    def _write_json(self, name: str, document: dict[str, Any]) -> str:
+        """Write a file and return its SHA-256."""
+        content = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+        (self._directory / name).write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
 
     def close(self) -> None:
         """Close the files of an unfinished checkpoint."""
@@ -170,8 +172,8 @@ class MegatronReader:
         if not (self.directory / SPEC_NAME).is_file():
             hint = _hint(self.directory)
             raise UserError(f"{self.directory}: not a Megatron checkpoint of this project (no {SPEC_NAME}){hint}")
-        self.spec = ModelSpec.from_dict(read_json(self.directory / SPEC_NAME))
-        self._digests = self._read_digests()
+        self.spec = ModelSpec.from_dict(read_json_object(self.directory, SPEC_NAME))
+        self._digests = check_manifest(self.directory)
         # Before the file is parsed.
         verify_digests({self.directory / ".metadata": self._digests[".metadata"]})
         metadata = read_metadata(self.directory)
@@ -270,16 +272,6 @@ class MegatronReader:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.shape != torch.Size(chunk.sizes):
             raise UserError(f"{path}: a chunk of {piece.key} does not match its metadata")
         return tensor.view(chunk.sizes[len(piece.leading) :])
-
-    def _read_digests(self) -> dict[str, str]:
-        document = read_json(self.directory / _INTEGRITY_NAME)
-        files = document.get("files") if isinstance(document, dict) else None
-        if not isinstance(files, dict) or ".metadata" not in files or document.get("algorithm") != "sha256":
-            raise UserError(f"{self.directory}/{_INTEGRITY_NAME}: damaged; write the checkpoint again")
-        for name in files:
-            if Path(name).name != name or not (self.directory / name).is_file():
-                raise UserError(f"{self.directory}: {name} is missing; write or fetch the checkpoint again")
-        return files
 
     def _check_pieces(self) -> None:
         for key, entry in self.entries.items():

@@ -98,7 +98,11 @@ class StageDirectory:
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
         paths = self.checkpoints_path.glob("step_*") if self.checkpoints_path.is_dir() else []
-        return sorted(path for path in paths if path.is_dir() and not path.name.endswith(PARTIAL_SUFFIX))
+        return sorted(path for path in paths if path.is_dir() and not path.suffix)
+
+    def set_aside_damaged(self, path: Path) -> None:
+        """Rename a checkpoint so that it no longer counts as one; it is deleted with the others."""
+        path.rename(path.with_name(path.name + ".damaged"))
 
     def retain_checkpoints(self, keep_last_n: int) -> None:
         """Delete all but the newest ``keep_last_n`` checkpoints and the remains of interrupted saves or deletions."""

@@ -9,6 +9,7 @@ pickled code: see ``safe_load``; Megatron loads its common part with ``weights_o
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.collectives import any_rank, first_error
 from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
 from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
 from megatron_s2d.parallel.trainable_model import TrainableModel
 
@@ -38,7 +40,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.validation import StrictHandling, verify_integrity_manifest
 
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -183,7 +185,13 @@ def load_checkpoint(
     Raises ``UserError`` if the checkpoint is missing, damaged or of another model, naming the first field that differs.
     """
     check_checkpoint(directory, model_spec)
-    read_metadata(directory)
+    trainer_state = read_trainer_state(directory)
+    check_manifest(directory)
+    try:
+        verify_integrity_manifest(str(directory))  # before anything in the files is interpreted
+        read_metadata(directory)
+    except CheckpointingException as error:
+        raise DamagedCheckpoint(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
     if trainable is not None:
         _init_optimizer_state(trainable)
     try:
@@ -192,15 +200,14 @@ def load_checkpoint(
             # Weights may be loaded without the optimizer state that the checkpoint also has.
             strict = StrictHandling.RAISE_ALL if trainable is not None else StrictHandling.RAISE_UNEXPECTED
             with no_pickled_code():
-                loaded = dist_checkpointing.load(state, str(directory), strict=strict, verify_integrity=True)
+                loaded = dist_checkpointing.load(state, str(directory), strict=strict)
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
+        raise DamagedCheckpoint(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
     with layout.active():
         for index, chunk in enumerate(chunks):
             _load_weights(chunk, loaded[f"chunk{index}"], directory)
         if trainable is not None:
             _load_optimizer(trainable, loaded["optimizer"])
-    trainer_state = read_trainer_state(directory)
     if trainable is not None:
         trainable.set_scheduler_step(trainer_state["updates"])
     return trainer_state
@@ -219,21 +226,12 @@ def check_checkpoint(directory: Path, model_spec: dict[str, Any]) -> None:
 
 def read_model_spec(directory: Path) -> dict[str, Any]:
     """Return the model spec saved with a checkpoint."""
-    return _read_json(directory, "model_spec.json")
+    return read_json_object(directory, "model_spec.json")
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
     """Return the saved trainer state: ``step``, ``updates`` (of the optimizer) and the stage's ``StepData.state``."""
-    return _read_json(directory, "trainer_state.json")
-
-
-def _read_json(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((directory / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not a checkpoint (no {name})") from None
-    except ValueError as error:
-        raise UserError(f"{directory}/{name}: damaged ({error})") from None
+    return read_json_object(directory, "trainer_state.json")
 
 
 def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | None, *, loading: bool) -> dict[str, Any]:
@@ -313,6 +311,10 @@ def _fresh_directory(temporary: Path, directory: Path) -> None:
 def _publish(temporary: Path, directory: Path, model_spec: dict[str, Any], trainer_state: dict[str, Any]) -> None:
     for name, content in (("model_spec.json", model_spec), ("trainer_state.json", trainer_state)):
         (temporary / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = json.loads((temporary / MANIFEST_NAME).read_text(encoding="utf-8"))
+    for name in ("model_spec.json", "trainer_state.json"):
+        manifest["files"][name] = hashlib.sha256((temporary / name).read_bytes()).hexdigest()
+    (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.parallel.checkpoint import CheckpointSave
+from megatron_s2d.parallel.manifest import DamagedCheckpoint
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -20,11 +21,25 @@ class CheckpointManager:
         self._pending: CheckpointSave | None = None
 
     def resume(self) -> dict[str, Any]:
-        """Load the newest checkpoint into the model and return its trainer state; without one, return zeros."""
+        """Load the newest intact checkpoint into the model and return its trainer state; without one, return zeros.
+
+        A damaged checkpoint is renamed to ``<name>.damaged`` and the one before it is loaded; the last one that is left
+        raises its error.
+        """
         checkpoints = self._stage.checkpoints()
         if not checkpoints:
             return {"step": 0, "updates": 0}
-        return self._model.load(checkpoints[-1], with_optimizer=True)
+        while True:
+            newest = checkpoints.pop()
+            try:
+                return self._model.load(newest, with_optimizer=True)
+            except DamagedCheckpoint as error:
+                if not checkpoints:
+                    raise
+                if dist.get_rank() == 0:
+                    print(f"{error}; resuming from {checkpoints[-1].name} instead", flush=True)
+                    self._stage.set_aside_damaged(newest)
+                dist.barrier()
 
     def save(self, trainer_state: dict[str, Any]) -> None:
         """Save the current state, after waiting for a save that is still running."""

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import max_over_ranks
+from megatron_s2d.parallel.collectives import first_error, max_over_ranks
 from megatron_s2d.parallel.layout import (
     Layout,
     build_layout,
@@ -87,7 +87,9 @@ def _execute(config: WorkflowConfig, job: Job, run_dir: Path, layout: Layout, st
     )
     if context.is_rank_zero:
         directory.begin(job.resolved, job.inputs, {"seed": context.seed})
-    torch.distributed.barrier()
+    failure = first_error(changed_input(inputs) if context.is_rank_zero else None)
+    if failure is not None:
+        raise UserError(failure)
     seed_everything(context.seed)
     with context:
         if job.is_stage:
@@ -119,6 +121,19 @@ def _evaluate(config: WorkflowConfig, context: StageContext, job: Job) -> None:
         seed=derive_seed(config, evaluation.seed),
         eval_batch_size=evaluation.eval_batch_size,
     )
+
+
+def changed_input(inputs: Mapping[str, StageDirectory]) -> str | None:
+    """Compare what finished stages left with the digests that they recorded; return the first difference, or None."""
+    for directory in inputs.values():
+        recorded, current = directory.finished()["outputs"], _outputs(directory)
+        for name in sorted(recorded | current):
+            if recorded.get(name) != current.get(name):
+                return (
+                    f"{directory.path / name} has changed since its stage finished: restore it, or remove "
+                    f"{directory.path} to run the stage again"
+                )
+    return None
 
 
 def _outputs(directory: StageDirectory) -> dict[str, str]:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from s2d import ROOT, SMOKE, metrics, s2d
 
-from megatron_s2d.artifacts.files import json_digest
+from megatron_s2d.artifacts.files import json_digest, tree_digest
 
 
 def test_results_are_complete_and_consistent(unbroken):
@@ -133,6 +133,12 @@ def test_cache_of_another_teacher_or_tokenizer_raises(unbroken, tmp_path, name):
     document = json.loads(header.read_text())
     body = {**document["body"], "header": {**document["body"]["header"], name: "0" * 64}}
     header.write_text(json.dumps({**document, "body": body, "body_digest": json_digest(body)}))
+    changed = s2d("run", SMOKE, "--out", run_dir)
+    assert changed.returncode == 1 and "cache/cache has changed since its stage finished" in changed.stderr
+    record = run_dir / "stages/cache/finished.json"
+    summary = json.loads(record.read_text())
+    summary["outputs"]["cache"] = tree_digest(run_dir / "stages/cache/cache")
+    record.write_text(json.dumps(summary))
     finished = s2d("run", SMOKE, "--out", run_dir)
     assert finished.returncode == 1 and name in finished.stderr and "Traceback" not in finished.stderr
 

@@ -1,5 +1,6 @@
 """Checkpoints: atomic saves, bit-identical resume, and errors for damaged ones and those of another model."""
 
+import json
 import os
 import subprocess
 
@@ -8,13 +9,16 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.config.training import CheckpointConfig, OptimizerConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
+from megatron_s2d.parallel.manifest import DamagedCheckpoint
 from megatron_s2d.records import Sample
+from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -125,6 +129,56 @@ def test_missing_and_damaged_checkpoints_are_refused(layout, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(UserError, match="not a usable checkpoint"):
         model.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["model_spec.json", "trainer_state.json", "integrity.json", "metadata.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", "[" * 100_000, "\x00"])
+def test_edited_documents_are_one_line(layout, tmp_path, name, content):
+    model = trainable_model(layout)
+    model.save(tmp_path / "c", {"step": 0, "updates": 0}, with_optimizer=False)
+    (tmp_path / "c" / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        model.load(tmp_path / "c")
+    assert "\n" not in str(caught.value)
+
+
+def test_manifest_covers_every_file(layout, tmp_path):
+    model = trainable_model(layout)
+    model.save(tmp_path / "c", {"step": 0, "updates": 0}, with_optimizer=False)
+    manifest = tmp_path / "c" / "integrity.json"
+    document = json.loads(manifest.read_text())
+    assert set(document["files"]) == {path.name for path in (tmp_path / "c").iterdir()} - {"integrity.json"}
+    (tmp_path / "c" / "trainer_state.json").write_text(json.dumps({"step": 7, "updates": 7}))
+    with pytest.raises(DamagedCheckpoint, match=r"trainer_state\.json: hash mismatch|not a usable checkpoint"):
+        model.load(tmp_path / "c")
+    manifest.write_text(json.dumps(document | {"files": {".metadata": document["files"][".metadata"]}}))
+    with pytest.raises(DamagedCheckpoint, match="does not list"):
+        model.load(tmp_path / "c")
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(layout, tmp_path, capsys):
+    model, stage = trainable_model(layout), StageDirectory(tmp_path)
+    for number in range(2):
+        step(model, number)
+        state = {"step": number + 1, "updates": number + 1}
+        model.save(stage.checkpoint_path(number + 1), state, with_optimizer=True)
+    shard = next(stage.checkpoint_path(2).glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    resumed = trainable_model(layout)
+    checkpoints = CheckpointManager(resumed, stage, CheckpointConfig())
+    assert checkpoints.resume() == {"step": 1, "updates": 1}
+    assert step(resumed, 1) == step(reload(layout, stage.checkpoint_path(1)), 1)
+    assert "resuming from step_00000001 instead" in capsys.readouterr().out
+    assert [path.name for path in stage.checkpoints()] == ["step_00000001"]
+    (stage.checkpoint_path(1) / ".metadata").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"\.metadata is missing"):
+        checkpoints.resume()
+
+
+def reload(layout, path):
+    model = trainable_model(layout)
+    model.load(path, with_optimizer=True)
+    return model
 
 
 def test_existing_checkpoint_is_not_overwritten(layout, tmp_path):

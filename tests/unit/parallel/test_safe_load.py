@@ -35,7 +35,7 @@ def update_digests(directory):
     """Recompute the digests, as an attacker who can write to the directory would."""
     path = directory / "integrity.json"
     content = json.loads(path.read_text())
-    for name in content["files"]:
+    for name in {path.name for path in directory.iterdir()} - {"integrity.json"}:
         content["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
     path.write_text(json.dumps(content))
 
