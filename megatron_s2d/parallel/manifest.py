@@ -18,13 +18,14 @@ class DamagedCheckpoint(UserError):
 def check_manifest(directory: Path) -> dict[str, str]:
     """Return file name -> SHA-256 of a checkpoint's manifest; raise ``DamagedCheckpoint`` unless it covers every file.
 
-    The digests themselves are compared where the files are read.
+    The digests themselves are compared where the files are read. Folders, such as the tokenizer's files beside a
+    converted checkpoint, are not part of the checkpoint.
     """
     manifest = read_json_object(directory, MANIFEST_NAME)
     files = manifest.get("files")
     if manifest.get("algorithm") != "sha256" or not isinstance(files, dict) or ".metadata" not in files:
         raise DamagedCheckpoint(f"{directory}/{MANIFEST_NAME}: damaged; write the checkpoint again")
-    names = {path.name for path in directory.iterdir()}
+    names = {path.name for path in directory.iterdir() if path.is_file()}
     if missing := sorted(set(files) - names):
         raise DamagedCheckpoint(f"{directory}: {missing[0]} is missing; write or fetch the checkpoint again")
     if unlisted := sorted(names - set(files) - {MANIFEST_NAME}):

@@ -34,7 +34,12 @@ MODELS = {
 }
 DENSE = ("tp1", "tp2", "pp2", "tp2pp2", "tp4")
 EXPERT = ("ep2", "ep2tp2pp2")
-CASES = [(name, layout) for name in MODELS for layout in (*DENSE, *(EXPERT if "moe" in name else ()))]
+SLOW = ("qwen3_tied", "llama")  # each of their two properties occurs in another model
+CASES = [
+    pytest.param(name, layout, marks=pytest.mark.slow if name in SLOW else ())
+    for name in MODELS
+    for layout in (*DENSE, *(EXPERT if "moe" in name else ()))
+]
 
 
 def make_cases(model, vocab_size: int) -> dict:
@@ -52,9 +57,14 @@ def make_cases(model, vocab_size: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, run_ranks) -> Path:
+def root(request, tmp_path_factory, run_ranks) -> Path:
+    """The checkpoints of the models that the selected tests look at."""
     root = tmp_path_factory.mktemp("conversion")
+    items = [item for item in request.session.items if hasattr(item, "callspec")]
+    selected = {item.callspec.params.get("name") for item in items if item.module is request.module}
     for name, (preset, fields) in MODELS.items():
+        if name not in selected:
+            continue
         directory = root / name
         (directory / "hf").mkdir(parents=True)
         spec = ModelConfig(preset=preset, **fields).resolve()
@@ -124,7 +134,9 @@ def test_live_export_is_bit_exact(results, name, layout):
     assert results[name]["exported"][layout]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def test_resharding_keeps_every_bit(root, results, name):
     """TP2 x PP2 -> TP1 -> TP4; and both checkpoints, the first with optimizer state, give the same export."""
     assert results[name]["resharded"]["equal"]

@@ -16,26 +16,40 @@ RUNS = {
     ],
     4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2", "tp2cp2sp", "cp2pp2", "cp2dp2:tp2cp2sp"],
 }  # fmt: skip
-LAYOUTS = [name for names in RUNS.values() for name in names if name != "tp1" and ":" not in name]
-PAIRS = [name for names in RUNS.values() for name in names if ":" in name]
+# Layouts whose parts occur in others.
+SLOW = ("tp2", "tp2sp:pp2", "pp2:dp2", "pp2packed", "dp2:cp2packed", "tp2dp2sp:pp2dp2", "cp2pp2", "cp2dp2:tp2cp2sp")
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+    for names in RUNS.values()
+    for name in names
+    if name != "tp1"
+]
+LAYOUTS = [case for case in NAMES if ":" not in case.values[0] and "ep" not in case.values[0]]
+PAIRS = [case for case in NAMES if ":" in case.values[0]]
 
 # Losses, KLs and entropies are O(1) and summed in another order; gradient norms carry the same relative error.
 ABSOLUTE, RELATIVE = 2e-5, 2e-5
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, run_ranks) -> dict:
+def runs(request, tmp_path_factory, run_ranks) -> dict:
+    """What the selected tests compare, trained in one launch for each number of ranks."""
+    selected = {"tp1"}
+    for item in request.session.items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        selected |= {parameters.get("layout"), parameters.get("pair")}
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
-        run_ranks("training_worker.py", ranks, output, *names)
-        results |= json.loads(output.read_text())
+        if present := [name for name in names if name in selected]:
+            run_ranks("training_worker.py", ranks, output, *present)
+            results |= json.loads(output.read_text())
     return results
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd", "opd_by_domain"])
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(runs, layout, scenario):
     _assert_rows_agree(runs[f"{layout}/{scenario}"], runs[f"tp1/{scenario}"])
 
@@ -62,7 +76,7 @@ def test_load_balancing_gradients_do_not_depend_on_the_layout(runs, layout):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_and_cached_distributions_do_not_depend_on_the_layout(runs, layout):
     for mine, reference in zip(runs[f"{layout}/scores"], runs["tp1/scores"], strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)
