@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from selection import selected
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -60,10 +61,9 @@ def make_cases(model, vocab_size: int) -> dict:
 def root(request, tmp_path_factory, run_ranks) -> Path:
     """The checkpoints of the models that the selected tests look at."""
     root = tmp_path_factory.mktemp("conversion")
-    items = [item for item in request.session.items if hasattr(item, "callspec")]
-    selected = {item.callspec.params.get("name") for item in items if item.module is request.module}
+    wanted = {name for (name,) in selected(request, "name")}
     for name, (preset, fields) in MODELS.items():
-        if name not in selected:
+        if name not in wanted:
             continue
         directory = root / name
         (directory / "hf").mkdir(parents=True)

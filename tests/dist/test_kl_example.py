@@ -22,14 +22,18 @@ def run_example(source: str, folder: Path) -> dict[int, tuple[float, float]]:
     script = folder / "example.py"
     script.write_text(source, encoding="utf-8")
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("--log-dir", str(folder / "logs"), "--redirects", "1", str(script)),  # a file for each rank's output
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1500,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    lines = re.findall(r"rank (\d): loss (\S+), gradient norm (\S+)", finished.stdout)
+    output = "".join(path.read_text(encoding="utf-8") for path in (folder / "logs").rglob("stdout.log"))
+    lines = re.findall(r"rank (\d): loss (\S+), gradient norm (\S+)", output)
     return {int(rank): (float(loss), float(norm)) for rank, loss, norm in lines}
 
 

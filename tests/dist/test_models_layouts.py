@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from selection import selected
 
 torch = pytest.importorskip("torch")
 
@@ -15,13 +16,20 @@ PRESETS = {
     "tiny-llama": ("tp2", "pp2", "tp2pp2", "tp2sp", "tp2pp2sp", "tp4"),
     "tiny-moe": ("pp2", "tp2sp", "ep2", "ep2pp2", "ep2tp2sp", "ep4tp2sp"),
 }
-CASES = [(preset, layout) for preset, names in PRESETS.items() for layout in names]
+SLOW = ("tiny-teacher/tp2", "tiny-teacher/pp2", "tiny-teacher/tp2pp2", "tiny-llama/tp2sp", "tiny-llama/tp2pp2", "tiny-moe/ep2")
+CASES = [
+    pytest.param(preset, layout, marks=pytest.mark.slow if f"{preset}/{layout}" in SLOW else ())
+    for preset, names in PRESETS.items()
+    for layout in names
+]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, run_ranks) -> dict:
+def results(request, tmp_path_factory, run_ranks) -> dict:
     output = tmp_path_factory.mktemp("models") / "results.json"
-    run_ranks("models_worker.py", 4, output)
+    cases = selected(request, "preset", "layout")
+    names = {f"{preset}/{layout}" for preset, layout in cases} | {f"{preset}/dp4" for preset, _ in cases}
+    run_ranks("models_worker.py", 4, output, *sorted(names))
     return json.loads(output.read_text())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from selection import selected
 
 WORKER = Path(__file__).with_name("training_worker.py")
 RUNS = {
@@ -34,14 +35,11 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-5
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory, run_ranks) -> dict:
     """What the selected tests compare, trained in one launch for each number of ranks."""
-    selected = {"tp1"}
-    for item in request.session.items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        selected |= {parameters.get("layout"), parameters.get("pair")}
+    wanted = {"tp1"} | {name for (name,) in selected(request, "layout") | selected(request, "pair")}
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
-        if present := [name for name in names if name in selected]:
+        if present := [name for name in names if name in wanted]:
             run_ranks("training_worker.py", ranks, output, *present)
             results |= json.loads(output.read_text())
     return results

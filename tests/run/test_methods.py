@@ -1,6 +1,7 @@
 """Every method runs, and settings that the papers prove equivalent train identically."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,8 @@ def test_metrics_of_kl_by_position_and_top_k_overlap(run_dir):
     assert losses(run_dir, "topk_all", "topk/overlap")[0] == 1
 
 
-def test_run_stops_above_max_kl(tmp_path):
+def test_run_stops_above_max_kl(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")  # with the stages before this one
     finished = s2d(
         "run", CONFIG, "--out", tmp_path / "run", "--set", "stages.full.max_kl=1e-6", "--set", "arms={full: full}"
     )
