@@ -99,7 +99,7 @@ def models(scenario: str, student_layout, teacher_layout):
 
 
 def losses(scenario: str, layouts, *, gathered: bool) -> list[dict[str, float]]:
-    """Losses and gradient norms of three updates. gathered: with the reference implementation."""
+    """Losses and gradient norms of two updates. gathered: with the reference implementation."""
     batch, student, teachers, references = models(scenario, *layouts)
     if gathered:
         teachers = GatheredTeachers(teachers, lazy=scenario == "topk")

@@ -7,7 +7,8 @@ import pytest
 from hidden_state_transfer_worker import SCENARIOS
 
 # student:teacher; tensor, pipeline, data and sequence parallelism differ in turn, and the last pair has one layout
-FAST, SLOW = ["tp2dp2sp:pp2dp2", "dp4:tp2pp2", "tp2dp2sp:tp2dp2sp"], ["tp2pp2:tp4", "tp2dp2:dp4", "dp4:tp2dp2sp"]
+FAST = ["tp2dp2sp:pp2dp2", "tp2dp2sp:tp2dp2sp"]
+SLOW = ["dp4:tp2pp2", "tp2pp2:tp4", "tp2dp2:dp4", "dp4:tp2dp2sp"]
 PAIRS = [*FAST, *(pytest.param(pair, marks=pytest.mark.slow) for pair in SLOW)]
 CASES = [
     pytest.param(f"{pair}/{scenario}", marks=pytest.mark.slow if pair in SLOW else ())
@@ -41,7 +42,7 @@ def results(tmp_path_factory, run_ranks) -> Results:
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_that_with_all_states_on_every_rank(results, case):
-    """Equal bits: losses, metrics and gradient norms of three updates."""
+    """Equal bits: losses, metrics and gradient norms of two updates."""
     assert results[case]["losses"] == results[case]["gathered"]
     assert results[case]["losses"][0] != results[case]["losses"][-1]  # the model moved
 

@@ -30,7 +30,7 @@ from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.megatron_model import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
-STEPS = 3
+STEPS = 2
 BALANCED = ("tp1", "tp2sp", "cp2", "ep2", "dp2")  # layouts of the load-balancing loss
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
 PACKED = False  # of the current layout
