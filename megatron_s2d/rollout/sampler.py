@@ -84,7 +84,7 @@ class RolloutWorker:
     params: SamplingParams
     seed: int
     tokenizer: Any
-    graders: RewardManager | None = None  # None: responses are not graded
+    reward_manager: RewardManager | None = None  # None: responses are not graded
 
     def sample(
         self,
@@ -124,7 +124,7 @@ class RolloutWorker:
         local: dict[int, Sequence[Sample]] = {}
         if self.layout.is_dp_leader:
             prompts = {request.id: request.prompt for request in flatten(groups)}
-            graded = samples if self.graders is None else self._grade([prompts[s.id] for s in samples], samples)
+            graded = samples if self.reward_manager is None else self._grade([prompts[s.id] for s in samples], samples)
             local = {self.layout.dp_rank: graded}
         merged = gather_dicts(local)
         return [sample for rank in sorted(merged) for sample in merged[rank]]
@@ -134,7 +134,7 @@ class RolloutWorker:
         ended = [index for index, sample in enumerate(samples) if sample.finish_reason == "stop"]
         texts = [response_text(self.tokenizer, samples[index]) for index in ended]
         verdicts = dict.fromkeys(range(len(samples)), Verdict(0.0, "truncated"))
-        verdicts |= zip(ended, self.graders.grade([prompts[index] for index in ended], texts), strict=True)
+        verdicts |= zip(ended, self.reward_manager.grade([prompts[index] for index in ended], texts), strict=True)
         return [
             dataclasses.replace(sample, reward=verdicts[index].reward, verifier_label=verdicts[index].label)
             for index, sample in enumerate(samples)
