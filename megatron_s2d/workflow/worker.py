@@ -124,9 +124,15 @@ def _evaluate(config: WorkflowConfig, context: StageContext, job: Job) -> None:
 
 
 def changed_input(inputs: Mapping[str, StageDirectory]) -> str | None:
-    """Compare what finished stages left with the digests that they recorded; return the first difference, or None."""
+    """Compare what finished stages left with the digests that they recorded; return the first difference, or None.
+
+    Errors are returned too: one rank reads, and the others wait for what it says.
+    """
     for directory in inputs.values():
-        recorded, current = directory.finished()["outputs"], _outputs(directory)
+        try:
+            recorded, current = directory.finished().get("outputs", {}), _outputs(directory)
+        except (UserError, OSError) as error:
+            return str(error)
         for name in sorted(recorded | current):
             if recorded.get(name) != current.get(name):
                 return (

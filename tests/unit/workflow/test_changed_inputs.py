@@ -20,6 +20,15 @@ def test_intact_inputs_pass(finished):
     assert changed_input({"teacher": finished}) is None
 
 
+def test_unreadable_records_are_returned_and_not_raised(finished):
+    finished.finished_path.write_text("{")
+    assert "finished.json" in changed_input({"teacher": finished})
+    finished.finished_path.write_text("{}")
+    assert "teacher/model has changed" in changed_input({"teacher": finished})
+    finished.finished_path.unlink()
+    assert "has not finished" in changed_input({"teacher": finished})
+
+
 @pytest.mark.parametrize("change", ["edit", "add", "remove"])
 def test_every_change_is_named(finished, change):
     path = finished.model_path / "weights"
