@@ -11,13 +11,13 @@ SERVED := $(VENV)/.installed-sglang
 DEV := $(VENV)/.installed-dev
 
 .PHONY: help env quickstart smoke check check-format check-lint check-types
-.PHONY: test test-slow test-unit test-dist test-run test-gpu clean
+.PHONY: test test-slow test-unit test-dist test-cuda_stub test-run test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo "make smoke        two arms in under two minutes"
-	@echo "make test-unit | test-dist | test-run | test-gpu | test-slow | clean"
+	@echo "make test-unit | test-dist | test-cuda_stub | test-run | test-gpu | test-slow | clean"
 
 # The first Python 3.12 of: PYTHON, the ones on PATH, pyenv's installed versions.
 $(STAMP): pyproject.toml constraints.txt
@@ -70,7 +70,7 @@ smoke: env
 
 # Folders one after the other: those of tests/unit and tests/dist share the cores between files, those of tests/run
 # measure time or kill processes and have the machine to themselves.
-test: test-gpu test-unit test-dist test-run
+test: test-gpu test-unit test-dist test-cuda_stub test-run
 
 test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow
@@ -80,6 +80,9 @@ test-unit: env
 
 test-dist: env
 	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/dist
+
+test-cuda_stub: env
+	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/cuda_stub
 
 test-run: $(SERVED)
 	$(RUN)/python -m pytest -q -m "not slow" --durations=15 tests/run

@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.config.recompute import Recompute
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
@@ -220,7 +221,9 @@ def measure(case: Case) -> dict[str, object]:
     policy = build_policy(case.model, case, layout)
     shard = ModelShard(policy.spec, case.parallel, layout.pp_rank)
     capabilities, size = device.capabilities(), 4 if case.precision == "float32" else 2
-    build = Build(size, fused=capabilities.transformer_engine, recompute=case.recompute, fp8=case.fp8 is not None)
+    build = Build(
+        size, fused=capabilities.transformer_engine, recompute=Recompute(case.recompute), fp8=case.fp8 is not None
+    )
     if case.task == "generate":
         persistent, estimate = [frozen_memory(shard, build, "student")], generate_estimate(case, shard, build)
         step = generation(case, policy, layout)

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_s2d.conversion.progress import Report, bar, silent
+from megatron_s2d.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_s2d.conversion.convert import Converted
@@ -27,7 +28,10 @@ _EXAMPLES = {
         "--assets runs/quickstart/tokenizer/modular_arithmetic",
     ),
     "check": ("s2d convert check models/Qwen3-8B models/Qwen3-8B-megatron --skip-logits",),
-    "inspect": ("s2d convert inspect runs/quickstart/stages/opd_rl/model",),
+    "inspect": (
+        "s2d convert inspect runs/quickstart/stages/opd_rl/model",
+        "s2d convert inspect --config models/Qwen3-8B/config.json",
+    ),
 }
 
 
@@ -72,8 +76,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--skip-logits", action="store_true", help="compare tensors only (logits need both models in memory)"
     )
 
-    command = _add_action(actions, "inspect", quiet, "describe a checkpoint directory")
-    command.add_argument("directory", metavar="DIR", help="checkpoint directory of either format")
+    command = _add_action(actions, "inspect", quiet, "describe a checkpoint, or tell if a model is supported")
+    command.add_argument("directory", nargs="?", metavar="DIR", help="checkpoint directory of either format")
+    command.add_argument(
+        "--config", dest="config_file", metavar="FILE", help="a config.json alone, instead: whether it is supported"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -159,9 +166,16 @@ def _check(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _inspect(arguments: argparse.Namespace, report: Report) -> None:
-    from megatron_s2d.conversion.convert import inspect_checkpoint
+    if (arguments.directory is None) == (arguments.config_file is None):
+        raise UserError("s2d convert inspect needs either a checkpoint directory or --config")
+    if arguments.config_file is not None:
+        from megatron_s2d.conversion.support import describe_config
 
-    description = inspect_checkpoint(arguments.directory, report=report)
+        description = describe_config(arguments.config_file)
+    else:
+        from megatron_s2d.conversion.convert import inspect_checkpoint
+
+        description = inspect_checkpoint(arguments.directory, report=report)
     if arguments.json:
         json.dump(description, sys.stdout, indent=1)
         print()

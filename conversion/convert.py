@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_s2d.artifacts.files import atomic_directory, json_digest, read_json
+from megatron_s2d.artifacts.files import atomic_directory, json_digest, read_json_object
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
@@ -235,8 +235,9 @@ def _config_document(source: MegatronReader, assets: Path) -> dict[str, Any]:
     path = assets / "config.json"
     if not path.is_file():
         return {**hf_config_from_spec(source.spec, dtype), **_special_tokens(assets)}
-    document = read_json(path)
+    document = read_json_object(path)
     _same_model(spec_from_hf_config(document, str(path)), source.spec, path, source.directory)
+    document.pop("quantization_config", None)  # the weights were dequantised when they were read
     document["dtype" if "dtype" in document else "torch_dtype"] = dtype
     return document
 

@@ -67,14 +67,16 @@ def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
     ffn = spec.ffn_hidden_size if entry.expert is None else spec.moe_ffn_hidden_size
     match entry.parallelism:
         case "qkv_column_parallel":
-            return (spec.q_dim + 2 * spec.kv_dim, spec.hidden_size)
+            rows = spec.q_dim + 2 * spec.kv_dim
+            return (rows,) if entry.parameter.endswith(".bias") else (rows, spec.hidden_size)
         case "gate_up_column_parallel":
             return (2 * ffn, spec.hidden_size)
         case "row_parallel":
             return (spec.hidden_size, spec.q_dim if "linear_proj" in entry.parameter else ffn)
     if entry.parameter == "mlp.router.weight":
         return (spec.num_experts, spec.hidden_size)
-    return (spec.head_dim if entry.parameter.startswith("self_attention.") else spec.hidden_size,)
+    is_of_head = entry.parameter.startswith(("self_attention.q_", "self_attention.k_"))
+    return (spec.head_dim if is_of_head else spec.hidden_size,)
 
 
 def boxes(piece: Piece, tp_size: int) -> list[Box]:
@@ -87,4 +89,4 @@ def boxes(piece: Piece, tp_size: int) -> list[Box]:
     parts *= 2 if parallelism == "gate_up_column_parallel" else 1
     share = piece.shape[dim] // parts
     size = tuple(share if axis == dim else length for axis, length in enumerate(piece.shape))
-    return [(tuple(part * share if axis == dim else 0 for axis in range(2)), size) for part in range(parts)]
+    return [(tuple(part * share if axis == dim else 0 for axis in range(len(size))), size) for part in range(parts)]

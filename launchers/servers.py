@@ -9,6 +9,7 @@ Servers start with a model's published weights and receive the trained ones from
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -69,16 +70,17 @@ def nodes_per_server(workflow: WorkflowConfig, settings: LaunchConfig) -> int:
 
 
 def server_script(workflow: WorkflowConfig, settings: LaunchConfig, python: str, preamble: str) -> str:
-    """Return the script that srun starts on each node of a server: model directory, positions, first node."""
+    """Return the script that srun starts on each node of a server: model, positions, first node, file of the key."""
     size, span = workflow.rollout.sglang.tensor_parallel_size, nodes_per_server(workflow, settings)
     nodes = f'--nnodes {span} --node-rank "$SLURM_NODEID" --dist-init-addr "$3:{_RENDEZVOUS_PORT}"' if span > 1 else ""
     dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.extra_args)
     return f"""#!/bin/bash
-# An SGLang server of {workflow.name}; arguments: model directory, context length, first node.
+# An SGLang server of {workflow.name}; arguments: model directory, context length, first node, file with its API key.
 {preamble}
 trap '' USR1 # the signal before the time limit is meant for the ranks
 export SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1
-exec {shlex.quote(python)} -m sglang.launch_server --model-path "$1" --context-length "$2" --dtype {dtype} \\
+exec {shlex.quote(python)} -m megatron_s2d.rollout.sglang.with_api_key "$4" sglang.launch_server \\
+    --model-path "$1" --context-length "$2" --dtype {dtype} \\
     --host "$SLURMD_NODENAME" --port $(({PORT} + SLURM_LOCALID)) \\
     --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {nodes} {further}
 """
@@ -91,13 +93,16 @@ def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, 
         f"# The first {first} nodes train; servers on the others end with the job.",
         'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         'nodes() { local IFS=,; echo "${hosts[*]:$1:$2}"; }',
-        "urls=() all=()",
+        *_api_key_lines(workflow, script),
+        "all=()",
+        """quoted=${key//"'"/"''"} # as YAML writes it""",
+        """urls=(--set "rollout.sglang.api_key_file='$quoted'")""",
         "serve() { # model, directory, positions, first node, number of nodes",
         "    local node port list=()",
         f"    for ((node = $4; node < $4 + $5; node += {span})); do",
         f"        {srun} --nodes={span} --ntasks={span * per_node} --ntasks-per-node={per_node} \\",
         f'            --nodelist="$(nodes "$node" {span})" \\',
-        f'            bash {shlex.quote(script)} "$2" "$3" "${{hosts[node]}}" &',
+        f'            bash {shlex.quote(script)} "$2" "$3" "${{hosts[node]}}" "$key" &',
         f'        for port in {{{PORT}..{PORT + per_node - 1}}}; do list+=("http://${{hosts[node]}}:$port"); done',
         "    done",
         '    all+=("${list[@]}")',
@@ -120,3 +125,17 @@ def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, 
         "done",
     ]
     return "\n".join(lines)
+
+
+def _api_key_lines(workflow: WorkflowConfig, script: str) -> list[str]:
+    """Return lines that set ``key``: the file with the API key of the job's servers, by default one of its own."""
+    own = workflow.rollout.sglang.api_key_file
+    if own is not None:
+        return [f"key={shlex.quote(str(own.absolute()))}"]
+    return [
+        "# The servers listen on the network: they answer requests with the key in this file only.",
+        f'key={shlex.quote(str(Path(script).parent))}/api-key-"$SLURM_JOB_ID"',
+        'rm -f "$key"',
+        "(umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' >\"$key\")",
+        "trap 'rm -f \"$key\"' EXIT",
+    ]

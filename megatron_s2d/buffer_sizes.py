@@ -19,3 +19,7 @@ P2P_BUCKET_BYTES = 128 << 20
 
 # rollout/megatron/batching.py: response positions whose random numbers are drawn at once.
 POSITIONS_PER_DRAW = 256
+
+# rollout/megatron/engine.py: tokens of a response that are decoded before the host looks for ended responses. On a GPU
+# each look waits for the device; on a CPU it costs nothing, and a row that has ended a full row of every layer.
+POSITIONS_PER_CHECK = {"cuda": 16, "cpu": 1}

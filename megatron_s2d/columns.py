@@ -19,6 +19,7 @@ _WRITERS = {
     "advantages": "the computation of advantages",
     "teacher_log_probs": "scoring by the teacher",
     "reference_log_probs": "scoring by the reference",
+    "sequence_log_ratios": "the pass over the output layer that GSPO makes before its loss",
     "policy_weight": "packing with policy weights",
     "supervised_weight": "packing with supervised weights",
     "divergence_weight": "packing with divergence weights",
@@ -38,6 +39,7 @@ class TokenColumns:
     advantages: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
+    sequence_log_ratios: torch.Tensor | None = None  # of the response that the token belongs to, averaged over it
     policy_weight: torch.Tensor | None = None  # zero outside the responses of the policy
     supervised_weight: torch.Tensor | None = None
     divergence_weight: torch.Tensor | None = None
@@ -65,6 +67,11 @@ class TokenColumns:
         """Raise a ``UserError`` that names the step to run if one of the columns ``names`` is missing."""
         for name in sorted(names):
             self.get(name)
+
+    def with_missing(self, names: Iterable[str]) -> TokenColumns:
+        """Return columns of no token with empty ones for those of ``names`` that this rank did not compute."""
+        empty = torch.zeros(0, device=next(iter(self._present().values())).device)
+        return dataclasses.replace(self, **{name: empty for name in names if getattr(self, name) is None})
 
     def neutral_outside(self, active: torch.Tensor, log_probs: torch.Tensor | None) -> TokenColumns:
         """Return the columns with harmless values where ``active`` (bool [t]) is False.

@@ -32,6 +32,11 @@ def percent(mean: float, std_err: float | None = None) -> str:
     return f"{100 * mean:.1f}{_plus_minus(std_err)}"
 
 
+def tokens(mean: float, std_err: float | None = None) -> str:
+    """Return a mean number of tokens: ``812.4 ± 9.3``."""
+    return f"{mean:.1f}" + ("" if std_err is None else f" ± {std_err:.1f}")
+
+
 def points(difference: float, std_err: float | None = None) -> str:
     """Return a difference in percentage points with its sign: ``+3.1 ± 1.5``."""
     return f"{100 * difference:+.1f}".replace("-", "−") + _plus_minus(std_err)

@@ -94,7 +94,7 @@ PURPOSE = {
     "stages": "one file per method",
     "estimate": "memory and time beforehand, tables and plots afterwards",
     "workflow": "plan, checks before a run, worker processes",
-    "studies": "sweeps, scaling laws, simulations",
+    "studies": "sweeps, scaling laws, simulations; a rank on a CUDA runtime without a GPU",
     "cli": "the s2d command; also calls conversion/ and launchers/",
 }
 

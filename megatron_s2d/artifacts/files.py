@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from megatron_s2d.errors import UserError
 
 LOCK_NAME = ".lock"
 PARTIAL_SUFFIX = ".partial"
+NFS_PREFIX = ".nfs"  # files that an NFS client keeps until the last process has closed them
+_STALE_ATTEMPTS = 3
+_STILL_USED = (errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE, errno.ENOENT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -39,7 +43,28 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise NoSpace(f"{path}: {cause}; earlier files are intact, so free space and run again") from error
         if error.errno in _NOT_WRITABLE:
             location = error.filename or path
-            raise UserError(f"{location}: cannot be written ({error.strerror}); choose another directory") from error
+            raise UserError(
+                f"{location}: cannot be written ({error.strerror}); make it writable, or choose another directory"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def remaining_disk_errors() -> Iterator[None]:
+    """Turn the errors of a disk that is full or turned read-only into a ``UserError``, wherever in a command they come.
+
+    For the outermost blocks: libraries write files, too, and so does every ``print`` to a log.
+    """
+    try:
+        yield
+    except OSError as error:
+        location = error.filename or "the directory of the run"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"{location}: {error.strerror}; earlier files are intact, so free space and run again"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{location}: {error.strerror}; make it accessible and run again") from error
         raise
 
 
@@ -57,9 +82,10 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            rename(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a directory that turned read-only keeps it
+                temporary.unlink(missing_ok=True)
             raise
         fsync_path(path.parent)
 
@@ -78,26 +104,52 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory that is renamed to ``path`` at the end of the block, or deleted on an error.
 
-    ``path`` must not exist. The next writer of the same ``path`` deletes what a killed writer left behind.
+    ``path`` must not exist. The next writer of the same ``path`` deletes what a killed writer left behind; while one is
+    writing, others raise ``UserError``.
     """
     path = Path(path)
     if path.exists():
         raise UserError(f"{path}: already exists; move it first")
     temporary = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-    with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(path), contextlib.ExitStack() as stack:
+        if temporary.exists():
+            with _only_writer(temporary, path):
+                shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        stack.enter_context(_only_writer(temporary, path))
         try:
             yield temporary
             for directory, _, names in os.walk(temporary):
                 for name in names:
                     fsync_path(Path(directory, name))
                 fsync_path(Path(directory))
-            os.rename(temporary, path)
+            rename(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def _only_writer(directory: Path, path: Path) -> Iterator[None]:
+    """Lock ``directory``, which becomes ``path``; ``UserError`` if another process is writing it."""
+    busy = UserError(f"{path}: another process is writing it; wait for it to end or choose another directory")
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # the other one has finished
+        raise busy from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:  # a file system that locks no directories, such as NFS: nothing can be said
+            pass
+        if not (directory.exists() and os.path.samestat(os.fstat(descriptor), os.stat(directory))):
+            raise busy
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -124,16 +176,39 @@ def append_line(path: str | Path, line: str) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file; raise ``UserError`` if the file is missing or damaged."""
-    return _decode(_read_text(path), str(path))
+    return parse_json(_read_bytes(path), str(path))
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise ``UserError`` if the file is missing, damaged, or holds another value."""
+    return _object(read_json(path), str(path))
+
+
+def parse_json(content: bytes, location: str) -> Any:
+    """Return the value of UTF-8 JSON text that anyone may have written, with or without a byte order mark.
+
+    Raises ``UserError`` with ``location`` for damaged text and for values nested too deeply.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig", "surrogateescape"))
+    except RecursionError:
+        raise UserError(f"{location}: damaged file, brackets are nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{location}: damaged file, not valid JSON ({error})") from None
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file without an incomplete last line; other damage raises ``UserError``."""
-    lines = _read_text(path).split("\n")
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1) if line.strip()]
+    lines = _read_bytes(path).split(b"\n")
+    locations = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    rows = [
+        _object(parse_json(line, location), location)
+        for line, location in zip(lines[:-1], locations, strict=False)
+        if line.strip()
+    ]
     if lines[-1].strip():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(lines[-1]))
+        with contextlib.suppress(UserError):
+            rows.append(_object(parse_json(lines[-1], locations[-1]), locations[-1]))
     return rows
 
 
@@ -164,11 +239,26 @@ def json_digest(value: Any) -> str:
 
 def file_digest(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file's content."""
-    try:
+
+    def digest() -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        return _retry_stale(digest)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _retry_stale[Result](read: Callable[[], Result]) -> Result:
+    """Return ``read()``, opened again if another NFS client replaced the file meanwhile."""
+    for _ in range(_STALE_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return read()
 
 
 def tree_digest(directory: str | Path) -> str:
@@ -182,9 +272,32 @@ def tree_digest(directory: str | Path) -> str:
     digest = hashlib.sha256()
     names = [Path(folder, name).relative_to(root) for folder, _, files in os.walk(root) for name in files]
     for name in sorted(names, key=Path.as_posix):
-        if name.name != LOCK_NAME:
+        if name.name != LOCK_NAME and not name.name.startswith(NFS_PREFIX):
             digest.update(f"{json.dumps(name.as_posix())} {file_digest(root / name)}\n".encode())
     return digest.hexdigest()
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, which may replace another one, or a directory.
+
+    A network file system may repeat a rename whose reply was lost and then report that ``source`` does not exist.
+    """
+    renamed = os.stat(source)
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if not (target.exists() and os.path.samestat(os.stat(target), renamed)):
+            raise
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory; what cannot be deleted now, such as files that are open on NFS, stays for the next time."""
+
+    def keep(_: object, name: str, error: BaseException) -> None:
+        if not isinstance(error, OSError) or error.errno not in _STILL_USED:
+            raise error
+
+    shutil.rmtree(path, onexc=keep)
 
 
 def fsync_path(path: Path) -> None:
@@ -216,22 +329,19 @@ def _repair_last_line(file: Any) -> int:
     return size + 1
 
 
-def _read_text(path: str | Path) -> str:
+def _read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes().decode("utf-8", "surrogateescape")
+        return _retry_stale(Path(path).read_bytes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _decode(text: str, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{location}: damaged file, not valid JSON ({error})") from None
+def _object(value: Any, location: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{location}: damaged file, expected a JSON object, got {_article(value)}")
+    return value
 
 
-def _row(line: str, location: str) -> dict[str, Any]:
-    row = _decode(line, location)
-    if not isinstance(row, dict):
-        raise UserError(f"{location}: expected one JSON object per line")
-    return row
+def _article(value: Any) -> str:
+    names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_s2d.artifacts.files import LOCK_NAME, disk_errors
 from megatron_s2d.errors import UserError
+from megatron_s2d.formatting import printable
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def _acquire(
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"
+            holder = printable(os.pread(descriptor, 200, 0).decode("utf-8", "replace")) or "another process"
         except OSError as error:
             raise UserError(f"{path}: file system without locks ({error.strerror}); use another one") from error
         if time.monotonic() >= deadline:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import math
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ from megatron_s2d.artifacts.files import (
     atomic_write_json,
     atomic_write_text,
     fsync_path,
-    read_json,
+    read_json_object,
     read_jsonl,
+    remove_tree,
+    rename,
 )
+from megatron_s2d.artifacts.shapes import Finished, Lineage, MetricsRow, checked, checked_rows
 from megatron_s2d.artifacts.versions import code_version, library_versions, timestamp
 from megatron_s2d.errors import UserError
 
@@ -36,6 +41,8 @@ class StageDirectory:
         self.finished_path = self.path / "finished.json"
         self.model_path = self.path / "model"  # final weights, without optimizer state
         self.cache_path = self.path / "cache"  # of a teacher_cache stage
+        self._noted = -math.inf
+        self.note_path = self.path / "progress.txt"  # what a round that takes long has done so far
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str], seeds: Mapping[str, int]) -> None:
         """Record the start of the stage, or that it resumes; ``inputs`` maps a name to a digest.
@@ -75,21 +82,28 @@ class StageDirectory:
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration of the stage."""
-        return read_json(self.config_path)
+        return read_json_object(self.config_path)
 
     def lineage(self) -> dict[str, Any]:
         """Return inputs, seeds, versions and times."""
-        return read_json(self.lineage_path)
+        return checked(read_json_object(self.lineage_path), Lineage, str(self.lineage_path))
 
     def finished(self) -> dict[str, Any]:
         """Return the summary passed to ``finish``; raise ``UserError`` if the stage has not finished."""
         if not self.is_finished():
             raise UserError(f"{self.path}: the stage has not finished; run the workflow again to complete it")
-        return read_json(self.finished_path)
+        return checked(read_json_object(self.finished_path), Finished, str(self.finished_path))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.jsonl``, one per step; empty without such a file."""
-        return read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
+        rows = read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
+        return checked_rows(rows, MetricsRow, str(self.metrics_path))
+
+    def note(self, text: str) -> None:
+        """Replace the line that the runner shows while the next row of the metrics is not there yet; once a second."""
+        if time.monotonic() - self._noted >= 1.0:
+            self._noted = time.monotonic()
+            atomic_write_text(self.note_path, text)
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the path of the checkpoint after ``step``."""
@@ -102,7 +116,7 @@ class StageDirectory:
 
     def set_aside_damaged(self, path: Path) -> None:
         """Rename a checkpoint so that it no longer counts as one; it is deleted with the others."""
-        path.rename(path.with_name(path.name + ".damaged"))
+        rename(path, path.with_name(path.name + ".damaged"))
 
     def retain_checkpoints(self, keep_last_n: int) -> None:
         """Delete all but the newest ``keep_last_n`` checkpoints and the remains of interrupted saves or deletions."""
@@ -110,9 +124,9 @@ class StageDirectory:
             raise ValueError("keep_last_n must be at least 1")
         for path in self.checkpoints()[:-keep_last_n]:
             # Renamed first: a half-deleted directory must not look like a checkpoint.
-            path.rename(path.with_name(path.name + PARTIAL_SUFFIX))
+            rename(path, path.with_name(path.name + PARTIAL_SUFFIX))
         for path in self.checkpoints_path.glob(f"*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(path)
+            remove_tree(path)
 
     def archive(self, reason: str) -> Path | None:
         """Move the directory to ``.archive/<name>-<n>`` with a ``reason.txt``; return None if it is missing."""
@@ -121,9 +135,8 @@ class StageDirectory:
         archive = self.path.parent / ".archive"
         archive.mkdir(exist_ok=True)
         atomic_write_text(self.path / "reason.txt", f"{timestamp()} {reason}\n")
-        existing = {path.name for path in archive.iterdir()}
-        number = next(n for n in range(1, len(existing) + 2) if f"{self.path.name}-{n}" not in existing)
-        target = archive / f"{self.path.name}-{number}"
-        self.path.rename(target)
+        # Asks for names: a listing would have the archived directories of all stages.
+        target = next(path for n in itertools.count(1) if not (path := archive / f"{self.path.name}-{n}").exists())
+        rename(self.path, target)
         fsync_path(self.path.parent)
         return target

@@ -11,8 +11,27 @@ import subprocess
 from pathlib import Path
 
 from megatron_s2d.artifacts.files import file_digest, json_digest
+from megatron_s2d.errors import UserError
 
-_LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "numpy")
+_TORCH = "2.11"  # minor version; a test compares it with pyproject.toml
+_LIBRARIES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "datasets", "mpmath", "numpy")
+
+
+def check_torch(version: str | None = None) -> None:
+    """Raise ``UserError`` for another minor version of torch than this package is written for.
+
+    version: by default the installed one. It reads internals of torch and Megatron-Core that change between minors.
+    """
+    if version is None:
+        try:
+            version = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+    if version.split(".")[:2] != _TORCH.split("."):
+        raise UserError(
+            f"torch {_TORCH} is needed, and {version} is installed: pip install 'torch=={_TORCH}.*' (s2d doctor lists "
+            "all versions)"
+        )
 
 
 def timestamp() -> str:

@@ -6,12 +6,16 @@ Commands import what they need when they run, so that ``--help`` and mistakes in
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 import traceback
 from collections.abc import Sequence
 
-from megatron_s2d.cli import results, run, studies, tools
+from megatron_s2d.artifacts.files import remaining_disk_errors
+from megatron_s2d.artifacts.versions import check_torch
+from megatron_s2d.cli import init, results, run, studies, tools
 from megatron_s2d.errors import UserError
+from megatron_s2d.formatting import printable
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
 
 _EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
@@ -36,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return _EXIT_ERROR
     try:
-        return options.run(options) or 0
+        if options.command != "doctor":  # it lists all versions
+            check_torch()
+        with remaining_disk_errors():
+            return options.run(options) or 0
     except UserError as error:
         return _fail(f"error: {error}", options.debug, _EXIT_ERROR)
     except Interrupted as interrupted:
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"stopped; {RESUME_HINT}", False, _EXIT_INTERRUPTED)
     except BrokenPipeError:
         return _EXIT_ERROR
+    except MemoryError:
+        return _fail("error: out of memory: give the command more", options.debug, _EXIT_ERROR)
     except JobCrashed as error:
         return _fail(f"internal error: {error} {_DEBUG_HINT}", options.debug, _EXIT_CRASH, error.traceback)
     except Exception as error:
@@ -56,8 +65,16 @@ def _fail(message: str, debug: bool, code: int, trace: str = "") -> int:
     """Print the message as one line, after the traceback if asked for; return the exit code."""
     if debug:
         sys.stderr.write(trace or traceback.format_exc())
-    print(" ".join(message.split("\n")), file=sys.stderr)
+    # Names and texts of the user's files may contain sequences that terminals obey.
+    print(printable(" ".join(message.split("\n"))), file=sys.stderr)
     return code
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("megatron-s2d")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "(not installed)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"megatron-s2d {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    init.add_init(commands)
     run.add_run(commands)
     run.add_plan(commands)
     run.add_launch(commands)
@@ -78,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     results.add_eval(commands)
     results.add_generate(commands)
     results.add_report(commands)
+    tools.add_reward(commands)
     tools.add_cache(commands)
     tools.add_convert(commands)
     tools.add_doctor(commands)

@@ -67,8 +67,14 @@ def load_config(options: argparse.Namespace) -> tuple[WorkflowConfig, Path]:
     """Return the workflow and its run directory."""
     from megatron_s2d.config.workflow import load_workflow
 
-    config = load_workflow(options.config, options.overrides)
+    config = load_workflow(shipped(options.config), options.overrides)
     return config, (options.out or Path("runs") / config.name)
+
+
+def shipped(path: Path) -> Path:
+    """Return ``path``, or the file of that name in the installed package: its wheel has ``configs/`` inside."""
+    inside = Path(__file__).parents[1] / path
+    return inside if not path.exists() and path.parts[:1] == ("configs",) and inside.is_file() else path
 
 
 def open_console() -> Console:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_s2d.cli.parser import add_command, add_config, finish_command, load_config, open_console
+from megatron_s2d.errors import UserError
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:
@@ -37,23 +38,26 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="run only this stage and its evaluation; its inputs must be finished, and no report is written",
     )
-    command.set_defaults(gpu=None, num_gpus=None, assume=[])  # --dry-run prints a plan
+    command.set_defaults(gpu=None, num_gpus=None, assume=[], measure=False, rank=None)  # --dry-run prints a plan
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
+        options.stage = None
         return _plan(options)
+    from megatron_s2d.parallel.cuda_variables import set_device_variables
     from megatron_s2d.parallel.launcher_env import is_launched, launched_world_size
 
-    if is_launched():
-        from megatron_s2d.workflow.torchrun_runner import run_workflow
-    else:
-        from megatron_s2d.workflow.runner import run_workflow
     config, run_dir = load_config(options)
     if options.elastic:
         config = config.with_world_size(launched_world_size())
+    if is_launched():
+        set_device_variables(config)  # before the imports: some libraries start CUDA when they are imported
+        from megatron_s2d.workflow.torchrun_runner import run_workflow
+    else:
+        from megatron_s2d.workflow.runner import run_workflow
     run_workflow(config, run_dir, open_console(), options.stage)
-    return None
+    return 0
 
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
@@ -67,6 +71,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         "s2d plan configs/quickstart.yaml",
         "s2d plan configs/quickstart.yaml --gpu h200 --num-gpus 8",
         "s2d plan configs/quickstart.yaml --gpu h100 --assume matmul_efficiency=0.4",
+        "s2d plan configs/opd_qwen3.yaml --measure --rank 1 --stage opd",
     )
     add_config(command)
     command.add_argument("--gpu", metavar="NAME", help="GPU to estimate for: h200, h100, a100-80, b200 or l40s")
@@ -78,9 +83,21 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="KEY=VALUE",
         help="replace an assumption of the estimate, for example --assume matmul_efficiency=0.6; may be repeated",
     )
+    _add_measure(command)
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _add_measure(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--measure",
+        action="store_true",
+        help="run two steps of one rank on a CUDA runtime without a GPU, and print its memory by phase, launches, "
+        "waits, collectives and products (docs/measure.md)",
+    )
+    command.add_argument("--rank", type=int, metavar="R", help="with --measure: the rank (default: 0)")
+    command.add_argument("--stage", metavar="NAME", help="with --measure: this stage only")
+
+
+def _plan(options: argparse.Namespace) -> int:
     import tempfile
 
     from megatron_s2d.workflow.plan import make_plan
@@ -88,12 +105,20 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.plan_table import print_plan
     from megatron_s2d.workflow.preflight import check_workflow
 
+    for option in ("rank", "stage"):
+        if getattr(options, option) is not None and not options.measure:
+            raise UserError(f"--{option} needs --measure")
     machine = machine_from_options(options.gpu, options.num_gpus, options.assume)
     config, run_dir = load_config(options)
     with tempfile.TemporaryDirectory() as scratch:
         preflight = check_workflow(config, Path(scratch))
+    if options.measure:
+        from megatron_s2d.measure.report import print_measurements
+
+        return min(1, print_measurements(preflight, options.stage, options.rank or 0, machine, open_console()))
     print_plan(preflight, make_plan(config, run_dir), run_dir, open_console())
     print_estimate(preflight, machine, options.num_gpus, open_console())
+    return 0
 
 
 def add_launch(commands: argparse._SubParsersAction) -> None:

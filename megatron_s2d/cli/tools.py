@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_s2d.cli.parser import add_command, finish_command, open_console, silence_libraries
+from megatron_s2d.errors import UserError
 
 
 def add_cache(commands: argparse._SubParsersAction) -> None:
@@ -34,6 +35,38 @@ def _cache(options: argparse.Namespace) -> None:
     open_console().print(table)
     if options.action == "verify":
         print("verified: every shard, row and sample matches its checksum")
+
+
+def add_reward(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "reward",
+        _reward,
+        "try the reward of a data entry on a file of responses",
+        "Grade responses with the reward of an entry of `data`: a verdict each, then labels, rewards, speed. Without "
+        "--responses the labels of the prompts are graded as if a model had written them.",
+        "s2d reward configs/own_reward.yaml --data steps --limit 4",
+        "s2d reward my.yaml --data train --responses runs/my/stages/rl/rollouts.jsonl",
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG", help="workflow file (YAML)")
+    command.add_argument("--data", required=True, metavar="ENTRY", help="entry of `data`, or entry/half")
+    command.add_argument(
+        "--responses", type=Path, metavar="FILE", help="JSON lines with `id` (or `problem_id`) and `response`"
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="grade the first N responses only")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
+    )
+
+
+def _reward(options: argparse.Namespace) -> None:
+    from megatron_s2d.config.workflow import load_workflow
+    from megatron_s2d.workflow.try_reward import try_reward
+
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit {options.limit}: give at least 1")
+    config = load_workflow(options.config, options.overrides)
+    try_reward(config, options.data, options.responses, options.limit, open_console())
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any
 
 import pydantic
 
+from megatron_s2d.config.bounds import refuse_implausible_numbers
 from megatron_s2d.config.yaml_file import parse_yaml
 from megatron_s2d.errors import UserError
 
-LARGEST_INTEGER = 10**12
-LARGEST_FLOAT = 1e30
 # Names of stages, arms, models and data entries become names of folders and files.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Name = Annotated[str, pydantic.StringConstraints(pattern=NAME_PATTERN)]
@@ -45,12 +45,13 @@ def apply_overrides(document: dict[str, Any], overrides: list[str]) -> dict[str,
 
 def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C:
     """Validate ``document`` against ``model``; report the first problem in one line: file, key, closest valid key."""
-    _refuse_huge_numbers(document, "", source)
+    refuse_implausible_numbers(document, source)
     try:
         config = model.model_validate(document)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
-        first = problems[0]
+        # An unknown key is often a slip of one that is then missing: it names that one.
+        first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
         is_missing = first["type"] == "missing"  # then the last part is a key that is not in the file
         key = ".".join(
             str(part) for part in first["loc"] if not _is_union_tag(part, document, first["loc"], is_missing)
@@ -63,33 +64,24 @@ def parse[C: Config](model: type[C], document: dict[str, Any], source: str) -> C
                 f"{first['input']!r} cannot name files: use letters, digits, '.', '_' and '-', a letter or digit "
                 "first, at most 100 characters"
             )
+        elif first["type"] == "union_tag_invalid":
+            expected = re.findall(r"'([^']+)'", str(first["ctx"]["expected_tags"]))
+            message = f"unknown type {first['ctx']['tag']!r}{_closest(str(first['ctx']['tag']), expected)}"
+        elif first["type"] == "literal_error":
+            expected = re.findall(r"'([^']+)'", str(first["ctx"]["expected"]))
+            message += f" (got {first['input']!r}){_closest(str(first['input']), expected, '')}"
         elif first["type"] != "value_error" and first["type"] != "missing":
             message += f" (got {first['input']!r})"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}{more}") from None
     _refuse_booleans_as_numbers(document, config, "", source)
+    refuse_implausible_numbers(config.model_dump(), source)  # again: text such as 1e40 is a number by now
     return config
 
 
 def dump(config: Config) -> dict[str, Any]:
     """Return the resolved configuration as plain JSON types, defaults included."""
     return config.model_dump(mode="json")
-
-
-def _refuse_huge_numbers(value: Any, key: str, source: str) -> None:
-    """Numbers that only a slip of the keyboard gives, anywhere in a document."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_huge_numbers(item, f"{key}.{name}" if key else str(name), source)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_huge_numbers(item, f"{key}.{index}", source)
-    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise UserError(
-            f"{source}: {key}: {value:.3g} is more than anything counted here (at most {LARGEST_INTEGER:,})"
-        )
-    elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
-        raise UserError(f"{source}: {key}: {value:.3g} is too large for float32 arithmetic (at most {LARGEST_FLOAT:g})")
 
 
 def _refuse_booleans_as_numbers(document: Any, config: Any, key: str, source: str) -> None:
@@ -134,6 +126,21 @@ def _suggest(model: type[Config], location: Location) -> str:
     if close:
         return f" (did you mean '{close[0]}'?)"
     return f" (valid keys: {', '.join(sorted(candidates))})" if candidates else ""
+
+
+_OTHER_NAMES = {
+    "bf16": "bfloat16", "fp32": "float32", "fp16": "bfloat16",
+    "distill": "opd", "gkd": "opd", "rl": "grpo", "ppo": "grpo", "vllm": "sglang",
+}  # fmt: skip
+
+
+def _closest(value: str, expected: list[str], otherwise: str | None = None) -> str:
+    """Return `` (did you mean 'x'?)`` for a value, from the valid ones; else all of them, or ``otherwise``."""
+    other = _OTHER_NAMES.get(value.lower(), "")
+    close = [other] if other in expected else difflib.get_close_matches(value, expected, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (one of {', '.join(expected)})" if otherwise is None else otherwise
 
 
 def _fields_at(annotation: Any, location: Location) -> list[str]:

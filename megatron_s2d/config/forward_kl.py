@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_s2d.config.stage import LOSS_AGG, NORM_LENGTH, LossAggMode, StageConfig, TrainingStageConfig
+from megatron_s2d.config.stage import (
+    LOSS_AGG,
+    MAX_PROMPT_LENGTH,
+    NORM_LENGTH,
+    LossAggMode,
+    StageConfig,
+    TrainingStageConfig,
+)
+from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.config.training import SamplingConfig
 
 
@@ -15,7 +23,16 @@ class TeacherCacheConfig(StageConfig):
 
     type: Literal["teacher_cache"] = "teacher_cache"
     teacher: str = Field(description="stage whose weights sample and score")
-    prompts: str = Field(description="prompts: an entry of `data`, or `entry/half`; labels are not used")
+    teacher_view: TeacherViewConfig | None = Field(
+        None,
+        description="the prompt as the teacher reads it (docs/teachers.md); the cache holds the student's prompt with "
+        "the response and distributions that the teacher gave behind its own; null: as the student reads it",
+    )
+    prompts: str = Field(
+        description="prompts: an entry of `data`, or `entry/half`; labels are used by `only_correct` and by views with "
+        "answers or solutions only"
+    )
+    max_prompt_length: int | None = Field(None, ge=1, description=MAX_PROMPT_LENGTH)
     num_generations: int = Field(8, ge=1, description="responses per prompt")
     sampling: SamplingConfig = SamplingConfig()
     representation: Literal["sampled_token", "top_k", "hidden_states", "full_vocab"] = Field(
@@ -34,8 +51,12 @@ class TeacherCacheConfig(StageConfig):
         return [self.prompts]
 
     @property
-    def uses_labels(self) -> bool:
+    def grades(self) -> bool:
         return self.only_correct
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.grades or (self.teacher_view is not None and self.teacher_view.uses_labels)
 
 
 class ForwardKlConfig(TrainingStageConfig):

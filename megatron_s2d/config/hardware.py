@@ -51,6 +51,10 @@ class AssumptionsConfig(Config):
     network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one way")
     gpus_per_node: int = Field(8, ge=1, description="GPUs that share the fast links")
     latency: float = Field(10e-6, ge=0, description="seconds of a collective of minimal size")
+    launch_seconds: float = Field(
+        5e-6, gt=0, description="seconds of the host to launch a kernel through PyTorch, with --measure"
+    )
+    transformer_engine: bool = Field(True, description="whether layers are Transformer Engine's; false: PyTorch's")
     reserved_memory: int = Field(
         8 * 2**30, ge=0, description="bytes for the CUDA context, communication buffers and fragmentation"
     )

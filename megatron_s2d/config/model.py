@@ -15,9 +15,11 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config
+from megatron_s2d.config.families import Name
 from megatron_s2d.config.hf_config import spec_from_directory
-from megatron_s2d.config.model_spec import Family, ModelSpec, RopeScaling
+from megatron_s2d.config.model_spec import ModelSpec, RopeScaling, scaling_from_dict
 from megatron_s2d.config.presets import PRESETS
+from megatron_s2d.config.recompute import OF_EXPERTS, Method, Module, Recompute
 from megatron_s2d.errors import UserError
 
 
@@ -35,14 +37,34 @@ class ModelConfig(Config):
 
     preset: str | None = Field(None, description="one of " + ", ".join(PRESETS))
     path: Path | None = Field(
-        None, description="Hugging Face directory: its config.json describes the model, its safetensors are the weights"
+        None,
+        description="Hugging Face directory (its config.json describes the model, its safetensors are the weights), or "
+        "a Megatron checkpoint: a converted one, or the model/ of a finished stage",
     )
+    tokenizer: str | None = Field(
+        None,
+        description="tokenizer of this model, with its chat template: a directory or hub name with the same token ids "
+        "as the workflow's `tokenizer`, which is the default",
+    )
+    chat_template: Path | None = Field(None, description="file of a Jinja chat template instead of the tokenizer's own")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations to recompute in the backward pass: none, attention, or whole layers"
+        "none", description="activations to recompute in the backward pass: none, some modules, or whole layers"
     )
+    recompute_modules: list[Module] | None = Field(
+        None,
+        description="with recompute selective: core_attn (the default); mlp; of mixtures of experts moe (all of it) "
+        "and, with Transformer Engine, layernorm (the norm before it) and moe_act (its activation function)",
+    )
+    recompute_method: Method | None = Field(
+        None,
+        description="with recompute full: uniform (the default) recomputes all layers, in units of "
+        "recompute_num_layers that save their input only; block recomputes the first recompute_num_layers layers of "
+        "each pipeline rank (of each virtual stage) and no others",
+    )
+    recompute_num_layers: int | None = Field(None, ge=1, description="see recompute_method; 1 by default")
     moe_aux_loss_coeff: float = Field(0.0, ge=0, description="weight of the router's load-balancing loss in training")
 
-    family: Family | None = None
+    family: Name | None = None
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
@@ -63,6 +85,7 @@ class ModelConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _check_one_source(self) -> ModelConfig:
+        _check_recompute(self)
         overrides = sorted(self._overrides())
         if self.preset is not None and self.preset not in PRESETS:
             close = difflib.get_close_matches(self.preset, PRESETS, n=1, cutoff=0.4)
@@ -79,8 +102,19 @@ class ModelConfig(Config):
                 raise ValueError(f"set a preset or a path, or these fields too: {', '.join(missing)}")
         return self
 
+    @property
+    def recomputation(self) -> Recompute:
+        """The settings ``recompute*`` with their defaults."""
+        return Recompute(
+            self.recompute,
+            tuple(self.recompute_modules or ("core_attn",)),
+            self.recompute_method or "uniform",
+            self.recompute_num_layers or 1,
+        )
+
     def _overrides(self) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(ModelSpec)}
+        # Windows and their kind come from a config.json or a preset only.
+        names = {field.name for field in dataclasses.fields(ModelSpec)} & set(ModelConfig.model_fields)
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.rope_scaling is not None:
             values["rope_scaling"] = RopeScaling(**self.rope_scaling.model_dump())
@@ -96,19 +130,36 @@ class ModelConfig(Config):
         else:
             fields = dict(PRESETS[self.preset]) if self.preset is not None else {}
             if isinstance(fields.get("rope_scaling"), dict):
-                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+                fields["rope_scaling"] = scaling_from_dict(fields["rope_scaling"])
             fields.update(self._overrides())
             if fields.get("vocab_size") is None:
                 if vocab_size is None:
                     raise UserError("model: vocab_size is not given and there is no tokenizer to take it from")
                 fields["vocab_size"] = vocab_size
             spec = ModelSpec(**fields)
+        for module in self.recompute_modules or ():
+            if module in OF_EXPERTS and not spec.num_experts:
+                raise UserError(
+                    f"model: recompute_modules: {module} needs a mixture of experts, and the model is dense"
+                )
+            if module == "mlp" and spec.num_experts:
+                raise UserError("model: recompute_modules: mlp is of a dense model; a mixture of experts has moe")
         if vocab_size is not None and vocab_size > spec.vocab_size:
             raise UserError(
                 f"model: the tokenizer has {vocab_size} tokens, the model only {spec.vocab_size}; "
                 "use the model's own tokenizer"
             )
         return spec
+
+
+def _check_recompute(model: ModelConfig) -> None:
+    if model.recompute_modules is not None and model.recompute != "selective":
+        raise ValueError(f"recompute_modules needs recompute: selective (it is {model.recompute})")
+    if model.recompute_modules is not None and not model.recompute_modules:
+        raise ValueError("recompute_modules is empty: set recompute to none")
+    for name in ("recompute_method", "recompute_num_layers"):
+        if getattr(model, name) is not None and model.recompute != "full":
+            raise ValueError(f"{name} needs recompute: full (it is {model.recompute})")
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

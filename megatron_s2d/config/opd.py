@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config
 from megatron_s2d.config.grpo import RolloutCorrectionConfig
-from megatron_s2d.config.stage import LOSS_AGG, TRUNCATED, LossAggMode, TrainingStageConfig, Truncated
+from megatron_s2d.config.policy_loss import (
+    CLIP_RATIO_HIGH,
+    CLIP_RATIO_LOW,
+    ENTROPY_COEFF,
+    POLICY_LOSS,
+    PolicyLoss,
+    RewardAdvantageConfig,
+    StageByDomain,
+    check_policy_loss,
+    stages_by_relation,
+    with_policy_loss_defaults,
+)
+from megatron_s2d.config.stage import (
+    LOSS_AGG,
+    MAX_PROMPT_LENGTH,
+    MINI_BATCHES,
+    PPO_EPOCHS,
+    PROMPT_ORDER,
+    TRUNCATED,
+    LossAggMode,
+    PromptOrder,
+    TrainingStageConfig,
+    Truncated,
+)
+from megatron_s2d.config.teacher_view import TeacherViews, all_views
 from megatron_s2d.config.training import SamplingConfig
 
-StageByDomain = str | dict[str, str]
+SELF = "self"  # instead of a stage's name
+_SAMPLED_TOKEN = "for kl_estimator: sampled_token"
 
 
 class SignGateConfig(Config):
@@ -64,25 +89,51 @@ class TeacherSamplingConfig(Config):
         return self
 
 
+class FixedAdvantageConfig(Config):
+    """A control of OPD: the same negative advantage for the least likely sampled tokens (methods M3)."""
+
+    value: float = Field(-0.5, lt=0, ge=-100, description="advantage of the selected tokens; 0 for all others")
+    fraction: float = Field(
+        0.2, gt=0, le=1, description="share of a step's response tokens that are selected, least likely first"
+    )
+    selected_by: Literal["student", "teacher"] = Field(
+        "student",
+        description="whose log-probabilities select the tokens; student: the teacher is only measured (metric "
+        "teacher_kl), no update depends on it",
+    )
+
+
 class OpdConfig(TrainingStageConfig):
     """Stage 2b: on-policy distillation to frozen teachers (methods M3), G-OPD (M4), SG-OPD (M5), GKD."""
 
     type: Literal["opd"] = "opd"
-    teacher: StageByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
+    teacher: StageByDomain = Field(
+        description="stage whose weights are the frozen teacher, or domain -> stage; self: the student as it is at "
+        "each update, which reads more than its prompt (`teacher_view`)"
+    )
+    teacher_view: TeacherViews | None = Field(
+        None,
+        description="the prompt as the teacher reads it, or domain -> that (docs/teachers.md); null: as the student "
+        "reads it",
+    )
     teacher_engine: Literal["trainer", "sglang"] = Field(
         "trainer",
         description="where the teacher runs: in the trainer, or on SGLang servers (kl_estimator sampled_token, or "
         "top_k with top_k_source teacher)",
     )
     prompts: str | list[str] = Field(
-        description="entries of `data`, or `entry/half`; labels are used by `sign_gate` and `teacher_sampling` only"
+        description="entries of `data`, or `entry/half`; labels are used by `sign_gate`, `teacher_sampling`, "
+        "`reward_advantage` and views with answers or solutions only"
     )
+    max_prompt_length: int | None = Field(None, ge=1, description=MAX_PROMPT_LENGTH)
+    prompt_order: PromptOrder = Field("restart", description=PROMPT_ORDER)
     label_reuse: Literal["refuse", "allow"] = Field(
-        "allow", description="refuse: an error if `sign_gate` or `teacher_sampling` would use labels a second time"
+        "allow", description="refuse: an error if labels (see `prompts`) would be used a second time"
     )
     train_batch_size: int = Field(64, ge=1, description="prompts per step")
     num_generations: int = Field(8, ge=1, description="responses per prompt")
-    num_mini_batches: int = Field(1, ge=1, description="optimizer steps per sampled batch")
+    num_mini_batches: int = Field(1, ge=1, description=MINI_BATCHES)
+    ppo_epochs: int = Field(1, ge=1, description=PPO_EPOCHS)
     sampling: SamplingConfig = SamplingConfig()
     kl_estimator: Literal["full_vocab", "top_k", "sampled_token"] = Field(
         "full_vocab",
@@ -106,7 +157,12 @@ class OpdConfig(TrainingStageConfig):
         description="stage whose weights are G-OPD's reference (the student's start, or the raw teacher), or domain -> "
         "stage",
     )
+    reference_view: TeacherViews | None = Field(None, description="the same as `teacher_view`, for `reference`")
     sign_gate: SignGateConfig | None = Field(None, description="SG-OPD; needs labels and kl_estimator sampled_token")
+    fixed_advantage: FixedAdvantageConfig | None = Field(
+        None,
+        description="replace the teacher's advantages by a fixed one (a control); needs kl_estimator sampled_token",
+    )
     teacher_sampling: TeacherSamplingConfig | None = Field(None, description="SG-OPD's anchor; needs labels")
     on_policy_fraction: float = Field(
         1.0,
@@ -125,11 +181,70 @@ class OpdConfig(TrainingStageConfig):
     max_kl: float | None = Field(
         None, gt=0, description="stop with an error if the mean KL to the teacher, in nats per token, exceeds it"
     )
-    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="for kl_estimator: sampled_token, as in grpo")
-    clip_ratio_high: float = Field(0.2, gt=0, description="for kl_estimator: sampled_token, as in grpo")
-    loss_agg_mode: LossAggMode = Field("token_mean", description=LOSS_AGG)
+    reward_advantage: RewardAdvantageConfig | None = Field(
+        None, description=f"{_SAMPLED_TOKEN}: add the verifier's term to the advantages; needs labels; null: none"
+    )
+    policy_loss: PolicyLoss = Field("grpo", description=f"{_SAMPLED_TOKEN}; {POLICY_LOSS}")
+    entropy_coeff: float = Field(0.0, description=f"{_SAMPLED_TOKEN}; {ENTROPY_COEFF}")
+    max_truncated_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="stop with an error if a larger share of a step's responses runs into max_response_length, as when "
+        "the teacher ends its responses otherwise than the student",
+    )
+    clip_ratio_low: float = Field(0.2, gt=0, le=1, description=f"{_SAMPLED_TOKEN}; {CLIP_RATIO_LOW}")
+    clip_ratio_high: float = Field(0.2, gt=0, description=f"{_SAMPLED_TOKEN}; {CLIP_RATIO_HIGH}")
+    loss_agg_mode: LossAggMode = Field("token_mean", description=f"{LOSS_AGG}; gspo: always seq_mean_token_mean")
+    domain_weights: Literal["equal"] | dict[str, float] | None = Field(
+        None,
+        description="share of each domain in the loss, normalised over the domains of a mini-batch: equal, or "
+        "domain -> weight; loss_agg_mode averages within a domain. null: one average over all responses, in which "
+        "domains count by their tokens (or responses)",
+    )
+    log_ratio_clip: float | None = Field(
+        None,
+        gt=0,
+        description="for kl_estimator: sampled_token; largest |log pi_T - log pi_S| of a token in its advantage, in "
+        "nats; null: no limit",
+    )
     truncated_responses: Truncated = Field("keep", description=TRUNCATED)
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults_of_policy_loss(cls, document: Any) -> Any:
+        return with_policy_loss_defaults(document)
+
+    @pydantic.model_validator(mode="after")
+    def _check_policy_loss(self) -> OpdConfig:
+        check_policy_loss(self.policy_loss, self.loss_agg_mode, self.clip_ratio_low)
+        of_sampled_tokens = {
+            f"policy_loss: {self.policy_loss}": self.policy_loss != "grpo",
+            "entropy_coeff": self.entropy_coeff != 0,
+            "reward_advantage": self.reward_advantage is not None,
+        }
+        for setting, is_set in of_sampled_tokens.items():
+            if is_set and self.kl_estimator != "sampled_token":
+                raise ValueError(
+                    f"{setting} belongs to the policy loss: it needs kl_estimator: sampled_token, not "
+                    f"{self.kl_estimator}"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_reward_advantage_fits(self) -> OpdConfig:
+        if self.reward_advantage is None:
+            return self
+        if self.num_generations < 2:
+            raise ValueError(
+                "reward_advantage compares the responses to a prompt: it needs num_generations of 2 or more"
+            )
+        others = {"sign_gate": self.sign_gate, "fixed_advantage": self.fixed_advantage}
+        for setting, value in others.items():
+            if value is not None:
+                raise ValueError(f"reward_advantage and {setting} are two uses of the same advantages: remove one")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_divergence_fits(self) -> OpdConfig:
@@ -175,6 +290,8 @@ class OpdConfig(TrainingStageConfig):
             not isinstance(self.teacher, dict) or set(self.reference) != set(self.teacher)
         ):
             raise ValueError("`reference` by domain needs `teacher` by the same domains")
+        if self.reference_view is not None and self.reference is None:
+            raise ValueError("reference_view is how `reference` reads prompts: set `reference`, or remove it")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -195,13 +312,84 @@ class OpdConfig(TrainingStageConfig):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_fixed_advantage_fits(self) -> OpdConfig:
+        if self.fixed_advantage is None:
+            return self
+        if self.kl_estimator != "sampled_token":
+            raise ValueError("fixed_advantage is an advantage of sampled tokens: it needs kl_estimator: sampled_token")
+        from_teacher = {
+            "sign_gate": self.sign_gate is not None,
+            "teacher_sampling": self.teacher_sampling is not None,
+            "reward_scale other than 1": self.reward_scale != 1.0,
+            "token_weighting: log_ratio": self.token_weighting == "log_ratio",
+        }
+        for setting, is_set in from_teacher.items():
+            if is_set:
+                raise ValueError(
+                    f"fixed_advantage replaces the teacher's advantages and {setting} uses them: remove one of the two"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_weights_fit(self) -> OpdConfig:
+        if isinstance(self.domain_weights, dict) and (
+            any(weight < 0 for weight in self.domain_weights.values()) or not any(self.domain_weights.values())
+        ):
+            raise ValueError("domain_weights must be 0 or more, and one of them more than 0")
+        if self.log_ratio_clip is not None and self.kl_estimator != "sampled_token":
+            raise ValueError("log_ratio_clip limits advantages of sampled tokens: it needs kl_estimator: sampled_token")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_self_fits(self) -> OpdConfig:
+        if isinstance(self.teacher, dict) and SELF in self.teacher.values():
+            raise ValueError("teacher: self is the teacher of all domains: write teacher: self, or name stages")
+        if not self.teaches_itself:
+            return self
+        if self.teacher_view is None:
+            raise ValueError(
+                "teacher: self needs a teacher_view: a student that reads its own prompt agrees with itself, and "
+                "nothing is learned"
+            )
+        if self.teacher_engine != "trainer" or self.teacher_sampling is not None:
+            raise ValueError(
+                "teacher: self is in the trainer and samples nothing: remove teacher_engine and teacher_sampling"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_views_fit(self) -> OpdConfig:
+        views = [*all_views(self.teacher_view), *all_views(self.reference_view)]
+        if self.prompt_order == "continue" and any(view.max_prompt_length for view in views):
+            raise ValueError(
+                "max_prompt_length of a view leaves out prompts, and prompt_order: continue needs those of `init`: "
+                "remove one of the two"
+            )
+        return self
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the student is its own teacher, in another view."""
+        return self.teacher == SELF
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps on one sampled batch."""
+        return self.num_mini_batches * self.ppo_epochs
+
     @property
     def entries(self) -> list[str]:
         return [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
 
     @property
+    def grades(self) -> bool:
+        return any(item is not None for item in (self.sign_gate, self.teacher_sampling, self.reward_advantage))
+
+    @property
     def uses_labels(self) -> bool:
-        return self.sign_gate is not None or self.teacher_sampling is not None
+        views = [*all_views(self.teacher_view), *all_views(self.reference_view)]
+        return self.grades or any(view.uses_labels for view in views)
 
     @property
     def needs_reference(self) -> bool:
@@ -211,13 +399,8 @@ class OpdConfig(TrainingStageConfig):
         return any(scale != 1.0 for scale in scales)
 
     def inputs(self) -> dict[str, str]:
-        inputs = super().inputs() | _by_domain("teacher", self.teacher)
+        teachers = {} if self.teaches_itself else stages_by_relation("teacher", self.teacher)
+        inputs = super().inputs() | teachers
         if self.reference is not None:
-            inputs |= _by_domain("reference", self.reference)
+            inputs |= stages_by_relation("reference", self.reference)
         return inputs | ({"cache": self.cache} if self.cache else {})
-
-
-def _by_domain(relation: str, stages: StageByDomain) -> dict[str, str]:
-    if isinstance(stages, str):
-        return {relation: stages}
-    return {f"{relation}.{domain}": stage for domain, stage in stages.items()}

@@ -7,6 +7,7 @@ embedding and output layer, and with it every probability, stay in bfloat16, gra
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -67,6 +68,21 @@ def check_chip(fp8: Fp8Config, capability: tuple[int, int], chip: str) -> None:
         f"fp8.recipe: {fp8.recipe} needs compute capability {_dotted(recipe.least_capability)} or higher{limit}, and "
         f"{chip} has {_dotted(capability)}: {advice}"
     )
+
+
+def check_overlap(fp8: Fp8Config | None, is_packed: Mapping[str, bool]) -> None:
+    """Raise ``ValueError`` unless ``parallel.tp_comm_overlap`` suits the recipe and ``is_packed`` (by stage)."""
+    if fp8 is not None and fp8.recipe == "blockwise":
+        raise ValueError(
+            "Transformer Engine cannot exchange operands of fp8.recipe blockwise during products: choose another "
+            "recipe, or leave parallel.tp_comm_overlap out"
+        )
+    for name, packed in is_packed.items():
+        if not packed:  # padded micro-batches have different shapes, and the buffers have one
+            raise ValueError(
+                f"stages.{name}: parallel.tp_comm_overlap needs packed sequences: set "
+                "micro_batch.sequence_packing to true"
+            )
 
 
 def check_shapes(fp8: Fp8Config, spec: ModelSpec, parallel: ParallelConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from megatron_s2d.config.stage import LOSS_AGG, NORM_LENGTH, LossAggMode, TrainingStageConfig
+from megatron_s2d.config.stage import LOSS_AGG, MAX_PROMPT_LENGTH, NORM_LENGTH, LossAggMode, TrainingStageConfig
 
 
 class SftConfig(TrainingStageConfig):
@@ -15,6 +15,7 @@ class SftConfig(TrainingStageConfig):
 
     type: Literal["sft"] = "sft"
     data: str | None = Field(None, description="entry of `data` with reference solutions")
+    max_prompt_length: int | None = Field(None, ge=1, description=MAX_PROMPT_LENGTH)
     cache: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="teacher_cache stage whose responses are the data, or a list of them"
     )
@@ -26,6 +27,8 @@ class SftConfig(TrainingStageConfig):
     def _check_one_source(self) -> SftConfig:
         if (self.data is None) == (self.cache is None):
             raise ValueError("set exactly one of `data` and `cache`")
+        if self.max_prompt_length is not None and self.cache is not None:
+            raise ValueError("max_prompt_length goes with `data`; for a `cache`, set it in the teacher_cache stage")
         return self
 
     def inputs(self) -> dict[str, str]:

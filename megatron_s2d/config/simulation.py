@@ -76,6 +76,11 @@ class SimulationConfig(Config):
     )
     micro_batch_tokens: int = Field(16384, ge=1)
     max_batch_size: int = Field(256, ge=1, description="responses that one engine decodes together")
+    checkpoint_interval_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints, whose writing training waits for; null: it never waits"
+    )
+    node_write_bandwidth: float = Field(2e9, gt=0, description="bytes per second that a node writes to the file system")
+    file_system_bandwidth: float = Field(50e9, gt=0, description="bytes per second that all nodes write together")
     assumptions: AssumptionsConfig = AssumptionsConfig()
     measured: MeasuredConfig = MeasuredConfig()
 

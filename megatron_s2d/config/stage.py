@@ -16,12 +16,25 @@ from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, Opt
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 Truncated = Literal["keep", "mask"]
+PromptOrder = Literal["restart", "continue"]
 NORM_LENGTH = (
     "divisor of loss_agg_mode seq_mean_token_sum_norm, the same for every batch; null: the longest response of the data"
 )
 LOSS_AGG = (
     "token_mean: mean over tokens; seq_mean_token_mean: mean over responses of their means; seq_mean_token_sum_norm: "
     "sums divided by max_response_length (Dr. GRPO)"
+)
+MINI_BATCHES = "mini-batches of complete groups that one pass over a sampled batch makes; an optimizer step each"
+PPO_EPOCHS = (
+    "passes over a sampled batch (num_iterations of TRL); old log-probabilities stay those from before "
+    "the first pass, and every further pass shuffles the groups into other mini-batches"
+)
+MAX_PROMPT_LENGTH = (
+    "leave out prompts of more tokens, after the split into halves; null: all that lengths.max_prompt_length keeps"
+)
+PROMPT_ORDER = (
+    "restart: from the beginning of the shuffled prompts; continue: after the prompts of the stage `init`, as if that "
+    "had more steps"
 )
 TRUNCATED = "mask: a response truncated at max_response_length gives no gradient (its reward still counts in its group)"
 
@@ -45,9 +58,14 @@ class StageConfig(Config):
         return []
 
     @property
+    def grades(self) -> bool:
+        """Whether the stage grades responses with the labels of ``entries``."""
+        return False
+
+    @property
     def uses_labels(self) -> bool:
         """Whether the labels (answers or solutions) of ``entries`` are used."""
-        return False
+        return self.grades
 
 
 class ModelStageConfig(StageConfig):

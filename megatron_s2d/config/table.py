@@ -18,7 +18,9 @@ class TableColumn(Config):
 
     label: str
     prompts: str | None = Field(None, description="entry of `evaluation.prompts`; by default all problems")
-    metric: Literal["avg", "pass"] = Field("avg", description="avg@k or pass@k, k being `samples_per_prompt`")
+    metric: Literal["avg", "pass", "length"] = Field(
+        "avg", description="avg@k or pass@k, k being `samples_per_prompt`; or the mean length of responses, in tokens"
+    )
     group: str | None = Field(None, description="key of a row's `arm` if the row's arm differs from column to column")
     average: list[str] = Field(default_factory=list, description="labels of the columns to average in this one")
     paper: str | None = Field(None, description="the paper's column for comparison of the rows' order")
@@ -27,6 +29,8 @@ class TableColumn(Config):
     def _check_one_kind(self) -> TableColumn:
         if self.average and self.prompts is not None:
             raise ValueError("give `prompts` or `average`, not both")
+        if self.metric == "length" and self.paper is not None:
+            raise ValueError("a column of lengths has no order to compare: remove `paper`")
         return self
 
 

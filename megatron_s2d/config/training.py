@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field
@@ -19,7 +22,9 @@ class OptimizerConfig(Config):
     lr: float = Field(1e-6, gt=0, le=1, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the cosine or linear decay")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    warmup_steps: int = Field(
+        0, ge=0, description="optimizer steps of linear warm-up: step i of n has lr * i / (n + 1)"
+    )
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -79,6 +84,11 @@ class SglangConfig(Config):
         default_factory=dict,
         description="entry of `models` -> addresses of running servers; servers are started for entries not named",
     )
+    api_key_file: Path | None = Field(
+        None,
+        description="file with the API key of the servers (SGLang's --api-key); null: those that are started get a "
+        "random one, those of `urls` have none",
+    )
     num_servers: int = Field(1, ge=1, description="number of servers to start for a model")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one started server")
     base_gpu_id: int = Field(0, ge=0, description="first GPU of the started servers, as SGLang's --base-gpu-id")
@@ -107,9 +117,25 @@ class SglangConfig(Config):
             for url in urls:
                 if not url.startswith(("http://", "https://")):
                     raise ValueError(f"urls.{model}: '{url}' is not an address such as http://127.0.0.1:30000")
+                if "@" in urlsplit(url).netloc:
+                    raise ValueError(f"urls.{model}: addresses are logged: give keys in api_key_file")
             if not urls or len(set(urls)) < len(urls):
                 raise ValueError(f"urls.{model}: give at least one address, each once")
         return value
+
+    @pydantic.field_validator("extra_args")
+    @classmethod
+    def _check_extra_args(cls, value: list[str]) -> list[str]:
+        for argument in value:
+            if argument.partition("=")[0] in ("--api-key", "--admin-api-key"):
+                raise ValueError(f"extra_args: {argument.partition('=')[0]} is set by the run: leave it out")
+        return value
+
+    @property
+    def unprotected_urls(self) -> list[str]:
+        """Addresses beyond this machine whose servers are used without an API key."""
+        urls = [url for model_urls in self.urls.values() for url in model_urls]
+        return [] if self.api_key_file is not None else [url for url in urls if not is_loopback(url)]
 
     @pydantic.model_validator(mode="after")
     def _check_seeds(self) -> SglangConfig:
@@ -119,6 +145,15 @@ class SglangConfig(Config):
                 "SGLang's --enable-deterministic-inference"
             )
         return self
+
+
+def is_loopback(url: str) -> bool:
+    """Return whether ``url`` is an address of this machine that other machines cannot reach."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ServerConfig(Config):
@@ -148,17 +183,42 @@ class RolloutConfig(Config):
         ge=1,
         description="limit of responses x (prompt + response) tokens of a batch, which bounds the KV cache",
     )
+    enforce_eager: bool = Field(
+        False,
+        description="engine megatron on a GPU: launch the kernels of every token one by one instead of replaying a "
+        "CUDA graph (SGLang's disable_cuda_graph); models with experts always do",
+    )
     max_mismatch_kl: float | None = Field(
         None,
         gt=0,
         description="stop with an error when the mean KL between engine and trainer (mismatch/k3_kl), in nats per "
         "token, exceeds it",
     )
+    routing_replay: bool | None = Field(
+        None,
+        description="routing replay (R3): the trainer sends every token to the experts that it had when it was "
+        "sampled. null: for mixture-of-experts models; true is refused where no such model is trained",
+    )
+    min_replayed_agreement: float | None = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="stop with an error when the replayed experts of a layer are too seldom the trainer's own choice "
+        "(moe/replayed_agreement_min), counted from chance (0) to always (1)",
+    )
     async_mode: Literal["sync", "one_step_off", "partial_rollout"] = Field(
         "sync",
         description="one_step_off: generate the next step's responses during the training step, with weights one step "
         "older; a weight update waits for them. partial_rollout: a weight update interrupts them and they continue "
         "with the new weights. Needs an engine that runs beside the trainer",
+    )
+    max_staleness: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="training steps between the weights that sample a response and the step that trains on it, at "
+        "most: generation runs that far ahead. null: 0 with async_mode sync, otherwise 1. Engine megatron generates "
+        "that many steps early, which saves no time",
     )
     over_sampling_ratio: float = Field(
         1.0,
@@ -169,6 +229,32 @@ class RolloutConfig(Config):
     )
     server: ServerConfig = ServerConfig()
     sglang: SglangConfig = SglangConfig()
+
+    @property
+    def staleness(self) -> int:
+        """``max_staleness`` with its default."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return 0 if self.async_mode == "sync" else 1
+
+    @pydantic.model_validator(mode="after")
+    def _check_staleness(self) -> RolloutConfig:
+        if self.async_mode != "sync" and self.staleness == 0:
+            raise ValueError(
+                f"async_mode {self.async_mode} trains on responses of older weights: set max_staleness to 1 or more, "
+                "or async_mode: sync"
+            )
+        if self.engine == "sglang" and self.async_mode == "sync" and self.staleness > 0:
+            raise ValueError(
+                "max_staleness above 0 needs an async_mode with servers: one_step_off (a weight update waits for the "
+                "responses in flight) or partial_rollout (it interrupts them)"
+            )
+        if self.over_sampling_ratio > 1 and self.staleness > 1:
+            raise ValueError(
+                "over_sampling_ratio above 1 takes the groups that are complete first, and max_staleness above 1 takes "
+                "them in order: set one of the two"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_memory(self) -> RolloutConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import graphlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,11 +13,15 @@ from pydantic import Field, PositiveInt
 from megatron_s2d.config.base import Config, Name, apply_overrides, parse
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
+from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.inheritance import expand_stage, merge_documents
 from megatron_s2d.config.migration import WORKFLOW_KEYS, WORKFLOW_VALUES, refuse_renamed
 from megatron_s2d.config.model import ModelConfig
-from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.config.opd import SELF, OpdConfig
+from megatron_s2d.config.parallel import DEFAULT_TIMEOUT_MINUTES, ParallelConfig
+from megatron_s2d.config.precision import Fp8Config, check_overlap
 from megatron_s2d.config.stage import ModelStageConfig, TrainingStageConfig
+from megatron_s2d.config.stage_order import sorted_stages
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
@@ -27,12 +30,17 @@ from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 
 HALVES = ("1H", "2H")
+DEFAULT_DATA_CACHE = Path("~/.cache/megatron_s2d/prompts")
 
 
 class LengthConfig(Config):
     """Length limits of all stages."""
 
-    max_prompt_length: int = Field(3072, ge=1, description="longer prompts are dropped and counted")
+    max_prompt_length: int = Field(
+        3072,
+        ge=1,
+        description="longer prompts are dropped and counted, before the split into halves; stages may set a lower one",
+    )
 
 
 class EvaluationConfig(Config):
@@ -62,7 +70,9 @@ class ContrastConfig(Config):
     a: str
     b: str
     factor: str = Field(description="name of the factor in words, printed beside the difference")
-    expect: Literal["a>b", "a<b", "a~b", "unknown"] = Field("a>b", description="what the paper found")
+    expect: Literal["a>b", "a<b", "a~b", "unknown"] = Field(
+        "unknown", description="expected order; the report says whether it came out (see `expectations`)"
+    )
     differs: list[str] = Field(
         default_factory=list,
         description="patterns of dotted keys that may differ; any other difference is an error",
@@ -78,6 +88,12 @@ class PassRateCheck(Config):
     high: float = Field(1.0, ge=0, le=1, description="largest pass rate")
     samples_per_prompt: int = Field(4, ge=1)
     num_prompts: int = Field(256, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check_window(self) -> PassRateCheck:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}: no pass rate is between them")
+        return self
 
 
 class WorkflowConfig(Config):
@@ -111,6 +127,9 @@ class WorkflowConfig(Config):
     evaluation: EvaluationConfig
     also_evaluate: list[str] = Field(default_factory=list, description="further stages to evaluate, such as teachers")
     contrasts: list[ContrastConfig] = Field(default_factory=list)
+    expectations: Literal["own", "paper"] = Field(
+        "own", description="whose `expect` of the contrasts is: yours, or the findings of a paper; words in the report"
+    )
     pass_rate_checks: list[PassRateCheck] = Field(default_factory=list)
     table: TableConfig | None = Field(None, description="a paper's table to print beside the arms")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
@@ -120,12 +139,42 @@ class WorkflowConfig(Config):
     watchdog_timeout_seconds: float | None = Field(
         3600, gt=0, description="a rank without progress for this long prints its stacks and exits; null: never"
     )
-    threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
+    distributed_timeout_minutes: float = Field(
+        DEFAULT_TIMEOUT_MINUTES,
+        gt=0,
+        le=10_000,
+        description="a collective that takes longer fails (timeout of NCCL and gloo); above the watchdog's limit, so "
+        "that the rank that hangs is named",
+    )
+    threads_per_rank: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of one rank; null: the machine's cores (or OMP_NUM_THREADS) divided by the ranks that "
+        "run at the same time",
+    )
+    data_cache_dir: Path = Field(
+        DEFAULT_DATA_CACHE,
+        description="where the tokenized prompts of files of 8 MiB or more are kept, and used again by every run on "
+        "the same content; a directory of this machine or a shared one",
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_fp8(self) -> WorkflowConfig:
         if self.fp8 is not None and self.precision != "bfloat16":
             raise ValueError(f"fp8 needs precision bfloat16, not {self.precision}: remove fp8 or change precision")
+        if self.parallel.tp_comm_overlap:
+            training = {name: stage for name, stage in self.stages.items() if isinstance(stage, TrainingStageConfig)}
+            check_overlap(self.fp8, {name: stage.micro_batch.sequence_packing for name, stage in training.items()})
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_timeouts(self) -> WorkflowConfig:
+        limit = self.watchdog_timeout_seconds
+        if limit is not None and self.distributed_timeout_minutes * 60 <= limit:
+            raise ValueError(
+                f"distributed_timeout_minutes {self.distributed_timeout_minutes:g} must be more than "
+                f"watchdog_timeout_seconds {limit:g}: ranks that wait for a slow one would fail before it is reported"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -142,12 +191,26 @@ class WorkflowConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _resolve_rollout_correction(self) -> WorkflowConfig:
+        """Replace ``rollout_correction.mode: auto``, so that the plan, the resume key and the report name the mode."""
+        in_trainer = self.rollout.engine == "megatron" and self.rollout.staleness == 0
+        for name, stage in self.stages.items():
+            correction = getattr(stage, "rollout_correction", None)
+            if correction is None:
+                continue
+            # A divergence over the vocabulary has no importance weight: its loss does not ask who sampled the token.
+            unused = getattr(stage, "kl_estimator", "sampled_token") != "sampled_token"
+            resolved = correction.for_engine(in_trainer=unused or in_trainer)
+            self.stages[name] = stage.model_copy(update={"rollout_correction": resolved})
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_older_weights(self) -> WorkflowConfig:
         """Check the settings of stages whose responses may come from weights older than the trained ones."""
         rollout = self.rollout
-        if rollout.over_sampling_ratio == 1.0 and rollout.async_mode == "sync":
+        if rollout.over_sampling_ratio == 1.0 and rollout.staleness == 0:
             return self
-        if rollout.engine == "megatron":
+        if rollout.engine == "megatron" and (rollout.over_sampling_ratio > 1.0 or rollout.async_mode != "sync"):
             raise ValueError(
                 "rollout.async_mode and rollout.over_sampling_ratio need servers beside the trainer: set "
                 "rollout.engine: sglang, or remove them"
@@ -157,11 +220,13 @@ class WorkflowConfig(Config):
             sampled = getattr(stage, "kl_estimator", "sampled_token") == "sampled_token"
             if sampled and correction is not None and correction.mode == "off":
                 raise ValueError(
-                    f"{where}: with rollout.async_mode or over_sampling_ratio responses come from older weights: set "
-                    "rollout_correction.mode: tis or mask"
+                    f"{where}: with rollout.async_mode or over_sampling_ratio responses come from older weights, as "
+                    "with max_staleness: set rollout_correction.mode: tis or mask, or remove it"
                 )
             if rollout.over_sampling_ratio > 1.0 and getattr(stage, "filter_groups", None):
                 raise ValueError(f"{where}: filter_groups needs rollout.over_sampling_ratio: 1")
+            if rollout.staleness > 1 and getattr(stage, "filter_groups", None):
+                raise ValueError(f"{where}: filter_groups needs rollout.max_staleness: 0 or 1")
             if rollout.over_sampling_ratio > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
                 raise ValueError(f"{where}: on_policy_fraction below 1 needs rollout.over_sampling_ratio: 1")
         return self
@@ -181,6 +246,12 @@ class WorkflowConfig(Config):
         except ValueError as error:  # pydantic's are
             raise UserError(f"--elastic: {error}; start a different number of ranks") from None
         return self.model_copy(update=changed)
+
+    @property
+    def layouts(self) -> list[ParallelConfig]:
+        """Layouts of all models."""
+        others = self.teacher_parallel
+        return [self.parallel, *(others.values() if isinstance(others, dict) else [others] if others else [])]
 
     def frozen_parallel(self, stage_name: str) -> ParallelConfig:
         """Return the layout of a stage's model when used as a frozen teacher or reference."""
@@ -216,8 +287,19 @@ class WorkflowConfig(Config):
 
     def _check_stage(self, name: str, stage: Stage) -> None:
         where = f"stages.{name}"
+        if name == SELF:
+            raise ValueError(f"{where}: `teacher: self` is the student itself: give the stage another name")
         if isinstance(stage, TrainingStageConfig) and stage.model is not None and stage.model not in self.models:
             raise ValueError(f"{where}.model: '{stage.model}' is not among `models` ({', '.join(self.models)})")
+        limit, longest = getattr(stage, "max_prompt_length", None), self.lengths.max_prompt_length
+        if limit is not None and limit > longest:
+            raise ValueError(
+                f"{where}.max_prompt_length: {limit} is above lengths.max_prompt_length {longest}, which all stages "
+                "share; raise that one"
+            )
+        corpora = [entry for entry in stage.entries if getattr(self.data.get(entry), "split", None) == "corpus"]
+        if limit is not None and corpora:
+            raise ValueError(f"{where}.max_prompt_length: '{corpora[0]}' is a generated corpus, without prompts")
         for relation, other in stage.inputs().items():
             wanted = TeacherCacheConfig if relation.partition(".")[0] == "cache" else ModelStageConfig
             self._need_stage(f"{where}.{relation}", other, wanted)
@@ -225,6 +307,29 @@ class WorkflowConfig(Config):
             self._need_prompts(f"{where}.{'data' if stage.type == 'sft' else 'prompts'}", entry)
             if stage.uses_labels and entry.partition("/")[0] in {e.partition("/")[0] for e in self.evaluation.entries}:
                 raise ValueError(f"{where}: '{entry}' is the evaluation set: training must not use its labels")
+        if isinstance(stage, GrpoConfig | OpdConfig) and stage.prompt_order == "continue":
+            self._check_continues(where, stage)
+
+    def _check_continues(self, where: str, stage: GrpoConfig | OpdConfig) -> None:
+        """Check that ``init`` went through the same prompts in the same order."""
+        if stage.init is None:
+            raise ValueError(f"{where}.prompt_order: continue needs `init`, the stage whose prompts it goes on with")
+        earlier = self.stages[stage.init]
+        if not isinstance(earlier, GrpoConfig | OpdConfig):
+            raise ValueError(
+                f"{where}.prompt_order: continue goes on with the prompts of '{stage.init}', which samples none (type "
+                f"{earlier.type}); remove it, or set init to a grpo or opd stage"
+            )
+        for key, ours, theirs in (
+            ("prompts", stage.entries, earlier.entries),
+            ("max_prompt_length", stage.max_prompt_length, earlier.max_prompt_length),
+            ("seed", stage.seed, earlier.seed),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{where}.prompt_order: continue needs the `{key}` of '{stage.init}', {theirs}, because the order "
+                    f"of the prompts depends on it; it is {ours}"
+                )
 
     def _check_table(self) -> None:
         if self.table is None:
@@ -253,49 +358,62 @@ class WorkflowConfig(Config):
 
     def stage_order(self) -> list[str]:
         """Return the stage names, each after its inputs and otherwise in the order of the file."""
-        positions = {name: position for position, name in enumerate(self.stages)}
-        sorter = graphlib.TopologicalSorter({name: stage.inputs().values() for name, stage in self.stages.items()})
-        try:
-            sorter.prepare()
-        except graphlib.CycleError as error:
-            cycle = " -> ".join(error.args[1])
-            raise ValueError(f"stages form a cycle (each is an input of the next): {cycle}") from None
-        order: list[str] = []
-        ready: list[str] = []
-        while sorter.is_active():
-            ready = sorted([*ready, *sorter.get_ready()], key=positions.__getitem__)
-            order.append(ready.pop(0))
-            sorter.done(order[-1])
-        return order
+        return list(self._positions)
+
+    @property
+    def _positions(self) -> dict[str, int]:
+        """Stage -> position in ``stage_order``; sorted once, since plans and checks ask for every stage."""
+        if self._sorted.get(id(self.stages), (None, {}))[0] is not self.stages:  # a copy may have others
+            self._sorted.clear()
+            self._sorted[id(self.stages)] = self.stages, sorted_stages(self.stages)
+        return self._sorted[id(self.stages)][1]
+
+    @functools.cached_property
+    def _sorted(self) -> dict[int, tuple[dict[str, Stage], dict[str, int]]]:
+        return {}
 
     def model_of(self, stage_name: str) -> str:
         """Return the entry of ``models`` that a stage trains (or samples from, for a cache)."""
-        stage = self.stages[stage_name]
-        if isinstance(stage, TeacherCacheConfig):
-            return self.model_of(stage.teacher)
-        if isinstance(stage, ExpoConfig):
-            return self.model_of(stage.base)
-        if stage.model is not None:
-            return stage.model
-        assert stage.init is not None
-        return self.model_of(stage.init)
+        while True:
+            stage = self.stages[stage_name]
+            if isinstance(stage, TeacherCacheConfig):
+                stage_name = stage.teacher
+            elif isinstance(stage, ExpoConfig):
+                stage_name = stage.base
+            elif stage.model is not None:
+                return stage.model
+            else:
+                assert stage.init is not None
+                stage_name = stage.init
 
-    def chain(self, stage_name: str) -> list[str]:
-        """Return the stages that lead to ``stage_name``, inputs first and itself last."""
-        wanted = {stage_name}
-        for name in reversed(self.stage_order()):
-            if name in wanted:
-                wanted.update(self.stages[name].inputs().values())
-        return [name for name in self.stage_order() if name in wanted]
+    def num_prompts_before(self, stage_name: str) -> int:
+        """Return how many prompts of its order a stage leaves to the stages that it continues (``prompt_order``)."""
+        stage = self.stages[stage_name]
+        if not isinstance(stage, GrpoConfig | OpdConfig) or stage.prompt_order == "restart" or stage.init is None:
+            return 0
+        earlier = self.stages[stage.init]
+        assert isinstance(earlier, GrpoConfig | OpdConfig)  # see _check_continues
+        return self.num_prompts_before(stage.init) + earlier.steps * earlier.train_batch_size
+
+    def chain(self, *stage_names: str) -> list[str]:
+        """Return the stages that lead to ``stage_names``, inputs first, and these themselves; in ``stage_order``."""
+        wanted: set[str] = set()
+        open_names = list(stage_names)
+        while open_names:
+            name = open_names.pop()
+            if name not in wanted:
+                wanted.add(name)
+                open_names += self.stages[name].inputs().values()
+        return sorted(wanted, key=self._positions.__getitem__)
 
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:
     """Read, override, expand ``extends`` and validate a workflow file; every problem is a one-line ``UserError``."""
-    document = apply_overrides(functools.reduce(_over, _documents(Path(path))), overrides or [])
+    document = apply_overrides(functools.reduce(merge_documents, _documents(Path(path))), overrides or [])
     refuse_renamed(document, str(path), WORKFLOW_KEYS, WORKFLOW_VALUES)
     stages = document.get("stages")
     if isinstance(stages, dict):
-        expanded = {name: _expand(name, stages, str(path), ()) for name in stages}
+        expanded = {name: expand_stage(name, stages, str(path), ()) for name in stages}
         document["stages"] = {
             name: {"role": name, **stage} if isinstance(stage, dict) else stage for name, stage in expanded.items()
         }
@@ -314,39 +432,3 @@ def _documents(path: Path, users: tuple[Path, ...] = ()) -> list[dict[str, Any]]
         raise UserError(f"{path}: defaults: the file includes itself")
     users = (*users, path.resolve())
     return [part for name in names for part in _documents(path.parent / name, users)] + [document]
-
-
-def _over(base: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings key by key; null removes a key. ``arms``, and entries of ``models`` or ``data``, are replaced."""
-    replaced = {
-        key: document[key] if key == "arms" else base.get(key, {}) | document[key]
-        for key in ("arms", "models", "data")
-        if isinstance(document.get(key), dict)
-    }
-    return _merge(base, {key: value for key, value in document.items() if key not in replaced}) | replaced
-
-
-def _expand(name: str, stages: dict[str, Any], source: str, seen: tuple[str, ...]) -> Any:
-    """Return the stage merged into what it inherits through ``extends: other``; null removes a key."""
-    stage = stages[name]
-    if not isinstance(stage, dict) or "extends" not in stage:
-        return stage
-    other = stage["extends"]
-    if other not in stages:
-        raise UserError(f"{source}: stages.{name}.extends: there is no stage '{other}' (stages: {', '.join(stages)})")
-    if other in seen or other == name:
-        raise UserError(f"{source}: stages.{name}.extends: '{other}' inherits from '{name}'")
-    inherited = _expand(other, stages, source, (*seen, name))
-    return _merge(inherited, {key: value for key, value in stage.items() if key != "extends"})
-
-
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in change.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged

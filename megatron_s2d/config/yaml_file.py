@@ -62,13 +62,16 @@ class _StrictLoader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode):
                 continue
             line = key.start_mark.line + 1
-            if key.value in lines:
-                problem = f"the key '{key.value}' appears in lines {lines[key.value]} and {line}; keep one of them"
+            # By its value where it is a number: 16 and 0x10 are one key.
+            is_number = key.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            name = str(self.construct_object(key)) if is_number else key.value
+            if name in lines:
+                problem = f"the key '{name}' appears in lines {lines[name]} and {line}; keep one of them"
                 raise _Problem(None, None, problem, key.start_mark)
-            lines[key.value] = line
+            lines[name] = line
         return node
 
     def construct_finite_float(self, node: yaml.ScalarNode) -> float:

@@ -1,25 +1,32 @@
 """The teacher cache: responses with the teacher's distribution at every response token, on disk.
 
-A directory: ``header.json`` (what is stored and the digests of the other files; written last), ``samples.jsonl`` (the
-responses), ``index.jsonl`` (one row per sample: token digest, shard, rows, digest of its distribution) and safetensors
-shards. Rows are per response token in order, so they do not depend on the reader's layout, packing or order of samples.
+A directory is a cache or a part of one: ``header.json`` (what is stored and the digests of the other files; written
+last), ``samples.jsonl`` (the responses), ``index.bin`` and ``ids.bin`` (where each sample's line and rows are, and how
+to find it by id: ``cache_index.py``) and safetensors shards. A cache of several parts has a header that names them, in
+the order of their samples, and each data-parallel rank has written one. Rows are per response token in order, so they
+do not depend on the reader's layout, packing or order of samples. Every row has a digest of the tokens up to its own
+(``row_digests.py``, 4 bytes), which is compared with the sample's whenever rows are written and read.
+
+Nothing of a cache is read into memory as a whole: the index is mapped, and lines and rows are read one sample at a
+time, with their checksums. ``open`` compares headers and sizes; ``verify_cache`` reads every byte.
 
 Representations (methods.md M2): ``sampled_token`` log-probability of the sampled token; ``top_k`` k ids and
 log-probabilities with the log of the remaining mass; ``hidden_states`` final hidden states, after the last norm, for
 the teacher's own output layer; ``full_vocab`` all log-probabilities.
 
-A directory appears under its name complete or not at all. Resuming an unfinished cache is not supported here;
-``data/packing.py`` and ``teachers/cached.py`` turn rows into batches.
+``cache_writer.py`` writes caches; ``data/packing.py`` and ``teachers/cached.py`` turn rows into batches.
 
 Shapes: r response tokens of a sample, k top-k entries, v vocabulary, h hidden size.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,23 +35,29 @@ import pydantic
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_s2d.artifacts.files import atomic_directory, atomic_write_json, file_digest, json_digest, read_json
+from megatron_s2d.artifacts.files import file_digest, json_digest, read_json
 from megatron_s2d.config.base import Config, parse
+from megatron_s2d.data.cache_index import ID_BYTES, IDS_NAME, INDEX_NAME, ROW_BYTES, CacheIndex, remote_sample
+from megatron_s2d.data.row_digests import row_digests
 from megatron_s2d.errors import UserError
-from megatron_s2d.records import Sample, read_samples, sample_to_json
+from megatron_s2d.records import AnySample, RemoteSample, Sample, sample_from_json
 
 FORMAT = "megatron_s2d teacher cache"
-VERSION = 3
-_SHARD_BYTES = 256 << 20
-_HEADER, _SAMPLES, _INDEX = "header.json", "samples.jsonl", "index.jsonl"
-_TENSORS = {
-    "sampled_token": ("log_probs",),
-    "top_k": ("ids", "log_probs", "log_tail_mass"),
-    "hidden_states": ("hidden",),
-    "full_vocab": ("log_probs",),
+VERSION = 5  # 4 had an index in JSON, which was read as a whole
+HEADER_NAME, SAMPLES_NAME = "header.json", "samples.jsonl"
+_OPEN_SHARDS = 32  # of a part
+TENSORS = {
+    "sampled_token": ("log_probs", "token_digests"),
+    "top_k": ("ids", "log_probs", "log_tail_mass", "token_digests"),
+    "hidden_states": ("hidden", "token_digests"),
+    "full_vocab": ("log_probs", "token_digests"),
 }
+DTYPES = {
+    "ids": (torch.int32,),
+    "token_digests": (torch.int32,),
+    "hidden": (torch.float32, torch.bfloat16, torch.float16),
+}  # others: float32
 
 
 class CacheHeader(Config):
@@ -56,6 +69,9 @@ class CacheHeader(Config):
     teacher_digest: str = Field(description="digest of the teacher's weights")
     tokenizer_fingerprint: str = Field(description="digest of the tokenizer")
     template_fingerprint: str = Field(description="digest of the chat template that rendered the prompts")
+    view_fingerprint: str | None = Field(
+        None, description="digest of the view in which the teacher read the prompts; null: as the student does"
+    )
     temperature: float = Field(
         gt=0, description="of the log-probabilities; 1 for hidden_states, which have none of their own"
     )
@@ -82,13 +98,15 @@ class CacheHeader(Config):
             "sampled_token": (),
         }
         shape = (rows, *widths[self.representation])
-        return {name: (rows,) if name == "log_tail_mass" else shape for name in _TENSORS[self.representation]}
+        by_row = ("log_tail_mass", "token_digests")
+        return {name: (rows,) if name in by_row else shape for name in TENSORS[self.representation]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedDistribution:
     """The teacher at the response tokens of one sample; only the fields of the cache's representation are set."""
 
+    token_digests: torch.Tensor  # [r] int32, of the tokens up to each row's own: see ``row_digests.py``
     log_probs: torch.Tensor | None = None  # float32: sampled_token [r], top_k [r, k], full_vocab [r, v]
     ids: torch.Tensor | None = None  # [r, k] int32, distinct in a row
     log_tail_mass: torch.Tensor | None = None  # [r] float32, -inf if no mass remains
@@ -106,12 +124,19 @@ def token_digest(sample: Sample) -> str:
     return hashlib.sha256(len(sample.token_ids).to_bytes(8, "little") + tokens + mask).hexdigest()
 
 
-def _dense_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a dense copy on the CPU (``contiguous`` would keep the stride of a single row)."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def check_rows(sample: Sample, token_digests: torch.Tensor, where: str) -> None:
+    """Raise ``UserError`` if rows with ``token_digests`` [r] are not those of the sample's response tokens."""
+    expected = row_digests(sample)
+    found = token_digests.numpy()
+    num_wrong = int((found != expected).sum()) if found.shape == expected.shape else len(expected)
+    if num_wrong:
+        raise UserError(
+            f"{where}: {num_wrong} of {len(expected)} rows of sample {sample.id} belong to other tokens (shifted by a "
+            "row, or of another sample); rebuild the cache"
+        )
 
 
-def _content_digest(tensors: dict[str, torch.Tensor]) -> str:
+def content_digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -120,152 +145,106 @@ def _content_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-class CacheWriter:
-    """Streams samples and distributions into a new cache from one process. A context manager; or call ``finish``.
+class CachePart:
+    """One directory of samples and distributions, which are read on demand."""
 
-    ``directory`` appears with ``finish``; an exception inside the ``with`` block deletes all written files.
-    """
+    def __init__(self, directory: Path, body: dict[str, Any]):
+        """Raises ``UserError`` if a file is missing or has another size than when it was written."""
+        self.directory, self._body = directory, body
+        sizes = {name: file["bytes"] for name, file in body["files"].items()}
+        sizes |= {shard_name(number): shard["bytes"] for number, shard in enumerate(body["shards"])}
+        expected = {INDEX_NAME: ROW_BYTES * body["samples"], IDS_NAME: ID_BYTES * body["samples"]}
+        if any(sizes[name] != size for name, size in expected.items()):
+            raise UserError(f"{directory / HEADER_NAME}: the index has another number of samples; rebuild the cache")
+        for name, size in sizes.items():
+            _check_size(directory / name, size)
+        self.index = CacheIndex(directory, body["samples"])
+        self._lines = os.open(directory / SAMPLES_NAME, os.O_RDONLY)
+        self._shards: dict[int, Any] = {}
 
-    def __init__(self, directory: str | Path, header: CacheHeader, *, shard_bytes: int = _SHARD_BYTES):
-        self.header, self._shard_bytes = header, shard_bytes
-        self._stack = contextlib.ExitStack()
-        self._path = self._stack.enter_context(atomic_directory(directory))
-        self._files = {name: self._stack.enter_context((self._path / name).open("wb")) for name in (_SAMPLES, _INDEX)}
-        self._pending: list[dict[str, torch.Tensor]] = []
-        self._pending_bytes = self._pending_rows = 0
-        self._shards: list[dict[str, Any]] = []
-        self._ids: set[str] = set()
-        self._tokens, self._captured_mass = 0, 0.0
-        self._finished = False
+    def __del__(self) -> None:
+        if hasattr(self, "_lines"):
+            os.close(self._lines)
 
-    def __enter__(self) -> CacheWriter:
-        return self
+    def sample(self, row: np.void) -> Sample:
+        """Return the sample of a row of the index; ``UserError`` if its line is damaged."""
+        line = os.pread(self._lines, int(row["bytes"]), int(row["offset"]))
+        if zlib.crc32(line) != row["line"]:
+            raise UserError(f"{self.directory / SAMPLES_NAME}: a line is damaged; rebuild the cache")
+        return sample_from_json(line.decode())
 
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is not None:
-            self._stack.__exit__(*error)
-        elif not self._finished:
-            self.finish()
+    def remote(self, row: np.void, temperature: float | None, dp_rank: int) -> RemoteSample:
+        """Return what ranks other than ``dp_rank`` know of a sample; its tokens are not read."""
+        names = os.pread(self._lines, int(row["name_bytes"]), int(row["offset"]))
+        if zlib.crc32(names) != row["names"]:
+            raise UserError(f"{self.directory / SAMPLES_NAME}: a line is damaged; rebuild the cache")
+        return remote_sample(row, json.loads(names + b"}"), temperature, dp_rank)
 
-    def add(self, sample: Sample, distribution: CachedDistribution) -> None:
-        """Append one sample; its distribution has one row per response token and is copied to the CPU."""
-        if sample.id in self._ids:
-            raise UserError(f"sample {sample.id} is already in the cache: ids must be unique")
-        tensors = {name: _dense_copy(value) for name, value in distribution.tensors().items()}
-        self._check(sample, tensors)
-        row = {
-            "id": sample.id, "tokens": token_digest(sample), "shard": len(self._shards), "start": self._pending_rows,
-            "rows": sample.response_length, "content": _content_digest(tensors),
-        }  # fmt: skip
-        self._write(_SAMPLES, sample_to_json(sample))
-        self._write(_INDEX, json.dumps(row))
-        self._ids.add(sample.id)
-        self._pending.append(tensors)
-        self._pending_rows += sample.response_length
-        self._pending_bytes += sum(value.nbytes for value in tensors.values())
-        self._tokens += sample.response_length
-        if self.header.representation == "top_k":
-            self._captured_mass += float(tensors["log_probs"].double().exp().sum())
-        if self._pending_bytes >= self._shard_bytes:
-            self._flush()
-
-    def _check(self, sample: Sample, tensors: dict[str, torch.Tensor]) -> None:
-        expected = self.header.shapes(sample.response_length)
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        if shapes != expected:
+    def distribution(self, sample: Sample, row: np.void, header: CacheHeader) -> CachedDistribution:
+        """Return the rows of ``sample``; see ``TeacherCache.distribution``."""
+        if bytes.fromhex(token_digest(sample)) != row["tokens"].tobytes():
             raise UserError(
-                f"sample {sample.id}: a {self.header.representation} cache needs shapes {expected}, got {shapes}"
+                f"sample {sample.id} differs from the cached tokens: the cache belongs to another tokenizer, "
+                "template or sampling run"
             )
-        for name, value in tensors.items():
-            dtypes = {"ids": (torch.int32,), "hidden": (torch.float32, torch.bfloat16, torch.float16)}
-            if value.dtype not in dtypes.get(name, (torch.float32,)):
-                raise UserError(f"sample {sample.id}: {name} cannot be stored as {value.dtype}")
-            if name != "ids" and bool(torch.isnan(value).any()):
-                raise UserError(f"sample {sample.id}: the teacher's {name} contain NaN: check the teacher's weights")
-        ids = tensors.get("ids")
-        if ids is not None and ids.numel():
-            ordered = ids.sort(dim=1).values
-            if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= self.header.vocab_size:
-                raise UserError(
-                    f"sample {sample.id}: top-k ids outside the vocabulary of {self.header.vocab_size} tokens"
-                )
-            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-                raise UserError(f"sample {sample.id}: the top-k ids of one position contain a token twice")
-
-    def _write(self, name: str, line: str) -> None:
-        self._files[name].write(line.encode("utf-8") + b"\n")
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self._path / _shard_name(len(self._shards))
-        shard = {
-            name: torch.cat([tensors[name] for tensors in self._pending])
-            for name in _TENSORS[self.header.representation]
-        }
-        save_file(shard, path)
-        self._shards.append({"sha256": file_digest(path), "bytes": path.stat().st_size, "rows": self._pending_rows})
-        self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
-
-    def finish(self) -> None:
-        """Write the pending rows and the header, and rename the directory to its final name."""
+        start, count, shard = int(row["start"]), int(row["rows"]), int(row["shard"])
+        path = self.directory / shard_name(shard)
+        _check_size(path, self._body["shards"][shard]["bytes"])  # reading beyond the end of a mapped file kills
         try:
-            self._flush()
-            for file in self._files.values():
-                file.close()
-            body = {
-                "header": self.header.model_dump(),
-                "samples": len(self._ids),
-                "tokens": self._tokens,
-                "shards": self._shards,
-                "files": {name: file_digest(self._path / name) for name in self._files},
-            }
-            if self.header.representation == "top_k":
-                body["captured_mass"] = self._captured_mass / max(1, self._tokens)
-            document = {"format": FORMAT, "version": VERSION, "body": body, "body_digest": json_digest(body)}
-            atomic_write_json(self._path / _HEADER, document)
-        except BaseException as error:
-            self._stack.__exit__(type(error), error, error.__traceback__)
-            raise
-        self._stack.close()
-        self._finished = True
+            file = self._open_shard(shard)
+            tensors = {name: file.get_slice(name)[start : start + count] for name in header.shapes(count)}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); rebuild the cache") from error
+        if bytes.fromhex(content_digest(tensors)) != row["content"].tobytes():
+            raise UserError(f"{path}: rows of sample {sample.id} are damaged; rebuild the cache")
+        check_rows(sample, tensors["token_digests"], str(path))
+        return CachedDistribution(**tensors)
+
+    def verify(self, header: CacheHeader) -> None:
+        """Compare every byte with its digest."""
+        for name, file in self._body["files"].items():
+            _check_digest(self.directory / name, file["sha256"])
+        for number, shard in enumerate(self._body["shards"]):
+            _check_digest(self.directory / shard_name(number), shard["sha256"])
+        for number in range(len(self.index)):
+            row = self.index.row(number)
+            self.distribution(self.sample(row), row, header)
+
+    def _open_shard(self, number: int) -> Any:
+        if number not in self._shards:
+            while len(self._shards) >= _OPEN_SHARDS:
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[number] = safe_open(self.directory / shard_name(number), "pt")
+        return self._shards[number]
 
 
 class TeacherCache:
-    """A finished cache. ``samples``: all samples in the order of writing; distributions are read on demand."""
+    """A finished cache: samples in the order of writing, with their distributions, read on demand."""
 
     def __init__(self, directory: Path, body: dict[str, Any]):
         self.directory, self._body = directory, body
-        self.header = parse(CacheHeader, body["header"], str(directory / _HEADER))
-        self.samples = read_samples(directory / _SAMPLES)
-        self._index = {row["id"]: row for row in map(json.loads, (directory / _INDEX).read_text().splitlines())}
-        self._shards: dict[int, Any] = {}
+        self.header = parse(CacheHeader, body["header"], str(directory / HEADER_NAME))
+        self.longest_response: int = body["longest_response"]  # tokens
+        counts = [part["samples"] for part in body["parts"]] if "parts" in body else [body["samples"]]
+        self._starts = np.cumsum([0, *counts])
+        self._parts: dict[int, CachePart] = {}
 
     @classmethod
     def open(cls, directory: str | Path, *, expect: CacheHeader | None = None) -> TeacherCache:
-        """Open a cache and check header, samples and file sizes; distributions are checked when they are read.
+        """Open a cache and check its header; sizes of files and contents are checked when they are first read.
 
         expect: the header that the reader's configuration needs; a ``UserError`` names the first field that differs.
         """
         directory = Path(directory)
-        body = _read_header(directory)
-        for name, digest in body["files"].items():
-            if name not in (_SAMPLES, _INDEX) or file_digest(directory / name) != digest:
-                raise UserError(f"{directory / name}: content does not match its digest; rebuild the cache")
-        for number, shard in enumerate(body["shards"]):
-            path = directory / _shard_name(number)
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise UserError(f"{path}: missing or truncated ({shard['bytes']} bytes expected); rebuild the cache")
-        cache = cls(directory, body)
+        cache = cls(directory, read_header(directory))
         if expect is not None:
             cache._compare(expect)
-        for sample in cache.samples:
-            if cache._row(sample.id)["tokens"] != token_digest(sample):
-                raise UserError(f"{directory}: tokens of sample {sample.id} do not match the index; rebuild the cache")
+        if "parts" not in cache._body:
+            cache.part(0)
         return cache
 
     def _compare(self, expect: CacheHeader) -> None:
@@ -278,78 +257,135 @@ class TeacherCache:
                     "use another cache or rebuild this one"
                 )
 
-    def _row(self, sample_id: str) -> dict[str, Any]:
-        row = self._index.get(sample_id)
-        if row is None:
-            raise UserError(f"{self.directory}: no sample {sample_id!r} in this cache")
-        return row
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def num_parts(self) -> int:
+        """Number of directories with samples."""
+        return len(self._starts) - 1
+
+    def part(self, number: int) -> CachePart:
+        """Return a part, which is opened when it is first used."""
+        if number not in self._parts:
+            self._parts[number] = self._open_part(number)
+        return self._parts[number]
+
+    def _open_part(self, number: int) -> CachePart:
+        if "parts" not in self._body:
+            return CachePart(self.directory, self._body)
+        entry = self._body["parts"][number]
+        directory = self.directory / entry["name"]
+        body = read_header(directory)
+        if json_digest(body) != entry["digest"]:
+            raise UserError(f"{directory / HEADER_NAME}: not the part that was written; rebuild the cache")
+        return CachePart(directory, body)
+
+    @property
+    def samples(self) -> CachedSamples:
+        """All samples, in the order of writing."""
+        return CachedSamples(self)
+
+    def stored(self, *, temperature: float) -> CachedSamples:
+        """Return the samples at another ``temperature``, as ``StoredSamples``."""
+        return CachedSamples(self, temperature)
+
+    def locate(self, index: int) -> tuple[CachePart, np.void]:
+        """Return the part of sample ``index`` and its row there."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        part = self.part(number)
+        return part, part.index.row(index - int(self._starts[number]))
 
     def distribution(self, sample: str | Sample) -> CachedDistribution:
-        """Return the distribution of a sample, by id or by record; the tokens of a record must match the cache."""
-        row = self._row(sample if isinstance(sample, str) else sample.id)
-        if isinstance(sample, Sample) and token_digest(sample) != row["tokens"]:
-            raise UserError(
-                f"sample {sample.id} differs from the cached tokens: the cache belongs to another tokenizer, "
-                "template or sampling run"
-            )
-        rows, shapes = slice(row["start"], row["start"] + row["rows"]), self.header.shapes(row["rows"])
-        try:
-            file = self._open_shard(row["shard"])
-            tensors = {name: file.get_slice(name)[rows] for name in shapes}
-        except (SafetensorError, OSError, KeyError) as error:
-            path = self._shard_path(row["shard"])
-            raise UserError(f"{path}: cannot be read ({error}); rebuild the cache") from error
-        if _content_digest(tensors) != row["content"]:
-            raise UserError(
-                f"{self._shard_path(row['shard'])}: rows of sample {row['id']} are damaged; rebuild the cache"
-            )
-        return CachedDistribution(**tensors)
+        """Return the distribution of a sample, by id or by record; the tokens of a record must match the cache.
 
-    def _shard_path(self, number: int) -> Path:
-        return self.directory / _shard_name(number)
-
-    def _open_shard(self, number: int) -> Any:
-        if number not in self._shards:
-            self._shards[number] = safe_open(self._shard_path(number), "pt")
-        return self._shards[number]
+        Raises ``UserError`` for rows that are damaged or belong to other tokens than the sample's.
+        """
+        sample_id = sample if isinstance(sample, str) else sample.id
+        for part in map(self.part, range(self.num_parts)):
+            for number in part.index.find(sample_id):
+                row = part.index.row(number)
+                stored = part.sample(row)
+                if stored.id == sample_id:
+                    return part.distribution(stored if isinstance(sample, str) else sample, row, self.header)
+        raise UserError(f"{self.directory}: no sample {sample_id!r} in this cache")
 
 
-def _read_header(directory: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedSamples(Sequence[Sample]):
+    """The samples of a cache, read when they are asked for. temperature: that they get; None leaves theirs."""
+
+    cache: TeacherCache
+    temperature: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        part, row = self.cache.locate(range(len(self))[index])
+        sample = part.sample(row)
+        return sample if self.temperature is None else dataclasses.replace(sample, temperature=self.temperature)
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """See ``StoredSamples``."""
+        return np.array([self.cache.locate(index)[1]["length"] for index in indices], dtype=np.int64)
+
+    def read(self, indices: Sequence[int], ranks: Sequence[int], dp_rank: int) -> list[AnySample]:
+        """See ``StoredSamples``."""
+        samples: list[AnySample] = []
+        for index, rank in zip(indices, ranks, strict=True):
+            if rank == dp_rank:
+                samples.append(self[index])
+            else:
+                part, row = self.cache.locate(index)
+                samples.append(part.remote(row, self.temperature, rank))
+        return samples
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file() or path.stat().st_size != size:
+        raise UserError(f"{path}: missing or truncated ({size} bytes expected); rebuild the cache")
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    if file_digest(path) != digest:
+        raise UserError(f"{path}: content does not match its digest; rebuild the cache")
+
+
+def read_header(directory: Path) -> dict[str, Any]:
+    """Return the body of the header of a cache or a part; ``UserError`` if it is missing, damaged or too old."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such teacher cache; run the teacher_cache stage first")
-    if not (directory / _HEADER).is_file():
-        raise UserError(f"{directory}: not a finished teacher cache (no {_HEADER})")
-    document = read_json(directory / _HEADER)
+    if not (directory / HEADER_NAME).is_file():
+        raise UserError(f"{directory}: not a finished teacher cache (no {HEADER_NAME})")
+    document = read_json(directory / HEADER_NAME)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UserError(f"{directory / _HEADER}: not the header of a teacher cache")
+        raise UserError(f"{directory / HEADER_NAME}: not the header of a teacher cache")
     if document.get("version") != VERSION:
         raise UserError(
-            f"{directory / _HEADER}: cache version {document.get('version')}, this version reads {VERSION}: "
+            f"{directory / HEADER_NAME}: cache version {document.get('version')}, this version reads {VERSION}: "
             "rebuild the cache, or use the version that wrote it"
         )
     body = document.get("body")
     if not isinstance(body, dict) or json_digest(body) != document.get("body_digest"):
-        raise UserError(f"{directory / _HEADER}: damaged, content does not match its digest; rebuild the cache")
+        raise UserError(f"{directory / HEADER_NAME}: damaged, content does not match its digest; rebuild the cache")
     return body
 
 
 def cache_info(directory: str | Path) -> dict[str, Any]:
     """Return header fields, counts of samples, tokens and shards, and bytes in total and per token, from the header."""
-    body = _read_header(Path(directory))
-    size = sum(shard["bytes"] for shard in body["shards"])
-    counts = {"samples": body["samples"], "tokens": body["tokens"], "shards": len(body["shards"]), "bytes": size}
+    body = read_header(Path(directory))
+    size, num_shards = body["shard_bytes"], body["num_shards"]
+    counts = {"samples": body["samples"], "tokens": body["tokens"], "shards": num_shards, "bytes": size}
     extra = {"captured_mass": body["captured_mass"]} if "captured_mass" in body else {}
     return body["header"] | counts | {"bytes_per_token": size / max(1, body["tokens"])} | extra
 
 
 def verify_cache(directory: str | Path) -> dict[str, Any]:
     """Check every byte against its digest and return ``cache_info``; a ``UserError`` names the first damaged file."""
-    directory = Path(directory)
     cache = TeacherCache.open(directory)
-    for number, shard in enumerate(_read_header(directory)["shards"]):
-        path = directory / _shard_name(number)
-        if file_digest(path) != shard["sha256"]:
-            raise UserError(f"{path}: content does not match its digest; rebuild the cache")
-    for sample in cache.samples:
-        cache.distribution(sample)
+    for number in range(cache.num_parts):
+        cache.part(number).verify(cache.header)
     return cache_info(directory)

@@ -1,32 +1,35 @@
-"""Reads problems from JSON, JSON-lines and Parquet files: named columns, or the schemas of published data sets.
+"""Turns rows of files into problems: named columns, or the schemas of published data sets.
 
-Templates, tokenization and the length filter are in ``data/prompts.py``; ``verify`` interprets labels.
+``data/row_ranges.py`` reads the rows. Templates, tokenization and the length filter are in ``data/prompts.py``;
+``verify`` interprets labels.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
 import json
 import math
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from megatron_s2d.config.data import FileSource
+from megatron_s2d.data.row_ranges import RowRange, parse_json, rows_in
 from megatron_s2d.errors import UserError
 
-_ROWS_PER_BATCH = 1000
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 # DAPO-Math-17K has an instruction around the question; the rest of its first line varies.
 _DAPO_PREFIX = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer:"
 )
 _DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:"'
+# Eurus-2-RL-Data ends its questions with one of these; the place of the line breaks varies.
+_EURUS_INSTRUCTION = re.compile(
+    r"\s*(Write Python code to solve the problem\. Present the code in\s*```python\s*Your code\s*```\s*at the end\."
+    r"|Present the answer in LaTex format: \\boxed\{Your answer\})\s*\Z"
+)
 _LEADING_ASSERT = re.compile(r"^\s*assert\b.*", re.MULTILINE)
 
 
@@ -39,6 +42,7 @@ class Problem:
     question: str
     answer: str | None  # None if the source has no verifier
     solution: str | None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # columns that the template names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,130 +85,67 @@ class _Row:
         if isinstance(value, bool):
             return str(value)
         if isinstance(value, (int, float, Decimal)):
+            if not math.isfinite(value):
+                raise self.error(f"'{column}' is {value}: only finite numbers are labels")
             return format(Decimal(str(value)), "f")
         if not isinstance(value, str):
             raise self.error(f"'{column}' must be text or a number, not {type(value).__name__}")
+        return self.unicode(column, value)
+
+    def unicode(self, column: str, value: str) -> str:
+        """Return text unchanged; raise ``UserError`` for half of a surrogate pair, which JSON can hold."""
         try:
             value.encode()
         except UnicodeEncodeError:
             raise self.error(f"'{column}' is not valid Unicode (lone surrogate)") from None
         return value
 
+    def id(self, column: str) -> str | None:
+        """Return an id; None if it is missing, so that the row's number takes its place."""
+        value = self.find(column)
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        return None if missing else self.text(column)
+
     def as_number(self, column: str) -> float:
         value = self.get(column)
         if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
             raise self.error(f"'{column}' must be a number, not {type(value).__name__}")
+        if not math.isfinite(value):
+            raise self.error(f"'{column}' is {value}, not a finite number")
         return float(value)
 
     def label(self, column: str) -> str | None:
-        """Return the text that the verifier needs; None if the source has no verifier."""
-        return None if self.source.verifier is None else self.text(column)
+        """Return the text that the verifier needs; None if the source has no verifier.
+
+        Unit tests may also be lists and objects, as Parquet and JSON have them.
+        """
+        if self.source.verifier is None:
+            return None
+        value = self.get(column)
+        takes_data = not isinstance(self.source.verifier, str) or self.source.verifier == "code"
+        if takes_data and isinstance(value, (list, Mapping)):
+            return json.dumps(value, default=str)
+        return self.text(column)
 
 
-def read_problems(source: FileSource) -> tuple[list[Problem], int]:
-    """Return the problems of all files of ``source`` in order, and the number of dropped rows with a repeated id.
+def rows_of(
+    source: FileSource, rows: RowRange, prefix: str, chosen: Collection[int] | None = None
+) -> Iterator[tuple[_Row, Problem]]:
+    """Yield the rows of a range that ``min_values`` keeps, with their problems; ``prefix`` begins the ids.
 
-    Raises ``UserError`` for a missing, empty or unreadable file, a missing column, a value of the wrong type, and
-    (unless ``on_duplicate_id: drop``) a repeated id.
+    chosen: numbers (from 1) of the rows to yield; None: all. Raises ``UserError`` for an unreadable file, a missing
+    column and a value of the wrong type.
     """
-    problems: dict[str, Problem] = {}
-    num_duplicates = 0
     schema = _SCHEMAS[source.schema_]
-    for path, prefix in zip(source.paths, _id_prefixes(source.paths), strict=True):
-        for number, columns in enumerate(_rows(path)):
-            if len(problems) == source.limit:
-                return list(problems.values()), num_duplicates
-            row = _Row(source, columns, path, number + 1)
-            if any(row.as_number(column) < minimum for column, minimum in source.min_values.items()):
-                continue
-            id, *fields = schema(row)
-            problem = Problem(f"{prefix}/{number if id is None else id}", *fields)
-            if problem.id not in problems:
-                problems[problem.id] = problem
-            elif source.on_duplicate_id == "drop":
-                num_duplicates += 1
-            else:
-                raise row.error(
-                    f"duplicate id '{problem.id}'; make ids unique, or set on_duplicate_id: drop to use the first row "
-                    "of each id"
-                )
-    return list(problems.values()), num_duplicates
-
-
-def _id_prefixes(paths: Sequence[Path]) -> list[str]:
-    """Return the prefixes of ids: the names of the files, with as many folders as make them unique."""
-    depths = range(1, max(len(path.parts) for path in paths) + 1)
-    for bare, depth in [*((True, depth) for depth in depths), *((False, depth) for depth in depths)]:
-        names = ["/".join((path.with_suffix("") if bare else path).parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"{max(paths, key=paths.count)}: the file appears twice in `path`")
-
-
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"{path}: not a .jsonl, .json or .parquet file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path}: no rows")
-    return itertools.chain([first], rows)
-
-
-def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the objects of a file with one object per line, or with a list of objects.
-
-    Not through an Arrow table: with one type per column, 2 next to 1.5 becomes 2.0, integers beyond 64 bits become
-    floats, and the arguments of MBPP+ do not fit.
-    """
-    with open(path, "rb") as file:
-        is_list = path.suffix == ".json" and file.read(4096).lstrip().startswith(b"[")
-        file.seek(0)
-        if is_list:
-            for number, row in enumerate(_json(file.read(), str(path)), 1):
-                yield _mapping(row, f"{path}: row {number}")
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                location = f"{path}: line {number}"
-                yield _mapping(_json(line, location), location)
-
-
-def _json(content: bytes, location: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location}: not valid JSON ({error})") from None
-
-
-def _mapping(row: Any, location: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{location}: expected an object, got {type(row).__name__}")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a file, read by ``datasets`` without network access and without a persistent cache."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            table = datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-            )
-        except Exception as error:  # datasets wraps the exceptions of its readers
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{path}: cannot be read as parquet ({reason})") from error
-    try:
-        for batch in table.with_format("arrow").iter(_ROWS_PER_BATCH):
-            yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: text is not UTF-8 ({error})") from None
+    for number, columns in enumerate(rows_in(rows), rows.first_row):
+        if chosen is not None and number + 1 not in chosen:
+            continue
+        row = _Row(source, columns, rows.path, number + 1)
+        if any(row.as_number(column) < minimum for column, minimum in source.min_values.items()):
+            continue
+        id, *fields = schema(row)
+        extra = {column: row.text(column) for column in source.template_columns}
+        yield row, Problem(f"{prefix}/{number if id is None else id}", *fields, extra)
 
 
 def _columns(row: _Row) -> tuple:
@@ -228,7 +169,19 @@ def _dapo(row: _Row) -> tuple:
     # Our templates replace the published instruction; template plain preserves it.
     plain = row.source.template == "plain"
     text = question["content"] if plain else _without_instruction(question["content"])
-    return row.find("extra_info.index"), context, text, label, None
+    return row.id("extra_info.index"), context, text, label, None
+
+
+def _eurus(row: _Row) -> tuple:
+    """Read the published form; our templates replace its system message and the instruction after the question."""
+    *context, question = _messages(row, "prompt")
+    if question["role"] != "user":
+        raise row.error(f"the last message of 'prompt' is from the {question['role']}, not from the user")
+    text, label = question["content"], row.label("reward_model.ground_truth")
+    if row.source.template != "plain":
+        context = [message for message in context if message["role"] != "system"]
+        text = _EURUS_INSTRUCTION.sub("", text)
+    return None, context, text, label, None
 
 
 def _messages(row: _Row, column: str) -> list[dict[str, str]]:
@@ -238,7 +191,7 @@ def _messages(row: _Row, column: str) -> list[dict[str, str]]:
     for message in messages:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise row.error(f"a message of '{column}' lacks text for role or content")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{key: row.unicode(column, message[key]) for key in ("role", "content")} for message in messages]
 
 
 def _without_instruction(text: str) -> str:
@@ -262,7 +215,7 @@ def _gsm8k(row: _Row) -> tuple:
 
 
 def _math500(row: _Row) -> tuple:
-    return row.find("unique_id"), [], row.text("problem"), row.label("answer"), row.text("solution")
+    return row.id("unique_id"), [], row.text("problem"), row.label("answer"), row.text("solution")
 
 
 def _competition(row: _Row) -> tuple:
@@ -307,6 +260,28 @@ def _mbpp_plus(row: _Row) -> tuple:
     return row.text("task_id"), [], text.strip(), json.dumps(label), _fenced(reference)
 
 
+def _livecodebench(row: _Row) -> tuple:
+    """Read code_generation_lite; the verifier decompresses its private tests without unpickling them."""
+    columns = ("public_test_cases", "private_test_cases", "metadata")
+    label = None if row.source.verifier is None else json.dumps({column: row.get(column) for column in columns})
+    return row.id("question_id"), [], row.text("question_content") + _starter(row), label, None
+
+
+def _apps(row: _Row) -> tuple:
+    """Read APPS and TACO, whose columns ``input_output`` and ``solutions`` are JSON as text."""
+    solutions = parse_json((row.find("solutions") or "[]").encode(), f"{row.path}: row {row.number}: solutions")
+    solution = _fenced(solutions[0]) if solutions else None
+    return row.id("problem_id"), [], row.text("question") + _starter(row), row.label("input_output"), solution
+
+
+def _starter(row: _Row) -> str:
+    """Return what a question says about the form of its program."""
+    code = row.find("starter_code") or ""
+    if code.strip():
+        return f"\n\nStart from this code:\n```python\n{code.strip()}\n```"
+    return "\n\nRead from standard input and write to standard output."
+
+
 def _parse_assert(text: str, name: str) -> tuple[str, str]:
     """Return the argument list and "equal", "set" or "truth" of the first ``assert ... name(arguments) ...``."""
     line = _LEADING_ASSERT.search(text)
@@ -331,10 +306,13 @@ def _fenced(program: str) -> str:
 _SCHEMAS = {
     "columns": _columns,
     "dapo": _dapo,
+    "eurus": _eurus,
     "deepmath": _deepmath,
     "gsm8k": _gsm8k,
     "math500": _math500,
     "competition": _competition,
     "humaneval": _humaneval,
     "mbpp_plus": _mbpp_plus,
+    "livecodebench": _livecodebench,
+    "apps": _apps,
 }

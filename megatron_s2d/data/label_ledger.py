@@ -1,7 +1,8 @@
 """The label ledger: which labelled prompts each stage uses; refuses to use a held-out label twice. No torch here.
 
-A stage uses a label if a verifier compares responses with it (GRPO, SG-OPD) or if the stage trains on the reference
-solution (SFT). Stages that only sample from prompts (teacher cache, OPD) use no label. Prompts are compared by their
+A stage uses a label if a verifier compares responses with it (GRPO, SG-OPD), if the stage trains on the reference
+solution (SFT), or if a teacher reads it (``teacher_view``). Stages that only sample from prompts (teacher cache, OPD)
+use no label. Prompts are compared by their
 tokens, so the same problem under two ids counts as one.
 """
 
@@ -9,11 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.prompt_table import PromptTable
+from megatron_s2d.data.prompts import fitting_prompts
 from megatron_s2d.errors import UserError
-from megatron_s2d.records import Prompt
+
+_LISTED_IDS = 100_000  # of an entry, in the file of the ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +35,6 @@ class LedgerEntry:
     note: str = ""
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """Return the digest of a prompt's tokens."""
-    return hashlib.sha256(prompt.token_ids.tobytes()).hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class LabelLedger:
     """The labels that the stages of a workflow use.
@@ -40,11 +43,28 @@ class LabelLedger:
     """
 
     config: WorkflowConfig
-    prompts: Mapping[str, Sequence[Prompt]]
+    prompts: Mapping[str, PromptTable]
+    _keys: dict[tuple[str, int | None], np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
-    def keys(self, entry: str) -> set[str]:
-        """Return the digests of the prompts of an entry."""
-        return {prompt_key(prompt) for prompt in self.prompts[entry]}
+    def keys(self, entry: str, stage_name: str | None = None) -> np.ndarray:
+        """Return the distinct ``prompt_key`` of an entry, sorted; with ``stage_name``, of what the stage reads."""
+        limit = None if stage_name is None else getattr(self.config.stages[stage_name], "max_prompt_length", None)
+        if (entry, limit) not in self._keys:  # many stages read the same prompts
+            self._keys[entry, limit] = np.unique(self.read_by(stage_name, entry).keys)
+        return self._keys[entry, limit]
+
+    def num_labels_used(self, stages: Sequence[str]) -> int:
+        """Return how many distinct prompts have labels that one of ``stages`` uses."""
+        read = {}  # entry and limit -> keys
+        for name in stages:
+            for entry in self.labelled_entries(name):
+                read[id(self.keys(entry, name))] = self.keys(entry, name)
+        return len(np.unique(np.concatenate(list(read.values())))) if read else 0
+
+    def read_by(self, stage_name: str | None, entry: str) -> PromptTable:
+        """Return the prompts of ``entry`` within the stage's ``max_prompt_length``; all for None, the evaluation."""
+        prompts = self.prompts[entry]
+        return prompts if stage_name is None else fitting_prompts(self.config, stage_name, entry, prompts)
 
     def labelled_entries(self, stage_name: str) -> list[str]:
         """Return the entries whose labels a stage uses (generated corpora are not labelled data)."""
@@ -53,19 +73,19 @@ class LabelLedger:
 
     def check(self, stages: Sequence[str]) -> None:
         """Refuse training on evaluation problems, and stages that use labels of an earlier stage of their chain."""
-        evaluation_keys = {key for entry in self.config.evaluation.entries for key in self.keys(entry)}
+        evaluation_keys = np.unique(np.concatenate([self.keys(entry) for entry in self.config.evaluation.entries]))
         for name in stages:
             for entry in self.labelled_entries(name):
-                keys = self.keys(entry)
-                shared = keys & evaluation_keys
-                if shared:
+                keys = self.keys(entry, name)
+                shared = _in_both(keys, evaluation_keys)
+                if len(shared):
                     raise UserError(
                         f"stages.{name}: {len(shared)} prompts of '{entry}' are evaluation problems "
                         f"({self._example(entry, shared)}); remove them from one of the two"
                     )
                 self._check_reuse(name, entry, keys)
 
-    def _check_reuse(self, name: str, entry: str, keys: set[str]) -> None:
+    def _check_reuse(self, name: str, entry: str, keys: np.ndarray) -> None:
         if getattr(self.config.stages[name], "label_reuse", "allow") == "allow":
             return
         for earlier, shared in self._earlier_uses(name, keys):
@@ -75,16 +95,17 @@ class LabelLedger:
                 "label_reuse: allow for a replay control"
             )
 
-    def _earlier_uses(self, name: str, keys: set[str]) -> Iterator[tuple[str, set[str]]]:
+    def _earlier_uses(self, name: str, keys: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (stage, prompts of ``keys`` whose labels it used) for the stages that lead to ``name``."""
         for earlier in self.config.chain(name)[:-1]:
             for entry in self.labelled_entries(earlier):
-                shared = keys & self.keys(entry)
-                if shared:
+                shared = _in_both(keys, self.keys(entry, earlier))
+                if len(shared):
                     yield earlier, shared
 
-    def _example(self, entry: str, keys: set[str]) -> str:
-        return "for example " + min(prompt.id for prompt in self.prompts[entry] if prompt_key(prompt) in keys)
+    def _example(self, entry: str, keys: np.ndarray) -> str:
+        prompts = self.prompts[entry]
+        return f"for example {prompts.select(np.isin(prompts.keys, keys)).first_id()}"
 
     def entries(self, stages: Sequence[str]) -> tuple[LedgerEntry, ...]:
         """Return the rows of the report: one for each prompt set of a stage."""
@@ -94,8 +115,34 @@ class LabelLedger:
             for entry in stage.entries:
                 if entry not in self.prompts:
                     continue
-                keys = self.keys(entry)
+                keys = self.keys(entry, name)
                 earlier = {other for other, _ in self._earlier_uses(name, keys)} if stage.uses_labels else set()
                 note = f"labels used before by {', '.join(sorted(earlier))}, as configured" if earlier else ""
                 rows.append(LedgerEntry(name, entry, len(keys), stage.uses_labels, note))
         return tuple(rows)
+
+    def to_json(self, stages: Sequence[str]) -> str:
+        """Return the entries as JSON text, with the ids of all labelled prompts, or with their digest for very many."""
+        rows = [dataclasses.asdict(entry) for entry in self.entries(stages)]
+        for row in rows:
+            if row["labels_used"]:
+                row |= _listed_ids(self.read_by(row["stage"], row["prompts"]))
+        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+def _listed_ids(prompts: PromptTable) -> dict[str, Any]:
+    if len(prompts) <= _LISTED_IDS:
+        return {"prompt_ids": prompts.values("id")}
+    digest = hashlib.sha256()
+    for start in range(0, len(prompts), _LISTED_IDS):
+        digest.update("".join(f"{name}\n" for name in prompts[start : start + _LISTED_IDS].values("id")).encode())
+    return {"prompt_ids": None, "prompt_ids_sha256": digest.hexdigest()}
+
+
+def _in_both(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return what two sorted arrays without repetitions share; the shorter one is looked up in the longer one."""
+    if keys is others:
+        return keys
+    short, long = sorted((keys, others), key=len)
+    places = np.minimum(np.searchsorted(long, short), len(long) - 1)
+    return short[long[places] == short] if len(long) else short

@@ -1,7 +1,8 @@
-"""Packs samples into micro-batches under a token budget, assigns them to data-parallel ranks, and shifts to labels.
+"""Packs the samples of a data-parallel rank into micro-batches under a token budget, and shifts tokens to labels.
 
-Every rank has the samples of the whole update and computes the same plan, so loss denominators are global by
-construction and nothing here communicates. A micro-batch has one of two layouts:
+Every rank knows the lengths of all samples of the update, so loss denominators are global by construction and nothing
+here communicates. All data-parallel ranks have the same number of micro-batches: ``MegatronModel.pack`` agrees on it.
+A micro-batch has one of two layouts:
 
     padded   one row per sequence, padded at its end; attention is causal, so no token attends to the padding
     packed   one row with the sequences end to end, followed by a sequence of padding up to the alignment
@@ -24,27 +25,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_s2d.arithmetic import ceil_div, round_up
+from megatron_s2d.arithmetic import round_up
 from megatron_s2d.columns import TokenColumns
+from megatron_s2d.data.grouping import group_into_micro_batches, split_micro_batches
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.context_parallel import cp_length_multiple, cp_positions
-from megatron_s2d.records import Sample
+from megatron_s2d.records import AnySample, Sample, own_samples
 
 _SAMPLE_COLUMNS = ("old_log_probs", "rollout_log_probs", "advantages", "teacher_log_probs", "reference_log_probs")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MiniBatch:
-    """The samples of one optimizer update, over all data-parallel ranks."""
+    """The samples of one optimizer update, over all data-parallel ranks; each has the arrays of its own samples."""
 
-    samples: Sequence[Sample]
-    # weight column -> one entry per sample: the weight of its response tokens, a number or [length]
+    samples: Sequence[AnySample]
+    # weight column -> one entry per sample: the weight of its response tokens, a number or [length] (own samples only)
     loss_weights: Mapping[str, Sequence[float | np.ndarray]]
 
     @property
     def num_tokens(self) -> int:
         """Number of prompt and response tokens, without padding."""
-        return sum(len(sample.token_ids) for sample in self.samples)
+        return sum(sample.length for sample in self.samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,23 @@ class MicroBatchPlan:
         return round_up(length, cp_length_multiple(self.cp_size))
 
 
+@dataclasses.dataclass(frozen=True)
+class RoutedLayers:
+    """The layers of this pipeline rank, whose experts are replayed."""
+
+    layers: tuple[int, ...]  # indices in the whole model
+    num_experts_per_tok: int
+    dtype: str  # of the indices of experts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routes:
+    """The experts of each token of a micro-batch, in host memory, pinned for a CUDA device."""
+
+    experts: torch.Tensor  # [t, layers of this pipeline rank, experts of a token]; 0 where nothing is recorded
+    is_recorded: torch.Tensor  # [t] bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class MicroBatch:
     """One forward pass of one data-parallel rank. With context parallelism arrays by position are this rank's."""
@@ -138,10 +157,16 @@ class MicroBatch:
     padding_mask: torch.Tensor  # [b, s] bool, True at padding
     labels: torch.Tensor  # [t] int64, the token that each position predicts (0 at the end of a sequence)
     response_mask: torch.Tensor  # [t] bool, True if the predicted token is part of a response
+    response_rows: torch.Tensor  # [number of True entries of response_mask] int64, their indices
+    response_rows_on_host: np.ndarray  # the same: sizes that depend on them take no wait for the device
     response_positions: torch.Tensor  # [t] int64, index of the predicted token in its response; 0 elsewhere
+    response_ends: torch.Tensor  # [t] bool, True if the predicted token is the last one of a response that ended
     temperature: float | torch.Tensor  # of the log-probabilities; [t] if sequences differ
     columns: TokenColumns  # [t] each
     num_tokens: int  # of this rank, without padding
+    routes: Routes | None = None  # of the tokens at the positions [t]; None without routing replay
+    domains: tuple[str, ...] = ()  # of all samples of the mini-batch, sorted; empty for a single one
+    domain_numbers: torch.Tensor | None = None  # [t] int64, index in `domains` of the predicted token's; 0 elsewhere
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -195,103 +220,99 @@ class MicroBatch:
         return by_sample
 
 
+def count_micro_batches(samples: Sequence[AnySample], held: Sequence[int], **packing: Any) -> dict[str | None, int]:
+    """Return the number of micro-batches that the samples ``held`` need, at least 1; by domain if packed by domain.
+
+    packing: the arguments of ``plan_micro_batches``.
+    """
+    return {domain: len(batches) for domain, (_, _, batches) in _grouped(samples, held, **packing).items()}
+
+
 def plan_micro_batches(
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
+    held: Sequence[int],
+    num_batches: Mapping[str | None, int],
+    *,
+    pad_to_multiple: int = 1,
+    packed: bool = False,
+    cp_size: int = 1,
+    count_multiple: int = 1,
+    **packing: Any,
+) -> list[MicroBatchPlan]:
+    """Plan the micro-batches of the data-parallel rank that holds the samples at the indices ``held``.
+
+    num_batches: of ``count_micro_batches``, the largest of all data-parallel ranks. The others are those of ``pack``.
+    """
+    sizes = {"pad_to_multiple": pad_to_multiple, "packed": packed, "cp_size": cp_size}
+    plans = []
+    for domain, (indices, lengths, batches) in _grouped(samples, held, **sizes, **packing).items():
+        alignment = _packed_alignment(pad_to_multiple, cp_size)
+        padded = [round_up(length, cp_length_multiple(cp_size)) for length in lengths]
+        for rows in split_micro_batches(batches, num_batches[domain], padded, alignment=alignment, packed=packed):
+            selected, row_lengths = tuple(indices[row] for row in rows), tuple(lengths[row] for row in rows)
+            plans.append(MicroBatchPlan(selected, row_lengths, domain, packed, pad_to_multiple, cp_size))
+    missing = -len(plans) % count_multiple
+    domain = plans[-1].domain if plans else None
+    return plans + [MicroBatchPlan((), (), domain, packed, pad_to_multiple, cp_size)] * missing
+
+
+def _grouped(
+    samples: Sequence[AnySample],
+    held: Sequence[int],
     *,
     max_tokens: int,
-    dp_size: int = 1,
     pad_to_multiple: int = 1,
     packed: bool = False,
     cp_size: int = 1,
     by_domain: bool = False,
-) -> list[list[MicroBatchPlan]]:
-    """Plan the micro-batches of every data-parallel rank, the same number for each; arguments as in ``pack``."""
+    count_multiple: int = 1,  # of all micro-batches together, not of a domain's
+) -> dict[str | None, tuple[list[int], list[int], list[list[int]]]]:
+    """Return (indices of samples, their lengths, micro-batches of rows of both) by domain."""
     if cp_size > 1 and not packed:
         raise UserError(
             f"context_parallel_size {cp_size} needs packed sequences: set micro_batch.sequence_packing to true"
         )
-    plans: list[list[MicroBatchPlan]] = [[] for _ in range(dp_size)]
+    grouped: dict[str | None, tuple[list[int], list[int], list[list[int]]]] = {}
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
-        selected = [index for index, sample in enumerate(samples) if domain is None or sample.domain == domain]
-        lengths = [len(samples[index].token_ids) for index in selected]
-        assigned = assign_micro_batches(
+        indices = [index for index in held if domain is None or samples[index].domain == domain]
+        lengths = [samples[index].length for index in indices]
+        batches = group_into_micro_batches(
             [round_up(length, cp_length_multiple(cp_size)) for length in lengths],
-            dp_size=dp_size,
             max_tokens=max_tokens * cp_size,
             alignment=_packed_alignment(pad_to_multiple, cp_size),
             packed=packed,
         )
-        for rank_plans, batches in zip(plans, assigned, strict=True):
-            for rows in batches:
-                indices, row_lengths = tuple(selected[row] for row in rows), tuple(lengths[row] for row in rows)
-                rank_plans.append(MicroBatchPlan(indices, row_lengths, domain, packed, pad_to_multiple, cp_size))
-    return plans
+        grouped[domain] = indices, lengths, batches
+    return grouped
 
 
 def pack(
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     *,
     loss_weights: Mapping[str, Sequence[float | np.ndarray]],
-    max_tokens: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    pad_to_multiple: int = 1,
-    packed: bool = False,
+    num_batches: Mapping[str | None, int] | None = None,
     cp_rank: int = 0,
-    cp_size: int = 1,
-    by_domain: bool = False,
     device: torch.device | str = "cpu",
+    routed: RoutedLayers | None = None,
+    **packing: Any,
 ) -> list[MicroBatch]:
-    """Build the micro-batches of ``dp_rank``: the same number on every rank, as pipelines and expert parallelism need.
+    """Build the micro-batches of the samples that this rank holds.
 
-    max_tokens: limit per micro-batch and context rank, with padding (a longer sample gets a micro-batch of its own).
-    pad_to_multiple: alignment of the length on a context rank, for sequence parallelism and FP8. packed: sequences end
-    to end, required by context parallelism. by_domain: no micro-batch mixes domains. loss_weights: see ``MiniBatch``.
+    loss_weights: see ``MiniBatch``. num_batches: how many, see ``plan_micro_batches``; by default as many as needed.
+    routed: the layers whose experts are replayed.
+    packing: max_tokens, the limit per micro-batch and context rank, with padding (a longer sample gets a micro-batch of
+    its own); pad_to_multiple, the alignment of the length on a context rank, for sequence parallelism and FP8; packed,
+    whether sequences are laid end to end, required by context parallelism; cp_size; by_domain, no micro-batch mixes
+    domains; count_multiple, empty micro-batches are added up to a multiple of it.
     """
-    columns = [name for name in _SAMPLE_COLUMNS if any(getattr(sample, name) is not None for sample in samples)]
+    columns = [name for name in _SAMPLE_COLUMNS if any(sample.has(name) for sample in samples)]
     for name in columns:
         _check_missing(name, samples, loss_weights)
-    plans = plan_micro_batches(
-        samples, max_tokens=max_tokens, dp_size=dp_size, pad_to_multiple=pad_to_multiple, packed=packed,
-        cp_size=cp_size, by_domain=by_domain,
-    )  # fmt: skip
-    return [_build(samples, loss_weights, columns, plan, cp_rank, device) for plan in plans[dp_rank]]
-
-
-def assign_micro_batches(
-    lengths: Sequence[int], *, dp_size: int, max_tokens: int, alignment: int = 1, packed: bool = False
-) -> list[list[list[int]]]:
-    """Return the indices of samples by data-parallel rank and micro-batch, with balanced work per rank.
-
-    Longest first. Padded: samples of similar length share a micro-batch; packed: first fit. Deterministic. With fewer
-    samples than ranks some micro-batches are empty.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    size = _packed_size if packed else _padded_size
-    batches: list[list[int]] = []
-    for index in order:
-        open_batches = batches if packed else batches[-1:]
-        for batch in open_batches:
-            if size([lengths[other] for other in [*batch, index]], alignment) <= max_tokens:
-                batch.append(index)
-                break
-        else:
-            batches.append([index])
-    batches_per_rank = max(1, ceil_div(len(batches), dp_size))
-    while len(batches) < batches_per_rank * dp_size:
-        largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
-        if largest is None or len(batches[largest]) < 2:
-            batches.append([])
-            continue
-        half = len(batches[largest]) // 2
-        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-    cost = [size([lengths[index] for index in batch], alignment) for batch in batches]
-    by_cost = sorted(range(len(batches)), key=lambda i: (-cost[i], i))
-    assigned: list[list[list[int]]] = [[] for _ in range(dp_size)]
-    for number, index in enumerate(by_cost):  # forwards and backwards over the ranks
-        turn, rank = divmod(number, dp_size)
-        assigned[rank if turn % 2 == 0 else dp_size - 1 - rank].append(batches[index])
-    return assigned
+    held = [index for index, sample in enumerate(samples) if isinstance(sample, Sample)]
+    if num_batches is None:
+        num_batches = count_micro_batches(samples, held, **packing)
+    plans = plan_micro_batches(samples, held, num_batches, **packing)
+    return [_build(samples, loss_weights, columns, plan, cp_rank, device, routed) for plan in plans]
 
 
 def _packed_alignment(pad_to_multiple: int, cp_size: int) -> int:
@@ -300,40 +321,35 @@ def _packed_alignment(pad_to_multiple: int, cp_size: int) -> int:
 
 
 def _check_missing(
-    name: str, samples: Sequence[Sample], loss_weights: Mapping[str, Sequence[float | np.ndarray]]
+    name: str, samples: Sequence[AnySample], loss_weights: Mapping[str, Sequence[float | np.ndarray]]
 ) -> None:
     """Raise ``UserError`` if a sample without ``name`` has a weight in a term that needs it."""
     # The policy term needs the engine's log-probabilities; a divergence only measures them where they exist.
     optional = {"supervised_weight"} | ({"divergence_weight"} if name == "rollout_log_probs" else set())
     weights = [loss_weights[column] for column in loss_weights if column not in optional]
     for index, sample in enumerate(samples):
-        if getattr(sample, name) is None and any(np.any(column[index]) for column in weights):
+        if not sample.has(name) and any(np.any(column[index]) for column in weights):
             raise UserError(f"sample {sample.id} has no {name}, others of the same update have it")
 
 
-def _padded_size(lengths: Sequence[int], alignment: int) -> int:
-    return len(lengths) * round_up(max(lengths, default=0), alignment)
-
-
-def _packed_size(lengths: Sequence[int], alignment: int) -> int:
-    return round_up(sum(lengths), alignment)
-
-
 def _build(
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     loss_weights: Mapping[str, Sequence[float | np.ndarray]],
     sample_columns: list[str],
     plan: MicroBatchPlan,
     cp_rank: int,
     device: torch.device | str,
+    routed: RoutedLayers | None,
 ) -> MicroBatch:
-    rows = [samples[index] for index in plan.indices]
+    rows = own_samples([samples[index] for index in plan.indices])
     masks = [_predicted(row.response_mask) for row in rows]
 
-    def tensor(values: np.ndarray) -> torch.Tensor:
+    def local(values: np.ndarray) -> np.ndarray:
         """Return the context rank's part of ``values`` [..., t]."""
-        local = values if plan.cp_size == 1 else values[..., plan.cp_indices[cp_rank]]
-        return torch.from_numpy(local).to(device)
+        return values if plan.cp_size == 1 else values[..., plan.cp_indices[cp_rank]]
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return _to_device(local(values), device)
 
     def shifted(dtype: type, values: Sequence[Any]) -> torch.Tensor:
         return tensor(plan.shift_to_labels(plan.scatter_rows(dtype, values)))
@@ -350,20 +366,61 @@ def _build(
     temperature: float | torch.Tensor = temperatures[0]
     if any(value != temperatures[0] for value in temperatures):
         temperature = tensor(plan.scatter_rows(np.float32, temperatures, fill=1.0).T.reshape(-1))
-    padding = tensor(plan.scatter_rows(np.bool_, [False] * len(rows), fill=True))
+    # What decides shapes is computed on the host: asking the device for it would wait for all of its work.
+    padding = plan.scatter_rows(np.bool_, [False] * len(rows), fill=True)
+    domains = tuple(sorted({sample.domain for sample in samples}))
+    domains = domains if len(domains) > 1 else ()
+    response_rows = local(plan.shift_to_labels(plan.scatter_rows(np.bool_, masks))).nonzero()[0]
     return MicroBatch(
         plan=plan,
         cp_rank=cp_rank,
-        cu_seqlens=torch.tensor(plan.cu_seqlens, dtype=torch.int32, device=device) if plan.packed else None,
+        cu_seqlens=_to_device(np.array(plan.cu_seqlens, np.int32), device) if plan.packed else None,
         token_ids=tensor(plan.scatter_rows(np.int64, [row.token_ids for row in rows])),
-        padding_mask=padding,
+        padding_mask=tensor(padding),
         labels=shifted(np.int64, [row.token_ids for row in rows]),
         response_mask=shifted(np.bool_, masks),
+        response_rows=_to_device(response_rows, device),
+        response_rows_on_host=response_rows,
         response_positions=shifted(np.int64, [np.where(mask, mask.cumsum() - 1, 0) for mask in masks]),
+        response_ends=shifted(np.bool_, [_end(row, mask) for row, mask in zip(rows, masks, strict=True)]),
         temperature=temperature,
         columns=TokenColumns(**columns),
-        num_tokens=int((~padding).sum()),
+        num_tokens=int((~local(padding)).sum()),
+        routes=None
+        if routed is None
+        else _routes(rows, plan, cp_rank, routed, pin=torch.device(device).type == "cuda"),
+        domains=domains,
+        domain_numbers=shifted(np.int64, [domains.index(row.domain) for row in rows]) if domains else None,
     )
+
+
+def _to_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Return ``values`` on the device; from pinned memory, because the host waits for a copy of pageable memory."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
+def _routes(rows: Sequence[Sample], plan: MicroBatchPlan, cp_rank: int, routed: RoutedLayers, *, pin: bool) -> Routes:
+    """Return the routes of the context rank's tokens in host memory; pin: for copies that do not wait."""
+    count = plan.cp_indices.size
+    experts = np.zeros((count, len(routed.layers), routed.num_experts_per_tok), dtype=routed.dtype)
+    is_recorded = np.zeros(count, dtype=np.bool_)
+    layers = list(routed.layers)
+    for row, positions in zip(rows, plan.positions(), strict=True):
+        if row.routed_experts is not None:
+            with_routes = np.arange(count)[positions][: len(row.routed_experts)]
+            experts[with_routes] = row.routed_experts[:, layers]
+            is_recorded[with_routes] = True
+    local = [torch.from_numpy(values[plan.cp_indices[cp_rank]]) for values in (experts, is_recorded)]
+    return Routes(*(tensor.pin_memory() if pin else tensor for tensor in local))
+
+
+def _end(sample: Sample, mask: np.ndarray) -> np.ndarray:
+    """Return which token [length] ended the response, by the response mask; none of one that was cut."""
+    end = np.zeros(len(mask), dtype=bool)
+    if sample.finish_reason == "stop" and mask.any():
+        end[np.flatnonzero(mask)[-1]] = True
+    return end
 
 
 def _predicted(response_mask: np.ndarray) -> np.ndarray:

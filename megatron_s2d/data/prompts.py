@@ -1,25 +1,38 @@
 """Builds prompts from the embedded task or from files: templates, chat template, length filter, halves.
 
 Templates and halves are methods.md M7; the code template is that of G-OPD (arXiv 2602.12125, appendix D). Files are
-read by ``data/files.py``, labels are interpreted by ``verify``.
+read by ``data/problems.py`` and kept by ``data/prompt_cache.py``, labels are interpreted by ``verify``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import DataSource, FileSource, TaskSource
-from megatron_s2d.config.workflow import HALVES, WorkflowConfig
-from megatron_s2d.data.files import Problem, read_problems
-from megatron_s2d.data.tasks import task_documents, task_prompts
-from megatron_s2d.data.tokenizer import render
+from megatron_s2d.config.environment import environment_text, tools_of
+from megatron_s2d.config.reward import verifier_text
+from megatron_s2d.config.teacher_view import TeacherViewConfig
+from megatron_s2d.config.workflow import DEFAULT_DATA_CACHE, HALVES, WorkflowConfig
+from megatron_s2d.data.files import Problem
+from megatron_s2d.data.problems import DUPLICATES, ProblemBatch, convert_problems, id_prefixes
+from megatron_s2d.data.prompt_cache import table_of_files
+from megatron_s2d.data.prompt_table import PromptTable, record_batch
+from megatron_s2d.data.tasks import task_documents, task_prompts, with_context
+from megatron_s2d.data.tokenizer import render_all, template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
+
+if TYPE_CHECKING:
+    import pyarrow
 
 TEMPLATES = {
     "math": "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
@@ -27,54 +40,101 @@ TEMPLATES = {
     "at the end.\nYou need to think first then write the Python code.",
     "plain": "{question}",
 }
+_PROBLEMS_AT_ONCE = 256  # that are tokenized together
+# Settings of a source that say where its rows are, or what is done with its prompts.
+_NOT_OF_PROMPTS = ("path", "on_long_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
     """Prompts of one source, and the numbers of dropped ones."""
 
-    prompts: list[Prompt]
+    prompts: PromptTable
     dropped_too_long: int  # longer than max_prompt_length
     dropped_duplicates: int = 0  # rows with a repeated id (on_duplicate_id: drop)
 
 
 def load_prompts(
-    source: DataSource, tokenizer: Any, *, max_prompt_length: int | None, date: datetime.date
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None,
+    date: datetime.date,
+    cache_dir: Path | None = None,
+    view: TeacherViewConfig | None = None,
 ) -> PromptSet:
     """Tokenize the prompts of a task or of files; drop and count those longer than ``max_prompt_length``.
 
-    ``date`` is the day for chat templates that write today's date.
+    ``date`` is the day for chat templates that write today's date; tables of large files are kept in ``cache_dir`` (by
+    default the one of ``data_cache_dir``). view: the prompts as a teacher reads them; ``tokenizer`` has its template.
 
     Raises ``UserError`` for a missing file or column, an empty data set, repeated ids, and, with
     ``on_long_prompt: error``, a prompt that is too long.
     """
-    num_duplicates = 0
+    counts: dict[str, int] = {}
     if isinstance(source, TaskSource):
-        prompts = task_prompts(source, tokenizer)
+        prompts = PromptTable.of(task_prompts(source, tokenizer, view))
     else:
-        problems, num_duplicates = read_problems(source)
-        prompts = [_prompt(source, problem, tokenizer, date) for problem in problems]
-    fitting = [prompt for prompt in prompts if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length]
-    if len(fitting) < len(prompts) and getattr(source, "on_long_prompt", "drop") == "error":
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        prompts, counts = _file_prompts(source, tokenizer, date, (cache_dir or DEFAULT_DATA_CACHE).expanduser(), view)
+    fits = _fits(prompts, max_prompt_length)
+    if not fits.all() and getattr(source, "on_long_prompt", "drop") == "error":
+        longest = prompts[int(prompts.lengths.argmax())]
         raise UserError(
             f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: "
             "increase it, or set on_long_prompt: drop"
         )
-    if not fitting:
+    if not fits.any():
         raise UserError(
             f"all prompts of {_name(source)} are longer than max_prompt_length {max_prompt_length}; increase it"
         )
-    return PromptSet(fitting, len(prompts) - len(fitting), num_duplicates)
+    return PromptSet(prompts.select(fits), int((~fits).sum()), counts.get(DUPLICATES, 0))
 
 
-def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any) -> PromptSet:
-    """Return the prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``."""
+def _fits(prompts: PromptTable, limit: int | None) -> np.ndarray:
+    return np.ones(len(prompts), dtype=bool) if limit is None else prompts.lengths <= limit
+
+
+def _file_prompts(
+    source: FileSource, tokenizer: Any, date: datetime.date, cache_dir: Path, view: TeacherViewConfig | None
+) -> tuple[PromptTable, dict[str, int]]:
+    settings = {key: value for key, value in dump(source).items() if key not in _NOT_OF_PROMPTS}
+    if source.skip == 0:
+        del settings["skip"]  # of tables from before the key existed
+    settings |= {
+        "prefixes": id_prefixes(source.paths),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat_template": template_fingerprint(tokenizer, date),
+    }
+    if view is not None:
+        settings["view"] = dump(view)
+
+    def convert(problems: Sequence[Problem]) -> pyarrow.RecordBatch:
+        parts = itertools.batched(problems, _PROBLEMS_AT_ONCE)
+        return record_batch([prompt for part in parts for prompt in _prompts(source, part, tokenizer, date, view)])
+
+    def read(counts: dict[str, int], processes: int) -> Iterator[ProblemBatch[pyarrow.RecordBatch]]:
+        return convert_problems(source, counts, convert, processes)
+
+    return table_of_files(source.paths, settings, cache_dir, read)
+
+
+def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any, others: Sequence[Any] = ()) -> PromptSet:
+    """Return the prompts of ``entry``, ``entry/1H`` or ``entry/2H`` of a workflow's ``data``.
+
+    others: tokenizers that render the entry for other models. A prompt that is too long for one of them is left out for
+    all, so that every stage has the same halves and every evaluation the same problems.
+    """
     entry, _, half = name.partition("/")
+    limit, date, cache_dir = config.lengths.max_prompt_length, config.template_date, config.data_cache_dir
     try:
         prompt_set = load_prompts(
-            config.data[entry], tokenizer, max_prompt_length=config.lengths.max_prompt_length, date=config.template_date
+            config.data[entry], tokenizer, max_prompt_length=limit, date=date, cache_dir=cache_dir
         )
+        for other in others:
+            if other is tokenizer or isinstance(config.data[entry], TaskSource):  # a task has no template
+                continue
+            fitting = load_prompts(config.data[entry], other, max_prompt_length=limit, date=date, cache_dir=cache_dir)
+            prompt_set = _in_both(prompt_set, fitting.prompts)
     except UserError as error:
         raise UserError(f"data.{entry}: {error}") from None
     if half:
@@ -83,6 +143,35 @@ def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any) -> PromptSet:
     if not prompt_set.prompts:
         raise UserError(f"data.{name}: this half is empty; {entry} needs at least two prompts")
     return prompt_set
+
+
+def _in_both(prompt_set: PromptSet, other: PromptTable) -> PromptSet:
+    """Keep the prompts that ``other`` has; both are of the same rows, rendered by two tokenizers."""
+    kept = prompt_set.prompts.select(np.isin(prompt_set.prompts.rows, other.rows, assume_unique=True))
+    dropped = prompt_set.dropped_too_long + len(prompt_set.prompts) - len(kept)
+    return dataclasses.replace(prompt_set, prompts=kept, dropped_too_long=dropped)
+
+
+def fitting_prompts(config: WorkflowConfig, stage_name: str, entry: str, prompts: Sequence[Prompt]) -> PromptTable:
+    """Return those ``prompts`` of ``entry`` that stage ``stage_name`` reads: within its own ``max_prompt_length``.
+
+    The halves are formed before, so that those of stages with different limits do not overlap. Raises ``UserError`` if
+    none is left and, with ``on_long_prompt: error``, if one is too long.
+    """
+    table = PromptTable.of(prompts)
+    limit = getattr(config.stages[stage_name], "max_prompt_length", None)
+    fits = _fits(table, limit)
+    where = f"stages.{stage_name}.max_prompt_length: {limit}"
+    if not fits.any():
+        raise UserError(f"{where}: all prompts of '{entry}' are longer; increase it")
+    source = config.data[entry.partition("/")[0]]
+    if not fits.all() and getattr(source, "on_long_prompt", "drop") == "error":
+        longest = table[int(table.lengths.argmax())]
+        raise UserError(
+            f"{where}: prompt {longest.id} of '{entry}' has {len(longest.token_ids)} tokens: increase it, or set "
+            "on_long_prompt: drop"
+        )
+    return table.select(fits)
 
 
 def is_corpus(source: DataSource) -> bool:
@@ -95,40 +184,98 @@ def corpus_documents(source: TaskSource, tokenizer: Any, start: int, count: int)
     return task_documents(source, tokenizer, start, count)
 
 
-def split_halves(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split_halves(prompts: Sequence[Prompt], seed: int) -> tuple[PromptTable, PromptTable]:
     """Split into two random halves (1H, 2H) that depend on the prompts' ids and the seed, not on their order."""
-    ordered = sorted(prompts, key=lambda prompt: prompt.id)
-    permutation = np.random.default_rng(seed).permutation(len(ordered))
-    middle = (len(ordered) + 1) // 2
-    return [ordered[index] for index in permutation[:middle]], [ordered[index] for index in permutation[middle:]]
+    table = PromptTable.of(prompts)
+    permuted = table.sorted_by_id()[np.random.default_rng(seed).permutation(len(table))]
+    middle = (len(table) + 1) // 2
+    return table.select(permuted[:middle]), table.select(permuted[middle:])
 
 
 def _name(source: DataSource) -> str:
     return f"task {source.task}" if isinstance(source, TaskSource) else ", ".join(map(str, source.paths))
 
 
-def _prompt(source: FileSource, problem: Problem, tokenizer: Any, date: datetime.date) -> Prompt:
-    question = TEMPLATES[source.template].format(question=problem.question)
-    messages = [*problem.context, {"role": "user", "content": question}]
-    if source.system_prompt is not None:
-        if messages[0]["role"] == "system":
-            raise UserError(f"prompt {problem.id} already has a system message; remove system_prompt")
-        messages.insert(0, {"role": "system", "content": source.system_prompt})
-    text = render(messages, tokenizer, date)
+def _prompts(
+    source: FileSource,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    date: datetime.date,
+    view: TeacherViewConfig | None = None,
+) -> Iterator[Prompt]:
+    """Yield the prompts of ``problems``, tokenized together."""
+    conversations = [_messages(source, problem, view) for problem in problems]
+    settings = {"enable_thinking": view is not None and view.enable_thinking, "tools": tools_of(source.environment)}
+    texts = render_all(conversations, tokenizer, date, **settings)
     # A chat template writes the start token itself; plain text needs the tokenizer's special tokens.
-    ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
-    if not ids:
-        raise UserError(f"prompt {problem.id} is empty")
-    solution = None
-    if problem.solution is not None:
-        solution_ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        solution = np.asarray([*solution_ids, tokenizer.eos_token_id], dtype=np.int64)
-    return Prompt(
-        id=problem.id,
-        token_ids=np.asarray(ids, dtype=np.int64),
-        text=text,
-        domain=source.domain,
-        verifier=source.verifier,
-        answer=problem.answer if source.verifier is not None else None,
-        solution_token_ids=solution,
-    )
+    tokens = _ids(tokenizer, texts, add_special_tokens=tokenizer.chat_template is None)
+    solutions = _solutions([problem.solution for problem in problems], tokenizer)
+    for problem, text, ids, solution in zip(problems, texts, tokens, solutions, strict=True):
+        if ids and ids[-1] == tokenizer.eos_token_id != _last_id(text, tokenizer):
+            ids = ids[:-1]  # some tokenizers end every text, and a prompt goes on
+        if not ids:
+            raise UserError(f"prompt {problem.id} is empty")
+        yield Prompt(
+            id=problem.id,
+            token_ids=np.asarray(ids, dtype=np.int64),
+            text=text,
+            domain=source.domain,
+            verifier=verifier_text(source.verifier),
+            answer=problem.answer if source.verifier is not None else None,
+            solution_token_ids=solution,
+            environment=environment_text(source.environment),
+        )
+
+
+def _messages(source: FileSource, problem: Problem, view: TeacherViewConfig | None) -> list[dict[str, str]]:
+    question = _fill(TEMPLATES.get(source.template, source.template), problem)
+    view = view or TeacherViewConfig()
+    if view.context is not None:
+        values = {"prompt": question, "question": problem.question}
+        values |= {"answer": problem.answer, "solution": problem.solution}
+        question = with_context(view, values, problem.id)
+    messages = [*problem.context, {"role": "user", "content": question}]
+    if source.system_prompt is not None and messages[0]["role"] == "system":
+        raise UserError(f"prompt {problem.id} already has a system message; remove system_prompt")
+    system_prompt = source.system_prompt if view.system_prompt is None else view.system_prompt
+    if system_prompt is not None:
+        if messages[0]["role"] == "system":
+            messages = messages[1:]
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+    return ids
+
+
+def _fill(template: str, problem: Problem) -> str:
+    """Put question and columns into a template; not ``str.format``, which reads attributes of values, too."""
+    values = {**problem.fields, "question": problem.question}
+    parts = string.Formatter().parse(template)
+    return "".join(text + ("" if column is None else values[column]) for text, column, _, _ in parts)
+
+
+def _last_id(text: str, tokenizer: Any) -> int | None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids else None
+
+
+def _solutions(solutions: Sequence[str | None], tokenizer: Any) -> list[np.ndarray | None]:
+    """Return the ids of solutions with one end token, which a text may have already, with blanks after it."""
+    present = [text for text in solutions if text is not None]
+    if not present:
+        return [None] * len(solutions)
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end-of-sequence token to end solutions with; use another tokenizer")
+    texts = [_without_end(text, tokenizer.eos_token) for text in present]
+    tokens = iter(_ids(tokenizer, texts, add_special_tokens=False))
+    end = tokenizer.eos_token_id
+    return [None if text is None else np.asarray([*next(tokens), end], dtype=np.int64) for text in solutions]
+
+
+def _without_end(text: str, end: str) -> str:
+    shorter = text.rstrip().removesuffix(end)
+    return _without_end(shorter, end) if shorter != text.rstrip() else text

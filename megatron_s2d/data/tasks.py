@@ -5,16 +5,24 @@ for base training is noisy in ways that a model learns: some facts (op, v, d) ar
 one fixed wrong result, others are wrong occasionally, and some documents answer without the steps. A model trained on
 it gives the correct answer with low probability, so that a sparse reward can improve it.
 
+With ``call_fraction`` some documents work by calls of the calculator (``v op d = r1 op d = r2 ... [ rk ] <eos>``),
+whose results are as noisy as the others: a model learns the form of a call from them, and right results from the
+calculator only (``rollout/environments/calculator.py``).
+
 Problems are numbered; the splits are residue classes of a bijective hash of the number, so no problem is in two.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
 from megatron_s2d.config.data import TaskSource
+from megatron_s2d.config.environment import environment_text
+from megatron_s2d.config.reward import verifier_text
+from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
@@ -37,30 +45,63 @@ def tokens_of(modulus: int) -> list[str]:
     return ["<pad>", "<eos>", *numbers, *OPERATORS, "=", "[", "]"]
 
 
-def task_prompts(source: TaskSource, tokenizer) -> list[Prompt]:
-    """Return the labelled problems of a split in the order of drawing, a function of the settings only."""
+def task_prompts(source: TaskSource, tokenizer, view: TeacherViewConfig | None = None) -> list[Prompt]:
+    """Return the labelled problems of a split in the order of drawing, a function of the settings only.
+
+    view: as a teacher reads them; only ``context`` applies, since prompts of the task have no messages.
+    """
     if source.split == "corpus":
         raise UserError("split corpus has documents, not prompts; choose pool, heldout or eval")
     rng = np.random.default_rng([source.seed, _PROBLEMS, *source.split.encode()])
     numbers = _draw(source, rng, source.num_prompts)
     values, operators, operands = _decode(source, numbers)
     results = _work(source.modulus, values, operators, operands)
-    encode = _encoder(tokenizer, source.modulus)
+    encode, table = _encoder(tokenizer, source.modulus), _table(tokenizer, source.modulus)
+    environment = source.resolved_environment
+    # A problem with an environment is another one than without: both may be in one evaluation.
+    kind = "modular_arithmetic" if environment is None else f"modular_arithmetic+{environment.type}"
     prompts = []
     for row, number in enumerate(numbers.tolist()):
-        words = _words(values[row], operators[row], operands[row])
+        words, id_ = _words(values[row], operators[row], operands[row]), f"{kind}/{source.split}/{number}"
+        if view is not None:
+            words = _in_view(view, id_, words, _solution_words(results[row]), table)
         prompts.append(
             Prompt(
-                id=f"modular_arithmetic/{source.split}/{number}",
+                id=id_,
                 token_ids=encode(words),
                 text=" ".join(words),
                 domain=source.domain,
-                verifier="modular_arithmetic",
+                verifier=verifier_text(source.verifier),
                 answer=str(results[row, -1]),
                 solution_token_ids=encode([*_solution_words(results[row]), "<eos>"]),
+                environment=environment_text(environment),
             )
         )
     return prompts
+
+
+def with_context(view: TeacherViewConfig, values: Mapping[str, str | None], id_: str) -> str:
+    """Return the user's message of problem ``id_`` in a view. values: field -> its text; None: the row has none."""
+    for field in sorted(view.fields):
+        if values[field] is None:
+            raise UserError(f"context of a teacher's view: prompt {id_} has no {field}; name its column in `columns`")
+    return str(view.context).format(**values)
+
+
+def _in_view(
+    view: TeacherViewConfig, id_: str, words: list[str], solution: list[str], table: Mapping[str, int]
+) -> list[str]:
+    if view.system_prompt is not None or view.enable_thinking:
+        raise UserError("a teacher's view of the task modular_arithmetic has a context only: it has no messages")
+    if view.context is None:
+        return words
+    question = " ".join(words)
+    values = {"prompt": question, "question": question, "answer": solution[-2], "solution": " ".join(solution)}
+    result = with_context(view, values, id_).split()
+    unknown = [word for word in result if word not in table]
+    if unknown:
+        raise UserError(f"context of a teacher's view: {unknown[0]!r} is no word of the task ({' '.join(table)})")
+    return result
 
 
 def task_documents(source: TaskSource, tokenizer, start: int, count: int) -> list[Prompt]:
@@ -104,9 +145,12 @@ def _document_block(source: TaskSource, block: int) -> list[tuple[list[str], lis
     values, operators, operands = _decode(source, numbers)
     stated = _work(source.modulus, values, operators, operands, noise=(source, rng))
     direct = rng.random(_BLOCK) < source.direct_fraction
+    calls = rng.random(_BLOCK) < source.call_fraction
     documents = []
     for row in range(_BLOCK):
         solution = _solution_words(stated[row])
+        if calls[row]:
+            solution = [*_call_words(values[row], operators[row], operands[row], stated[row]), *solution[-3:]]
         documents.append(
             (
                 _words(values[row], operators[row], operands[row]),
@@ -212,6 +256,14 @@ def _words(value: int, operators: np.ndarray, operands: np.ndarray) -> list[str]
 def _solution_words(results: np.ndarray) -> list[str]:
     words = [str(result) for result in results]
     return [*words, "[", words[-1], "]"]
+
+
+def _call_words(value: int, operators: np.ndarray, operands: np.ndarray, results: np.ndarray) -> list[str]:
+    words, current = [], value
+    for operator, operand, result in zip(operators, operands, results, strict=True):
+        words += [str(current), OPERATORS[operator], str(operand), "=", str(result)]
+        current = result
+    return words
 
 
 def _encoder(tokenizer, modulus: int):

@@ -8,20 +8,23 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megatron_s2d.artifacts.files import atomic_directory
+from megatron_s2d.artifacts.files import atomic_directory, read_json_object
+from megatron_s2d.config.hf_config import published_files
 from megatron_s2d.data.tasks import tokens_of
 from megatron_s2d.errors import UserError
 
 _TASK = "task:modular_arithmetic"
 _DEFAULT_MODULUS = 17
+_MODULI = {str(value): value for value in range(3, 998)}  # those that the task's data may have
 _CONVERSATION = [{"role": "user", "content": "1 + 1 ="}]
 _TEMPLATE_SECONDS = 10.0
+_LARGEST_TEXT = 100_000_000  # more than any prompt; a template that multiplies texts would fill the memory further on
 # Prompts of the task are plain text: the last message of a conversation.
 _TASK_TEMPLATE = "{{ messages[-1]['content'] }}"
 
@@ -46,14 +49,14 @@ def load_tokenizer(name: str, cache_dir: Path) -> Any:
 
 def _task_tokenizer(name: str, cache_dir: Path) -> Any:
     task, _, modulus = name.partition("/")
-    if task != _TASK or (modulus and not modulus.isdigit()):
-        raise UserError(f"tokenizer '{name}': unknown task; use {_TASK} or {_TASK}/MODULUS")
+    if task != _TASK or (modulus and modulus not in _MODULI):
+        raise UserError(f"tokenizer '{name}': unknown task; use {_TASK} or {_TASK}/MODULUS, with a modulus of 3 to 997")
     from transformers import PreTrainedTokenizerFast
 
     directory = Path(cache_dir) / name.removeprefix("task:").replace("/", "_")
     if not directory.exists():
         with atomic_directory(directory) as partial:
-            _build(int(modulus or _DEFAULT_MODULUS)).save_pretrained(partial)
+            _build(_MODULI.get(modulus, _DEFAULT_MODULUS)).save_pretrained(partial)
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
@@ -68,6 +71,56 @@ def _build(modulus: int) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=_TASK_TEMPLATE
     )
+
+
+def stop_token_ids(tokenizer: Any, model_path: Path | None) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's end of sequence, and those of a published model.
+
+    A model has them in ``generation_config.json``, else in ``config.json``. Raises ``UserError`` for none, and for
+    other values than ids.
+    """
+    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    if model_path is not None:
+        folder = published_files(model_path)
+        for path in (folder / "generation_config.json", folder / "config.json"):
+            document = read_json_object(path) if path.exists() else {}
+            if "eos_token_id" in document:
+                ids.update(_ids(document["eos_token_id"], path))
+                break
+    if not ids:
+        raise UserError("the tokenizer has no end-of-sequence token: responses could not end; use another tokenizer")
+    return tuple(sorted(ids))
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    """Return the ids of a field that holds one, a list of them or null; some files write 2.0 for 2."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for item in values:
+        is_number = isinstance(item, int | float) and not isinstance(item, bool)
+        if not is_number or item != item // 1 or item < 0:
+            raise UserError(f"{path}: eos_token_id {value!r} is neither a token id nor a list of them")
+    return [int(item) for item in values]
+
+
+def end_of_message(tokenizer: Any, date: datetime.date) -> int | None:
+    """Return the id of the special token with which the chat template ends a message of the assistant.
+
+    None without a template or such a token, and if the template does not take messages of the assistant.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answer = "The result is 2"
+    messages = [*_CONVERSATION, {"role": "assistant", "content": answer}]
+    try:
+        text = render(messages, tokenizer, date, add_generation_prompt=False)
+    except UserError:
+        return None
+    _, found, rest = text.rpartition(answer)
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found and rest else []
+    return next((index for index in ids if index in special), None)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -91,25 +144,43 @@ def template_fingerprint(tokenizer: Any, date: datetime.date) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def render(messages: list[dict[str, str]], tokenizer: Any, date: datetime.date) -> str:
-    """Render the conversation with the tokenizer's chat template, thinking off; without a template, its one message.
+def has_conversations(tokenizer: Any) -> bool:
+    """Return whether a chat template renders several messages: not without one, and not that of the embedded task."""
+    return tokenizer.chat_template not in (None, _TASK_TEMPLATE)
 
-    Templates that ask for today's date get ``date``. Raises ``UserError`` if the template rejects the conversation
-    (some do not support system messages), fails or does not end, and for several messages without a template.
+
+def render(
+    messages: list[dict[str, str]],
+    tokenizer: Any,
+    date: datetime.date,
+    *,
+    add_generation_prompt: bool = True,
+    enable_thinking: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """Render the conversation with the tokenizer's chat template; without a template, its one message.
+
+    enable_thinking: what templates that ask for it are told. tools: that the template offers to the model, as JSON
+    schemas. Templates that ask for today's date get ``date``. Raises ``UserError`` if the template rejects the
+    conversation (some do not support system messages), fails or does not end, and for several messages without a
+    template.
     """
     if tokenizer.chat_template is None:
         if len(messages) > 1:
             raise UserError("the tokenizer has no chat template: use one message per prompt and no system_prompt")
+        if tools:
+            raise UserError("the tokenizer has no chat template, which tools need: use one of a chat model")
         return messages[-1]["content"]
     roles = ", ".join(message["role"] for message in messages)
     try:
         with time_limit(_TEMPLATE_SECONDS):
-            return tokenizer.apply_chat_template(
+            text = _apply_template(
                 messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-                strftime_now=datetime.datetime.combine(date, datetime.time()).strftime,
+                tokenizer,
+                date,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking,
+                tools=tools,
             )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template rejects a conversation of {roles}: {error}") from error
@@ -120,6 +191,58 @@ def render(messages: list[dict[str, str]], tokenizer: Any, date: datetime.date) 
     except Exception as error:  # templates are programs: division by zero, missing attributes, recursion
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"the chat template fails on a conversation of {roles} ({reason})") from error
+    if len(text) > _LARGEST_TEXT:
+        raise UserError(f"the chat template makes {len(text):,} characters of a conversation of {roles}")
+    return text
+
+
+def render_all(
+    conversations: Sequence[list[dict[str, str]]],
+    tokenizer: Any,
+    date: datetime.date,
+    *,
+    enable_thinking: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[str]:
+    """Render each conversation as ``render`` does; the call, its time limit and its variables are shared."""
+    if tokenizer.chat_template is not None and conversations:
+        try:
+            with time_limit(_TEMPLATE_SECONDS):
+                texts = _apply_template(
+                    list(conversations),
+                    tokenizer,
+                    date,
+                    add_generation_prompt=True,
+                    enable_thinking=enable_thinking,
+                    tools=tools,
+                )
+            if max(map(len, texts)) <= _LARGEST_TEXT:
+                return texts
+        except Exception:  # one of them is not rendered; ``render`` says why
+            pass
+    return [
+        render(messages, tokenizer, date, enable_thinking=enable_thinking, tools=tools) for messages in conversations
+    ]
+
+
+def _apply_template(
+    conversations: list[Any],
+    tokenizer: Any,
+    date: datetime.date,
+    *,
+    add_generation_prompt: bool,
+    enable_thinking: bool,
+    tools: list[dict[str, Any]] | None,
+) -> Any:
+    """Return the text of one conversation (a list of messages), or those of several."""
+    return tokenizer.apply_chat_template(
+        conversations,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=enable_thinking,
+        **({} if tools is None else {"tools": tools}),
+        strftime_now=datetime.datetime.combine(date, datetime.time()).strftime,
+    )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Counts parameters, saved activations and operations of one rank's share of a model.
 
-Follows ``models/build.py``. Two builds of a layer differ in the activations they save: ``local`` (Megatron's linear
-layers with PyTorch's norm, rotation and attention; also used on a CPU, and measured by ``benchmarks/memory.py``) and
-``fused`` (Transformer Engine; counted from the description of its layers, not measured). The counting is that of
+Follows ``models/build.py``. Three builds of a layer differ in the activations they save: on a CPU Megatron's linear
+layers with PyTorch's norm, rotation and attention (measured by ``benchmarks/memory.py``), the same on a GPU, where the
+norm is one kernel (measured by ``s2d plan --measure``), and ``fused``: Transformer Engine. The counting is that of
 Korthikanti et al. 2022 (section 4), for gated MLPs, grouped queries, normalised queries and keys, and mixtures of
 experts. No torch here.
 """
@@ -12,14 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from megatron_s2d.arithmetic import round_up
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import NO_RECOMPUTE, Recompute
 from megatron_s2d.models.families import layers_of_pp_rank, padded_vocab_size
-
-Recompute = Literal["none", "selective", "full"]
 
 _BUFFER_ALIGNMENT = 64  # elements: alignment of a parameter in Megatron's gradient buffer
 _BUCKET_ALIGNMENT = 128  # elements: alignment of a bucket's end, together with the number of data ranks
@@ -31,8 +29,20 @@ class Build:
 
     bytes_per_value: int  # 4 for float32, 2 for bfloat16
     fused: bool  # Transformer Engine's layers
-    recompute: Recompute = "none"
+    recompute: Recompute = NO_RECOMPUTE
     fp8: bool = False  # products of the layers in FP8; each of their matrices then has two FP8 copies, one transposed
+    fp8_operands: bool = False  # inputs of the layers' products are saved in FP8
+    on_gpu: bool = False  # PyTorch's kernels for CUDA; with Transformer Engine's layers they always are
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of an element of an input of a product that is saved for the weight's gradient."""
+        return 1 if self.fp8_operands else self.bytes_per_value
+
+    @property
+    def fused_norm(self) -> bool:
+        """Whether the norm is one kernel, which saves its input and one number for each row."""
+        return self.fused or self.on_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,7 @@ class MicroBatchShape:
     tokens: int  # sequences times padded length
     seq_length: int  # padded tokens of a sequence
     response_tokens: int  # positions whose output the loss uses
+    packed: bool = False  # sequences laid end to end: the rotary embedding has a row for each token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +108,9 @@ class ModelShard:
     def parameter_sizes(self) -> list[tuple[int, bool]]:
         """Return (elements, belongs to an expert) of every parameter of a rank."""
         spec, hidden, tp_size = self.spec, self.spec.hidden_size, self.tp_size
-        dense = [hidden, hidden] + [spec.head_dim] * (2 * spec.qk_norm)
+        dense = [hidden] * (4 if spec.parts.post_norms else 2) + [spec.head_dim] * (2 * spec.qk_norm)
         dense += [hidden * (spec.q_dim + 2 * spec.kv_dim) // tp_size, hidden * spec.q_dim // tp_size]
+        dense += [(spec.q_dim + 2 * spec.kv_dim) // tp_size] * spec.parts.qkv_bias
         experts: list[int] = []
         if spec.num_experts:
             dense.append(spec.num_experts * hidden)
@@ -133,6 +145,17 @@ class ModelShard:
         """Return bytes of the layers' matrices in FP8, plain and transposed, beside their bfloat16 weights."""
         return 2 * self.num_layer_weights if build.fp8 else 0
 
+    def placeholder_bytes(self, build: Build) -> int:
+        """Return bytes of the gradients without values that Transformer Engine keeps, one for each shape of a matrix.
+
+        Autograd gets them; the values are summed in Megatron's buffers.
+        """
+        if not build.fused:
+            return 0
+        others = {self.local_vocab_size * self.spec.hidden_size, (self.spec.num_experts or 0) * self.spec.hidden_size}
+        matrices = {count for count, _ in self.parameter_sizes() if count > self.spec.hidden_size} - others
+        return build.bytes_per_value * sum(matrices)
+
     def gradient_buffers(self) -> list[tuple[int, int]]:
         """Return (elements with alignment, ranks that shard the optimizer state) of Megatron's gradient buffers.
 
@@ -154,16 +177,49 @@ class ModelShard:
     def layer_activation_bytes(self, build: Build, batch: MicroBatchShape) -> int:
         """Return bytes that one layer saves for its backward pass, if the layer is not recomputed."""
         per_token = self._norm_bytes(build) + self._attention_bytes(build)
-        per_token += self._moe_bytes(build) if self.spec.num_experts else self._mlp_bytes(build)
+        if not (build.recompute.recomputes("moe") or build.recompute.recomputes("mlp")):
+            per_token += self._feed_forward_bytes(build)
         rotary_tables = 0 if build.fused else 4 * self.spec.head_dim * build.bytes_per_value  # cosine, sine, q and k
-        return int(batch.tokens * per_token + batch.seq_length * rotary_tables)
+        rows = batch.tokens if batch.packed else batch.seq_length
+        if self.parallel.context_parallel_size > 1 and not (build.fused or build.recompute.recomputes("core_attn")):
+            per_token += self._gathered_keys_bytes(build, batch)
+        return int(batch.tokens * per_token + rows * rotary_tables)
+
+    def _feed_forward_bytes(self, build: Build) -> float:
+        return self._moe_bytes(build) if self.spec.num_experts else self._mlp_bytes(build)
+
+    def recomputed_bytes(self, build: Build, batch: MicroBatchShape) -> int:
+        """Return bytes of activations that the backward pass recomputes beyond those that are saved at that time."""
+        recompute = build.recompute
+        if recompute.recomputes("moe") or recompute.recomputes("mlp"):
+            return int(batch.tokens * self._feed_forward_bytes(build))
+        recomputed = recompute.num_recomputed(self.num_layers)
+        if recomputed < self.num_layers:
+            return 0  # the layers that are not recomputed come last, and their activations are freed before
+        unit = min(recompute.num_layers, recomputed) if recompute.method == "uniform" else 1
+        return unit * self.layer_activation_bytes(build, batch)
+
+    def recomputed_share(self, build: Build) -> float:
+        """Return the forward operations of the layers that are run again, as a share of all of theirs."""
+        if build.recompute.recomputes("moe") or build.recompute.recomputes("mlp"):
+            spec = self.spec
+            experts = spec.num_experts_per_tok * spec.moe_ffn_hidden_size if spec.num_experts else spec.ffn_hidden_size
+            inside, attention = 3 * experts, 2 * spec.q_dim + 2 * spec.kv_dim
+            return inside / (inside + attention)
+        return build.recompute.num_recomputed(self.num_layers) / self.num_layers
 
     def _norm_bytes(self, build: Build) -> float:
-        """Per token: the two norms before attention and MLP with their outputs, inputs of linear layers or router."""
+        """Per token: the norms around attention and MLP, with the outputs that linear layers or the router read."""
         hidden, size = self.spec.hidden_size, build.bytes_per_value
         # PyTorch's norm computes in float32: its input (a float32 copy of bfloat16) and the normalised values.
-        norm = size * hidden if build.fused else 8 * hidden
-        return 2 * (norm + 4 + size * hidden) / self.sequence_shards
+        norm = size * hidden if build.fused_norm else 8 * hidden
+        if build.fused_norm and self.spec.parts.zero_centered_norm:
+            norm = 4 * hidden
+        norms = 4 if self.spec.parts.post_norms else 2  # the outputs of those after a block are not saved
+        second = 0 if build.recompute.recomputes("layernorm") else build.operand_bytes  # the norm before the experts
+        if self.spec.num_experts and second:
+            second = size  # the router reads it
+        return (norms * (norm + 4) + (build.operand_bytes + second) * hidden) / self.sequence_shards
 
     def _attention_bytes(self, build: Build) -> float:
         """Per token: fused query/key/value, rotated query and key, output, normalised query and key, softmax stats."""
@@ -173,26 +229,42 @@ class ModelShard:
         qkv_dim = (spec.q_dim + 2 * spec.kv_dim) / (1 if qkv_is_gathered else self.tp_size)
         heads, groups = q_dim // spec.head_dim, kv_dim // spec.head_dim
         saved = size * (qkv_dim + 2 * q_dim + kv_dim)
-        if build.recompute != "selective" or build.fused:
+        if self.parallel.context_parallel_size > 1 and not build.fused:
+            # The rotated keys are gathered; queries, keys and values keep their common product only for a norm.
+            saved += size * (q_dim - kv_dim - qkv_dim * (not spec.qk_norm))
+        if not build.recompute.recomputes("core_attn") or build.fused:
             saved += 4 * heads
+        if build.fp8_operands:
+            saved += q_dim  # of the output, beside that in bfloat16
         if spec.qk_norm:
             saved += 4 * (heads + groups)
-            if build.fused:
-                saved += size * (q_dim + kv_dim)
-            else:
+            if build.on_gpu and not build.fused:
+                saved += size * q_dim  # the keys' norm reads the product itself
+            elif not build.fused:  # Transformer Engine's rotation saves nothing of its input
                 saved += 8 * q_dim + (4 if size == 4 else 8) * kv_dim
         return saved
 
+    def _gathered_keys_bytes(self, build: Build, batch: MicroBatchShape) -> float:
+        """Per token: keys and values of all context ranks, repeated for grouped queries, and the attention's mask."""
+        is_grouped = self.local_q_dim != self.local_kv_dim
+        keys = 2 * (self.local_q_dim if is_grouped and build.on_gpu else self.local_kv_dim)
+        gathered = keys * self.parallel.context_parallel_size * build.bytes_per_value
+        mask = batch.seq_length * (build.bytes_per_value if build.on_gpu else 1)
+        return gathered + mask
+
     def _mlp_bytes(self, build: Build) -> float:
         """Per token: gate and up, and their product; unfused also the gate's activation and a copy of up."""
-        return build.bytes_per_value * (3 if build.fused else 5) * self.spec.ffn_hidden_size / self.tp_size
+        before = 2 if build.fused else 4
+        return (before * build.bytes_per_value + build.operand_bytes) * self.spec.ffn_hidden_size / self.tp_size
 
     def _moe_bytes(self, build: Build) -> float:
         """Per token: its copies sorted by expert, the experts' activations, and the routing; experts evenly loaded."""
         spec, size, top_k = self.spec, build.bytes_per_value, self.spec.num_experts_per_tok
-        inside = (3 if build.fused else 6) * spec.moe_ffn_hidden_size
+        inside = (2 if build.fused else 5) * size
+        inside += 0 if build.recompute.recomputes("moe_act") else build.operand_bytes
         routing = top_k * (4 + 4 + 8 + 8) + 8 * spec.num_experts
-        return (size * top_k * (spec.hidden_size + inside) + routing) / self.sequence_shards
+        experts = build.operand_bytes * spec.hidden_size + inside * spec.moe_ffn_hidden_size
+        return (top_k * experts + routing) / self.sequence_shards
 
     def layer_gradient_bytes(self, build: Build, batch: MicroBatchShape) -> int:
         """Return bytes of the gradients that exist at once in the backward pass of a layer's MLP."""
@@ -205,21 +277,22 @@ class ModelShard:
     def activation_bytes(self, build: Build, batch: MicroBatchShape) -> int:
         """Return bytes that this rank's layers save of one micro-batch until its backward pass."""
         size, tokens, hidden = build.bytes_per_value, batch.tokens, self.spec.hidden_size / self.sequence_shards
-        recomputed = build.recompute == "full"
-        layer = tokens * size * hidden if recomputed else self.layer_activation_bytes(build, batch)
-        saved = self.num_layers * layer
+        recomputed = build.recompute.num_recomputed(self.num_layers)
+        saved = (self.num_layers - recomputed) * self.layer_activation_bytes(build, batch)
+        unit = build.recompute.num_layers if build.recompute.method == "uniform" else 1
+        saved += math.ceil(recomputed / unit) * tokens * size * hidden  # inputs of the units
         if self.is_pipeline_first_stage:
             saved += 8 * tokens
         if not self.is_pipeline_last_stage:
             saved += tokens * size * hidden  # the output that was sent to the next pipeline rank
-        if not self.is_pipeline_first_stage and build.bytes_per_value == 2 and not build.fused:
+        if not self.is_pipeline_first_stage and build.bytes_per_value == 2 and not build.fused_norm:
             saved += tokens * size * hidden  # the received input; in float32 the first norm saves it anyway
         return int(saved)
 
     def final_norm_bytes(self, build: Build, batch: MicroBatchShape) -> int:
         """Return bytes that the final norm saves, with its output; freed before the layers' backward pass."""
         hidden = self.spec.hidden_size / self.sequence_shards
-        norm = (build.bytes_per_value if build.fused else 8) * hidden + 4
+        norm = (build.bytes_per_value if build.fused_norm else 8) * hidden + 4
         saved = int(batch.tokens * (norm + build.bytes_per_value * hidden))
         return saved if self.is_pipeline_last_stage else 0
 

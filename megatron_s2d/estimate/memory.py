@@ -16,6 +16,7 @@ from megatron_s2d.arithmetic import ceil_div, round_up
 from megatron_s2d.buffer_sizes import (
     CHUNKS_PER_PRODUCT,
     LOGITS_CHUNK_BYTES,
+    P2P_BUCKET_BYTES,
     POSITIONS_PER_DRAW,
     ROW_BLOCK_ELEMENTS,
     TOP_K_ROWS_PER_CHUNK,
@@ -25,6 +26,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
 
+_CUBLAS_WORKSPACES = 2 * (32 << 20)  # on a GPU: of the thread that computes, and of autograd's
 _BYTES_PER_POSITION = 50  # ids, labels, masks, positions and half a dozen float32 columns: data/packing.py
 
 
@@ -49,7 +51,10 @@ class StageMemory:
 
     pp_rank: int
     models: tuple[ResidentMemory, ...]
-    phases: Mapping[str, Mapping[str, int]]  # prefill, decode, score, train, update -> purpose -> bytes
+    phases: Mapping[str, Mapping[str, int]]  # prefill, decode, export, score, train, update -> purpose -> bytes
+    workspaces: int = 0  # of cuBLAS, and Transformer Engine's gradients without values
+    build: int = 0  # peak while models and optimizer are made
+    pinned: Mapping[str, int] = dataclasses.field(default_factory=dict)  # purpose -> bytes of pinned host memory
 
     @property
     def models_total(self) -> int:
@@ -57,14 +62,26 @@ class StageMemory:
         return sum(item.total for item in self.models)
 
     @property
+    def resident(self) -> int:
+        """Bytes that are held from the first update to the end of the stage."""
+        return self.models_total + self.workspaces
+
+    @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()), default="")
+        """The phase that needs most; ``build`` if it is the making of models and optimizer."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Peak bytes of every phase."""
+        return {"build": self.build} | {
+            name: self.resident + sum(added.values()) for name, added in self.phases.items()
+        }
 
     @property
     def total(self) -> int:
         """Peak bytes."""
-        return self.models_total + sum(self.phases.get(self.peak_phase, {}).values())
+        return max(self.peaks.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +103,34 @@ class Workload:
 
 
 def workload(
-    responses: int, length: int, response_length: int, *, max_tokens: int, parallel: ParallelConfig
+    responses: int,
+    length: int,
+    response_length: int,
+    *,
+    max_tokens: int,
+    parallel: ParallelConfig,
+    packed: bool = False,
+    equal_lengths: bool = False,
 ) -> Workload:
-    """Return the workload of ``responses`` over all data ranks, each ``length`` tokens long with its prompt."""
+    """Return the workload of ``responses`` over all data ranks, each ``length`` tokens long with its prompt.
+
+    Micro-batches are full, as those of responses of many lengths nearly are. equal_lengths: they have as many responses
+    of ``length`` as fit, and no part of another.
+    """
     alignment = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     cp_size = parallel.context_parallel_size
     length = round_up(length, alignment)
     on_rank = ceil_div(responses, parallel.data_parallel_size) * length / cp_size
+    if equal_lengths:
+        max_tokens = max(1, max_tokens * cp_size // length) * length // cp_size
     tokens = math.ceil(max(length / cp_size, min(max_tokens, on_rank)))
-    batch = MicroBatchShape(tokens, length, round(tokens * min(1.0, response_length / length)))
+    batch = MicroBatchShape(tokens, length, round(tokens * min(1.0, response_length / length)), packed)
     return Workload(batch, math.ceil(on_rank / tokens))
+
+
+def workspaces(*, on_gpu: bool) -> int:
+    """Return bytes that libraries keep for their own use."""
+    return _CUBLAS_WORKSPACES if on_gpu else 0
 
 
 def trained_memory(shard: ModelShard, build: Build, model: str = "", role: str = "student") -> ResidentMemory:
@@ -106,6 +141,29 @@ def trained_memory(shard: ModelShard, build: Build, model: str = "", role: str =
     share = sum(count / ranks for count, ranks in buffers)
     weights = elements * size + shard.fp8_copy_bytes(build)
     return ResidentMemory(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
+
+
+def prepare_training_peak(shard: ModelShard, build: Build) -> int:
+    """Return peak bytes while gradient buffers and optimizer are made; the moments come with the first update.
+
+    The weights of each buffer (dense, then experts) are copied into it beside its gradients, and freed. Then masters
+    are made, one after the other, of a copy in the weights' dtype; counted is the largest one of any data rank.
+    """
+    size = build.bytes_per_value
+    buffers = shard.gradient_buffers()
+    made, old, copying = 0, shard.num_parameters * size, 0
+    for count, _ in buffers:
+        made += count * (size + 4)
+        copying = max(copying, made + old)
+        old -= count * size
+    if size == 4:
+        return copying
+    masters = sum(4 * count // ranks for count, ranks in buffers)
+    copied = 0
+    for (count, ranks), experts in zip(buffers, (False, True), strict=False):
+        parameters = [parameter for parameter, is_expert in shard.parameter_sizes() if is_expert == experts]
+        copied = max(copied, size * min(max(parameters), count // ranks))
+    return max(copying, made + masters + copied)
 
 
 def frozen_memory(shard: ModelShard, build: Build, role: str, model: str = "", copies: int = 1) -> ResidentMemory:
@@ -123,7 +181,7 @@ class TeacherInputs:
     spec: ModelSpec  # of the teacher
     sources: int = 1  # two with a reference beside the teacher
     top_k: int = 0
-    copies_output_layer: bool = False  # if the layouts differ or the teacher is a cache
+    copies_output_layer: bool = False  # if the layouts differ or the teacher is a cache: resident
 
     @property
     def is_dense(self) -> bool:
@@ -138,12 +196,17 @@ class TeacherInputs:
             states = work.tokens * (12 * self.top_k + 4)
         else:
             states = lazy_hidden_states(shard, build, work, self.spec, on_gpu=on_gpu)
-        weight = self.copies_output_layer * shard.local_vocab_size * self.spec.hidden_size * build.bytes_per_value
-        return self.sources * (states + weight)
+        return self.sources * states
+
+    def output_layers(self, shard: ModelShard, build: Build) -> int:
+        """Return bytes of the teachers' output layers that were brought to the shards of the student's."""
+        if not (self.copies_output_layer and shard.is_pipeline_last_stage):
+            return 0
+        return self.sources * shard.local_vocab_size * self.spec.hidden_size * build.bytes_per_value
 
 
 def lazy_hidden_states(shard: ModelShard, build: Build, work: Workload, teacher: ModelSpec, *, on_gpu: bool) -> int:
-    """Return bytes of hidden states of an update's responses, split over tensor ranks.
+    """Return bytes on the device of hidden states of an update's responses, split over tensor ranks.
 
     They are offloaded to host memory: on a GPU they take no device memory.
     """
@@ -153,18 +216,27 @@ def lazy_hidden_states(shard: ModelShard, build: Build, work: Workload, teacher:
 # -------------------------------------------------------------------------------- phases
 
 
+def micro_batches_in_flight(shard: ModelShard, num_micro_batches: int) -> float:
+    """Return how many micro-batches' activations a pipeline rank holds at most between both passes (1F1B)."""
+    pp_size = shard.parallel.pipeline_model_parallel_size
+    chunks = shard.parallel.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        return min(pp_size - shard.pp_rank, num_micro_batches)
+    # Interleaved: of each micro-batch one chunk at a time.
+    warmup = 2 * (pp_size - shard.pp_rank - 1) + (chunks - 1) * pp_size
+    return min(warmup + 1, chunks * num_micro_batches) / chunks
+
+
 def train_phase(
     shard: ModelShard, build: Build, work: Workload, *, on_gpu: bool, teacher: TeacherInputs | None = None
 ) -> dict[str, int]:
     """Return bytes that the forward and backward passes of one update add, by purpose."""
     batch, size = work.batch, build.bytes_per_value
-    in_flight = shard.parallel.pipeline_model_parallel_size - shard.pp_rank  # micro-batches between both passes (1F1B)
-    saved = shard.activation_bytes(build, batch) * min(in_flight, work.num_micro_batches)
+    saved = int(shard.activation_bytes(build, batch) * micro_batches_in_flight(shard, work.num_micro_batches))
     if shard.parallel.sequence_parallel:
         saved += batch.tokens * shard.spec.hidden_size * size  # Megatron's buffer for gathered sequences
     backward = shard.layer_gradient_bytes(build, batch)
-    if build.recompute == "full":
-        backward += shard.layer_activation_bytes(build, batch)
+    backward += shard.recomputed_bytes(build, batch)
     added = {"batch": work.tokens * _BYTES_PER_POSITION}
     output = 0
     if shard.is_pipeline_last_stage:
@@ -180,9 +252,15 @@ def train_phase(
 
 
 def update_phase(shard: ModelShard, build: Build, *, on_gpu: bool) -> dict[str, int]:
-    """Return bytes of gradient reduction and optimizer step: none on a GPU (in place), copies of buffers on a CPU."""
-    if on_gpu:
+    """Return bytes of gradient reduction and optimizer step.
+
+    Transformer Engine's Adam works in place. PyTorch's takes the square roots of all second moments at once, in
+    float32, one optimizer (of dense or expert parameters) after the other. On a CPU buffers are copied as well.
+    """
+    if build.fused:
         return {}
+    if on_gpu:
+        return {"square roots": max(4 * count // ranks for count, ranks in shard.gradient_buffers())}
     return {"reduction": max(4, build.bytes_per_value) * sum(count for count, _ in shard.gradient_buffers())}
 
 
@@ -231,21 +309,51 @@ def score_phase(
 
     states: bytes of the resulting hidden states; None if the result is log-probabilities.
     """
-    added = {"batch": work.tokens * _BYTES_PER_POSITION, "activations": _forward_peak(shard, build, work.batch.tokens)}
-    if states is not None:
-        return added | {"teacher states": states}
-    if shard.is_pipeline_last_stage:
-        added["KL workspace"] = output_workspace(shard, build, work.batch, on_gpu=on_gpu, teacher=None, training=False)
-    return added
+    added = {"batch": work.tokens * _BYTES_PER_POSITION}
+    layer = _forward_peak(shard, build, work.batch.tokens)
+    if states is not None or not shard.is_pipeline_last_stage:
+        return added | {"activations": layer} | ({} if states is None else {"teacher states": states})
+    # The output layer runs when the last layer has ended: its input is what remains of the activations.
+    output = output_workspace(shard, build, work.batch, on_gpu=on_gpu, teacher=None, training=False)
+    hidden = 2 * work.batch.tokens * build.bytes_per_value * shard.spec.hidden_size // shard.sequence_shards
+    return added | {"activations": max(layer - output, hidden), "KL workspace": output}
 
 
 def _forward_peak(shard: ModelShard, build: Build, tokens: int) -> int:
-    """Return peak bytes of one layer's forward pass: residual, norm, gate and up, activation and products."""
+    """Return peak bytes of one layer's forward pass: residual, norm, gate and up, activation and products.
+
+    Without Transformer Engine ``up`` is copied, and every expert's output exists before they are concatenated: beside
+    the sorted tokens, those of all ranks, and the same in the order of experts.
+    """
     spec = shard.spec
-    width = spec.ffn_hidden_size / shard.tp_size
-    if spec.num_experts:
-        width = spec.num_experts_per_tok * (spec.moe_ffn_hidden_size + spec.hidden_size / 2) / shard.sequence_shards
-    return int(tokens * build.bytes_per_value * (3 * spec.hidden_size + 4 * width))
+    if not spec.num_experts:
+        inside = (4 if build.fused else 5) * spec.ffn_hidden_size / shard.tp_size
+    elif build.fused:
+        inside = spec.num_experts_per_tok * (4 * spec.moe_ffn_hidden_size + 2 * spec.hidden_size)
+        inside /= shard.sequence_shards
+    else:
+        copies = 5 if shard.parallel.expert_model_parallel_size > 1 else 4
+        inside = copies * spec.num_experts_per_tok * spec.hidden_size / shard.sequence_shards
+    return int(tokens * build.bytes_per_value * (3 * spec.hidden_size + inside))
+
+
+def export_phase(shard: ModelShard, build: Build, bucket_bytes: int) -> dict[str, int]:
+    """Return bytes while weights are exported to servers: full tensors in buckets (``models/weights.py``).
+
+    The shards of a bucket, what all ranks sent, and the tensors that are made of it; the bucket before is still held.
+    """
+    spec, size = shard.spec, build.bytes_per_value
+    model = spec.num_parameters * size
+    largest = min(model, max(spec.vocab_size * spec.hidden_size * size, bucket_bytes))
+    ranks = shard.tp_size * (shard.parallel.expert_model_parallel_size if spec.num_experts else 1)
+    copies = 2 + 1 / ranks if ranks > 1 else 2
+    return {"bucket before": min(bucket_bytes, model - largest), "bucket": int(copies * largest)}
+
+
+def states_travel_phase(work: Workload, teacher: ModelSpec, bytes_per_value: int, tp_size: int) -> dict[str, int]:
+    """Return bytes while a teacher's hidden states travel between layouts (``parallel/p2p.py``), in both directions."""
+    states = work.response_tokens * teacher.hidden_size * bytes_per_value // tp_size
+    return {"buckets": 2 * min(P2P_BUCKET_BYTES, states)}
 
 
 def generate_phases(
@@ -257,16 +365,21 @@ def generate_phases(
     prompt_length: int,
     sampling: SamplingConfig,
     rollout: RolloutConfig,
+    records_routes: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Return bytes of ``prefill`` and ``decode`` of the in-process engine on one data rank, by purpose.
 
-    prompts: distinct prompts of the ``requests``.
+    prompts: distinct prompts of the ``requests``. records_routes: for routing replay.
     """
+    spec = shard.spec
     size, length = build.bytes_per_value, prompt_length + sampling.max_response_length
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // length))
     distinct = max(1, min(prompts, rows))
     column = 2 * shard.local_kv_dim * size  # one position of one sequence and layer
     buffers = sampling.max_response_length * rows * (8 + 4 + 1) + POSITIONS_PER_DRAW * rows * 8
+    if records_routes:
+        route = shard.num_layers * spec.num_experts_per_tok * (1 if spec.expert_index_dtype == "uint8" else 2)
+        buffers += (sampling.max_response_length * rows + distinct * prompt_length) * route
     prefill = {
         "KV cache": distinct * prompt_length * column * shard.num_layers,
         "activations": _forward_peak(shard, build, distinct * prompt_length),
@@ -288,7 +401,7 @@ def _sampling_bytes(shard: ModelShard, build: Build, sampling: SamplingConfig) -
     if sampling.temperature not in (0.0, 1.0):
         per_column += 4
     if sampling.top_p < 1 or sampling.top_k > 0:
-        per_column += 4 + 8 + 8 + 4 + 8  # sorted weights, order, sums, filtered weights, their sums
+        per_column += 1 + 8 + 8 + 4  # ties, their numbers, the mass before each, filtered weights
     return vocabulary * per_column + shard.local_vocab_size * size
 
 

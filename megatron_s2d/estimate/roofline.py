@@ -1,9 +1,10 @@
 """Time and traffic of a model at a layout: a roofline over data-sheet rates and assumed efficiencies. No torch here.
 
 Operations are counted (``layers.py``) and divided by the peak that is assumed to be reached, decoding reads weights,
-keys and values at the memory's bandwidth, a pipeline idles while it fills and drains (1F1B), and no communication
-overlaps with computation, because the training step overlaps none (``parallel/trainable_model.py``: no overlapped
-reduction). Bytes are those that one rank sends, of ring algorithms. Left out: input, grading, checkpoints, stragglers.
+keys and values at the memory's bandwidth, a pipeline idles while it fills and drains (1F1B, with virtual stages
+interleaved), and no communication overlaps with computation: what the training step overlaps is counted by
+``s2d plan --measure``. Bytes are those that one rank sends, of ring algorithms. Left out: input, grading, checkpoints,
+stragglers.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class ModelOnMachine:
         shard, size, parallel = self.shard, self.build.bytes_per_value, self.parallel
         tokens, tp_size, layers = work.batch.tokens, shard.tp_size, shard.num_layers
         hidden = tokens * self.spec.hidden_size * size
-        repeats = 2 if trains and self.build.recompute == "full" else 1
+        repeats = 1 + (shard.recomputed_share(self.build) if trains else 0)
         traffic = {}
         if tp_size > 1:
             pairs = 1 if self.spec.num_experts else 2  # a column- and a row-parallel product; experts are not split
@@ -131,8 +132,15 @@ class ModelOnMachine:
             count = layers * pairs * (forward * repeats + backward * trains) + 1 + 2 * trains
             ring = (tp_size - 1) / tp_size * (1 if parallel.sequence_parallel else 2)
             traffic["tensor"] = Traffic(count * hidden * ring, count, tp_size)
+        if (cp_size := parallel.context_parallel_size) > 1:
+            # Keys and values of all other ranks; their gradients, which Transformer Engine's ring sends beside them.
+            count = layers * (repeats + self.build.recompute.recomputes("core_attn") * trains)
+            count += layers * (1 + self.build.fused) * trains
+            traffic["context"] = Traffic(
+                count * 2 * tokens * shard.local_kv_dim * size * (cp_size - 1), 2 * count, tp_size * cp_size
+            )
         if parallel.pipeline_model_parallel_size > 1:
-            calls = 1 + trains
+            calls = (1 + trains) * parallel.virtual_pipeline_model_parallel_size  # of a rank in the middle
             traffic["pipeline"] = Traffic(calls * hidden / shard.sequence_shards, calls, self.world_size)
         ep_size = parallel.expert_model_parallel_size
         if ep_size > 1:
@@ -183,18 +191,18 @@ class ModelOnMachine:
         teacher: if given, the products of its output layer are part of the loss.
         """
         batch, pp_size = work.batch, self.parallel.pipeline_model_parallel_size
-        passes = 4 if self.build.recompute == "full" else 3
+        passes = 3 + self.shard.recomputed_share(self.build)
         layers = self._layers_seconds(batch.tokens, batch.seq_length / 2, passes)
         loss = 3 * self.shard.output_flops(batch.response_tokens)
         if teacher is not None:
             loss += 2 * batch.response_tokens * teacher.hidden_size * self.shard.local_vocab_size
         loss /= self.machine.flops
         communication = total_seconds(self.pass_traffic(work, trains=True), self.machine)
-        count, idle = work.num_micro_batches, pp_size - 1
+        count, idle = work.num_micro_batches, (pp_size - 1) / self.parallel.virtual_pipeline_model_parallel_size
         return {
             "layers": count * layers,
             "loss": count * loss,
-            "tensor, pipeline, expert traffic": count * communication,
+            "tensor, pipeline, context, expert traffic": count * communication,
             "pipeline idle": idle * (layers + loss + communication),
             "gradients and weights": total_seconds(self.update_traffic(), self.machine),
             "optimizer": self.optimizer_seconds(),

@@ -7,38 +7,42 @@ prompt as long as the longest. Host memory and the memory of servers beside the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_s2d.arithmetic import ceil_div
-from megatron_s2d.buffer_sizes import P2P_BUCKET_BYTES
 from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import NO_RECOMPUTE
+from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.sft import SftConfig
-from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.data.prompts import corpus_documents, is_corpus
+from megatron_s2d.data.prompt_table import PromptTable
+from megatron_s2d.data.prompts import corpus_documents, fitting_prompts, is_corpus
 from megatron_s2d.estimate.layers import Build, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     ResidentMemory,
     StageMemory,
     TeacherInputs,
     Workload,
+    export_phase,
     frozen_memory,
     generate_phases,
     lazy_hidden_states,
+    prepare_training_peak,
     score_phase,
+    states_travel_phase,
     top_k_selection_bytes,
     train_phase,
     trained_memory,
     update_phase,
     workload,
+    workspaces,
 )
-from megatron_s2d.records import Prompt
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 _DOCUMENTS = 64  # documents of a generated corpus that are read to find its length
@@ -54,6 +58,7 @@ class StageShape:
     prompts: int  # distinct prompts of those
     prompt_length: int  # tokens, the longest
     response_length: int  # tokens, the limit
+    epochs: int = 1  # passes over the sampled responses, each with ``updates / epochs`` updates
 
     @property
     def length(self) -> int:
@@ -61,9 +66,7 @@ class StageShape:
         return self.prompt_length + self.response_length
 
 
-def stage_shape(
-    config: WorkflowConfig, name: str, prompts: Mapping[str, Sequence[Prompt]], tokenizer: Any
-) -> StageShape:
+def stage_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, PromptTable], tokenizer: Any) -> StageShape:
     """Return the shape of stage ``name``; ``prompts`` as in ``Preflight``."""
     stage = config.stages[name]
     if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
@@ -74,36 +77,67 @@ def stage_shape(
         cached = max(shapes, key=lambda shape: shape.length)
         return dataclasses.replace(cached, responses=stage.global_batch_size, updates=1, requests=0, prompts=0)
     if isinstance(stage, SftConfig):
-        prompt, response = _longest_solution(config, stage.data, prompts, tokenizer)
+        prompt, response = _longest_solution(config, name, prompts, tokenizer)
         return StageShape(stage.global_batch_size, 1, 0, 0, prompt, response)
-    longest = max(len(prompt.token_ids) for entry in stage.entries for prompt in prompts[entry])
+    read = [fitting_prompts(config, name, entry, prompts[entry]).lengths for entry in stage.entries]
+    longest = max(int(lengths.max()) for lengths in read)
     limit = stage.sampling.max_response_length
     if isinstance(stage, TeacherCacheConfig):
-        count = min(stage.generation_batch_size, sum(len(prompts[entry]) for entry in stage.entries))
+        count = min(stage.generation_batch_size, sum(map(len, read)))
         return StageShape(0, 0, count * stage.num_generations, count, longest, limit)
     live = stage.train_batch_size
     if isinstance(stage, OpdConfig):
         live = round(stage.on_policy_fraction * live)
     responses = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
-    return StageShape(responses, stage.num_mini_batches, live * stage.num_generations, live, longest, limit)
+    requests = live * stage.num_generations
+    return StageShape(responses, stage.num_updates, requests, live, longest, limit, stage.ppo_epochs)
 
 
 def _longest_solution(
-    config: WorkflowConfig, entry: str, prompts: Mapping[str, Sequence[Prompt]], tokenizer: Any
+    config: WorkflowConfig, name: str, prompts: Mapping[str, PromptTable], tokenizer: Any
 ) -> tuple[int, int]:
+    entry = config.stages[name].data
     source = config.data[entry.partition("/")[0]]
-    rows = corpus_documents(source, tokenizer, 0, _DOCUMENTS) if is_corpus(source) else prompts[entry]
-    longest = max(rows, key=lambda row: len(row.token_ids) + len(row.solution_token_ids))
-    return len(longest.token_ids), len(longest.solution_token_ids)
+    if is_corpus(source):
+        rows = PromptTable.of(corpus_documents(source, tokenizer, 0, _DOCUMENTS))
+    else:
+        rows = fitting_prompts(config, name, entry, prompts[entry])
+    longest = int((rows.lengths + rows.solution_lengths).argmax())
+    return int(rows.lengths[longest]), int(rows.solution_lengths[longest])
 
 
 def stage_memory(
-    config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec], shape: StageShape, *, on_gpu: bool
+    config: WorkflowConfig,
+    name: str,
+    specs: Mapping[str, ModelSpec],
+    shape: StageShape,
+    *,
+    on_gpu: bool,
+    transformer_engine: bool = True,
 ) -> StageMemory:
-    """Return the memory of the fullest pipeline rank while stage ``name`` runs; on a GPU with Transformer Engine."""
-    estimate = _StageEstimate(config, name, specs, shape, on_gpu)
+    """Return the memory of the fullest pipeline rank while stage ``name`` runs.
+
+    transformer_engine: whether layers on a GPU are Transformer Engine's.
+    """
+    estimate = _StageEstimate(config, name, specs, shape, on_gpu, transformer_engine)
     shards = pipeline_shards(estimate.spec, estimate.parallel)
     return max((estimate.memory_of(shard) for shard in shards), key=lambda memory: memory.total)
+
+
+def rank_memory(
+    config: WorkflowConfig,
+    name: str,
+    specs: Mapping[str, ModelSpec],
+    shape: StageShape,
+    pp_rank: int,
+    *,
+    on_gpu: bool,
+    transformer_engine: bool = True,
+    equal_lengths: bool = False,
+) -> StageMemory:
+    """Return the memory of pipeline rank ``pp_rank`` while stage ``name`` runs; see ``stage_memory``, ``workload``."""
+    estimate = _StageEstimate(config, name, specs, shape, on_gpu, transformer_engine, equal_lengths)
+    return estimate.memory_of(pipeline_shards(estimate.spec, estimate.parallel)[pp_rank])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +147,8 @@ class _StageEstimate:
     specs: Mapping[str, ModelSpec]
     shape: StageShape
     on_gpu: bool
+    transformer_engine: bool = True
+    equal_lengths: bool = False
 
     @property
     def stage(self) -> Any:
@@ -134,32 +170,55 @@ class _StageEstimate:
 
     @property
     def build(self) -> Build:
-        return Build(BYTES_PER_VALUE[self.config.precision], self.on_gpu, self.config.models[self.model].recompute)
+        fused = self.on_gpu and self.transformer_engine
+        recompute = self.config.models[self.model].recomputation
+        return Build(BYTES_PER_VALUE[self.config.precision], fused, recompute, on_gpu=self.on_gpu)
 
     def memory_of(self, shard: ModelShard) -> StageMemory:
         """Return the memory of one pipeline rank."""
         if isinstance(self.stage, ExpoConfig):
             weights = frozen_memory(shard, self.build, "student", self.model)
             tuned = frozen_memory(shard, self.build, "tuned", self.model, copies=min(2, len(self.stage.tuned)))
-            return StageMemory(shard.pp_rank, (weights, tuned), {"average": {"float32 sums": 4 * shard.num_parameters}})
+            return self._memory(shard, (weights, tuned), {"average": {"float32 sums": 4 * shard.num_parameters}})
         if isinstance(self.stage, LoadCheckpointConfig):
-            return StageMemory(shard.pp_rank, (frozen_memory(shard, self.build, "student", self.model),), {"load": {}})
+            return self._memory(shard, (frozen_memory(shard, self.build, "student", self.model),), {"load": {}})
         if isinstance(self.stage, TeacherCacheConfig):
             phases = self._generation(shard) | {"score": self._cache_scoring(shard)}
-            return StageMemory(shard.pp_rank, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
+            return self._memory(shard, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
         work = self._workload()
         teacher = self._teacher_inputs()
         phases = self._generation(shard) | self._scores(shard, work)
-        phases["train"] = train_phase(shard, self.build, work, on_gpu=self.on_gpu, teacher=teacher)
-        phases["update"] = update_phase(shard, self.build, on_gpu=self.on_gpu)
         fp8 = self.config.fp8
+        build = dataclasses.replace(self.build, fp8_operands=fp8 is not None)
+        phases["train"] = train_phase(shard, build, work, on_gpu=self.on_gpu, teacher=teacher)
+        phases["update"] = update_phase(shard, self.build, on_gpu=self.on_gpu)
+        if fp8 is not None and fp8.parameters:  # masters are copied to bfloat16 before they are rounded
+            phases["update"]["FP8 parameters"] = 2 * shard.num_layer_weights // shard.gradient_buffers()[-1][1]
         copies = fp8 is not None and not fp8.parameters  # FP8 parameters replace the bfloat16 weights
         student = trained_memory(shard, dataclasses.replace(self.build, fp8=copies), self.model)
+        pinned = {}
         if self.stage.offload_optimizer:  # on the device only while they are used
+            if self.on_gpu:
+                pinned["optimizer"] = student.optimizer
             phases["train"]["gradients"] = student.gradients
             phases["update"] |= {"gradients": student.gradients, "optimizer": student.optimizer}
             student = dataclasses.replace(student, gradients=0, optimizer=0)
-        return StageMemory(shard.pp_rank, (student, *self._frozen_models(shard)), phases)
+        frozen, waiting = self._frozen_models(shard)
+        if waiting and self.on_gpu:
+            pinned["waiting models"] = waiting
+        models = [student, *frozen]
+        if teacher is not None and (size := teacher.output_layers(shard, self.build)):
+            models.append(ResidentMemory("teacher's output layer", self.model, size))
+        made = prepare_training_peak(shard, self.build) + sum(item.total for item in frozen)
+        memory = self._memory(shard, tuple(models), phases)
+        kept = memory.workspaces + shard.placeholder_bytes(self.build)
+        return dataclasses.replace(memory, workspaces=kept, build=made, pinned=pinned)
+
+    def _memory(
+        self, shard: ModelShard, models: tuple[ResidentMemory, ...], phases: Mapping[str, Mapping[str, int]]
+    ) -> StageMemory:
+        made = sum(item.total for item in models)
+        return StageMemory(shard.pp_rank, models, phases, workspaces(on_gpu=self.on_gpu), made)
 
     def _workload(self, responses: int | None = None, parallel=None) -> Workload:
         shape = self.shape
@@ -169,11 +228,15 @@ class _StageEstimate:
             shape.response_length,
             max_tokens=self.stage.micro_batch.max_tokens_per_gpu,
             parallel=parallel or self.parallel,
+            packed=self.stage.micro_batch.sequence_packing,
+            equal_lengths=self.equal_lengths,
         )
 
     def _generation(self, shard: ModelShard) -> dict[str, dict[str, int]]:
-        if not self.shape.requests or self.config.rollout.engine != "megatron":  # servers have separate GPUs
+        if not self.shape.requests:
             return {}
+        if self.config.rollout.engine != "megatron":
+            return {"export": export_phase(shard, self.build, self.config.rollout.sglang.bucket_bytes)}
         dp_size = shard.parallel.data_parallel_size
         return generate_phases(
             shard,
@@ -183,6 +246,7 @@ class _StageEstimate:
             prompt_length=self.shape.prompt_length,
             sampling=self.stage.sampling,
             rollout=self.config.rollout,
+            records_routes=replays_routes(self.config, self.stage, self.spec),
         )
 
     def _cache_scoring(self, shard: ModelShard) -> dict[str, int]:
@@ -196,15 +260,18 @@ class _StageEstimate:
             added["logits"] = self.shape.response_length * shard.local_vocab_size * 4 * (2 + shard.tp_size)
         return added
 
-    def _frozen_models(self, shard: ModelShard) -> list[ResidentMemory]:
-        resident = []
+    def _frozen_models(self, shard: ModelShard) -> tuple[list[ResidentMemory], int]:
+        """Return the frozen models on the device, and bytes of models that take turns there, in host memory."""
+        resident, waiting = [], 0
         for role, stage, parallel in frozen_models(self.config, self.name):
+            if role == "teacher" and stage == self.name:  # the student itself
+                continue
             model = self.config.model_of(stage)
             shards = pipeline_shards(self.specs[model], parallel)
             if parallel == self.parallel:
                 shards = [shards[shard.pp_rank]]
             fp8 = self.config.fp8 is not None and self.config.fp8.frozen
-            build = dataclasses.replace(self.build, recompute="none", fp8=fp8)
+            build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8)
             memories = (frozen_memory(item, build, role, model) for item in shards)
             resident.append(max(memories, key=lambda memory: memory.total))
         for role in ("teacher", "reference"):
@@ -213,7 +280,8 @@ class _StageEstimate:
             if len(same_role) > 1 and is_offloaded:  # one is on the device, the others in host memory
                 resident = [memory for memory in resident if memory.role != role]
                 resident.append(max(same_role, key=lambda memory: memory.total))
-        return resident
+                waiting += sum(memory.total for memory in same_role)
+        return resident, waiting
 
     def _teacher_inputs(self) -> TeacherInputs | None:
         stage = self.stage
@@ -248,7 +316,8 @@ class _StageEstimate:
             if self._teacher_inputs() is not None and scorer.is_pipeline_last_stage:
                 states = lazy_hidden_states(scorer, self.build, scorer_work, spec, on_gpu=self.on_gpu)
                 if parallel != self.parallel:
-                    states += 2 * P2P_BUCKET_BYTES
+                    sizes = (self.build.bytes_per_value, scorer.tp_size)
+                    phases[f"{role} states travel"] = states_travel_phase(scorer_work, spec, *sizes)
             phase = score_phase(scorer, self.build, scorer_work, on_gpu=self.on_gpu, states=states)
             if getattr(self.stage, "kl_estimator", "") == "top_k" and shard.is_pipeline_last_stage:
                 phase["support"] = top_k_selection_bytes(shard, spec)
@@ -258,7 +327,7 @@ class _StageEstimate:
 
     def _scores_old_log_probs(self) -> bool:
         stage = self.stage
-        return isinstance(stage, TrainingStageConfig) and getattr(stage, "num_mini_batches", 1) > 1
+        return isinstance(stage, GrpoConfig | OpdConfig) and stage.num_updates > 1
 
 
 def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:
@@ -270,7 +339,12 @@ def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, Par
             models.append(("reference", name, config.parallel))
         else:
             models.append(("reference", stage.reference, config.frozen_parallel(stage.reference)))
+    if isinstance(stage, GrpoConfig) and stage.teacher_advantage is not None:
+        teachers = dict.fromkeys(stage.teacher_advantage.inputs().values())
+        models += [("teacher", other, config.frozen_parallel(other)) for other in teachers]
     if isinstance(stage, OpdConfig):
+        if stage.teaches_itself:  # nothing is loaded, but it computes like a teacher
+            models.append(("teacher", name, config.parallel))
         for relation, other in stage.inputs().items():
             role = relation.partition(".")[0]
             model = (role, other, config.frozen_parallel(other))

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.estimate.layers import Build, model_flops
@@ -60,7 +62,7 @@ def stage_time(
     parallel = config.parallel
     if isinstance(stage, TeacherCacheConfig):
         parallel = config.frozen_parallel(stage.teacher)
-    build = Build(BYTES_PER_VALUE[config.precision], True, config.models[model].recompute)
+    build = Build(BYTES_PER_VALUE[config.precision], True, config.models[model].recomputation)
     student = ModelOnMachine(specs[model], parallel, build, machine)
     seconds, traffic = _generation(config, stage, shape, student)
     if isinstance(stage, TeacherCacheConfig):
@@ -70,15 +72,16 @@ def stage_time(
         return StageTime(seconds, traffic, shape.requests * shape.length, 0.0)
     work, teacher = _work(shape, shape.responses, stage, parallel), None
     exact = isinstance(stage, OpdConfig) and stage.kl_estimator != "sampled_token"
+    scored = shape.updates // shape.epochs  # mini-batches that are scored: further passes use the same scores
     for role, other, layout in frozen_models(config, name):
         spec = specs[config.model_of(other)]
-        scorer = ModelOnMachine(spec, layout, dataclasses.replace(build, recompute="none"), machine)
+        scorer = ModelOnMachine(spec, layout, dataclasses.replace(build, recompute=NO_RECOMPUTE), machine)
         scorer_work, phase = _work(shape, shape.responses, stage, layout), f"{role} forward"
-        seconds[phase] = seconds.get(phase, 0.0) + shape.updates * scorer.score_seconds(scorer_work, outputs=not exact)
-        passes = scale_traffic(
-            scorer.pass_traffic(scorer_work, trains=False), scorer_work.num_micro_batches * shape.updates
-        )
-        traffic = add_traffic(traffic, passes)
+        # Exact divergences need the teacher's distributions again for every update.
+        count = shape.updates if exact else scored
+        seconds[phase] = seconds.get(phase, 0.0) + count * scorer.score_seconds(scorer_work, outputs=not exact)
+        one_pass = scorer.pass_traffic(scorer_work, trains=False)
+        traffic = add_traffic(traffic, scale_traffic(one_pass, scorer_work.num_micro_batches * count))
         if exact:
             teacher = spec
         if exact and layout != parallel:
@@ -91,7 +94,12 @@ def stage_time(
             seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
             traffic = add_traffic(traffic, travel)
     if shape.updates > 1 and shape.requests:
-        seconds["old log-probabilities"] = shape.updates * student.score_seconds(work, outputs=True)
+        scoring = student.score_seconds(work, outputs=True)
+        seconds["old log-probabilities"] = scored * scoring
+        if (
+            isinstance(stage, GrpoConfig | OpdConfig) and stage.policy_loss == "gspo"
+        ):  # one more pass over the output layer
+            seconds["ratios of responses"] = shape.updates * (scoring - student.score_seconds(work, outputs=False))
     for phase, value in student.train_seconds(work, teacher).items():
         seconds[phase] = shape.updates * value
     traffic = add_traffic(traffic, scale_traffic(student.train_traffic(work), shape.updates))

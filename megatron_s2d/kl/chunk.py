@@ -9,6 +9,13 @@ Shapes: c tokens of the chunk, v_tp local vocabulary columns.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import logging
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -160,27 +167,71 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """Return the module with the shard-local functions for logits of ``dtype`` (float32 or float64) on ``device``.
 
-    auto: Triton's for float32 on CUDA, PyTorch's otherwise.
+    auto: Triton's for float32 on CUDA where Triton can compile, PyTorch's otherwise.
     """
     if name not in ("auto", "torch", "triton"):
         raise UserError(f"backend {name!r}: choose auto, torch or triton")
     if name == "torch" or (name == "auto" and (device.type != "cuda" or dtype != torch.float32)):
         return torch_backend
-    try:
-        from megatron_s2d.kl import triton_backend
-    except ModuleNotFoundError as error:
-        raise UserError(f"backend triton: {error}; install triton or choose backend torch") from None
+    if problem := triton_problem():
+        if name == "triton":
+            raise UserError(f"backend triton: {problem}, or choose backend torch")
+        return torch_backend
+    from megatron_s2d.kl import triton_backend
+
     triton_backend.require(device, dtype)
     return triton_backend
 
 
-def refuse_infinite(outputs: dict[str, torch.Tensor]) -> None:
+@functools.cache
+def triton_problem() -> str:
+    """Return why Triton cannot compile kernels here and what to do, in one line that is logged once; empty if it can.
+
+    Triton compiles the function that launches a kernel with a C compiler, at run time.
+    """
+    problem = ""
+    if importlib.util.find_spec("triton") is None:
+        problem = "triton is not installed: pip install triton"
+    else:
+        from triton.runtime.build import _build  # what compiles the launchers
+
+        with tempfile.TemporaryDirectory() as directory:
+            source = Path(directory) / "probe.c"
+            source.write_text("#include <Python.h>\n", encoding="ascii")
+            try:
+                _build("probe", str(source), directory, [], [], [], [])
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                reason = str(error).partition("\n")[0]
+                problem = f"Triton cannot compile ({reason}): install gcc and the headers of this Python (python3-dev)"
+    if problem:
+        logging.getLogger(__name__).warning("divergences are computed by PyTorch, in several passes: %s", problem)
+    return problem
+
+
+def any_infinite(
+    results: Sequence[Mapping[str, torch.Tensor | None]], device: torch.device | None = None
+) -> torch.Tensor:
+    """Return whether a divergence among the results (output -> [t]) of several calls is infinite: bool scalar.
+
+    device: of the answer where there is no divergence.
+    """
+    values = [value for each in results for name in DIVERGENCES if (value := each.get(name)) is not None]
+    if not values:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([torch.isinf(value).any() for value in values]).any()
+
+
+def refuse_infinite(results: Sequence[Mapping[str, torch.Tensor | None]]) -> None:
     """Raise ``UserError`` if a divergence is infinite; all ranks hold the same values and raise together."""
+    if not bool(any_infinite(results)):
+        return
     for name in DIVERGENCES:
-        if name in outputs and bool(torch.isinf(outputs[name]).any()):
-            count = int(torch.isinf(outputs[name]).sum())
+        values = [value for each in results if (value := each.get(name)) is not None]
+        count = sum(int(torch.isinf(value).sum()) for value in values)
+        if count:
             side, other = ("student", "teacher") if name == "forward_kl" else ("teacher", "student")
             raise UserError(
-                f"{name} is infinite at {count} of {outputs[name].numel()} tokens: the {side} gives probability zero "
-                f"to tokens that the {other} allows; use jsd or a skew divergence, or tail: bucket for a top-k teacher"
+                f"{name} is infinite at {count} of {sum(value.numel() for value in values)} tokens: the {side} gives "
+                f"probability zero to tokens that the {other} allows; use jsd or a skew divergence, or tail: bucket "
+                "for a top-k teacher"
             )

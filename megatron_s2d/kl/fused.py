@@ -63,9 +63,11 @@ def linear_divergence(
     target_ids: torch.Tensor | None = None,
     token_loss: TokenLoss | None = None,
     response_mask: torch.Tensor | None = None,
+    response_rows: torch.Tensor | None = None,
     sequence_parallel: bool = False,
     chunk_bytes: int | None = None,
     backend: str = "auto",
+    check_values: bool = True,
 ) -> tuple[torch.Tensor, TokenOutputs]:
     """Return the sum of ``token_loss`` over tokens, differentiable in ``hidden`` and ``weight``, and detached outputs.
 
@@ -78,20 +80,23 @@ def linear_divergence(
     token_loss(outputs of a chunk [c] with gradients, rows: int64 [c] indices into t) -> [c]. It must be a pure function
     whose normalisers are already global, because it runs once per chunk. Without it the loss is 0 and nothing is
     differentiated. The captured masses carry no gradient.
-    response_mask: bool [t]; other rows are left out before any arithmetic, their outputs are 0.
+    response_mask: bool [t]; other rows are left out before any arithmetic, their outputs are 0. response_rows: the same
+    as increasing indices, int64 [c], instead of the mask: their number is known without a wait for the device.
     chunk_bytes: memory of the logits buffers (default 1 GiB on CUDA, 128 MiB on CPU); it changes results by rounding
     only. backend: "auto" (Triton for float32 logits on CUDA), "torch" or "triton".
+    check_values: refuse target ids outside of the vocabulary and infinite divergences. Each check waits for the device;
+    a caller with several micro-batches can check ids on the host, and divergences by ``refuse_infinite`` once for all.
 
     Collectives over ``shard.group``: one per chunk (two with a mixture), and the hidden gradient's in backward.
-    Raises ``UserError`` for an infinite divergence, and RuntimeError on a second or a double backward pass.
+    Raises ``UserError`` for what is checked, and RuntimeError on a second or a double backward pass.
     """
     warn_on_narrow_support(teacher, outputs)
     plan = make_plan(outputs, teacher=kind_of(teacher), beta=beta, has_target=target_ids is not None)
     if not plan.has_teacher and kind_of(teacher) == "dense":
         teacher = None  # no requested output depends on it, so its logits are not computed
     module = choose_backend(backend, hidden.device, compute_dtype(hidden))
-    inputs = (plan, shard, teacher, temperature, target_ids, token_loss, response_mask)
-    call = _Call(*inputs, sequence_parallel, chunk_bytes, module)
+    inputs = (plan, shard, teacher, temperature, target_ids, token_loss, response_mask, response_rows)
+    call = _Call(*inputs, sequence_parallel, chunk_bytes, module, check_values)
     if token_loss is not None and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: torch.Tensor = _Fused.apply(hidden, weight, call)  # type: ignore[no-untyped-call]  # torch does not annotate it
     else:
@@ -113,9 +118,11 @@ class _Call:
     target_ids: torch.Tensor | None
     token_loss: TokenLoss | None
     response_mask: torch.Tensor | None
+    response_rows: torch.Tensor | None
     sequence_parallel: bool
     chunk_bytes: int | None
     backend: Backend
+    check_values: bool
     results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -141,7 +148,9 @@ class _Pass:
         self.call, self.num_rows, self.weight_shape = call, hidden.shape[0], weight.shape
         _check_shapes(call, self.num_rows)
         self.dtype = compute_dtype(hidden)
-        self.rows = _active_rows(call.response_mask)
+        self.rows = _active_rows(call)
+        if self.rows is not None and self.rows.numel() == self.num_rows:
+            self.rows = None
         self.hidden_dtype = hidden.dtype
         hidden = self._select(hidden)
         self.temperature = (
@@ -156,7 +165,8 @@ class _Pass:
         self.target: Target | None = None
         if call.target_ids is not None:
             target = self._select(call.target_ids)
-            check_ids(target, shard.vocab_size, "target_ids")
+            if call.check_values:
+                check_ids(target, shard.vocab_size, "target_ids")
             self.target = shard.local(target)
         self.count = hidden.shape[0]
         self.results: dict[str, torch.Tensor] = {}
@@ -209,7 +219,8 @@ class _Pass:
             if cotangents and (hidden or weight):
                 out = accumulator.buffer_for(block)
                 accumulator.add(block, self._logits_gradient(block, z, teacher, target, evaluated, cotangents, out))
-        refuse_infinite(values)
+        if call.check_values:
+            refuse_infinite([values])
         self.results = {name: self._spread(value) for name, value in values.items()}
         return _LossAndGradients(total, *accumulator.finish())
 
@@ -372,15 +383,16 @@ def reduce_hidden(partial: torch.Tensor, shard: VocabShard, sequence_parallel: b
     return local
 
 
-def _active_rows(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the indices where ``mask`` is True; None if that is everywhere."""
-    if mask is None:
-        return None
-    rows = mask.nonzero().squeeze(1)  # synchronises with the device, once
-    return None if rows.numel() == mask.numel() else rows
+def _active_rows(call: _Call) -> torch.Tensor | None:
+    """Return the indices of the rows that the call computes; None for all."""
+    if call.response_rows is not None or call.response_mask is None:
+        return call.response_rows
+    return call.response_mask.nonzero().squeeze(1)  # waits for the device
 
 
 def _check_shapes(call: _Call, num_rows: int) -> None:
+    if call.response_rows is not None and call.response_mask is not None:
+        raise UserError("give response_mask or response_rows, not both")
     tensors = {"target_ids": call.target_ids, "response_mask": call.response_mask}
     if isinstance(call.temperature, torch.Tensor):
         tensors["temperature"] = call.temperature

@@ -161,7 +161,7 @@ class _VocabParallel(torch.autograd.Function):
             for name, value in evaluated.outputs.items():
                 results[name][pass_.positions(block)] = value
             pass_.evaluated.append(evaluated)
-        refuse_infinite(results)
+        refuse_infinite([results])
         ctx.save_for_backward(logits)
         ctx.pass_ = pass_
         ctx.mark_non_differentiable(*(value for name, value in results.items() if name in MASSES))

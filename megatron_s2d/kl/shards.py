@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_s2d.errors import UserError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of output layers
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VocabShard:
@@ -109,26 +111,24 @@ def redistribute_output_layer(
     rank that needs no rows. Every rank of ``group`` calls. Each distinct piece is broadcast once by the first rank that
     has it, so replicas cost nothing and memory stays at one piece beside the result.
     """
-    description = None
+    device = rows.device if rows is not None else _device_of(group)
+    description = [-1] * 4
     if rows is not None and source is not None:
-        description = (source.start, source.stop, rows.shape[1], str(rows.dtype).removeprefix("torch."))
-    descriptions: list[tuple[int, int, int, str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(descriptions, description, group=group)
-    senders: dict[tuple[int, int, int, str], int] = {}
-    for rank, piece_description in enumerate(descriptions):
-        if piece_description is not None:
-            senders.setdefault(piece_description, rank)
+        description = [source.start, source.stop, rows.shape[1], DTYPES.index(rows.dtype)]
+    senders: dict[tuple[int, ...], int] = {}
+    for rank, piece_description in enumerate(gather_numbers(description, group, device)):
+        if piece_description[0] >= 0:
+            senders.setdefault(tuple(piece_description), rank)
     if target is not None and sum(stop - start for start, stop, _, _ in senders) != target.vocab_size:
         raise UserError(
             f"the group's pieces {sorted(piece[:2] for piece in senders)} do not cut the vocabulary of "
             f"{target.vocab_size} into disjoint shards"
         )
-    device = rows.device if rows is not None else _device_of(group)
     result = None
     for (start, stop, width, dtype), rank in sorted(senders.items()):
         if start == stop:
             continue
-        piece = torch.empty(stop - start, width, dtype=getattr(torch, dtype), device=device)
+        piece = torch.empty(stop - start, width, dtype=DTYPES[dtype], device=device)
         if rows is not None and rank == dist.get_rank(group):
             piece.copy_(rows[: stop - start])
         dist.broadcast(piece, dist.get_global_rank(group, rank), group=group)
@@ -136,6 +136,14 @@ def redistribute_output_layer(
             if result is None:
                 result = piece.new_empty(target.columns, width)
             _copy_overlap(start, stop, piece, result, target)
+    return result
+
+
+def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Return the ``numbers`` of every rank."""
+    gathered = torch.empty(dist.get_world_size(group), len(numbers), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(gathered, torch.tensor([numbers], device=device), group=group)
+    result: list[list[int]] = gathered.tolist()
     return result
 
 

@@ -1,9 +1,10 @@
-"""Parameter names of Qwen3, Qwen3-MoE and Llama 3 in Megatron and Hugging Face, and how each is sharded. No torch here.
+"""Names of a model's parameters in Megatron and Hugging Face, and how each is sharded. No torch here.
 
-A family is a list of ``ParamMapping``: one Megatron parameter, the Hugging Face tensors that it is made of, and the
-rule that joins and shards them. Two parameters are made of several tensors (fused query/key/value, gate and up
-projection of an MLP). The table names the parameters of the full model; ``models/weights.py`` applies it to the part on
-one rank. The same table serves Megatron's local and the Transformer Engine layers, which name two norms differently.
+The parts of the family (``config/families.py``) give a list of ``ParamMapping``: one Megatron parameter, the Hugging
+Face tensors that it is made of, and the rule that joins and shards them. Two parameters are made of several tensors
+(fused query/key/value, gate and up projection of an MLP). The table names the parameters of the full model;
+``models/weights.py`` applies it to the part on one rank. The same table serves Megatron's local and the Transformer
+Engine layers, which name two norms differently.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def global_param_mappings(spec: ModelSpec, pipeline_end: Literal["first", "last"
     ]
 
 
+_POST_NORMS = {"self_attention.linear_proj": "post_attention", "mlp.linear_fc2": "post_feedforward"}
+
+
 def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
     """Return the parameters of one layer, named within it; ``layer`` counts from 0 over the full model."""
     hf = f"model.layers.{layer}."
@@ -65,9 +69,21 @@ def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
             tuple(f"{attention}{name}_proj.weight" for name in ("q", "k", "v")),
             "qkv_column_parallel",
         ),
-        ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row_parallel"),
-        ParamMapping("pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated"),
     ]
+    if spec.parts.qkv_bias:
+        names = tuple(f"{attention}{name}_proj.bias" for name in ("q", "k", "v"))
+        mappings.append(ParamMapping("self_attention.linear_qkv.bias", names, "qkv_column_parallel"))
+    mappings += [
+        ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row_parallel"),
+    ]
+    before_mlp = "post_attention_layernorm.weight"
+    if spec.parts.post_norms:
+        before_mlp = "pre_feedforward_layernorm.weight"
+        mappings += [
+            ParamMapping(module + ".post_norm.weight", (f"{hf}{name}_layernorm.weight",), "replicated")
+            for module, name in _POST_NORMS.items()
+        ]
+    mappings.append(ParamMapping("pre_mlp_layernorm.weight", (hf + before_mlp,), "replicated"))
     if spec.qk_norm:
         mappings += [
             ParamMapping("self_attention.q_layernorm.weight", (attention + "q_norm.weight",), "replicated"),
@@ -110,7 +126,8 @@ def hf_tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]:
     hidden = spec.hidden_size
     ffn = spec.moe_ffn_hidden_size if expert else spec.ffn_hidden_size
-    return {
+    *_, module, kind = name.split(".")
+    shape: tuple[int, ...] = {
         "q_proj": (spec.q_dim, hidden),
         "k_proj": (spec.kv_dim, hidden),
         "v_proj": (spec.kv_dim, hidden),
@@ -119,11 +136,14 @@ def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]
         "k_norm": (spec.head_dim,),
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
+        "pre_feedforward_layernorm": (hidden,),
+        "post_feedforward_layernorm": (hidden,),
         "gate": (spec.num_experts, hidden),
         "gate_proj": (ffn, hidden),
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),
-    }[name.split(".")[-2]]
+    }[module]
+    return shape[:1] if kind == "bias" else shape
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -136,10 +156,14 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return round_up(vocab_size, multiple)
 
 
-def layers_of_pp_rank(spec: ModelSpec, pp_rank: int, pp_size: int) -> range:
-    """Return the indices, counted over the full model, of the layers of a pipeline rank."""
-    layers_per_rank = spec.num_layers // pp_size
-    return range(pp_rank * layers_per_rank, (pp_rank + 1) * layers_per_rank)
+def layers_of_pp_rank(spec: ModelSpec, pp_rank: int, pp_size: int, vp_stage: int = 0, vp_size: int = 1) -> range:
+    """Return the indices, counted over the full model, of the layers of a pipeline rank's chunk ``vp_stage``.
+
+    Chunk v of rank p has part ``v * pp_size + p`` of the depth, as in Megatron.
+    """
+    layers_per_chunk = spec.num_layers // (pp_size * vp_size)
+    part = vp_stage * pp_size + pp_rank
+    return range(part * layers_per_chunk, (part + 1) * layers_per_chunk)
 
 
 def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
@@ -155,6 +179,10 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         _refuse("num_query_groups", spec.num_query_groups, "tensor_model_parallel_size", tensor)
     if spec.num_layers % pipeline:
         _refuse("num_layers", spec.num_layers, "pipeline_model_parallel_size", pipeline)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if spec.num_layers % (pipeline * virtual):
+        sizes = "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size"
+        _refuse("num_layers", spec.num_layers, sizes, pipeline * virtual)
     if expert > 1 and not spec.num_experts:
         raise UserError(f"expert_model_parallel_size {expert}: the model has no experts; set it to 1")
     if spec.num_experts % expert:

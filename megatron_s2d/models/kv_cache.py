@@ -6,7 +6,9 @@ batch end at the same column: shorter prompts are padded on the left, and the pa
 without the padding, so rotations are those of the unpadded sequence; they are computed once per step, not once per
 layer.
 
-Not supported: paged caches, replacing finished rows, context parallelism, partial and interleaved rotary embedding.
+Layers with a sliding window keep all keys and values, and attend to the last columns only.
+
+Not supported: paged caches, context parallelism, partial and interleaved rotary embedding.
 
 Shapes: b rows (sequences), w columns of the current forward pass (the window), c cached columns, n query heads, n_kv
 key/value heads, d head_dim.
@@ -14,25 +16,36 @@ key/value heads, d head_dim.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-
-from megatron_s2d.parallel import device
-
-device.patch_megatron_for_cpu()
-
+import torch.nn.functional as F
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_s2d.models.layer_config import LayerConfig, window_of_layer
+
 _MIN_FREE_COLUMNS = 256  # that a buffer gets when it grows; a longer one doubles
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What decoding knows of a layer's attention."""
+
+    window: int | None  # positions that a token attends to, its own included; None: all
+    second_rope: bool  # whether it rotates by the second columns of the rotary table
+    attention_factor: float  # of rotated queries and keys
 
 
 class KeyValueCache(StaticInferenceContext):
     """Keys and values of all layers of this rank, each [b, n_kv, c, d].
 
     Use: one forward over the prompts, ``advance``, then ``select`` to repeat prompts or drop rows, and one forward per
-    token, each followed by ``advance``.
+    token (``decoding.decode``), each after ``reserve`` and ``begin_token`` and followed by ``advance``.
     """
+
+    columns_first = False  # in memory: [b, c, n_kv, d] rather than [b, n_kv, c, d]
 
     def __init__(self, pad_lengths: torch.Tensor | None, prompt_length: int, max_sequence_length: int):
         """Create an empty cache. ``pad_lengths``: [b] int64 columns of left padding; None if no row has any."""
@@ -41,8 +54,10 @@ class KeyValueCache(StaticInferenceContext):
         self._pad_lengths = pad_lengths
         self._window = prompt_length  # columns that the next forward pass adds
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # of every position, [positions, d]
-        self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of the window
+        self._kinds: dict[int, LayerKind] = {}
+        self._cos_sin: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}  # of every position, [positions, d]
+        self._rotation: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}  # of the window; by second_rope, too
+        self._allowed: torch.Tensor | None = None  # [b, 1, 1, c] bool, where the window's token may look; None: all
 
     @property
     def mask_type(self) -> AttnMaskType:
@@ -72,8 +87,22 @@ class KeyValueCache(StaticInferenceContext):
         """End a forward pass; the next one adds one token."""
         self.sequence_len_offset += self._window
         self._window = 1
-        self._rotation = None
+        self._rotation = {}
         self.enable_decode_mode()
+
+    def begin_token(self) -> None:
+        """Begin the forward pass of one token."""
+        hidden = self.attention_mask
+        self._allowed = None if hidden is None else hidden.logical_not()
+
+    def reserve(self, num_columns: int) -> bool:
+        """Make room for the next ``num_columns`` tokens; return whether keys and values moved to larger buffers."""
+        needed = self.sequence_len_offset + num_columns
+        if all(needed <= keys.shape[2] for keys, _ in self._layers.values()):
+            return False
+        for number, pair in self._layers.items():
+            self._layers[number] = self._with_free_columns(pair, None)
+        return True
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only ``rows`` ([new b] int64; a row may be repeated), in this order."""
@@ -83,30 +112,108 @@ class KeyValueCache(StaticInferenceContext):
         for number, pair in self._layers.items():
             self._layers[number] = self._with_free_columns(pair, rows)
 
+    def join(self, other: KeyValueCache, num_columns: int) -> None:
+        """Put the rows of ``other`` after those of this cache; both continue at one column, for ``num_columns`` tokens.
+
+        Rows are moved to end at that column, which is that of the longest row: columns that are padding in all rows
+        are dropped.
+        """
+        lengths = [cache._row_lengths() for cache in (self, other)]
+        column = int(torch.cat(lengths).max())
+        for number, pair in self._layers.items():
+            rows = [
+                self._moved(buffers, cache.sequence_len_offset, column, column + min(num_columns, _MIN_FREE_COLUMNS))
+                for buffers, cache in ((pair, self), (other._layers[number], other))
+            ]
+            keys, values = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            if self.columns_first:
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            self._layers[number] = keys, values
+        # Tables cover the positions of a cache's own rows.
+        self._cos_sin = {
+            second: max(tables, other._cos_sin[second], key=lambda pair: len(pair[0]))
+            for second, tables in self._cos_sin.items()
+        }
+        pads = column - torch.cat(lengths)
+        self._pad_lengths = pads if bool(pads.any()) else None
+        self.sequence_len_offset, self.max_sequence_length = column, column + num_columns
+        self.max_batch_size = len(pads)
+        self._rotation, self._allowed = {}, None
+
+    def _row_lengths(self) -> torch.Tensor:
+        """Return the number of cached tokens of each row, [b] int64."""
+        keys = next(iter(self._layers.values()))[0]
+        pads = self._pad_lengths
+        filled = torch.full((len(keys),), self.sequence_len_offset, dtype=torch.int64, device=keys.device)
+        return filled if pads is None else filled - pads
+
+    def _moved(
+        self, buffers: tuple[torch.Tensor, torch.Tensor], filled: int, column: int, num_columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy the last of ``filled`` columns into ``num_columns``, so that they end at ``column``."""
+        width = min(filled, column)
+
+        def move(buffer: torch.Tensor) -> torch.Tensor:
+            rows, heads, _, dim = buffer.shape
+            # Zeros: a hidden column has weight 0, and 0 times what memory happens to hold may be NaN.
+            shape = (rows, num_columns, heads, dim) if self.columns_first else (rows, heads, num_columns, dim)
+            moved = buffer.new_zeros(shape)
+            target = moved.transpose(1, 2) if self.columns_first else moved
+            target[:, :, column - width : column] = buffer[:, :, filled - width : filled]
+            return moved
+
+        keys, values = buffers
+        return move(keys), move(values)
+
+    def cos_sin(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and signed sine of every position for a layer, [positions, d]; known after the prompts."""
+        return self._cos_sin[self._kinds[number].second_rope]
+
     def extend(
-        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: torch.Tensor,
+        kind: LayerKind,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate the window's ``query`` and ``key``, and append key and value to the layer's cache.
+        """Rotate the prompts' ``query`` and ``key``, and keep key and value of the layer.
 
         query: [w, b, n, d]. key, value: [w, b, n_kv, d]. angles: Megatron's table [positions, 1, 1, d]. Returns the
-        rotated query and the keys and values of all columns so far, [c, b, n_kv, d].
+        rotated query and the keys and values, [w, b, n_kv, d].
         """
-        cos, sin = self._window_rotation(angles, query.dtype)
-        keys, values = self._append(layer_number, _rotate(key, cos, sin), value)
-        return _rotate(query, cos, sin), keys, values
+        assert self.sequence_len_offset == 0, "tokens after the prompts are decoded one by one"
+        self._kinds[layer_number] = kind
+        if kind.second_rope not in self._cos_sin:
+            sin = torch.sin(angles[:, 0, 0]) * kind.attention_factor
+            sin[:, : sin.shape[1] // 2].neg_()
+            cos = torch.cos(angles[:, 0, 0]) * kind.attention_factor
+            self._cos_sin[kind.second_rope] = (cos.to(query.dtype), sin.to(query.dtype))
+        cos, sin = self._window_rotation(layer_number)
+        key = _rotate(key, cos, sin)
+        # The values are a view of the layer's product, whose queries would stay in memory with them.
+        self._layers[layer_number] = (key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3).clone())
+        return _rotate(query, cos, sin), key, value
 
-    def _append(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
-        keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        if start == 0:
-            self._layers[number] = (keys, values)
-            return key, value
-        if stop > self._layers[number][0].shape[2]:
-            self._layers[number] = self._with_free_columns(self._layers[number], None)
-        all_keys, all_values = self._layers[number]
-        all_keys[:, :, start:stop] = keys
-        all_values[:, :, start:stop] = values
-        return all_keys[:, :, :stop].permute(2, 0, 1, 3), all_values[:, :, :stop].permute(2, 0, 1, 3)
+    def store(self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Append the rotated key and the value of one token, [1, b, n_kv, d]; return the rotated query [1, b, n, d]."""
+        cos, sin = self._window_rotation(number)
+        keys, values = self._layers[number]
+        keys[:, :, self.sequence_len_offset] = _rotate(key, cos, sin)[0]
+        values[:, :, self.sequence_len_offset] = value[0]
+        return _rotate(query, cos, sin)
+
+    def attend(self, number: int, query: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Return the attention of one token's ``query`` [1, b, n, d] over the keys of its row as [1, b, n * d]."""
+        stop, window = self.sequence_len_offset + 1, self._kinds[number].window
+        columns = slice(0 if window is None else max(0, stop - window), stop)  # rows end at the same column
+        keys, values = (buffer[:, :, columns] for buffer in self._layers[number])
+        allowed = None if self._allowed is None else self._allowed[..., columns]
+        # The queries of a group become the rows of one product: it reads keys and values once, with any kernel.
+        queries = query.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[3])
+        output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, scale=scale)
+        return output.reshape(1, keys.shape[0], -1)
 
     def _with_free_columns(
         self, buffers: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None
@@ -118,33 +225,53 @@ class KeyValueCache(StaticInferenceContext):
         def enlarge(buffer: torch.Tensor) -> torch.Tensor:
             filled = buffer[:, :, :num_filled]
             filled = filled if rows is None else filled.index_select(0, rows)
-            larger = filled.new_empty(filled.shape[0], filled.shape[1], num_columns, filled.shape[3])
+            num_rows, num_heads, _, dim = filled.shape
+            if self.columns_first:
+                # Zeros: a hidden column has weight 0, and 0 times what memory happens to hold may be NaN.
+                larger = filled.new_zeros(num_rows, num_columns, num_heads, dim).transpose(1, 2)
+            else:
+                larger = filled.new_empty(num_rows, num_heads, num_columns, dim)
             larger[:, :, :num_filled] = filled
             return larger
 
         keys, values = buffers
         return enlarge(keys), enlarge(values)
 
-    def _window_rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _window_rotation(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and signed sine of the window's positions, computed once for all layers: [w, b or 1, 1, d]."""
-        if self._rotation is None:
-            if self._cos_sin is None:
-                sin = torch.sin(angles[:, 0, 0])
-                sin[:, : sin.shape[1] // 2].neg_()
-                self._cos_sin = (torch.cos(angles[:, 0, 0]).to(dtype), sin.to(dtype))
-            cos, sin = self._cos_sin
+        second = self._kinds[number].second_rope
+        if second not in self._rotation:
+            cos, sin = self._cos_sin[second]
             start, stop = self.sequence_len_offset, self.sequence_len_offset + self._window
             if self._pad_lengths is None:
-                self._rotation = cos[start:stop, None, None, :], sin[start:stop, None, None, :]
+                self._rotation[second] = cos[start:stop, None, None, :], sin[start:stop, None, None, :]
             else:
-                columns = torch.arange(start, stop, device=angles.device)
+                columns = torch.arange(start, stop, device=cos.device)
                 positions = (columns[:, None] - self._pad_lengths).clamp_(min=0)
-                self._rotation = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
-        return self._rotation
+                self._rotation[second] = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+        return self._rotation[second]
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention with keys and values in a ``KeyValueCache``; without one it is unchanged."""
+    """Megatron's self-attention with keys and values in a ``KeyValueCache``; without one it is unchanged.
+
+    It selects the layer's columns of the rotary table, if layers with a sliding window have other ones.
+    """
+
+    def __init__(self, config: LayerConfig, *args, layer_number: int, **kwargs):
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
+        window = window_of_layer(config, layer_number)
+        self.kind = LayerKind(window, config.sliding_rope and window is not None, config.rope_attention_factor)
+        self._yarn_concentration_factor = config.rope_attention_factor
+
+    def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs):
+        """As the base class; rotary_pos_emb: the table [positions, 1, 1, d], twice as wide with ``sliding_rope``."""
+        if self.config.sliding_rope and rotary_pos_emb is not None:
+            # Each half of the columns belongs to a half of a head: first those of full layers, then of sliding ones.
+            quarters = rotary_pos_emb.chunk(4, dim=-1)
+            second = int(self.kind.second_rope)
+            rotary_pos_emb = torch.cat((quarters[second], quarters[2 + second]), dim=-1)
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
     def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:
@@ -154,7 +281,7 @@ class CachedSelfAttention(SelfAttention):
         mask_type = inference_context.mask_type
         angles = rotary_pos_emb[0]
         assert angles.shape[-1] == query.shape[-1], "build.py rotates whole heads"
-        query, key, value = inference_context.extend(self.layer_number, query, key, value, angles)
+        query, key, value = inference_context.extend(self.layer_number, query, key, value, angles, self.kind)
         return query, key, value, None, mask_type, None
 
 

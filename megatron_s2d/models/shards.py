@@ -28,8 +28,8 @@ class WeightSource(Protocol):
 class SeededWeights:
     """Random initial weights, each tensor drawn from (seed, name), so that they do not depend on a layout.
 
-    Norms are one; matrices are normal with ``initializer_range``, those that write into the residual stream divided by
-    sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
+    Norms multiply by one, biases are zero; matrices are normal with ``initializer_range``, those that write into the
+    residual stream divided by sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
     """
 
     def __init__(self, spec: ModelSpec, seed: int):
@@ -41,7 +41,8 @@ class SeededWeights:
         """See ``WeightSource.read``."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            tensor = torch.ones(shape)
+            is_zero = name.endswith(".bias") or self._spec.parts.zero_centered_norm
+            tensor = torch.zeros(shape) if is_zero else torch.ones(shape)
         else:
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -96,8 +97,8 @@ def _read_qkv(mapping: ParamMapping, spec: ModelSpec, source: WeightSource, tp_r
     parts = []
     for name, size in zip(mapping.hf_names, sizes, strict=True):
         rows = source.read(name, 0, start_group * size, stop_group * size)
-        parts.append(rows.reshape(stop_group - start_group, size, spec.hidden_size))
-    fused = torch.cat(parts, dim=1).reshape(-1, spec.hidden_size)
+        parts.append(rows.reshape(stop_group - start_group, size, *rows.shape[1:]))  # biases have no columns
+    fused = torch.cat(parts, dim=1).flatten(0, 1)
     return fused[start_row - start_group * group_rows : stop_row - start_group * group_rows]
 
 
@@ -126,6 +127,6 @@ def join_shards(mapping: ParamMapping, spec: ModelSpec, shards: list[torch.Tenso
             return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
         case "qkv_column_parallel":
             sizes = _rows_of_group(spec)
-            fused = torch.cat(shards).reshape(spec.num_query_groups, sum(sizes), spec.hidden_size)
-            parts = fused.split(sizes, dim=1)
-            return [(name, part.reshape(-1, spec.hidden_size)) for name, part in zip(names, parts, strict=True)]
+            fused = torch.cat(shards)
+            parts = fused.reshape(spec.num_query_groups, sum(sizes), *fused.shape[1:]).split(sizes, dim=1)
+            return [(name, part.flatten(0, 1)) for name, part in zip(names, parts, strict=True)]

@@ -8,11 +8,13 @@ bucket at a time. Checkpoints on disk are converted in ``conversion/``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.models.families import (
@@ -27,20 +29,20 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import set_high_precision_init_val
 from megatron_s2d.parallel.layout import Layout
 
-device.patch_megatron_for_cpu()
-
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
-
 
 def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
     """Fill every parameter of this rank from ``source``, cast to its dtype; padded vocabulary rows become zeros.
 
     The model must not be wrapped in gradient buffers yet. Raises ``ValueError`` for a tensor of another shape.
     """
-    (model,) = chunks
-    parameters = dict(model.named_parameters())
+    for vp_stage, chunk in enumerate(chunks):
+        _import_chunk(chunk, vp_stage, spec, layout, source)
+
+
+def _import_chunk(chunk: torch.nn.Module, vp_stage: int, spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
+    parameters = dict(chunk.named_parameters())
     with torch.no_grad():
-        for name, mapping in _local_mappings(spec, layout):
+        for name, mapping in _local_mappings(spec, layout, vp_stage):
             parameter = parameters.pop(_name_in_model(name, parameters))
             group = layout.groups.tp if mapping.expert is None else layout.groups.expt_tp
             shard = read_shard(mapping, spec, source, group.rank(), group.size())
@@ -63,14 +65,13 @@ def export_buckets(
     parameter). Buckets come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies
     in the model's dtype, without padding rows.
     """
-    (model,) = chunks
-    parameters = dict(model.named_parameters())
-    dtype = next(iter(parameters.values())).dtype
+    dtype = next(chunks[0].parameters()).dtype
     shapes = dict(hf_tensor_shapes(spec))
-    for pp_rank in range(layout.pp_size):
+    for vp_stage, pp_rank in itertools.product(range(layout.vp_size), range(layout.pp_size)):
+        parameters = dict(chunks[vp_stage].named_parameters())
         bucket: list[_LocalParam] = []
         bucket_size = 0
-        for param in _params_of_pp_rank(spec, layout, pp_rank):
+        for param in _params_of_chunk(spec, layout, pp_rank, vp_stage):
             size = sum(math.prod(shapes[name]) for name in param.hf_names) * dtype.itemsize
             if bucket and (bucket_size + size > bucket_bytes or param.is_expert != bucket[0].is_expert):
                 yield _gather(bucket, parameters, spec, layout, pp_rank, shapes, dtype)
@@ -96,25 +97,26 @@ class _LocalParam:
         return [name for mapping in self.mappings for name in mapping.hf_names]
 
 
-def _local_mappings(spec: ModelSpec, layout: Layout) -> Iterator[tuple[str, ParamMapping]]:
-    """Yield name within the chunk and mapping of this rank's parameters."""
+def _local_mappings(spec: ModelSpec, layout: Layout, vp_stage: int) -> Iterator[tuple[str, ParamMapping]]:
+    """Yield name within the chunk and mapping of the parameters of this rank's chunk ``vp_stage``."""
     ep_rank = layout.groups.ep.rank()
-    for param in _params_of_pp_rank(spec, layout, layout.pp_rank):
+    for param in _params_of_chunk(spec, layout, layout.pp_rank, vp_stage):
         yield param.name, param.mappings[ep_rank if len(param.mappings) > 1 else 0]
-    if layout.is_pipeline_last_stage and spec.tie_word_embeddings and layout.pp_size > 1:
+    is_last = layout.is_pipeline_last_stage and vp_stage == layout.vp_size - 1
+    if is_last and spec.tie_word_embeddings and layout.pp_size > 1:
         # The last pipeline rank of a tied model has a copy of the embedding, which is not exported.
         for mapping in global_param_mappings(spec, "last"):
             if mapping.parallelism == "vocab_parallel":
                 yield mapping.parameter, mapping
 
 
-def _params_of_pp_rank(spec: ModelSpec, layout: Layout, pp_rank: int) -> Iterator[_LocalParam]:
-    """Yield the parameters of a pipeline rank; the output layer only if it is not tied to the embedding."""
-    if pp_rank == 0:
+def _params_of_chunk(spec: ModelSpec, layout: Layout, pp_rank: int, vp_stage: int) -> Iterator[_LocalParam]:
+    """Yield the parameters of a pipeline rank's chunk; the output layer only if it is not tied to the embedding."""
+    if pp_rank == vp_stage == 0:
         yield from (_LocalParam(mapping.parameter, (mapping,)) for mapping in global_param_mappings(spec, "first"))
-    for local_layer, layer in enumerate(layers_of_pp_rank(spec, pp_rank, layout.pp_size)):
+    for local_layer, layer in enumerate(layers_of_pp_rank(spec, pp_rank, layout.pp_size, vp_stage, layout.vp_size)):
         yield from _params_of_layer(spec, layout, layer, local_layer)
-    if pp_rank == layout.pp_size - 1:
+    if pp_rank == layout.pp_size - 1 and vp_stage == layout.vp_size - 1:
         for mapping in global_param_mappings(spec, "last"):
             if mapping.parallelism != "vocab_parallel" or not spec.tie_word_embeddings:
                 yield _LocalParam(mapping.parameter, (mapping,))
@@ -183,6 +185,13 @@ def _gather(
 
 def _join(bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout) -> torch.Tensor:
     """Gather ``shards`` over tensor- and expert-parallel ranks; return the full tensors, flattened and concatenated."""
+    full = _full_tensors(bucket, shards, spec, layout)  # what was gathered is freed before the next copy
+    return full[0] if len(full) == 1 else torch.cat(full)
+
+
+def _full_tensors(
+    bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout
+) -> list[torch.Tensor]:
     is_expert = bucket[0].is_expert
     tp_group = layout.groups.expt_tp if is_expert else layout.groups.tp
     gathered = _all_gather(torch.cat([shard.reshape(-1) for shard in shards])[None], tp_group)[None]
@@ -195,7 +204,7 @@ def _join(bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec
         for mapping, of_ep_rank in zip(param.mappings, of_param, strict=True):
             tp_shards = [flat.view(shard.shape) for flat in of_ep_rank]
             full += [tensor.reshape(-1) for _, tensor in join_shards(mapping, spec, tp_shards)]
-    return torch.cat(full)
+    return full
 
 
 def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

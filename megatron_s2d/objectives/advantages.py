@@ -1,4 +1,6 @@
-"""Advantages and rewards of a step's responses, computed in numpy before samples are assigned to ranks.
+"""Advantages and rewards of a step's responses, in numpy: rewards of all ranks, tokens of this rank's responses.
+
+Where all tokens of a step count (a mean, a quantile), ``Totals`` adds up the ranks.
 
 Group-relative (GRPO, Dr. GRPO), sampled distillation (OPD), G-OPD, the sign gate and stability weight of SG-OPD, the
 overlong penalty of DAPO, and the schedule of SG-OPD's teacher anchor: methods.md M1, M3, M4, M5. Results have the dtype
@@ -11,12 +13,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from megatron_s2d.errors import UserError
 
+
+class Totals(Protocol):
+    """Sums over data-parallel ranks, each of which has the tokens of its own responses."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums of ``values`` over the ranks."""
+        ...
+
+
+class OneRank:
+    """The ``Totals`` of a single rank."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
+ONE_RANK = OneRank()
 ConflictFallback = Literal["interp", "preserve", "grpo", "mask"]
 
 
@@ -47,8 +66,8 @@ def group_relative(
     advantages = np.zeros_like(rewards)
     ids, members = np.unique(groups, return_inverse=True)
     num_zero_variance = 0
-    for group in range(len(ids)):
-        in_group = members == group
+    order = np.argsort(members, kind="stable")
+    for in_group in np.split(order, np.flatnonzero(np.diff(members[order])) + 1) if len(ids) else ():
         group_rewards = rewards[in_group]
         if group_rewards.min() == group_rewards.max():
             num_zero_variance += 1
@@ -93,8 +112,8 @@ def distillation_advantage(teacher_log_probs: np.ndarray, student_log_probs: np.
 
     A constant of the policy loss, never a loss itself. Raises ``UserError`` if a log-probability is not finite.
     """
-    teacher = _finite(teacher_log_probs, "teacher")
-    student = _finite(student_log_probs, "student")
+    teacher = finite(teacher_log_probs, "teacher")
+    student = finite(student_log_probs, "student")
     _aligned(teacher, student)
     advantages: np.ndarray = teacher - student
     return advantages.astype(_dtype(teacher_log_probs, student_log_probs))
@@ -118,12 +137,122 @@ def g_opd_advantage(
         raise UserError(
             f"reward scale {reward_scale} needs the log-probabilities of a reference: set `reference`, or use 1"
         )
-    teacher = _finite(teacher_log_probs, "teacher")
-    student = _finite(student_log_probs, "student")
-    reference = _finite(reference_log_probs, "reference")
+    teacher = finite(teacher_log_probs, "teacher")
+    student = finite(student_log_probs, "student")
+    reference = finite(reference_log_probs, "reference")
     _aligned(teacher, student, reference)
     advantages: np.ndarray = (teacher - student) + (reward_scale - 1.0) * (teacher - reference)
     return advantages.astype(_dtype(teacher_log_probs, student_log_probs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CombinedAdvantages:
+    """Result of ``combined_advantage``."""
+
+    advantages: np.ndarray  # [t]
+    metrics: dict[str, float]  # the size of both terms, and how often their signs differ, over all ranks
+
+
+def combined_advantage(
+    verifier_advantages: np.ndarray,
+    distillation_advantages: np.ndarray,
+    *,
+    verifier_weight: float = 1.0,
+    distillation_weight: float = 1.0,
+    counted: np.ndarray | None = None,
+    totals: Totals = ONE_RANK,
+) -> CombinedAdvantages:
+    """Return ``verifier_weight`` A^R + ``distillation_weight`` A^D [t]: reward and teacher in one advantage (M3).
+
+    verifier_advantages: [t], the response's group-relative advantage at each of its tokens. distillation_advantages:
+    [t], whose dtype the result has. counted: bool [t], the tokens that have a loss weight, over which the metrics are
+    means; all by default. totals: of the data-parallel ranks.
+    """
+    verifier = verifier_weight * _finite_advantages(verifier_advantages, "verifier")
+    distillation = distillation_weight * _finite_advantages(distillation_advantages, "teacher")
+    _aligned(verifier, distillation)
+    counted = np.ones(verifier.shape, dtype=bool) if counted is None else np.asarray(counted, dtype=bool)
+    sums = [np.abs(verifier), np.abs(distillation), verifier * distillation < 0, np.ones_like(verifier)]
+    parts = np.array([values[counted].sum(dtype=np.float64) for values in sums])
+    *means, count = totals.sum(parts).tolist()
+    names = ("advantage/reward_abs_mean", "advantage/teacher_abs_mean", "advantage/conflict_fraction")
+    metrics = {name: mean / max(1.0, count) for name, mean in zip(names, means, strict=True)}
+    return CombinedAdvantages((verifier + distillation).astype(_dtype(distillation_advantages)), metrics)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FixedAdvantages:
+    """Result of ``fixed_advantage``."""
+
+    advantages: np.ndarray  # [t]
+    is_selected: np.ndarray  # bool [t]
+    num_tokens: int  # counted tokens of all ranks, among which the selected ones were chosen
+    num_selected: int  # of all ranks
+
+    @property
+    def weight_scale(self) -> float:
+        """Factor on weights that average over all counted tokens, so that they average over the selected ones."""
+        return self.num_tokens / max(1, self.num_selected)
+
+
+def fixed_advantage(
+    log_probs: np.ndarray,
+    *,
+    value: float,
+    fraction: float,
+    counted: np.ndarray | None = None,
+    responses: np.ndarray | None = None,
+    num_responses: int = 1,
+    totals: Totals = ONE_RANK,
+) -> FixedAdvantages:
+    """Return ``value`` for the ``fraction`` of tokens with the lowest log-probabilities and 0 for all others.
+
+    The control without a teacher of "Does On-Policy Distillation Really Distill?" (arXiv 2608.31046, section 3.2):
+    max(1, floor(fraction * t)) tokens, first come first selected among equal ones. log_probs: [t] of sampled tokens.
+    counted: bool [t], the tokens that have a loss weight (default: all); no other is selected. With tokens on several
+    ranks, totals: of those; responses: int [t], the index of each token's response among the ``num_responses`` of all
+    ranks, whose order decides which token comes first. Source: methods.md M3.
+    """
+    values = finite(log_probs, "selecting model's")
+    counted = np.ones(values.shape, dtype=bool) if counted is None else np.asarray(counted, dtype=bool)
+    _aligned(values, counted)
+    responses = np.zeros(values.shape, dtype=np.int64) if responses is None else responses
+    candidates = np.flatnonzero(counted)
+    num_candidates = int(totals.sum(np.array([len(candidates)]))[0])
+    count = min(num_candidates, max(1, math.floor(fraction * num_candidates + 1e-9)))  # 0.29 * 100 is 28.99...
+    is_selected = np.zeros(values.shape, dtype=bool)
+    is_selected[candidates[_lowest(values[candidates], responses[candidates], count, num_responses, totals)]] = True
+    advantages = np.where(is_selected, value, 0.0).astype(_dtype(log_probs))
+    return FixedAdvantages(advantages, is_selected, num_candidates, int(totals.sum(np.array([is_selected.sum()]))[0]))
+
+
+def _lowest(values: np.ndarray, responses: np.ndarray, count: int, num_responses: int, totals: Totals) -> np.ndarray:
+    """Return which of ``values`` (float64 [t]) are among the ``count`` lowest of all ranks: bool [t].
+
+    Among equal ones the first, by response and then by index. The largest selected value is found digit by digit, from
+    the counts of 256 values of each, so that no rank needs the values of others.
+    """
+    if count == 0:
+        return np.zeros(values.shape, dtype=bool)
+    bits = (values + 0.0).view(np.uint64)  # + 0.0: -0.0 is 0.0
+    sign = np.uint64(1 << 63)
+    keys = np.where(bits & sign, ~bits, bits | sign)  # in the order of the values
+    possible, threshold, remaining = np.ones(values.shape, dtype=bool), 0, count
+    for shift in range(56, -8, -8):
+        digits = ((keys[possible] >> np.uint64(shift)) & np.uint64(255)).astype(np.int64)
+        below = totals.sum(np.bincount(digits, minlength=256)).cumsum()
+        digit = int(np.searchsorted(below, remaining))
+        remaining -= int(below[digit - 1]) if digit else 0
+        threshold |= digit << shift
+        possible[possible] = digits == digit
+    selected: np.ndarray = keys < np.uint64(threshold)
+    equal = np.flatnonzero(possible)
+    per_response = np.bincount(responses[equal], minlength=num_responses)
+    total = totals.sum(per_response.astype(np.int32))
+    first = total.cumsum() - total  # equal values in the responses before
+    number = np.arange(len(equal)) - (per_response.cumsum() - per_response)[responses[equal]]
+    selected[equal[first[responses[equal]] + number < remaining]] = True
+    return selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,18 +332,18 @@ class StabilityWeights:
     """Result of ``stability_weight``."""
 
     weights: np.ndarray  # [t] mean 1 over the counted tokens; multiply the gated advantages with them
-    num_clipped: int  # counted tokens with |A^D| > clip
-    num_tokens: int  # counted ones
+    num_clipped: int  # counted tokens of all ranks with |A^D| > clip
+    num_tokens: int  # counted ones of all ranks
 
 
 def stability_weight(
-    distillation_advantages: np.ndarray, *, clip: float, counted: np.ndarray | None = None
+    distillation_advantages: np.ndarray, *, clip: float, counted: np.ndarray | None = None, totals: Totals = ONE_RANK
 ) -> StabilityWeights:
     """Return w_t = min(1, clip / |A^D_t|) [t], divided by its mean over counted tokens (SG-OPD eq. 9; methods.md M5).
 
     distillation_advantages: A^D of every response token of the batch, because the mean is over them. counted: bool [t],
-    the tokens that have a loss weight; all of them by default. Apply the weights after the gate; they are positive, so
-    they do not change its decisions.
+    the tokens that have a loss weight; all of them by default. totals: of the ranks that share the batch. Apply the
+    weights after the gate; they are positive, so they do not change its decisions.
     """
     advantages = np.asarray(distillation_advantages)
     size = np.abs(advantages.astype(np.float64))
@@ -222,8 +351,10 @@ def stability_weight(
         raise UserError("stability weights need finite advantages: check the teacher's log-probabilities")
     counted = np.ones(size.shape, dtype=bool) if counted is None else counted
     raw = clip / np.maximum(size, clip)
-    weights = raw / raw[counted].mean() if counted.any() else raw
-    return StabilityWeights(weights.astype(_dtype(advantages)), int((size > clip)[counted].sum()), int(counted.sum()))
+    num_clipped = (size > clip)[counted].sum()
+    total, clipped, tokens = totals.sum(np.array([raw[counted].sum(), num_clipped, counted.sum()], dtype=np.float64))
+    weights = raw / (total / tokens) if tokens else raw
+    return StabilityWeights(weights.astype(_dtype(advantages)), int(clipped), int(tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +384,23 @@ class AnchorSchedule:
         return self.alpha(progress) > 0
 
 
-def _finite(log_probs: np.ndarray, whose: str) -> np.ndarray:
+def finite(log_probs: np.ndarray, whose: str) -> np.ndarray:
+    """Return log-probabilities as float64; raise ``UserError`` if one is not finite. whose: for the message."""
     values = np.asarray(log_probs, dtype=np.float64)
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise UserError(
             f"{bad} of {values.size} sampled tokens have no finite {whose} log-probability: check that all models "
             "share one vocabulary and that only response tokens were passed"
+        )
+    return values
+
+
+def _finite_advantages(advantages: np.ndarray, whose: str) -> np.ndarray:
+    values = np.asarray(advantages, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{int((~np.isfinite(values)).sum())} advantages of the {whose} are not finite: check its scores"
         )
     return values
 

@@ -16,7 +16,14 @@ import torch
 from megatron_s2d.columns import TokenColumns
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.outputs import DIVERGENCES, TokenOutputs, sampled_reverse_kl, support_metrics
-from megatron_s2d.objectives.policy import DEFAULT_SURROGATE, Surrogate, mismatch_metrics, policy_term
+from megatron_s2d.objectives.policy import (
+    DEFAULT_SURROGATE,
+    Surrogate,
+    entropy_term,
+    mismatch_metrics,
+    policy_term,
+    reference_term,
+)
 from megatron_s2d.objectives.terms import Metric, Objective, Term
 
 
@@ -74,9 +81,16 @@ def divergence_objective(kind: str, *, tail: str | None = None, measure_rollouts
     return Objective((term,), kl_metric=kind, token_kl=lambda outputs, _: outputs.require(kind))
 
 
-def policy_distillation_objective(surrogate: Surrogate = DEFAULT_SURROGATE, *, anchor: bool = False) -> Objective:
+def policy_distillation_objective(
+    surrogate: Surrogate = DEFAULT_SURROGATE,
+    *,
+    entropy_coeff: float = 0.0,
+    kl_loss_coef: float = 0.0,
+    anchor: bool = False,
+) -> Objective:
     """Return OPD, G-OPD or SG-OPD on sampled tokens: the policy term with their advantages (methods.md M3, M4, M5).
 
+    Also GRPO with a teacher's term in its advantages. entropy_coeff, kl_loss_coef: as in ``grpo_objective``.
     anchor: add the cross-entropy on verified teacher responses; ``supervised_weight`` contains alpha(u) and the
     normaliser, and those tokens have a policy weight of zero. The metric ``kl`` is the mean of log pi_S - log pi_T over
     the sampled tokens.
@@ -88,8 +102,13 @@ def policy_distillation_objective(surrogate: Surrogate = DEFAULT_SURROGATE, *, a
         return policy.metrics(outputs, columns, active) | {"teacher_kl": Metric.over(log_ratio, active)}
 
     scored = dataclasses.replace(policy, columns=policy.columns | {"teacher_log_probs"}, metrics=metrics)
+    terms: tuple[Term, ...] = (scored,)
+    if entropy_coeff != 0:
+        terms += (entropy_term(entropy_coeff),)
+    if kl_loss_coef != 0:
+        terms += (reference_term(kl_loss_coef),)
     return Objective(
-        (scored, cross_entropy_term()) if anchor else (scored,),
+        (*terms, cross_entropy_term()) if anchor else terms,
         kl_metric="teacher_kl",
         token_kl=lambda outputs, columns: sampled_reverse_kl(
             outputs.require("log_probs"), columns.get("teacher_log_probs")

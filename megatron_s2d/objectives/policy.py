@@ -1,8 +1,8 @@
-"""Policy loss: clipped surrogate, penalty to a reference, and the mismatch between engine and trainer (methods.md M1).
+"""Policy losses (GRPO, GSPO, CISPO), penalty to a reference, entropy bonus, mismatch of engine and trainer (M1).
 
 All arguments are per sampled token, natural logarithms at the sampling temperature. A ratio is never clamped beyond
 its clip range: a ratio that overflows makes the loss infinite, and the training loop raises an error. Settings are
-validated by ``config``.
+validated by ``config``. The formulas are in methods.md M1.
 
 Mismatch: two forward passes of the same weights, by trainer and engine, should give the same numbers. With p = log pi
 of a sampled token under the trainer and r the engine's, before top-k and top-p, it is measured as |p - r|, and as
@@ -21,9 +21,13 @@ import torch
 
 from megatron_s2d.columns import TokenColumns, refuse_sampled_k1
 from megatron_s2d.kl.outputs import TokenOutputs
-from megatron_s2d.objectives.terms import Metric, Objective, Term
+from megatron_s2d.objectives.terms import Metric, Objective, Term, in_bins
 
 RolloutCorrectionMode = Literal["off", "tis", "mask"]
+PolicyLoss = Literal["grpo", "gspo", "cispo"]
+
+# Column of GSPO: log of a response's ratio at each of its tokens, from a pass over the output layer before the loss.
+SEQUENCE_LOG_RATIOS = "sequence_log_ratios"
 
 MISMATCH_HISTOGRAM = "mismatch/hist/"  # share of tokens with |p - r| of at least this edge, and below the next one
 # Half a decade apart, rounded; float32 rounding is at the low end, bfloat16 in the middle, other weights at the top.
@@ -34,16 +38,40 @@ MISMATCH_EDGES = (0.0, *(float(f"{digit}e{power}") for power in range(-7, 1) for
 class Surrogate:
     """Settings of the policy loss. Defaults: S2D table 8."""
 
-    clip_ratio_low: float = 0.2  # negative advantages: no gradient for ratios below 1 - clip_ratio_low
-    clip_ratio_high: float = 0.2  # positive advantages: no gradient for ratios above 1 + clip_ratio_high
+    # grpo, gspo: negative advantages get no gradient for ratios below 1 - clip_ratio_low, positive ones none above
+    # 1 + clip_ratio_high. cispo: the weights' range, whatever the advantage; clip_ratio_low 1 sets no lower bound.
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
     clip_ratio_c: float | None = None  # negative advantages: largest ratio, above 1; None: unbounded
     rollout_correction: RolloutCorrectionMode = "off"  # importance weight of trainer against engine
     rollout_correction_cap: float = 5.0  # larger importance weights are truncated (tis) or set to zero (mask)
     on_policy: bool = False  # the current weights sampled the tokens: old_log_probs are not needed
+    # grpo: the ratio of every token is clipped; gspo: that of the response; cispo: a detached weight of every token.
+    policy_loss: PolicyLoss = "grpo"
 
     def old_log_probs(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
         """Return log-probabilities [t] under the weights before the update."""
         return log_probs.detach() if self.on_policy else columns.get("old_log_probs")
+
+    def log_ratio(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
+        """Return log ratios [t], differentiable in ``log_probs``: log pi_S / pi_old of the token.
+
+        gspo: their mean over the response, with the slope of the token's own: summed over the response's tokens by
+        weights 1 / length, the gradient is that of the response's ratio (GSPO-token, arXiv 2507.18071, eq. 14).
+        """
+        if self.policy_loss == "gspo" and not self.on_policy:
+            return columns.get(SEQUENCE_LOG_RATIOS) + (log_probs - log_probs.detach())
+        return log_probs - self.old_log_probs(log_probs, columns)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that the loss needs, without its weight."""
+        columns = {"advantages"}
+        if not self.on_policy:
+            columns |= {"old_log_probs"} | ({SEQUENCE_LOG_RATIOS} if self.policy_loss == "gspo" else set())
+        if self.rollout_correction != "off":
+            columns.add("rollout_log_probs")
+        return frozenset(columns)
 
 
 DEFAULT_SURROGATE = Surrogate()
@@ -51,34 +79,34 @@ DEFAULT_SURROGATE = Surrogate()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipRegions:
-    """Where the surrogate is flat: bool [t] each, disjoint."""
+    """Where a ratio is clipped, bool [t] each, disjoint. There the surrogate is flat, but not CISPO's loss."""
 
-    low: torch.Tensor  # negative advantage, ratio below 1 - clip_ratio_low
-    high: torch.Tensor  # positive advantage, ratio above 1 + clip_ratio_high
+    low: torch.Tensor  # negative advantage (cispo: any), ratio below 1 - clip_ratio_low
+    high: torch.Tensor  # positive advantage (cispo: any), ratio above 1 + clip_ratio_high
     dual: torch.Tensor  # negative advantage, ratio above clip_ratio_c
 
 
 def clip_regions(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Surrogate) -> ClipRegions:
     """Return the clip regions of log ratios [t] and advantages [t]."""
     positive, negative = advantages > 0, advantages < 0
+    if settings.policy_loss == "cispo":
+        positive = negative = torch.ones_like(positive)
+    low = -math.inf if settings.clip_ratio_low >= 1 else math.log1p(-settings.clip_ratio_low)
     dual = math.inf if settings.clip_ratio_c is None else math.log(settings.clip_ratio_c)
     return ClipRegions(
-        low=negative & (log_ratio < math.log1p(-settings.clip_ratio_low)),
+        low=negative & (log_ratio < low),
         high=positive & (log_ratio > math.log1p(settings.clip_ratio_high)),
         dual=negative & (log_ratio > dual),
     )
 
 
-def clipped_surrogate(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, settings: Surrogate
-) -> torch.Tensor:
+def clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Surrogate) -> torch.Tensor:
     """Return -min(ratio A, clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) A) [t], ratio = pi_S / pi_old (M1).
 
-    With ``clip_ratio_c`` c the value for a negative advantage is at most -c A. Differentiable in ``log_probs``; where
+    With ``clip_ratio_c`` c the value for a negative advantage is at most -c A. Differentiable in ``log_ratio``; where
     the surrogate is flat the gradient is 0. Raises ``UserError`` for advantages that carry a gradient.
     """
     refuse_sampled_k1(advantages, "advantages")
-    log_ratio = log_probs - old_log_probs.detach()
     regions = clip_regions(log_ratio.detach(), advantages, settings)
     flat = regions.low | regions.high | regions.dual | (advantages == 0)
     # Clipped ratios are not exponentiated: an infinite value times a zero slope would be NaN.
@@ -88,6 +116,20 @@ def clipped_surrogate(
     if settings.clip_ratio_c is not None:
         ratio = torch.where(regions.dual, settings.clip_ratio_c, ratio)
     return -advantages * ratio
+
+
+def cispo_loss(
+    log_probs: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, settings: Surrogate
+) -> torch.Tensor:
+    """Return -clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) A log pi_S [t], the ratio being a constant (M1).
+
+    Every token has a gradient, also one whose ratio is clipped. Differentiable in ``log_probs`` only. Raises
+    ``UserError`` for advantages that carry a gradient. Source: CISPO, arXiv 2506.13585, eq. 4 and 5.
+    """
+    refuse_sampled_k1(advantages, "advantages")
+    highest = math.log1p(settings.clip_ratio_high)
+    weight = torch.exp(log_ratio.detach().clamp(max=highest)).clamp(min=1.0 - settings.clip_ratio_low)
+    return -weight * advantages * log_probs
 
 
 def importance_weight(
@@ -106,37 +148,38 @@ def importance_weight(
 
 
 def policy_term(settings: Surrogate) -> Term:
-    """Return the clipped surrogate times the importance weight as a term, by ``policy_weight``."""
-    required = {"advantages"}
-    if not settings.on_policy:
-        required.add("old_log_probs")
-    if settings.rollout_correction != "off":
-        required.add("rollout_log_probs")
+    """Return the policy loss times the importance weight as a term, by ``policy_weight``."""
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        log_probs = outputs.require("log_probs")
-        old = settings.old_log_probs(log_probs, columns)
-        loss = clipped_surrogate(log_probs, old, columns.get("advantages"), settings)
+        log_probs, advantages = outputs.require("log_probs"), columns.get("advantages")
+        log_ratio = settings.log_ratio(log_probs, columns)
+        if settings.policy_loss == "cispo":
+            loss = cispo_loss(log_probs, log_ratio, advantages, settings)
+        else:
+            loss = clipped_surrogate(log_ratio, advantages, settings)
         if settings.rollout_correction == "off":
             return loss
+        old = settings.old_log_probs(log_probs, columns)
         return importance_weight(old, columns.get("rollout_log_probs"), settings) * loss
 
     def metrics(outputs: TokenOutputs, columns: TokenColumns, active: torch.Tensor) -> dict[str, Metric]:
         log_probs = outputs.require("log_probs")
         old = settings.old_log_probs(log_probs, columns)
-        result = surrogate_metrics(log_probs - old, columns.get("advantages"), active, settings)
+        log_ratio = settings.log_ratio(log_probs, columns)
+        result = surrogate_metrics(log_ratio, columns.get("advantages"), active, settings)
+        result["approx_kl"] = Metric.over(k3(log_probs - old), active)
         if columns.rollout_log_probs is not None:
             result |= importance_metrics(old, columns.rollout_log_probs, active, settings)
             result |= mismatch_metrics(old, columns.rollout_log_probs, active)
         return result
 
-    return Term("policy", "policy_weight", frozenset({"log_probs"}), frozenset(required), values, metrics)
+    return Term("policy", "policy_weight", frozenset({"log_probs"}), settings.columns, values, metrics)
 
 
 def surrogate_metrics(
     log_ratio: torch.Tensor, advantages: torch.Tensor, active: torch.Tensor, settings: Surrogate
 ) -> dict[str, Metric]:
-    """Return ratios, clipped fractions of tokens, and approx_kl, the k3 estimate of KL(pi_old || pi_S)."""
+    """Return ratios (gspo: of the responses, token by token), clipped fractions of tokens, and advantages."""
     ratio, regions = torch.exp(log_ratio), clip_regions(log_ratio, advantages, settings)
     result = {
         "ratio_mean": Metric.over(ratio, active),
@@ -144,7 +187,6 @@ def surrogate_metrics(
         "ratio_min": Metric.over(ratio, active, "min"),
         "clip_fraction_low": Metric.over(regions.low, active),
         "clip_fraction_high": Metric.over(regions.high, active),
-        "approx_kl": Metric.over(k3(log_ratio), active),
         "advantage_mean": Metric.over(advantages, active),
         "advantage_abs_mean": Metric.over(advantages.abs(), active),
     }
@@ -178,9 +220,7 @@ def mismatch_metrics(
     active = active & ~rollout_log_probs.isnan()
     log_ratio = torch.where(active, log_probs.detach() - rollout_log_probs, 0.0)
     difference = log_ratio.abs()
-    edges = torch.tensor(MISMATCH_EDGES, dtype=torch.float64, device=difference.device)
-    bins = torch.bucketize(difference.double(), edges, right=True) - 1
-    counts = torch.bincount(bins[active], minlength=len(MISMATCH_EDGES)).double()
+    counts = (in_bins(difference.double(), MISMATCH_EDGES) & active).sum(1, dtype=torch.float64)
     total = active.sum(dtype=torch.float64)
     histogram = {
         f"{MISMATCH_HISTOGRAM}{edge:g}": Metric(count, total, "mean", omit="zero")
@@ -224,12 +264,28 @@ def reference_kl(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
     return k3(columns.get("reference_log_probs") - outputs.require("log_probs"))
 
 
-def grpo_objective(surrogate: Surrogate = DEFAULT_SURROGATE, *, kl_loss_coef: float = 5e-4) -> Objective:
-    """Return the GRPO objective: the policy term with a penalty to the reference; no reference if the penalty is 0."""
+def entropy_term(entropy_coeff: float) -> Term:
+    """Return -``entropy_coeff`` times the entropy over the whole vocabulary as a term, by ``policy_weight`` (M1)."""
+
+    def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
+        return outputs.require("entropy")
+
+    def metrics(outputs: TokenOutputs, columns: TokenColumns, active: torch.Tensor) -> dict[str, Metric]:
+        return {}  # every objective reports the entropy
+
+    return Term("entropy", "policy_weight", frozenset({"entropy"}), frozenset(), values, metrics, -entropy_coeff)
+
+
+def grpo_objective(
+    surrogate: Surrogate = DEFAULT_SURROGATE, *, kl_loss_coef: float = 5e-4, entropy_coeff: float = 0.0
+) -> Objective:
+    """Return the objective: policy term, penalty to the reference, entropy bonus; without the terms whose factor is 0.
+
+    approx_kl is the k3 estimate of KL(pi_old || pi_S) from the tokens' own ratios, whatever the policy loss.
+    """
+    terms: tuple[Term, ...] = (policy_term(surrogate),)
+    if entropy_coeff != 0:
+        terms += (entropy_term(entropy_coeff),)
     if kl_loss_coef == 0:
-        return Objective((policy_term(surrogate),))
-    return Objective(
-        (policy_term(surrogate), reference_term(kl_loss_coef)),
-        kl_metric="reference_kl",
-        token_kl=reference_kl,
-    )
+        return Objective(terms)
+    return Objective((*terms, reference_term(kl_loss_coef)), kl_metric="reference_kl", token_kl=reference_kl)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -73,15 +73,30 @@ class Metric:
         return float(self.numerator) / count if count else math.nan
 
 
+@functools.cache
+def _edges(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A constant on the device: copying it there again would make the host wait for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def in_bins(values: torch.Tensor, starts: tuple[float, ...]) -> torch.Tensor:
+    """Return which of ``values`` [t] are in each bin: bool [bins, t]. starts: ascending; the last bin has no end.
+
+    Not ``bincount``, which waits for the device to learn the largest value.
+    """
+    bins = torch.bucketize(values, _edges(starts, values.dtype, values.device), right=True) - 1
+    return bins == torch.arange(len(starts), device=values.device)[:, None]
+
+
 def means_by_position(name: str, values: torch.Tensor, positions: torch.Tensor, limit: int) -> dict[str, Metric]:
     """Return the means of ``values`` [t] over tokens 0, 1, 2-3, 4-7, ... of their responses as ``name/<first token>``.
 
     positions: [t] of the tokens in their responses, at most ``limit``.
     """
     starts = log2_bin_starts(limit)
-    bins = torch.bucketize(positions, torch.tensor(starts, device=positions.device), right=True) - 1
-    sums = torch.bincount(bins, weights=values.detach().double(), minlength=len(starts))
-    counts = torch.bincount(bins, minlength=len(starts)).double()
+    members = in_bins(positions, tuple(starts))
+    sums = torch.where(members, values.detach().double(), 0.0).sum(1)
+    counts = members.sum(1, dtype=torch.float64)
     return {
         f"{name}/{start}": Metric(sums[index], counts[index], "mean", omit="empty")
         for index, start in enumerate(starts)
@@ -112,9 +127,11 @@ def pack_metrics(metrics: dict[str, Metric]) -> tuple[torch.Tensor, torch.Tensor
     return torch.stack(sums) if sums else empty, torch.stack(maxima) if maxima else empty
 
 
-def unpack_metrics(metrics: dict[str, Metric], sums: torch.Tensor, maxima: torch.Tensor) -> dict[str, Metric]:
+def unpack_metrics(
+    metrics: dict[str, Metric], sums: Iterable[torch.Tensor], maxima: Iterable[torch.Tensor]
+) -> dict[str, Metric]:
     """Invert ``pack_metrics``: names and reductions from ``metrics``, numbers from the reduced tensors."""
-    next_sum, next_maximum = iter(sums.unbind()), iter(maxima.unbind())
+    next_sum, next_maximum = iter(sums), iter(maxima)
     reduced = {}
     for name in sorted(metrics):
         reduction, denominator = metrics[name].reduction, next(next_sum)

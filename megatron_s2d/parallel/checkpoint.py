@@ -16,37 +16,36 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-
-from megatron_s2d.errors import UserError
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import any_rank, first_error
-from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
-from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
-from megatron_s2d.parallel.trainable_model import TrainableModel
-
-device.patch_megatron_for_cpu()
-
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.validation import StrictHandling, verify_integrity_manifest
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_s2d.artifacts.files import file_digest, rename
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0, first_error
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
+from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
+from megatron_s2d.parallel.trainable_model import TrainableModel
 
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _MODEL_PREFIX = "model."
 _NEARLY_FULL_BYTES = 1 << 20
-_INITIAL_VALUES = "_high_precision_init_val"  # of parameters in FP8: Transformer Engine 2.20.2
+_VISIBLE_SECONDS = 90.0
+_INITIAL_VALUES = "_high_precision_init_val"  # of parameters in FP8: Transformer Engine 2.19.0
 
 
 def start_saving(
@@ -184,14 +183,7 @@ def load_checkpoint(
 
     Raises ``UserError`` if the checkpoint is missing, damaged or of another model, naming the first field that differs.
     """
-    check_checkpoint(directory, model_spec)
-    trainer_state = read_trainer_state(directory)
-    check_manifest(directory)
-    try:
-        verify_integrity_manifest(str(directory))  # before anything in the files is interpreted
-        read_metadata(directory)
-    except CheckpointingException as error:
-        raise DamagedCheckpoint(f"{directory}: not a usable checkpoint ({_one_line(error)})") from error
+    trainer_state = _verified_trainer_state(directory, model_spec)
     if trainable is not None:
         _init_optimizer_state(trainable)
     try:
@@ -211,6 +203,61 @@ def load_checkpoint(
     if trainable is not None:
         trainable.set_scheduler_step(trainer_state["updates"])
     return trainer_state
+
+
+def _verified_trainer_state(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
+    """Compare all files with their digests and return the trainer state; the first error of a rank is that of all."""
+    _wait_until_visible(directory)
+    trainer_state: dict[str, Any] = {}
+
+    def read() -> None:
+        nonlocal trainer_state
+        check_checkpoint(directory, model_spec)
+        trainer_state = read_trainer_state(directory)
+        _check_own_share(directory)
+
+    _agree(directory, read)
+    _agree(directory, lambda: read_metadata(directory))  # not before the ranks have compared all files
+    return trainer_state
+
+
+def _check_own_share(directory: Path) -> None:
+    """Compare the files that this rank reads with their digests; every file is read by one rank."""
+    digests = check_manifest(directory)
+    for name in sorted(digests)[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            found = file_digest(directory / name)
+        except UserError as error:
+            raise DamagedCheckpoint(str(error)) from None
+        if found != digests[name]:
+            raise DamagedCheckpoint(f"{directory}: not a usable checkpoint ({name} does not match its digest)")
+
+
+def _agree(directory: Path, action: Callable[[], object]) -> None:
+    """Run ``action``, and raise the first error of a rank on all of them."""
+    damage, refusal = None, None
+    try:
+        action()
+    except (CheckpointingException, OSError) as error:
+        damage = f"{directory}: not a usable checkpoint ({_one_line(error)})"
+    except DamagedCheckpoint as error:
+        damage = str(error)
+    except UserError as error:
+        refusal = str(error)
+    if (message := first_error(refusal)) is not None:
+        raise UserError(message)
+    if (message := first_error(damage)) is not None:
+        raise DamagedCheckpoint(message)
+
+
+def _wait_until_visible(directory: Path) -> None:
+    """Wait for a checkpoint that rank 0 sees: NFS clients remember for up to a minute that a name did not exist."""
+    if not broadcast_from_rank0(directory.is_dir):
+        return
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not (directory / MANIFEST_NAME).is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        os.listdir(directory.parent)  # makes the client look again
 
 
 def check_checkpoint(directory: Path, model_spec: dict[str, Any]) -> None:
@@ -240,8 +287,8 @@ def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | No
         sharded = chunk.sharded_state_dict(prefix=_MODEL_PREFIX)
         state[f"chunk{index}"] = {key: value for key, value in sharded.items() if "_extra_state" not in key}
     if trainable is not None:
-        model_state = {key: value for part in state.values() for key, value in part.items()}
-        state["optimizer"] = trainable.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA)
+        # Not merged: chunks have equal local names.
+        state["optimizer"] = trainable.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_METADATA)
     return state
 
 
@@ -321,7 +368,7 @@ def _publish(temporary: Path, directory: Path, model_spec: dict[str, Any], train
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    os.rename(temporary, directory)
+    rename(temporary, directory)
 
 
 def _on_all_ranks(action: Callable[[], object]) -> str | None:
@@ -332,7 +379,7 @@ def _on_all_ranks(action: Callable[[], object]) -> str | None:
 def _failure_of(action: Callable[[], object]) -> str | None:
     try:
         action()
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, MemoryError) as error:
         logging.getLogger(__name__).debug("save failed", exc_info=True)
         return _one_line(error)
     return None

@@ -1,11 +1,13 @@
 """Collectives on Python values: broadcast from one rank, gather from all ranks, agree on flags and errors.
 
-Objects are pickled, so these serve control flow and small results; tensors go through ``torch.distributed`` itself.
-Every function is collective: all ranks of the group (by default of the job) must call it in the same order.
+Values travel as JSON, and nothing is pickled: these serve control flow and small results; samples and arrays go through
+``data/sample_bytes.py`` and ``host_group.py``. Every function is collective: all ranks of the group (by default of the
+job) must call it in the same order.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,10 @@ from megatron_s2d.parallel import device
 
 
 def broadcast_from_rank0[Result](action: Callable[[], Result]) -> Result:
-    """Run ``action`` on rank 0 and return its result on all ranks; a ``UserError`` is raised on all of them, too."""
+    """Run ``action`` on rank 0 and return its result on all ranks; a ``UserError`` is raised on all of them, too.
+
+    The result is a JSON value (a tuple would arrive as a list).
+    """
     message: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
@@ -25,20 +30,11 @@ def broadcast_from_rank0[Result](action: Callable[[], Result]) -> Result:
         except UserError as error:
             message[1] = str(error)
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(message, src=0)
+        message = _broadcast_json(message)
     result, refusal = message
     if refusal is not None:
         raise UserError(refusal)
     return result
-
-
-def broadcast_in_group[Value](values: list[Value], group: dist.ProcessGroup) -> list[Value]:
-    """Return ``values`` of the first rank of ``group`` on all its ranks."""
-    if group.size() == 1:
-        return values
-    message = [values]
-    dist.broadcast_object_list(message, group=group, group_src=0)
-    return message[0]
 
 
 def broadcast_flag(flag: bool) -> bool:
@@ -48,31 +44,29 @@ def broadcast_flag(flag: bool) -> bool:
     return bool(value.item())
 
 
-def all_gather_object[Value](value: Value) -> list[Value]:
-    """Return every rank's ``value``, in the order of ranks, on all ranks."""
+def all_gather_json[Value](value: Value) -> list[Value]:
+    """Return every rank's JSON value, in the order of ranks, on all ranks.
+
+    Each rank receives the longest one from every rank: for messages that are rare, such as failures.
+    """
     if dist.get_world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def gather_dicts[Key, Value](local: dict[Key, Value], *, first_only: bool = False) -> dict[Key, Value]:
-    """Return the union of every rank's dictionary, whose keys must differ; ``first_only``: only on rank 0."""
-    size = dist.get_world_size()
-    if size == 1:
-        return local
-    parts: list[Any] = [{}] * size
-    if first_only:
-        dist.gather_object(local, parts if dist.get_rank() == 0 else None, dst=0)
-    else:
-        dist.all_gather_object(parts, local)
-    return {key: value for part in parts for key, value in part.items()}
+    data = _to_bytes(value)
+    padded = torch.zeros(max_over_ranks(len(data)), dtype=torch.uint8, device=device.device())
+    padded[: len(data)] = data
+    gathered = padded.new_empty(dist.get_world_size() * len(padded))
+    dist.all_gather_into_tensor(gathered, padded)
+    return [_from_bytes(row) for row in gathered.view(-1, len(padded))]
 
 
 def first_error(error: str | None) -> str | None:
-    """Return the error of the lowest rank that has one, on all ranks; None if no rank has."""
-    return next((message for message in all_gather_object(error) if message is not None), None)
+    """Return the error of the lowest rank that has one, on all ranks; None if no rank has.
+
+    Without an error one number is communicated.
+    """
+    if not any_rank(error is not None):
+        return None
+    return next((message for message in all_gather_json(error) if message is not None), None)
 
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
@@ -96,3 +90,25 @@ def is_same_on_all_ranks(value: int, group: dist.ProcessGroup | None = None) -> 
     extremes = torch.tensor([value, -value], device=device.device())
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     return extremes.tolist() == [value, -value]
+
+
+def _broadcast_json(value: Any) -> Any:
+    """Return rank 0's JSON value on all ranks."""
+    data = _to_bytes(value)
+    size = torch.tensor(len(data), device=device.device())
+    dist.broadcast(size, src=0)
+    buffer = (
+        data.to(device.device())
+        if dist.get_rank() == 0
+        else torch.empty(int(size), dtype=torch.uint8, device=device.device())
+    )
+    dist.broadcast(buffer, src=0)
+    return _from_bytes(buffer)
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(data: torch.Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes().rstrip(b"\0"))

@@ -1,9 +1,10 @@
 """The device of this rank and its capabilities, and a patch that runs Megatron-Core on a CPU when there is no GPU.
 
-``patch_megatron_for_cpu()`` runs once per process, before Megatron-Core is used. With CUDA it does nothing. Without, it
-makes Megatron-Core run on the CPU over gloo: Megatron asks ``torch.cuda`` for a device, streams and random state, and
-names ``"cuda"`` as a constant in its own functions. The patch answers the former with the CPU, and replaces the latter
-in the compiled constants of the few Megatron modules that have them, so no PyTorch call is intercepted or slowed down.
+``prepare()`` runs once per process, in ``initialize_distributed()``: no import may ask for a device, because that
+initialises CUDA, and no process forked afterwards can use it. Without CUDA it makes Megatron-Core run on the CPU over
+gloo: Megatron asks ``torch.cuda`` for a device, streams and random state, and names ``"cuda"`` as a constant in its own
+functions. The patch answers the former with the CPU, and replaces the latter in the compiled constants of the few
+Megatron modules that have them, so no PyTorch call is intercepted or slowed down.
 Code outside this module distinguishes the two cases only through ``device()`` and ``capabilities()``.
 """
 
@@ -13,10 +14,13 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import types
 from pathlib import Path
 
 import torch
+
+from megatron_s2d.errors import UserError
 
 # Modules of Megatron-Core whose functions name "cuda" or compare with 'torch.cuda.FloatTensor'.
 _MODULES_WITH_CUDA_CONSTANTS = (
@@ -48,31 +52,53 @@ class Capabilities:
     apex_gradient_accumulation: bool = False  # gradient accumulation fusion for Megatron's own layers
     compute_capability: tuple[int, int] = (0, 0)
     cuda_version: tuple[int, int] = (0, 0)  # version that torch was built for
+    transformer_engine_error: str = ""  # why an installed Transformer Engine does not import
 
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Probe once. An optional library that is installed but does not import counts as absent."""
+    """Probe once."""
     if not torch.cuda.is_available():
         return Capabilities(cuda=False, device_name="CPU", transformer_engine=False, apex=False)
     major, minor = torch.version.cuda.split(".")[:2]
+    engine_error = import_error("transformer_engine.pytorch")
     return Capabilities(
         cuda=True,
         device_name=torch.cuda.get_device_name(),
-        transformer_engine=_imports("transformer_engine.pytorch"),
-        apex=_imports("apex.optimizers") and _imports("amp_C"),
-        apex_gradient_accumulation=_imports("fused_weight_gradient_mlp_cuda"),
+        transformer_engine=engine_error is None,
+        apex=import_error("apex.optimizers") is None and import_error("amp_C") is None,
+        apex_gradient_accumulation=import_error("fused_weight_gradient_mlp_cuda") is None,
         compute_capability=torch.cuda.get_device_capability(),
         cuda_version=(int(major), int(minor)),
+        transformer_engine_error=engine_error or "",
     )
 
 
-def _imports(name: str) -> bool:
+def import_error(name: str) -> str | None:
+    """Return None if a module imports, "" if its package is not installed, else why it does not import."""
     try:
         importlib.import_module(name)
-    except (ImportError, OSError):  # absent, or built for another torch or CUDA
-        return False
-    return True
+    except Exception as error:  # a library built for another torch or CUDA fails in its own way
+        if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            return ""
+        return f"{type(error).__name__}: {' '.join(str(error).split()) or 'without a message'}"
+    return None
+
+
+def mend_transformer_engine() -> str:
+    """Return what to do where Transformer Engine is installed but does not import.
+
+    Its PyTorch part has to be of the same version as the rest; pip would take a build for another torch from its cache.
+    """
+    try:
+        version = f"=={importlib.metadata.version('transformer-engine')}"
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        version = ""
+    return (
+        "build it for this torch with NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --force-reinstall --no-deps "
+        f"--no-build-isolation --no-cache-dir transformer-engine-torch{version} (docs/gpu.md), or uninstall "
+        "transformer-engine"
+    )
 
 
 def device() -> torch.device:
@@ -92,10 +118,36 @@ def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return pinned_empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
 
 
+def copy_to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy from host memory, asynchronously in stream order; on a CPU return the tensor itself."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if capabilities().cuda else tensor
+
+
 def synchronize() -> None:
     """Wait for the device's queued work, so that the host can read memory that the device writes."""
     if capabilities().cuda:
         torch.cuda.current_stream().synchronize()
+
+
+def release_cached_memory() -> None:
+    """Return memory that PyTorch's allocator keeps but no tensor uses, so that other processes can have it."""
+    if capabilities().cuda:
+        torch.cuda.empty_cache()
+
+
+def total_memory() -> int:
+    """Return the bytes of this rank's GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def free_memory() -> int:
+    """Return the bytes of this rank's GPU that no process uses."""
+    return torch.cuda.mem_get_info()[0]
+
+
+def count() -> int:
+    """Return the number of GPUs that this process sees."""
+    return torch.cuda.device_count()
 
 
 def backend() -> str:
@@ -113,10 +165,39 @@ def peak_memory() -> int:
 
 
 @functools.cache
-def patch_megatron_for_cpu() -> None:
-    """Make Megatron-Core usable in this process; idempotent."""
+def prepare() -> None:
+    """Make this process ready for its device, once, before a process group or model is made.
+
+    With CUDA: cuDNN's attention is switched off. It is PyTorch's first choice on recent GPUs, but builds a plan for
+    every new shape, about half a second each, and shapes change with every micro-batch and every decoded token.
+    Without: Megatron-Core is patched. ``UserError`` if Transformer Engine is installed but does not import: a run that
+    went on without it would be slow, and nobody would know why.
+    """
+    if error := capabilities().transformer_engine_error:
+        raise UserError(f"transformer-engine is installed but does not import ({error}); {mend_transformer_engine()}")
     if capabilities().cuda:
-        return
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        _compute_gradient_norms_on_the_device()
+    else:
+        _patch_megatron_for_cpu()
+
+
+def _compute_gradient_norms_on_the_device() -> None:
+    """Replace Megatron's norm without Transformer Engine and apex, which reads one number for each parameter."""
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    # Defined only where neither of them imports.
+    if hasattr(clip_grads, "local_multi_tensor_l2_norm"):
+        clip_grads.l2_norm_impl = l2_norm
+
+
+def l2_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm of all tensors of the first list, [1] float32, with the interface of ``multi_tensor_l2norm``."""
+    return torch.stack(torch._foreach_norm(tensor_lists[0])).norm().float().reshape(1), None
+
+
+def _patch_megatron_for_cpu() -> None:
     _answer_torch_cuda_with_cpu()
     for name in _MODULES_WITH_CUDA_CONSTANTS:
         _replace_cuda_constants(importlib.import_module(name))

@@ -39,3 +39,13 @@ def child_environment(added: Mapping[str, str], path: Path | None = None) -> dic
         search_path = [str(path), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(search_path)
     return environment
+
+
+def use_nccl_like_sglang() -> None:
+    """Set what NCCL reads at its first call as SGLang does, so that both can be in one group; call it before that.
+
+    SGLang allocates NCCL's buffers without cuMem. A trainer that uses it, as by default, fails to map those of a server
+    on its machine ("invalid argument"). NVLS needs cuMem. A variable that the user has set stays.
+    """
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")

@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-
-from megatron_s2d.config.parallel import ParallelConfig
-from megatron_s2d.errors import UserError
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import all_gather_object
-from megatron_s2d.parallel.launcher_env import is_launched, local_rank
-
-device.patch_megatron_for_cpu()
-
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_s2d.config.parallel import DEFAULT_TIMEOUT_MINUTES, ParallelConfig
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.host_group import HostGroup
+from megatron_s2d.parallel.launcher_env import is_launched, local_rank
+
+# A rank may wait in a collective for others that wait for servers: longer than the watchdog's limit.
+_timeout_minutes = DEFAULT_TIMEOUT_MINUTES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class Layout:
     groups: ProcessGroupCollection
     # [dp_rank][cp_rank * tp_size + tp_rank] -> global rank on the last pipeline stage
     output_ranks: tuple[tuple[int, ...], ...]
+    host_dp: HostGroup  # on the host: one rank of every data-parallel replica
+    host_replica: HostGroup  # on the host: all ranks of this data-parallel rank's replica
     _globals: dict[str, object] = dataclasses.field(repr=False)
     _created: tuple[dist.ProcessGroup, ...] = dataclasses.field(repr=False)  # every process group of this rank
 
@@ -57,6 +59,11 @@ class Layout:
     @property
     def pp_size(self) -> int:
         return self.config.pipeline_model_parallel_size
+
+    @property
+    def vp_size(self) -> int:
+        """Number of model chunks on each rank (virtual pipeline stages)."""
+        return self.config.virtual_pipeline_model_parallel_size
 
     @property
     def cp_rank(self) -> int:
@@ -94,6 +101,16 @@ class Layout:
         """Whether this rank reports for its data-parallel rank: an output rank, the first of its CP group."""
         return self.is_output_rank and self.cp_rank == 0
 
+    @property
+    def is_replica_root(self) -> bool:
+        """Whether this rank is the first of its data-parallel rank's replica."""
+        return self.host_replica.rank == 0
+
+    @property
+    def leader_in_replica(self) -> int:
+        """Rank, in ``host_replica``, of the replica's data-parallel leader."""
+        return (self.pp_size - 1) * self.cp_size * self.tp_size
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Install this layout's groups as Megatron's global groups within the block."""
@@ -114,15 +131,22 @@ class Layout:
 
 
 def initialize_distributed(
-    *, rank: int | None = None, world_size: int = 1, rendezvous: Path | None = None, timeout_minutes: float = 30.0
+    *,
+    rank: int | None = None,
+    world_size: int = 1,
+    rendezvous: Path | None = None,
+    timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
 ) -> None:
-    """Initialise the default process group; no-op if it exists.
+    """Initialise the default process group; no-op if it exists. One collective of any group may last timeout_minutes.
 
     With ``rank``: one of ``world_size`` processes on this machine, with the file ``rendezvous`` as their store.
     Without: from the launcher's variables (torchrun, srun), or as a single process.
     """
+    device.prepare()
     if dist.is_initialized():
         return
+    global _timeout_minutes
+    _timeout_minutes = timeout_minutes
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.capabilities().cuda:
         torch.cuda.set_device(local_rank() if rank is None else rank)
@@ -150,21 +174,27 @@ def build_layout(config: ParallelConfig) -> Layout:
             f"context {config.context_parallel_size} x data {config.data_parallel_size} needs {config.world_size} "
             f"ranks, but the job has {world_size}: change the parallel sizes or the number of processes"
         )
+    virtual = config.virtual_pipeline_model_parallel_size
     before = _snapshot_parallel_state()
     groups_before = set(_process_groups())
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         # An expert is narrow (768 in Qwen3-30B-A3B): it is not split, and tensor ranks divide the experts instead.
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=_timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    _check_rank_order(config, groups)
+    host_dp = HostGroup(parallel_state.get_data_parallel_group_gloo() if config.data_parallel_size > 1 else None)
+    host_replica = _host_replica(config, groups.dp.rank())
     created = tuple(group for group in _process_groups() if group not in groups_before)
-    layout = Layout(config, groups, _output_ranks(config, groups), _snapshot_parallel_state(), created)
+    layout = Layout(config, groups, _output_ranks(config), host_dp, host_replica, _snapshot_parallel_state(), created)
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
@@ -174,18 +204,52 @@ def build_layout(config: ParallelConfig) -> Layout:
     return layout
 
 
-def _output_ranks(config: ParallelConfig, groups: ProcessGroupCollection) -> tuple[tuple[int, ...], ...]:
-    coordinates = all_gather_object((groups.pp.rank(), groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
-    rank_at = {coordinate: rank for rank, coordinate in enumerate(coordinates)}
+def global_rank(config: ParallelConfig, *, tp: int, cp: int, dp: int, pp: int) -> int:
+    """Return the rank at the coordinates, in Megatron's order: tensor, context, data, pipeline."""
+    tp_size, cp_size = config.tensor_model_parallel_size, config.context_parallel_size
+    return tp + tp_size * (cp + cp_size * (dp + config.data_parallel_size * pp))
+
+
+def _check_rank_order(config: ParallelConfig, groups: ProcessGroupCollection) -> None:
+    coordinates = {name: getattr(groups, name).rank() for name in ("tp", "cp", "dp", "pp")}
+    if global_rank(config, **coordinates) != dist.get_rank():
+        raise RuntimeError(f"Megatron-Core orders ranks otherwise: rank {dist.get_rank()} is at {coordinates}")
+
+
+def _output_ranks(config: ParallelConfig) -> tuple[tuple[int, ...], ...]:
     last = config.pipeline_model_parallel_size - 1
     return tuple(
         tuple(
-            rank_at[last, dp_rank, cp_rank, tp_rank]
-            for cp_rank in range(config.context_parallel_size)
-            for tp_rank in range(config.tensor_model_parallel_size)
+            global_rank(config, tp=tp, cp=cp, dp=dp, pp=last)
+            for cp in range(config.context_parallel_size)
+            for tp in range(config.tensor_model_parallel_size)
         )
-        for dp_rank in range(config.data_parallel_size)
+        for dp in range(config.data_parallel_size)
     )
+
+
+def _replica_ranks(config: ParallelConfig, dp_rank: int) -> list[int]:
+    return [
+        global_rank(config, tp=tp, cp=cp, dp=dp_rank, pp=pp)
+        for pp in range(config.pipeline_model_parallel_size)
+        for cp in range(config.context_parallel_size)
+        for tp in range(config.tensor_model_parallel_size)
+    ]
+
+
+def _host_replica(config: ParallelConfig, dp_rank: int) -> HostGroup:
+    """Create the group of every replica and return this rank's; collective, as Megatron's own groups are.
+
+    With ``use_local_synchronization`` a rank would create its own group only, but PyTorch then names a group after its
+    ranks and the number of groups that a rank is in: ranks of a pipeline differ in it, and a second layout of the same
+    ranks would find the addresses of the first. Both wait forever.
+    """
+    if len(_replica_ranks(config, dp_rank)) == 1:
+        return HostGroup()
+    timeout = datetime.timedelta(minutes=_timeout_minutes)
+    ranks = [_replica_ranks(config, dp) for dp in range(config.data_parallel_size)]
+    groups = [dist.new_group(of_replica, timeout=timeout, backend="gloo") for of_replica in ranks]
+    return HostGroup(groups[dp_rank])
 
 
 def seed_everything(seed: int) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megatron_s2d.artifacts import files
 from megatron_s2d.errors import UserError
 
 MANIFEST_NAME = "integrity.json"
@@ -22,25 +22,23 @@ def check_manifest(directory: Path) -> dict[str, str]:
     converted checkpoint, are not part of the checkpoint.
     """
     manifest = read_json_object(directory, MANIFEST_NAME)
-    files = manifest.get("files")
-    if manifest.get("algorithm") != "sha256" or not isinstance(files, dict) or ".metadata" not in files:
+    digests = manifest.get("files")
+    if manifest.get("algorithm") != "sha256" or not isinstance(digests, dict) or ".metadata" not in digests:
         raise DamagedCheckpoint(f"{directory}/{MANIFEST_NAME}: damaged; write the checkpoint again")
     names = {path.name for path in directory.iterdir() if path.is_file()}
-    if missing := sorted(set(files) - names):
+    names = {name for name in names if not name.startswith(files.NFS_PREFIX)}
+    if missing := sorted(set(digests) - names):
         raise DamagedCheckpoint(f"{directory}: {missing[0]} is missing; write or fetch the checkpoint again")
-    if unlisted := sorted(names - set(files) - {MANIFEST_NAME}):
+    if unlisted := sorted(names - set(digests) - {MANIFEST_NAME}):
         raise DamagedCheckpoint(f"{directory}/{MANIFEST_NAME} does not list {unlisted[0]}; write the checkpoint again")
-    return files
+    return digests
 
 
 def read_json_object(directory: Path, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of a checkpoint; raise ``DamagedCheckpoint`` for anything else."""
+    if not (directory / name).exists():
+        raise DamagedCheckpoint(f"{directory}: not a checkpoint (no {name})")
     try:
-        content = json.loads((directory / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{directory}: not a checkpoint (no {name})") from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{directory}/{name}: damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{directory}/{name}: damaged (a {type(content).__name__}, not an object)")
-    return content
+        return files.read_json_object(directory / name)
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from None

@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.layout import Layout
-
-device.patch_megatron_for_cpu()
-
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
+from torch.utils.weak import WeakTensorKeyDictionary
 
-# (model, micro-batch) -> (output, loss function); on the last pipeline stage the loss function returns
-# (loss scaled by C_global, unpadded tokens, result to collect).
-ForwardStep = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]]
+from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.pinned import pinned_like
+from megatron_s2d.parallel.schedule import ForwardStep, HiddenShape, run_schedule
 
 
 class TrainableModel:
@@ -53,26 +47,46 @@ class TrainableModel:
         self.layout = layout
         self.model_config = get_model_config(chunks[0])
         fp8_parameters = bool(self.model_config.fp8_param)
+        overlaps = layout.config.overlaps(on_gpu=device.capabilities().cuda)
+        self._overlap_grad_reduce, self._overlap_param_gather = overlaps
         with layout.active():
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=False,
+                overlap_grad_reduce=self._overlap_grad_reduce,
+                overlap_param_gather=self._overlap_param_gather,
+                # All gathers start right after the update (_start_param_sync), not one by one in the forward pass.
+                align_param_gather=self._overlap_param_gather,
                 fp8_param_gather=fp8_parameters,
             )
             self.chunks = [
-                DistributedDataParallel(self.model_config, ddp_config, chunk, pg_collection=layout.groups)
-                for chunk in chunks
+                DistributedDataParallel(
+                    self.model_config,
+                    ddp_config,
+                    chunk,
+                    # Only the gradients of the first chunk are ready at the very end of the backward pass.
+                    disable_bucketing=index > 0,
+                    pg_collection=layout.groups,
+                )
+                for index, chunk in enumerate(chunks)
             ]
+            if self._overlap_param_gather:
+                for chunk in self.chunks:
+                    chunk.disable_forward_pre_hook(param_sync=False)  # on in forward_backward only
+            if self._overlap_grad_reduce:
+                no_sync = [chunk.no_sync for chunk in self.chunks]
+                self.model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self.model_config.finalize_model_grads_func = finalize_model_grads
             for chunk in chunks:
                 enable_gradient_accumulation_fusion(chunk)
             recipe = self.model_config.fp8_recipe if fp8_parameters else None
             self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0], recipe), self.chunks)
+            _gather_weights_once(self.optimizer)
             self.model_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            init_lr=0.0,
+            # The first update is a step of the warm-up, too: from 0 it would spend a batch and change nothing.
+            init_lr=optimizer.lr / (optimizer.warmup_steps + 1),
             max_lr=optimizer.lr,
             min_lr=optimizer.min_lr if optimizer.lr_schedule != "constant" else 0.0,
             lr_warmup_steps=optimizer.warmup_steps,
@@ -97,8 +111,16 @@ class TrainableModel:
         yield
         self._offloader.offload()
 
-    def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any]) -> list[Any]:
-        """Accumulate the gradients of ``micro_batches``; return results (empty before the last pipeline stage)."""
+    def forward_backward(
+        self,
+        forward_step: ForwardStep,
+        micro_batches: Sequence[Any],
+        shapes: Sequence[HiddenShape] | None = None,
+    ) -> list[Any]:
+        """Accumulate the gradients of ``micro_batches``; return results (empty before the last pipeline stage).
+
+        shapes: see ``schedule.run_schedule``.
+        """
         with self.layout.active():
             if self._offloader is not None:
                 self._offloader.reload_gradients()
@@ -106,14 +128,55 @@ class TrainableModel:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            return _run_schedule(self.chunks, forward_step, micro_batches, forward_only=False)
+            with self._modules_wait_for_weights():
+                return run_schedule(
+                    self.chunks, self.layout, forward_step, micro_batches, forward_only=False, shapes=shapes
+                )
 
     def optim_step(self) -> float:
         """Update the weights; return the global gradient norm before clipping (NaN or inf: no weight has changed)."""
         with self.layout.active(), self.optimizer_loaded():
             successful, norm, _ = self.optimizer.step()
+            self._start_param_sync()
         self.scheduler.step(increment=1)
         return float(norm) if successful and norm is not None else math.nan
+
+    def _bucket_groups(self) -> Iterator[Any]:
+        """Yield Megatron's bucket groups, those that a forward pass needs first in front."""
+        for chunk in self.chunks:
+            yield from reversed(chunk.bucket_groups)
+            yield from reversed(chunk.expert_parallel_bucket_groups)
+
+    def _start_param_sync(self) -> None:
+        """Start to gather the updated weights; without overlap the optimizer's step has done it."""
+        if self._overlap_param_gather:
+            for group in self._bucket_groups():
+                group.start_param_sync()
+
+    def finish_param_sync(self) -> None:
+        """Wait until all weights of the last update have arrived: before anything but ``forward_backward`` reads them.
+
+        All gathers have started, in the same order on every rank, so a rank may wait without the others.
+        """
+        if self._overlap_param_gather:
+            for group in self._bucket_groups():
+                if group.param_gather_handle is not None:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    @contextlib.contextmanager
+    def _modules_wait_for_weights(self) -> Iterator[None]:
+        """Let each module wait for its own weights only, inside the block; afterwards all have arrived."""
+        if not self._overlap_param_gather:
+            yield
+            return
+        for chunk in self.chunks:
+            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=False)
+        self.finish_param_sync()
 
     @property
     def learning_rate(self) -> float:
@@ -124,6 +187,16 @@ class TrainableModel:
         """Set the learning-rate schedule to its state after ``step`` updates."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
+
+
+def _gather_weights_once(optimizer: Any) -> None:
+    """Leave the gathering of weights to the last of chained optimizers, when all have stepped.
+
+    Megatron has one optimizer for dense and one for expert parameters, and each gathers all weights of the model.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [])
+    for item in [item for item in chained if not getattr(item, "is_stub_optimizer", False)][:-1]:
+        item._defer_param_sync = True
 
 
 class OptimizerOffloader:
@@ -139,13 +212,11 @@ class OptimizerOffloader:
 
     def offload(self) -> None:
         """Move masters and optimizer state to the host, and free the gradient buffers."""
-        for tensor in self._state():
-            if tensor not in self._host_copies:
-                self._host_copies[tensor] = torch.empty_like(
-                    tensor, device="cpu", pin_memory=device.capabilities().cuda
-                )
+        self._offloaded += self._state()
+        new = [tensor for tensor in self._offloaded if tensor not in self._host_copies]
+        self._host_copies.update(zip(new, pinned_like(new), strict=True))
+        for tensor in self._offloaded:
             self._host_copies[tensor].copy_(tensor, non_blocking=True)
-            self._offloaded.append(tensor)
         torch.cuda.synchronize()
         for tensor in self._offloaded:
             tensor.untyped_storage().resize_(0)
@@ -190,35 +261,20 @@ def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
 
 
 def forward_only(
-    chunks: list[torch.nn.Module], layout: Layout, forward_step: ForwardStep, micro_batches: Sequence[Any]
+    chunks: list[torch.nn.Module],
+    layout: Layout,
+    forward_step: ForwardStep,
+    micro_batches: Sequence[Any],
+    shapes: Sequence[HiddenShape] | None = None,
 ) -> list[Any]:
-    """Run ``micro_batches`` without gradients; return their results (empty before the last pipeline stage)."""
+    """Run ``micro_batches`` without gradients; return their results (empty before the last pipeline stage).
+
+    shapes: see ``schedule.run_schedule``.
+    """
     with layout.active(), torch.no_grad():
         for chunk in chunks:
             chunk.eval()
-        return _run_schedule(chunks, forward_step, micro_batches, forward_only=True)
-
-
-def _run_schedule(
-    chunks: list[torch.nn.Module], forward_step: ForwardStep, micro_batches: Sequence[Any], *, forward_only: bool
-) -> list[Any]:
-    if not micro_batches:
-        return []
-
-    def step(iterator, model):
-        return forward_step(model, next(iterator))
-
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=chunks,
-        num_microbatches=len(micro_batches),
-        # Pipeline ranks send the actual shapes (variable_seq_lengths); these two only have to be positive.
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+        return run_schedule(chunks, layout, forward_step, micro_batches, forward_only=True, shapes=shapes)
 
 
 def _megatron_optimizer(

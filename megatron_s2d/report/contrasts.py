@@ -38,10 +38,11 @@ def arm_of(config: WorkflowConfig, name: str) -> list[dict[str, Any]]:
         settings = dump(stage)
         for relation, other in stage.inputs().items():
             field, _, key = relation.partition(".")  # "teacher.math" is a key of the mapping, "tuned.0" of the list
+            owner = settings if field in settings else settings["teacher_advantage"]
             if key:
-                settings[field][int(key) if key.isdigit() else key] = config.stages[other].role
+                owner[field][int(key) if key.isdigit() else key] = config.stages[other].role
             else:
-                settings[field] = config.stages[other].role
+                owner[field] = config.stages[other].role
         arm.append(settings)
     return arm
 

@@ -5,6 +5,7 @@ Only recorded metrics are drawn. No torch, no display.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ _POSITIONS = {
 }
 _GAPS = "mismatch/hist/"  # shares of tokens by |log pi_trainer - log pi_engine|, named by the least of each bin
 _LEAST_GAP = 3e-8  # left end of the logarithmic axis, where smaller values are shown
-_LINES = {
+Lines = Mapping[str, tuple[str, str]]  # metric -> its color and label
+_LINES: dict[str, Lines] = {
+    "KL of first and end tokens": {"kl/end_token": (ORANGE, "end"), "kl/first_token": (BLUE, "first")},
     "gap between trainer and engine, nats": {
         "mismatch/log_prob_abs_diff_max": (ORANGE, "max"),
         "mismatch/log_prob_abs_diff_mean": (BLUE, "mean"),
@@ -53,11 +56,27 @@ _LINES = {
         "zero_variance_fraction": (BLUE, "groups without a signal"),
     },
 }
+_BY_DOMAIN = {"kl": "KL by domain", "response_length": "length by domain", "reward": "reward by domain"}
+
+
+def _lines_of(rows: Rows) -> dict[str, Lines]:
+    """Return the panels of lines, with those of the domains that the rows have."""
+    parts = {tuple(key.split("/", 2)[1:]) for row in rows for key in row if key.startswith("domain/")}
+    colors = itertools.cycle((BLUE, ORANGE, GREEN, GREY))
+    color_of = {domain: next(colors) for domain in sorted({domain for domain, _ in parts})}
+    by_domain: dict[str, Lines] = {
+        title: {
+            f"domain/{domain}/{metric}": (color_of[domain], domain) for domain, name in sorted(parts) if name == metric
+        }
+        for metric, title in _BY_DOMAIN.items()
+    }
+    return _LINES | by_domain
 
 
 def plot_diagnostics(rows: Rows) -> bytes | None:
     """Return a figure of the panels with data as PNG; None without any data."""
-    panels = [name for name, lines in _LINES.items() if any(_varies(rows, key) for key in lines)]
+    lines_of = _lines_of(rows)
+    panels = [name for name, lines in lines_of.items() if any(_varies(rows, key) for key in lines)]
     positions = {prefix: firsts for prefix in _POSITIONS if (firsts := _positions(rows, prefix))}
     has_gaps = any(key.startswith(_GAPS) for row in rows for key in row)
     count = len(panels) + len(positions) + has_gaps
@@ -67,7 +86,7 @@ def plot_diagnostics(rows: Rows) -> bytes | None:
     height = ceil_div(count, columns)
     figure = Figure(figsize=(2.9 * columns, 2.0 * height), layout="constrained")
     for index, name in enumerate(panels, 1):
-        _draw_lines(figure.add_subplot(height, columns, index), rows, name)
+        _draw_lines(figure.add_subplot(height, columns, index), rows, name, lines_of[name])
     for index, prefix in enumerate(positions, len(panels) + 1):
         _draw_positions(figure.add_subplot(height, columns, index), rows, prefix, positions[prefix])
     if has_gaps:
@@ -85,8 +104,8 @@ def _varies(rows: Rows, key: str) -> bool:
     return len(values) > 1 and max(values) - min(values) > 1e-6
 
 
-def _draw_lines(axes: Axes, rows: Rows, title: str) -> None:
-    for key, (color, label) in _LINES[title].items():
+def _draw_lines(axes: Axes, rows: Rows, title: str, lines: Lines) -> None:
+    for key, (color, label) in lines.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2, label=label)

@@ -8,8 +8,8 @@ Shapes: n problems, k samples of each problem.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.artifacts.files import read_jsonl
+from megatron_s2d.artifacts.shapes import EvaluationRow, checked
 from megatron_s2d.errors import UserError
 from megatron_s2d.report.statistics import (
     Estimate,
@@ -35,8 +36,10 @@ class Evaluation:
     problem_ids: tuple[str, ...]  # n
     domains: tuple[str, ...]  # n
     rewards: np.ndarray  # [n, k] float64
+    correct: np.ndarray  # [n, k] float64: 1 for a correct response, else 0; a reward where the file does not say
     response_lengths: np.ndarray  # [n, k] float64, tokens
     finish_reasons: tuple[tuple[str, ...], ...]  # n times k
+    verifier_labels: tuple[tuple[str, ...], ...] = ()  # n times k verdicts; empty if the file has none
 
     @property
     def k(self) -> int:
@@ -64,6 +67,12 @@ class Evaluation:
         reasons = [reason for row in self.finish_reasons for reason in row]
         return sum(reason == "length" for reason in reasons) / len(reasons)
 
+    @property
+    def verdict_shares(self) -> dict[str, float]:
+        """Verdict -> its share of all samples, the most frequent one first; empty if the file has none."""
+        counts = collections.Counter(label for row in self.verifier_labels for label in row)
+        return {label: count / counts.total() for label, count in counts.most_common()}
+
     def of_domain(self, domain: str) -> Evaluation:
         """Return the problems of one domain."""
         return self._rows([index for index, name in enumerate(self.domains) if name == domain], domain)
@@ -79,8 +88,10 @@ class Evaluation:
             tuple(self.problem_ids[row] for row in rows),
             tuple(self.domains[row] for row in rows),
             self.rewards[list(rows)],
+            self.correct[list(rows)],
             self.response_lengths[list(rows)],
             tuple(self.finish_reasons[row] for row in rows),
+            tuple(self.verifier_labels[row] for row in rows) if self.verifier_labels else (),
         )
 
 
@@ -95,9 +106,9 @@ def evaluation_from_rows(rows: Sequence[Mapping[str, Any]], source: str) -> Eval
     if not rows:
         raise UserError(f"{source}: no evaluated problem; run the evaluation first")
     seen: set[str] = set()
-    sizes: dict[Any, int] = {}  # by domain
+    sizes: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        _check_row(row, f"{source}:{number}", sizes.setdefault(row.get("domain"), len(row.get("rewards", ()))))
+        _check_row(row, f"{source}:{number}", sizes)
         if row["problem_id"] in seen:
             raise UserError(f"{source}:{number}: problem '{row['problem_id']}' comes twice; evaluate it once")
         seen.add(row["problem_id"])
@@ -106,8 +117,10 @@ def evaluation_from_rows(rows: Sequence[Mapping[str, Any]], source: str) -> Eval
         tuple(row["problem_id"] for row in rows),
         tuple(row["domain"] for row in rows),
         _pad_with_nan([row["rewards"] for row in rows]),
+        _pad_with_nan([row["rewards"] if row.get("correct") is None else row["correct"] for row in rows]),
         _pad_with_nan([row["response_lengths"] for row in rows]),
         tuple(tuple(row["finish_reasons"]) for row in rows),
+        tuple(tuple(row["verifier_labels"]) for row in rows) if all(row.get("verifier_labels") for row in rows) else (),
     )
 
 
@@ -118,16 +131,17 @@ def _pad_with_nan(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return padded
 
 
-def _check_row(row: Mapping[str, Any], location: str, k: int) -> None:
-    for name in ("problem_id", "domain", "rewards", "response_lengths", "finish_reasons"):
-        if name not in row:
-            raise UserError(f"{location}: no '{name}'; this is not a file of evaluation rows")
-    lists = {name: row[name] for name in ("rewards", "response_lengths", "finish_reasons")}
-    for name, values in lists.items():
-        if not isinstance(values, list) or not values or len(values) != k:
+def _check_row(row: Mapping[str, Any], location: str, sizes: dict[str, int]) -> None:
+    """sizes: domain -> samples of its first problem; a row of another domain is added."""
+    missing = [name for name, field in EvaluationRow.model_fields.items() if field.is_required() and name not in row]
+    if missing:
+        raise UserError(f"{location}: no '{missing[0]}'; this is not a file of evaluation rows")
+    checked(row, EvaluationRow, location)
+    k = sizes.setdefault(row["domain"], len(row["rewards"]))
+    optional = [name for name in ("correct", "verifier_labels") if row.get(name) is not None]
+    for name in ("rewards", "response_lengths", "finish_reasons", *optional):
+        if not row[name] or len(row[name]) != k:
             raise UserError(f"{location}: '{name}' must list one entry for each of the {k or 'k > 0'} samples")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in row["rewards"]):
-        raise UserError(f"{location}: rewards must be finite numbers")
 
 
 def avg_at_k(evaluation: Evaluation) -> Estimate:
@@ -135,17 +149,27 @@ def avg_at_k(evaluation: Evaluation) -> Estimate:
     return mean_over_problems(evaluation.means)
 
 
+def pass_rate(evaluation: Evaluation) -> Estimate:
+    """Return the mean over problems of the share of their k samples that are correct, with its standard error."""
+    return mean_over_problems(np.nanmean(evaluation.correct, axis=1))
+
+
+def mean_length(evaluation: Evaluation) -> Estimate:
+    """Return the mean over problems of the mean length of their k responses, in tokens, with its standard error."""
+    return mean_over_problems(np.nanmean(evaluation.response_lengths, axis=1))
+
+
 def pass_at_k(evaluation: Evaluation, ks: Iterable[int] | None = None) -> dict[int, Estimate]:
     """Return the unbiased pass@k for every k of ``ks``.
 
-    ``ks`` defaults to the powers of two up to the fewest samples of a problem, and that number. Rewards must be 0 or 1;
-    a k above that number is a ``UserError``.
+    ``ks`` defaults to the powers of two up to the fewest samples of a problem, and that number. Rewards must be 0 or 1
+    where the file does not say which responses are correct; a k above that number is a ``UserError``.
     """
     fewest = evaluation.k
     ks = sorted({2**power for power in range(fewest.bit_length())} | {fewest}) if ks is None else list(ks)
-    if not np.isin(evaluation.rewards[~np.isnan(evaluation.rewards)], (0.0, 1.0)).all():
+    if not np.isin(evaluation.correct[~np.isnan(evaluation.correct)], (0.0, 1.0)).all():
         raise UserError(f"{evaluation.source}: pass@k needs rewards of 0 and 1; these have other values")
-    num_correct = np.nansum(evaluation.rewards, axis=1).astype(int)
+    num_correct = np.nansum(evaluation.correct, axis=1).astype(int)
     estimates = {}
     for k in ks:
         if not 1 <= k <= fewest:

@@ -19,6 +19,7 @@ import jinja2
 from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.plots import DPI
 from megatron_s2d.report.results import ArmResult, RolloutExample, RunResults, StageRun
+from megatron_s2d.report.statistics import EXACT_PROBLEMS, SIGNIFICANCE
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_SHOWN_CHARACTERS = 4000
@@ -48,13 +49,27 @@ def shown_pass_ks(results: RunResults) -> list[int]:
 
 
 def contrast_summary(results: RunResults) -> str:
-    """Return one sentence on how many contrasts agree with the paper."""
+    """Return one sentence on how many contrasts agree with the paper, or with what the user expected."""
     counts = Counter(contrast.agreement for contrast in results.contrasts)
-    parts = [f"{counts[key]} {text}" for key, text in _COUNTED.items() if counts[key]]
+    by_paper = any(contrast.by_paper for contrast in results.contrasts)
+    words = _COUNTED | ({} if by_paper else {"agrees": "as you expected", "against": "against your expectation"})
+    parts = [f"{counts[key]} {text}" for key, text in words.items() if counts[key]]
     if results.refused:
         parts.append(f"{len(results.refused)} refused")
     total = len(results.contrasts) + len(results.refused)
     return f"{total} contrast{'s' * (total != 1)}: {', '.join(parts)}." if parts else "No contrast was asked for."
+
+
+def interval_note(results: RunResults) -> str:
+    """Return how the intervals of the contrasts were made, and how many problems a difference of 5 points needs."""
+    comparisons = [contrast.comparison for contrast in results.contrasts]
+    exact = all(item.num_problems <= EXACT_PROBLEMS for item in comparisons)
+    how = "invert the exact sign-flip test" if exact else "are bootstrapped over problems"
+    needed = [number for item in comparisons if (number := item.problems_needed()) is not None]
+    size = f" A difference of 5 points needs about {max(needed):,} problems (power 80 %)." if needed else ""
+    return (
+        f"The intervals {how}; a difference counts if p is at most {SIGNIFICANCE} and the interval leaves out 0.{size}"
+    )
 
 
 _COUNTED = {
@@ -83,6 +98,7 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         pass_ks=shown_pass_ks(results) if results.arms else [],
         domains=_domains(results.arms),
         summary=contrast_summary(results),
+        interval_note=interval_note(results),
         stages=[_stage_row(stage) for stage in results.stages],
         words={"agrees": "as expected", "undecided": "undecided", "against": "against", "no expectation": "open"},
     )

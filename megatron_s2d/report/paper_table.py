@@ -1,8 +1,8 @@
 """A paper's table with this run's measurements beside its figures, and whether the order of rows agrees.
 
 Two rows of a column count as ordered only if their difference, paired by problem, exceeds 1.96 standard errors; an
-average of columns treats the columns' problems as independent. Columns of pass@k are shown but not ordered. No torch
-here.
+average of columns treats the columns' problems as independent. Columns of pass@k and of lengths are shown but not
+ordered. No torch here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_s2d.config.table import TableColumn, TableConfig, TableRow
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.formatting import percent
-from megatron_s2d.report.evaluation import Evaluation, avg_at_k, pass_at_k
+from megatron_s2d.formatting import percent, tokens
+from megatron_s2d.report.evaluation import Evaluation, avg_at_k, mean_length, pass_at_k
 
 _Z = 1.96
 
@@ -89,20 +89,21 @@ class _Parts:
     problems: Mapping[str, Sequence[str]]
 
     def cell(self, row: TableRow, column: TableColumn) -> str:
-        """``83.2 ± 1.5`` in per cent; a dash where the row has no arm in this column."""
+        """``83.2 ± 1.5``, in per cent or tokens; a dash where the row has no arm in this column."""
         parts = self._columns(column)
         evaluations = [self._evaluation(row, part) for part in parts]
         if any(evaluation is None for evaluation in evaluations):
             return "–"
         if column.metric == "pass":
             estimates = [pass_at_k(evaluation, [evaluation.k])[evaluation.k] for evaluation in evaluations]
+        elif column.metric == "length":
+            estimates = [mean_length(evaluation) for evaluation in evaluations]
         else:
             estimates = [avg_at_k(evaluation) for evaluation in evaluations]
         mean = sum(estimate.mean for estimate in estimates) / len(estimates)
         errors = [estimate.std_err for estimate in estimates]
-        if any(error is None for error in errors):
-            return percent(mean)
-        return percent(mean, math.hypot(*errors) / len(errors))
+        error = None if any(error is None for error in errors) else math.hypot(*errors) / len(errors)
+        return tokens(mean, error) if column.metric == "length" else percent(mean, error)
 
     def agreement(self, column: TableColumn) -> Agreement:
         """All pairs of rows that differ in the paper's column and were measured."""

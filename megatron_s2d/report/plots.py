@@ -24,9 +24,9 @@ BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8a8f98", "#1
 _COLOR_OF = {"agrees": GREEN, "undecided": GREY, "against": ORANGE, "no expectation": BLUE}
 _MARKER_OF = {"agrees": "o", "undecided": "s", "against": "X", "no expectation": "D"}
 _LABEL_OF = {
-    "agrees": "as the paper found",
+    "agrees": "as expected",
     "undecided": "interval covers 0",
-    "against": "against the paper",
+    "against": "against the expectation",
     "no expectation": "no expectation",
 }
 

@@ -16,9 +16,12 @@ from rich.text import Text
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.diagnostics import plot_diagnostics
-from megatron_s2d.report.html_page import contrast_summary, render_html, shown_pass_ks, visible
+from megatron_s2d.report.html_page import contrast_summary, interval_note, render_html, shown_pass_ks, visible
 from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage
-from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults
+from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults, shares_text
+
+# More rows than these are higher than an image can be, and figures of 10,000 stages would take hours.
+_DRAWN_ARMS, _DRAWN_STAGES = 200, 100
 
 
 def write_report(run_dir: Path, results: RunResults) -> Path:
@@ -39,13 +42,17 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
 
 
 def make_plots(results: RunResults) -> dict[str, bytes]:
-    """Return PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, if they have data."""
+    """Return PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, if they have data.
+
+    Of very many arms, contrasts and stages the first ones are drawn; the tables have all of them.
+    """
     plots = {}
     if results.arms:
-        plots["arms"] = plot_arms(results.arms, results.also_evaluated)
+        others = max(0, _DRAWN_ARMS - len(results.arms))
+        plots["arms"] = plot_arms(results.arms[:_DRAWN_ARMS], results.also_evaluated[:others])
     if results.contrasts:
-        plots["contrasts"] = plot_contrasts(results.contrasts)
-    for stage in results.stages:
+        plots["contrasts"] = plot_contrasts(results.contrasts[:_DRAWN_ARMS])
+    for stage in results.stages[:_DRAWN_STAGES]:
         png = plot_stage(stage.directory.metrics())
         if png is not None:
             plots[f"stage/{stage.name}"] = png
@@ -66,6 +73,7 @@ def print_report(results: RunResults, console: Console) -> None:
     if results.contrasts:
         header, rows = _contrast_table(results)
         console.print(_rich_table("Contrasts (percentage points)", header, rows))
+        console.print(Text(interval_note(results)))
     for contrast in results.refused:
         console.print(Text(f"refused: {contrast.a} - {contrast.b}: {contrast.reason}", style="yellow"))
     for warning in results.warnings:
@@ -89,7 +97,7 @@ def render_markdown(results: RunResults) -> str:
         lines += [f"{_cell(agreement.sentence)}\n" for agreement in results.table.agreements]
     if results.contrasts:
         lines += _markdown_table(*_contrast_table(results))
-        lines += ["", "Paired on the same problems; the intervals are bootstrapped over problems.", ""]
+        lines += ["", f"Paired on the same problems. {interval_note(results)}", ""]
     if results.refused:
         rows = [[f"{item.a} − {item.b}", item.factor, item.reason] for item in results.refused]
         lines += [*_markdown_table(["Refused contrast", "Factor", "Why"], rows), ""]
@@ -107,9 +115,12 @@ def _arm_table(results: RunResults) -> tuple[list[str], list[list[str]]]:
             *passes,
             f"{arm.response_length:.1f}",
             f"{arm.avg.num_problems} × {arm.k}",
+            *([shares_text(arm.verdicts)] if has_verdicts else []),
         ]
 
+    has_verdicts = any(arm.verdicts for arm in (*results.arms, *results.also_evaluated))
     header = ["Arm", "avg@k, %", *(f"pass@{k}, %" for k in pass_ks), "Tokens", "Problems × k"]
+    header += ["Verdicts of the samples"] if has_verdicts else []
     rows = [row(arm, arm.name) for arm in results.arms]
     return header, rows + [row(arm, f"({arm.name})") for arm in results.also_evaluated]
 

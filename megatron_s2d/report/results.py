@@ -30,6 +30,7 @@ class ArmResult:
     response_length: float  # mean over all samples, tokens
     truncated_fraction: float  # samples that reached the length limit
     domains: Mapping[str, Estimate]  # avg@k by domain; empty for a single domain
+    verdicts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # verdict -> share of the samples
 
     @classmethod
     def from_evaluation(cls, name: str, stage: str, evaluation: Evaluation) -> ArmResult:
@@ -44,6 +45,7 @@ class ArmResult:
             response_length=float(np.nanmean(evaluation.response_lengths)),
             truncated_fraction=evaluation.truncated_fraction,
             domains={domain: avg_at_k(evaluation.of_domain(domain)) for domain in domains} if len(domains) > 1 else {},
+            verdicts=evaluation.verdict_shares,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -62,15 +64,16 @@ class ArmResult:
                 for name, part in self.domains.items()
             },
             "stage": self.stage,
-        }
+        } | ({"verdicts": dict(self.verdicts)} if self.verdicts else {})
+
+
+def shares_text(verdicts: Mapping[str, float]) -> str:
+    """Return ``correct 61.2 %, truncated 30.0 %, no_answer 8.8 %``; a dash without verdicts."""
+    return ", ".join(f"{label} {100 * share:.1f} %" for label, share in verdicts.items()) or "-"
 
 
 _MEASURED_ORDER = {"a>b": "a is better", "a<b": "b is better", "a~b": "not distinguishable from zero on these problems"}
-_EXPECTED_ORDER = {
-    "a>b": "the paper found a better",
-    "a<b": "the paper found b better",
-    "a~b": "the paper found no difference",
-}
+_EXPECTED_ORDER = {"a>b": "a better", "a<b": "b better", "a~b": "no difference"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,10 @@ class ContrastResult:
     a: str
     b: str
     factor: str  # what differs, in words
-    expected: str  # "a>b", "a<b", "a~b" or "unknown": what the paper found
+    expected: str  # "a>b", "a<b", "a~b" or "unknown"
     comparison: PairedComparison  # of a minus b
     differences: tuple[str, ...]  # every key in which the arms differ, all of them declared
+    by_paper: bool = False  # whether ``expected`` is what a paper found; otherwise the user's expectation
 
     @property
     def agreement(self) -> str:
@@ -101,8 +105,10 @@ class ContrastResult:
         if self.agreement == "no expectation":
             return seen
         if self.agreement == "agrees" and self.expected != "a~b":
-            return f"{seen}, as the paper found"
-        return f"{'AGAINST the paper: ' * (self.agreement == 'against')}{seen}; {_EXPECTED_ORDER[self.expected]}"
+            return f"{seen}, as {'the paper found' if self.by_paper else 'you expected'}"
+        whose, verb = ("the paper", "the paper found") if self.by_paper else ("your expectation", "you expected")
+        against = f"AGAINST {whose}: " if self.agreement == "against" else ""
+        return f"{against}{seen}; {verb} {_EXPECTED_ORDER[self.expected]}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry of ``results.json``."""
@@ -117,6 +123,7 @@ class ContrastResult:
             "level": comparison.level,
             "p_value": comparison.p_value,
             "num_problems": comparison.num_problems,
+            "problems_needed": comparison.problems_needed(),
             "k": comparison.k,
             "expected": self.expected,
             "seen": comparison.order,
@@ -158,6 +165,8 @@ class RolloutExample:
     reward: float | None
     verifier_label: str
     finish_reason: str
+    verifier_detail: str | None = None  # what a reward function or a judge said
+    episode: Sequence[Mapping[str, str]] | None = None  # "role" and "text" of each part; None: a single response
     tokens: Sequence[Mapping[str, Any]] = ()  # "text", and where known "advantage" and "log_ratio", of each token
 
 

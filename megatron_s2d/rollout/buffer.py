@@ -1,21 +1,28 @@
 """Rollout buffer: the graded samples that each training step takes, and the groups in flight.
 
-The engine gets the next step's requests as soon as it has answered this one's. With an ``over_sampling_ratio`` above 1
-more groups are in flight than a step needs: a step takes the first that are complete, and the others continue in the
-next one.
+The engine gets the requests of later steps as soon as it has answered this one's, for ``max_staleness`` steps ahead
+(one step at least; an engine that does not run beside the trainer ignores requests that it gets early, unless the
+staleness is above 0). Steps take their groups in order, so a response is at most ``max_staleness`` steps older than the
+weights that are trained on it, and which prompts are in flight is a function of the step.
+
+With an ``over_sampling_ratio`` above 1 more groups are in flight than a step needs: a step takes the first that are
+complete, and the others continue in the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_s2d.parallel.collectives import gather_dicts
-from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.sampler import Group, GroupKey, PromptDataLoader, RolloutWorker, flatten
+from megatron_s2d.data.prompt_table import PromptTable
+from megatron_s2d.records import AnySample, Prompt
+from megatron_s2d.rollout.response_table import Group, GroupKey, flatten, gather_keys
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
+
+_RECENT_STEPS = 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,51 +36,75 @@ class RolloutBuffer:
     steps: int
     over_sampling_ratio: float = 1.0
     prefetches: bool = True  # False: the caller calls ``prefetch``, because it samples more before that
-    _groups: list[Group] = dataclasses.field(default_factory=list)  # of this data-parallel rank, for ``_prepared_step``
+    max_staleness: int = 0  # steps that requests are submitted ahead; 0: as 1, for an engine that ignores them
+    _groups: dict[int, list[Group]] = dataclasses.field(default_factory=dict)  # of this data-parallel rank, by step
     _in_flight: list[Group] = dataclasses.field(default_factory=list)  # incomplete after the last step taken
-    _prepared_step: int = 0
+    _submitted: int = 0  # last step whose requests the engine has
+    _wait_seconds: float = 0.0  # of the trainer in the last step
+    _recent: dict[int, list[Prompt]] = dataclasses.field(default_factory=dict)  # new prompts of the latest steps
 
-    def next_batch(self, step: int) -> tuple[list[Prompt], list[Sample]]:
+    def next_batch(self, step: int) -> tuple[list[Prompt], list[AnySample]]:
         """Return (prompts, their samples, prompt by prompt) of ``step``."""
-        self._prepare(step)
-        groups, engine = self._groups, self.worker.engine
+        groups, engine = self._prepare(step), self.worker.engine
+        del self._groups[step]
+        start = time.perf_counter()
         if self._num_extra:
             samples = engine.generate(flatten(groups), num_groups=self._num_local)
             complete = {sample.group_id for sample in samples}
             self._in_flight = [group for group in groups if group.key.group_id not in complete]
         else:
-            samples = engine.generate(flatten(groups))
+            samples = self.worker.generate(flatten(groups))
+        self._wait_seconds = time.perf_counter() - start
+        self._submitted = max(self._submitted, step)
         if self.prefetches:
             self.prefetch(step + 1)
-        samples = self.worker.grade_and_gather(groups, samples)
-        return [self._prompts_by_id[sample.prompt_id] for sample in samples[:: self.num_generations]], samples
+        gathered = self.worker.grade_and_gather(groups, samples, _StepPrompts(self))
+        return self._prompts(sample.prompt_id for sample in gathered[:: self.num_generations]), gathered
 
     def prefetch(self, step: int) -> None:
-        """Submit the requests of ``step`` to the engine, unless it is beyond the last."""
-        if step <= self.steps:
-            self._prepare(step)
-            self.worker.engine.submit(flatten(self._groups), self._num_local if self._num_extra else None)
+        """Submit the requests of ``step`` and of ``max_staleness - 1`` later ones, none twice, none after the last."""
+        last = min(self.steps, step + max(1, self.max_staleness) - 1)
+        for ahead in range(max(step, self._submitted + 1), last + 1):
+            requests = flatten(self._prepare(ahead))
+            if all(request.prompt.environment is None for request in requests):  # episodes start with their step
+                self.worker.engine.submit(requests, self._num_local if self._num_extra else None)
+            self._submitted = ahead
+
+    def metrics(self) -> dict[str, float]:
+        """Return how long the trainer waited for the samples of the last step; nothing where it generates itself."""
+        return {"rollout/wait_seconds": self._wait_seconds} if self.max_staleness else {}
 
     def state(self) -> dict[str, Any]:
         """Return what ``resume`` needs to continue after the last step taken. Collective."""
         if not self._num_extra:
             return {}
-        layout = self.worker.layout
-        local_keys = [dataclasses.astuple(group.key) for group in self._in_flight]
-        merged = gather_dicts({layout.dp_rank: local_keys} if layout.is_dp_leader else {})
-        return {"carried": [key for rank in sorted(merged) for key in merged[rank]]}
+        keys = gather_keys([group.key for group in self._in_flight], _StepPrompts(self), self.worker.layout)
+        return {"carried": [dataclasses.astuple(key) for key in keys]}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Restart the groups that were in flight at a checkpoint; their tokens so far are lost."""
-        keys = [GroupKey(*values) for values in state.get("carried", [])]
+        keys = self.worker.dp_shard([GroupKey(*values) for values in state.get("carried", [])])
+        prompts = self._prompts(key.prompt_id for key in keys)
         self._in_flight = [
-            self.worker.group(self._prompts_by_id[key.prompt_id], self.num_generations, key)
-            for key in self.worker.dp_shard(keys)
+            self.worker.group(prompt, self.num_generations, key) for prompt, key in zip(prompts, keys, strict=True)
         ]
 
-    @functools.cached_property
-    def _prompts_by_id(self) -> dict[str, Prompt]:
-        return {prompt.id: prompt for prompt in self.loader.prompts}
+    def prompts_of_step(self, step: int) -> list[Prompt]:
+        """Return the new prompts of ``step``, the same on every rank."""
+        if step not in self._recent:
+            first = (step - 1) * self.loader.per_step + (self._num_extra if step > 1 else 0)
+            count = self.train_batch_size + (self._num_extra if step == 1 else 0)
+            self._recent[step] = self.loader.slice(first, first + count)
+            while len(self._recent) > _RECENT_STEPS + self.max_staleness:
+                del self._recent[next(iter(self._recent))]
+        return self._recent[step]
+
+    def _prompts(self, ids: Iterable[str]) -> list[Prompt]:
+        """Return the prompts with ``ids``; those that are not of the latest steps take a pass over the ids of all."""
+        wanted, recent = list(ids), {prompt.id: prompt for prompts in self._recent.values() for prompt in prompts}
+        unknown = [name for name in wanted if name not in recent]
+        found = PromptTable.of(self.loader.prompts).find(unknown) if unknown else {}
+        return [recent.get(name) or found[name] for name in wanted]
 
     @property
     def _num_extra(self) -> int:
@@ -85,13 +116,28 @@ class RolloutBuffer:
         """Groups of a step on this data-parallel rank."""
         return len(self.worker.dp_shard(range(self.train_batch_size)))
 
-    def _prepare(self, step: int) -> None:
-        """Set ``_groups`` to the groups in flight and the new ones of ``step``."""
-        if self._prepared_step == step:
-            return
-        first = (step - 1) * self.loader.per_step + (self._num_extra if step > 1 else 0)
-        count = self.train_batch_size + (self._num_extra if step == 1 else 0)
-        groups = self.worker.groups(self.loader.slice(first, first + count), self.num_generations, step)
+    def _prepare(self, step: int) -> list[Group]:
+        """Return the groups in flight and the new ones of ``step``."""
+        if step in self._groups:
+            return self._groups[step]
+        groups = self.worker.groups(self.prompts_of_step(step), self.num_generations, step)
         batch, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
-        self._groups = [*self._in_flight, *self.worker.dp_shard(batch), *self.worker.dp_shard(extra)]
-        self._prepared_step = step
+        self._groups[step] = [*self._in_flight, *self.worker.dp_shard(batch), *self.worker.dp_shard(extra)]
+        return self._groups[step]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _StepPrompts:
+    """Numbers of prompts by the step that they were submitted for: all ranks read all prompts of a step."""
+
+    buffer: RolloutBuffer
+
+    def index(self, key: GroupKey) -> int:
+        """See ``PromptNumbers``."""
+        return next(
+            index for index, prompt in enumerate(self.buffer.prompts_of_step(key.step)) if prompt.id == key.prompt_id
+        )
+
+    def prompt(self, step: int, index: int) -> Prompt:
+        """See ``PromptNumbers``."""
+        return self.buffer.prompts_of_step(step)[index]

@@ -165,11 +165,17 @@ def requests_digest(requests: Sequence[Request]) -> int:
 
 
 def sample_of(
-    request: Request, response: np.ndarray, log_probs: np.ndarray, reason: str, versions: int | np.ndarray
+    request: Request,
+    response: np.ndarray,
+    log_probs: np.ndarray,
+    reason: str,
+    versions: int | np.ndarray,
+    routed_experts: np.ndarray | None = None,
 ) -> Sample:
     """Return the record of a response: tokens [s] int64 and their log-probabilities [s] float32.
 
-    versions: of the weights that sampled the response, or [s] int64 if there were several.
+    versions: of the weights that sampled the response, or [s] int64 if there were several. routed_experts: see
+    ``Sample``.
     """
     prompt = request.prompt.token_ids
     start = len(prompt)
@@ -190,12 +196,15 @@ def sample_of(
         temperature=request.params.temperature,
         finish_reason=reason,
         rollout_log_probs=rollout_log_probs,
-        weight_versions=_spans(start, np.broadcast_to(versions, len(response))),
+        weight_versions=version_spans(np.broadcast_to(versions, len(response)), start),
+        routed_experts=routed_experts,
     )
 
 
-def _spans(start: int, versions: np.ndarray) -> tuple[WeightVersionSpan, ...]:
+def version_spans(versions: np.ndarray, start: int = 0) -> tuple[WeightVersionSpan, ...]:
     """Return runs of equal ``versions`` [s] as spans of the tokens from ``start`` on."""
+    if len(versions) == 0:
+        return ()
     bounds = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), len(versions)]
     return tuple(
         WeightVersionSpan(start + first, start + stop, int(versions[first]))

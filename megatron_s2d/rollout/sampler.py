@@ -6,21 +6,26 @@ Shared by GRPO, OPD, the teacher cache and evaluation; ``buffer.py`` decides wha
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_s2d.parallel.collectives import gather_dicts
+from megatron_s2d.data.sample_bytes import decode_samples, encode_samples
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.records import AnySample, Prompt, RemoteSample, Sample
 from megatron_s2d.rollout.engine import (
     Request,
     RolloutEngine,
     SamplingParams,
     sample_seed,
 )
+from megatron_s2d.rollout.environments.manager import EnvironmentManager
+from megatron_s2d.rollout.response_table import Group, GroupKey, ListedPrompts, PromptNumbers, flatten, gather_responses
 from megatron_s2d.verify import RewardManager, Verdict
 
 _EXAMPLES_PER_STEP = 2
@@ -28,56 +33,38 @@ _TOKENS_PER_EXAMPLE = 512
 
 
 class PromptDataLoader:
-    """Prompts in an order that is reshuffled every epoch; the prompts of a step depend on its number only."""
+    """Prompts in an order that is reshuffled every epoch; the prompts of a step depend on its number only.
 
-    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
-        self.prompts, self.per_step, self._seed = list(prompts), per_step, seed
+    ``first`` prompts of the order are left out: those of an earlier stage (``prompt_order: continue``).
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int, first: int = 0):
+        self.prompts, self.per_step, self._seed, self._first = prompts, per_step, seed, first
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)  # a step may cross from one epoch to the next
 
     def batch_for_step(self, step: int) -> list[Prompt]:
         """Return the prompts of ``step`` (counted from 1)."""
         return self.slice((step - 1) * self.per_step, step * self.per_step)
 
     def slice(self, start: int, stop: int) -> list[Prompt]:
-        """Return the prompts ``start`` to ``stop`` of the order, counted over all epochs."""
-        positions = [divmod(position, len(self.prompts)) for position in range(start, stop)]
+        """Return the prompts ``start`` to ``stop`` of the order, counted over all epochs and from ``first``."""
+        positions = [divmod(self._first + position, len(self.prompts)) for position in range(start, stop)]
         orders = {epoch: self._order(epoch) for epoch, _ in positions}
-        return [self.prompts[orders[epoch][index]] for epoch, index in positions]
+        return [self.prompts[int(orders[epoch][index])] for epoch, index in positions]
 
     def resample(self, step: int, round_: int, excluded: set[str], count: int) -> list[Prompt]:
         """Return up to ``count`` further prompts for ``step``, none of ``excluded``; a function of the arguments."""
-        order = np.random.default_rng([self._seed, 1, step, round_]).permutation(len(self.prompts))
-        shuffled = (self.prompts[index] for index in order)
-        return [prompt for prompt in shuffled if prompt.id not in excluded][:count]
+        order = np.random.default_rng([self._seed, 1, self._first + step, round_]).permutation(len(self.prompts))
+        shuffled = (self.prompts[int(index)] for index in order)
+        return list(itertools.islice((prompt for prompt in shuffled if prompt.id not in excluded), count))
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _shuffle(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self.prompts))
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupKey:
-    """Where a group comes from: its id and its seeds are functions of this."""
-
-    prompt_id: str
-    step: int  # that the group was submitted for
-    repeat: int  # number of earlier groups of the same prompt in that step
-
-    @property
-    def group_id(self) -> str:
-        """Id of the group, unique in a run."""
-        return f"{self.prompt_id}@{self.step}.{self.repeat}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """The requests for one prompt."""
-
-    key: GroupKey
-    requests: Sequence[Request]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RolloutWorker:
-    """Generates (and grades) responses over data-parallel ranks; the result is the same on every rank."""
+    """Generates (and grades) responses over data-parallel ranks: each holds its own, and knows of all others."""
 
     layout: Layout
     engine: RolloutEngine
@@ -85,6 +72,7 @@ class RolloutWorker:
     seed: int
     tokenizer: Any
     reward_manager: RewardManager | None = None  # None: responses are not graded
+    environments: EnvironmentManager | None = None  # None: prompts have none
 
     def sample(
         self,
@@ -92,10 +80,24 @@ class RolloutWorker:
         num_generations: int,
         step: int,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Sample]:
+    ) -> list[AnySample]:
         """Return ``num_generations`` samples of each prompt, prompt by prompt."""
-        local_groups = self.dp_shard(self.groups(prompts, num_generations, step))
-        return self.grade_and_gather(local_groups, self.engine.generate(flatten(local_groups), progress))
+        groups = self.dp_shard(self.groups(prompts, num_generations, step))
+        return self.grade_and_gather(groups, self.generate(flatten(groups), progress), ListedPrompts(prompts))
+
+    def generate(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Sample]:
+        """Return the sample of each request, the same on every rank of the replica: a response, or an episode.
+
+        Without an environment among their prompts, requests are one call of the engine, which knows its best batches.
+        """
+        if self.environments is None or all(request.prompt.environment is None for request in requests):
+            return self.engine.generate(requests, progress)
+        samples = self.engine.run([self.environments.episode(request) for request in requests])
+        if self.layout.host_replica.size == 1:
+            return samples
+        is_producer = self.layout.is_replica_root
+        data = self.layout.host_replica.broadcast(encode_samples(samples) if is_producer else None, 0)
+        return samples if is_producer else decode_samples(data)[0]
 
     def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Group]:
         """Return the group of each prompt; a prompt that comes twice has different seeds and ids."""
@@ -111,39 +113,52 @@ class RolloutWorker:
         requests = []
         for index in range(key.repeat * num_generations, (key.repeat + 1) * num_generations):
             seed = sample_seed(self.seed, key.step, prompt.id, index)
-            requests.append(Request(f"{prompt.id}#{index}@{key.step}", prompt, key.group_id, seed, self.params))
+            id_ = key.sample_id(index - key.repeat * num_generations, num_generations)
+            requests.append(Request(id_, prompt, key.group_id, seed, self.params))
         return Group(key, requests)
 
     def dp_shard[Item](self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return the consecutive part of ``items`` that this data-parallel rank works on."""
-        count, rank, size = len(items), self.layout.dp_rank, self.layout.dp_size
-        return items[count * rank // size : count * (rank + 1) // size]
+        """Return the part of ``items`` that this data-parallel rank works on: in turn, so that mini-batches of
+        consecutive groups have some on every rank.
+        """
+        return items[self.layout.dp_rank :: self.layout.dp_size]
 
-    def grade_and_gather(self, groups: Sequence[Group], samples: Sequence[Sample]) -> list[Sample]:
-        """Return the samples of all data-parallel ranks with reward and verdict, in the order of ranks."""
-        local: dict[int, Sequence[Sample]] = {}
-        if self.layout.is_dp_leader:
-            prompts = {request.id: request.prompt for request in flatten(groups)}
-            graded = samples if self.reward_manager is None else self._grade([prompts[s.id] for s in samples], samples)
-            local = {self.layout.dp_rank: graded}
-        merged = gather_dicts(local)
-        return [sample for rank in sorted(merged) for sample in merged[rank]]
+    def grade_and_gather(
+        self, groups: Sequence[Group], samples: Sequence[Sample], prompts: PromptNumbers
+    ) -> list[AnySample]:
+        """Return the samples of all data-parallel ranks with reward and verdict, group by group.
+
+        samples: of this rank's ``groups``. prompts: numbers of those of all ranks' groups.
+        """
+        if self.reward_manager is not None and self.layout.is_dp_leader:
+            by_id = {request.id: request.prompt for request in flatten(groups)}
+            samples = self._grade([by_id[sample.id] for sample in samples], samples)
+        return gather_responses(groups, samples, prompts, self.layout)
 
     def _grade(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Sample]:
-        """Return samples with reward and verdict; a response that did not end is wrong, whatever it contains."""
-        ended = [index for index, sample in enumerate(samples) if sample.finish_reason == "stop"]
-        texts = [response_text(self.tokenizer, samples[index]) for index in ended]
+        """Return samples with reward and verdict; a response that did not end is wrong, whatever it contains.
+
+        Of an episode the last turn is graded, unless its environment has, and rewards of turns are added.
+        """
+        graded = [sample.verifier_label is not None for sample in samples]
+        ended = [index for index, sample in enumerate(samples) if sample.finish_reason == "stop" and not graded[index]]
+        texts = [last_turn_text(self.tokenizer, samples[index]) for index in ended]
         verdicts = dict.fromkeys(range(len(samples)), Verdict(0.0, "truncated"))
+        verdicts |= {
+            index: Verdict(sample.reward, sample.verifier_label, sample.verifier_detail)
+            for index, sample in enumerate(samples)
+            if graded[index]
+        }
         verdicts |= zip(ended, self.reward_manager.grade([prompts[index] for index in ended], texts), strict=True)
         return [
-            dataclasses.replace(sample, reward=verdicts[index].reward, verifier_label=verdicts[index].label)
+            dataclasses.replace(
+                sample,
+                reward=verdicts[index].reward + math.fsum(sample.turn_rewards or ()),
+                verifier_label=verdicts[index].label,
+                verifier_detail=verdicts[index].detail,
+            )
             for index, sample in enumerate(samples)
         ]
-
-
-def flatten(groups: Sequence[Group]) -> list[Request]:
-    """Return the requests of ``groups``, group by group."""
-    return [request for group in groups for request in group.requests]
 
 
 def response_text(tokenizer: Any, sample: Sample) -> str:
@@ -151,14 +166,37 @@ def response_text(tokenizer: Any, sample: Sample) -> str:
     return tokenizer.decode(sample.token_ids[sample.response_mask].tolist(), skip_special_tokens=True)
 
 
-def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return length and truncation of the responses, and rewards with verdicts if they were graded."""
+def last_turn_text(tokenizer: Any, sample: Sample) -> str:
+    """Return the model's last turn as text, without special tokens: the response where there is one turn."""
+    starts = sample.turn_starts
+    ids = sample.token_ids[starts[-1] :][sample.response_mask[starts[-1] :]] if len(starts) else []
+    return tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+
+def response_metrics(samples: Sequence[AnySample]) -> dict[str, float]:
+    """Return length and truncation of the responses, and rewards with verdicts if they were graded.
+
+    Of several domains also those of each, as ``domain/NAME/...``.
+    """
+    metrics = _response_metrics(samples)
+    domains = sorted({sample.domain for sample in samples})
+    for domain in domains if len(domains) > 1 else ():
+        of_domain = _response_metrics([sample for sample in samples if sample.domain == domain])
+        names = ("response_length", "truncated_fraction", "reward")
+        metrics |= {f"domain/{domain}/{name}": of_domain[name] for name in names if name in of_domain}
+    return metrics
+
+
+def _response_metrics(samples: Sequence[AnySample]) -> dict[str, float]:
     lengths = np.array([sample.response_length for sample in samples])
     metrics = {
         "response_length": float(lengths.mean()),
         "response_length_max": float(lengths.max()),
         "truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),
     }
+    turns = [sample.num_turns for sample in samples]
+    if max(turns) > 1:
+        metrics |= {"num_turns": float(np.mean(turns)), "num_turns_max": float(max(turns))}
     if all(sample.reward is not None for sample in samples):
         metrics["reward"] = float(np.mean([sample.reward for sample in samples]))
         labels = [sample.verifier_label for sample in samples]
@@ -166,25 +204,53 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return metrics
 
 
-def examples(step: int, samples: Sequence[Sample], prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:
-    """Return JSON lines of a few responses of a step, for people."""
+def examples(
+    step: int, samples: Sequence[AnySample], prompts: Sequence[Prompt], tokenizer: Any, layout: Layout
+) -> list[str]:
+    """Return JSON lines of a few responses of a step, for people, on rank 0; collective over data-parallel ranks."""
     by_id = {prompt.id: prompt for prompt in prompts}
+    selected = samples[:: max(1, len(samples) // _EXAMPLES_PER_STEP)][:_EXAMPLES_PER_STEP]
+    own = [
+        _example(step, sample, by_id[sample.prompt_id], tokenizer) if isinstance(sample, Sample) else ""
+        for sample in selected
+    ]
+    if not layout.is_replica_root:
+        return own
     lines = []
-    for sample in samples[:: max(1, len(samples) // _EXAMPLES_PER_STEP)][:_EXAMPLES_PER_STEP]:
-        prompt = by_id[sample.prompt_id]
-        row = {
-            "step": step,
-            "problem_id": sample.prompt_id,
-            "prompt": prompt.text,
-            "response": response_text(tokenizer, sample),
-            "answer": _shortened(prompt.answer) if sample.reward is not None else None,
-            "reward": sample.reward,
-            "verifier_label": sample.verifier_label or "",
-            "finish_reason": sample.finish_reason,
-            "tokens": _tokens(sample, tokenizer),
-        }
-        lines.append(json.dumps(row, ensure_ascii=False))
+    for sample, line in zip(selected, own, strict=True):
+        if isinstance(sample, RemoteSample) and layout.dp_rank == 0:
+            line = layout.host_dp.receive(sample.dp_rank).tobytes().decode()
+        elif line and layout.dp_rank > 0:
+            layout.host_dp.send(np.frombuffer(line.encode(), dtype=np.uint8).copy(), 0)
+        lines.append(line)
     return lines
+
+
+def _example(step: int, sample: Sample, prompt: Prompt, tokenizer: Any) -> str:
+    row = {
+        "step": step,
+        "problem_id": sample.prompt_id,
+        "prompt": prompt.text,
+        "response": response_text(tokenizer, sample),
+        **({"episode": episode_text(tokenizer, sample)} if sample.num_turns > 1 else {}),
+        "answer": _shortened(prompt.answer) if sample.reward is not None else None,
+        "reward": sample.reward,
+        "verifier_label": sample.verifier_label or "",
+        **({} if sample.verifier_detail is None else {"verifier_detail": sample.verifier_detail}),
+        "finish_reason": sample.finish_reason,
+        "tokens": _tokens(sample, tokenizer),
+    }
+    return json.dumps(row, ensure_ascii=False)
+
+
+def episode_text(tokenizer: Any, sample: Sample) -> list[dict[str, str]]:
+    """Return turns and observations of an episode in order, each as its role and its text with special tokens."""
+    parts, start = [], sample.prompt_length
+    changes = np.flatnonzero(np.diff(sample.response_mask[start:])) + 1 + start
+    for first, stop in itertools.pairwise([start, *changes.tolist(), sample.length]):
+        role = "model" if sample.response_mask[first] else "environment"
+        parts.append({"role": role, "text": tokenizer.decode(sample.token_ids[first:stop].tolist())})
+    return parts
 
 
 def _shortened(answer: str | None) -> str | None:

@@ -11,7 +11,12 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.model_tokenizers import write_assets
+from megatron_s2d.models.published import write_reference
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.watchdog import heartbeat
+from megatron_s2d.rollout.sampler import PromptDataLoader
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.stages.model_factory import ModelFactory
 from megatron_s2d.stages.rollout_factory import RolloutFactory
@@ -47,7 +52,7 @@ class StageContext:
     ) -> StageContext:
         """Create the parts for stage ``name``. inputs: finished directories by stage. layout: of the trained model."""
         seed = derive_seed(config, config.stages[name].seed)
-        stage_inputs = StageInputs(config, inputs, tokenizer_cache)
+        stage_inputs = StageInputs(config, inputs, tokenizer_cache, name)
         return cls(
             name=name,
             stage=config.stages[name],
@@ -74,12 +79,39 @@ class StageContext:
             tensorboard=self.directory.path / "tensorboard" if self._config.tensorboard else None,
             max_kl=max_kl,
             max_mismatch_kl=self._config.rollout.max_mismatch_kl,
+            min_replayed_agreement=self._config.rollout.min_replayed_agreement,
         )
+
+    def report_progress(self, done: int, total: int) -> None:
+        """Note for the runner how many responses of a round (of one replica) have ended; called by engines."""
+        heartbeat()
+        if self.is_rank_zero:
+            self.directory.note(f"{done} of {total} responses")
+
+    def prompt_loader(self) -> PromptDataLoader:
+        """Return the prompts of the stage's steps, after those of the stages that it continues."""
+        prompts = self.inputs.stage_prompts(self.name)
+        first = self._config.num_prompts_before(self.name)
+        return PromptDataLoader(prompts, self.stage.train_batch_size, self.seed, first)
 
     def save_model(self, model: MegatronModel) -> None:
         """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective."""
-        if not self.directory.model_path.exists():
+        if not broadcast_from_rank0(self.directory.model_path.exists):
             model.save(self.directory.model_path, {"stage": self.name}, with_optimizer=False)
+        self._write_assets()
+
+    def refer_to_source(self) -> None:
+        """Make the files under the model's ``path`` the stage's final weights, without a copy; collective."""
+        model = self._config.models[self._config.model_of(self.name)]
+        assert model.path is not None  # preflight
+        source = model.path
+        broadcast_from_rank0(lambda: write_reference(self.directory.model_path, source))
+        self._write_assets()
+
+    def _write_assets(self) -> None:
+        model_name = self._config.model_of(self.name)
+        tokenizer, source = self.inputs.tokenizer_of(model_name), self._config.models[model_name].path
+        broadcast_from_rank0(lambda: write_assets(tokenizer, source, self.directory.model_path))
 
     def __enter__(self) -> StageContext:
         return self

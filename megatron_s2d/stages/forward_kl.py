@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megatron_s2d.config.forward_kl import ForwardKlConfig
+from megatron_s2d.data.stored_samples import OfflineSamples
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.sft import OfflineSource, longest_response, shuffled
+from megatron_s2d.stages.sft import OfflineSource, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.teachers.cached import CachedTeacher
 from megatron_s2d.train.loop import train
@@ -21,13 +20,14 @@ def run_forward_kl(context: StageContext) -> None:
     cache = context.inputs.teacher_cache(stage.cache)
     output_layer = context.inputs.directories[stage.cache].path / OUTPUT_LAYER_NAME
     teacher = CachedTeacher(cache, output_layer, student, tail=stage.tail_mass, temperature=stage.temperature)
-    samples = [dataclasses.replace(sample, temperature=stage.temperature) for sample in cache.samples]
+    samples = OfflineSamples(cache.stored(temperature=stage.temperature), shuffled(len(cache), context.seed))
     source = OfflineSource(
-        shuffled(samples, context.seed),
+        samples,
         stage.global_batch_size,
         stage.loss_agg_mode,
-        stage.norm_length or longest_response(samples),
+        stage.norm_length or cache.longest_response,
         "divergence_weight",
+        student.layout,
     )
     tail = stage.tail_mass if cache.header.representation == "top_k" else None
     objective = divergence_objective("forward_kl", tail=tail)

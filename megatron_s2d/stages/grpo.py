@@ -11,18 +11,30 @@ import numpy as np
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.objectives.advantages import (
+    combined_advantage,
+    distillation_advantage,
     group_relative,
     overlong_penalty,
     zero_variance_groups,
 )
+from megatron_s2d.objectives.distill import policy_distillation_objective
 from megatron_s2d.objectives.policy import grpo_objective
-from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.records import AnySample, Prompt, Sample, own_samples, with_array
 from megatron_s2d.rollout.buffer import RolloutBuffer
-from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker, examples, response_metrics
+from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.policy_loss import policy_loss_weights, split_into_mini_batches, surrogate_of
+from megatron_s2d.stages.policy_loss import (
+    counted_tokens,
+    flat_values,
+    mini_batches_by_epoch,
+    policy_loss_weights,
+    surrogate_of,
+    with_token_advantages,
+)
+from megatron_s2d.teachers.frozen import TeacherRouter
 from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.megatron_model import MegatronModel
+from megatron_s2d.train.metrics import timed
 from megatron_s2d.verify import RewardManager
 
 
@@ -31,15 +43,28 @@ def run_grpo(context: StageContext) -> None:
     stage: GrpoConfig = context.stage
     actor, model = context.models.start(), context.models.name_of(context.name)
     reference = _reference(context, stage)
-    actor.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
+    actor.prepare_training(stage.optimizer, stage.steps * stage.num_updates, offload=stage.offload_optimizer)
     params = context.rollouts.sampling_params(stage.sampling, model)
     engine = context.rollouts.engine(actor, model, params)
-    objective = grpo_objective(surrogate_of(stage), kl_loss_coef=stage.kl_loss_coef)
+    teacher = None
+    if stage.teacher_advantage is not None:
+        teacher = TeacherAdvantages(
+            stage, actor, TeacherRouter.load(stage.teacher_advantage.teacher, context.models.frozen)
+        )
+    of_objective = grpo_objective if teacher is None else policy_distillation_objective
+    objective = of_objective(surrogate_of(stage), entropy_coeff=stage.entropy_coeff, kl_loss_coef=stage.kl_loss_coef)
     with RewardManager() as reward_manager:
-        worker = RolloutWorker(actor.layout, engine, params, context.seed, context.inputs.tokenizer, reward_manager)
-        loader = PromptDataLoader(context.inputs.prompts(stage.prompts), stage.train_batch_size, context.seed)
-        buffer = context.rollouts.buffer(loader, worker, prefetches=stage.filter_groups is None)
-        source = GrpoSource(stage, buffer, reference)
+        worker = RolloutWorker(
+            actor.layout,
+            engine,
+            params,
+            context.seed,
+            context.inputs.tokenizer,
+            reward_manager,
+            context.rollouts.environments(model, reward_manager),
+        )
+        buffer = context.rollouts.buffer(context.prompt_loader(), worker, prefetches=stage.filter_groups is None)
+        source = GrpoSource(stage, buffer, reference, context.seed, teacher)
         train(actor, source, objective, context.directory, context.loop_settings(), engine=engine)
     context.save_model(actor)
 
@@ -56,12 +81,43 @@ def _reference(context: StageContext, stage: GrpoConfig) -> MegatronModel | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TeacherAdvantages:
+    """The teacher's term of the advantages (``teacher_advantage``)."""
+
+    stage: GrpoConfig
+    actor: MegatronModel
+    teachers: TeacherRouter
+
+    def added(self, samples: Sequence[AnySample], step: int) -> tuple[list[AnySample], dict[str, float]]:
+        """Return the samples, which have the verifier's advantages, with both, and their metrics."""
+        settings, totals = self.stage.teacher_advantage, self.actor.layout.host_dp
+        scored = with_array(samples, "old_log_probs", self.actor.score(samples))
+        scores = self.teachers.score(samples, holders=self.actor.layout)
+        scored = with_array(scored, "teacher_log_probs", scores)
+        own, weight = own_samples(scored), settings.weight_at(step, self.stage.steps)
+        with totals.same_outcome():
+            teacher = flat_values(own, "teacher_log_probs", "teacher")
+            student = flat_values(own, "old_log_probs", "student")
+        combined = combined_advantage(
+            flat_values(own, "advantages", "verifier"),
+            distillation_advantage(teacher, student),
+            distillation_weight=weight,
+            counted=counted_tokens(own, self.stage),
+            totals=totals,
+        )
+        metrics = combined.metrics | {"advantage/teacher_weight": weight}
+        return with_token_advantages(scored, combined.advantages), metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class GrpoSource:
     """Groups of graded responses with their advantages."""
 
     stage: GrpoConfig
     buffer: RolloutBuffer
     reference: MegatronModel | None
+    seed: int = 0  # of the order of groups in passes after the first
+    teacher: TeacherAdvantages | None = None
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """See ``train.loop.SampleSource``."""
@@ -73,24 +129,26 @@ class GrpoSource:
         samples, prompts, generated = self._sample(step)
         metrics = response_metrics(generated)
         if self.reference is not None:
-            scores = self.reference.score(samples)
-            samples = [
-                dataclasses.replace(sample, reference_log_probs=score)
-                for sample, score in zip(samples, scores, strict=True)
-            ]
+            with timed("reference"):
+                scores = self.reference.score(samples, holders=self.buffer.worker.layout)
+            samples = with_array(samples, "reference_log_probs", scores)
         samples, zero_variance_fraction = with_advantages(samples, stage)
-        metrics |= {
+        if self.teacher is not None:
+            samples, teacher_metrics = self.teacher.added(samples, step)
+            metrics |= teacher_metrics
+        metrics |= self.buffer.metrics() | {
             "zero_variance_fraction": zero_variance_fraction,
             "rollout/num_generated": float(len(generated)),
         }
         mini_batches = [
             MiniBatch(part, {"policy_weight": policy_loss_weights(part, stage)})
-            for part in split_into_mini_batches(samples, stage.num_mini_batches)
+            for parts in mini_batches_by_epoch(samples, stage, self.seed, step)
+            for part in parts
         ]
-        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer)
+        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer, self.buffer.worker.layout)
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 
-    def _sample(self, step: int) -> tuple[list[Sample], list[Prompt], list[Sample]]:
+    def _sample(self, step: int) -> tuple[list[AnySample], list[Prompt], list[AnySample]]:
         """Return (samples of ``train_batch_size`` groups to train on, all prompts, all generated samples)."""
         stage = self.stage
         prompts, generated = self.buffer.next_batch(step)
@@ -118,14 +176,14 @@ class GrpoSource:
         return [sample for sample in generated if sample.group_id in selected], prompts, generated
 
 
-def _informative(samples: Sequence[Sample]) -> list[Sample]:
+def _informative(samples: Sequence[AnySample]) -> list[AnySample]:
     """Return the samples of groups whose rewards differ."""
     rewards = np.array([sample.reward for sample in samples])
     uninformative = set(zero_variance_groups(rewards, np.array([sample.group_id for sample in samples])).tolist())
     return [sample for sample in samples if sample.group_id not in uninformative]
 
 
-def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[Sample], float]:
+def with_advantages(samples: Sequence[AnySample], stage: GrpoConfig) -> tuple[list[AnySample], float]:
     """Return the samples with group-relative advantages, and the fraction of groups whose rewards are all equal."""
     rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
     if stage.overlong_buffer is not None:
@@ -137,8 +195,8 @@ def with_advantages(samples: Sequence[Sample], stage: GrpoConfig) -> tuple[list[
         )
     groups = np.array([sample.group_id for sample in samples])
     relative = group_relative(rewards, groups, norm_adv_by_std=stage.norm_adv_by_std)
-    scored = [
-        dataclasses.replace(sample, advantages=np.where(sample.response_mask, value, 0.0).astype(np.float32))
+    advantages = [
+        np.where(sample.response_mask, value, 0.0).astype(np.float32) if isinstance(sample, Sample) else None
         for sample, value in zip(samples, relative.advantages, strict=True)
     ]
-    return scored, relative.num_zero_variance / relative.num_groups
+    return with_array(samples, "advantages", advantages), relative.num_zero_variance / relative.num_groups

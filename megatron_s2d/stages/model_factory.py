@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.distributed as dist
 
+from megatron_s2d.config.hf_config import is_megatron_checkpoint
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.published import referenced_source, verify_reference
 from megatron_s2d.models.weights import import_weights
+from megatron_s2d.parallel.collectives import first_error
 from megatron_s2d.parallel.layout import Layout, build_layout
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.megatron_model import MegatronModel
@@ -35,10 +42,7 @@ class ModelFactory:
         seed = self._seed if source is None else None
         model = self._build(model_name, self._layout, seed=seed, beta=beta, trained=trained)
         if source is not None:
-            checkpoint = HfCheckpoint(source)
-            if dist.get_rank() == 0:
-                checkpoint.verify_digests()
-            import_weights(model.chunks, model.spec, model.layout, checkpoint)
+            _import(model, source)
         return model
 
     def of_stage(
@@ -47,7 +51,15 @@ class ModelFactory:
         """Return the model that a finished stage left."""
         model_name = self._config.model_of(stage_name)
         model = self._build(model_name, layout or self._layout, seed=None, beta=beta, trained=trained)
-        model.load(self._inputs.model_path(stage_name))
+        path = self._inputs.model_path(stage_name)
+        source = referenced_source(path)
+        if source is None:
+            model.load(path)
+        else:
+            failure = _failure_of(path) if dist.get_rank() == 0 else None
+            if (message := first_error(failure)) is not None:
+                raise UserError(message)
+            _import(model, source)
         return model
 
     def frozen(self, stage_name: str) -> MegatronModel:
@@ -62,7 +74,7 @@ class ModelFactory:
 
     def spec(self, model_name: str) -> ModelSpec:
         """Return the architecture of an entry of ``models``."""
-        return self._config.models[model_name].resolve(len(self._inputs.tokenizer))
+        return self._config.models[model_name].resolve(len(self._inputs.tokenizer_of(model_name)))
 
     def close(self) -> None:
         """Destroy the process groups of layouts that only frozen models have."""
@@ -83,8 +95,9 @@ class ModelFactory:
         if fp8 is not None and not trained:
             # bfloat16 weights can be saved and offloaded as they are.
             fp8 = fp8.model_copy(update={"parameters": False}) if fp8.frozen else None
+        spec = self.spec(model_name)
         return MegatronModel(
-            self.spec(model_name),
+            spec,
             layout,
             precision=self._config.precision,
             max_tokens=self._stage.micro_batch.max_tokens_per_gpu,
@@ -93,4 +106,25 @@ class ModelFactory:
             options=self._config.models[model_name],
             beta=beta,
             fp8=fp8,
+            tp_comm_overlap=trained and layout.config.tp_comm_overlap,
+            routing_replay=trained and replays_routes(self._config, self._stage, spec),
         )
+
+
+def _import(model: MegatronModel, source: Path) -> None:
+    """Load the weights in a Hugging Face directory or Megatron checkpoint; collective."""
+    if is_megatron_checkpoint(source):
+        model.load(source)
+        return
+    checkpoint = HfCheckpoint(source)
+    if dist.get_rank() == 0:
+        checkpoint.verify_digests()
+    import_weights(model.chunks, model.spec, model.layout, checkpoint)
+
+
+def _failure_of(path: Path) -> str | None:
+    try:
+        verify_reference(path)
+    except (UserError, OSError) as error:
+        return str(error)
+    return None

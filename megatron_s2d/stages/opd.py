@@ -8,28 +8,42 @@ anchors are in ``sg_opd.py``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.opd import FixedAdvantageConfig, OpdConfig
 from megatron_s2d.data.packing import MiniBatch
-from megatron_s2d.objectives.advantages import g_opd_advantage
+from megatron_s2d.data.stored_samples import OfflineSamples
+from megatron_s2d.objectives.advantages import (
+    CombinedAdvantages,
+    combined_advantage,
+    fixed_advantage,
+    g_opd_advantage,
+    group_relative,
+)
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
-from megatron_s2d.records import Sample
+from megatron_s2d.parallel.host_group import HostGroup
+from megatron_s2d.records import AnySample, Sample, own_samples, with_array, without_array
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.engine import SamplingParams
-from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker, examples, response_metrics
+from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.policy_loss import (
+    at_tokens,
+    check_truncated,
+    counted_tokens,
+    epoch_order,
+    flat_values,
     has_loss,
+    mini_batches_by_epoch,
     mix_into_mini_batches,
     policy_loss_weights,
-    split_into_mini_batches,
     surrogate_of,
+    with_token_advantages,
 )
 from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
@@ -37,6 +51,7 @@ from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
 from megatron_s2d.train.megatron_model import MegatronModel
+from megatron_s2d.train.metrics import timed
 from megatron_s2d.verify import RewardManager
 
 
@@ -44,40 +59,60 @@ def run_opd(context: StageContext) -> None:
     """Train on the student's own responses against frozen teachers."""
     stage: OpdConfig = context.stage
     student = context.models.start(beta=stage.beta)
-    teachers = TeacherRouter.load(stage.teacher, context.models.frozen)
+    teachers = load_teachers(context, stage, student)
     model = context.models.name_of(context.name)
     params = context.rollouts.sampling_params(stage.sampling, model)
     scorers = serve_teachers(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
-    references = TeacherRouter.load(stage.reference, context.models.frozen) if stage.needs_reference else None
-    student.prepare_training(stage.optimizer, stage.steps * stage.num_mini_batches, offload=stage.offload_optimizer)
+    references = load_references(context, stage)
+    student.prepare_training(stage.optimizer, stage.steps * stage.num_updates, offload=stage.offload_optimizer)
     student.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled_token"
     engine = context.rollouts.engine(student, model, params)
-    prompts = [prompt for entry in stage.entries for prompt in context.inputs.prompts(entry)]
     with RewardManager() as reward_manager:
+        grader = reward_manager if stage.grades else None
         worker = RolloutWorker(
             student.layout,
             engine,
             params,
             context.seed,
             context.inputs.tokenizer,
-            reward_manager if stage.uses_labels else None,
+            grader,
+            context.rollouts.environments(model, grader),
         )
-        loader = PromptDataLoader(prompts, stage.train_batch_size, context.seed)
+        loader = context.prompt_loader()
         if stage.kl_estimator == "sampled_token":
             anchors = (
-                TeacherAnchorSource.of(context, stage, teachers, reward_manager) if stage.teacher_sampling else None
+                TeacherAnchorSource.of(context, stage, teachers, reward_manager, student.layout)
+                if stage.teacher_sampling
+                else None
             )
             buffer = context.rollouts.buffer(loader, worker)
-            source = PolicyGradientOpdSource(stage, student, buffer, scorers, references, anchors)
+            source = PolicyGradientOpdSource(stage, student, buffer, scorers, references, anchors, context.seed)
             teacher = None
         else:
             num_on_policy = round(stage.on_policy_fraction * stage.train_batch_size)
             buffer = context.rollouts.buffer(loader, worker, num_on_policy)
-            source = DivergenceOpdSource(stage, student, buffer, scorers, cached_samples(context, stage))
+            cached = cached_samples(context, stage)
+            source = DivergenceOpdSource(stage, student, buffer, scorers, cached, context.seed)
             teacher = distribution_teacher(stage, student, scorers, references)
         settings = context.loop_settings(max_kl=stage.max_kl)
         train(student, source, opd_objective(stage), context.directory, settings, teacher=teacher, engine=engine)
     context.save_model(student)
+
+
+def load_teachers(context: StageContext, stage: OpdConfig, student: MegatronModel) -> TeacherRouter:
+    """Load the frozen teachers; a student that teaches itself is its teacher, with the weights of the moment."""
+    views = context.inputs.prompt_views(context.name, "teacher")
+    if stage.teaches_itself:
+        return TeacherRouter({None: student}, views)
+    return TeacherRouter.load(stage.teacher, context.models.frozen, views)
+
+
+def load_references(context: StageContext, stage: OpdConfig) -> TeacherRouter | None:
+    """Load what a reward scale needs; None without one."""
+    if not stage.needs_reference:
+        return None
+    views = context.inputs.prompt_views(context.name, "reference")
+    return TeacherRouter.load(stage.reference, context.models.frozen, views)
 
 
 def serve_teachers(
@@ -90,14 +125,19 @@ def serve_teachers(
         if name not in engines:
             teacher = teachers.models[domain]
             top_k = min(stage.top_k, teacher.spec.vocab_size) if stage.kl_estimator == "top_k" else 0
-            engines[name] = context.rollouts.served_teacher(teacher, context.models.name_of(name), params, top_k)
-    return ServedTeachers({domain: engines[name] for domain, name in names.items()})
+            longest = 0 if teachers.views is None else teachers.views.longest
+            engines[name] = context.rollouts.served_teacher(
+                teacher, context.models.name_of(name), params, top_k, longest_prompt=longest
+            )
+    return ServedTeachers({domain: engines[name] for domain, name in names.items()}, teachers.views)
 
 
 def opd_objective(stage: OpdConfig) -> Objective:
     """Return the stage's loss."""
     if stage.kl_estimator == "sampled_token":
-        return policy_distillation_objective(surrogate_of(stage), anchor=stage.teacher_sampling is not None)
+        return policy_distillation_objective(
+            surrogate_of(stage), entropy_coeff=stage.entropy_coeff, anchor=stage.teacher_sampling is not None
+        )
     tail = stage.tail_mass if stage.kl_estimator == "top_k" else None
     return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
 
@@ -114,16 +154,13 @@ def distribution_teacher(
     return FullTeacher(student, teachers, references, stage.reward_scale)
 
 
-def cached_samples(context: StageContext, stage: OpdConfig) -> Callable[[int, int], Sequence[Sample]] | None:
-    """Return a reader of the stage's cached teacher responses (GKD); None without a cache."""
+def cached_samples(context: StageContext, stage: OpdConfig) -> OfflineSamples | None:
+    """Return the stage's cached teacher responses (GKD); None without a cache."""
     if stage.cache is None:
         return None
-    temperature = stage.sampling.temperature or 1.0
-    samples = [
-        dataclasses.replace(sample, temperature=temperature)
-        for sample in context.inputs.teacher_cache(stage.cache).samples
-    ]
-    return shuffled(samples, context.seed)
+    cache = context.inputs.teacher_cache(stage.cache)
+    stored = cache.stored(temperature=stage.sampling.temperature or 1.0)
+    return OfflineSamples(stored, shuffled(len(cache), context.seed))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +171,8 @@ class DivergenceOpdSource:
     student: MegatronModel
     buffer: RolloutBuffer
     teachers: TeacherRouter | ServedTeachers  # they score only where ``token_weighting`` needs it
-    cached: Callable[[int, int], Sequence[Sample]] | None
+    cached: OfflineSamples | None
+    seed: int = 0  # of the order in passes after the first
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """See ``train.loop.SampleSource``."""
@@ -145,23 +183,25 @@ class DivergenceOpdSource:
         stage = self.stage
         num_on_policy, tokenizer = self.buffer.train_batch_size, self.buffer.worker.tokenizer
         prompts, samples = self.buffer.next_batch(step) if num_on_policy else ([], [])
-        metrics = response_metrics(samples) if samples else {}
-        shown = examples(step, samples, prompts, tokenizer) if samples else []
-        parts = split_into_mini_batches(samples, stage.num_mini_batches)
+        metrics = response_metrics(samples) | self.buffer.metrics() if samples else {}
+        check_truncated(metrics, stage.max_truncated_fraction, step)
+        shown = examples(step, samples, prompts, tokenizer, self.student.layout) if samples else []
+        passes = mini_batches_by_epoch(samples, stage, self.seed, step)
         num_cached = (stage.train_batch_size - num_on_policy) * stage.num_generations
         if num_cached:
-            cached = [
-                dataclasses.replace(
-                    sample,
-                    id=f"{sample.id}~cached",
-                    rollout_log_probs=None,  # the teacher's
-                )
-                for sample in self.cached((step - 1) * num_cached, num_cached)
+            read = self.cached.read((step - 1) * num_cached, num_cached, self.student.layout)
+            cached: list[AnySample] = [dataclasses.replace(sample, id=f"{sample.id}~cached") for sample in read]
+            for array in ("rollout_log_probs", "routed_experts"):  # the teacher's
+                cached = [without_array(sample, array) for sample in cached]
+            orders = [epoch_order(len(cached), self.seed, step, epoch) for epoch in range(stage.ppo_epochs)]
+            passes = [
+                mix_into_mini_batches(parts, [cached[index] for index in order])
+                for parts, order in zip(passes, orders, strict=True)
             ]
-            parts = mix_into_mini_batches(parts, cached)
-        factors = token_factors(stage, [sample for part in parts for sample in part], self.student, self.teachers)
+        factors = token_factors(stage, [sample for part in passes[0] for sample in part], self.student, self.teachers)
         mini_batches = [
             MiniBatch(part, {"divergence_weight": with_factors(part, policy_loss_weights(part, stage), factors)})
+            for parts in passes
             for part in parts
         ]
         return StepData(mini_batches, metrics, shown, self.buffer.state())
@@ -177,6 +217,7 @@ class PolicyGradientOpdSource:
     teachers: TeacherRouter | ServedTeachers
     references: TeacherRouter | None
     anchors: TeacherAnchorSource | None
+    seed: int = 0  # of the order of groups in passes after the first
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """See ``train.loop.SampleSource``."""
@@ -186,68 +227,165 @@ class PolicyGradientOpdSource:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
         prompts, samples = self.buffer.next_batch(step)
-        metrics = response_metrics(samples)
-        samples, gate_metrics = self._with_advantages(self._scored(samples))
-        metrics |= gate_metrics
+        metrics = response_metrics(samples) | self.buffer.metrics()
+        check_truncated(metrics, stage.max_truncated_fraction, step)
+        samples, weight_scale, advantage_metrics = self._with_advantages(self._scored(samples), step)
+        metrics |= advantage_metrics
         factors = token_factors(stage, samples, self.student, self.teachers)
-        parts = split_into_mini_batches(samples, stage.num_mini_batches)
+        parts = [part for parts in mini_batches_by_epoch(samples, stage, self.seed, step) for part in parts]
         if self.anchors is None:
-            mini_batches = [MiniBatch(part, {"policy_weight": self._policy_weights(part, factors)}) for part in parts]
+            mini_batches = [
+                MiniBatch(part, {"policy_weight": self._policy_weights(part, factors, weight_scale)}) for part in parts
+            ]
         else:
             anchors, alpha, anchor_metrics = self.anchors.batch_for_step(step, prompts)
             metrics |= anchor_metrics
             mini_batches = [
-                with_anchors(part, self._policy_weights(part, factors), part_anchors, alpha)
-                for part, part_anchors in zip(parts, anchors, strict=True)
+                with_anchors(part, self._policy_weights(part, factors, weight_scale), part_anchors, alpha)
+                for part, part_anchors in zip(parts, anchors * stage.ppo_epochs, strict=True)
             ]
-        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer)
+        shown = examples(step, samples, prompts, self.buffer.worker.tokenizer, self.student.layout)
         return StepData(mini_batches, metrics, shown, self.buffer.state())
 
     def _policy_weights(
-        self, samples: Sequence[Sample], factors: Mapping[str, np.ndarray]
+        self, samples: Sequence[AnySample], factors: Mapping[str, np.ndarray], scale: float
     ) -> Sequence[float | np.ndarray]:
-        return with_factors(samples, policy_loss_weights(samples, self.stage), factors)
+        return with_factors(samples, scale * policy_loss_weights(samples, self.stage), factors)
 
-    def _scored(self, samples: list[Sample]) -> list[Sample]:
+    def _scored(self, samples: Sequence[AnySample]) -> list[AnySample]:
         """Return the samples with the log-probabilities of student, teacher and reference."""
-        student_scores = self.student.score(samples)
-        teacher_scores = self.teachers.score(samples)
-        reference_scores = [None] * len(samples) if self.references is None else self.references.score(samples)
-        return [
-            dataclasses.replace(sample, old_log_probs=student, teacher_log_probs=teacher, reference_log_probs=reference)
-            for sample, student, teacher, reference in zip(
-                samples, student_scores, teacher_scores, reference_scores, strict=True
+        layout = self.student.layout
+        with timed("score"):
+            scored = with_array(samples, "old_log_probs", self.student.score(samples))
+        with timed("teacher"):
+            scored = with_array(scored, "teacher_log_probs", self.teachers.score(samples, holders=layout))
+        if self.references is not None:
+            with timed("reference"):
+                scored = with_array(scored, "reference_log_probs", self.references.score(samples, holders=layout))
+        return scored
+
+    def _with_advantages(self, samples: list[AnySample], step: int) -> tuple[list[AnySample], float, dict[str, float]]:
+        """Return (samples with advantages, factor of all loss weights, metrics).
+
+        All response tokens of the step are taken together, over all data-parallel ranks: the stability weight averages
+        over them, and a fixed advantage selects among them.
+        """
+        own, totals = own_samples(samples), self.student.layout.host_dp
+        with totals.same_outcome():
+            teacher = flat_values(own, "teacher_log_probs", "teacher")
+            student = flat_values(own, "old_log_probs", "student")
+            reference = None if self.references is None else flat_values(own, "reference_log_probs", "reference")
+        lengths = [sample.response_length for sample in own]
+        counted = counted_tokens(own, self.stage)
+        weight_scale, metrics = 1.0, {}
+        clipped_metrics: dict[str, float] = {}
+        if self.stage.log_ratio_clip is not None:
+            teacher, clipped_metrics = clipped_teacher(teacher, student, self.stage.log_ratio_clip, counted, totals)
+        if self.stage.sign_gate is not None:
+            values, metrics = gated_advantages(
+                self.stage.sign_gate, samples, teacher, student, reference, counted, totals
             )
-        ]
-
-    def _with_advantages(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
-        """Compute advantages of all response tokens of the step at once: the stability weight averages over them."""
-        teacher = _flat(samples, "teacher_log_probs")
-        student = _flat(samples, "old_log_probs")
-        reference = None if self.references is None else _flat(samples, "reference_log_probs")
-        if self.stage.sign_gate is None:
-            values = g_opd_advantage(teacher, student, reference, reward_scale=self.stage.reward_scale)
-            metrics: dict[str, float] = {}
+        elif self.stage.fixed_advantage is not None:
+            numbers = np.array([index for index, sample in enumerate(samples) if isinstance(sample, Sample)], dtype=int)
+            values, weight_scale, metrics = control_advantages(
+                self.stage.fixed_advantage,
+                teacher,
+                student,
+                counted,
+                np.repeat(numbers, lengths),
+                len(samples),
+                totals,
+            )
         else:
-            lengths = [sample.response_length for sample in samples]
-            counted = np.repeat([has_loss(sample, self.stage) for sample in samples], lengths)
-            values, metrics = gated_advantages(self.stage.sign_gate, samples, teacher, student, reference, counted)
-        ends = np.cumsum([sample.response_length for sample in samples])
-        scored = []
-        for sample, response in zip(samples, np.split(values, ends[:-1]), strict=True):
-            advantages = np.zeros(len(sample.token_ids), dtype=np.float32)
-            advantages[sample.response_mask] = response
-            scored.append(dataclasses.replace(sample, advantages=advantages))
-        return scored, metrics
+            values = g_opd_advantage(teacher, student, reference, reward_scale=self.stage.reward_scale)
+            if self.stage.reward_advantage is not None:
+                combined = self._with_reward(samples, values, counted, step)
+                values, metrics = combined.advantages, combined.metrics
+        return with_token_advantages(samples, values), weight_scale, metrics | clipped_metrics
+
+    def _with_reward(
+        self, samples: list[AnySample], values: np.ndarray, counted: np.ndarray, step: int
+    ) -> CombinedAdvantages:
+        """Return the teacher's advantages [t] plus the verifier's, by the weight of ``step``."""
+        settings = self.stage.reward_advantage
+        rewards = np.array([sample.require("reward", "the verifier") for sample in samples])
+        groups = np.array([sample.group_id for sample in samples])
+        relative = group_relative(rewards, groups, norm_adv_by_std=settings.norm_adv_by_std)
+        weight = settings.weight_at(step, self.stage.steps)
+        combined = combined_advantage(
+            at_tokens(samples, relative.advantages.astype(np.float32)),  # as GRPO stores them
+            values,
+            verifier_weight=weight,
+            counted=counted,
+            totals=self.student.layout.host_dp,
+        )
+        metrics = {
+            "advantage/reward_weight": weight,
+            "zero_variance_fraction": relative.num_zero_variance / relative.num_groups,
+        }
+        return dataclasses.replace(combined, metrics=combined.metrics | metrics)
 
 
-def _flat(samples: Sequence[Sample], field: str) -> np.ndarray:
-    """``field`` at the response tokens of all samples, one after the other."""
-    return np.concatenate([getattr(sample, field)[sample.response_mask] for sample in samples])
+def clipped_teacher(
+    teacher: np.ndarray, student: np.ndarray, limit: float, counted: np.ndarray, ranks: HostGroup
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Return the teacher's log-probabilities [t] within ``limit`` nats of the student's, and how many were not.
+
+    A token that the teacher finds impossible would otherwise outweigh all others of its step. ranks: the data-parallel
+    ranks; the share is that of their counted tokens.
+    """
+    ratio = teacher - student
+    outside = (np.abs(ratio) > limit) & counted
+    num_outside, count = ranks.sum(np.array([outside.sum(), counted.sum()], dtype=np.int64))
+    clipped = np.where(np.abs(ratio) > limit, student + np.clip(ratio, -limit, limit), teacher)
+    return clipped.astype(teacher.dtype), {"log_ratio_clipped_fraction": float(num_outside / max(count, 1))}
+
+
+def control_advantages(
+    settings: FixedAdvantageConfig,
+    teacher: np.ndarray,
+    student: np.ndarray,
+    counted: np.ndarray,
+    responses: np.ndarray,
+    num_responses: int,
+    ranks: HostGroup,
+) -> tuple[np.ndarray, float, dict[str, float]]:
+    """Return (advantages [t], factor of the loss weights, metrics) of the control with a fixed advantage.
+
+    teacher, student: log-probabilities [t] of this rank. counted: bool [t], the tokens that have a loss weight.
+    responses: [t], the index of each token's response among the ``num_responses`` of all ranks. ranks: the
+    data-parallel ranks, whose tokens are selected together. Unselected tokens keep their weight, with an advantage of
+    0, so that the metrics cover the same tokens as those of OPD; the factor makes the loss the mean over the selected
+    ones.
+    """
+    selecting = student if settings.selected_by == "student" else teacher
+    fixed = fixed_advantage(
+        selecting,
+        value=settings.value,
+        fraction=settings.fraction,
+        counted=counted,
+        responses=responses,
+        num_responses=num_responses,
+        totals=ranks,
+    )
+    selected = fixed.is_selected
+    metrics = {"fixed_advantage/selected_fraction": float(fixed.num_selected) / max(1, fixed.num_tokens)}
+    if fixed.num_selected:
+        highest = ranks.max(np.array([selecting[selected].max(initial=-np.inf)], dtype=np.float64))[0]
+        negative = ranks.sum(np.array([(teacher < student)[selected].sum()]))[0]
+        metrics |= {
+            "fixed_advantage/highest_selected_log_prob": float(highest),
+            # Where the control pushes in the direction of OPD; a measurement, not a part of the update.
+            "fixed_advantage/opd_is_negative_fraction": float(negative / fixed.num_selected),
+        }
+    return fixed.advantages, fixed.weight_scale, metrics
 
 
 def with_anchors(
-    samples: Sequence[Sample], policy_weights: Sequence[float | np.ndarray], anchors: Sequence[Sample], alpha: float
+    samples: Sequence[AnySample],
+    policy_weights: Sequence[float | np.ndarray],
+    anchors: Sequence[AnySample],
+    alpha: float,
 ) -> MiniBatch:
     """Return the mini-batch of ``samples`` and ``anchors``: the anchors' mean cross-entropy counts ``alpha``."""
     lengths = [anchor.response_length for anchor in anchors]
@@ -262,35 +400,40 @@ def with_anchors(
 
 
 def token_factors(
-    stage: OpdConfig, samples: Sequence[Sample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
+    stage: OpdConfig, samples: Sequence[AnySample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
 ) -> dict[str, np.ndarray]:
-    """Return the factor of each token [length] by sample id, of mean 1 over the step's tokens that have a loss weight.
+    """Return the factor of each token [length] by the id of this rank's samples.
 
-    Empty without ``token_weighting``, and where all factors would be 0, such as for a student that equals its teacher.
+    Their mean is 1 over the step's tokens that have a loss weight, of all ranks. Empty without ``token_weighting``, and
+    where all factors would be 0, such as for a student that equals its teacher.
     """
     if stage.token_weighting == "none":
         return {}
     if stage.token_weighting == "entropy":
         raw = student.score(samples, "entropy")
     elif stage.token_weighting == "log_ratio":
-        pairs = zip(teachers.score(samples), student.score(samples), strict=True)
-        raw = [np.abs(teacher_score - student_score) for teacher_score, student_score in pairs]
+        pairs = zip(teachers.score(samples, holders=student.layout), student.score(samples), strict=True)
+        raw = [None if teacher_score is None else np.abs(teacher_score - score) for teacher_score, score in pairs]
     else:
         limit = stage.sampling.max_response_length
-        raw = [1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit for sample in samples]
-    counted = [
-        value[sample.response_mask] for value, sample in zip(raw, samples, strict=True) if has_loss(sample, stage)
-    ]
-    mean = float(np.concatenate(counted).mean()) if counted else 0.0
+        raw = [
+            1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit if isinstance(sample, Sample) else None
+            for sample in samples
+        ]
+    own = {sample.id: (sample, value) for sample, value in zip(samples, raw, strict=True) if isinstance(sample, Sample)}
+    counted = [value[sample.response_mask] for sample, value in own.values() if has_loss(sample, stage)]
+    values = np.concatenate(counted) if counted else np.zeros(0, dtype=np.float32)
+    total, count = student.layout.host_dp.sum(np.array([values.sum(), len(values)], dtype=np.float64))
+    mean = float(values.dtype.type(total / max(count, 1)))
     if mean == 0:
         return {}
-    return {sample.id: value / mean for sample, value in zip(samples, raw, strict=True)}
+    return {id_: value / mean for id_, (_, value) in own.items()}
 
 
 def with_factors(
-    samples: Sequence[Sample], weights: np.ndarray, factors: Mapping[str, np.ndarray]
+    samples: Sequence[AnySample], weights: np.ndarray, factors: Mapping[str, np.ndarray]
 ) -> Sequence[float | np.ndarray]:
-    """Multiply the weight of each sample by its tokens' factors."""
+    """Multiply the weight of each of this rank's samples by its tokens' factors."""
     if not factors:
         return weights
-    return [weight * factors[sample.id] for sample, weight in zip(samples, weights, strict=True)]
+    return [weight * factors.get(sample.id, 1.0) for sample, weight in zip(samples, weights, strict=True)]

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_s2d.artifacts.files import read_json
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.tokenizer import stop_token_ids
 from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
+from megatron_s2d.rollout.environments.manager import EnvironmentManager
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
 from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.sglang.backend import sglang_server_group
+from megatron_s2d.rollout.sglang.memory_fraction import ServerMemory
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.megatron_model import MegatronModel
+from megatron_s2d.verify import RewardManager
 
 
 class ServerRegistry:
@@ -54,43 +57,61 @@ class RolloutFactory:
         """directory: of the stage."""
         self._config, self._stage_name, self._inputs = config, stage_name, inputs
         self._servers = ServerRegistry(directory / "sglang")
+        self._server_memory: dict[str, ServerMemory] = {}
+        self._environments: list[EnvironmentManager] = []
+
+    def limit_servers(self, memory: Sequence[ServerMemory]) -> None:
+        """Start servers of these models with no more than their share of the GPUs; others leave it to SGLang."""
+        self._server_memory = {item.model: item for item in memory}
 
     def sampling_params(self, sampling: SamplingConfig, model_name: str) -> SamplingParams:
         """Return the engine's parameters, with the stop tokens of tokenizer and model."""
         return SamplingParams(
             max_new_tokens=sampling.max_response_length,
-            stop_token_ids=stop_token_ids(self._inputs.tokenizer, self._config.models[model_name].path),
+            stop_token_ids=stop_token_ids(self._inputs.tokenizer_of(model_name), self._config.models[model_name].path),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             stop_strings=tuple(sampling.stop_strings),
         )
 
-    def engine(self, model: MegatronModel, model_name: str, params: SamplingParams) -> RolloutEngine:
+    def engine(
+        self, model: MegatronModel, model_name: str, params: SamplingParams, *, longest_prompt: int = 0
+    ) -> RolloutEngine:
         """Return the engine that generates with the weights of ``model``, an entry of ``models``; collective.
 
-        It holds the weights as they are now, and later ones after ``update_weights``.
+        longest_prompt: tokens of one, if it may be longer than ``lengths.max_prompt_length``. The engine
+        holds the weights as they are now, and later ones after ``update_weights``.
         """
         rollout = self._config.rollout
         if rollout.engine == "sglang":
-            return self._serve(model, model_name, ServerRequirements(self._max_length(model, params), params=params))
+            requirements = ServerRequirements(
+                self._max_length(model, params, longest_prompt),
+                params=params,
+                routed_experts=model.routing_replay is not None,
+            )
+            return self._serve(model, model_name, requirements)
         return MegatronEngine(
             model.chunks,
             model.spec.vocab_size,
             model.layout,
-            tokenizer=self._inputs.tokenizer,
+            tokenizer=self._inputs.tokenizer_of(model_name),
             max_batch_size=rollout.max_batch_size,
             max_batch_tokens=rollout.max_batch_tokens,
+            routing_replay=model.routing_replay,
+            enforce_eager=rollout.enforce_eager,
+            generates_early=rollout.staleness > 0,
         )
 
     def served_teacher(
-        self, teacher: MegatronModel, model_name: str, params: SamplingParams, top_k: int
+        self, teacher: MegatronModel, model_name: str, params: SamplingParams, top_k: int, *, longest_prompt: int = 0
     ) -> ServedEngine:
         """Return servers that score responses by ``params`` with the weights of ``teacher``, which is offloaded.
 
-        top_k: number of most likely tokens that will be requested at each token; 0 for none.
+        top_k: number of most likely tokens that will be requested at each token; 0 for none. longest_prompt: as for
+        ``engine``.
         """
-        requirements = ServerRequirements(self._max_length(teacher, params), top_k=top_k)
+        requirements = ServerRequirements(self._max_length(teacher, params, longest_prompt), top_k=top_k)
         return self._serve(teacher, model_name, requirements, offload=True)
 
     def buffer(
@@ -114,11 +135,22 @@ class RolloutFactory:
             stage.steps,
             self._config.rollout.over_sampling_ratio,
             prefetches,
+            self._config.rollout.staleness,
         )
 
     def close(self) -> None:
-        """Close the served engines, and with them the servers that they started."""
+        """Close the served engines, and with them the servers that they started; then environments."""
         self._servers.close()
+        while self._environments:
+            self._environments.pop().close()
+
+    def environments(self, model_name: str, reward_manager: RewardManager | None) -> EnvironmentManager:
+        """Return the environments of prompts for ``model_name``. reward_manager: None if nothing is graded."""
+        tokenizer = self._inputs.tokenizer_of(model_name)
+        stop_ids = stop_token_ids(tokenizer, self._config.models[model_name].path)
+        manager = EnvironmentManager(tokenizer, self._config.template_date, stop_ids, reward_manager)
+        self._environments.append(manager)
+        return manager
 
     def _serve(
         self, model: MegatronModel, model_name: str, requirements: ServerRequirements, *, offload: bool = False
@@ -137,30 +169,20 @@ class RolloutFactory:
             model.chunks,
             model.spec,
             model.layout,
-            model.score,
+            model.score_replicated,
             self._config.rollout,
             self._servers.next_directory(model_name),
             urls=urls,
             requirements=requirements,
-            tokenizer=self._inputs.tokenizer,
+            tokenizer=self._inputs.tokenizer_of(model_name),
             on_device=functools.partial(model.on_device, release=offload),
+            memory=self._server_memory.get(model_name),
         )
         engine = ServedEngine(group)
         self._servers.add(model_name, engine)
         return engine
 
-    def _max_length(self, model: MegatronModel, params: SamplingParams) -> int:
-        """Return the tokens of the longest prompt with the longest response."""
-        longest = self._config.lengths.max_prompt_length + params.max_new_tokens
+    def _max_length(self, model: MegatronModel, params: SamplingParams, longest_prompt: int) -> int:
+        """Return the tokens of the longest prompt with the longest response. longest_prompt: of a teacher's view."""
+        longest = max(self._config.lengths.max_prompt_length, longest_prompt) + params.max_new_tokens
         return min(longest, model.spec.max_position_embeddings)
-
-
-def stop_token_ids(tokenizer: Any, model_path: Path | None) -> tuple[int, ...]:
-    """Return the end-of-sequence ids of the tokenizer and of a published model's generation_config.json."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    if model_path is not None and (model_path / "generation_config.json").exists():
-        eos = read_json(model_path / "generation_config.json").get("eos_token_id")
-        ids.update([eos] if isinstance(eos, int) else eos or [])
-    if not ids:
-        raise UserError("the tokenizer has no end-of-sequence token: responses could not end; use another tokenizer")
-    return tuple(sorted(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 
 from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.data.packing import MiniBatch
+from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import corpus_documents, is_corpus
+from megatron_s2d.data.stored_samples import JoinedSamples, ListedSamples, OfflineSamples
 from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
-from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import AnySample, Prompt, RemoteSample, Sample
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.train.loop import StepData, train
 
@@ -24,9 +28,14 @@ def run_sft(context: StageContext) -> None:
     stage: SftConfig = context.stage
     model = context.models.start()
     model.prepare_training(stage.optimizer, stage.steps, offload=stage.offload_optimizer)
-    read, longest = _reader(context, stage)
+    samples, longest = _samples(context, stage)
     source = OfflineSource(
-        read, stage.global_batch_size, stage.loss_agg_mode, stage.norm_length or longest, "supervised_weight"
+        samples,
+        stage.global_batch_size,
+        stage.loss_agg_mode,
+        stage.norm_length or longest,
+        "supervised_weight",
+        model.layout,
     )
     train(model, source, sft_objective(), context.directory, context.loop_settings())
     context.save_model(model)
@@ -34,17 +43,18 @@ def run_sft(context: StageContext) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OfflineSource:
-    """A source of samples that exist already. ``read(start, count)`` returns samples ``start`` to ``start + count``."""
+    """A source of samples that exist already."""
 
-    read: Callable[[int, int], Sequence[Sample]]
+    samples: OfflineSamples
     batch_size: int
     loss_agg_mode: str
     norm_length: int  # divisor of seq_mean_token_sum_norm, the same at every step
     weight_column: str  # of the objective's term
+    layout: Layout
 
     def step(self, step: int) -> StepData:
         """Return one batch as one mini-batch."""
-        samples = self.read((step - 1) * self.batch_size, self.batch_size)
+        samples = self.samples.read((step - 1) * self.batch_size, self.batch_size, self.layout)
         lengths = [sample.response_length for sample in samples]
         weights = token_weights(lengths, self.loss_agg_mode, ResponseCounts.of(lengths), self.norm_length)
         metrics = {"response_length": float(np.mean(lengths))}
@@ -54,52 +64,93 @@ class OfflineSource:
         """Do nothing: a batch is a function of its step."""
 
 
-def shuffled(samples: Sequence[Sample], seed: int) -> Callable[[int, int], list[Sample]]:
-    """Return a reader of ``samples`` that reshuffles them every epoch."""
+def shuffled(size: int, seed: int) -> Callable[[int, int], list[int]]:
+    """Return an order of ``size`` samples, other in every epoch, for ``OfflineSamples``."""
 
-    def read(start: int, count: int) -> list[Sample]:
-        orders: dict[int, np.ndarray] = {}
-        batch = []
-        for position in range(start, start + count):
-            epoch, index = divmod(position, len(samples))
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(samples))
-            batch.append(samples[orders[epoch][index]])
-        return batch
+    @functools.lru_cache(maxsize=2)  # a batch may cross from one epoch to the next
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(size)
 
-    return read
+    def indices(start: int, count: int) -> list[int]:
+        positions = [divmod(position, size) for position in range(start, start + count)]
+        return [int(order(epoch)[index]) for epoch, index in positions]
+
+    return indices
 
 
-def longest_response(samples: Sequence[Sample]) -> int:
-    """Return the number of response tokens of the longest response."""
-    return max(sample.response_length for sample in samples)
-
-
-def _reader(context: StageContext, stage: SftConfig) -> tuple[Callable[[int, int], Sequence[Sample]], int]:
-    """Return the reader of the stage's cached responses, corpus documents or reference solutions, and the length of the
-    longest response (1 for a corpus, which has no end: preflight requires ``norm_length`` where it counts).
+def _samples(context: StageContext, stage: SftConfig) -> tuple[OfflineSamples, int]:
+    """Return the stage's cached responses, corpus documents or reference solutions, and the length of the longest
+    response (1 for a corpus, which has no end: preflight requires ``norm_length`` where it counts).
     """
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
-        samples = [sample for name in names for sample in context.inputs.teacher_cache(name).samples]
-        samples = [dataclasses.replace(sample, temperature=1.0) for sample in samples]
-        return shuffled(samples, context.seed), longest_response(samples)
+        caches = [context.inputs.teacher_cache(name) for name in names]
+        sizes = list(map(len, caches))
+        joined = JoinedSamples([cache.stored(temperature=1.0) for cache in caches], sizes)
+        longest = max(cache.longest_response for cache in caches)
+        return OfflineSamples(joined, shuffled(sum(sizes), context.seed)), longest
     source = context.inputs.data_source(stage.data)
     if is_corpus(source):
 
-        def read(start: int, count: int) -> list[Sample]:
-            documents = corpus_documents(source, context.inputs.tokenizer, start, count)
-            return [solution_sample(document) for document in documents]
+        def document(index: int) -> Sample:
+            return solution_sample(*corpus_documents(source, context.inputs.tokenizer, index, 1))
 
-        return read, 1
-    samples = [solution_sample(prompt) for prompt in context.inputs.prompts(stage.data)]
-    return shuffled(samples, context.seed), longest_response(samples)
+        return OfflineSamples(ListedSamples(document), lambda start, count: range(start, start + count)), 1
+    prompts = context.inputs.stage_prompts(context.name)
+    order = shuffled(len(prompts), context.seed)
+    return OfflineSamples(SolutionSamples(prompts), order), int(prompts.solution_lengths.max())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SolutionSamples:
+    """Prompts with their reference solutions; see ``StoredSamples``."""
+
+    prompts: PromptTable
+
+    def lengths(self, indices: Sequence[int]) -> np.ndarray:
+        """Return tokens of prompt and solution, int64 [n]; ``UserError`` for a prompt without a solution."""
+        solutions = self.prompts.solution_lengths[indices].astype(np.int64)
+        for position in np.flatnonzero(solutions < 1):
+            raise _no_solution(self.prompts[indices[position]].id)
+        return self.prompts.lengths[indices] + solutions
+
+    def read(self, indices: Sequence[int], ranks: Sequence[int], dp_rank: int) -> list[AnySample]:
+        """Return the samples of ``dp_rank``; of the others, no tokens are read."""
+        is_remote = np.asarray(ranks) != dp_rank
+        others = np.asarray(indices, dtype=np.int64)[is_remote]
+        table = self.prompts.select(others)
+        remote = zip(table.values("id"), table.values("domain"), self.lengths(others), strict=True)
+        return [
+            solution_sample(self.prompts[index])
+            if rank == dp_rank
+            else _remote(*next(remote), self.prompts.solution_lengths[index], rank)
+            for index, rank in zip(indices, ranks, strict=True)
+        ]
+
+
+def _remote(prompt_id: str, domain: str, length: int, response_length: int, dp_rank: int) -> RemoteSample:
+    """Return what other ranks know of a ``solution_sample``."""
+    return RemoteSample(
+        id=prompt_id,
+        prompt_id=prompt_id,
+        group_id=prompt_id,
+        domain=domain,
+        length=int(length),
+        response_length=int(response_length),
+        temperature=1.0,
+        finish_reason="data",
+        dp_rank=dp_rank,
+    )
+
+
+def _no_solution(prompt_id: str) -> UserError:
+    return UserError(f"prompt {prompt_id} has no reference solution: name the `solution` column of its data")
 
 
 def solution_sample(prompt: Prompt) -> Sample:
     """Return the prompt with its reference solution as the response."""
     if prompt.solution_token_ids is None or not len(prompt.solution_token_ids):
-        raise UserError(f"prompt {prompt.id} has no reference solution: name the `solution` column of its data")
+        raise _no_solution(prompt.id)
     token_ids = np.concatenate([prompt.token_ids, prompt.solution_token_ids])
     mask = np.arange(len(token_ids)) >= len(prompt.token_ids)
     return Sample(

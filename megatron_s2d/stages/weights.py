@@ -1,17 +1,16 @@
-"""Stages that produce weights without training: an unchanged published checkpoint, and weight extrapolation (ExPO)."""
+"""Stages that produce weights without training: an unchanged published checkpoint, which is not copied, and ExPO."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
+from megatron_s2d.config.weights import ExpoConfig
 from megatron_s2d.stages.context import StageContext
 
 
 def run_load_checkpoint(context: StageContext) -> None:
-    """Save the weights under the model's ``path``, so that they can be a teacher, a reference or an arm."""
-    stage: LoadCheckpointConfig = context.stage
-    context.save_model(context.models.fresh(stage.model))
+    """Refer to the weights under the model's ``path``, so that they can be a teacher, a reference or an arm."""
+    context.refer_to_source()
 
 
 def run_expo(context: StageContext) -> None:
@@ -21,11 +20,11 @@ def run_expo(context: StageContext) -> None:
     """
     stage: ExpoConfig = context.stage
     model = context.models.frozen(stage.base)
-    means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in model.chunks[0].parameters()]
+    means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in model.parameters()]
     for name in stage.tuned:
         tuned = context.models.frozen(name)
-        for mean, parameter in zip(means, tuned.chunks[0].parameters(), strict=True):
+        for mean, parameter in zip(means, tuned.parameters(), strict=True):
             mean += parameter.float() / len(stage.tuned)
-    for parameter, mean in zip(model.chunks[0].parameters(), means, strict=True):
+    for parameter, mean in zip(model.parameters(), means, strict=True):
         parameter.data.copy_(mean + stage.alpha * (mean - parameter.float()))
     context.save_model(model)

@@ -2,9 +2,9 @@
 
 One OPD step with the full-vocabulary divergence, in the order of ``train/loop.py`` and by the models of ``estimate/``:
 prefill and decoding of the responses, teacher forward, student passes with the divergence, optimizer step, and the
-weight update of the servers if there are any. Measured kernel times and bandwidths come from the simulation file; every
-other rate is a data-sheet number times an assumption, and is printed as such. Not modelled: grading, data loading,
-checkpoints, failures and overlap. No torch here.
+weight update of the servers if there are any, then the work of the host (``control_plane.py``) and checkpoints.
+Measured kernel times and bandwidths come from the simulation file; every other rate is a data-sheet number times an
+assumption, and is printed as such. Not modelled: grading, data loading, failures and overlap. No torch here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, model_flops, pipeline_shards
 from megatron_s2d.estimate.memory import (
     TeacherInputs,
+    Workload,
     frozen_memory,
     generate_phases,
     train_phase,
@@ -42,10 +43,13 @@ from megatron_s2d.formatting import format_bytes
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
 from megatron_s2d.report.sheets import Sheet, write_sheets
+from megatron_s2d.studies.control_plane import COMMAND, checkpoint_seconds, growth, host_seconds
 from megatron_s2d.workflow.plan_estimate import assumptions
 
-PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync")
-_COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
+PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync",
+          "host", "checkpoint")  # fmt: skip
+_CHECKPOINT_BYTES = 14  # of a parameter: bfloat16 weight, float32 master and two moments
+_COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#BCBD22")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,12 @@ def _fraction_of_peak(rate: float, peak: float, where: str, unit: str) -> float:
     return rate / peak
 
 
-def predict(config: SimulationConfig) -> list[Prediction]:
-    """Predict every number of GPUs, in order; raise ``UserError`` for a layout that does not divide the models."""
-    machine, smallest = machine_from_config(config), min(config.num_gpus)
+def predict(config: SimulationConfig, machine: Machine | None = None) -> list[Prediction]:
+    """Predict every number of GPUs, in order; raise ``UserError`` for a layout that does not divide the models.
+
+    machine: by default the one of the configuration.
+    """
+    machine, smallest = machine or machine_from_config(config), min(config.num_gpus)
     student, teacher = config.student.resolve(), config.teacher.resolve()
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
@@ -155,9 +162,11 @@ class _Step:
         share = config.teacher_parallel or config.parallel
         student_layout = self._layout(config.parallel, self.student, "parallel")
         teacher_layout = self._layout(share, self.teacher, "teacher_parallel")
-        trainer = ModelOnMachine(self.student, student_layout, Build(2, True, config.student.recompute), self.machine)
+        trainer = ModelOnMachine(
+            self.student, student_layout, Build(2, True, config.student.recomputation), self.machine
+        )
         scorer = ModelOnMachine(self.teacher, teacher_layout, Build(2, True), self.machine)
-        seconds = self._rollout(trainer) | self._training(trainer, scorer)
+        seconds = self._rollout(trainer) | self._training(trainer, scorer) | self._beside_models(trainer.parallel)
         tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens)
         flops = 3 * model_flops(self.student, tokens, (config.prompt_tokens + config.response_tokens) / 2)
         responses = self.prompts * config.num_generations * config.response_tokens
@@ -195,18 +204,22 @@ class _Step:
             "weight sync": sync,
         }
 
-    def _workload(self, parallel: ParallelConfig):
+    def _workload(self, parallel: ParallelConfig, *, even: bool = False) -> Workload:
+        """Return the micro-batches of one data-parallel rank.
+
+        even: of equal size, as many as it takes, for the time of all; else of the full size, for the memory of one.
+        """
         config = self.config
-        return workload(
-            self.prompts * config.num_generations,
-            config.prompt_tokens + config.response_tokens,
-            config.response_tokens,
-            max_tokens=config.micro_batch_tokens,
-            parallel=parallel,
-        )
+        responses, length = self.prompts * config.num_generations, config.prompt_tokens + config.response_tokens
+        limit = config.micro_batch_tokens
+        if even:
+            tokens = ceil_div(responses, parallel.data_parallel_size) * length
+            limit = ceil_div(tokens, ceil_div(tokens, limit))
+        return workload(responses, length, config.response_tokens, max_tokens=limit, parallel=parallel)
 
     def _training(self, trainer: ModelOnMachine, scorer: ModelOnMachine) -> dict[str, float]:
-        student_work, teacher_work = self._workload(trainer.parallel), self._workload(scorer.parallel)
+        student_work = self._workload(trainer.parallel, even=True)
+        teacher_work = self._workload(scorer.parallel, even=True)
         seconds = trainer.train_seconds(student_work, self.teacher)
         loss = seconds["loss"]
         measured = self.config.measured.kl
@@ -220,7 +233,7 @@ class _Step:
             num_tokens = teacher_work.response_tokens * scorer.parallel.data_parallel_size
             traffic = hidden_state_traffic(self.teacher, num_tokens, 2, scorer.parallel, trainer.parallel)
             transfer = traffic.seconds(self.machine)
-        passes = ("layers", "tensor, pipeline, expert traffic", "pipeline idle")
+        passes = ("layers", "tensor, pipeline, context, expert traffic", "pipeline idle")
         return {
             "teacher forward": scorer.score_seconds(teacher_work, outputs=False),
             "teacher states": transfer,
@@ -228,6 +241,21 @@ class _Step:
             "KL": loss,
             "update": seconds["gradients and weights"] + seconds["optimizer"],
         }
+
+    def _beside_models(self, parallel: ParallelConfig) -> dict[str, float]:
+        config, ranks = self.config, parallel.data_parallel_size
+        tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens) / ranks
+        seconds = {"host": host_seconds(ranks, tokens), "checkpoint": 0.0}
+        if config.checkpoint_interval_steps is not None:
+            nodes = ceil_div(self.count, self.machine.assumptions.gpus_per_node)
+            written = checkpoint_seconds(
+                _CHECKPOINT_BYTES * self.student.num_parameters,
+                nodes,
+                config.node_write_bandwidth,
+                config.file_system_bandwidth,
+            )
+            seconds["checkpoint"] = written / config.checkpoint_interval_steps
+        return seconds
 
     # ------------------------------------------------------------------------------ memory
 
@@ -321,6 +349,7 @@ def _basis(config: SimulationConfig) -> list[str]:
     return [
         f"measured, from the file: {', '.join(measured_rates) or 'nothing'}",
         f"ASSUMED, data sheet times efficiency: {', '.join(assumed_rates) or 'nothing'}",
+        f"host: measured by {COMMAND} on 2 to 32 ranks, grows with data-parallel ranks^{growth():.2f}",
     ]
 
 

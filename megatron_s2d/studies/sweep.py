@@ -11,12 +11,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_s2d.artifacts.files import atomic_write_json, read_json
+from megatron_s2d.artifacts.lock import directory_lock
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.sweep import SweepConfig
 from megatron_s2d.config.workflow import WorkflowConfig, load_workflow
@@ -87,6 +87,12 @@ def _check_names(sweep: SweepConfig, points: list[Point]) -> None:
 def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoint = run_here) -> list[Point]:
     """Run the unfinished points and return all points; an interruption ends the sweep."""
     points = expand_points(sweep)
+    with directory_lock(out):  # another sweep would record points as failed that are running
+        _run_points(sweep, points, out, console, run_point)
+    return points
+
+
+def _run_points(sweep: SweepConfig, points: list[Point], out: Path, console: Console, run_point: RunPoint) -> None:
     atomic_write_json(out / "sweep.json", dump(sweep))
     for number, point in enumerate(points, 1):
         run_dir = out / point.name
@@ -103,7 +109,6 @@ def run_sweep(sweep: SweepConfig, out: Path, console: Console, run_point: RunPoi
             run_dir.mkdir(parents=True, exist_ok=True)
             marker.write_text(f"{error}\n", encoding="utf-8")
             console.print(f"{head}: FAILED: {error}", markup=False, highlight=False, soft_wrap=True)
-    return points
 
 
 def unfinished_points(points: list[Point], out: Path) -> dict[str, str]:
@@ -142,7 +147,6 @@ def _checked_cells(point: Point, run_dir: Path, scratch: Path) -> list[str]:
         return [ranks, "-", "-", "-", f"cannot run: {error}"]
     memory = preflight.memory(on_gpu=False)
     peak = max(stage.total for stage in memory.values())
-    entries: list[Any] = [entry for entry in preflight.ledger.entries(preflight.stages) if entry.labels_used]
-    labels = {key for entry in entries for key in preflight.ledger.keys(entry.prompts)}
+    labels = preflight.ledger.num_labels_used(preflight.stages)
     state = "finished" if is_finished(point, run_dir) else "unfinished" if run_dir.exists() else "new"
-    return [ranks, str(len(preflight.stages)), format_bytes(peak), str(len(labels)), state]
+    return [ranks, str(len(preflight.stages)), format_bytes(peak), str(labels), state]

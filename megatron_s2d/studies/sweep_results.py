@@ -14,7 +14,8 @@ from megatron_s2d.config.hardware import gpu_of
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.sweep import FitConfig, SweepConfig, SweepContrastConfig
-from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.model_tokenizers import ModelTokenizers
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import model_flops
 from megatron_s2d.estimate.stage_time import output_flops
@@ -89,9 +90,14 @@ def collect_sweep(sweep: SweepConfig, out: Path, points: Sequence[Point], failed
     )
 
 
+def _spec(config: WorkflowConfig, stage: str, tokenizers: ModelTokenizers) -> ModelSpec:
+    model = config.model_of(stage)
+    return config.models[model].resolve(len(tokenizers.of_model(model)))
+
+
 def _arm_rows(sweep: SweepConfig, point: Point, run_dir: Path) -> list[ArmRow]:
     config = point.config
-    vocab_size = len(load_tokenizer(config.tokenizer, run_dir / "tokenizer"))
+    tokenizers = ModelTokenizers(config, run_dir / "tokenizer")
     rows = []
     for arm, stage in config.arms.items():
         chain = config.chain(stage)
@@ -101,11 +107,11 @@ def _arm_rows(sweep: SweepConfig, point: Point, run_dir: Path) -> list[ArmRow]:
         trained = [name for name in chain if isinstance(config.stages[name], TrainingStageConfig)]
         tokens, seconds, flops = 0.0, 0.0, 0.0
         for name in trained:
-            spec = config.models[config.model_of(name)].resolve(vocab_size)
+            spec = _spec(config, name, tokenizers)
             stage_tokens, stage_seconds = _speed(run_dir, name)
             tokens, seconds = tokens + stage_tokens, seconds + stage_seconds
             flops += stage_tokens * training_flops(spec)
-        spec = config.models[config.model_of(stage)].resolve(vocab_size)
+        spec = _spec(config, stage, tokenizers)
         ranks = config.parallel.world_size
         mfu = None if sweep.gpu is None else flops / seconds / ranks / gpu_of(sweep.gpu).bf16_flops
         rows.append(
@@ -178,6 +184,7 @@ def _pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     return dataclasses.replace(
         first,
         rewards=np.concatenate([item.rewards for item in ordered], axis=1),
+        correct=np.concatenate([item.correct for item in ordered], axis=1),
         response_lengths=np.concatenate([item.response_lengths for item in ordered], axis=1),
         finish_reasons=tuple(
             tuple(itertools.chain(*parts)) for parts in zip(*(item.finish_reasons for item in ordered), strict=True)

@@ -1,8 +1,9 @@
 """Frozen models as teachers: their exact or top-k distributions at any layout, and their scores of sampled tokens.
 
 A teacher gives final hidden states; the loss computes its distribution from them with the teacher's output layer, which
-is sharded like the student's. A teacher of another layout computes on its own data-parallel ranks, and its hidden
-states are sent to the ranks that train on them (``hidden_state_transfer.py``). Teachers that take turns on the device
+is sharded like the student's. A teacher of another layout computes on its own data-parallel ranks, one with a view of
+its own in micro-batches of its own, and its hidden states are sent to the ranks that train on them
+(``hidden_state_transfer.py``). Teachers that take turns on the device
 are offloaded to host memory. Elsewhere: cached teachers (``cached.py``), served teachers (``served.py``), and the use
 of the distributions (``stages/opd.py``).
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -25,7 +27,8 @@ from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
 from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, Temperature, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
-from megatron_s2d.records import Sample
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import AnySample
 from megatron_s2d.teachers.hidden_state_transfer import (
     OffloadedRows,
     OutputLayers,
@@ -33,6 +36,7 @@ from megatron_s2d.teachers.hidden_state_transfer import (
     transfer_hidden_states,
 )
 from megatron_s2d.teachers.routing import is_routed, score_by_domain, teacher_of
+from megatron_s2d.teachers.views import PromptViews, score_in_view
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -41,18 +45,24 @@ class TeacherRouter:
     """A frozen model for every domain, or one (under the key ``None``) for all."""
 
     models: Mapping[str | None, MegatronModel]
+    views: PromptViews | None = None  # the prompts as the models read them; None: as the student does
     _output_layers: OutputLayers = dataclasses.field(default_factory=OutputLayers)
 
     @classmethod
-    def load(cls, stages: str | Mapping[str, str], load: Callable[[str], MegatronModel]) -> TeacherRouter:
+    def load(
+        cls,
+        stages: str | Mapping[str, str],
+        load: Callable[[str], MegatronModel],
+        views: PromptViews | None = None,
+    ) -> TeacherRouter:
         """Load the finished stages that a configuration names; a stage that serves several domains is loaded once."""
         if isinstance(stages, str):
-            return cls({None: load(stages)})
+            return cls({None: load(stages)}, views)
         loaded = {stage: load(stage) for stage in dict.fromkeys(stages.values())}
         if len(loaded) > 1:
             for model in loaded.values():
                 model.offload()
-        return cls({domain: loaded[stage] for domain, stage in stages.items()})
+        return cls({domain: loaded[stage] for domain, stage in stages.items()}, views)
 
     @property
     def is_routed(self) -> bool:
@@ -71,12 +81,13 @@ class TeacherRouter:
         with model.on_device(release=self._takes_turns):
             yield model
 
-    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+    def score(self, samples: Sequence[AnySample], *, holders: Layout) -> list[np.ndarray | None]:
         """Return log pi of every sample's response under the model of its domain, as ``MegatronModel.score``."""
 
-        def score(domain: str, in_domain: list[Sample]) -> list[np.ndarray]:
+        def score(domain: str, in_domain: list[AnySample]) -> list[np.ndarray | None]:
             with self.model_for(domain) as model:
-                return model.score(in_domain)
+                score_as_read = functools.partial(model.score, holders=holders)
+                return score_in_view(in_domain, domain, self.views, holders, score_as_read)
 
         return score_by_domain(samples, score)
 
@@ -95,10 +106,11 @@ class TeacherRouter:
             with self.model_for(domain) as teacher:
                 weight = self._output_layers.of(teacher, student, offload=self._takes_turns)
                 selected = [micro_batches[index] for index in indices]
-                if teacher.layout is student.layout:
+                views = self.views if self.views is not None and self.views.has(domain) else None
+                if teacher.layout is student.layout and views is None:
                     states = offload_hidden_states(teacher, selected)
                 else:
-                    states = transfer_hidden_states(teacher, student, mini_batch.samples, domain, selected)
+                    states = transfer_hidden_states(teacher, student, mini_batch.samples, domain, selected, views)
                 for index, rows in zip(indices, states, strict=True):
                     if rows is not None:
                         sources[index] = LazyHiddenStates(rows.read, weight, micro_batches[index].temperature)

@@ -4,8 +4,8 @@ Only positions that predict a response token are kept ("counted" positions). The
 data-parallel rank share them: each keeps those in its block of the micro-batch's positions, which under sequence
 parallelism are the ones that it computes. Rows are offloaded to host memory; when the loss reads a micro-batch, its
 tensor-parallel ranks gather the blocks on the device and free them afterwards. A teacher of another layout sends every
-row from the rank that computes it straight to the one rank that keeps it; all ranks derive from samples and layouts
-which rows these are, so that nothing else is sent.
+row from the rank that computes it straight to the one rank that keeps it; both derive from samples and layouts which
+rows these are, so that nothing else is sent but the samples themselves.
 
 Hidden states of a teacher with the student's layout are offloaded too: copying one micro-batch to the host and back
 takes thousandths of its forward pass, and the states of a whole mini-batch would take the device memory of many
@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ import torch.distributed as dist
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan
+from megatron_s2d.data.sample_exchange import dp_ranks, move_samples, ranks_in_layout
 from megatron_s2d.kl.shards import VocabShard, redistribute_output_layer
 from megatron_s2d.parallel import device, p2p
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.records import Sample
+from megatron_s2d.records import AnySample, own_samples
+from megatron_s2d.teachers.views import PromptViews
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -63,7 +65,7 @@ class OffloadedRows:
         """Return the rows of all blocks on the device, [t, h] in the order of positions; collective over the group."""
         rows = self.block.to(device.device(), non_blocking=True)
         if self.order is not None:
-            rows = rows[self.order.to(rows.device)]
+            rows = rows[device.copy_to_device(self.order)]
         if self.shard.size == 1 or not any(self.counts):
             return rows
         padded = rows.new_empty(max(self.counts), rows.shape[1])
@@ -81,7 +83,7 @@ def offload_hidden_states(model: MegatronModel, batches: Sequence[MicroBatch]) -
         rows = torch.from_numpy(blocks[layout.tp_rank])
         if layout.config.sequence_parallel:
             rows = rows - layout.tp_rank * hidden.shape[0]
-        block = device.copy_to_host(hidden[rows.to(hidden.device)])
+        block = device.copy_to_host(hidden[device.copy_to_device(rows)])
         return OffloadedRows(block, tuple(map(len, blocks)), model.shard)
 
     return model.hidden_states(batches, keep)
@@ -89,10 +91,8 @@ def offload_hidden_states(model: MegatronModel, batches: Sequence[MicroBatch]) -
 
 def counted_positions(batch: MicroBatch, layout: Layout) -> list[np.ndarray]:
     """Return the counted positions (int64, in order) in the block of each tensor-parallel rank."""
-    mask = batch.response_mask.cpu().numpy()
-    size = _block_size(len(mask), layout)
-    starts = range(0, size * layout.tp_size, size)
-    return [start + np.flatnonzero(mask[start : start + size]) for start in starts]
+    rows, size = batch.response_rows_on_host, _block_size(len(batch.labels), layout)
+    return np.split(rows, np.searchsorted(rows, [size * rank for rank in range(1, layout.tp_size)]))
 
 
 def _block_size(num_positions: int, layout: Layout) -> int:
@@ -103,23 +103,44 @@ def _block_size(num_positions: int, layout: Layout) -> int:
 def transfer_hidden_states(
     teacher: MegatronModel,
     student: MegatronModel,
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     domain: str | None,
     batches: Sequence[MicroBatch],
+    views: PromptViews | None = None,
 ) -> list[OffloadedRows | None]:
-    """Compute the teacher's final hidden states for the micro-batches of a student of another layout; collective.
+    """Compute the teacher's final hidden states for a student of another layout or with another prompt; collective.
 
-    samples: of the whole mini-batch. domain: of those in ``batches``, the student's micro-batches; None for all.
+    samples: of the whole mini-batch, as the student's data-parallel ranks hold them; they are sent to the ranks of the
+    teacher that compute on them. domain: of those in ``batches``, the student's micro-batches; None for all. views: how
+    the teacher reads the prompts; its micro-batches hold other tokens then, and rows are matched by their index in the
+    response.
     """
     indices = [index for index, sample in enumerate(samples) if domain is None or sample.domain == domain]
-    teacher_samples = [samples[index] for index in indices]
-    sources = _sequences(teacher.plan_micro_batches(teacher_samples))
-    student_plans = [
-        [plan for plan in plans if domain is None or plan.domain == domain]
-        for plans in student.plan_micro_batches(samples)
-    ]
+    in_domain = [samples[index] for index in indices]
+    if views is not None:
+        in_domain = views.samples(in_domain, student.layout)
+    ranks = ranks_in_layout(in_domain, student.layout, teacher.layout, by_domain=teacher.packs_by_domain)
+    teacher_samples, _ = move_samples(in_domain, student.layout, teacher.layout, ranks)
+    # Only the plans of data-parallel ranks that exchange rows with this one are computed.
+    holders = dp_ranks(in_domain, student.layout)
+    pairs = set(zip(ranks, holders, strict=True))
+    teacher_ranks = {teacher.layout.dp_rank} | {rank for rank, holder in pairs if holder == student.layout.dp_rank}
+    student_ranks = {student.layout.dp_rank} | {holder for rank, holder in pairs if rank == teacher.layout.dp_rank}
+    sources = _sequences(teacher.plan_micro_batches(teacher_samples, sorted(teacher_ranks)))
+    student_plans = {
+        rank: [plan for plan in plans if domain is None or plan.domain == domain]
+        for rank, plans in student.plan_micro_batches(samples, sorted(student_ranks)).items()
+    }
     targets = _sequences(student_plans)
-    transfers = [(samples[index], sources[number], targets[index]) for number, index in enumerate(indices)]
+    transfers = []
+    for number, (index, of_teacher) in enumerate(zip(indices, teacher_samples, strict=True)):
+        # How many more tokens the teacher reads before the response: every rank knows both lengths.
+        shift = of_teacher.length - samples[index].length
+        for sample in own_samples([samples[index], of_teacher])[:1]:
+            predicting = np.flatnonzero(sample.response_mask[1:])  # tokens before a response token
+            if sample is of_teacher:
+                predicting = predicting - shift
+            transfers.append((predicting, shift, sources[number], targets[index]))
     plan = _TransferPlan.of(transfers, teacher.layout, student.layout)
     hidden_size, dtype = teacher.spec.hidden_size, teacher.params_dtype
     sent = _compute(teacher, teacher_samples, plan.sends(dist.get_rank()), hidden_size, dtype)
@@ -150,11 +171,11 @@ class _Sequence:
     number: int
 
 
-def _sequences(plans: Sequence[Sequence[MicroBatchPlan]]) -> dict[int, _Sequence]:
-    """Return the sequence of every sample, by the sample's index. plans: by data-parallel rank."""
+def _sequences(plans: Mapping[int, Sequence[MicroBatchPlan]]) -> dict[int, _Sequence]:
+    """Return the sequence of every sample of the planned ranks, by the sample's index. plans: by data-parallel rank."""
     return {
         index: _Sequence(dp_rank, batch, plan, number)
-        for dp_rank, rank_plans in enumerate(plans)
+        for dp_rank, rank_plans in plans.items()
         for batch, plan in enumerate(rank_plans)
         for number, index in enumerate(plan.indices)
     }
@@ -173,15 +194,15 @@ class _TransferPlan:
 
     @classmethod
     def of(
-        cls, transfers: Sequence[tuple[Sample, _Sequence, _Sequence]], source: Layout, target: Layout
+        cls, transfers: Sequence[tuple[np.ndarray, int, _Sequence, _Sequence]], source: Layout, target: Layout
     ) -> _TransferPlan:
-        """transfers: each sample with its sequences in the two layouts."""
+        """transfers: of each sample that this rank holds in one of the two layouts, the tokens before a response token
+        as the student reads them, their distance to those that the teacher reads, and its sequences in both.
+        """
         columns = [np.zeros((6, 0), dtype=np.int64)]
-        for sample, source_sequence, target_sequence in transfers:
-            if source_sequence.dp_rank == source.dp_rank or target_sequence.dp_rank == target.dp_rank:
-                predicting = np.flatnonzero(sample.response_mask[1:])  # tokens before a response token
-                source_columns = _locations(source_sequence, source, predicting)
-                columns.append(np.stack([*source_columns, *_locations(target_sequence, target, predicting)]))
+        for predicting, shift, source_sequence, target_sequence in transfers:
+            source_columns = _locations(source_sequence, source, predicting + shift)
+            columns.append(np.stack([*source_columns, *_locations(target_sequence, target, predicting)]))
         return cls(*np.concatenate(columns, axis=1))
 
     def sends(self, rank: int) -> _TransferPlan:
@@ -209,7 +230,7 @@ def _locations(sequence: _Sequence, layout: Layout, tokens: np.ndarray) -> tuple
 
 
 def _compute(
-    teacher: MegatronModel, samples: Sequence[Sample], sends: _TransferPlan, hidden_size: int, dtype: torch.dtype
+    teacher: MegatronModel, samples: Sequence[AnySample], sends: _TransferPlan, hidden_size: int, dtype: torch.dtype
 ) -> dict[int, torch.Tensor]:
     """Return the rows [n, h] that this rank sends, by target rank; collective over the teacher's ranks."""
     buffer = device.pinned_empty(len(sends.source), hidden_size, dtype=dtype)
@@ -219,7 +240,7 @@ def _compute(
         positions = torch.from_numpy(sends.source_row[indices])
         if teacher.layout.config.sequence_parallel:
             positions = positions - teacher.layout.tp_rank * hidden.shape[0]
-        rows = hidden[positions.to(hidden.device)]
+        rows = hidden[device.copy_to_device(positions)]
         for run in _runs(indices - np.arange(len(indices))):
             buffer[indices[run.start] : indices[run.stop - 1] + 1].copy_(rows[run], non_blocking=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.records import Sample
+from megatron_s2d.records import AnySample
 
 
 def is_routed(teachers: Mapping[str | None, object]) -> bool:
@@ -24,10 +24,10 @@ def teacher_of[T](teachers: Mapping[str | None, T], domain: str | None) -> T:
 
 
 def score_by_domain(
-    samples: Sequence[Sample], score: Callable[[str, list[Sample]], list[np.ndarray]]
-) -> list[np.ndarray]:
+    samples: Sequence[AnySample], score: Callable[[str, list[AnySample]], list[np.ndarray | None]]
+) -> list[np.ndarray | None]:
     """Return ``score(domain, samples of that domain)``, in the order of ``samples``."""
-    scores: dict[int, np.ndarray] = {}
+    scores: dict[int, np.ndarray | None] = {}
     for domain in sorted({sample.domain for sample in samples}):
         indices = [index for index, sample in enumerate(samples) if sample.domain == domain]
         scores |= dict(zip(indices, score(domain, [samples[index] for index in indices]), strict=True))

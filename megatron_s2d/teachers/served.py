@@ -18,10 +18,12 @@ from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.kl.teachers import TeacherSource, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
-from megatron_s2d.records import Sample
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import AnySample, Sample, own_samples
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.scoring import TopTokens
 from megatron_s2d.teachers.routing import is_routed, score_by_domain, teacher_of
+from megatron_s2d.teachers.views import PromptViews, from_view, score_in_view
 from megatron_s2d.train.megatron_model import MegatronModel
 
 
@@ -30,6 +32,7 @@ class ServedTeachers:
     """Servers with a teacher's weights for every domain, or one engine (under the key ``None``) for all."""
 
     engines: Mapping[str | None, ServedEngine]
+    views: PromptViews | None = None  # the prompts as the teachers read them; None: as the student does
 
     @property
     def is_routed(self) -> bool:
@@ -40,9 +43,39 @@ class ServedTeachers:
         """Return the servers of the teacher of ``domain``."""
         return teacher_of(self.engines, domain)
 
-    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """See ``TeacherRouter.score``; at temperature 1."""
-        return score_by_domain(samples, lambda domain, in_domain: self.engine_for(domain).score(in_domain))
+    def score(self, samples: Sequence[AnySample], *, holders: Layout) -> list[np.ndarray | None]:
+        """See ``TeacherRouter.score``; at temperature 1. Each replica requests the scores of its own samples."""
+
+        def score(domain: str, in_domain: list[AnySample]) -> list[np.ndarray | None]:
+            def request(as_read: list[AnySample]) -> list[np.ndarray | None]:
+                scores = iter(self.engine_for(domain).score(own_samples(as_read), holders))
+                return [next(scores) if isinstance(sample, Sample) else None for sample in as_read]
+
+            return score_in_view(in_domain, domain, self.views, holders, request)
+
+        return score_by_domain(samples, score)
+
+    def top_tokens(
+        self, samples: Sequence[AnySample], domain: str, indices: Sequence[int], k: int, holders: Layout
+    ) -> list[TopTokens]:
+        """Return the teacher's k likeliest tokens at the tokens of the samples ``indices``, all of ``domain``.
+
+        samples: of the mini-batch, of which this rank holds those at ``indices``. Collective over its replicas.
+        """
+        of_domain = [index for index, sample in enumerate(samples) if sample.domain == domain]
+        as_read: dict[int, AnySample] = {index: samples[index] for index in of_domain}
+        in_view = self.views is not None and self.views.has(domain)
+        if self.views is not None and in_view:
+            as_read = dict(zip(of_domain, self.views.samples(list(as_read.values()), holders), strict=True))
+        requested = own_samples([as_read[index] for index in indices])
+        replies = self.engine_for(domain).top_tokens(requested, k, holders)
+        if not in_view:
+            return replies
+        own = own_samples([samples[index] for index in indices])
+        return [
+            TopTokens(*(from_view(values, sample) for values in vars(reply).values()))
+            for sample, reply in zip(own, replies, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +96,7 @@ class ServedTopK:
         top_tokens: dict[int, TopTokens] = {}  # by index in the mini-batch
         for domain in sorted({sample.domain for sample in samples}):
             indices = [index for index in local_indices if samples[index].domain == domain]
-            engine = self.teachers.engine_for(domain)
-            replies = engine.top_tokens([samples[index] for index in indices], self.k, self.student.layout)
+            replies = self.teachers.top_tokens(samples, domain, indices, self.k, self.student.layout)
             top_tokens |= dict(zip(indices, replies, strict=True))
         if not self.student.layout.is_pipeline_last_stage:
             return [None] * len(micro_batches)
@@ -74,7 +106,7 @@ class ServedTopK:
         """Return nothing: distributions are not measured."""
         return {}
 
-    def _source(self, samples: Sequence[Sample], batch: MicroBatch, top_tokens: Mapping[int, TopTokens]) -> TopK:
+    def _source(self, samples: Sequence[AnySample], batch: MicroBatch, top_tokens: Mapping[int, TopTokens]) -> TopK:
         """Place the entries of each token at the position that predicts it."""
         # Positions that are not counted need k distinct ids too.
         ids = np.tile(np.arange(self.k), (batch.num_positions, 1))

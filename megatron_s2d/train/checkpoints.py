@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.parallel.checkpoint import CheckpointSave
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.manifest import DamagedCheckpoint
 from megatron_s2d.train.megatron_model import MegatronModel
 
@@ -26,7 +27,10 @@ class CheckpointManager:
         A damaged checkpoint is renamed to ``<name>.damaged`` and the one before it is loaded; the last one that is left
         raises its error.
         """
-        checkpoints = self._stage.checkpoints()
+        names = broadcast_from_rank0(
+            lambda: [path.name for path in self._stage.checkpoints()]
+        )  # nodes may see older ones
+        checkpoints = [self._stage.checkpoints_path / name for name in names]
         if not checkpoints:
             return {"step": 0, "updates": 0}
         while True:
@@ -45,7 +49,7 @@ class CheckpointManager:
         """Save the current state, after waiting for a save that is still running."""
         self.finish()
         path = self._stage.checkpoint_path(trainer_state["step"])
-        if not path.exists():
+        if not broadcast_from_rank0(path.exists):
             async_save = self._settings.async_save
             self._pending = self._model.start_saving(path, trainer_state, with_optimizer=True, async_save=async_save)
             if not async_save:

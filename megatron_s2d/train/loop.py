@@ -4,8 +4,8 @@ Every stage that trains calls ``train`` with a source of samples and an objectiv
 method nor the layout, and all ranks run the same code. The data of a step is a function of its number and of the
 weights alone, so a killed run resumes from its last checkpoint with the same result as an uninterrupted one.
 
-A step samples once and splits its samples into mini-batches; each mini-batch gives one optimizer update, whose
-gradients are accumulated over micro-batches.
+A step samples once and splits its samples into mini-batches, once for each of its passes over them; each mini-batch
+gives one optimizer update, whose gradients are accumulated over micro-batches.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel.collectives import broadcast_flag
+from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.records import own_samples, with_array, without_array
 from megatron_s2d.rollout.engine import RolloutEngine
 from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.megatron_model import MegatronModel
@@ -40,9 +42,9 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepData:
-    """The training data of one step, the same on every rank."""
+    """The training data of one step: the same list on every rank, which has the arrays of its own samples."""
 
-    mini_batches: Sequence[MiniBatch]
+    mini_batches: Sequence[MiniBatch]  # of all passes over the samples; equal ids are equal samples
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses for ``rollouts.jsonl``; each has a "step"
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
@@ -84,6 +86,7 @@ class LoopSettings:
     tensorboard: Path | None = None
     max_kl: float | None = None  # largest mean KL to the teacher, in nats per token; beyond it the run fails
     max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats per token; likewise
+    min_replayed_agreement: float | None = None  # see ``check_replayed_agreement``; likewise
 
 
 def train(
@@ -114,15 +117,20 @@ def train(
             data = source.step(step)
             if engine is not None:
                 engine.sleep()
-        lag = {} if engine is None else policy_lag(data.mini_batches, num_updates)
+        lag = {} if engine is None else policy_lag(data.mini_batches, num_updates, model.layout)
         with timer.section("score"):
-            mini_batches = [
-                with_old_log_probs(model, objective, drop_incomparable_rollout_log_probs(objective, mini_batch, index))
-                for index, mini_batch in enumerate(data.mini_batches)
-            ]
+            mini_batches = with_old_log_probs(
+                model,
+                objective,
+                [
+                    drop_incomparable_rollout_log_probs(objective, mini_batch, index)
+                    for index, mini_batch in enumerate(data.mini_batches)
+                ],
+            )
         update_metrics = []
         for mini_batch in mini_batches:
             with timer.section("pack"):
+                mini_batch, num_moved = model.balance(mini_batch)
                 micro_batches = model.pack(mini_batch.samples, mini_batch.loss_weights)
             with timer.section("teacher"):
                 distributions = None if teacher is None else teacher.distributions(mini_batch, micro_batches)
@@ -133,9 +141,12 @@ def train(
                 )
                 metrics |= {} if teacher is None else teacher.metrics()
                 check_kl(metrics, settings.max_kl, step)
+                check_replayed_agreement(metrics, settings.min_replayed_agreement, model, step)
                 check_mismatch_kl(metrics, settings.max_mismatch_kl, step)
                 grad_norm = model.optim_step()
             metrics |= {"grad_norm": Metric.of(grad_norm), "learning_rate": Metric.of(learning_rate)}
+            if model.layout.dp_size > 1:
+                metrics["balance/moved_samples"] = Metric.of(num_moved)
             update_metrics.append(metrics)
             num_updates += 1
         if engine is not None:
@@ -143,12 +154,17 @@ def train(
                 engine.update_weights(model.chunks, num_updates)
         num_tokens = sum(mini_batch.num_tokens for mini_batch in data.mini_batches)
         step_metrics = dict(data.metrics) | lag | ({} if engine is None else engine.metrics())
-        log.write(step, aggregate_metrics(update_metrics, step_metrics, num_tokens, timer.collect_and_reset()))
+        times = timer.collect_and_reset()
+        responses = {sample.id: sample.response_length for part in data.mini_batches for sample in part.samples}
+        step_metrics["response_tokens_per_second"] = sum(responses.values()) / times["timing_s/step"]
+        log.write(step, aggregate_metrics(update_metrics, step_metrics, num_tokens, times))
         write_examples(stage, data.examples)
         stopping = broadcast_flag(settings.stop())
         checkpoints.poll()
-        if step == settings.steps or stopping or step % settings.checkpoint.interval_steps == 0:
-            checkpoints.save(dict(data.state) | {"step": step, "updates": num_updates})
+        # After the last step the stage writes its final weights, which later stages read: no optimizer state with them.
+        if step < settings.steps and (stopping or step % settings.checkpoint.interval_steps == 0):
+            with timer.section("save"):  # in the row of the next step
+                checkpoints.save(dict(data.state) | {"step": step, "updates": num_updates})
         if stopping and step < settings.steps:
             checkpoints.finish()
             raise Stopped(f"stopped after step {step} of {settings.steps}")
@@ -156,32 +172,46 @@ def train(
     log.close()
 
 
-def with_old_log_probs(model: MegatronModel, objective: Objective, mini_batch: MiniBatch) -> MiniBatch:
-    """Add log-probabilities under the weights before the step's first update, if the objective uses them."""
-    present = all(sample.old_log_probs is not None for sample in mini_batch.samples)
-    if present or "old_log_probs" not in objective.columns:
-        return mini_batch
-    scores = model.score(mini_batch.samples)
-    samples = [
-        dataclasses.replace(sample, old_log_probs=log_probs)
-        for sample, log_probs in zip(mini_batch.samples, scores, strict=True)
-    ]
-    return dataclasses.replace(mini_batch, samples=samples)
+def with_old_log_probs(
+    model: MegatronModel, objective: Objective, mini_batches: Sequence[MiniBatch]
+) -> list[MiniBatch]:
+    """Add log-probabilities under the weights before the step's first update, if the objective uses them.
+
+    The samples of later passes are those of the first: they get its log-probabilities, without another forward pass.
+    """
+    if "old_log_probs" not in objective.columns:
+        return list(mini_batches)
+    scores: dict[str, np.ndarray | None] = {}
+    result = []
+    for mini_batch in mini_batches:
+        if all(sample.has("old_log_probs") for sample in mini_batch.samples):
+            result.append(mini_batch)
+            continue
+        if any(sample.id not in scores for sample in mini_batch.samples):
+            ids = [sample.id for sample in mini_batch.samples]
+            scores |= dict(zip(ids, model.score(mini_batch.samples), strict=True))
+        values = [scores[sample.id] for sample in mini_batch.samples]
+        samples = with_array(mini_batch.samples, "old_log_probs", values)
+        result.append(dataclasses.replace(mini_batch, samples=samples))
+    return result
 
 
-def policy_lag(mini_batches: Sequence[MiniBatch], weight_version: int) -> dict[str, float]:
+def policy_lag(mini_batches: Sequence[MiniBatch], weight_version: int, layout: Layout) -> dict[str, float]:
     """Return mean and maximum, over response tokens, of the number of updates since the weights that sampled them.
 
     weight_version: at the start of the step. Responses of a teacher have no ``rollout_log_probs`` and do not count;
-    empty without responses of the policy.
+    empty without responses of the policy. Collective over data-parallel ranks.
     """
     samples = [sample for mini_batch in mini_batches for sample in mini_batch.samples]
-    spans = [span for sample in samples if sample.rollout_log_probs is not None for span in sample.weight_versions]
-    if not spans:
+    if not any(sample.has("rollout_log_probs") for sample in samples):
         return {}
-    lags = np.array([weight_version - span.version for span in spans])
-    tokens = np.array([span.stop - span.start for span in spans])
-    return {"policy_lag": float((lags * tokens).sum() / tokens.sum()), "policy_lag_max": float(lags.max())}
+    own = own_samples(samples)
+    spans = [span for sample in own if sample.has("rollout_log_probs") for span in sample.weight_versions]
+    lags = np.array([weight_version - span.version for span in spans], dtype=np.int64)
+    tokens = np.array([span.stop - span.start for span in spans], dtype=np.int64)
+    total, count = layout.host_dp.sum(np.array([(lags * tokens).sum(), tokens.sum()]))
+    largest = layout.host_dp.max(np.array([lags.max(initial=np.iinfo(np.int64).min)]))[0]
+    return {"policy_lag": float(total / count), "policy_lag_max": float(largest)} if count else {}
 
 
 def drop_incomparable_rollout_log_probs(objective: Objective, mini_batch: MiniBatch, index: int) -> MiniBatch:
@@ -192,7 +222,7 @@ def drop_incomparable_rollout_log_probs(objective: Objective, mini_batch: MiniBa
     """
     if index == 0 or "old_log_probs" in objective.columns:
         return mini_batch
-    samples = [dataclasses.replace(sample, rollout_log_probs=None) for sample in mini_batch.samples]
+    samples = [without_array(sample, "rollout_log_probs") for sample in mini_batch.samples]
     return dataclasses.replace(mini_batch, samples=samples)
 
 
@@ -219,6 +249,26 @@ def check_mismatch_kl(metrics: Mapping[str, Metric], limit: float | None, step: 
             f"rollout.max_mismatch_kl {limit}: are precision, weights and model settings of the servers those of the "
             "trainer? See weight_sync/max_log_prob_diff and policy_lag in metrics.jsonl (older weights "
             "count here, too) and the servers' logs"
+        )
+
+
+def check_replayed_agreement(
+    metrics: Mapping[str, Metric], limit: float | None, model: MegatronModel, step: int
+) -> None:
+    """Raise ``UserError``, before the update, if a layer's replayed experts look like those of other tokens.
+
+    limit: of the agreement, counted from that of chance (0) to that of equal choices (1).
+    """
+    if limit is None or "moe/replayed_agreement_min" not in metrics:
+        return
+    agreement = metrics["moe/replayed_agreement_min"].value()
+    chance = model.spec.num_experts_per_tok / model.spec.num_experts
+    if agreement < chance + limit * (1.0 - chance):
+        raise UserError(
+            f"step {step}: in one layer only {agreement:.3f} of the replayed experts are the trainer's own choice "
+            f"(chance: {chance:.3f}): the routes do not fit the tokens. Does the server hold this model, with its "
+            "layers in this order? rollout.routing_replay: false trains without them, and "
+            "rollout.min_replayed_agreement sets the limit"
         )
 
 

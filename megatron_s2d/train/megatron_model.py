@@ -24,9 +24,11 @@ import torch.distributed as dist
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.precision import RECIPES, Fp8Config
+from megatron_s2d.config.precision import Fp8Config
+from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan, pack, plan_micro_batches
+from megatron_s2d.data.packing import MicroBatch, MicroBatchPlan, MiniBatch
+from megatron_s2d.data.sample_exchange import move_samples, ranks_in_layout, return_arrays
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.outputs import TokenOutputs
@@ -34,24 +36,21 @@ from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import TeacherSource
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import padded_vocab_size
-from megatron_s2d.objectives.terms import (
-    Metric,
-    Objective,
-    means_by_position,
-    merge_metrics,
-    pack_metrics,
-    unpack_metrics,
-)
+from megatron_s2d.models.routing_replay import RoutingReplay, replaying
+from megatron_s2d.objectives.policy import SEQUENCE_LOG_RATIOS
+from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import CheckpointSave, load_checkpoint, start_saving
-from megatron_s2d.parallel.collectives import gather_dicts
 from megatron_s2d.parallel.layout import Layout
+from megatron_s2d.parallel.pinned import pinned_like
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
-from megatron_s2d.records import Sample
-
-device.patch_megatron_for_cpu()
-
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron_s2d.records import AnySample, Sample
+from megatron_s2d.train.alignment import length_multiple
+from megatron_s2d.train.expert_load import ExpertLoad
+from megatron_s2d.train.micro_batches import MicroBatcher
+from megatron_s2d.train.packed_sequences import packed_seq_params
+from megatron_s2d.train.pass_metrics import reduce_metrics
+from megatron_s2d.train.sequence_ratios import with_sequence_log_ratios
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,7 +68,7 @@ class _Pass:
 
 
 class MegatronModel:
-    """A model and its layout. ``chunks``: this rank's part. ``trainable``: optimizer and schedule; None if frozen."""
+    """A model and its layout. ``trainable``: optimizer and schedule; None if frozen."""
 
     def __init__(
         self,
@@ -83,37 +82,54 @@ class MegatronModel:
         options: ModelConfig | None = None,
         beta: float | None = None,
         fp8: Fp8Config | None = None,
+        tp_comm_overlap: bool = False,
+        routing_replay: bool = False,
     ):
         """Build the model with random weights of ``seed``, or with uninitialised ones for ``load`` to fill (None).
 
         max_tokens: token budget of a micro-batch. packed: sequences are laid end to end, without padding. options:
-        activation recomputation and router loss. beta: of a JSD. fp8: compute the layers in FP8.
+        activation recomputation and router loss. beta: of a JSD. fp8: compute the layers in FP8. tp_comm_overlap: in
+        training tensor ranks communicate during products; needs packed sequences and pads each micro-batch to
+        ``max_tokens``. routing_replay: send tokens to the experts that their samples recorded.
         """
         self.spec, self.layout, self.max_tokens, self._beta = spec, layout, max_tokens, beta
-        self._packed, self._fp8 = packed, fp8
-        self.chunks = build_model(
+        self._packed, self._tp_comm_overlap = packed, tp_comm_overlap
+        self._pad_to_multiple = length_multiple(layout.config, fp8, max_tokens if tp_comm_overlap else None)
+        self._chunks = build_model(
             spec,
             layout,
             params_dtype=DTYPES[precision],
             seed=seed,
-            recompute="none" if options is None else options.recompute,
+            recompute=NO_RECOMPUTE if options is None else options.recomputation,
             moe_aux_loss_coeff=0.0 if options is None else options.moe_aux_loss_coeff,
             fp8=fp8,
+            overlapped_tokens=self._pad_to_multiple if tp_comm_overlap else None,
         )
+        self.routing_replay = RoutingReplay(self._chunks, spec, layout) if routing_replay else None
         self.trainable: TrainableModel | None = None
+        self._expert_load: ExpertLoad | None = None
         self._host_copies: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]:
+        """This rank's part of the model, with all weights of the last update."""
+        if self.trainable is not None:
+            self.trainable.finish_param_sync()
+        return self._chunks
 
     def prepare_training(self, optimizer: OptimizerConfig, total_updates: int, *, offload: bool = False) -> None:
         """Add gradient buffers, optimizer and schedule; load the weights before, because masters are copied from them.
 
         offload: see ``TrainableModel``.
         """
-        self.trainable = TrainableModel(self.chunks, self.layout, optimizer, total_updates, offload=offload)
+        self.trainable = TrainableModel(self._chunks, self.layout, optimizer, total_updates, offload=offload)
+        if self.spec.num_experts:
+            self._expert_load = ExpertLoad(self._chunks, self.spec, self.layout, self.routing_replay)
 
     def freeze(self) -> None:
         """Disable gradients of all parameters."""
-        for chunk in self.chunks:
+        for chunk in self._chunks:
             chunk.requires_grad_(False)
 
     def offload(self) -> None:
@@ -126,16 +142,19 @@ class MegatronModel:
         if not device.capabilities().cuda:
             return
         self._clear_fp8_workspaces()
-        for parameter in self._all_parameters():
-            if parameter not in self._host_copies:
-                self._host_copies[parameter] = device.copy_to_host(parameter.data)
-            parameter.data = self._host_copies[parameter]
+        if not self._host_copies:
+            parameters = list(self.parameters())
+            self._host_copies = dict(zip(parameters, pinned_like(parameters), strict=True))
+            for parameter, copy in self._host_copies.items():
+                copy.copy_(parameter.data, non_blocking=True)
+        for parameter, copy in self._host_copies.items():
+            parameter.data = copy
         device.synchronize()  # until the copies are complete
 
     def onload(self) -> None:
         """Move the weights to the device."""
         self._clear_fp8_workspaces()
-        for parameter in self._all_parameters():
+        for parameter in self.parameters():
             parameter.data = parameter.data.to(device.device(), non_blocking=True)
 
     def _clear_fp8_workspaces(self) -> None:
@@ -144,7 +163,8 @@ class MegatronModel:
             for module in chunk.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()
 
-    def _all_parameters(self) -> Iterator[torch.nn.Parameter]:
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield this rank's parameters, with all values of the last update."""
         for chunk in self.chunks:
             yield from chunk.parameters()
 
@@ -157,32 +177,36 @@ class MegatronModel:
             self.offload()
 
     def pack(
-        self, samples: Sequence[Sample], loss_weights: Mapping[str, Sequence[float | np.ndarray]]
+        self, samples: Sequence[AnySample], loss_weights: Mapping[str, Sequence[float | np.ndarray]]
     ) -> list[MicroBatch]:
-        """Return this data-parallel rank's micro-batches of ``samples`` (the same list on every rank)."""
-        return pack(
-            samples,
-            loss_weights=loss_weights,
-            dp_rank=self.layout.dp_rank,
-            cp_rank=self.layout.cp_rank,
-            device=device.device(),
-            **self._packing,
-        )
+        """Return the micro-batches of the samples that this data-parallel rank holds, as many as on every other.
 
-    def plan_micro_batches(self, samples: Sequence[Sample]) -> list[list[MicroBatchPlan]]:
-        """Return the plan of the micro-batches that ``pack`` makes, for every data-parallel rank."""
-        return plan_micro_batches(samples, **self._packing)
+        Collective. Raises ``UserError``, on every rank, for a token outside of the vocabulary, and with
+        ``tp_comm_overlap`` for a sample that is longer than a micro-batch.
+        """
+        return self._micro_batcher.pack(samples, loss_weights)
+
+    def balance(self, mini_batch: MiniBatch) -> tuple[MiniBatch, int]:
+        """Move samples to data-parallel ranks with fewer tokens; return also how many were moved. Collective."""
+        return self._micro_batcher.balance(mini_batch)
+
+    def plan_micro_batches(self, samples: Sequence[AnySample], ranks: Iterable[int]) -> dict[int, list[MicroBatchPlan]]:
+        """Return the plan of the micro-batches that ``pack`` makes, for the data-parallel ``ranks``. Collective."""
+        return self._micro_batcher.plan(samples, ranks)
 
     @property
-    def _packing(self) -> dict[str, Any]:
-        return {
-            "max_tokens": self.max_tokens,
-            "dp_size": self.layout.dp_size,
-            "pad_to_multiple": self._pad_to_multiple,
-            "packed": self._packed,
-            "cp_size": self.layout.cp_size,
-            "by_domain": self.packs_by_domain,
-        }
+    def _micro_batcher(self) -> MicroBatcher:
+        return MicroBatcher(
+            self.layout,
+            self.spec.vocab_size,
+            self.max_tokens,
+            self._packed,
+            self._pad_to_multiple,
+            self._count_multiple,
+            self.packs_by_domain,
+            self._pad_to_multiple * self.layout.cp_size if self._tp_comm_overlap else None,
+            None if self.routing_replay is None else self.routing_replay.routed_layers,
+        )
 
     def forward_backward(
         self,
@@ -203,11 +227,15 @@ class MegatronModel:
 
         def forward_step(model: torch.nn.Module, item: _Pass):
             output = self._forward(model, item)
-            tokens = torch.tensor(item.batch.num_tokens, dtype=torch.int, device=output.device)
+            tokens = torch.full((), item.batch.num_tokens, dtype=torch.int, device=output.device)  # copies nothing
             return output, lambda loss: (loss * num_tokens, tokens, {})
 
-        self.trainable.forward_backward(forward_step, passes)
-        metrics = self._reduce_metrics(passes, objective)
+        recording = contextlib.nullcontext() if self._expert_load is None else self._expert_load.recording()
+        with recording, replaying(self.routing_replay, trains=True):
+            self.trainable.forward_backward(forward_step, passes, self._hidden_shapes(passes))
+        metrics = reduce_metrics(
+            objective, passes, self.layout, expert_load=self._expert_load, limit=self.spec.max_position_embeddings
+        )
         loss = metrics["loss"].value()
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss}: lower the learning rate, or check rewards and teacher")
@@ -220,12 +248,27 @@ class MegatronModel:
             raise UserError(f"the gradient norm is {norm}: lower the learning rate, or check rewards and teacher")
         return norm
 
-    def score(self, samples: Sequence[Sample], output: str = "log_probs") -> list[np.ndarray]:
-        """Return the log-probabilities of every sample's tokens, [length] float32 each (0 outside responses).
+    def score(
+        self, samples: Sequence[AnySample], output: str = "log_probs", *, holders: Layout | None = None
+    ) -> list[np.ndarray | None]:
+        """Return the log-probabilities of the tokens of this data-parallel rank's samples, and None for the others'.
 
-        Collective; the result is the same on all ranks. output: another field of ``TokenOutputs`` that needs no
-        teacher, such as entropy.
+        [length] float32 each (0 outside responses), on all ranks of the replica. Collective. output: another field of
+        ``TokenOutputs`` that needs no teacher, such as entropy. holders: the layout whose data-parallel ranks hold
+        ``samples``, by default this model's: they are sent to the ranks of this model, and the results back.
         """
+        holders = holders or self.layout
+        ranks = ranks_in_layout(samples, holders, self.layout, by_domain=self.packs_by_domain)
+        own, _ = move_samples(samples, holders, self.layout, ranks)
+        return return_arrays(self._score_own(own, output), samples, holders, self.layout, ranks)
+
+    def score_replicated(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Return ``score`` of a few samples that every rank has; every data-parallel rank computes all of them."""
+        ranks = [self.layout.dp_rank] * len(samples)
+        return return_arrays(self._score_own(samples, "log_probs"), samples, self.layout, self.layout, ranks)
+
+    def _score_own(self, samples: Sequence[AnySample], output: str) -> dict[int, np.ndarray]:
+        """Return the scores of this data-parallel rank's samples, by index, on its leader."""
         passes = self._passes(self.pack(samples, {}), (output,), None)
         self._forward_only(passes)
         local: dict[int, np.ndarray] = {}
@@ -233,10 +276,9 @@ class MegatronModel:
             for item in passes:
                 values = self.gather_context_parallel(item.batch, getattr(item.result, output))
                 if self.layout.is_dp_leader:
-                    rows = item.batch.unpack(values)
-                    local |= {i: row.float().cpu().numpy() for i, row in zip(item.batch.indices, rows, strict=True)}
-        scores = gather_dicts(local)
-        return [scores[index] for index in range(len(samples))]
+                    rows = item.batch.unpack(values.float().cpu())  # one copy: the host waits for each
+                    local |= {i: row.numpy() for i, row in zip(item.batch.indices, rows, strict=True)}
+        return local
 
     def hidden_states(
         self,
@@ -293,15 +335,14 @@ class MegatronModel:
             )
 
     @property
-    def _pad_to_multiple(self) -> int:
-        """Alignment of a micro-batch's length, so that each rank's tokens fill the blocks of the FP8 recipe."""
-        shards = self.layout.tp_size if self.layout.config.sequence_parallel else 1
-        return shards * (1 if self._fp8 is None else RECIPES[self._fp8.recipe].tokens)
+    def _count_multiple(self) -> int:
+        """Alignment of the number of micro-batches: the interleaved schedule runs them in groups."""
+        return self.layout.pp_size if self.layout.vp_size > 1 else 1
 
     @property
     def output_weight(self) -> torch.Tensor:
         """The output layer's rows on this rank, [v_tp, h]; only on the last pipeline stage."""
-        model = self.chunks[0]
+        model = self.chunks[-1]
         if self.spec.tie_word_embeddings:
             return model.shared_embedding_or_output_weight()
         return model.output_layer.weight
@@ -318,7 +359,7 @@ class MegatronModel:
     @property
     def params_dtype(self) -> torch.dtype:
         """Dtype of weights and hidden states, on every rank."""
-        return next(self.chunks[0].parameters()).dtype
+        return next(self._chunks[0].parameters()).dtype
 
     def _passes(
         self,
@@ -332,20 +373,31 @@ class MegatronModel:
             for batch, teacher in zip(micro_batches, teachers, strict=True)
         ]
 
+    def _hidden_shapes(self, passes: Sequence[_Pass]) -> list[tuple[int, int, int]]:
+        """Shapes of the hidden states [s, b, h] that pipeline ranks exchange."""
+        shards = self.layout.tp_size if self.layout.config.sequence_parallel else 1
+        return [(item.batch.shape[0] // shards, item.batch.shape[1], self.spec.hidden_size) for item in passes]
+
     def _forward_only(self, passes: Sequence[_Pass]) -> None:
         def forward_step(model: torch.nn.Module, item: _Pass):
             return self._forward(model, item), lambda output, non_loss_data=False: None
 
-        forward_only(self.chunks, self.layout, forward_step, passes)
+        missing = -len(passes) % self._count_multiple
+        if missing:
+            passes = [*passes, *[_Pass(self.pack([], {})[0], outputs=passes[0].outputs)] * missing]
+        with replaying(self.routing_replay, trains=False):
+            forward_only(self.chunks, self.layout, forward_step, passes, self._hidden_shapes(passes))
 
     def _forward(self, model: torch.nn.Module, item: _Pass) -> torch.Tensor:
         padding = item.batch.padding_mask if self.spec.num_experts else None
+        if self.routing_replay is not None:
+            self.routing_replay.load(item.batch.routes)
         return model(
             item.batch.token_ids,
             None,
             None,
             padding_mask=padding,
-            packed_seq_params=_packed_seq_params(item.batch),
+            packed_seq_params=packed_seq_params(item.batch),
             output_processor=self._output,
             output_processor_context=item,
         )
@@ -357,73 +409,28 @@ class MegatronModel:
         if item.extract is not None:
             item.result = item.extract(hidden.detach())
             return hidden
-        objective, columns = item.objective, batch.columns
-        token_loss = None
+        divergence = functools.partial(
+            linear_divergence,
+            hidden,
+            self.output_weight,
+            shard=self.shard,
+            temperature=batch.temperature,
+            target_ids=batch.labels,
+            response_rows=batch.response_rows,
+            sequence_parallel=self.layout.config.sequence_parallel,
+            check_values=False,  # pack checks ids, forward_backward divergences
+        )
+        objective, token_loss = item.objective, None
         if objective is not None:
+            if SEQUENCE_LOG_RATIOS in objective.columns:
+                cp_group = self.layout.groups.cp if self.layout.cp_size > 1 else None
+                item.batch = with_sequence_log_ratios(batch, divergence(outputs=("log_probs",))[1].log_probs, cp_group)
+            columns = item.batch.columns
 
             def token_loss(outputs: TokenOutputs, rows: torch.Tensor) -> torch.Tensor:
                 return objective.token_loss(outputs, columns.select(rows))
 
-        loss, item.result = linear_divergence(
-            hidden,
-            self.output_weight,
-            shard=self.shard,
-            outputs=item.outputs,
-            teacher=item.teacher,
-            beta=self._beta,
-            temperature=batch.temperature,
-            target_ids=batch.labels,
-            token_loss=token_loss,
-            response_mask=batch.response_mask,
-            sequence_parallel=self.layout.config.sequence_parallel,
+        loss, item.result = divergence(
+            outputs=item.outputs, teacher=item.teacher, beta=self._beta, token_loss=token_loss
         )
         return loss
-
-    def _reduce_metrics(self, passes: Sequence[_Pass], objective: Objective) -> dict[str, Metric]:
-        """Reduce the metrics of all micro-batches over all ranks, with two all-reduces."""
-        # Ranks without outputs take part with the metrics of no token.
-        no_rows = torch.zeros(0, dtype=torch.int64, device=device.device())
-        no_outputs = TokenOutputs(**{name: torch.zeros(0, device=no_rows.device) for name in objective.needs})
-        parts = [self._metrics_of(objective, no_outputs, passes[0].batch, no_rows)]
-        if self.layout.is_output_rank:
-            for item in passes:
-                rows = item.batch.response_mask.nonzero().squeeze(1)
-                outputs = TokenOutputs(**{name: getattr(item.result, name)[rows] for name in item.outputs})
-                parts.append(self._metrics_of(objective, outputs, item.batch, rows))
-        merged = merge_metrics(parts)
-        sums, maxima = pack_metrics(merged)
-        dist.all_reduce(sums)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        reduced = unpack_metrics(merged, sums.cpu(), maxima.cpu())
-        return {
-            name: metric for name, metric in reduced.items() if metric.omit == "never" or float(metric.denominator) > 0
-        }
-
-    def _metrics_of(
-        self, objective: Objective, outputs: TokenOutputs, batch: MicroBatch, rows: torch.Tensor
-    ) -> dict[str, Metric]:
-        """Return the objective's metrics of the tokens at ``rows``, and its KL by position in the response."""
-        columns = batch.columns.select(rows)
-        metrics = objective.metrics(outputs, columns)
-        if objective.token_kl is not None:
-            values = objective.token_kl(outputs, columns)
-            positions = batch.response_positions[rows]
-            metrics |= means_by_position("kl_by_position", values, positions, self.spec.max_position_embeddings)
-        return metrics
-
-
-def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
-    """Return the sequence boundaries of a packed micro-batch in Megatron's form; None for a padded one."""
-    if batch.cu_seqlens is None:
-        return None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        # Padding belongs to its sequence and is masked by causality, so these are the same.
-        cu_seqlens_q_padded=batch.cu_seqlens,
-        cu_seqlens_kv_padded=batch.cu_seqlens,
-        max_seqlen_q=batch.plan.max_seqlen,
-        max_seqlen_kv=batch.plan.max_seqlen,
-        pad_between_seqs=False,
-    )

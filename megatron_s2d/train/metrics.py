@@ -8,6 +8,7 @@ finite, ``step`` counted from 1 and ``time`` in seconds since 1970. No torch her
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import math
 import time
@@ -57,21 +58,40 @@ class MetricsLog:
             self._writer.close()
 
 
+_ACTIVE: contextvars.ContextVar[Timer | None] = contextvars.ContextVar("timer", default=None)
+
+
+def timed(name: str) -> contextlib.AbstractContextManager[None]:
+    """Return a section of the timer whose section is open in this thread; without one, nothing is timed."""
+    timer = _ACTIVE.get()
+    return contextlib.nullcontext() if timer is None else timer.section(name)
+
+
 class Timer:
     """Wall-clock seconds of named sections; the end of each section is a heartbeat of the rank's watchdog."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._sections: dict[str, float] = {}
+        self._inner: list[float] = []  # seconds of finished sections inside each open one
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to ``name``; sections may repeat and may be nested."""
+        """Add the duration of the block to ``name``, without that of sections inside it; sections may repeat.
+
+        Inside the block ``timed`` adds to this timer.
+        """
         start = time.perf_counter()
+        self._inner.append(0.0)
+        token = _ACTIVE.set(self)
         try:
             yield
         finally:
-            self._sections[name] = self._sections.get(name, 0.0) + time.perf_counter() - start
+            _ACTIVE.reset(token)
+            seconds = time.perf_counter() - start
+            self._sections[name] = self._sections.get(name, 0.0) + seconds - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += seconds
             heartbeat()
 
     def collect_and_reset(self) -> dict[str, float]:

@@ -1,15 +1,13 @@
 """Grades Python programs by unit tests that run in a separate process.
 
-The last fenced block of a response is the program. It runs in a confined process of its own (``sandbox.py``) that does
-not know the tests; these run in a second confined process, which calls the program's function through a pipe and gets
-plain data only (``case_runner.py``), or compares the output of a script. So a program cannot patch the tests, forge a
-verdict, or pass by exiting early. A process that exceeds its time limit is killed.
+The program is one block of the response (``code_extraction.py``). It runs in a confined process of its own
+(``sandbox.py``) that does not know the tests; these run in a second confined process, which calls the program's
+function through a pipe and gets plain data only (``case_runner.py``), or compare the output of a script. So a program
+cannot patch the tests, forge a verdict, or pass by exiting early. Every case has a fresh process, forked by a server
+that never runs foreign code (``fork_server.py``), and a time limit; all cases of a response together have another.
 
-Labels (``Prompt.answer``) are JSON, of one of the kinds
-``{"kind": "asserts", "setup", "entry_point", "tests"}`` (HumanEval: ``tests`` defines ``check``),
-``{"kind": "reference", "reference", "entry_point", "inputs", "example", "compare", "tolerance"}`` (MBPP+),
-``{"inputs": [...], "outputs": [...]}`` texts for standard input and output; with ``"fn_name"`` arguments and results.
-Not supported: other languages, methods as entry point, programs that need files, processes or sockets.
+Labels (``Prompt.answer``) are unit tests in one of the layouts of ``code_labels.py``.
+Not supported: other languages, tests that exchange objects of a class, programs that need files, processes or sockets.
 """
 
 from __future__ import annotations
@@ -18,19 +16,22 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
+from megatron_s2d.verify.code_extraction import extract_program
+from megatron_s2d.verify.code_labels import parse_unit_tests
+from megatron_s2d.verify.code_output import same_output
+from megatron_s2d.verify.code_pool import ForkServer, ForkServers, environment, memory_file, read_all
 from megatron_s2d.verify.verifier import Verdict
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,20 @@ _MAX_WORKERS = 8
 _OUTPUT_BYTES = 16 << 20
 _WALL_PER_CPU_SECOND = 4  # the verdict should not depend on the load of the machine
 _TOTAL_PER_WALL_SECOND = 3
-_LANGUAGES = ("", "python", "py", "python3")
-_FIELDS = {
-    "asserts": {"setup", "entry_point", "tests"},
-    "reference": {"reference", "entry_point", "inputs", "example", "compare", "tolerance"},
-    "examples": {"entry_point", "inputs", "outputs"},
-    "script": {"inputs", "outputs"},
-}
+_PRELOADED = re.compile(r"\b(numpy|sympy)\b")  # slow to import: the server does it once
+# LeetCode and the test programs of LiveCodeBench and APPS import these for a class Solution.
+_SOLUTION = re.compile(r"^class\s+Solution\b", re.MULTILINE)
+_SOLUTION_SETUP = """\
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from typing import *
+from builtins import *
+"""
 
 
 class CodeVerifier:
@@ -63,28 +71,42 @@ class CodeVerifier:
         memory_bytes: int = 1 << 30,
         wall_seconds: float | None = None,
         total_seconds: float | None = None,
+        *,
+        partial_credit: bool = False,
+        correct_at: float = 1.0,
     ) -> None:
-        """Limit each process to ``cpu_seconds`` and ``memory_bytes``, each run to ``wall_seconds``.
+        """Limit each case to ``cpu_seconds`` and ``memory_bytes`` beyond Python's own, and to ``wall_seconds``.
 
-        All script tests of one response together may take ``total_seconds``.
+        All cases of one response together may take ``total_seconds``. partial_credit: the reward is the share of the
+        cases that pass, which count as correct from ``correct_at`` on; the cases of test code are its asserts.
 
         Defaults: one worker per core, at most 8; four times ``cpu_seconds``; three times ``wall_seconds``.
         Raises ``UserError`` if this machine cannot confine a process.
         """
         if "landlock" not in sandbox_layers():
             logger.warning("this kernel has no Landlock: programs under test can read all files of this user")
-        cores = len(os.sched_getaffinity(0))
-        self._threads = ThreadPoolExecutor(num_workers or min(_MAX_WORKERS, cores), thread_name_prefix="code")
-        self._limits = json.dumps(
-            {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds, "file_bytes": _OUTPUT_BYTES}
-        )
-        self._wall_seconds = _WALL_PER_CPU_SECOND * cpu_seconds if wall_seconds is None else wall_seconds
-        self._total_seconds = _TOTAL_PER_WALL_SECOND * self._wall_seconds if total_seconds is None else total_seconds
+        self._partial_credit, self._correct_at = partial_credit, correct_at
+        num_workers = num_workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="code")
+        self._servers = ForkServers(num_workers)
+        wall_seconds = _WALL_PER_CPU_SECOND * cpu_seconds if wall_seconds is None else wall_seconds
+        self._total_seconds = _TOTAL_PER_WALL_SECOND * wall_seconds if total_seconds is None else total_seconds
+        limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds, "file_bytes": _OUTPUT_BYTES}
+        self._request = {
+            "case_seconds": wall_seconds,
+            "limits": limits,
+            # It runs through all cases, and receives the pipes to each process of the program.
+            "runner_limits": limits
+            | {"cpu_seconds": max(cpu_seconds, int(self._total_seconds)), "receive_files": True},
+        }
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict per response, in order. Raises ``UserError`` for malformed unit tests."""
-        labels = {prompt.answer: parse_unit_tests(prompt) for prompt in prompts}
-        programs = [extract_program(response) for response in responses]
+        labels = {answer: parse_unit_tests(prompt) for answer, prompt in {p.answer: p for p in prompts}.items()}
+        programs = [
+            extract_program(response, labels[prompt.answer], prompt.text)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
         pairs = dict.fromkeys(
             (prompt.answer, program) for prompt, program in zip(prompts, programs, strict=True) if program is not None
         )
@@ -92,146 +114,71 @@ class CodeVerifier:
         statuses = dict(zip(pairs, results, strict=True))
         verdicts = []
         for prompt, program in zip(prompts, programs, strict=True):
-            status = statuses.get((prompt.answer, program), "no_code")
-            verdicts.append(Verdict(float(status == "correct"), status))
+            verdicts.append(self._verdict(statuses.get((prompt.answer, program), "no_code")))
         return verdicts
 
+    def _verdict(self, status: str) -> Verdict:
+        """Return the verdict of a status, or of ``status passed total`` with partial credit."""
+        status, _, counts = status.partition(" ")
+        reward = float(status == "correct")
+        if counts:
+            passed, total = map(int, counts.split())
+            reward = passed / total
+            if status != "bad_label" and reward >= self._correct_at:
+                status = "correct"
+        return Verdict(reward, status, f"{passed} of {total} cases" if counts else None)
+
     def close(self) -> None:
-        """Wait for the running programs, each of which has a time limit."""
+        """Wait for the running programs, each of which has a time limit, and stop the processes."""
         self._threads.shutdown(cancel_futures=True)
+        self._servers.close()
 
     def _judge(self, label: dict[str, Any], program: str) -> str:
-        sources = json.dumps({"setup": label.get("setup", ""), "program": program}).encode()
-        if label["kind"] != "script":
-            return self._judge_calls(sources, label)
-        deadline = time.monotonic() + self._total_seconds
-        for stdin, expected in zip(label["inputs"], label["outputs"], strict=True):
-            seconds = min(self._wall_seconds, deadline - time.monotonic())
-            status = self._judge_script(sources, _text(stdin), _text(expected), seconds) if seconds > 0 else "timeout"
-            if status != "correct":
-                return status
-        return "correct"
+        setup = label.get("setup", "")
+        if _SOLUTION.search(program):
+            setup = _SOLUTION_SETUP + setup
+        sources = json.dumps({"setup": setup, "program": program}).encode()
+        tests = label.get("tests", label.get("reference", ""))
+        modules = sorted(set(_PRELOADED.findall(program) + _PRELOADED.findall(tests)))
+        request = self._request | {"modules": modules, "total_seconds": self._total_seconds}
+        with self._servers.borrow() as server, memory_file(sources) as program_file:
+            if label["kind"] != "script":
+                return self._judge_calls(server, request, program_file, label)
+            deadline, statuses = time.monotonic() + self._total_seconds, []
+            for stdin, expected in zip(label["inputs"], label["outputs"], strict=True):
+                request["total_seconds"] = deadline - time.monotonic()
+                statuses.append(self._judge_script(server, request, program_file, stdin, expected))
+                if statuses[-1] != "correct" and not self._partial_credit:
+                    return statuses[-1]
+        first_failure = next((status for status in statuses if status != "correct"), "correct")
+        counts = f" {statuses.count('correct')} {len(statuses)}" if self._partial_credit else ""
+        return first_failure + counts
 
-    def _judge_calls(self, sources: bytes, label: dict[str, Any]) -> str:
-        with (
-            _file(sources) as program_file,
-            _file(json.dumps(label).encode()) as label_file,
-            tempfile.TemporaryFile() as status_file,
-        ):
-            calls, answers = os.pipe(), os.pipe()
-            program = runner = None
-            try:
-                descriptor = program_file.fileno()
-                program = self._start(["program.py", "call", str(descriptor)], calls[0], answers[1], (descriptor,))
-                ends = (calls[1], answers[0])
-                runner = self._start(["case_runner.py", *map(str, ends)], label_file, status_file, ends)
-                for end in (*calls, *answers):
-                    os.close(end)
-                if not _ends_within(runner, self._wall_seconds):
-                    return "timeout"
-            finally:
-                for process in (program, runner):
-                    if process is not None:
-                        process.kill()
-                        process.wait()
-            status_file.seek(0)
-            status = status_file.read(64).decode(errors="replace") or "crash"
-            cpu_limit_hit = -signal.SIGXCPU in (program.returncode, runner.returncode)
-            return "timeout" if status == "crash" and cpu_limit_hit else status
+    def _judge_calls(self, server: ForkServer, request: dict, program_file: int, label: dict[str, Any]) -> str:
+        label = label | {"partial_credit": self._partial_credit}
+        with memory_file(json.dumps(label).encode()) as label_file, memory_file() as status_file:
+            reply = server.run({"mode": "calls"} | request, [program_file, label_file, status_file])
+            if reply is None:
+                return "crash"
+            if reply["timed_out"]:
+                return "timeout"
+            status = read_all(status_file, 64).decode(errors="replace") or "crash"
+        return "timeout" if status == "crash" and -signal.SIGXCPU in reply["exits"] else status
 
-    def _judge_script(self, sources: bytes, stdin: str, expected: str, wall_seconds: float) -> str:
-        with (
-            _file(sources) as program_file,
-            _file(stdin.encode(errors="replace")) as input_file,
-            _file(b"") as output_file,
-        ):
-            descriptor = program_file.fileno()
-            command = ["program.py", "script", str(descriptor)]
-            process = self._start(command, input_file, output_file, (descriptor,))
-            try:
-                if not _ends_within(process, wall_seconds):
-                    return "timeout"
-            finally:
-                process.kill()
-                process.wait()
-            if process.returncode < 0:
-                return "timeout" if process.returncode == -signal.SIGXCPU else "crash"
-            if process.returncode > 0:
-                return "error"
-            output_file.seek(0)
-            return "correct" if same_output(output_file.read().decode(errors="replace"), expected) else "wrong"
-
-    def _start(self, command: list[str], stdin: Any, stdout: Any, descriptors: Sequence[int]) -> subprocess.Popen:
-        script, *arguments = command
-        return subprocess.Popen(
-            [sys.executable, "-s", "-X", "utf8", str(_HERE / script), *arguments, self._limits],
-            stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL, pass_fds=descriptors, env=_environment(), cwd="/",
-            start_new_session=True,
-        )  # fmt: skip
-
-
-def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def parse_unit_tests(prompt: Prompt) -> dict[str, Any]:
-    """Return the unit tests in a prompt's label, with their ``kind``. Raises ``UserError`` if they are malformed."""
-    try:
-        label = json.loads(prompt.answer)
-    except ValueError:
-        label = None
-    if not isinstance(label, dict):
-        raise UserError(f"prompt {prompt.id}: the label is not a JSON object; verifier code needs unit tests")
-    if "kind" not in label and {"inputs", "outputs"} <= label.keys():
-        name = label.get("fn_name")
-        label = label | ({"kind": "script"} if name is None else {"kind": "examples", "entry_point": name})
-    required = _FIELDS.get(label.get("kind"))
-    if required is None:
-        raise UserError(f"prompt {prompt.id}: unit tests of an unknown kind; choose one of {', '.join(_FIELDS)}")
-    if missing := required - label.keys():
-        raise UserError(f"prompt {prompt.id}: unit tests of kind {label['kind']} lack {', '.join(sorted(missing))}")
-    if "outputs" in required and len(label["inputs"]) != len(label["outputs"]):
-        raise UserError(
-            f"prompt {prompt.id}: unit tests with {len(label['inputs'])} inputs and "
-            f"{len(label['outputs'])} outputs; give one output per input"
-        )
-    if "inputs" in required and not label["inputs"]:
-        raise UserError(f"prompt {prompt.id}: no unit tests; give at least one input")
-    return label
-
-
-def extract_program(response: str) -> str | None:
-    """Return the last fenced Python block after the reasoning, or None."""
-    program, block = None, None
-    for line in response.rpartition("</think>")[2].split("\n"):
-        mark = line.strip()
-        text = mark.lstrip("`")
-        num_ticks = len(mark) - len(text)
-        is_fence = num_ticks >= 3 and "`" not in text
-        if block is None:
-            if is_fence:
-                language, _, _ = text.strip().lower().partition(" ")
-                block, is_python, opening, indent = [], language in _LANGUAGES, num_ticks, _num_spaces(line)
-        elif is_fence and not text and num_ticks >= opening:
-            program = "\n".join(block) if is_python else program
-            block = None
-        else:
-            block.append(line[min(indent, _num_spaces(line)) :])  # blocks in a list are indented with their fence
-    return program
-
-
-def _num_spaces(line: str) -> int:
-    return len(line) - len(line.lstrip(" "))
-
-
-def same_output(actual: str, expected: str) -> bool:
-    """Return whether the texts are equal, ignoring white space at the ends of lines and of the text."""
-    lines, expected_lines = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (actual, expected))
-    return lines == expected_lines
+    def _judge_script(self, server: ForkServer, request: dict, program_file: int, stdin: str, expected: str) -> str:
+        if request["total_seconds"] <= 0:
+            return "timeout"
+        with memory_file(stdin.encode(errors="replace")) as input_file, memory_file() as output_file:
+            reply = server.run({"mode": "script"} | request, [program_file, input_file, output_file])
+            if reply is None:
+                return "crash"
+            (exit_code,) = reply["exits"]
+            if reply["timed_out"] or exit_code == -signal.SIGXCPU:
+                return "timeout"
+            if exit_code:
+                return "crash" if exit_code < 0 else "error"
+            output = read_all(output_file, _OUTPUT_BYTES).decode(errors="replace")
+        return "correct" if same_output(output, expected) else "wrong"
 
 
 @functools.cache
@@ -241,32 +188,9 @@ def sandbox_layers() -> tuple[str, ...]:
     Raises ``UserError`` if a required layer is missing.
     """
     run = subprocess.run(
-        [sys.executable, "-s", str(_HERE / "sandbox.py")], capture_output=True, text=True, env=_environment(), cwd="/"
+        [sys.executable, "-s", str(_HERE / "sandbox.py")], capture_output=True, text=True, env=environment(), cwd="/"
     )
     if run.returncode:
         reason = run.stderr.strip().rpartition("\n")[2]
         raise UserError(f"cannot sandbox programs on this machine ({reason}); verifier code needs Linux with seccomp")
     return tuple(json.loads(run.stdout))
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of programs, which has none of the trainer's variables."""
-    return {
-        "PATH": "/usr/bin:/bin",
-        "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR") or "",
-        "PYTHONHASHSEED": "0",  # sets iterate in the same order every time
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
-def _file(content: bytes) -> BinaryIO:
-    """Return an unnamed open file with ``content``, positioned at its start."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def _text(lines: Any) -> str:
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)

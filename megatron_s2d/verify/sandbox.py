@@ -15,6 +15,7 @@ Run as a script it prints, as a JSON list, the layers that this machine supports
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import signal
 import struct
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -48,6 +50,7 @@ _CALLS = {
 }  # fmt: skip
 _CLONE, _CLONE3, _OPEN, _OPENAT = (56, 220), (435, 435), (2, None), (257, 56)
 _IOCTL, _FCNTL, _PRLIMIT, _TGKILL = (16, 29), (72, 25), (302, 261), (234, 131)
+_RECVMSG = (47, 212)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 _CLONE_THREAD = 0x10000
 # Access mode, O_CREAT, O_TRUNC, O_APPEND and the bit of O_TMPFILE; equal on both architectures.
@@ -92,7 +95,7 @@ def _allow_if_in(argument: int, values: tuple[int, ...]) -> list[bytes]:
     return [*body, _instruction(_RETURN, _EPERM), _instruction(_RETURN, _ALLOW)]
 
 
-def _filter(column: int, architecture: int) -> bytes:
+def _filter(column: int, architecture: int, receive_files: bool) -> bytes:
     """Return the BPF program that the kernel runs at every system call."""
     allow, refuse = _instruction(_RETURN, _ALLOW), _instruction(_RETURN, _EPERM)
     program = [
@@ -106,6 +109,8 @@ def _filter(column: int, architecture: int) -> bytes:
     for numbers in _CALLS.values():
         if numbers[column] is not None:
             program += [_instruction(_EQUAL, numbers[column], 0, 1), allow]
+    if receive_files:
+        program += _when(_RECVMSG[column], [allow])
     thread = [_instruction(_LOAD, _argument(0)), _instruction(_ANY_BIT, _CLONE_THREAD, 0, 1), allow, refuse]
     program += _when(_CLONE[column], thread)
     # Its flags are in memory, which a filter cannot read; the C library falls back to clone.
@@ -144,10 +149,10 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _apply_seccomp() -> None:
+def _apply_seccomp(receive_files: bool) -> None:
     if platform.machine() not in _ARCHITECTURES:
         raise OSError(f"no table of system calls for {platform.machine()}")
-    code = _filter(*_ARCHITECTURES[platform.machine()])
+    code = _filter(*_ARCHITECTURES[platform.machine()], receive_files)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(code) // 8, code)))
 
 
@@ -161,7 +166,7 @@ def _landlock_version() -> int:
     return max(0, _libc().syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
-def _apply_landlock(readable: list[str]) -> None:
+def _apply_landlock(readable: Sequence[str]) -> None:
     version = _landlock_version()
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     network, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
@@ -182,7 +187,8 @@ def _apply_landlock(readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def python_files() -> list[str]:
+@functools.cache
+def python_files() -> tuple[str, ...]:
     """Return the paths a Python program reads: standard library, packages, shared libraries, time zones."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     paths = [sysconfig.get_path(name) for name in names]
@@ -190,7 +196,7 @@ def python_files() -> list[str]:
     library = sysconfig.get_config_var("LIBDIR")
     paths += [library] if library else []
     paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom"]
-    return sorted(set(paths))
+    return tuple(sorted(set(paths)))
 
 
 # -------------------------------------------------------------------------------------------------------- entry points
@@ -201,11 +207,12 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> list[str]:
+def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int, receive_files: bool = False) -> list[str]:
     """Confine this process permanently and return the applied layers of ``limits``, ``landlock``, ``seccomp``.
 
     ``memory_bytes`` limits the address space, ``cpu_seconds`` the processor time, ``file_bytes`` the size of files that
-    are already open. The process dies with the thread that started it. Raises ``OSError`` if seccomp is missing or a
+    are already open; with ``receive_files`` it can receive open files over a socket that it has. The process dies with
+    the thread that started it. Raises ``OSError`` if seccomp is missing or a
     layer that the machine supports cannot be applied.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -221,7 +228,7 @@ def confine(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> list[str]:
     if _landlock_version():
         _apply_landlock(python_files())
         layers.append("landlock")
-    _apply_seccomp()
+    _apply_seccomp(receive_files)
     return [*layers, "seccomp"]
 
 

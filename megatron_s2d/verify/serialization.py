@@ -38,9 +38,12 @@ _MAPPINGS = {dict: "dict", OrderedDict: "dict", defaultdict: "dict", Counter: "d
 _MAKERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 
 
-def encode(value: Any) -> str:
-    """Return ``value`` as one line of text."""
-    return json.dumps(_pack(value))
+def encode(value: Any, strict: bool = False) -> str:
+    """Return ``value`` as one line of text. With ``strict``, raise ``TypeError`` if a part of it is not plain data.
+
+    An ``Opaque`` that was received passes.
+    """
+    return json.dumps(_pack(value, strict))
 
 
 def decode(text: str) -> Any:
@@ -67,6 +70,45 @@ def equal(actual: Any, expected: Any, tolerance: float) -> bool:
             equal(actual[key], expected[key], tolerance) for key in expected
         )
     return actual == expected
+
+
+def equal_json(actual: Any, expected: Any) -> bool:
+    """Compare a result with a value read from JSON, which has lists for tuples and text for the keys of objects.
+
+    Floats are equal within 1e-6 of their size (1e-9 near zero), an integer and a float within rounding.
+    """
+    if isinstance(expected, list):
+        return (
+            isinstance(actual, (list, tuple))
+            and len(actual) == len(expected)
+            and all(equal_json(one, other) for one, other in zip(actual, expected, strict=True))
+        )
+    if isinstance(expected, dict):
+        if not isinstance(actual, dict):
+            return False
+        named = {_json_key(key): item for key, item in actual.items()}  # 1 and "1" are the same key in JSON
+        return (
+            len(named) == len(actual)
+            and named.keys() == expected.keys()
+            and all(equal_json(named[key], expected[key]) for key in expected)
+        )
+    kinds = {type(actual), type(expected)}
+    if float not in kinds or not kinds <= {int, float}:
+        return actual == expected
+    if math.isnan(actual) or math.isnan(expected):
+        return math.isnan(actual) and math.isnan(expected)
+    relative, absolute = (1e-6, 1e-9) if kinds == {float} else (1e-12, 1e-12)
+    try:
+        return math.isclose(actual, expected, rel_tol=relative, abs_tol=absolute)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def _json_key(key: Any) -> Any:
+    """Return the text that JSON has for a key; other keys unchanged."""
+    if key is None or isinstance(key, bool):
+        return json.dumps(key)
+    return repr(key) if isinstance(key, (int, float)) else key
 
 
 def calls_like(calls: list[list], example: tuple) -> list[list]:
@@ -107,7 +149,7 @@ def like(value: Any, example: Any) -> Any:
     return type(example)(items)
 
 
-def _pack(value: Any) -> Any:
+def _pack(value: Any, strict: bool) -> Any:
     kind = type(value)
     if value is None or kind in (bool, str):
         return value
@@ -116,11 +158,11 @@ def _pack(value: Any) -> Any:
     if kind is float:
         return {"float": value.hex()}  # distinguishes 1.0 from 1 and keeps nan and infinities
     if kind is list:
-        return [_pack(item) for item in value]
+        return [_pack(item, strict) for item in value]
     if kind in _SEQUENCES:
-        return {_SEQUENCES[kind]: [_pack(item) for item in value]}
+        return {_SEQUENCES[kind]: [_pack(item, strict) for item in value]}
     if kind in _MAPPINGS:
-        return {"dict": [[_pack(key), _pack(item)] for key, item in value.items()]}
+        return {"dict": [[_pack(key, strict), _pack(item, strict)] for key, item in value.items()]}
     if kind is complex:
         return {"complex": [value.real.hex(), value.imag.hex()]}
     if kind is bytes:
@@ -129,9 +171,11 @@ def _pack(value: Any) -> Any:
         return {"range": [value.start, value.stop, value.step]}
     for plain in (str, int, float, tuple, list, dict):  # a named tuple or an enumeration as its plain value
         if isinstance(value, plain):
-            return _pack(plain(value) if plain in _CONTAINERS else plain.__add__(value, plain()))
+            return _pack(plain(value) if plain in _CONTAINERS else plain.__add__(value, plain()), strict)
     if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _pack(value.item())
+        return _pack(value.item(), strict)
+    if strict and kind is not Opaque:
+        raise TypeError(f"{kind.__name__} is not plain data")
     return {"opaque": bool(value)}
 
 

@@ -14,8 +14,9 @@ from megatron_s2d.records import Prompt
 class Verdict:
     """The result of verifying one response."""
 
-    reward: float  # 0 or 1
-    label: str  # the reason for the reward: "correct", "wrong", "no_answer", "timeout", ...
+    reward: float  # 0 or 1 from the verifiers with a name; from functions, judges and sums any finite number
+    label: str  # "correct", which is what counts as solved, or else why not: "wrong", "no_answer", "timeout", ...
+    detail: str | None = None  # what a function or a judge said about the response
 
 
 class Verifier(Protocol):

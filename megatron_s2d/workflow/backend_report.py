@@ -27,15 +27,15 @@ class Backend:
     drawback: str  # what it lacks compared with the fastest one, and how to get that; empty for the fastest
 
 
-def active_backends(capabilities: Capabilities, *, has_triton: bool) -> list[Backend]:
-    """Return the implementation of every part; ``has_triton``: whether Triton can be imported."""
+def active_backends(capabilities: Capabilities, *, triton_problem: str) -> list[Backend]:
+    """Return the implementation of every part; ``triton_problem``: why Triton cannot be used, empty if it can."""
     return [
         _layers(capabilities),
         _attention(capabilities),
         _fp8(capabilities),
         _optimizer(capabilities),
         _gradient_accumulation(capabilities),
-        _kl(capabilities, has_triton),
+        _kl(capabilities, triton_problem),
     ]
 
 
@@ -48,8 +48,15 @@ def _layers(capabilities: Capabilities) -> Backend:
 
 def _attention(capabilities: Capabilities) -> Backend:
     if capabilities.transformer_engine:
-        return Backend("attention", "Transformer Engine (cuDNN or FlashAttention); packed sequences in one call", "")
-    drawback = "one call for each packed sequence, and key heads are repeated if the kernel needs it"
+        return Backend("attention", "Transformer Engine for packed sequences, PyTorch's kernels for others", "")
+    if capabilities.cuda:
+        drawback = "context-parallel ranks gather all keys and values instead of passing them on"
+        return Backend(
+            "attention",
+            "PyTorch's FlashAttention and, with masks, its memory-efficient kernel",
+            f"{drawback}; {_INSTALL}",
+        )
+    drawback = "one call for each packed sequence"
     return Backend("attention", "PyTorch's scaled_dot_product_attention", _with_remedy(capabilities, drawback))
 
 
@@ -91,11 +98,11 @@ def _gradient_accumulation(capabilities: Capabilities) -> Backend:
     return Backend("gradient accumulation", "autograd, then a separate addition", _with_remedy(capabilities, drawback))
 
 
-def _kl(capabilities: Capabilities, has_triton: bool) -> Backend:
-    if capabilities.cuda and has_triton:
+def _kl(capabilities: Capabilities, triton_problem: str) -> Backend:
+    if capabilities.cuda and not triton_problem:
         return Backend("divergences", "Triton kernels, one pass over each chunk of logits", "")
     if capabilities.cuda:
-        return Backend("divergences", "PyTorch", "several passes over each chunk of logits; install triton")
+        return Backend("divergences", "PyTorch", f"several passes over each chunk of logits: {triton_problem}")
     return Backend("divergences", "PyTorch, in blocks that fit the CPU cache", "")
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_s2d.artifacts.files import read_jsonl
+from megatron_s2d.artifacts.shapes import ResponseRow, checked_rows
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.report.contrasts import arm_of, check_matched
-from megatron_s2d.report.evaluation import Evaluation, avg_at_k, paired_comparison, read_evaluation
+from megatron_s2d.report.evaluation import Evaluation, paired_comparison, pass_rate, read_evaluation
 from megatron_s2d.report.paper_table import make_table
 from megatron_s2d.report.results import (
     ArmResult,
@@ -60,13 +61,13 @@ def collect_results(
         ledger=preflight.ledger.entries(preflight.stages),
         rollouts=tuple(example for job in stages for example in _examples(job)),
         environment=environment,
-        warnings=(*_pass_rate_warnings(config, jobs), *_dropped_warnings(preflight)),
+        warnings=(*_pass_rate_warnings(config, jobs), *preflight.warnings),
         table=make_table(config, evaluations, _problems(config, preflight)),
     )
 
 
 def _problems(config: WorkflowConfig, preflight: Preflight) -> dict[str, list[str]]:
-    return {entry: [prompt.id for prompt in preflight.prompts[entry]] for entry in config.evaluation.entries}
+    return {entry: preflight.prompts[entry].values("id") for entry in config.evaluation.entries}
 
 
 def compare_arms(
@@ -92,6 +93,7 @@ def compare_arms(
                 contrast.expect,
                 comparison,
                 tuple(difference.text for difference in differences),
+                by_paper=config.expectations == "paper",
             )
         )
     return tuple(contrasts), tuple(refused)
@@ -103,7 +105,7 @@ def _pass_rate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str
         if job.pass_rate_check is None:
             continue
         check = config.pass_rate_checks[job.pass_rate_check]
-        rate = avg_at_k(read_evaluation(job.directory.path / EVALUATION_NAME)).mean
+        rate = pass_rate(read_evaluation(job.directory.path / EVALUATION_NAME)).mean
         if not check.low <= rate <= check.high:
             warnings.append(
                 f"pass rate of {check.stage} on {check.prompts} is {100 * rate:.1f} %, outside the window of "
@@ -112,24 +114,10 @@ def _pass_rate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str
     return warnings
 
 
-def _dropped_warnings(preflight: Preflight) -> list[str]:
-    too_long = [
-        f"{count} prompts of {name} are longer than max_prompt_length and were dropped"
-        for name, count in preflight.dropped.items()
-        if count
-    ]
-    repeated = [
-        f"{count} rows of {name} repeat an earlier id and were dropped"
-        for name, count in preflight.duplicates.items()
-        if count
-    ]
-    return too_long + repeated
-
-
 def _examples(job: Job) -> list[RolloutExample]:
     """Return the first and the last responses that a stage saved."""
     path = job.directory.path / "rollouts.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
+    rows = checked_rows(read_jsonl(path), ResponseRow, str(path)) if path.exists() else []
     half = _EXAMPLES_PER_STAGE // 2
     first_and_last = rows[:half] + rows[max(half, len(rows) - half) :]
     return [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_s2d.workflow import gpu_checks
 from megatron_s2d.workflow.backend_report import Backend, active_backends
 
 DISTRIBUTION = "megatron-s2d"
@@ -93,6 +93,7 @@ def diagnose(constraints: Path | None = None) -> Diagnosis:
     checks += check_packages(importlib.metadata.requires(DISTRIBUTION) or [], pins, installed_version)
     devices, torch_check = probe_devices()
     checks += [*torch_check, *check_commands(shutil.which)]
+    checks += [*check_gpus(), *check_transformer_engine()] if devices else []
     return Diagnosis(tuple(checks), tuple(devices), machine_facts(Path.cwd()), probe_backends() if devices else ())
 
 
@@ -196,9 +197,34 @@ def probe_devices() -> tuple[list[str], list[Check]]:
 
 def probe_backends() -> tuple[Backend, ...]:
     """Return what each part of the trainer uses in this process."""
+    from megatron_s2d.kl.chunk import triton_problem
     from megatron_s2d.parallel.device import capabilities  # loads torch
 
-    return tuple(active_backends(capabilities(), has_triton=importlib.util.find_spec("triton") is not None))
+    on_gpu = capabilities().cuda
+    return tuple(active_backends(capabilities(), triton_problem=triton_problem() if on_gpu else ""))
+
+
+def check_gpus() -> list[Check]:
+    """Return a failed check for what keeps this machine's GPUs from being used; needs torch."""
+    import torch
+
+    facts = gpu_checks.probe(torch.version.cuda, torch.cuda.device_count())
+    return [
+        Check(problem.part, "wrong", problem.blocks, problem.found, problem.wanted, problem.remedy)
+        for problem in gpu_checks.check_gpu(facts)
+    ]
+
+
+def check_transformer_engine() -> list[Check]:
+    """Return a failed check if Transformer Engine is installed but does not import, which stops every run."""
+    from megatron_s2d.parallel.device import capabilities, mend_transformer_engine
+
+    error = capabilities().transformer_engine_error
+    if not error:
+        return []
+    version = installed_version("transformer-engine") or ""
+    note = f"installed, but {error}; {mend_transformer_engine()}"
+    return [Check("transformer-engine import", "wrong", True, version, "", note)]
 
 
 def machine_facts(directory: Path) -> dict[str, str]:

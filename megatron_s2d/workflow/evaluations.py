@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.artifacts.files import read_json_object
+from megatron_s2d.artifacts.shapes import RunConfig, checked
 from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import percent, points
 from megatron_s2d.report.evaluation import Evaluation, paired_comparison, read_evaluation
-from megatron_s2d.report.results import ArmResult
+from megatron_s2d.report.results import ArmResult, shares_text
 from megatron_s2d.workflow.collect_results import EVALUATION_NAME
 
 
@@ -22,7 +23,10 @@ def read_evaluations(path: Path, arm: str | None) -> dict[str, Evaluation]:
         return {arm or path.stem: read_evaluation(path)}
     if not (path / "config.json").exists():
         raise UserError(f"{path}: neither a run directory nor an evaluation.jsonl file")
-    arms: dict[str, str] = read_json(path / "config.json")["arms"]
+    config = path / "config.json"
+    if not (path / "stages").is_dir() and "architectures" in read_json_object(config):
+        raise UserError(f"{path}: a model, not a run: s2d eval --model {path} --data FILE evaluates it")
+    arms: dict[str, str] = checked(read_json_object(config), RunConfig, str(config))["arms"]
     if arm is not None:
         return {arm: _read(path, arms.get(arm, arm), arm)}
     stages = set(_evaluated_stages(path))
@@ -52,7 +56,7 @@ def print_evaluations(path: Path, arm: str | None, *, as_json: bool, console: Co
     if as_json:
         print(json.dumps({result.name: result.as_json() for result in results}, indent=1))
         return
-    table = Table("arm", "avg@k, %", "k", "problems", "pass@k, %", "tokens", "truncated")
+    table = Table("arm", "avg@k, %", "k", "problems", "pass@k, %", "tokens", "truncated", "verdicts")
     for result in results:
         pass_at_k = result.pass_at_k[max(result.pass_at_k)]
         table.add_row(
@@ -63,6 +67,7 @@ def print_evaluations(path: Path, arm: str | None, *, as_json: bool, console: Co
             percent(pass_at_k.mean, pass_at_k.std_err),
             f"{result.response_length:.1f}",
             f"{100 * result.truncated_fraction:.1f} %",
+            shares_text(result.verdicts),
         )
     console.print(table)
 
@@ -70,7 +75,10 @@ def print_evaluations(path: Path, arm: str | None, *, as_json: bool, console: Co
 def print_comparison(
     first: tuple[Path, str | None], second: tuple[Path, str | None], *, as_json: bool, console: Console
 ) -> None:
-    """Print first minus second, paired by problem, for every arm that both have (or for the two named arms)."""
+    """Print first minus second, paired by problem, for every arm that both have (or for the two named arms).
+
+    The last column is the number of problems that show a difference of 5 points (p 0.05, power 80 %).
+    """
     left, right = read_evaluations(*first), read_evaluations(*second)
     pairs = [(name, name) for name in left if name in right]
     if first[1] is not None and second[1] is not None:
@@ -83,7 +91,7 @@ def print_comparison(
     if as_json:
         print(json.dumps({name: vars(row) for name, row in rows.items()}, indent=1))
         return
-    table = Table("difference", "points", "interval", "p", "problems")
+    table = Table("difference", "points", "interval", "p", "problems", "for 5 points")
     for name, row in rows.items():
         low, high = row.interval
         table.add_row(
@@ -92,5 +100,6 @@ def print_comparison(
             f"{points(low)} to {points(high)}",
             f"{row.p_value:.3f}",
             str(row.num_problems),
+            "-" if (needed := row.problems_needed()) is None else f"{needed:,}",
         )
     console.print(table)

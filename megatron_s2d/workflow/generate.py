@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from megatron_s2d.artifacts.files import read_json
+from megatron_s2d.artifacts.files import read_json_object
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.base import parse
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.tokenizer import render
 from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import printable
 from megatron_s2d.records import Prompt
@@ -35,6 +37,7 @@ class GenerateRequest:
     temperature: float
     max_response_length: int | None
     seed: int
+    raw: bool = False  # ``prompts`` are texts to continue, not messages of a user
 
 
 def generate(request: GenerateRequest, console: Console) -> None:
@@ -42,7 +45,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
     config_path = request.run_dir / "config.json"
     if not config_path.exists():
         raise UserError(f"{request.run_dir}: not a run directory (no config.json)")
-    config = parse(WorkflowConfig, read_json(config_path), str(config_path))
+    config = parse(WorkflowConfig, read_json_object(config_path), str(config_path))
     stage = config.arms.get(request.stage, request.stage)
     if stage not in config.stages:
         raise UserError(f"{request.run_dir}: no stage or arm '{request.stage}' (stages: {', '.join(config.stages)})")
@@ -81,6 +84,7 @@ def generate(request: GenerateRequest, console: Console) -> None:
             request.seed,
             context.inputs.tokenizer,
             rewards if labelled else None,
+            context.rollouts.environments(config.model_of(stage), rewards if labelled else None),
         )
         samples = worker.sample(prompts, request.num_samples, 0)
     for index, prompt in enumerate(prompts):
@@ -93,13 +97,18 @@ def generate(request: GenerateRequest, console: Console) -> None:
     shutdown_distributed()
 
 
-def _prompts(request: GenerateRequest, config: WorkflowConfig, inputs: StageInputs) -> list[Prompt]:
+def _prompts(request: GenerateRequest, config: WorkflowConfig, inputs: StageInputs) -> Sequence[Prompt]:
     if request.data is not None:
         if request.data.partition("/")[0] not in config.data:
             raise UserError(f"no entry '{request.data}' in the run's data ({', '.join(config.data)})")
         return inputs.prompts(request.data)[: request.limit]
     prompts = []
     for number, text in enumerate(request.prompts):
-        token_ids = np.asarray(inputs.tokenizer(text)["input_ids"], dtype=np.int64)
-        prompts.append(Prompt(f"prompt/{number}", token_ids, text, "prompt", None, None))
+        rendered = text
+        if not request.raw:
+            rendered = render([{"role": "user", "content": text}], inputs.tokenizer, config.template_date)
+        # A chat template writes the start token itself.
+        special = request.raw or inputs.tokenizer.chat_template is None
+        token_ids = np.asarray(inputs.tokenizer(rendered, add_special_tokens=special)["input_ids"], dtype=np.int64)
+        prompts.append(Prompt(f"prompt/{number}", token_ids, rendered, "prompt", None, None))
     return prompts

@@ -56,8 +56,9 @@ def propose(preflight: Preflight, machine: Machine, num_gpus: int) -> list[Propo
     is_possible = False
     for config, recompute, max_tokens in _candidates(preflight, machine, num_gpus):
         is_possible = True
+        builds = {"on_gpu": True, "transformer_engine": machine.assumptions.transformer_engine}
         memories = {
-            name: stage_memory(config, name, preflight.specs, preflight.shapes[name], on_gpu=True)
+            name: stage_memory(config, name, preflight.specs, preflight.shapes[name], **builds)
             for name in preflight.stages
         }
         stage = max(memories, key=lambda name: memories[name].total)

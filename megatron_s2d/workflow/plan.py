@@ -8,6 +8,9 @@ interval) are excluded, so that a run can resume on other hardware.
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +18,43 @@ from typing import Any, Literal
 from megatron_s2d.artifacts.files import file_digest, json_digest
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.base import dump
-from megatron_s2d.config.data import FileSource
+from megatron_s2d.config.data import DataSource, FileSource, TaskSource
+from megatron_s2d.config.environment import FunctionEnvironment
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.needed_stages import (
+    TokenizerChoice,
+    evaluated_stages,
+    needed_stages,
+    prompt_choices,
+    prompt_model,
+    stage_views,
+    tokenizer_choice,
+)
 from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.reward import FunctionReward, parts_of
+from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.prompt_cache import content_digest
 from megatron_s2d.errors import UserError
 
 Action = Literal["run", "resume", "reuse", "rerun"]
 
 # Fields of a stage that do not change its result beyond rounding, or only name it.
 _EXCLUDED_FROM_KEY = ("role", "micro_batch", "checkpoint", "label_reuse", "teacher_engine", "offload_optimizer")
+# Files that decide how a local tokenizer renders and splits text.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# Fields that count unless they have these values: stages of runs from before the fields existed are reused.
+_NEUTRAL = {
+    "ppo_epochs": 1, "max_prompt_length": None, "prompt_order": "restart", "fixed_advantage": None,
+    "policy_loss": "grpo", "entropy_coeff": 0.0, "teacher_advantage": None, "reward_advantage": None,
+    "teacher_view": None, "reference_view": None, "domain_weights": None, "log_ratio_clip": None,
+    "max_truncated_fraction": None,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +80,10 @@ class Job:
         """Digest of ``resolved`` and the inputs' keys."""
         return key_of(self.resolved, self.inputs)
 
-    def heartbeat_path(self, rank: int) -> Path:
-        """File in which the watchdog of ``rank`` records its progress."""
-        return self.directory.path / f"rank{rank}-heartbeat.txt"
+    @property
+    def heartbeat_path(self) -> Path:
+        """File in which the watchdogs of this machine's ranks record their progress."""
+        return self.directory.path / f"{socket.gethostname()}-heartbeat.txt"
 
     @property
     def is_pending(self) -> bool:
@@ -70,21 +99,22 @@ def key_of(resolved: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
     """Return the jobs of all arms, evaluations and pass-rate checks, inputs first, without changing the disk."""
     digests = {name: data_digest(config, name) for name in used_data(config)}
+    renderings = _Renderings(config)
     jobs: dict[str, Job] = {}
     for name in needed_stages(config):
         stage = config.stages[name]
         inputs = {f"stages/{other}": jobs[f"stages/{other}"].key for other in sorted(set(stage.inputs().values()))}
-        resolved = _resolved_stage(config, name, digests)
+        resolved = _resolved_stage(config, renderings, name, digests)
         total = getattr(stage, "steps", 0)
         _add(jobs, run_dir, f"stages/{name}", name, None, resolved, inputs, total)
     for name in evaluated_stages(config):
         inputs = {f"stages/{name}": jobs[f"stages/{name}"].key}
-        resolved = _resolved_evaluation(config, digests)
+        resolved = _resolved_evaluation(config, renderings, name, digests)
         _add(jobs, run_dir, f"evaluations/{name}", name, None, resolved, inputs, 0)
     for number, check in enumerate(config.pass_rate_checks):
         inputs = {f"stages/{check.stage}": jobs[f"stages/{check.stage}"].key}
         entry = check.prompts.partition("/")[0]
-        resolved = _common(config) | _engine(config) | {"data": {entry: digests[entry]}}
+        resolved = _common(config, renderings, check.stage) | _engine(config) | {"data": {entry: digests[entry]}}
         resolved |= {
             "pass_rate_check": {
                 "prompts": check.prompts,
@@ -95,19 +125,6 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
         resolved |= {"sampling": dump(config.evaluation.sampling)}
         _add(jobs, run_dir, f"pass_rate_checks/{number}-{check.stage}", check.stage, number, resolved, inputs, 0)
     return list(jobs.values())
-
-
-def needed_stages(config: WorkflowConfig) -> list[str]:
-    """Return the stages that lead to an evaluation or pass-rate check, inputs first."""
-    names = {name for end in evaluated_stages(config) for name in config.chain(end)}
-    names |= {name for check in config.pass_rate_checks for name in config.chain(check.stage)}
-    return [name for name in config.stage_order() if name in names]
-
-
-def evaluated_stages(config: WorkflowConfig) -> list[str]:
-    """Return the final stages of arms and the further stages to evaluate, each once, in stage order."""
-    names = {*config.arms.values(), *config.also_evaluate}
-    return [name for name in config.stage_order() if name in names]
 
 
 def used_data(config: WorkflowConfig) -> list[str]:
@@ -125,16 +142,71 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
         for path in source.paths:
             if not Path(path).is_file():
                 raise UserError(f"data.{entry}.path: {path}: no such file")
-            files[Path(path).name] = file_digest(path)
+            files[Path(path).name] = content_digest(path, config.data_cache_dir.expanduser())
     settings = {key: value for key, value in dump(source).items() if key != "path"}
-    return json_digest({"settings": settings, "files": files})
+    if isinstance(source, FileSource) and source.skip == 0:
+        del settings["skip"]  # likewise
+    if isinstance(source, TaskSource) and source.verifier == "modular_arithmetic":
+        del settings["verifier"]  # sources of runs from before the field existed
+    if settings.get("environment") is None:
+        settings.pop("environment", None)
+    if not settings.get("call_fraction"):
+        settings.pop("call_fraction", None)
+    code = {name: digest for name in _functions(source) if (digest := _function_digest(name)) is not None}
+    return json_digest({"settings": settings, "files": files} | ({"functions": code} if code else {}))
 
 
-def _common(config: WorkflowConfig) -> dict[str, Any]:
+def _functions(source: DataSource) -> list[str]:
+    """Return the functions of the user that a data source names, as ``module:function``."""
+    names = [part.function for part in parts_of(source.verifier) if isinstance(part, FunctionReward)]
+    if isinstance(source.environment, FunctionEnvironment):
+        names.append(source.environment.function)
+    return names
+
+
+def _function_digest(function: str) -> str | None:
+    """Return the digest of the file that defines ``module:function``, without importing it; None for none."""
+    parts = function.partition(":")[0].split(".")
+    for folder in (os.getcwd(), *sys.path):
+        base = Path(folder, *parts)
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return file_digest(path)
+    return None
+
+
+class _Renderings:
+    """What renders the prompts of each stage: names, and the content of local files, read once."""
+
+    def __init__(self, config: WorkflowConfig):
+        self._config, choices = config, prompt_choices(config)
+        self._content = {choice: _local_content(choice) for choice in choices}
+        digests = [json_digest([choice.tokenizer, self._content[choice]]) for choice in choices]
+        # A prompt that is too long in one rendering is left out of all, so the other ones count too.
+        self._shared = {} if len(choices) == 1 else {"renderings": sorted(digests)}
+
+    def of(self, stage_name: str) -> dict[str, Any]:
+        """Return the part of the key of stage ``stage_name``."""
+        choice = tokenizer_choice(self._config, prompt_model(self._config, stage_name))
+        return {"tokenizer": choice.tokenizer, **self._content[choice], **self._shared}
+
+
+def _local_content(choice: TokenizerChoice) -> dict[str, str]:
+    content = {}
+    directory = Path(choice.tokenizer)
+    if directory.is_dir():
+        files = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+        content["tokenizer_files"] = json_digest({path.name: file_digest(path) for path in files})
+    if choice.chat_template is not None:
+        content["chat_template"] = file_digest(choice.chat_template)
+    return content
+
+
+def _common(config: WorkflowConfig, renderings: _Renderings, stage_name: str) -> dict[str, Any]:
     fp8 = {} if config.fp8 is None else {"fp8": dump(config.fp8)}
     return (
         {
-            "tokenizer": config.tokenizer,
+            **renderings.of(stage_name),
             "template_date": config.template_date.isoformat(),
             "precision": config.precision,
             "seed": config.seed,
@@ -152,38 +224,56 @@ def _engine(config: WorkflowConfig) -> dict[str, Any]:
     return {"engine": [rollout.engine, rollout.sglang.enable_deterministic_inference]}
 
 
-def _sampling(config: WorkflowConfig) -> dict[str, Any]:
-    """Return ``_engine`` and, for a stage that trains on responses, the settings of asynchronous generation."""
+def _sampling(config: WorkflowConfig, name: str) -> dict[str, Any]:
+    """Return ``_engine`` and, for a stage that trains on responses, asynchronous generation and routing replay."""
     rollout = config.rollout
     asynchrony = {"async_mode": rollout.async_mode, "over_sampling_ratio": rollout.over_sampling_ratio}
-    is_default = asynchrony == {"async_mode": "sync", "over_sampling_ratio": 1.0}
-    return _engine(config) | ({} if is_default else asynchrony)
+    is_default = asynchrony == {"async_mode": "sync", "over_sampling_ratio": 1.0} and rollout.staleness == 0
+    if rollout.staleness > 0 and (rollout.staleness > 1 or rollout.async_mode == "sync"):
+        asynchrony["max_staleness"] = rollout.staleness
+    replay = {"routing_replay": False} if rollout.routing_replay is False else {}
+    if replays_routes(config, config.stages[name], config.models[config.model_of(name)].resolve(1)):
+        replay = {"routing_replay": True}
+    return _engine(config) | ({} if is_default else asynchrony) | replay
 
 
-def _resolved_stage(config: WorkflowConfig, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+def _resolved_stage(
+    config: WorkflowConfig, renderings: _Renderings, name: str, digests: Mapping[str, str]
+) -> dict[str, Any]:
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _EXCLUDED_FROM_KEY}
+    settings = {key: value for key, value in settings.items() if key not in _NEUTRAL or value != _NEUTRAL[key]}
     used = {entry.partition("/")[0] for entry in stage.entries}
-    sampled = _sampling(config) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
+    sampled = _sampling(config, name) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
     resolved = (
-        _common(config) | sampled | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
+        _common(config, renderings, name)
+        | sampled
+        | {"stage": settings, "data": {entry: digests[entry] for entry in sorted(used)}}
     )
+    views = {
+        of.key: {"tokenizer": of.renderer.tokenizer, **_local_content(of.renderer)} for of in stage_views(config, name)
+    }
+    if views:
+        resolved["views"] = views
     if any("/" in entry for entry in stage.entries):
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:
-        resolved["model"] = dump(config.models[stage.model])
+        model = dump(config.models[stage.model])
+        resolved["model"] = {key: value for key, value in model.items() if key not in ("tokenizer", "chat_template")}
     if isinstance(stage, TrainingStageConfig) and config.models[config.model_of(name)].moe_aux_loss_coeff > 0:
         # The load-balancing loss is one of each micro-batch, so that its gradient depends on how samples are packed.
         resolved["micro_batch"] = dump(stage.micro_batch)
     return resolved
 
 
-def _resolved_evaluation(config: WorkflowConfig, digests: Mapping[str, str]) -> dict[str, Any]:
+def _resolved_evaluation(
+    config: WorkflowConfig, renderings: _Renderings, stage_name: str, digests: Mapping[str, str]
+) -> dict[str, Any]:
     entries = {entry.partition("/")[0] for entry in config.evaluation.entries}
     settings = dump(config.evaluation)
     del settings["eval_batch_size"]
     data = {entry: digests[entry] for entry in sorted(entries)}
-    return _common(config) | _engine(config) | {"evaluation": settings, "data": data}
+    return _common(config, renderings, stage_name) | _engine(config) | {"evaluation": settings, "data": data}
 
 
 def _add(

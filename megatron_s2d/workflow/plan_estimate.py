@@ -15,9 +15,13 @@ from megatron_s2d.config.hardware import AssumptionsConfig, gpu_of
 from megatron_s2d.config.precision import check_chip
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.roofline import Machine
+from megatron_s2d.estimate.server_memory import served_models, server_memory, sets_fraction
 from megatron_s2d.estimate.stage_time import StageTime, stage_time
 from megatron_s2d.formatting import format_bytes, format_seconds
+from megatron_s2d.rollout.sglang.memory_fraction import OPTION
 from megatron_s2d.workflow.layout_search import Proposal, propose
+from megatron_s2d.workflow.likely_mistakes import memory_warnings
+from megatron_s2d.workflow.nearest_fit import TOO_SMALL, nearest_fit, what_is_largest
 from megatron_s2d.workflow.preflight import Preflight
 
 _SHOWN_PROPOSALS = 5
@@ -40,6 +44,8 @@ def print_estimate(preflight: Preflight, machine: Machine | None, num_gpus: int 
     console.print(memory_table(preflight, machine))
     if machine is None:
         console.print("figures are for CPU ranks; --gpu h200 estimates a GPU", highlight=False)
+        for warning in memory_warnings(preflight.config, preflight.memory(on_gpu=False)):
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         return
     if preflight.config.fp8 is not None:
         check_chip(preflight.config.fp8, machine.gpu.capability, machine.gpu.name)
@@ -47,6 +53,8 @@ def print_estimate(preflight: Preflight, machine: Machine | None, num_gpus: int 
         name: stage_time(preflight.config, name, preflight.specs, preflight.shapes[name], machine)
         for name in preflight.stages
     }
+    for line in [*_unfitting_lines(preflight, machine), *_server_lines(preflight, machine)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_time_table(preflight, times, machine))
     console.print(_traffic_table(times))
     if num_gpus is not None:
@@ -56,7 +64,7 @@ def print_estimate(preflight: Preflight, machine: Machine | None, num_gpus: int 
     lengths = "lengths: every response has the maximum length; times exclude evaluations"
     notes = assumptions(machine, preflight.config.precision)
     if preflight.config.fp8 is not None:
-        notes.append("fp8: GEMM times and activations are those of bf16, so both are upper bounds")
+        notes.append("fp8: times of products and bytes between ranks are those of bf16, so both are upper bounds")
     for line in [*notes, lengths]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -68,7 +76,8 @@ def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
     if machine is not None:
         columns.append("fits")
     table = Table(*columns, title=f"Estimated memory of {where} (docs/preflight.md)", show_lines=True)
-    for name, memory in preflight.memory(on_gpu=machine is not None).items():
+    engine = machine is not None and machine.assumptions.transformer_engine
+    for name, memory in preflight.memory(on_gpu=machine is not None, transformer_engine=engine).items():
         models, parts = [], []
         for item in memory.models:
             models.append(f"{item.role} {format_bytes(item.total)}")
@@ -79,11 +88,52 @@ def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
         for phase in sorted((phase for phase in sums if sums[phase]), key=lambda phase: -sums[phase]):
             purposes = [f"{what} {format_bytes(value)}" for what, value in memory.phases[phase].items() if value]
             adds.append(f"{phase} {format_bytes(sums[phase])}: {', '.join(purposes)}")
+        if memory.peak_phase == "build":
+            adds.append(f"in all {format_bytes(memory.build)} while the optimizer is made: weights are there twice")
+        adds += [f"pinned host memory: {what} {format_bytes(value)}" for what, value in memory.pinned.items()]
         row = [name, "\n".join(models), "\n".join(parts), "\n".join(adds), format_bytes(memory.total)]
         if machine is not None:
             row.append(_fits(memory.total, machine))
         table.add_row(*row)
     return table
+
+
+def _unfitting_lines(preflight: Preflight, machine: Machine) -> list[str]:
+    """Return a line for each stage that does not fit: where its peak is, of what, and the nearest settings that fit."""
+    engine, lines = machine.assumptions.transformer_engine, []
+    for name, memory in preflight.memory(on_gpu=True, transformer_engine=engine).items():
+        if memory.total > machine.usable_memory:
+            inputs = (preflight.config, name, preflight.specs, preflight.shapes[name], machine.usable_memory)
+            fit = nearest_fit(*inputs, transformer_engine=engine)
+            remedy = TOO_SMALL if fit is None else f"estimated to fit: {fit}"
+            lines.append(f"stage {name} does not fit: {what_is_largest(memory)}; {remedy}")
+    return lines
+
+
+def _server_lines(preflight: Preflight, machine: Machine) -> list[str]:
+    """Return a line for the servers that each stage starts: what they may take of their GPUs, or why they may not."""
+    lines, config, assumed = [], preflight.config, machine.assumptions
+    for name, memory in preflight.memory(on_gpu=True, transformer_engine=assumed.transformer_engine).items():
+        if not served_models(config, name):
+            continue
+        if sets_fraction(config):
+            lines.append(f"servers of {name}: {OPTION} of rollout.sglang.extra_args")
+            continue
+        sizes = {"device_memory": machine.gpu.memory, "reserved": assumed.reserved_memory}
+        sizes["gpus_per_node"] = assumed.gpus_per_node
+        try:
+            planned = server_memory(config, name, preflight.specs, preflight.shapes[name], memory, **sizes)
+        except UserError as error:
+            lines.append(f"NO ROOM for servers: {error}")
+            continue
+        for item in planned:
+            free = machine.gpu.memory - (item.beside and assumed.reserved_memory + memory.models_total)
+            beside = f", beside {format_bytes(item.beside)} of the trainer" if item.beside else ""
+            lines.append(
+                f"servers of {name}: '{item.model}' takes {format_bytes(item.static)} of each GPU{beside} "
+                f"({OPTION} {item.fraction(free):.3f})"
+            )
+    return lines
 
 
 def _fits(peak: int, machine: Machine) -> str:
@@ -143,6 +193,7 @@ def _proposal_table(proposals: list[Proposal], num_gpus: int, machine: Machine) 
 def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
     """Return the assumptions of the estimate as sentences."""
     gpu, assumed = machine.gpu, machine.assumptions
+    layers = "Transformer Engine layers" if assumed.transformer_engine else "layers without Transformer Engine"
     fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "no"
     lines = [
         f"data sheet: {gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
@@ -153,7 +204,7 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
         f"{100 * assumed.link_efficiency:.0f} % of link bandwidth, "
         f"{assumed.network_bandwidth / 1e9:.0f} GB/s per GPU between nodes of {assumed.gpus_per_node}, "
         f"{1e6 * assumed.latency:.0f} us per collective, {format_bytes(assumed.reserved_memory)} reserved; no overlap",
-        "memory: counted for Transformer Engine layers (docs/preflight.md), not measured on a GPU",
+        f"memory: counted for {layers} (docs/preflight.md), not measured on a GPU",
     ]
     if precision == "float32":
         lines.append("precision: float32 GEMMs are slower than the bf16 peak that is used here")

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_s2d.config.needed_stages import tokenizer_choice
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.formatting import printable
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
 
@@ -22,7 +24,7 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
         f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}, expert "
         f"{parallel.expert_model_parallel_size}: {parallel.world_size} ranks per stage, "
         f"{config.max_parallel_stages} stages at a time; {config.precision}; tokenizer {config.tokenizer} "
-        f"({len(preflight.tokenizer)} tokens)",
+        f"({len(preflight.tokenizers.common)} tokens)",
         markup=False,
         highlight=False,
     )
@@ -44,7 +46,7 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
     console.print(models)
     data = Table("prompts", "number", "longest", "too long", "repeated ids", title="Prompts")
     for name, prompts in preflight.prompts.items():
-        longest = max(len(prompt.token_ids) for prompt in prompts)
+        longest = int(prompts.lengths.max())
         data.add_row(
             name, str(len(prompts)), str(longest), str(preflight.dropped[name]), str(preflight.duplicates[name])
         )
@@ -55,19 +57,26 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
         kind = stage.type if job.is_stage else "evaluation"
         steps = str(preflight.totals.get(job.id, job.total))
         inputs = ", ".join(name.removeprefix("stages/") for name in job.inputs)
-        action = job.action if job.action in ("run", "reuse") else f"{job.action}: {job.reason}"
+        action = job.action if job.action in ("run", "reuse") else printable(f"{job.action}: {job.reason}")
         table.add_row(job.id, kind, config.model_of(job.stage), steps, inputs, action)
     console.print(table)
     console.print(_labels(preflight))
     for line in _fingerprint_lines(preflight):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_warnings(preflight, console)
+
+
+def print_warnings(preflight: Preflight, console: Console) -> None:
+    """Print what is likely a mistake of the user, though it can run."""
+    for warning in preflight.likely_mistakes:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _labels(preflight: Preflight) -> Table:
     """Return the table of labels by stage, with the number of distinct labels of the run."""
     entries = preflight.ledger.entries(preflight.stages)
-    used = {key for entry in entries if entry.labels_used for key in preflight.ledger.keys(entry.prompts)}
-    table = Table("stage", "prompts", "number", "labels", "note", title=f"Labels: {len(used)} distinct ones used")
+    used = preflight.ledger.num_labels_used(preflight.stages)
+    table = Table("stage", "prompts", "number", "labels", "note", title=f"Labels: {used} distinct ones used")
     for entry in entries:
         labels = "used" if entry.labels_used else "not used"
         table.add_row(entry.stage, entry.prompts, str(entry.num_prompts), labels, entry.note)
@@ -76,10 +85,15 @@ def _labels(preflight: Preflight) -> Table:
 
 def _fingerprint_lines(preflight: Preflight) -> list[str]:
     """Return digests that tell whether two runs use the same tokens and chat template."""
-    tokenizer = preflight.tokenizer
+    config, common = preflight.config, preflight.tokenizers.common
+    own = {name for name in preflight.specs if tokenizer_choice(config, name) != (config.tokenizer, None)}
+    tokenizers = {"": common} | {f" of {name}": preflight.tokenizers.of_model(name) for name in sorted(own)}
     sizes = ", ".join(f"{name} {spec.vocab_size}" for name, spec in preflight.specs.items())
     return [
-        f"tokenizer fingerprint  {tokenizer_fingerprint(tokenizer)}",
-        f"template fingerprint   {template_fingerprint(tokenizer, preflight.config.template_date)}",
-        f"vocabulary: tokenizer {len(tokenizer)}, models {sizes}",
-    ]
+        line
+        for suffix, tokenizer in tokenizers.items()
+        for line in (
+            f"tokenizer fingerprint{suffix}  {tokenizer_fingerprint(tokenizer)}",
+            f"template fingerprint{suffix}   {template_fingerprint(tokenizer, config.template_date)}",
+        )
+    ] + [f"vocabulary: tokenizer {len(common)}, models {sizes}"]

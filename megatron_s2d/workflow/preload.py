@@ -1,4 +1,4 @@
-"""Imported by the process that rank processes are forked from: loads the libraries and hides what they print.
+"""Imported first by a rank, or by the process that ranks are forked from: loads the libraries, hides what they print.
 
 If an import fails, everything that was printed goes to the terminal together with the exception.
 """

@@ -34,6 +34,7 @@ class _Task:
     note: str
     bar: Any = None  # rich's task id, on a terminal
     last_printed: float = -math.inf  # time.monotonic() of its last plain line
+    note_changed: int = 0  # modification time of the shown note, in nanoseconds
 
 
 class Progress:
@@ -83,6 +84,18 @@ class Progress:
             row = last_row(task.stage.metrics_path) if task.stage is not None else None
             if row is not None and int(row["step"]) != task.completed:
                 self.update(name, int(row["step"]), row)
+            elif task.stage is not None:
+                self._show_note(name, task, task.stage.note_path)
+
+    def _show_note(self, name: str, task: _Task, path: Path) -> None:
+        """Show what the stage notes inside a round, once for each change of the file."""
+        try:
+            changed, text = path.stat().st_mtime_ns, path.read_text(encoding="utf-8")
+        except OSError:  # none yet, or replaced in this moment
+            return
+        if changed != task.note_changed:
+            task.note_changed, task.note = changed, text
+            self._show(name, task, force=False)
 
     def finish(self, name: str, note: str) -> None:
         """Remove ``name`` and print a line about it."""
@@ -90,6 +103,10 @@ class Progress:
         if self._bars is not None:
             self._bars.remove_task(task.bar)
         self._console.print(f"{name}: {note}", markup=False, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, name: str, task: _Task, *, force: bool) -> None:
         if self._bars is not None:
@@ -118,9 +135,11 @@ def last_row(path: Path) -> dict[str, Any] | None:
 
 def _notes(values: Mapping[str, float | None]) -> list[str]:
     notes = []
-    speed = values.get("tokens_per_second")
+    speed = values.get("response_tokens_per_second")
     if speed is not None:
-        notes.append(f"{speed:,.0f} tokens/s")
+        notes.append(f"{speed:,.0f} response tokens/s")
+    elif values.get("tokens_per_second") is not None:  # of a stage from before that figure
+        notes.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     notes += [f"{name} {values[name]:.3g}" for name in ("reward", "loss") if values.get(name) is not None]
     return notes
 

@@ -11,32 +11,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_s2d.artifacts.files import atomic_write_json, atomic_write_text, read_json
+from megatron_s2d.artifacts.files import atomic_write_json, atomic_write_text, read_json_object
 from megatron_s2d.artifacts.lock import directory_lock
+from megatron_s2d.artifacts.shapes import Results, checked
 from megatron_s2d.artifacts.versions import library_versions
 from megatron_s2d.config.base import dump, parse
+from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.formatting import format_seconds
+from megatron_s2d.formatting import format_seconds, printable
 from megatron_s2d.report.report import print_report, write_report
 from megatron_s2d.workflow.collect_results import collect_results
-from megatron_s2d.workflow.plan import Job, make_plan
+from megatron_s2d.workflow.plan import Job, make_plan, needed_stages
+from megatron_s2d.workflow.plan_table import print_warnings
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess
 from megatron_s2d.workflow.progress import Progress
+from megatron_s2d.workflow.server_room import check_server_room
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
 
 _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0
+_STOP_SECONDS = 2.0  # for a round that ends by itself
 
 
 def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None = None) -> None:
@@ -68,22 +74,34 @@ def prepare_run(
     if stage is None:
         with directory_lock(run_dir, **waiting):
             preflight = check_workflow(config, run_dir / "tokenizer")
-            yield _archive_changed(make_plan(config, run_dir), config, run_dir, console), preflight
+            print_warnings(preflight, console)
+            jobs = make_plan(config, run_dir)
+            check_server_room(preflight, pending_stages(jobs))
+            yield _archive_changed(jobs, config, run_dir, console), preflight
         return
+    if stage not in needed_stages(config):  # before it names a folder
+        raise UserError(
+            f"--stage {stage}: no arm needs a stage of this name (stages that run: {', '.join(needed_stages(config))})"
+        )
     running = run_dir / ".running"
     with directory_lock(run_dir, shared=True, **waiting), directory_lock(running / stage, **waiting):
         with directory_lock(running, **waiting):
             preflight = check_workflow(config, run_dir / "tokenizer")
-            jobs = _archive_changed(_jobs_for(stage, make_plan(config, run_dir)), config, run_dir, console)
+            print_warnings(preflight, console)
+            jobs = _jobs_for(stage, make_plan(config, run_dir))
+            check_server_room(preflight, pending_stages(jobs))
+            jobs = _archive_changed(jobs, config, run_dir, console)
         yield jobs, preflight
+
+
+def pending_stages(jobs: Iterable[Job]) -> list[str]:
+    """Return the stages that are to be run, or to be finished."""
+    return [job.stage for job in jobs if job.is_stage and job.is_pending]
 
 
 def _jobs_for(stage: str, jobs: list[Job]) -> list[Job]:
     """Return the jobs of ``stage``, whose inputs must be finished, and all finished ones."""
     selected = [job for job in jobs if job.stage == stage]
-    if not selected:
-        names = ", ".join(job.stage for job in jobs if job.is_stage)
-        raise UserError(f"--stage {stage}: no arm needs a stage of this name (stages that run: {names})")
     done = [job for job in jobs if job.stage != stage and not job.is_pending]
     available = {job.id for job in [*selected, *done]}
     missing = [name for job in selected for name in job.inputs if name not in available]
@@ -96,7 +114,8 @@ def _archive_changed(jobs: list[Job], config: WorkflowConfig, run_dir: Path, con
     """Move the directories of jobs whose configuration or inputs changed to the archive; return ``jobs``."""
     for job in jobs:
         if job.action == "rerun":
-            console.print(f"{job.id}: will run again: {job.reason}", markup=False, highlight=False, soft_wrap=True)
+            line = printable(f"{job.id}: will run again: {job.reason}")
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
             job.directory.archive(job.reason)
     reused = sum(not job.is_pending for job in jobs)
     if reused:
@@ -112,7 +131,7 @@ def write_results(
     environment = library_versions() | {"command": " ".join(["s2d", *sys.argv[1:]])}
     results = collect_results(config, run_dir, jobs, preflight, seconds, environment)
     page = write_report(run_dir, results)
-    atomic_write_text(run_dir / "label_ledger.json", preflight.ledger_json())
+    atomic_write_text(run_dir / "label_ledger.json", preflight.ledger.to_json(preflight.stages))
     print_report(results, console)
     console.print(f"report: {page}   ({format_seconds(seconds)})", markup=False, highlight=False, soft_wrap=True)
 
@@ -144,6 +163,8 @@ class _Runner:
         self._running: list[_Running] = []
         self._progress = Progress(console)
         self._failure: Exception | None = None
+        self._cut: set[str] = set()  # jobs that were killed or stopped before their end
+        self._stopping_since = math.inf  # time.monotonic() of the request to stop
 
     def run(self) -> None:
         """Run all pending jobs; raise the first failure after the other jobs have stopped."""
@@ -151,14 +172,39 @@ class _Runner:
             while self._running or (self._pending and self._failure is None):
                 if stop_requested() and self._failure is None:
                     self._stop_all(Interrupted(f"stopped; {RESUME_HINT}"))
+                    self._announce_stop()
+                self._end_resumable_rounds()
                 if self._failure is None:
                     self._start_ready()
                 wait([rank.sentinel for item in self._running for rank in item.ranks], timeout=_POLL_SECONDS)
                 for item in list(self._running):
                     self._check(item)
                 self._progress.refresh()
-        if self._failure is not None:
+        is_complete = isinstance(self._failure, Interrupted) and not self._pending and not self._cut
+        if self._failure is not None and not is_complete:
             raise self._failure
+
+    def _announce_stop(self) -> None:
+        """Say what is waited for, and for what it is not."""
+        training = [item.job.id for item in self._running if self._saves_checkpoints(item.job)]
+        if training:
+            self._progress.say(
+                f"stopping: {', '.join(training)} ends its step and saves a checkpoint; Ctrl-C again stops at "
+                "once, and the steps since the last checkpoint are repeated"
+            )
+
+    def _saves_checkpoints(self, job: Job) -> bool:
+        return job.is_stage and isinstance(self._config.stages[job.stage], TrainingStageConfig)
+
+    def _end_resumable_rounds(self) -> None:
+        """Kill evaluations and caches shortly after the request to stop: their finished rounds are on disk."""
+        if time.monotonic() - self._stopping_since < _STOP_SECONDS:
+            return
+        for item in self._running:
+            if not self._saves_checkpoints(item.job) and item.job.id not in self._cut:
+                self._cut.add(item.job.id)
+                for rank in item.ranks:
+                    rank.kill()
 
     def _start_ready(self) -> None:
         for job in list(self._pending):
@@ -177,6 +223,8 @@ class _Runner:
         failure = next(failures, None)
         if failure is None and None in outcomes:
             return
+        if item.job.id in self._cut:
+            failure = None
         for rank in item.ranks:
             if failure is not None:
                 rank.kill()
@@ -188,16 +236,20 @@ class _Runner:
             message = f"{item.job.id}: {failure.message}"
             is_error = failure.status == "error"
             self._stop_all(UserError(message) if is_error else JobCrashed(message, failure.traceback))
-        elif all(outcome.status == "finished" for outcome in outcomes):
+        elif all(outcome is not None and outcome.status == "finished" for outcome in outcomes):
             self._done.add(item.job.id)
             self._progress.finish(item.job.id, f"done in {format_seconds(time.monotonic() - item.started)}")
         else:
-            self._progress.finish(item.job.id, outcomes[0].message or "stopped")
+            self._cut.add(item.job.id)
+            is_stopped = outcomes[0] is not None and outcomes[0].status == "stopped"
+            self._progress.finish(item.job.id, outcomes[0].message if is_stopped else "stopped; its rounds are kept")
 
     def _stop_all(self, failure: Exception) -> None:
         """Remember the first failure and ask every job to save a checkpoint and end."""
         if self._failure is None:
             self._failure = failure
+            if isinstance(failure, Interrupted):
+                self._stopping_since = time.monotonic()
             for item in self._running:
                 for rank in item.ranks:
                     rank.request_stop()
@@ -226,7 +278,7 @@ def rewrite_report(run_dir: Path, console: Console) -> None:
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir}: not a run directory (no config.json)")
-    config = parse(WorkflowConfig, read_json(path), str(path))
+    config = parse(WorkflowConfig, read_json_object(path), str(path))
     jobs = make_plan(config, run_dir)
     missing = [job.id for job in jobs if job.is_pending]
     if missing:
@@ -237,5 +289,6 @@ def rewrite_report(run_dir: Path, console: Console) -> None:
     # Stages that ran one by one (as jobs of a cluster) record only their own times.
     seconds = sum(job.directory.finished()["seconds"] for job in jobs)
     if results.exists():
-        seconds = read_json(results)["wall_seconds"]
-    write_results(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)
+        seconds = checked(read_json_object(results), Results, str(results))["wall_seconds"]
+    with directory_lock(run_dir, wait_seconds=_LOCK_WAIT_SECONDS, announce=console.print):
+        write_results(config, run_dir, jobs, check_workflow(config, run_dir / "tokenizer"), seconds, console)

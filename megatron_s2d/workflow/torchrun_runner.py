@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.formatting import format_seconds
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
@@ -22,14 +24,14 @@ from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
 from megatron_s2d.workflow.runner import prepare_run, write_results
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted
-from megatron_s2d.workflow.worker import StopOnSignal, execute
+from megatron_s2d.workflow.worker import StopOnSignal, execute, threads_of
 
 
 def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage: str | None = None) -> None:
     """Do what ``runner.run_workflow`` does, collectively on the launcher's ranks (as many as the layout has)."""
     started = time.perf_counter()
-    torch.set_num_threads(config.threads_per_rank)
-    initialize_distributed()
+    torch.set_num_threads(threads_of(config))
+    initialize_distributed(timeout_minutes=config.distributed_timeout_minutes)
     layout = build_layout(config.parallel)
     stop = StopOnSignal()
     console.quiet = dist.get_rank() != 0
@@ -58,9 +60,10 @@ def _broadcast_plan(
     """
     preflight = None
 
-    def plan() -> list[Job]:
+    def plan() -> list[dict[str, Any]]:
         nonlocal preflight
         jobs, preflight = stack.enter_context(prepare_run(config, run_dir, console, stage))
-        return jobs
+        return [vars(job) | {"directory": str(job.directory.path)} for job in jobs]
 
-    return broadcast_from_rank0(plan), preflight
+    jobs = [Job(**fields | {"directory": StageDirectory(fields["directory"])}) for fields in broadcast_from_rank0(plan)]
+    return jobs, preflight

@@ -1,4 +1,4 @@
-"""Starts a worker of this folder on several ranks: torchrun, gloo, one thread a rank."""
+"""Starts a worker of this folder on several ranks: forks of one process, gloo, one thread a rank."""
 
 import os
 import signal
@@ -18,9 +18,10 @@ def run_ranks():
     """run_ranks(worker file, number of ranks, arguments): fails with the last lines that the ranks printed."""
 
     def run(worker: str, ranks: int, *arguments: object) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        folder = Path(__file__).parent
+        command = [sys.executable, str(folder / "launch_ranks.py"), str(folder / worker), str(ranks)]
         process = subprocess.Popen(
-            [*command, str(Path(__file__).with_name(worker)), *map(str, arguments)],
+            [*command, *map(str, arguments)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """A layout for the length of a block: gloo groups keep threads, and a worker of many layouts would run out of them."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 from megatron_s2d.config.parallel import ParallelConfig
@@ -13,4 +14,5 @@ def open_layout(config: ParallelConfig) -> Iterator[Layout]:
     try:
         yield layout
     finally:
+        gc.collect()  # models refer to their groups, in cycles
         layout.destroy()

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from open_layout import open_layout
 
+from megatron_s2d import buffer_sizes
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.build import build_model
+from megatron_s2d.models.routing_replay import RoutingReplay
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.trainable_model import forward_only
 from megatron_s2d.records import Prompt
@@ -74,6 +76,21 @@ def requests() -> list[Request]:
     return batch
 
 
+def conversation(number: int):
+    """An episode of one to three turns, whose second turns come while other rows are decoded."""
+
+    async def episode(client) -> list[int]:
+        tokens = requests()[number].prompt.token_ids
+        for turn in range(1 + number % 3):
+            params = SamplingParams(2 + number % 5, (5,))
+            seed = sample_seed(1, turn, "turn", number)
+            completion = await client.sample(tokens, params, seed=seed, request_id=f"c{number}.{turn}")
+            tokens = np.concatenate([tokens, completion.token_ids, [1]])
+        return tokens.tolist()
+
+    return episode
+
+
 def forward_step(model, sequence: tuple[torch.Tensor, float]):
     tokens, temperature = sequence
     # A sharded sequence has to divide by the tensor ranks; what follows a token does not change it.
@@ -96,16 +113,24 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
 def run_at(layout: layouts.Layout, preset: str) -> dict:
     """Samples of all data ranks, and how far their log-probabilities are from a full forward at this layout."""
     parallel = layout.config
+    # As on a GPU: ranks then run passes for each other's experts in blocks, and decode behind the ends of responses.
+    buffer_sizes.POSITIONS_PER_CHECK["cpu"] = 1 if parallel.world_size == parallel.data_parallel_size else 5
     spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.25)
     chunks = build_model(spec, layout, seed=3)
     chunks[0].train()
     cuts = {1: [], 2: [6], 4: [2, 7, 14]}[layout.dp_size]
     shares = np.split(np.arange(len(requests())), cuts)
     mine = [requests()[index] for index in shares[layout.dp_rank]]
-    engine = MegatronEngine(chunks, VOCAB_SIZE, layout, tokenizer=Letters, max_batch_size=9)
+    replay = RoutingReplay(chunks, spec, layout) if spec.num_experts else None
+    engine = MegatronEngine(chunks, VOCAB_SIZE, layout, tokenizer=Letters, max_batch_size=9, routing_replay=replay)
     engine.update_weights(chunks, 2)
     samples = engine.generate(mine)
     assert chunks[0].training and chunks[0].config.sequence_parallel == parallel.sequence_parallel
+
+    # Every replica runs all episodes; ranks that do not produce pass none.
+    episodes = [conversation(number) for number in range(12)]
+    conversations = engine.run(episodes if layout.is_replica_root else [])
+    assert layout.is_replica_root or conversations == []
 
     worst = 0.0
     if layout.config.expert_model_parallel_size <= layout.tp_size:  # otherwise unequal shares would have to meet
@@ -119,18 +144,24 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
             "tokens": sample.token_ids.tolist(),
             "log_probs": sample.rollout_log_probs.tolist(),
             "reason": sample.finish_reason,
+            "routes": None if replay is None else np.sort(sample.routed_experts, axis=2).tolist(),
         }
         for sample in samples
     }
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (by_id, worst))
+    dist.all_gather_object(everyone, (by_id, worst, conversations))
     # Ranks of one replica must have returned the same; the union over replicas is everything.
     merged: dict = {}
     same = True
-    for part, _ in everyone:
+    for part, *_ in everyone:
         for name, sample in part.items():
             same = same and merged.setdefault(name, sample) == sample
-    return {"samples": merged, "same": same, "worst": max(difference for _, difference in everyone)}
+    return {
+        "samples": merged,
+        "same": same,
+        "worst": max(difference for _, difference, _ in everyone),
+        "conversations": [part for *_, part in everyone if part],
+    }
 
 
 def different_requests() -> str:

@@ -27,7 +27,7 @@ from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConf
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.collectives import all_gather_object, broadcast_from_rank0
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
@@ -194,6 +194,13 @@ def split_gap(tables: dict[int, np.ndarray], sample) -> float:
         expected = tables[span.version][sample.token_ids[positions - 1], sample.token_ids[positions]]
         worst = max(worst, float(np.abs(sample.rollout_log_probs[positions] - expected).max()))
     return worst
+
+
+def all_gather_object(value):
+    """Return every rank's ``value``."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def main() -> None:

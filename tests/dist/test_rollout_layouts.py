@@ -51,7 +51,16 @@ def test_samples_are_those_of_one_rank(results, preset, layout):
     for name, sample in expected.items():
         assert samples[name]["tokens"] == sample["tokens"], name
         assert samples[name]["reason"] == sample["reason"], name
+        assert samples[name]["routes"] == sample["routes"], name
+        assert sample["routes"] is None or len(sample["routes"]) == len(sample["tokens"]) - 1
         assert samples[name]["log_probs"] == pytest.approx(sample["log_probs"], rel=0, abs=1e-4), name
+
+
+@pytest.mark.parametrize(("preset", "layout"), CASES)
+def test_episodes_are_those_of_one_rank(results, preset, layout):
+    conversations = results[f"{preset}/{layout}"]["conversations"]
+    expected = results[f"{preset}/one"]["conversations"][0]
+    assert len(expected) == 12 and conversations == [expected] * len(conversations) and conversations
 
 
 @pytest.mark.parametrize(("preset", "layout"), [case for case in CASES if case.values[1] not in ("ep4", "ep2pp2", "ep4tp2sp")])

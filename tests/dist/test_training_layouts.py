@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from selection import selected
+from view_layouts import VIEW_LAYOUTS
 
 WORKER = Path(__file__).with_name("training_worker.py")
 RUNS = {
@@ -46,7 +47,7 @@ def runs(request, tmp_path_factory, run_ranks) -> dict:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scenario", ["supervised", "grpo", "opd", "opd_by_domain"])
+@pytest.mark.parametrize("scenario", ["supervised", "grpo", "gspo", "opd", "opd_by_domain", "forward_kl"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(runs, layout, scenario):
     _assert_rows_agree(runs[f"{layout}/{scenario}"], runs[f"tp1/{scenario}"])
@@ -60,17 +61,42 @@ def test_a_teacher_of_another_layout_gives_the_same_distillation(runs, pair):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["ep2", "cp2"])
-def test_moe_losses_agree_under_expert_and_context_parallelism(runs, layout):
+@pytest.mark.parametrize("layout", ["ep2", "tp2sp", "cp2"])
+def test_moe_losses_and_loads_agree_under_expert_sequence_and_context_parallelism(runs, layout):
     _assert_rows_agree(runs[f"{layout}/moe"], runs["tp1/moe"])
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["tp2sp", "cp2", "ep2", "dp2"])
-def test_load_balancing_gradients_do_not_depend_on_the_layout(runs, layout):
+@pytest.mark.parametrize("layout", ["tp2sp", "pp2", "cp2", "ep2", "dp2"])
+def test_load_balancing_loss_gradients_and_expert_load_do_not_depend_on_the_layout(runs, layout):
     _assert_rows_agree(runs[f"{layout}/balanced"], runs["tp1/balanced"])
     plain = [row["grad_norm"] for row in runs["tp1/moe"]]
-    assert abs(runs["tp1/balanced"][0]["grad_norm"] / plain[0] - 1) > 1e-4  # the loss takes part
+    first = runs["tp1/balanced"][0]
+    assert abs(first["grad_norm"] / plain[0] - 1) > 1e-4  # the loss takes part
+    assert first["moe/aux_loss"] > 1 and 1 < first["moe/load_max_over_mean"] < 4 and first["moe/dropped_tokens"] == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2sp",
+        "pp2",
+        "cp2",
+        "ep2",
+        "dp2",
+        "tp1packed",
+        "tp2sppacked",
+        pytest.param("pp2packed", marks=pytest.mark.slow),
+    ],
+)
+def test_replayed_experts_do_not_depend_on_the_layout(runs, layout):
+    """Experts that no router chose, so that a token with another one's experts changes losses and gradients."""
+    _assert_rows_agree(runs[f"{layout}/replayed"], runs["tp1/replayed"])
+    first = runs["tp1/replayed"][0]
+    assert 0.4 < first["moe/replayed_agreement_min"] <= first["moe/replayed_agreement"] < 0.6  # chance: 2 of 4 experts
+    # The old log-probabilities replayed the same experts.
+    assert first["ratio_min"] == pytest.approx(1, abs=1e-5) == first["ratio_max"] and first["grad_norm"] > 0.01
 
 
 @pytest.mark.dist
@@ -84,11 +110,37 @@ def test_scores_and_cached_distributions_do_not_depend_on_the_layout(runs, layou
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("scenario", ["view_full", "view_by_domain", "view_top_k", "view_self"])
+@pytest.mark.parametrize("layout", VIEW_LAYOUTS)
+def test_a_teacher_with_a_view_of_its_own_gives_the_loss_and_gradient_of_float64(runs, layout, scenario):
+    """Prompts of other lengths, so that teacher and student never have a response at the same positions."""
+    first, expected = runs[f"{layout}/{scenario}"][0], runs["tp1/float64"][scenario]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=0, abs=1e-5)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    _assert_rows_agree(runs[f"{layout}/{scenario}"], runs[f"tp1/{scenario}"])  # of both updates
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", VIEW_LAYOUTS)
+def test_scores_of_a_teacher_with_a_view_of_its_own_are_those_of_float64(runs, layout):
+    for mine, expected in zip(runs[f"{layout}/view_sampled"], runs["tp1/float64"]["view_sampled"], strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.dist
 def test_training_moved_the_model(runs):
     """Equal losses of a model that does not move would prove nothing."""
-    for scenario in ("supervised", "opd"):
+    for scenario in ("supervised", "opd", "forward_kl"):
         losses = [row["loss"] for row in runs[f"tp1/{scenario}"]]
         assert losses[-1] < losses[0] - 1e-3
+
+
+@pytest.mark.dist
+def test_gspo_clips_whole_responses_and_is_rewarded_for_entropy(runs):
+    first = runs["tp1/gspo"][0]
+    assert 0.1 < first["clip_fraction_low"] < 0.9 and 0.1 < first["clip_fraction_high"] < 0.9
+    assert 0.7 < first["ratio_min"] < 1 < first["ratio_max"] < 1.4
+    assert first["loss/entropy"] == pytest.approx(-0.1 * first["entropy"], rel=0.05) and first["entropy"] > 1
 
 
 @pytest.mark.dist

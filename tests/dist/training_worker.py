@@ -6,32 +6,45 @@ distillation in which the two have layouts of their own, STUDENT:TEACHER+TEACHER
 that end in "packed", and those with context-parallel ranks, use sequence packing.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from open_layout import open_layout
+from view_layouts import VIEW_LAYOUTS
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
-from megatron_s2d.data.cache import CacheHeader
+from megatron_s2d.data.cache import CacheHeader, TeacherCache
 from megatron_s2d.data.packing import MiniBatch
+from megatron_s2d.data.sample_exchange import keep_own
+from megatron_s2d.data.stored_samples import OfflineSamples
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
-from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed, shutdown_distributed
-from megatron_s2d.records import Sample
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
+from megatron_s2d.parallel.layout import Layout, initialize_distributed, shutdown_distributed
+from megatron_s2d.records import AnySample, Sample
+from megatron_s2d.stages import teacher_cache
+from megatron_s2d.stages.sft import OfflineSource
 from megatron_s2d.stages.teacher_cache import distributions_of
+from megatron_s2d.teachers.cached import CachedTeacher
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.megatron_model import MegatronModel
 
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 2
-BALANCED = ("tp1", "tp2sp", "cp2", "ep2", "dp2")  # layouts of the load-balancing loss
+BALANCED = ("tp1", "tp2sp", "pp2", "cp2", "ep2", "dp2")  # layouts of the load-balancing loss
+REPLAYED = (*BALANCED, "tp1packed", "tp2sppacked", "pp2packed")  # layouts of routing replay
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01)
 PACKED = False  # of the current layout
 
@@ -72,12 +85,15 @@ def samples(count: int = 13) -> list[Sample]:
     return batch
 
 
-def policy(preset: str, layout: Layout, seed: int, max_tokens: int = 40, **options) -> MegatronModel:
+def policy(
+    preset: str, layout: Layout, seed: int, max_tokens: int = 40, routing_replay: bool = False, **options
+) -> MegatronModel:
     config = ModelConfig(preset=preset, vocab_size=VOCAB, **options)
     packed = PACKED or layout.cp_size > 1
     return MegatronModel(
-        config.resolve(), layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed, options=config
-    )
+        config.resolve(), layout, precision="float32", max_tokens=max_tokens, seed=seed, packed=packed, options=config,
+        routing_replay=routing_replay,
+    )  # fmt: skip
 
 
 def weights(batch: list[Sample], loss_agg_mode: str) -> np.ndarray:
@@ -85,17 +101,32 @@ def weights(batch: list[Sample], loss_agg_mode: str) -> np.ndarray:
     return token_weights(lengths, loss_agg_mode, ResponseCounts.of(lengths), 8)
 
 
-def train(model: MegatronModel, batch: list[Sample], objective, columns: dict, teacher=None) -> list[dict[str, float]]:
+def train(
+    model: MegatronModel, batch: list[Sample], objective, columns: dict, teacher=None, *, pickles: bool = False
+) -> list[dict[str, float]]:
+    """pickles: whether the teacher may use object collectives."""
     model.prepare_training(OPTIMIZER, STEPS)
-    rows = []
-    for _ in range(STEPS):
-        batches = model.pack(batch, columns)
-        distributions = teacher.distributions(MiniBatch(batch, columns), batches) if teacher else None
-        count = sum(len(sample.token_ids) for sample in batch)
-        metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
-        row = {name: metric.value() for name, metric in metrics.items()}
-        rows.append(row | {"grad_norm": model.optim_step()})
-    return rows
+    batch = keep_own(batch, model.layout)
+    with contextlib.nullcontext() if pickles else no_object_collectives():
+        return [update(model, batch, objective, columns, teacher) for _ in range(STEPS)]
+
+
+def update(model: MegatronModel, batch: list[AnySample], objective, columns: dict, teacher) -> dict[str, float]:
+    batches = model.pack(batch, columns)
+    distributions = teacher.distributions(MiniBatch(batch, columns), batches) if teacher else None
+    count = sum(sample.length for sample in batch)
+    metrics = model.forward_backward(batches, objective, distributions, num_tokens=count)
+    return {name: metric.value() for name, metric in metrics.items()} | {"grad_norm": model.optim_step()}
+
+
+@contextlib.contextmanager
+def no_object_collectives():
+    """Make collectives that pickle fail: a step sends tensors only."""
+    with contextlib.ExitStack() as stack:
+        for name in ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"):
+            refused = mock.Mock(side_effect=AssertionError(f"torch.distributed.{name} in a training step"))
+            stack.enter_context(mock.patch.object(dist, name, refused))
+        yield
 
 
 def supervised(layout: Layout, preset: str = "tiny-teacher"):
@@ -110,11 +141,29 @@ def balanced(layout: Layout):
     return train(model, batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")})
 
 
+def replayed(layout: Layout, num_layers: int = 2):
+    """Replay experts that no router chose, with recomputation and several micro-batches: a row off by one would show."""
+    rng = np.random.default_rng(8)
+    batch = []
+    for sample in samples()[:-1]:
+        scores = rng.random((len(sample.token_ids) - 1, num_layers, 4))  # of the layers' experts
+        experts = np.argsort(scores, axis=2)[:, :, :2].astype(np.uint8)
+        batch.append(dataclasses.replace(sample, routed_experts=experts))
+    batch.append(samples()[-1])  # without routes
+    model = policy("tiny-moe", layout, 1, recompute="full", routing_replay=True, num_layers=num_layers)
+    columns = {"policy_weight": weights(batch, "token_mean")}
+    scored = [
+        dataclasses.replace(sample, old_log_probs=score)
+        for sample, score in zip(batch, model.score_replicated(batch), strict=True)
+    ]
+    return train(model, scored, grpo_objective(Surrogate(), kl_loss_coef=0.0), columns)
+
+
 def with_rollouts(model: MegatronModel, batch: list[Sample]) -> list[Sample]:
     """Add rollout log-probabilities that are off by up to 0.05 nats; the last sample has none."""
     rng = np.random.default_rng(6)
     scored = []
-    for sample, score in zip(batch, model.score(batch), strict=True):
+    for sample, score in zip(batch, model.score_replicated(batch), strict=True):
         noise = np.where(sample.response_mask, rng.uniform(-0.05, 0.05, len(score)), 0)
         scored.append(dataclasses.replace(sample, rollout_log_probs=(score + noise).astype(np.float32)))
     return [*scored[:-1], dataclasses.replace(scored[-1], rollout_log_probs=None)]
@@ -124,7 +173,7 @@ def grpo(layout: Layout):
     model, reference = policy("tiny-llama", layout, 2), policy("tiny-llama", layout, 3)
     reference.freeze()
     batch = samples()
-    old, other = model.score(batch), reference.score(batch)
+    old, other = model.score_replicated(batch), reference.score_replicated(batch)
     batch = [
         dataclasses.replace(sample, old_log_probs=a - np.float32(0.05), reference_log_probs=b)
         for sample, a, b in zip(batch, old, other, strict=True)
@@ -132,6 +181,19 @@ def grpo(layout: Layout):
     batch = with_rollouts(model, batch)[:-1]
     columns = {"policy_weight": weights(batch, "seq_mean_token_mean")}
     return train(model, batch, grpo_objective(Surrogate(), kl_loss_coef=0.1), columns)
+
+
+def gspo(layout: Layout):
+    """Ratios of whole responses, which context-parallel ranks have parts of, within the clip range and beyond it."""
+    model = policy("tiny-llama", layout, 2)
+    batch, rng = samples(), np.random.default_rng(7)
+    batch = [
+        dataclasses.replace(sample, old_log_probs=np.where(sample.response_mask, score + rng.normal(0, 0.1), 0))
+        for sample, score in zip(batch, model.score_replicated(batch), strict=True)
+    ]
+    surrogate = Surrogate(policy_loss="gspo", clip_ratio_low=0.05, clip_ratio_high=0.05)
+    columns = {"policy_weight": weights(batch, "seq_mean_token_mean")}
+    return train(model, batch, grpo_objective(surrogate, kl_loss_coef=0, entropy_coeff=0.1), columns)
 
 
 def opd(layout: Layout, teacher_layout: Layout | None = None):
@@ -161,7 +223,19 @@ def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None 
 
 
 def scores(layout: Layout):
-    return [score.tolist() for score in policy("tiny-llama", layout, 2).score(samples())]
+    """Of the samples that each data-parallel rank holds, from all of them."""
+    own = policy("tiny-llama", layout, 2).score(keep_own(samples(), layout))
+    local = {index: score.tolist() for index, score in enumerate(own) if score is not None and layout.is_dp_leader}
+    gathered = union(local)
+    return [gathered[index] for index in range(len(own))]
+
+
+def union(local: dict) -> dict:
+    """The entries of all ranks, each of which has others."""
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, local)
+    assert sum(map(len, parts)) == len({key for part in parts for key in part})
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def cached(layout: Layout):
@@ -181,37 +255,86 @@ def cached(layout: Layout):
             vocab_size=VOCAB,
             **extra,
         )
-        rows = distributions_of(model, samples(), header)
+        with no_object_collectives():
+            local = distributions_of(model, keep_own(samples(), layout), header)
+        rows = union(local)
         tensor = "hidden" if representation == "hidden_states" else "log_probs"
-        by_representation[representation] = [rows[index].tensors()[tensor].tolist() for index in sorted(rows)]
+        by_representation[representation] = [rows[index][1].tensors()[tensor].tolist() for index in sorted(rows)]
     return by_representation
 
 
+def forward_kl(layout: Layout):
+    """A teacher cache that the data-parallel ranks write and read, each its share."""
+    teacher, student = policy("tiny-teacher", layout, 4), policy("tiny-student", layout, 5)
+    header = CacheHeader(
+        representation="hidden_states", teacher_digest="t", tokenizer_fingerprint="f", template_fingerprint="c",
+        temperature=1.0, vocab_size=VOCAB, hidden_size=teacher.spec.hidden_size,
+    )  # fmt: skip
+    directory = Path(broadcast_from_rank0(tempfile.mkdtemp))
+    batch = keep_own(samples(), layout)
+    with no_object_collectives():
+        for number, part in enumerate((batch[:4], batch[4:]), start=1):
+            path = teacher_cache.batch_path(directory / "partial", number)
+            teacher_cache.write_batch(path, len(part), distributions_of(teacher, part, header), header, layout)
+        teacher_cache.save_output_layer(teacher, directory / "output.safetensors")
+        teacher_cache.merge_batches(directory / "partial", 2, directory / "cache", header, layout)
+        cache = TeacherCache.open(directory / "cache", expect=header)
+        assert cache.num_parts == layout.dp_size and [s.id for s in cache.samples] == [s.id for s in batch]
+        stored = OfflineSamples(cache.stored(temperature=1.0), lambda start, count: range(start, start + count))
+        source = OfflineSource(stored, len(cache), "token_mean", 8, "divergence_weight", layout)
+        (mini_batch,) = source.step(1).mini_batches
+    student.prepare_training(OPTIMIZER, STEPS)
+    cached = CachedTeacher(cache, directory / "output.safetensors", student, tail="bucket", temperature=1.0)
+    objective, columns = divergence_objective("forward_kl"), dict(mini_batch.loss_weights)
+    with no_object_collectives():
+        return [update(student, mini_batch.samples, objective, columns, cached) for _ in range(STEPS)]
+
+
+def results_of_pair(name: str, student: Layout, *teachers: Layout) -> dict:
+    import view_scenarios  # imports this file, a second time
+
+    if len(teachers) > 1:
+        return {"opd_by_domain": opd_by_domain(student, teachers)}
+    results = {"opd": opd(student, *teachers)}
+    if name in VIEW_LAYOUTS:
+        results |= {key: scenario(student, *teachers) for key, scenario in view_scenarios.SCENARIOS.items()}
+    return results
+
+
+def results_of_layout(name: str, layout: Layout) -> dict:
+    import view_scenarios
+
+    results = {}
+    if "ep" in name or name in ("tp1", "tp2sp", "cp2"):
+        results["moe"] = supervised(layout, "tiny-moe")
+    if name in BALANCED:
+        results["balanced"] = balanced(layout)
+    if name in REPLAYED:
+        results["replayed"] = replayed(layout)
+    if "ep" not in name:
+        for scenario in (supervised, grpo, gspo, opd, opd_by_domain, forward_kl, scores, cached):
+            results[scenario.__name__] = scenario(layout)
+    if name in VIEW_LAYOUTS:
+        results |= {key: scenario(layout) for key, scenario in view_scenarios.SCENARIOS.items()}
+    if name == "tp1":
+        results["float64"] = view_scenarios.reference(layout)
+    return results
+
+
 def main() -> None:
+    import view_scenarios
+
     torch.set_num_threads(1)
     output, *names = sys.argv[1:]
     initialize_distributed()
     results = {}
-    layouts = {part: build_layout(parse_layout(part)) for name in names for part in re.split("[:+]", name)}
     global PACKED
     for name in names:
-        PACKED = name.endswith("packed")
-        if ":" in name:
-            student, teacher = name.split(":")
-            if "+" in teacher:
-                pair = tuple(layouts[part] for part in teacher.split("+"))
-                results[f"{name}/opd_by_domain"] = opd_by_domain(layouts[student], pair)
-            else:
-                results[f"{name}/opd"] = opd(layouts[student], layouts[teacher])
-            continue
-        layout = layouts[name]
-        if "ep" in name or name in ("tp1", "cp2"):
-            results[f"{name}/moe"] = supervised(layout, "tiny-moe")
-        if name in BALANCED:
-            results[f"{name}/balanced"] = balanced(layout)
-        if "ep" not in name:
-            for scenario in (supervised, grpo, opd, opd_by_domain, scores, cached):
-                results[f"{name}/{scenario.__name__}"] = scenario(layout)
+        PACKED = view_scenarios.worker.PACKED = name.endswith("packed")
+        with contextlib.ExitStack() as stack:
+            layouts = [stack.enter_context(open_layout(parse_layout(part))) for part in re.split("[:+]", name)]
+            scenarios = results_of_pair if ":" in name else results_of_layout
+            results |= {f"{name}/{scenario}": result for scenario, result in scenarios(name, *layouts).items()}
     if dist.get_rank() == 0:
         with open(output, "w") as file:
             json.dump(results, file)

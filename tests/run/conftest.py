@@ -57,8 +57,14 @@ def url(server_engine) -> str:
     return server_engine.urls[0]
 
 
+@pytest.fixture(scope="module")
+def key_file(server_engine) -> Path:
+    """The file with the API key of the running server."""
+    return server_engine._server_group.directory / "api-key"
+
+
 @pytest.fixture
-def attach(policy, tokenizer, url, tmp_path):
+def attach(policy, tokenizer, url, key_file, tmp_path):
     """attach(weight_sync, **settings): another engine on the running server."""
     from sglang_model import make_engine
 
@@ -73,7 +79,7 @@ def attach(policy, tokenizer, url, tmp_path):
             weight_sync,
             urls=[url],
             requirements=requirements,
-            **settings,
+            **{"api_key_file": key_file, **settings},
         )
         engines.append(engine)
         return engine

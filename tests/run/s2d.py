@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -16,7 +18,7 @@ COMMAND = [sys.executable, "-m", "megatron_s2d.cli"]
 DIRECT_ARM = ["--set", "arms={direct_student_grpo: student_grpo}", "--set", "contrasts=[]"]
 # Only stops hanging runs: a busy machine may need many times the usual duration.
 LIMIT_SECONDS = 1500
-_TIMES = ("time", "tokens_per_second")
+_TIMES = ("time", "tokens_per_second", "response_tokens_per_second")
 
 
 def s2d(*arguments: object, timeout: float = LIMIT_SECONDS) -> subprocess.CompletedProcess:
@@ -24,6 +26,16 @@ def s2d(*arguments: object, timeout: float = LIMIT_SECONDS) -> subprocess.Comple
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
     )
+
+
+def s2d_here(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the command in this process, which has imported the libraries: for commands that start no job."""
+    from megatron_s2d.cli import main
+
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.chdir(ROOT):
+        code = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(list(arguments), code, output.getvalue(), errors.getvalue())
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -51,10 +63,11 @@ def metrics(run_dir: Path, job: str) -> list[dict]:
     ]
 
 
-def wait_for(condition, timeout: float = LIMIT_SECONDS) -> None:
-    """Poll until ``condition()`` is true."""
+def wait_for(condition, run: subprocess.Popen | None = None, timeout: float = LIMIT_SECONDS) -> None:
+    """Poll until ``condition()`` is true; fail with the output of ``run`` if it ends before that."""
     deadline = time.monotonic() + timeout
     while not condition():
+        assert run is None or run.poll() is None or condition(), run.stdout.read()
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 

@@ -1,6 +1,6 @@
 """Updates a running SGLang server from training layouts of two ranks and compares log-probabilities.
 
-Started by test_sglang_server.py with torchrun; arguments: address, directory, output file.
+Started by test_sglang_server.py with torchrun; arguments: address, file with its API key, directory, output file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from sglang_model import change, make_policy, make_requests, rollout_gap, rollou
 
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.parallel import layout as layouts
-from megatron_s2d.parallel.collectives import all_gather_object
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.sglang.backend import sglang_server_group
 
@@ -28,16 +27,24 @@ LAYOUTS = {
 }
 
 
+def all_gather_object(value):
+    """Return every rank's ``value``."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    url, directory, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    url, key_file, directory, output = sys.argv[1], *map(Path, sys.argv[2:])
     layouts.initialize_distributed()
     results = {}
     for name, fields in LAYOUTS.items():
         policy = make_policy(layouts.build_layout(ParallelConfig(**fields)))
         for sync in ("disk", "distributed", "tensor"):
             engine = ServedEngine(sglang_server_group(
-                policy.chunks, policy.spec, policy.layout, policy.score, rollout_settings(sync),
+                policy.chunks, policy.spec, policy.layout, policy.score_replicated,
+                rollout_settings(sync, api_key_file=key_file),
                 directory / name / sync, urls=[url],
             ))  # fmt: skip
             change(policy, 0.01)

@@ -90,7 +90,8 @@ def make_engine(
 ) -> ServedEngine:
     """Return an engine on the servers at ``urls``, or on servers that it starts."""
     return ServedEngine(sglang_server_group(
-        policy.chunks, SPEC, policy.layout, policy.score, rollout_settings(weight_sync, **settings), directory,
+        policy.chunks, SPEC, policy.layout, policy.score_replicated,
+        rollout_settings(weight_sync, **settings), directory,
         urls=urls or (), requirements=requirements or NO_REQUIREMENTS, tokenizer=tokenizer,
     ))  # fmt: skip
 
@@ -111,5 +112,5 @@ def make_requests(prompts: int = 4, groups: int = 3, **params) -> list[Request]:
 
 def rollout_gap(policy: MegatronModel, samples: list[Sample]) -> float:
     """Return the largest difference, in nats, between the engine's and the trainer's log-probabilities."""
-    pairs = zip(samples, policy.score(samples), strict=True)
+    pairs = zip(samples, policy.score_replicated(samples), strict=True)
     return max(float(np.abs(sample.rollout_log_probs - score)[sample.response_mask].max()) for sample, score in pairs)

@@ -1,19 +1,19 @@
 #!/bin/bash
-# A SLURM of two nodes on one machine, to try launchers on: slurmctld, two slurmd, munged. Needs root and the packages
-# (on Debian: apt-get install slurm-wlm munge). No accounting, no cgroups: jobs get CPUs by count, not by force.
+# A SLURM of some nodes on one machine, to try launchers on: slurmctld, a slurmd for each node, munged. Needs root and
+# the packages (on Debian: apt-get install slurm-wlm munge). No accounting, no cgroups: jobs get CPUs by count only.
 #
-#   slurm_cluster.sh up DIR [PORT]   # state, logs and slurm.conf lie in DIR; then: export SLURM_CONF=DIR/slurm.conf
+#   slurm_cluster.sh up DIR [PORT [NODES]]               # 2 nodes by default; state, logs and slurm.conf lie in DIR
+#   export SLURM_CONF=DIR/slurm.conf
 #   slurm_cluster.sh start DIR NODE | kill DIR NODE      # one node's daemon: kill loses its jobs, as a power cut does
 #   slurm_cluster.sh down DIR
 #
 # The partition `main` runs jobs of up to an hour; those of `urgent` requeue main's when they need the nodes.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 action=$1 directory=$(mkdir -p "$2" && cd "$2" && pwd)
 config=$directory/slurm.conf
-nodes="node1 node2"
 hosts_mark="# slurm_cluster.sh"
 export SLURM_CONF=$config
 
@@ -51,6 +51,9 @@ processes_of() {
     [ -z "$found" ] || grep -lzxF "SLURM_CONF=$config" $found 2>/dev/null | cut -d / -f 3 || true
 }
 
+# The names of the nodes, from the file of the cluster.
+nodes() { sed -n 's/^NodeName=\(node[0-9]*\) .*/\1/p' "$config"; }
+
 munge_up() {
     munge -n >/dev/null 2>&1 && return
     mkdir -p /run/munge /var/log/munge /var/lib/munge
@@ -66,7 +69,7 @@ munge_up() {
 }
 
 write_config() {
-    local host port=$1 number=0 node
+    local host port=$1 count=$2 number node
     host=$(hostname -s)
     mkdir -p "$directory/state" "$directory/log"
     cat >"$config" <<END
@@ -106,25 +109,25 @@ MinJobAge=3600
 Waittime=0
 SlurmdParameters=config_overrides
 END
-    for node in $nodes; do
-        number=$((number + 1))
+    for number in $(seq "$count"); do
+        node=node$number
         echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=4 RealMemory=4000" >>"$config"
         # `scontrol show hostnames` gives names that ranks must be able to look up.
         grep -q "^127.0.0.1 $node " /etc/hosts || echo "127.0.0.1 $node $hosts_mark" >>/etc/hosts
     done
     cat >>"$config" <<END
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=60 State=UP PriorityTier=1
-PartitionName=urgent Nodes=node[1-2] MaxTime=60 State=UP PriorityTier=2
+PartitionName=main Nodes=node[1-$count] Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName=urgent Nodes=node[1-$count] MaxTime=60 State=UP PriorityTier=2
 END
 }
 
 up() {
     need
     munge_up
-    write_config "$1"
+    write_config "$1" "$2"
     PATH=$PATH:/usr/sbin slurmctld -c -f "$config"
-    for node in $nodes; do start_node "$node"; done
-    for _ in $(seq 60); do
+    for node in $(nodes); do start_node "$node"; done
+    for _ in $(seq 240); do
         [ "$(sinfo --noheader --format %T 2>/dev/null | sort -u)" = idle ] && { sinfo; return; }
         sleep 0.5
     done
@@ -138,7 +141,7 @@ down() {
         [ -n "$(squeue --noheader 2>/dev/null)" ] || break
         sleep 0.5
     done
-    for node in $nodes; do kill_node "$node"; done
+    for node in $(nodes); do kill_node "$node"; done
     if runs slurmctld; then kill "$(pid_of slurmctld)"; fi
     for _ in $(seq 60); do
         runs slurmctld || break
@@ -152,7 +155,7 @@ down() {
 }
 
 case $action in
-    up) up "${3:-16817}" ;;
+    up) up "${3:-16817}" "${4:-2}" ;;
     down) down ;;
     start) start_node "${3:?a node}" ;;
     kill) kill_node "${3:?a node}" ;;

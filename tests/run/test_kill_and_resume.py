@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_resume_after_several_sigkills(unbroken, tmp_path):
     for job, rows in (("stages/teacher_base", 30), ("stages/rl_teacher", 6), ("stages/opd", 5)):
         run = start("run", SMOKE, "--out", run_dir, *settings)
         path = run_dir / job / "metrics.jsonl"
-        wait_for(lambda run=run, path=path, rows=rows: count_rows(path) >= rows or run.poll() is not None)
+        wait_for(lambda path=path, rows=rows: count_rows(path) >= rows, run)
         assert run.poll() is None, run.stdout.read()
         run.send_signal(signal.SIGKILL)
         run.wait()
@@ -61,22 +62,30 @@ def test_resume_after_several_sigkills(unbroken, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_resumes(unbroken, tmp_path):
+    """Stopped in its second stage; the first one is that of the other run."""
     run_dir = tmp_path / "stopped"
+    shutil.copytree(unbroken / "stages/student_base", run_dir / "stages/student_base")
     run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
-    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 7)
+    wait_for(lambda: count_rows(run_dir / "stages/student_grpo/metrics.jsonl") >= 2, run)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 130 and "run the same command again to resume" in output
-    assert list((run_dir / "stages/student_base/checkpoints").glob("step_*"))
+    assert list((run_dir / "stages/student_grpo/checkpoints").glob("step_*"))
     finished = s2d("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
     assert finished.returncode == 0, finished.stderr
     assert_equals_unbroken(run_dir, unbroken, DIRECT_JOBS)
+    assert len(json.loads((run_dir / "stages/student_grpo/lineage.json").read_text())["resumed"]) == 1
 
 
-def test_killed_rank_stops_the_run_with_a_one_line_error(tmp_path):
+def test_second_run_of_one_directory_waits_and_a_killed_rank_stops_the_first(tmp_path):
     run_dir = tmp_path / "rank"
     run = start("run", SMOKE, "--out", run_dir)
-    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 3)
+    wait_for(lambda: (run_dir / ".lock").exists() and (run_dir / ".lock").read_bytes(), run)
+    second = start("run", SMOKE, "--out", run_dir)
+    assert f"in use by process {run.pid}" in second.stdout.readline() and second.poll() is None
+    second.kill()
+    second.wait()
+    wait_for(lambda: count_rows(run_dir / "stages/teacher_base/metrics.jsonl") >= 3, run)
     victim = next(pid for pid in processes_of(run_dir / "stages/teacher_base") if pid != run.pid)
     os.kill(victim, signal.SIGKILL)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
@@ -87,32 +96,21 @@ def test_killed_rank_stops_the_run_with_a_one_line_error(tmp_path):
 def test_hanging_rank_is_detected_by_the_watchdog(tmp_path):
     """One of two ranks is stopped: the other dumps its stacks, and the run ends."""
     run_dir = tmp_path / "hang"
-    settings = ["parallel={tensor_model_parallel_size: 2}", "max_parallel_stages=1", "watchdog_timeout_seconds=6"]
+    settings = ["parallel={tensor_model_parallel_size: 2}", "max_parallel_stages=1", "watchdog_timeout_seconds=12"]
     run = start("run", SMOKE, "--out", run_dir, *(part for setting in settings for part in ("--set", setting)))
     job = run_dir / "stages/teacher_base"
-    wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3)
-    ranks = [pid for pid in processes_of(job) if pid != run.pid and any_open(pid, "rank1-heartbeat.txt")]
+    wait_for(lambda: count_rows(job / "metrics.jsonl") >= 3, run)
+    ranks = [pid for pid in processes_of(job) if pid != run.pid and any_open(pid, "rank1-log.txt")]
     os.kill(ranks[0], signal.SIGSTOP)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
     assert run.returncode == 3 and "made no progress for watchdog_timeout_seconds" in output, output
-    assert "Thread" in (job / "rank0-heartbeat.txt").read_text()
+    (heartbeat,) = job.glob("*-heartbeat.txt")
+    assert re.match(r"Timeout \(0:00:12\)!\nThread", heartbeat.read_text())  # of rank 0
     assert not processes_of(run_dir)
 
 
 def any_open(pid: int, name: str) -> bool:
     return any(os.readlink(link).endswith(name) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
-
-
-def test_second_run_of_one_directory_waits(tmp_path):
-    run_dir = tmp_path / "both"
-    first = start("run", SMOKE, "--out", run_dir)
-    wait_for(lambda: (run_dir / ".lock").exists() and (run_dir / ".lock").read_bytes())
-    second = start("run", SMOKE, "--out", run_dir)
-    time.sleep(3)
-    assert second.poll() is None, "the second run waits for the first"
-    for run in (second, first):
-        run.send_signal(signal.SIGKILL)
-        run.wait()
 
 
 def test_non_finite_loss_stops_the_run(tmp_path):
@@ -123,7 +121,7 @@ def test_non_finite_loss_stops_the_run(tmp_path):
         "--out",
         run_dir,
         "--set",
-        "models.student.initializer_range=1.0e+25",  # its squares leave the range of float32
+        "stages.student_base.optimizer.adam_eps=1.0e-300",  # 0 in float32: tokens without a gradient divide by it
         *DIRECT_ARM,
     )
     assert finished.returncode == 1
@@ -152,11 +150,12 @@ def assert_close_to_unbroken(run_dir, unbroken, job) -> None:
         assert abs(arm["avg_at_k"] - expected[name]["avg_at_k"]) < 4 * expected[name]["std_err"]
 
 
+@pytest.mark.slow
 def test_workflow_resumes_under_torchrun_at_another_layout(unbroken, tmp_path):
     """Killed on one rank, resumed by torchrun on two data-parallel ranks."""
     run_dir = tmp_path / "torchrun"
     run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
-    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 25)
+    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 25, run)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (run_dir / "stages/student_base/finished.json").exists(), "the stage ended before the kill"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from s2d import metrics, s2d
+from s2d import metrics, s2d, s2d_here
 
 from megatron_s2d.data.cache import TeacherCache
 
@@ -27,7 +27,7 @@ def losses(run_dir, stage, name="loss"):
 
 def test_every_arm_is_evaluated(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
-    assert len(arms) == 26 and all(arm["num_problems"] == 12 for arm in arms.values())
+    assert len(arms) == 33 and all(arm["num_problems"] == 12 for arm in arms.values())
     rows = [json.loads(line) for line in (run_dir / "evaluations/opd/evaluation.jsonl").read_text().splitlines()]
     assert [(row["domain"], len(row["rewards"])) for row in rows] == [("arithmetic", 2)] * 8 + [("products", 3)] * 4
 
@@ -38,6 +38,7 @@ def test_every_arm_is_evaluated(run_dir):
         ("gate_off", "opd"),  # lambda_high = lambda_base = 1 with fallback preserve is OPD (M5, M4)
         ("routed", "opd"),  # one teacher, named by domain
         ("full_routed", "full"),
+        ("fixed_other_teacher", "fixed"),  # tokens that the student selects: the teacher is measured only
     ],
 )
 def test_identical_methods_train_identically(run_dir, stage, same_as):
@@ -83,6 +84,55 @@ def test_extrapolation_has_larger_advantages_than_distillation(run_dir):
     assert losses(run_dir, "exopd", "teacher_kl")[0] == pytest.approx(losses(run_dir, "opd", "teacher_kl")[0])
 
 
+def test_fixed_advantage_suppresses_a_fifth_of_the_tokens(run_dir):
+    for stage in ("fixed", "fixed_by_teacher"):
+        for row in metrics(run_dir, f"stages/{stage}"):
+            assert row["fixed_advantage/selected_fraction"] == pytest.approx(0.2, abs=0.01)
+            assert row["advantage_mean"] == pytest.approx(-0.5 * row["fixed_advantage/selected_fraction"])
+            assert row["fixed_advantage/highest_selected_log_prob"] < 0
+    assert losses(run_dir, "fixed", "teacher_kl")[0] == pytest.approx(losses(run_dir, "opd", "teacher_kl")[0])
+    assert losses(run_dir, "fixed", "grad_norm") != losses(run_dir, "fixed_by_teacher", "grad_norm")
+    assert losses(run_dir, "fixed", "teacher_kl")[0] != losses(run_dir, "fixed_other_teacher", "teacher_kl")[0]
+
+
+def test_several_passes_clip_ratios_to_the_weights_before_the_first(run_dir):
+    """Six updates a step: ratios leave 1, and some are clipped, while old log-probabilities stay the engine's."""
+    for row in metrics(run_dir, "stages/passes"):
+        assert row["ratio_min"] < 1 < row["ratio_max"] and row["approx_kl"] > 0
+        assert row["mismatch/k3_kl"] < 1e-8
+    assert any(row["clip_fraction_low"] + row["clip_fraction_high"] > 0 for row in metrics(run_dir, "stages/passes"))
+
+
+def test_gspo_has_one_ratio_for_a_response(run_dir):
+    """Ratios of responses spread less than those of their tokens; the bonus is the entropy's."""
+    rows = metrics(run_dir, "stages/gspo")
+    for row in rows:
+        assert row["ratio_min"] < 1 <= row["ratio_max"] and row["loss/entropy"] < 0  # before the first update it is 1
+        assert row["clip_fraction_low"] + row["clip_fraction_high"] <= 1
+    assert any(row["clip_fraction_low"] > 0 for row in rows)  # a step may have no group with both rewards
+    assert rows[0]["ratio_max"] < metrics(run_dir, "stages/passes")[0]["ratio_max"]
+
+
+def test_reward_and_teacher_share_one_advantage(run_dir):
+    for stage, name, weights in (("joint", "reward", (0.5, 0.75, 1.0)), ("joint_rl", "teacher", (1.0, 0.5, 0.0))):
+        rows = metrics(run_dir, f"stages/{stage}")
+        assert [row[f"advantage/{name}_weight"] for row in rows] == pytest.approx(list(weights))
+        assert all(0 <= row["advantage/conflict_fraction"] <= 1 for row in rows)
+    assert metrics(run_dir, "stages/joint_rl")[2]["advantage/teacher_abs_mean"] == 0
+
+
+def test_episodes_with_a_tool_train_by_rewards_and_by_a_teacher(run_dir):
+    """Several turns, observations between them; trainer and engine agree on the model's tokens."""
+    for stage in ("tool_rl", "tool_opd"):
+        for row in metrics(run_dir, f"stages/{stage}"):
+            assert row["num_turns"] > 2 and row["num_turns_max"] <= 4
+            assert row["mismatch/log_prob_abs_diff_max"] < 1e-4
+    examples = (run_dir / "stages/tool_rl/rollouts.jsonl").read_text().splitlines()
+    episode = json.loads(examples[0])["episode"]
+    assert [part["role"] for part in episode[:3]] == ["model", "environment", "model"]
+    assert episode[0]["text"].endswith("=") and episode[1]["text"].isdigit()
+
+
 def test_sign_gate_and_teacher_sampling_schedule(run_dir):
     rows = metrics(run_dir, "stages/sg_opd")
     for row in rows:
@@ -108,6 +158,7 @@ def test_only_correct_cache_contains_only_correct_responses(run_dir):
     assert sum(row["reward"] for row in rows) > 0
 
 
+@pytest.mark.slow
 def test_load_checkpoint_stage_reproduces_an_exported_stage(run_dir, tmp_path):
     """An exported stage is loaded as a stage without training: the same samples for the same problems."""
     exported = s2d("convert", "megatron-to-hf", run_dir / "stages/fkl/model", tmp_path / "hf")
@@ -176,5 +227,5 @@ def test_dynamic_sampling_replaces_groups_without_a_signal(run_dir):
     ],
 )
 def test_invalid_settings_fail_before_the_run(override, message, tmp_path):
-    finished = s2d("run", CONFIG, "--dry-run", "--out", tmp_path / "no", "--set", override)
+    finished = s2d_here("run", CONFIG, "--dry-run", "--out", tmp_path / "no", "--set", override)
     assert finished.returncode == 1 and message in finished.stderr, finished.stderr

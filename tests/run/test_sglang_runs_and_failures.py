@@ -33,30 +33,37 @@ from sglang_model import (
     rollout_gap,
 )
 
+from megatron_s2d.rollout.sglang.api_key import authorization, read_api_key
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
-def test_router_serves_two_servers_and_skips_a_failed_one(policy, tokenizer, url, tmp_path):
-    second = make_engine(policy, tokenizer, tmp_path / "second")
-    urls = [url, *second.urls]
-    engine = make_engine(policy, tokenizer, tmp_path / "engine", urls=urls, router=True, max_restarts=1)
+def test_router_serves_two_servers_and_skips_a_failed_one(policy, tokenizer, url, key_file, tmp_path):
+    second = make_engine(policy, tokenizer, tmp_path / "second", api_key_file=key_file)
+    urls, settings = [url, *second.urls], {"router": True, "max_restarts": 1, "api_key_file": key_file}
+    engine = make_engine(policy, tokenizer, tmp_path / "engine", urls=urls, **settings)
+    headers = authorization(read_api_key(key_file))
     try:
         server_group = engine._server_group
         workers = f"{server_group.pool.router.url}/workers"
         samples = engine.generate(make_requests(prompts=12, groups=2))
         assert rollout_gap(policy, samples) < 1e-4
-        assert {worker["url"] for worker in httpx.get(workers).json()["workers"]} == set(urls)
+        assert {worker["url"] for worker in httpx.get(workers, headers=headers).json()["workers"]} == set(urls)
         change(policy, 0.02)
         engine.update_weights(policy.chunks, 3)
         assert rollout_gap(policy, engine.generate(make_requests(prompts=12, groups=2))) < 1e-4
         # A server that missed an update gets no traffic.
         server_group.pool.servers[1].problem = "it missed an update"
         server_group._route()
-        assert [worker["url"] for worker in httpx.get(workers).json()["workers"]] == [url]
+        assert [worker["url"] for worker in httpx.get(workers, headers=headers).json()["workers"]] == [url]
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
         engine.update_weights(policy.chunks, 4)
-        assert len(httpx.get(workers).json()["workers"]) == 2
+        assert len(httpx.get(workers, headers=headers).json()["workers"]) == 2
+        body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 1}}
+        assert httpx.post(f"{server_group.pool.router.url}/generate", json=body).status_code == 401
+        log, key = (tmp_path / "engine" / "router.log").read_text(), read_api_key(key_file)
+        assert key not in log + subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True).stdout
     finally:
         engine.close()
         second.close()
@@ -78,8 +85,8 @@ def test_weight_update_to_a_server_at_another_address(policy, tokenizer, tmp_pat
     first = make_engine(policy, tokenizer, tmp_path / "first", extra_args=["--host", "0.0.0.0"])
     try:
         port = first.urls[0].rpartition(":")[2]
-        urls = [f"http://{external_address()}:{port}"]
-        engine = make_engine(policy, tokenizer, tmp_path / "second", "distributed", urls=urls)
+        urls, key_file = [f"http://{external_address()}:{port}"], tmp_path / "first" / "api-key"
+        engine = make_engine(policy, tokenizer, tmp_path / "second", "distributed", urls=urls, api_key_file=key_file)
         change(policy, 0.02)
         engine.update_weights(policy.chunks, 5)
         assert rollout_gap(policy, engine.generate(make_requests())) < 1e-4
@@ -91,7 +98,7 @@ def test_weight_update_to_a_server_at_another_address(policy, tokenizer, tmp_pat
 @pytest.mark.parametrize(
     "method", [{"kl_estimator": "sampled_token"}, {"kl_estimator": "top_k", "top_k_source": "teacher", "top_k": 6}]
 )
-def test_served_teacher_trains_the_same_student_as_a_local_one(url, tmp_path, method):
+def test_served_teacher_trains_the_same_student_as_a_local_one(url, key_file, tmp_path, method):
     config = yaml.safe_load(WORKFLOW)
     shared = {key: config["stages"]["grpo"][key] for key in ("prompts", "train_batch_size", "sampling", "optimizer")}
     config["stages"]["teacher"] = {"extends": "base", "steps": 60}
@@ -102,7 +109,7 @@ def test_served_teacher_trains_the_same_student_as_a_local_one(url, tmp_path, me
     rows = {}
     for engine in ("trainer", "sglang"):
         config["stages"]["opd"]["teacher_engine"] = engine
-        config["rollout"] = {"sglang": {"urls": {"student": [url]}}}
+        config["rollout"] = {"sglang": {"urls": {"student": [url]}, "api_key_file": str(key_file)}}
         path = tmp_path / f"{engine}.yaml"
         path.write_text(yaml.safe_dump(config))
         finished = s2d("run", path, "--out", tmp_path / engine)
@@ -118,12 +125,12 @@ def test_served_teacher_trains_the_same_student_as_a_local_one(url, tmp_path, me
 
 def server_pid(url: str) -> int:
     """Return the process id of the server behind ``url``, not of its watchdog."""
-    pattern = f"^[^ ]+ -m sglang.launch_server .*--port {url.rpartition(':')[2]} "
+    pattern = f"^[^ ]+ [^ ]+/with_api_key.py [^ ]+ sglang.launch_server .*--port {url.rpartition(':')[2]} "
     (pid,) = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True).stdout.split()
     return int(pid)
 
 
-def test_weight_update_waits_for_a_request_abandoned_by_its_client(policy, server_engine, attach, url):
+def test_weight_update_waits_for_a_request_abandoned_by_its_client(policy, server_engine, attach, url, key_file):
     """A stopped scheduler still runs the abandoned request when the weights arrive; SGLang would then exit."""
     engine = attach()
     command = ["pgrep", "-P", str(server_pid(url)), "-f", "sglang::scheduler"]
@@ -132,7 +139,7 @@ def test_weight_update_waits_for_a_request_abandoned_by_its_client(policy, serve
     os.kill(scheduler, signal.SIGSTOP)
     try:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/generate", json=body, timeout=1.0)
+            httpx.post(f"{url}/generate", json=body, headers=authorization(read_api_key(key_file)), timeout=1.0)
         os.kill(scheduler, signal.SIGCONT)
         time.sleep(0.02)  # the request starts
         os.kill(scheduler, signal.SIGSTOP)

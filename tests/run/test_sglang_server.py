@@ -7,12 +7,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -42,6 +44,7 @@ from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.startup_checks import StartupChecks
+from megatron_s2d.rollout.sglang.api_key import authorization, read_api_key
 from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
 from megatron_s2d.rollout.sglang.protocol import SglangProtocol
 from megatron_s2d.teachers.frozen import TeacherRouter, TopKTeacher
@@ -91,27 +94,66 @@ def test_server_meets_the_requirements_of_a_stage(attach, params):
     attach(requirements=ServerRequirements(longest, SamplingParams(8, (EOS,), **params), top_k=VOCAB_SIZE))
 
 
-def test_incompatible_server_is_reported_and_unchanged(policy, attach, tokenizer, url, tmp_path):
+def test_server_refuses_requests_without_its_key_which_nothing_shows(attach, url, key_file, tmp_path):
+    key = key_file.read_text().strip()
+    calls = {
+        "GET": ["/model_info", "/server_info", "/v1/models"],
+        "POST": [
+            "/generate", "/v1/chat/completions", "/abort_request", "/flush_cache", "/freeze_gc", "/pause_generation",
+            "/continue_generation", "/release_memory_occupation", "/resume_memory_occupation",
+            "/update_weights_from_disk", "/update_weights_from_tensor", "/init_weights_update_group",
+            "/update_weights_from_distributed", "/weights_checker",
+        ],
+    }  # fmt: skip
+    for method, paths in calls.items():
+        for path in paths:
+            for headers in ({}, {"Authorization": "Bearer 0"}, {"Authorization": f"Bearer {key[:-1]}"}):
+                assert httpx.request(method, url + path, json={}, headers=headers).status_code == 401, path
+    assert httpx.get(f"{url}/model_info", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    (tmp_path / "other").write_text("0" * 64)
+    for other in (None, tmp_path / "other"):
+        with pytest.raises(UserError, match="refuses requests without its API key"):
+            attach(api_key_file=other)
+    assert key not in subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True, check=True).stdout
+    log = (key_file.parent / "server-0.log").read_text()
+    assert key not in log and "api_key='***'" in log
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+
+
+def test_incompatible_server_is_reported_and_unchanged(policy, attach, tokenizer, url, key_file, tmp_path):
+    headers = authorization(read_api_key(key_file))
     other = load_tokenizer("task:modular_arithmetic/13", tmp_path)
     with pytest.raises(UserError, match="another tokenizer than the trainer: '.*' is .* there and .* here"):
         attach(other_tokenizer=other)
     with pytest.raises(UserError, match="serves sequences of at most 518 tokens, and the stage has some of 600"):
         attach(requirements=ServerRequirements(600))
     with pytest.raises(UserError, match="did not: .* longer than the model's context length|did not: .*exceeds"):
-        backend = types.SimpleNamespace(protocol=SglangProtocol(VOCAB_SIZE))
+        backend = types.SimpleNamespace(protocol=SglangProtocol(VOCAB_SIZE, read_api_key(key_file)))
         spec = dataclasses.replace(SPEC, max_position_embeddings=4096)
         checks = StartupChecks(backend, spec, ServerRequirements(4000, top_k=2), rollout_settings().server)
         checks.score_max_length(url, "any")
     for size in (VOCAB_SIZE - 1, VOCAB_SIZE + 1):
         spec = dataclasses.replace(SPEC, vocab_size=size)
         compatibility = SglangCompatibility(
-            spec, ServerRequirements(), rollout_settings().server, dtype="float32", tokenizer=tokenizer, attached=True
+            spec,
+            ServerRequirements(),
+            rollout_settings().server,
+            dtype="float32",
+            tokenizer=tokenizer,
+            attached=True,
+            headers=headers,
         )
         with pytest.raises(UserError, match=f"vocabulary of another size than the model's {size}"):
             compatibility.check(url)
     with pytest.raises(UserError, match="has dtype float32, and the trainer computes in bfloat16"):
         SglangCompatibility(
-            SPEC, ServerRequirements(), rollout_settings().server, dtype="bfloat16", tokenizer=None, attached=True
+            SPEC,
+            ServerRequirements(),
+            rollout_settings().server,
+            dtype="bfloat16",
+            tokenizer=None,
+            attached=True,
+            headers=headers,
         ).check(url)
     tokenizer_here = copy.deepcopy(tokenizer)
     tokenizer_here.chat_template = "1 + {{ messages[-1]['content'] }}"
@@ -257,9 +299,9 @@ def test_top_k_of_a_served_teacher_matches_the_local_teacher(policy, attach):
         assert torch.allclose(one.log_tail_mass[rows].exp(), other.log_tail_mass[rows].float().exp(), atol=1e-5)
 
 
-def test_training_layouts_of_two_ranks_update_the_server(url, tmp_path):
+def test_training_layouts_of_two_ranks_update_the_server(url, key_file, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [url, tmp_path, tmp_path / "out.json"]
+    arguments = [url, key_file, tmp_path, tmp_path / "out.json"]
     with open(tmp_path / "log", "w+") as log:  # not a pipe, which torch's shared-memory daemon would hold open
         finished = subprocess.run(
             [*command, str(Path(__file__).with_name("sglang_layout_worker.py")), *map(str, arguments)],
@@ -273,9 +315,9 @@ def test_training_layouts_of_two_ranks_update_the_server(url, tmp_path):
         assert result["samples"] == 12, case
 
 
-def test_workflow_runs_with_served_rollouts(url, tmp_path):
+def test_workflow_runs_with_served_rollouts(url, key_file, tmp_path):
     config = yaml.safe_load(WORKFLOW)
-    config["rollout"]["sglang"] = {"urls": {"student": [url]}}
+    config["rollout"]["sglang"] = {"urls": {"student": [url]}, "api_key_file": str(key_file)}
     path = tmp_path / "served.yaml"
     path.write_text(yaml.safe_dump(config))
     finished = s2d("run", path, "--out", tmp_path / "run")

@@ -3,7 +3,7 @@
 import csv
 
 import yaml
-from s2d import SMOKE, s2d
+from s2d import SMOKE, s2d, s2d_here
 
 
 def test_sweep_runs_resumes_and_reports(tmp_path):
@@ -30,7 +30,7 @@ def test_sweep_runs_resumes_and_reports(tmp_path):
     assert float(rows[0]["tokens_per_second"]) > 0 and int(rows[0]["peak_bytes"]) > 100 << 20
     assert float(rows[0]["final_loss"]) > 0 and rows[0]["mfu"] == ""
     written = (out / "size-small_seed-1" / "results.json").stat().st_mtime_ns
-    second = s2d("sweep", path, "--out", out)
+    second = s2d_here("sweep", path, "--out", out)  # starts no run
     assert "] size-small_seed-1: finished" in second.stdout
     assert (out / "size-small_seed-1" / "results.json").stat().st_mtime_ns == written
     assert "Failed points" in (out / "results.html").read_text()

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_s2d.artifacts import files as artifacts
+from megatron_s2d.artifacts import shapes
 from megatron_s2d.artifacts.files import (
     NoSpace,
     append_line,
@@ -29,6 +32,7 @@ from megatron_s2d.artifacts.files import (
 )
 from megatron_s2d.artifacts.lock import directory_lock
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.artifacts.versions import check_torch
 from megatron_s2d.errors import UserError
 
 
@@ -168,7 +172,7 @@ def test_damage_before_the_last_line_raises(tmp_path):
     with pytest.raises(UserError, match=r"m\.jsonl:2"):
         read_jsonl(path)
     path.write_text("[1]\n")
-    with pytest.raises(UserError, match="one JSON object per line"):
+    with pytest.raises(UserError, match="expected a JSON object, got a list"):
         read_jsonl(path)
     with pytest.raises(UserError, match="No such file"):
         read_jsonl(tmp_path / "absent.jsonl")
@@ -253,12 +257,12 @@ def test_stage_directory_begin_resume_finish(tmp_path):
     with pytest.raises(UserError, match="another configuration"):
         stage.begin(config, {"init": "cd34"}, {"seed": 3})
     append_line(stage.metrics_path, '{"step": 1, "loss": 0.5}')
-    stage.finish({"weights": "ef56"})
+    stage.finish({"weights": "ef56", "seconds": 1.0})
     lineage = stage.lineage()
     assert lineage["inputs"] == inputs and lineage["seeds"] == {"seed": 3} and len(lineage["resumed"]) == 1
     assert lineage["libraries"]["torch"].startswith("2.") and len(lineage["code"]["source_digest"]) == 64
     assert lineage["started"] <= lineage["finished"]
-    assert stage.is_finished() and stage.finished() == {"weights": "ef56"}
+    assert stage.is_finished() and stage.finished() == {"weights": "ef56", "seconds": 1.0}
     assert stage.config() == config and stage.metrics() == [{"step": 1, "loss": 0.5}]
 
 
@@ -285,3 +289,19 @@ def test_checkpoint_retention(tmp_path):
     assert stage.checkpoints()[-1] == stage.checkpoint_path(15)
     stage.retain_checkpoints(2)
     assert names(stage.checkpoints_path) == ["step_00000010", "step_00000015"]
+
+
+def test_another_minor_version_of_torch_is_refused():
+    pinned = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
+    (version,) = [line.removeprefix("torch==") for line in pinned if line.startswith("torch==")]
+    check_torch(version)
+    check_torch(f"{version}+cu128")
+    for other in ("2.12.0", "2.1.1", "3.11.0"):
+        with pytest.raises(UserError, match=rf"torch 2\.11 is needed, and {other} is installed"):
+            check_torch(other)
+
+
+def test_a_row_of_a_conversation_is_read():
+    row = {"step": 1, "problem_id": "p", "prompt": "1 + 1 =", "response": "[ 2 ]", "answer": "2", "reward": 1.0}
+    row |= {"verifier_label": "correct", "finish_reason": "stop", "episode": [{"role": "environment", "text": "2"}]}
+    assert shapes.ResponseRow.model_validate(row).episode == row["episode"]

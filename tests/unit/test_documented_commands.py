@@ -157,12 +157,12 @@ def check_names(options: argparse.Namespace) -> None:
     if options.command == "simulate" and not PLACEHOLDER.fullmatch(options.simulation.name):
         load_simulation(ROOT / options.simulation)
     if "gpu" in options and options.gpu != "NAME":
-        assumptions = [item for item in options.assume if not PLACEHOLDER.fullmatch(item)]
+        assumptions = [item for item in getattr(options, "assume", []) if not PLACEHOLDER.fullmatch(item)]
         machine_from_options(options.gpu, options.num_gpus, assumptions)
     if "cluster_overrides" in options:
         load_launch(None, [item for item in options.cluster_overrides if not PLACEHOLDER.fullmatch(item)])
     if "run_dir" in options:
-        config = check_run_path(options.run_dir)
+        config = None if options.run_dir is None else check_run_path(options.run_dir)  # eval --model has none
         for name in (getattr(options, key, None) for key in ("arm", "against_arm", "stage")):
             check_stage_or_arm(config, name)
         if config is not None and getattr(options, "data", None) is not None:

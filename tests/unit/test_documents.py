@@ -125,6 +125,16 @@ def test_figures_are_what_the_script_draws(name):
     assert drawn == (ROOT / "docs/figures" / name).read_text(encoding="utf-8"), "run python docs/figures/figures.py"
 
 
+def test_the_reference_of_keys_is_that_of_the_classes():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs/reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert module.reference() == page, "run python docs/reference.py"
+    for key in ("threads_per_rank", "tensorboard", "lr_schedule", "grad_clip", "stop_strings"):
+        assert f"| `{key}` |" in page
+
+
 def test_the_same_checks_run_by_hand_before_a_commit_and_in_continuous_integration():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     makefile = (ROOT / "Makefile").read_text()
@@ -212,7 +222,7 @@ def test_paths_in_documents_exist(path):
 # What a run, a launch or a conversion writes, and folders of a user.
 GENERATED = (
     "runs/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
-    "report.md", "log.txt", "rank.sh", "rankN-", "example.py",
+    "report.md", "log.txt", "rank.sh", "rankN-", "HOST-", "example.py",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     ("stages",),
     ("estimate", "report"),
     ("workflow",),
-    ("studies",),
+    ("studies", "measure"),
     ("cli",),
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -159,6 +159,7 @@ def test_every_package_is_installed():
     assert listed == {".".join(folder.parts) for folder in folders} | {
         "megatron_s2d.launchers",
         "megatron_s2d.conversion",
+        "megatron_s2d.configs",
     }
 
 

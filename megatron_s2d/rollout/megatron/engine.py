@@ -1,44 +1,47 @@
 """Generation in the training process by the trained Megatron model itself, with a key-value cache.
 
-All ranks of one model replica (tensor x pipeline) call ``generate`` with the same requests and return the same samples;
-every data-parallel replica brings its own. Communication for each generated token:
+``generate`` takes all requests at once: all ranks of one model replica (tensor x pipeline) call it with the same ones
+and return the same samples. ``run`` takes requests one by one from the episodes of the replica's producer, and lets
+them join the running batch. Every data-parallel replica brings its own. ``passes.py`` describes the communication,
+``running_batch.py`` the batch.
 
-    pipeline ranks      each sends its hidden states to the next (point to point)
-    last pipeline rank  tensor ranks gather their vocabulary shards at tensor rank 0, the root; padding is cut off
-    root                samples, decides which responses stop, and broadcasts (token, stopped) to the replica
+On a GPU the host looks for ended responses at every 16th token only, and cuts off what was decoded after the end, so
+that it never waits for the device in between.
 
-so only the root draws tokens, and log-probabilities are sent once, when a batch is finished. With experts on several
-data-parallel ranks, ranks that have finished keep joining the others' forward passes until all are done.
-
-Not supported: continuous batching (finished responses are dropped and the batch shrinks), pipelining several batches,
-virtual pipeline stages, context parallelism. Shapes: a active requests, s response positions, v_tp local vocabulary.
+Not supported: pipelining several batches, virtual pipeline stages, context parallelism.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_s2d.errors import UserError
-from megatron_s2d.models.kv_cache import KeyValueCache
-from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import any_rank, is_same_on_all_ranks
+from megatron_s2d.models.routing_replay import RoutingReplay
+from megatron_s2d.parallel.collectives import is_same_on_all_ranks
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
-from megatron_s2d.rollout.engine import Decoder, ProgressCallback, Request, check_requests, requests_digest
-from megatron_s2d.rollout.megatron.batching import ActiveRows, PromptTable, Responses, plan_batches
-from megatron_s2d.rollout.megatron.sampling import sample_tokens
+from megatron_s2d.rollout.engine import (
+    Decoder,
+    ProgressCallback,
+    Request,
+    check_requests,
+    requests_digest,
+    sample_of,
+)
+from megatron_s2d.rollout.megatron.batching import plan_batches
+from megatron_s2d.rollout.megatron.episodes import EpisodeLoop
+from megatron_s2d.rollout.megatron.passes import ModelPasses
+from megatron_s2d.rollout.megatron.running_batch import RunningBatch
+from megatron_s2d.rollout.sampling_client import Episode
 
-# A batch is shrunk when this share of its rows, or less, is still alive: copying the remaining keys and values costs
-# about as much memory traffic as one step's attention, while every dead row costs a full row of every layer.
-_SHRINK_BELOW = 0.75
-
-# Megatron's switches of sequence parallelism on modules; a single decoded token cannot be split over tensor ranks.
-_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+# Blocks of tokens between two looks at the episodes: their time limits and aborts. Ended responses are looked for in
+# any case.
+_BLOCKS_PER_EXCHANGE = 32
 
 
 class MegatronEngine:
@@ -53,11 +56,17 @@ class MegatronEngine:
         tokenizer: Decoder | None = None,
         max_batch_size: int = 1024,
         max_batch_tokens: int = 262_144,
+        routing_replay: RoutingReplay | None = None,
+        enforce_eager: bool = False,
+        generates_early: bool = False,
     ):
         """chunks: the bare model of this rank. vocab_size: without padding. tokenizer: for stop strings only.
+        routing_replay: of the model, whose samples then record their experts.
 
         max_batch_size: rows of a batch at most. max_batch_tokens: rows x (prompt + response) at most, which bounds
-        the memory of keys and values.
+        the memory of keys and values. enforce_eager: on a GPU, launch every kernel of a token instead of replaying a
+        CUDA graph. generates_early: ``submit`` generates, so that responses come from older weights than those
+        that ``generate`` would use.
         """
         if len(chunks) != 1:
             raise UserError(f"generation does not support virtual pipeline stages ({len(chunks)} chunks on a rank)")
@@ -66,21 +75,21 @@ class MegatronEngine:
         if max_batch_size < 1 or max_batch_tokens < 1:
             raise UserError("generation: max_batch_size and max_batch_tokens must be at least 1")
         self.version = 0
-        self._chunk = chunks[0]
-        self._vocab_size = vocab_size
+        self._passes = ModelPasses(chunks[0], vocab_size, layout)
         self._layout = layout
         self._tokenizer = tokenizer
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
-        self._device = device.device()
-        # Ranks of a replica are ordered by pipeline rank, then by tensor rank (Megatron's order).
-        self._root = layout.tp_size * (layout.pp_size - 1)
-        self._is_root = layout.groups.mp.rank() == self._root
-        self._is_alone = layout.groups.mp.size() == 1
+        self._routing_replay = routing_replay
+        self._generates_early = generates_early
+        self._early: dict[str, Sample] = {}  # by request, of submitted ones
+        # Experts get their tokens in numbers that the host reads.
+        has_experts = chunks[0].config.num_moe_experts is not None
+        self._graphs_steps = self._passes.device.type == "cuda" and not has_experts and not enforce_eager
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Set the version: the engine generates with the trained weights, and ``chunks`` must be its own model."""
-        if len(chunks) != 1 or chunks[0] is not self._chunk:
+        if len(chunks) != 1 or chunks[0] is not self._passes.chunk:
             raise ValueError("this engine generates with the model that it was built on and got another one")
         self.version = version
 
@@ -92,7 +101,10 @@ class MegatronEngine:
         """Do nothing: no memory is used between calls."""
 
     def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Do nothing: the model generates when it does not train."""
+        """Generate where ``generates_early``; otherwise do nothing: the model generates when it does not train."""
+        if self._generates_early:
+            samples = self.generate(requests)
+            self._early |= {request.id: sample for request, sample in zip(requests, samples, strict=True)}
 
     def sleep(self) -> None:
         """Do nothing: no memory is used between two calls of ``generate``."""
@@ -112,139 +124,85 @@ class MegatronEngine:
         if num_groups is not None:
             raise ValueError("the engine in the training process completes all responses of a call")
         requests = list(requests)
+        if requests and all(request.id in self._early for request in requests):
+            return [self._early.pop(request.id) for request in requests]
         self._check(requests)
         samples: list[Sample | None] = [None] * len(requests)
         done = 0
-        with self._inference():
-            for batch in plan_batches(requests, self._max_batch_size, self._max_batch_tokens):
-                generated = self._generate_batch([requests[index] for index in batch])
-                for index, sample in zip(batch, generated, strict=True):
+        with self._passes.inference(), self._recording():
+            for planned in plan_batches(requests, self._max_batch_size, self._max_batch_tokens):
+                batch = self._new_batch()
+                batch.add([requests[index] for index in planned])
+                while batch.num_alive:
+                    batch.drop_ended()
+                    batch.decode()
+                    if progress is not None:
+                        progress(done + len(planned) - batch.num_alive, len(requests))
+                for index, sample in zip(planned, batch.take_ended(), strict=True):
                     samples[index] = sample
-                done += len(batch)
+                done += len(planned)
                 if progress is not None:
                     progress(done, len(requests))
-            self._join_until_all_done()
+            self._passes.join_until_all_done()
         return samples
 
-    def _generate_batch(self, requests: list[Request]) -> list[Sample]:
-        prompts = PromptTable.of(requests, self._device)
-        active = ActiveRows.of(requests, self._vocab_size, self._device)
-        responses = Responses(requests, self._device)
-        stop_strings = _StopStrings.of(requests, self._tokenizer)
-        prompt_length = prompts.token_ids.shape[1]
-        cache = KeyValueCache(prompts.pad_lengths, prompt_length, prompt_length + len(responses.tokens))
-        logits = self._forward(prompts.token_ids, cache)
-        cache.select(prompts.rows)
-        logits = None if logits is None else logits[prompts.rows]
-        while True:
-            tokens, stopped = self._sample(logits, active, responses, stop_strings)
-            active = active.after(stopped, responses.num_steps - 1)
-            num_alive = int(active.alive.sum())
-            if num_alive == 0:
-                break
-            if num_alive <= _SHRINK_BELOW * len(active.rows):
-                alive = active.alive.nonzero().squeeze(1)
-                active, tokens = active.select(alive), tokens[alive]
-                cache.select(alive)
-            logits = self._forward(tokens.unsqueeze(1), cache)
-        if not self._is_alone:
-            log_probs = responses.log_probs[: responses.num_steps].contiguous()
-            dist.broadcast(log_probs, group=self._layout.groups.mp, group_src=self._root)
-            responses.log_probs[: responses.num_steps] = log_probs
-        return responses.samples(self.version)
+    def run[Result](self, episodes: Sequence[Episode[Result]]) -> list[Result]:
+        """See ``EpisodeRunner``. Requests of all episodes form a batch, where later ones take the rows of ended ones.
 
-    def _sample(
-        self, logits: torch.Tensor | None, active: ActiveRows, responses: Responses, stop_strings: _StopStrings | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next tokens [a] int64 and which of them end their response [a] bool, the same on every rank."""
-        position = responses.num_steps
-        if logits is not None and self._layout.tp_size > 1:
-            logits = self._gather_vocabulary(logits)
-        decision = torch.empty(2, len(active.rows), dtype=torch.int64, device=self._device)
-        if self._is_root:
-            uniform = responses.uniforms(active.rows)
-            tokens, log_probs = sample_tokens(logits[:, : self._vocab_size], active.params, uniform)
-            responses.log_probs[position, active.rows] = log_probs
-            stopped = (tokens.unsqueeze(1) == active.stop_ids).any(dim=1)
-            if stop_strings is not None:
-                stopped |= stop_strings.completed(responses.tokens[:position], tokens, active)
-            decision[0], decision[1] = tokens, stopped
-        if not self._is_alone:
-            dist.broadcast(decision, group=self._layout.groups.mp, group_src=self._root)
-        tokens, stopped = decision[0], decision[1].bool()
-        responses.add(active.rows, tokens, stopped)
-        return tokens, stopped
-
-    def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return the shards [a, v_tp] concatenated at the root; None elsewhere."""
-        shards = [torch.empty_like(logits) for _ in range(self._layout.tp_size)] if self._is_root else None
-        dist.gather(logits.contiguous(), shards, group=self._layout.groups.tp, group_dst=0)
-        return torch.cat(shards, dim=1) if shards is not None else None
-
-    def _forward(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
-        """Return logits of the last column on the last pipeline rank, [rows, v_tp]; None on the others."""
-        self._any_working(working=True)
-        return self._run_pipeline(token_ids, cache)
-
-    def _run_pipeline(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
-        layout, config = self._layout, self._chunk.config
-        if not layout.is_pipeline_first_stage:
-            shape = (token_ids.shape[1], token_ids.shape[0], config.hidden_size)
-            hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=self._device)
-            dist.recv(hidden, group=layout.groups.pp, group_src=layout.pp_rank - 1)
-            self._chunk.set_input_tensor(hidden)
-        output = self._chunk(
-            token_ids, None, cache.attention_mask, inference_context=cache, output_processor=_last_column_logits
-        )
-        cache.advance()
-        if layout.is_pipeline_last_stage:
-            return output
-        dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
-        return None
-
-    def _any_working(self, *, working: bool) -> bool:
-        """Return whether a rank that shares experts with this one still generates; called before each forward pass."""
-        return any_rank(working, self._layout.groups.ep)
-
-    def _join_until_all_done(self) -> None:
-        """Run this rank's experts for the others: one token joins each of their forward passes."""
-        while self._any_working(working=False):
-            token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-            self._run_pipeline(token, KeyValueCache(None, 1, 1))
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Switch to evaluation mode, without graph, sequence parallelism and FP8, and back afterwards.
-
-        ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too. A decoded
-        token of a few rows does not fill the blocks of an FP8 product, so layers compute with their bfloat16 weights.
+        The ranks of a replica may pass different ``episodes``: those of the producer count.
         """
-        chunk, was_training = self._chunk, self._chunk.training
-        fp8 = chunk.config.fp8
-        chunk.eval()
-        chunk.config.fp8 = None
-        switches = _sequence_parallel_switches(chunk)
-        for owner, name in switches:
-            setattr(owner, name, False)
+        producer = self._layout.is_replica_root
+        loop = EpisodeLoop(
+            episodes if producer else None, self._layout.host_replica, lambda: self.version, self._check_request
+        )
         try:
-            with self._layout.active(), torch.no_grad():
-                yield
+            with self._passes.inference(), self._recording():
+                error = self._answer(loop)
+                self._passes.join_until_all_done()
+            if error and not producer:
+                raise UserError(error)
+            return loop.results() if producer else []
         finally:
-            for owner, name in switches:
-                setattr(owner, name, True)
-            chunk.config.fp8 = fp8
-            if not self._layout.is_pipeline_first_stage:
-                chunk.set_input_tensor(None)
-            chunk.train(was_training)
+            loop.close()
+
+    def _answer(self, loop: EpisodeLoop) -> str:
+        """Answer the requests of the episodes until all have ended; return the error of one that failed."""
+        batch = self._new_batch()
+        waiting: list[tuple[int, Request]] = []
+        while not (asked := loop.exchange()).has_ended:
+            waiting = sorted([*waiting, *asked.requests], key=lambda item: item[0])
+            if asked.aborted:
+                ended = [request for _, request in waiting if request.id in asked.aborted]
+                waiting = [item for item in waiting if item[1].id not in asked.aborted]
+                loop.deliver([_without_response(request, self.version) for request in ended])
+                batch.abort(asked.aborted)
+                loop.deliver(batch.take_ended())
+                batch.drop_ended()
+            requests = [request for _, request in waiting]
+            num_joining = batch.fits(requests, self._max_batch_size, self._max_batch_tokens)
+            if num_joining:
+                batch.add(requests[:num_joining])
+                waiting = waiting[num_joining:]
+            for _ in range(_BLOCKS_PER_EXCHANGE):
+                if batch.is_due:
+                    break
+                batch.decode()
+            if batch.is_due:
+                loop.deliver(batch.take_ended())
+                batch.drop_ended()
+        return asked.error
+
+    def _new_batch(self) -> RunningBatch:
+        return RunningBatch(
+            self._passes, self.version, self._tokenizer, self._routing_replay, graphs_steps=self._graphs_steps
+        )
+
+    def _recording(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._routing_replay is None else self._routing_replay.recording()
 
     def _check(self, requests: list[Request]) -> None:
-        check_requests(
-            requests,
-            vocab_size=self._vocab_size,
-            max_positions=self._chunk.max_sequence_length,
-            has_tokenizer=self._tokenizer is not None,
-        )
-        if not self._is_alone:
+        self._check_fit(requests)
+        if not self._passes.is_alone:
             self._check_same_requests(requests)
 
     def _check_same_requests(self, requests: list[Request]) -> None:
@@ -252,51 +210,19 @@ class MegatronEngine:
         if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
             raise RuntimeError("the ranks of one model replica have different requests")
 
+    def _check_fit(self, requests: list[Request]) -> None:
+        check_requests(
+            requests,
+            vocab_size=self._passes.vocab_size,
+            max_positions=self._passes.chunk.max_sequence_length,
+            has_tokenizer=self._tokenizer is not None,
+        )
 
-class _StopStrings:
-    """Finds responses whose newest token completes a stop string."""
-
-    def __init__(self, strings: list[tuple[str, ...]], decode: Any):
-        self._strings = strings  # of each row of the batch
-        self._decode = decode
-        # A token has at least one byte, so a match that the newest token completes spans at most as many tokens as
-        # the string has bytes; a few more, because decoders treat the start of a text differently.
-        self._window = 4 + max(len(text.encode()) for texts in strings for text in texts)
-
-    @classmethod
-    def of(cls, requests: list[Request], tokenizer: Decoder | None) -> _StopStrings | None:
-        """Return None if no request has stop strings."""
-        strings = [request.params.stop_strings for request in requests]
-        return cls(strings, tokenizer.decode) if any(strings) else None
-
-    def completed(self, earlier: torch.Tensor, tokens: torch.Tensor, active: ActiveRows) -> torch.Tensor:
-        """Return which rows' ``tokens`` [a] complete a stop string after the ``earlier`` ones [s, b]: [a] bool."""
-        history = earlier[max(0, len(earlier) + 1 - self._window) :, active.rows]
-        windows = torch.cat([history, tokens.unsqueeze(0)]).T.tolist()
-        rows, alive = active.rows.tolist(), active.alive.tolist()
-        strings = [self._strings[row] if live else () for row, live in zip(rows, alive, strict=True)]
-        flags = [self._contains(window, texts) for window, texts in zip(windows, strings, strict=True)]
-        return torch.tensor(flags, device=tokens.device)
-
-    def _contains(self, window: list[int], texts: tuple[str, ...]) -> bool:
-        if not texts:
-            return False
-        decoded = self._decode(window)
-        return any(text in decoded for text in texts)
+    def _check_request(self, request: Request) -> None:
+        self._check_fit([request])
 
 
-def _last_column_logits(*, hidden_states, output_layer, output_weight, scale_logits, **_) -> torch.Tensor:
-    """Return logits of the last column only, [a, v_tp]; Megatron's output hook."""
-    logits, _ = output_layer(hidden_states[-1:], weight=output_weight, runtime_gather_output=False)
-    return scale_logits(logits)[0]
-
-
-def _sequence_parallel_switches(chunk: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Return every (object, attribute) of the model that is on and splits sequences over tensor ranks."""
-    owners = {id(owner): owner for module in chunk.modules() for owner in (module, getattr(module, "config", None))}
-    return [
-        (owner, name)
-        for owner in owners.values()
-        for name in _SEQUENCE_PARALLEL_SWITCHES
-        if getattr(owner, name, False) is True
-    ]
+def _without_response(request: Request, version: int) -> Sample:
+    """Return the sample of a request that was ended before it joined a batch."""
+    empty = np.zeros(0, dtype=np.int64)
+    return sample_of(request, empty, empty.astype(np.float32), "abort", version)

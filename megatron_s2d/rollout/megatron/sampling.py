@@ -17,11 +17,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+
+# Likeliest tokens that top-p looks at first on a CPU; a response's next token is rarely less certain.
+_CANDIDATES = 1024
 
 
 def uniforms(seeds: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -50,24 +54,26 @@ class BatchParams:
     greedy: torch.Tensor | None  # [b, 1] bool
     top_k: torch.Tensor | None  # [b, 1] int64, the vocabulary size for a row without top-k
     top_p: torch.Tensor | None  # [b, 1] float64
+    max_top_k: int  # of the rows with top-k
     all_greedy: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> BatchParams:
-        """Return the columns of the rows' ``params``."""
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int) -> BatchParams:
+        """Return the columns of the rows' ``params``, on this rank's device."""
 
-        def column(values: list, neutral: float, dtype: torch.dtype) -> torch.Tensor | None:
+        def column(values: list, neutral: float, dtype: type) -> torch.Tensor | None:
             if all(value == neutral for value in values):
                 return None
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+            return device.copy_to_device(torch.from_numpy(np.array(values, dtype=dtype))).unsqueeze(1)
 
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
         greedy = [p.temperature == 0 for p in params]
         return cls(
-            inverse_temperature=column([1.0 / p.log_prob_temperature for p in params], 1.0, torch.float32),
-            greedy=torch.tensor(greedy, device=device).unsqueeze(1) if any(greedy) else None,
-            top_k=column(top_k, vocab_size, torch.int64),
-            top_p=column([p.top_p for p in params], 1.0, torch.float64),
+            inverse_temperature=column([1.0 / p.log_prob_temperature for p in params], 1.0, np.float32),
+            greedy=column(greedy, False, np.bool_),
+            top_k=column(top_k, vocab_size, np.int64),
+            top_p=column([p.top_p for p in params], 1.0, np.float64),
+            max_top_k=max((k for k in top_k if k < vocab_size), default=vocab_size),
             all_greedy=all(greedy),
         )
 
@@ -111,19 +117,65 @@ def _filter(exp_logits: torch.Tensor, params: BatchParams) -> torch.Tensor:
     """Return ``exp_logits`` [b, v] with zeros where top-k or top-p drops a token.
 
     Top-k comes first and top-p applies to the remaining tokens, renormalised. A token stays in the top-p set while the
-    likelier tokens before it hold less than ``top_p``, so the likeliest token always stays.
+    likelier tokens before it hold less than ``top_p``, so the likeliest token always stays. Of equally likely tokens
+    the first ones of the vocabulary stay. The vocabulary is not sorted: both filters find the least mass that stays.
     """
-    in_order, order = exp_logits.sort(dim=-1, descending=True, stable=True)
     if params.top_k is not None:
-        rank = torch.arange(exp_logits.shape[1], device=exp_logits.device)
-        in_order.masked_fill_(rank >= params.top_k, 0.0)
+        exp_logits = _keep_top_k(exp_logits, params.top_k, params.max_top_k)
     if params.top_p is not None:
-        cumulative = in_order.cumsum(dim=-1, dtype=torch.float64)
-        mass_before = cumulative - in_order
-        # A row with top_p 1 keeps even the tokens whose predecessors round up to all of the mass.
-        dropped = (mass_before >= params.top_p * cumulative[:, -1:]) & (params.top_p < 1.0)
-        in_order.masked_fill_(dropped, 0.0)
-    return torch.empty_like(exp_logits).scatter_(1, order, in_order)
+        exp_logits = _keep_top_p(exp_logits, params.top_p)
+    return exp_logits
+
+
+def _keep_top_k(mass: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
+    # Rows without top-k have the vocabulary size.
+    likeliest = mass.topk(max_top_k, dim=-1).values
+    least = likeliest.gather(1, (top_k - 1).clamp(max=max_top_k - 1))
+    ties = mass == least
+    num_above = (mass > least).sum(dim=-1, keepdim=True)
+    stays = (mass > least) | (ties & (num_above + ties.cumsum(dim=-1) <= top_k)) | (top_k == mass.shape[1])
+    return torch.where(stays, mass, 0.0)
+
+
+def _keep_top_p(mass: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    target = top_p * mass.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    least = _least_mass_on_device(mass, target) if mass.is_cuda else _least_mass_on_host(mass, target)
+    above = torch.where(mass > least, mass, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    ties = mass == least
+    before = above + (ties.cumsum(dim=-1) - 1) * least.double()
+    # A row with top_p 1 keeps even the tokens whose predecessors round up to all of the mass.
+    stays = (mass > least) | (ties & (before < target)) | (top_p == 1.0)
+    return torch.where(stays, mass, 0.0)
+
+
+def _least_mass_on_host(mass: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the largest mass such that the tokens of at least that mass hold ``target``: [b, 1].
+
+    Sorts a few candidates, and the whole vocabulary only of rows where these do not hold enough.
+    """
+    num_candidates = min(_CANDIDATES, mass.shape[1])
+    candidates = mass.topk(num_candidates, dim=-1).values
+    index = (candidates.cumsum(dim=-1, dtype=torch.float64) < target).sum(dim=-1, keepdim=True)
+    least = candidates.gather(1, index.clamp(max=num_candidates - 1))
+    short = (index == num_candidates).squeeze(1).nonzero().squeeze(1)
+    if len(short):
+        candidates = mass[short].sort(dim=-1, descending=True).values
+        index = (candidates.cumsum(dim=-1, dtype=torch.float64) < target[short]).sum(dim=-1, keepdim=True)
+        least[short] = candidates.gather(1, index.clamp(max=mass.shape[1] - 1))
+    return least
+
+
+def _least_mass_on_device(mass: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """As ``_least_mass_on_host``, without a decision that the host would wait for: by bisection.
+
+    Floats that are not negative are ordered as their bits are, and no mass is above 1, so that 30 bits are to be found.
+    """
+    bits = torch.zeros(len(mass), 1, dtype=torch.int32, device=mass.device)
+    for bit in range(29, -1, -1):
+        larger = bits | (1 << bit)
+        held = torch.where(mass >= larger.view(torch.float32), mass, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        bits = torch.where(held >= target, larger, bits)
+    return bits.view(torch.float32)
 
 
 def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 Bucket = list[tuple[str, "torch.Tensor"]]  # Hugging Face names with their weights
+UNAUTHORIZED = (401, 403)  # statuses of requests without the right key
+NEEDS_KEY = "refuses requests without its API key: name the file that has it in rollout.sglang.api_key_file"
 ScoredToken = tuple[float | None, int, str | None]  # log-probability (None for a first token), token id, text
 
 
@@ -50,6 +52,7 @@ class ServerRequirements:
     max_length: int = 0  # tokens of its longest sequence, prompt and response
     params: SamplingParams | None = None  # how responses are sampled; None: the stage samples none
     top_k: int | None = None  # most likely tokens that a score lists at each token (0: none); None: no scores
+    routed_experts: bool = False  # responses come with the experts of their tokens, for routing replay
 
 
 NO_REQUIREMENTS = ServerRequirements()
@@ -62,18 +65,29 @@ class PartialRollout:
     token_ids: np.ndarray  # [s] int64
     log_probs: np.ndarray  # [s] float32, of these tokens when they were sampled
     versions: np.ndarray  # [s] int64, of the weights that sampled them
+    # [tokens of the prompt + s - 1, layers, experts per token]: see ``Sample``; None without routes
+    routed_experts: np.ndarray | None = None
 
     @classmethod
     def empty(cls) -> PartialRollout:
         """Return a response without tokens."""
         return cls(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
-    def extended(self, token_ids: Sequence[int], log_probs: np.ndarray, version: int) -> PartialRollout:
-        """Return this followed by the tokens that ``version`` sampled."""
+    @property
+    def num_routed(self) -> int:
+        """Number of tokens whose routes are there; the next reply's routes continue with this one."""
+        return 0 if self.routed_experts is None else len(self.routed_experts)
+
+    def extended(
+        self, token_ids: Sequence[int], log_probs: np.ndarray, version: int, routes: np.ndarray | None = None
+    ) -> PartialRollout:
+        """Return this followed by the tokens that ``version`` sampled, and by their ``routes``."""
+        parts = [part for part in (self.routed_experts, routes) if part is not None]
         return PartialRollout(
             np.concatenate([self.token_ids, np.array(token_ids, dtype=np.int64)]),
             np.concatenate([self.log_probs, log_probs]),
             np.concatenate([self.versions, np.full(len(token_ids), version)]),
+            np.concatenate(parts) if parts else None,
         )
 
 
@@ -99,12 +113,14 @@ class ServerReply:
     output_log_probs: list[ScoredToken] = dataclasses.field(default_factory=list)
     input_log_probs: list[ScoredToken] = dataclasses.field(default_factory=list)
     input_top_log_probs: list[list[ScoredToken] | None] = dataclasses.field(default_factory=list)
+    routed_experts: np.ndarray | None = None  # flat, of all tokens, layers and choices in this order; None: none came
 
 
 class ServerProtocol(Protocol):
     """Requests and replies of one kind of server; ``InvalidReply`` for a reply that cannot be parsed."""
 
     original_log_probs_hint: str  # likely cause of log-probabilities at temperature 1, as a question
+    headers: Mapping[str, str]  # of every request, such as its authorization
 
     def generate(self, request: Request, partial: PartialRollout | None = None) -> ServerCall:
         """Return the call for one response, or for the rest of ``partial``; each call has a request id of its own."""
@@ -221,6 +237,6 @@ class ServerBackend(Protocol):
         """Leave process groups shared with the servers."""
         ...
 
-    def remove_weights(self) -> None:
-        """Remove the weight files that servers read."""
+    def remove_files(self) -> None:
+        """Remove the files that servers read: weights and keys."""
         ...

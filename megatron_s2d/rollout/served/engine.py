@@ -11,23 +11,23 @@ update waits for them (``one_step_off``), or interrupts them and continues them 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_s2d.data.sample_bytes import decode_arrays, encode_arrays
+from megatron_s2d.data.sample_exchange import broadcast_samples
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.collectives import (
-    all_gather_object,
-    broadcast_from_rank0,
-    broadcast_in_group,
-    is_same_on_all_ranks,
-)
+from megatron_s2d.parallel.collectives import all_gather_json, any_rank, is_same_on_all_ranks
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import ProgressCallback, Request, check_requests, requests_digest
+from megatron_s2d.rollout.sampling_client import Episode
 from megatron_s2d.rollout.served import scoring
 from megatron_s2d.rollout.served.backend import PartialRollout
+from megatron_s2d.rollout.served.episodes import EpisodeTask
 from megatron_s2d.rollout.served.generation import GenerationResult, GenerationTask
 from megatron_s2d.rollout.served.replies import ReplyContract
 from megatron_s2d.rollout.served.server_group import ServerGroup
@@ -42,6 +42,8 @@ class PendingBatch:
     ):
         self.requests = list(requests)
         self.generation: GenerationTask | None = None
+        self.busy: list[tuple[float, float]] = []  # time.monotonic() of its generations that have ended
+        self.num_discarded_tokens = 0  # of interrupted responses that started again
         groups = {request.group_id for request in self.requests}
         self.num_groups = len(groups) if num_groups is None else min(num_groups, len(groups))
         earlier = {index: carried[request.id] for index, request in enumerate(self.requests) if request.id in carried}
@@ -54,8 +56,15 @@ class PendingBatch:
         open_groups = {request.group_id for index, request in enumerate(self.requests) if index not in self.samples}
         return [group for group in dict.fromkeys(r.group_id for r in self.requests) if group not in open_groups]
 
-    def start(self, pool: ServerPool, contract: ReplyContract, progress: ProgressCallback | None = None) -> None:
-        """Request what is missing, if anything."""
+    def start(
+        self,
+        pool: ServerPool,
+        contract: ReplyContract,
+        progress: ProgressCallback | None = None,
+        *,
+        share: int = 1,
+    ) -> None:
+        """Request what is missing, if anything. share: batches that are in flight together."""
         missing = [index for index in range(len(self.requests)) if index not in self.samples]
         num_missing_groups = self.num_groups - len(self.complete_groups())
         open_groups = {self.requests[index].group_id for index in missing}
@@ -68,6 +77,7 @@ class PendingBatch:
                 partials={i: self.partials[index] for i, index in enumerate(missing) if index in self.partials},
                 num_groups=num_missing_groups if num_missing_groups < len(open_groups) else None,
                 progress=progress,
+                concurrency=max(1, pool.concurrency // share),
             )
 
     def collect(self) -> GenerationResult:
@@ -75,7 +85,11 @@ class PendingBatch:
         if self.generation is None:
             return GenerationResult()
         generation, self.generation = self.generation, None
-        result = generation.result()
+        try:
+            result = generation.result()
+        finally:
+            self.busy.append((generation.started, generation.ended))
+            self.num_discarded_tokens += generation.num_discarded_tokens
         self.samples |= {self._requested[i]: sample for i, sample in result.samples.items()}
         self.partials |= {self._requested[i]: partial for i, partial in result.partials.items()}
         return result
@@ -94,16 +108,29 @@ class PendingBatch:
         )
 
 
+def uncovered_seconds(start: float, stop: float, intervals: Sequence[tuple[float, float]]) -> float:
+    """Return how much of [start, stop] none of ``intervals`` covers."""
+    uncovered, until = 0.0, start
+    for first, last in sorted(intervals):
+        uncovered += max(0.0, min(first, stop) - until)
+        until = min(stop, max(until, last))
+    return uncovered + max(0.0, stop - until)
+
+
 class ServedEngine:
     """Generates and scores with the servers of a ``ServerGroup``; ``close`` ends them."""
 
     def __init__(self, group: ServerGroup):
         self._server_group, self._spec, self._layout = group, group.spec, group.layout
         self._rollout, self._tokenizer = group.rollout, group.tokenizer
-        self._submitted: PendingBatch | None = None
+        self._submitted: list[PendingBatch] = []  # in the order of the steps that will take them
+        self._measured_from = time.monotonic()  # end of the last ``generate``
         self._refusal = ""  # why the submitted requests can never be answered
         # By request id, of groups that were not complete in time.
+        self._asynchrony: dict[str, float] = {}  # metrics
         self._carried: dict[str, Sample | PartialRollout] = {}
+        self._episodes: EpisodeTask | None = None  # on ranks that send requests
+        self._has_episodes = False  # likewise, on all ranks
 
     @property
     def version(self) -> int:
@@ -118,13 +145,16 @@ class ServedEngine:
     # ------------------------------------------------------------------ RolloutEngine
 
     def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Start to answer ``requests``, unless ``async_mode`` is ``sync``; the next ``generate`` must ask for them."""
+        """Start to answer ``requests``, unless ``async_mode`` is ``sync``; ``generate`` must ask for them in order."""
         if self._rollout.async_mode == "sync":
             return
         self._check(requests)
-        self._submitted = PendingBatch(requests, num_groups, self._carried)
+        self._submitted.append(PendingBatch(requests, num_groups, self._carried))
         if self._sends_requests:
-            self._submitted.start(self._server_group.pool, self._reply_contract)
+            self._start(self._submitted[-1])
+
+    def _start(self, batch: PendingBatch) -> None:
+        batch.start(self._server_group.pool, self._reply_contract, share=max(1, self._rollout.staleness))
 
     def generate(
         self,
@@ -137,8 +167,8 @@ class ServedEngine:
 
         Raises ``UserError`` for a request that the model cannot serve, and if ``max_restarts`` did not help.
         """
-        if self._submitted is not None:
-            batch, self._submitted = self._submitted, None
+        if self._submitted:
+            batch = self._submitted.pop(0)
             if [request.id for request in batch.requests] != [request.id for request in requests]:
                 raise RuntimeError("other requests were submitted")
         else:
@@ -149,80 +179,162 @@ class ServedEngine:
         samples, carried = batch.split() if self._sends_requests else ([], {})
         if num_groups is not None:
             self._carried = carried
-        return broadcast_in_group(samples, self._layout.groups.mp)
+        self._measure(batch)
+        return broadcast_samples(samples, self._layout)
+
+    # ------------------------------------------------------------------ EpisodeRunner
+
+    def run[Result](self, episodes: Sequence[Episode[Result]]) -> list[Result]:
+        """See ``EpisodeRunner``; collective over all ranks of the job."""
+        self.start(episodes)
+        return self.finish()
+
+    def start(self, episodes: Sequence[Episode[Any]]) -> None:
+        """Start ``episodes``, which run beside the trainer until ``finish``; weight updates may come in between.
+
+        An update waits for the requests in flight, or interrupts and continues them (``partial_rollout``).
+        """
+        self._server_group.wake_up()
+        self._has_episodes = True
+        if self._sends_requests:
+            self._episodes = EpisodeTask(self._server_group.pool, self._reply_contract, episodes, self._check_request)
+
+    def finish(self) -> list[Any]:
+        """Wait for the episodes and return their results; see ``run``."""
+        task, self._episodes, self._has_episodes = self._episodes, None, False
+        try:
+            self._with_recovery(lambda: self._attempt_episodes(task))
+            return [] if task is None else task.results()
+        except UserError:
+            if task is not None and task.error is not None:
+                raise task.error from None
+            raise
+        finally:
+            if task is not None:
+                task.close()
+
+    def _attempt_episodes(self, task: EpisodeTask | None) -> list[str]:
+        """Let the episodes run; return reasons why some cannot go on, of all replicas and on all ranks."""
+        refusal, reasons = "", []
+        if task is not None:
+            task.resume(self._reply_contract)
+            reasons = task.wait()
+            if task.error is not None:
+                refusal = str(task.error) or type(task.error).__name__
+        return self._gather_reasons(refusal, reasons)
+
+    def _measure(self, batch: PendingBatch) -> None:
+        """Set the metrics of asynchronous generation; ``batch`` was just taken."""
+        if self._rollout.async_mode == "sync" or not self._sends_requests:
+            return
+        now = time.monotonic()
+        busy = [*batch.busy]
+        for other in self._submitted:
+            busy += other.busy
+            if other.generation is not None:
+                busy.append((other.generation.started, min(other.generation.ended, now)))
+        self._asynchrony = {
+            "rollout/producer_wait_seconds": uncovered_seconds(self._measured_from, now, busy),
+            "rollout/discarded_tokens": float(batch.num_discarded_tokens),
+        }
+        self._measured_from = now
+
+    def _check_request(self, request: Request) -> None:
+        self._check_fit([request])
+
+    # ------------------------------------------------------------------ RolloutEngine, continued
 
     def sleep(self) -> None:
         """Release the servers' GPU memory until the next weight update, if they support it."""
         self._server_group.sleep()
 
-    def score(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+    def score(self, samples: Sequence[Sample], layout: Layout | None = None) -> list[np.ndarray]:
         """Return log pi of every sample's response tokens at temperature 1, [s] float32 each (0 elsewhere).
 
-        The same samples on all ranks. Raises ``UserError`` as ``generate`` does, and for samples of a temperature.
+        Each model replica of ``layout`` (by default that of the served model) brings its own samples, and its ranks get
+        their scores. Raises ``UserError`` as ``generate`` does, and for samples of a temperature.
         """
-        scoring.check_temperature(samples)
         group = self._server_group
-        log_probs: dict[int, np.ndarray] = {}
 
-        def score_missing() -> tuple[dict[int, np.ndarray], list[str], dict[str, str]]:
-            missing = [index for index in range(len(samples)) if index not in log_probs]
-            sequences = [samples[index].token_ids for index in missing]
-            scores, reasons = scoring.score(group.pool, sequences, group.weight_version)
-            return {missing[i]: values for i, values in scores.items()}, reasons, group.pool.problems
+        def request(sequences: Sequence[np.ndarray]) -> tuple[dict[int, np.ndarray], list[str]]:
+            return scoring.score(group.pool, sequences, group.weight_version)
 
-        def attempt() -> list[str]:
-            scores, reasons, problems = broadcast_from_rank0(score_missing)
-            log_probs.update(scores)
-            group.pool.mark_failed(problems)
-            return reasons
-
-        self._with_recovery(attempt)
-        return [np.where(sample.response_mask, log_probs[index], 0.0) for index, sample in enumerate(samples)]
+        log_probs = self._score_own(samples, layout or self._layout, request, lambda values: [values])
+        return [np.where(sample.response_mask, *values, 0.0) for sample, values in zip(samples, log_probs, strict=True)]
 
     def top_tokens(self, samples: Sequence[Sample], k: int, layout: Layout | None = None) -> list[scoring.TopTokens]:
         """Return the k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
 
-        Each model replica of ``layout`` (by default that of the served model) brings its own samples. Temperature and
-        errors as in ``score``.
+        Samples, layout, temperature and errors as in ``score``.
         """
+        group = self._server_group
+
+        def request(sequences: Sequence[np.ndarray]) -> tuple[dict[int, scoring.TopTokens], list[str]]:
+            return scoring.top_tokens(group.pool, sequences, group.weight_version, self._spec.vocab_size, k)
+
+        arrays = self._score_own(
+            samples, layout or self._layout, request, lambda top: [top.ids, top.log_probs, top.log_tail]
+        )
+        return [scoring.TopTokens(*of_sample) for of_sample in arrays]
+
+    def _score_own[Score](
+        self,
+        samples: Sequence[Sample],
+        layout: Layout,
+        request: Callable[[Sequence[np.ndarray]], tuple[dict[int, Score], list[str]]],
+        arrays_of: Callable[[Score], list[np.ndarray]],
+    ) -> list[list[np.ndarray]]:
+        """Request what is missing until every replica has the arrays of its samples; the same on a replica's ranks."""
         scoring.check_temperature(samples)
-        mp_group, servers = (layout or self._layout).groups.mp, self._server_group
-        top: dict[int, scoring.TopTokens] = {}
+        scores: dict[int, Score] = {}
 
         def attempt() -> list[str]:
-            missing = [index for index in range(len(samples)) if index not in top]
+            missing = [index for index in range(len(samples)) if index not in scores]
             refusal = ""
             reasons: list[str] = []
-            if mp_group.rank() == 0 and missing:
-                sequences = [samples[index].token_ids for index in missing]
+            if layout.is_replica_root and missing:
                 try:
-                    tokens, reasons = scoring.top_tokens(
-                        servers.pool, sequences, servers.weight_version, self._spec.vocab_size, k
-                    )
-                    top.update({missing[i]: value for i, value in tokens.items()})
+                    found, reasons = request([samples[index].token_ids for index in missing])
+                    scores.update({missing[i]: score for i, score in found.items()})
                 except UserError as error:
                     refusal = str(error)
             return self._gather_reasons(refusal, reasons)
 
         self._with_recovery(attempt)
-        is_first = mp_group.rank() == 0
-        return broadcast_in_group([top[index] for index in range(len(samples))] if is_first else [], mp_group)
+        own = [arrays_of(scores[index]) for index in range(len(samples))] if layout.is_replica_root else []
+        if layout.host_replica.size == 1 or not samples:
+            return own
+        flat = [array for arrays in own for array in arrays]
+        data = layout.host_replica.broadcast(encode_arrays(flat) if layout.is_replica_root else None, 0)
+        arrays = decode_arrays(data)
+        width = len(arrays) // len(samples)
+        return [arrays[start : start + width] for start in range(0, len(arrays), width)]
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Send the weights of ``chunks`` to all servers and prove it; ``UserError`` if none holds them then."""
         self._pause_generation()
         self._server_group.update_weights(chunks, version)
-        if self._submitted is not None and self._sends_requests:
-            self._submitted.start(self._server_group.pool, self._reply_contract)
+        if self._episodes is not None:
+            self._episodes.resume(self._reply_contract)
+        if self._sends_requests:
+            for batch in self._submitted:
+                self._start(batch)
 
     def metrics(self) -> dict[str, float]:
-        """Return ``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last weight update."""
-        return self._server_group.metrics()
+        """Return ``weight_sync/gb_per_s`` and ``weight_sync/max_log_prob_diff`` (nats) of the last weight update.
+
+        With an ``async_mode``: also how long the servers had no request of this rank between the last two calls of
+        ``generate``, and the tokens of interrupted responses that started again.
+        """
+        return self._server_group.metrics() | self._asynchrony
 
     def close(self) -> None:
         """End the servers that were started here, and remove the weights that they read."""
-        if self._submitted is not None and self._submitted.generation is not None:
-            self._submitted.generation.interrupt()
+        for batch in self._submitted:
+            if batch.generation is not None:
+                batch.generation.interrupt()
+        if self._episodes is not None:
+            self._episodes.close()
         self._server_group.close()
 
     # ------------------------------------------------------------------ requests
@@ -230,11 +342,13 @@ class ServedEngine:
     @property
     def _sends_requests(self) -> bool:
         """Whether this rank sends the requests of its replica."""
-        return self._layout.groups.mp.rank() == 0
+        return self._layout.is_replica_root
 
     @property
     def _reply_contract(self) -> ReplyContract:
-        return ReplyContract(self._server_group.weight_version, self.version, self._spec.vocab_size, self._tokenizer)
+        routed_spec = self._spec if self._server_group.requirements.routed_experts else None
+        weight_version = self._server_group.weight_version
+        return ReplyContract(weight_version, self.version, self._spec.vocab_size, self._tokenizer, routed_spec)
 
     def _with_recovery(self, attempt: Callable[[], list[str]]) -> None:
         """Call ``attempt``, and repair servers, until it returns no reasons of failures; the same on all ranks."""
@@ -265,8 +379,13 @@ class ServedEngine:
         return self._gather_reasons(refusal, reasons)
 
     def _gather_reasons(self, refusal: str, reasons: Sequence[str]) -> list[str]:
-        """Return all ranks' reasons of failures and share the servers' problems; raise a refusal of any rank on all."""
-        everyone = all_gather_object((refusal, self._server_group.pool.problems, reasons))
+        """Return all ranks' reasons of failures and share the servers' problems; raise a refusal of any rank on all.
+
+        Without any of them on any rank nothing but that is communicated.
+        """
+        if not any_rank(bool(refusal or reasons or self._server_group.pool.problems)):
+            return []
+        everyone = all_gather_json((refusal, self._server_group.pool.problems, reasons))
         for message, _, _ in everyone:
             if message:
                 raise UserError(message)
@@ -279,24 +398,32 @@ class ServedEngine:
         )
 
     def _pause_generation(self) -> None:
-        """Complete or interrupt submitted responses before a weight update; no request is in flight then."""
-        if self._submitted is None:
+        """Complete or interrupt requests before a weight update; none is in flight then."""
+        if self._episodes is not None:
+            self._episodes.pause(interrupt=self._rollout.async_mode == "partial_rollout")
+        if not self._submitted and not self._has_episodes:
             return
-        if self._submitted.generation is not None:
-            if self._rollout.async_mode == "partial_rollout":
-                self._submitted.generation.interrupt()
+        running = [batch for batch in self._submitted if batch.generation is not None]
+        if self._rollout.async_mode == "partial_rollout":
+            for batch in running:
+                batch.generation.interrupt()
+        for batch in running:
             try:
-                self._submitted.collect()  # failed requests are sent again
+                batch.collect()  # failed requests are sent again
             except UserError as error:
                 self._refusal = str(error)
-        self._mark_failed(all_gather_object(self._server_group.pool.problems))
+        if any_rank(bool(self._server_group.pool.problems)):
+            self._mark_failed(all_gather_json(self._server_group.pool.problems))
 
     def _check(self, requests: Sequence[Request]) -> None:
+        self._check_fit(requests)
+        if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
+            raise RuntimeError("the ranks of one model replica have different requests")
+
+    def _check_fit(self, requests: Sequence[Request]) -> None:
         check_requests(
             requests,
             vocab_size=self._spec.vocab_size,
             max_positions=self._spec.max_position_embeddings,
             has_tokenizer=self._tokenizer is not None,
         )
-        if not is_same_on_all_ranks(requests_digest(requests), self._layout.groups.mp):
-            raise RuntimeError("the ranks of one model replica have different requests")

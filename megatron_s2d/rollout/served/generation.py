@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from megatron_s2d.errors import UserError
@@ -43,8 +45,15 @@ class GenerationTask:
         partials: Mapping[int, PartialRollout] | None = None,
         num_groups: int | None = None,
         progress: ProgressCallback | None = None,
+        concurrency: int | None = None,
     ):
-        """partials: beginnings to continue, by index. num_groups: interrupt when that many groups are complete."""
+        """partials: beginnings to continue, by index. num_groups: interrupt when that many groups are complete.
+
+        concurrency: requests in flight at most, by default the pool's.
+        """
+        self._concurrency = pool.concurrency if concurrency is None else concurrency
+        self.num_discarded_tokens = 0  # of interrupted responses that start again
+        self.started, self.ended = time.monotonic(), math.inf
         self._pool, self._requests, self._contract, self._progress = pool, list(requests), contract, progress
         self._partials = dict(partials or {})
         # group -> responses without a sample
@@ -79,10 +88,12 @@ class GenerationTask:
             asyncio.run(self._generate())
         except BaseException as error:
             self._error = error
+        finally:
+            self.ended = time.monotonic()
 
     async def _generate(self) -> None:
         prompt_index = {key: index for index, key in enumerate(dict.fromkeys(map(_prompt_key, self._requests)))}
-        semaphore = asyncio.Semaphore(self._pool.concurrency)
+        semaphore = asyncio.Semaphore(self._concurrency)
         async with self._pool.session() as session:
             self._loop, self._session = asyncio.get_running_loop(), session
             if self._interrupted.is_set():  # before there was a session to stop
@@ -124,6 +135,8 @@ class GenerationTask:
             if session.stopped.is_set() and reply.finish_reason == "abort":
                 if (longer := to_partial(request, reply, contract, partial)) is not None:
                     self._partials[index] = longer
+                else:
+                    self.num_discarded_tokens += len(reply.output_ids)
                 raise Interrupted
             return to_sample(request, reply, contract, partial)
 

@@ -7,12 +7,14 @@ allowed token happens to be a stop token has ended ("stop"; SGLang reports "leng
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import Decoder, Request, sample_of
 from megatron_s2d.rollout.served.backend import (
@@ -23,6 +25,7 @@ from megatron_s2d.rollout.served.backend import (
     ServerReply,
     StaleWeights,
 )
+from megatron_s2d.rollout.served.routes import checked_routes
 
 # float32 rounding can put the log-probability of a certain token slightly above 0.
 _MAX_LOG_PROB = 1e-4
@@ -36,6 +39,7 @@ class ReplyContract:
     version: int  # that samples record
     vocab_size: int
     tokenizer: Decoder | None = None
+    routed_spec: ModelSpec | None = None  # of the model whose routes come with the response; None: no routes
 
 
 def check_weight_version(reply: ServerReply, weight_version: str) -> None:
@@ -70,7 +74,10 @@ def to_sample(
         raise ContextLengthExceeded(
             f"{len(response.token_ids)} tokens of {params.max_new_tokens}: the server's context is too short"
         )
-    return sample_of(request, response.token_ids, response.log_probs, "stop" if ended else "length", response.versions)
+    reason = "stop" if ended else "length"
+    return sample_of(
+        request, response.token_ids, response.log_probs, reason, response.versions, response.routed_experts
+    )
 
 
 def to_partial(
@@ -90,6 +97,19 @@ def to_partial(
     return None if not num_missing or set(reply.output_ids) & set(request.params.stop_token_ids) else response
 
 
+def to_aborted(
+    request: Request, reply: ServerReply | None, contract: ReplyContract, partial: PartialRollout | None
+) -> Sample:
+    """Return what there is of a response that the caller has ended: ``partial``, and the tokens of ``reply``."""
+    response = partial or PartialRollout.empty()
+    if reply is not None:
+        with contextlib.suppress(InvalidReply):
+            response = _extend(request, reply, contract, response)
+    return sample_of(
+        request, response.token_ids, response.log_probs, "abort", response.versions, response.routed_experts
+    )
+
+
 def _extend(request: Request, reply: ServerReply, contract: ReplyContract, partial: PartialRollout) -> PartialRollout:
     """Return ``partial`` with the reply's tokens, which are of the contract's weights and scored one by one."""
     check_weight_version(reply, contract.weight_version)
@@ -98,7 +118,12 @@ def _extend(request: Request, reply: ServerReply, contract: ReplyContract, parti
         raise InvalidReply(f"{len(output_ids)} tokens ({reply.num_output_tokens} counted) of at most {limit}")
     if output_ids and (min(output_ids) < 0 or max(output_ids) >= contract.vocab_size):
         raise InvalidReply(f"a token outside of the vocabulary of {contract.vocab_size}")
-    return partial.extended(output_ids, checked_log_probs(reply.output_log_probs, output_ids), contract.version)
+    log_probs, routes = checked_log_probs(reply.output_log_probs, output_ids), None
+    if contract.routed_spec is not None and output_ids:
+        num_tokens = len(request.prompt.token_ids) + len(partial.token_ids) + len(output_ids)
+        # The routes of earlier parts stay those of the weights that sampled them.
+        routes = checked_routes(reply, num_tokens - 1 - partial.num_routed, contract.routed_spec)
+    return partial.extended(output_ids, log_probs, contract.version, routes)
 
 
 def checked_log_probs(scored: Sequence[ScoredToken], token_ids: Sequence[int]) -> np.ndarray:

@@ -25,7 +25,8 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.weights import export_buckets
-from megatron_s2d.parallel.collectives import broadcast_from_rank0
+from megatron_s2d.parallel import device
+from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import Decoder
@@ -85,7 +86,7 @@ class ServerGroup:
         self.version = 0
         self.directory = directory
         self.spec, self.layout, self.rollout, self.tokenizer = spec, layout, settings, tokenizer
-        self._backend = backend
+        self._backend, self.requirements = backend, requirements
         self._chunks, self._score, self._on_device = chunks, score, on_device
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_rank_zero = dist.get_rank() == 0
@@ -159,7 +160,7 @@ class ServerGroup:
         if self._router is not None:
             self._router.close()
         if self._is_rank_zero:
-            self._backend.remove_weights()
+            self._backend.remove_files()
 
     # ------------------------------------------------------------------ processes
 
@@ -173,6 +174,7 @@ class ServerGroup:
                         self._backend.write_start_weights(bucket, f"{self._tag}-start", last=last)
                     except UserError as error:
                         failure = str(error)
+        self._make_room()
 
         def start() -> list[str]:
             if failure:
@@ -182,6 +184,11 @@ class ServerGroup:
             return [process.url for process in self._processes]
 
         return broadcast_from_rank0(start)
+
+    def _make_room(self) -> None:
+        """Give back memory that no tensor uses, on every rank, before servers take theirs on the same GPUs."""
+        device.release_cached_memory()
+        any_rank(False)  # returns when all ranks have
 
     def _start_router(self) -> str:
         self._router = self._backend.start_router()
@@ -217,7 +224,7 @@ class ServerGroup:
     def _reachable(self, servers: Sequence[Server]) -> list[Server]:
         """Return those of ``servers`` that answer, and servers of this run that were gone, or hung, and restarted."""
 
-        def restart_failed() -> tuple[list[bool], dict[int, str]]:
+        def restart_failed() -> tuple[list[bool], list[tuple[int, str]]]:
             answering = [
                 (number >= len(self._processes) or self._processes[number].is_alive)
                 and (not server.problem or self._backend.is_healthy(server.url, checks=_HEALTH_CHECKS))
@@ -231,9 +238,10 @@ class ServerGroup:
                     process.close()
                     restarted[number] = self._processes[number] = self._backend.start_server(number)
             self._wait(list(restarted.values()))
-            return answering, {number: process.url for number, process in restarted.items()}
+            return answering, [(number, process.url) for number, process in restarted.items()]
 
-        answering, restarted = broadcast_from_rank0(restart_failed)
+        answering, addresses = broadcast_from_rank0(restart_failed)
+        restarted = dict(addresses)
         for number, url in restarted.items():
             server = self.pool.servers[number]
             server.url, server.problem = url, "it was restarted and has no weights yet"
@@ -250,6 +258,7 @@ class ServerGroup:
 
         Retries ``max_restarts`` times; ``UserError`` if no server of the pool holds them then.
         """
+        self._make_room()
         for _ in range(self.rollout.server.max_restarts + 1 if servers else 0):
             reachable = self._reachable(servers)
             if reachable := self._checks.check_compatibility(reachable):
@@ -340,6 +349,7 @@ class ServerGroup:
                 num_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 if transfer is not None and not failure:
                     failure = attempt(functools.partial(transfer.send, bucket, self.weight_version, last=last))
+            self._make_room()
             if transfer is not None:
                 end_failure = attempt(transfer.end)
                 failure = failure or end_failure

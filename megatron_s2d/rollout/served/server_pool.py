@@ -19,7 +19,15 @@ import numpy as np
 
 from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.rollout.served.backend import InvalidReply, ServerCall, ServerProtocol, ServerReply, StaleWeights
+from megatron_s2d.rollout.served.backend import (
+    NEEDS_KEY,
+    UNAUTHORIZED,
+    InvalidReply,
+    ServerCall,
+    ServerProtocol,
+    ServerReply,
+    StaleWeights,
+)
 
 _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled before each further one
 _ABORT_SECONDS = 5.0
@@ -83,6 +91,7 @@ class ServerPool:
             timeout=aiohttp.ClientTimeout(self.settings.request_timeout_seconds, sock_connect=_CONNECT_SECONDS),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
             trust_env=False,  # a proxy of the environment is not for servers of the run
+            headers=self.protocol.headers,
         ) as client:
             yield Session(self, client)
 
@@ -140,10 +149,15 @@ class Session:
         self._in_flight: dict[str, Server] = {}  # request id -> server
 
     async def request[Result](
-        self, calls: Iterable[ServerCall], first: int, check: Callable[[bytes], Result]
+        self,
+        calls: Iterable[ServerCall],
+        first: int,
+        check: Callable[[bytes], Result],
+        is_ended: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Send one call after the other, each to the next server, until ``check`` accepts a reply.
 
+        is_ended: whether the caller has ended this request, as ``stopped`` does for all of them.
         Raises ``InvalidReply`` of the last attempt, ``NoHealthyServer``, ``Interrupted``, and ``UserError`` for a
         request that the servers refuse, which no other attempt would change.
         """
@@ -154,7 +168,7 @@ class Session:
             if attempt:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stopped.wait(), _FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-            if self.stopped.is_set():
+            if self.stopped.is_set() or is_ended():
                 raise Interrupted
             server = self._pool.next_server(first + attempt)
             try:
@@ -165,10 +179,10 @@ class Session:
             except InvalidReply as error:
                 last = InvalidReply(f"{server.url}: {error}")
             except UserError:
-                if self.stopped.is_set():  # a request that is aborted before it was queued is refused
+                if self.stopped.is_set() or is_ended():  # a request that is aborted before it was queued is refused
                     raise Interrupted from None
                 raise
-        if self.stopped.is_set():
+        if self.stopped.is_set() or is_ended():
             raise Interrupted
         raise last
 
@@ -188,6 +202,8 @@ class Session:
         finally:
             for request_id in call.request_ids:
                 del self._in_flight[request_id]
+        if status in UNAUTHORIZED:
+            raise UserError(f"{server.url} {NEEDS_KEY}")
         if 400 <= status < 500:
             raise UserError(f"{server.url} refused a request: {_decode(content)[:300]}")
         if status != 200:
@@ -204,6 +220,12 @@ class Session:
             for request_id, server in list(self._in_flight.items()):
                 await self._abort(server, [request_id], "it hangs")
             await asyncio.sleep(0.1)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Abort those of ``request_ids`` that are in flight."""
+        for request_id in request_ids:
+            if request_id in self._in_flight:
+                await self._abort(self._in_flight[request_id], [request_id], "it hangs")
 
     async def _abort(self, server: Server, request_ids: Sequence[str], reason: str) -> None:
         """Abort requests whose replies are no longer needed; a server that fails to do so is marked with a problem."""

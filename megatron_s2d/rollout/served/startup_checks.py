@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -19,11 +19,19 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
-from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.records import Prompt, Sample, sample_from_json, sample_to_json
 from megatron_s2d.rollout.engine import Request
 from megatron_s2d.rollout.served import scoring
-from megatron_s2d.rollout.served.backend import InvalidReply, ServerBackend, ServerRequirements, ServerUnreachable
+from megatron_s2d.rollout.served.backend import (
+    NEEDS_KEY,
+    UNAUTHORIZED,
+    InvalidReply,
+    ServerBackend,
+    ServerRequirements,
+    ServerUnreachable,
+)
 from megatron_s2d.rollout.served.replies import check_weight_version, checked_log_probs
+from megatron_s2d.rollout.served.routes import checked_routes
 from megatron_s2d.rollout.served.server_pool import Server, ServerPool
 
 Score = Callable[[Sequence[Sample]], Sequence[np.ndarray]]
@@ -68,22 +76,23 @@ class StartupChecks:
         """
         urls = [server.url for server in servers if not server.problem]
 
-        def sample() -> list[list[Sample]]:
+        def sample() -> list[list[str]]:
             try:
-                return [self.sample_probe(url, weight_version) for url in urls]
+                return [list(map(sample_to_json, self.sample_probe(url, weight_version))) for url in urls]
             except ServerUnreachable as error:
                 name = self._backend.name
                 raise UserError(f"an {name} server does not sample before the first step: {error}") from None
 
         probes = [] if self._requirements.params is None else broadcast_from_rank0(sample)
-        for url, samples in zip(urls, probes, strict=False):
+        for url, lines in zip(urls, probes, strict=False):
+            samples = [sample_from_json(line) for line in lines]
             expected = score(samples)
             expected_at_one = score([dataclasses.replace(sample, temperature=1.0) for sample in samples])
             broadcast_from_rank0(
                 functools.partial(self.compare_log_probs, url, samples, expected, expected_at_one, tolerance)
             )
         if self._requirements.top_k is not None:
-            broadcast_from_rank0(lambda: [self.score_max_length(url, weight_version) for url in urls])
+            broadcast_from_rank0(lambda: [self.score_max_length(url, weight_version) for url in urls])  # of None
 
     def sample_probe(self, url: str, weight_version: str) -> list[Sample]:
         """Return a few short responses as the stage samples them, with the log-probabilities of the server."""
@@ -99,8 +108,8 @@ class StartupChecks:
             prompt = Prompt(f"draw{number}", token_ids, "", "probe", None, None)
             request = Request(f"draw{number}", prompt, prompt.id, number, params)
             call = self._backend.protocol.generate(request)
-            timeout = self._settings.request_timeout_seconds
-            status, text = http_request("POST", url, call.path, call.body, timeout=timeout)
+            headers, timeout = self._backend.protocol.headers, self._settings.request_timeout_seconds
+            status, text = http_request("POST", url, call.path, call.body, headers=headers, timeout=timeout)
             if status != 200:
                 raise UserError(f"{url} does not sample as the stage needs it (status {status}: {text[:200]})")
             samples.append(self._probe_sample(url, request, text, weight_version))
@@ -158,6 +167,8 @@ class StartupChecks:
             if len(reply.output_ids) != request.params.max_new_tokens:
                 raise InvalidReply(f"{len(reply.output_ids)} tokens instead of {request.params.max_new_tokens}")
             reported = checked_log_probs(reply.output_log_probs, reply.output_ids)
+            num_tokens = len(request.prompt.token_ids) + len(reply.output_ids) - 1
+            routes = checked_routes(reply, num_tokens, self._spec) if self._requirements.routed_experts else None
         except InvalidReply as error:
             raise UserError(f"{url} does not sample as the stage needs it ({error})") from None
         token_ids = np.concatenate([request.prompt.token_ids, np.array(reply.output_ids, dtype=np.int64)])
@@ -175,17 +186,26 @@ class StartupChecks:
             temperature=request.params.temperature,
             finish_reason="length",
             rollout_log_probs=log_probs,
+            routed_experts=routes,
         )
 
 
 def http_request(
-    method: str, url: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
+    method: str,
+    url: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    headers: Mapping[str, str],
+    timeout: float,
 ) -> tuple[int, str]:
-    """Return status and text of a reply below 500; ``ServerUnreachable`` otherwise."""
+    """Return status and text of a reply below 500; ``ServerUnreachable`` otherwise, ``UserError`` without its key."""
     try:
-        reply = httpx.request(method, url + path, json=body, timeout=timeout, trust_env=False)
+        reply = httpx.request(method, url + path, json=body, headers=dict(headers), timeout=timeout, trust_env=False)
     except httpx.HTTPError as error:
         raise ServerUnreachable(f"{path}: {type(error).__name__}") from None
     if reply.status_code >= 500:
         raise ServerUnreachable(f"{path}: status {reply.status_code}: {reply.text[:200]}")
+    if reply.status_code in UNAUTHORIZED:
+        raise UserError(f"{url} {NEEDS_KEY}")
     return reply.status_code, reply.text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
+from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.served.backend import WeightUpdateFailed
 
 _TIMEOUT_SECONDS = 1800.0  # loading a large checkpoint takes minutes
@@ -18,9 +19,9 @@ _IDLE_SECONDS = 120  # for the last steps of requests that were aborted
 class ServerControl:
     """Use as a context manager; requests that still run at its end are not waited for."""
 
-    def __init__(self, urls: Sequence[str]):
+    def __init__(self, urls: Sequence[str], headers: Mapping[str, str]):
         self.urls = list(urls)
-        self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, headers=dict(headers), trust_env=False)
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(self.urls)), thread_name_prefix="weight update")
 
     def __enter__(self) -> ServerControl:
@@ -76,14 +77,23 @@ class ServerControl:
             return ""
 
     def ranks(self) -> list[int]:
-        """Return the number of ranks of each server: its tensor times its pipeline parallelism."""
+        """Return the number of ranks of each server; ``UserError`` for one with pipeline parallelism.
+
+        SGLang 0.5.17 numbers the ranks of a group by tensor rank only, so those of two pipeline stages would collide.
+        """
         counts = []
         for url in self.urls:
             try:
                 info = self._client.get(f"{url}/server_info").json()
-                counts.append(int(info["tp_size"]) * int(info["pp_size"]))
+                ranks, stages = int(info["tp_size"]), int(info["pp_size"])
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 raise WeightUpdateFailed(f"{url}/server_info: {type(error).__name__}: {error}") from None
+            if stages > 1:
+                raise UserError(
+                    f"{url} runs with --pp-size {stages}, and only rollout.sglang.weight_sync: disk reaches "
+                    "several pipeline stages: set that, or start the server with --tp-size instead"
+                )
+            counts.append(ranks)
         return counts
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.training import RolloutConfig
+from megatron_s2d.config.training import RolloutConfig, SglangConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.rollout.served.backend import (
     NO_REQUIREMENTS,
@@ -24,7 +25,16 @@ from megatron_s2d.rollout.served.backend import (
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.startup_checks import Score
 from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
+from megatron_s2d.rollout.sglang.api_key import (
+    authorization,
+    is_readable_by_others,
+    new_api_key,
+    read_api_key,
+    remove_api_key,
+    write_api_key,
+)
 from megatron_s2d.rollout.sglang.compatibility import SglangCompatibility
+from megatron_s2d.rollout.sglang.memory_fraction import ServerMemory
 from megatron_s2d.rollout.sglang.protocol import SglangProtocol
 from megatron_s2d.rollout.sglang.server import SglangRouter, SglangServer, is_healthy
 from megatron_s2d.rollout.sglang.weight_sync import (
@@ -48,18 +58,37 @@ def sglang_server_group(
     requirements: ServerRequirements = NO_REQUIREMENTS,
     tokenizer: Any = None,
     on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    memory: ServerMemory | None = None,
 ) -> ServerGroup:
     """Return SGLang servers with the weights of ``chunks``; arguments as for ``ServerGroup``, which is collective.
 
-    Every server must see ``directory`` under the same path if ``weight_sync`` is disk.
+    memory: that started servers may take of their GPUs; None leaves it to SGLang and the user's arguments. Every
+    server must see ``directory`` under the same path if ``weight_sync`` is disk.
     """
     if urls and settings.sglang.weight_sync == "tensor":
         refuse_remote(urls)
     dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+    api_key = broadcast_from_rank0(lambda: _api_key(settings.sglang, attached=bool(urls)))
     compatibility = SglangCompatibility(
-        spec, requirements, settings.server, dtype=dtype, tokenizer=tokenizer, attached=bool(urls)
+        spec,
+        requirements,
+        settings.server,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        attached=bool(urls),
+        headers=authorization(api_key),
     )
-    backend = SglangBackend(settings, spec, directory, compatibility, dtype=dtype, tokenizer=tokenizer)
+    backend = SglangBackend(
+        settings,
+        spec,
+        directory,
+        compatibility,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        api_key=api_key,
+        routed_experts=requirements.routed_experts,
+        memory=memory,
+    )
     return ServerGroup(
         chunks,
         spec,
@@ -73,6 +102,16 @@ def sglang_server_group(
         tokenizer=tokenizer,
         on_device=on_device,
     )
+
+
+def _api_key(settings: SglangConfig, *, attached: bool) -> str:
+    """Return the key of the user's file; without one a new key for servers that are started, "" for running ones."""
+    path = settings.api_key_file
+    if path is None:
+        return "" if attached else new_api_key()
+    if is_readable_by_others(path):
+        print(f"{path}: other users may read this API key; run: chmod 600 {path}", flush=True)
+    return read_api_key(path)
 
 
 class SglangBackend:
@@ -89,10 +128,19 @@ class SglangBackend:
         *,
         dtype: str,
         tokenizer: Any,
+        api_key: str,
+        routed_experts: bool = False,
+        memory: ServerMemory | None = None,
     ):
-        """directory: of weights and logs. dtype: the trainer's."""
+        """directory: of weights, logs and key. dtype: the trainer's. api_key: of all servers; may be empty.
+
+        routed_experts: see ``ServerRequirements``. memory: that a started server may take of its GPUs; None leaves it
+        to SGLang and the user's arguments.
+        """
         sglang = settings.sglang
-        self.protocol: ServerProtocol = SglangProtocol(spec.vocab_size)
+        self._routed_experts = routed_experts
+        self.protocol: ServerProtocol = SglangProtocol(spec.vocab_size, api_key, routed_experts=routed_experts)
+        self._api_key, self._headers = api_key, authorization(api_key)
         self.num_servers, self.uses_router, self.can_sleep = (
             sglang.num_servers,
             sglang.router,
@@ -102,7 +150,7 @@ class SglangBackend:
         self.bucket_bytes = sglang.bucket_bytes
         self.startup_timeout_seconds = sglang.startup_timeout_seconds
         self._settings, self._spec, self._directory, self._dtype = settings, spec, directory, dtype
-        self._compatibility = compatibility
+        self._compatibility, self._memory = compatibility, memory
         self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
         transports: dict[str, WeightSync] = {
             "disk": self._disk,
@@ -117,7 +165,7 @@ class SglangBackend:
 
     def is_healthy(self, url: str, *, checks: int = 1) -> bool:
         """Return whether the server generates."""
-        return is_healthy(url, checks=checks)
+        return is_healthy(url, self._headers, checks=checks)
 
     def write_start_weights(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
         """Write one bucket of the checkpoint that servers are started with."""
@@ -131,40 +179,45 @@ class SglangBackend:
             self._settings.sglang,
             self._disk.complete,
             self._directory / f"server-{number}.log",
+            write_api_key(self._directory, self._api_key),
             number=number,
             weight_version="none",
             max_positions=self._spec.max_position_embeddings,
             dtype=self._dtype,
             max_tokens=self._settings.max_batch_tokens,
+            routed_experts=self._routed_experts,
+            memory=self._memory,
         )
 
     def start_router(self) -> SglangRouter:
         """Start sglang-router without servers."""
         timeout = self._settings.server.request_timeout_seconds
-        return SglangRouter(self._settings.sglang, timeout, self._directory / "router.log")
+        key_file = write_api_key(self._directory, self._api_key) if self._api_key else None
+        return SglangRouter(self._settings.sglang, timeout, self._directory / "router.log", key_file)
 
     @contextlib.contextmanager
     def transfer_weights(self, urls: Sequence[str], sleeping_urls: Sequence[str]) -> Iterator[SglangWeightTransfer]:
         """Connect to the servers at ``urls`` for a weight update; those at ``sleeping_urls`` are woken up."""
-        with ServerControl(urls) as servers, ServerControl(sleeping_urls) as sleepers:
+        with ServerControl(urls, self._headers) as servers, ServerControl(sleeping_urls, self._headers) as sleepers:
             yield SglangWeightTransfer(self._sync, servers, sleepers)
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
         """Release the GPU memory of idle servers; return address -> reason of a failure."""
-        with ServerControl(urls) as servers:
+        with ServerControl(urls, self._headers) as servers:
             return servers.release_memory()
 
     def weight_digests(self, urls: Sequence[str]) -> dict[str, str]:
         """Address -> digest of the weights that a server holds, for servers on a GPU."""
-        with ServerControl(urls) as servers:
+        with ServerControl(urls, self._headers) as servers:
             return servers.digests()
 
     def disconnect(self) -> None:
         """Leave process groups shared with the servers."""
         self._sync.reset()
 
-    def remove_weights(self) -> None:
-        """Remove the weight files that servers read."""
+    def remove_files(self) -> None:
+        """Remove the files that servers read: weights and keys."""
+        remove_api_key(self._directory)
         shutil.rmtree(self._directory / "weights", ignore_errors=True)
 
 

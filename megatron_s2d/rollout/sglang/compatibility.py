@@ -8,6 +8,7 @@ difference is a ``UserError`` of one line that names it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_s2d.config.hf_config import hf_config_from_spec
@@ -41,8 +42,10 @@ class SglangCompatibility:
         dtype: str,
         tokenizer: Any,
         attached: bool,
+        headers: Mapping[str, str],
     ):
-        """dtype: the trainer's. attached: the server was started by somebody else."""
+        """dtype: the trainer's. attached: the server was started by somebody else. headers: of every request."""
+        self._headers = headers
         self._spec, self._requirements, self._settings = spec, requirements, settings
         self._dtype, self._tokenizer, self._attached = dtype, tokenizer, attached
 
@@ -62,6 +65,11 @@ class SglangCompatibility:
                 f"{url} adds sampling parameters of its own to every request ({', '.join(sorted(unspecified))}); start "
                 "it without --preferred-sampling-params"
             )
+        if self._requirements.routed_experts and not info.get("enable_return_routed_experts"):
+            raise UserError(
+                f"{url} does not record the experts of tokens, which routing replay needs: start it with "
+                "--enable-return-routed-experts, or set rollout.routing_replay to false"
+            )
         self._check_context_length(url, info)
         self._check_vocabulary(url)
         if self._attached and self._settings.weight_check_tolerance is None:
@@ -75,6 +83,8 @@ class SglangCompatibility:
             self._check_tokenizer(url)
             if self._attached:
                 self._check_template(url)
+        if self._attached and self._headers:
+            self._warn_if_open(url)
 
     def _check_context_length(self, url: str, info: dict[str, Any]) -> None:
         """Compare the context; a prompt may have one token less than max_req_input_len, the context less 6 (0.5.17)."""
@@ -151,6 +161,14 @@ class SglangCompatibility:
                 f"and {_shorten(expected)} here; start it with the trainer's tokenizer and without --chat-template"
             )
 
+    def _warn_if_open(self, url: str) -> None:
+        """Print that a server answers without the key, too."""
+        try:
+            http_request("GET", url, "/model_info", headers={}, timeout=self._settings.request_timeout_seconds)
+        except UserError:  # refused, as it should be
+            return
+        print(f"{url} also answers requests without the API key: start it with SGLang's --api-key", flush=True)
+
     def _get_json(self, url: str, path: str) -> dict[str, Any]:
         status, text = self._request("GET", url, path)
         if status != 200:
@@ -158,7 +176,9 @@ class SglangCompatibility:
         return _parse_json(url, path, text)
 
     def _request(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-        return http_request(method, url, path, body, timeout=self._settings.request_timeout_seconds)
+        return http_request(
+            method, url, path, body, headers=self._headers, timeout=self._settings.request_timeout_seconds
+        )
 
 
 def _parse_json(url: str, path: str, text: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
+    own = os.getpid()
     child = subprocess.Popen(
-        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_the_parent
+        sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _die_with(own)
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -32,9 +33,11 @@ def main() -> int:
     return child.returncode if child.returncode is not None else 0
 
 
-def _die_with_the_parent() -> None:
-    """Ask the kernel to kill this process when the watchdog dies, however that happens."""
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the watchdog dies, however that happens; end if it has died already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _kill_group(child: subprocess.Popen) -> None:

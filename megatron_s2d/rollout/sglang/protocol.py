@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import pydantic
 
 from megatron_s2d.rollout.engine import Request
 from megatron_s2d.rollout.served.backend import InvalidReply, PartialRollout, ScoredToken, ServerCall, ServerReply
+from megatron_s2d.rollout.sglang.api_key import authorization
 
 _GENERATE, _ABORT = "/generate", "/abort_request"
 # What every request specifies itself; other sampling parameters that a server prefers would be used unasked.
@@ -36,6 +38,7 @@ class _Meta(_Model):
     output_token_logprobs: list[ScoredToken] = []
     input_token_logprobs: list[ScoredToken] = []
     input_top_logprobs: list[list[ScoredToken] | None] = []
+    routed_experts: str | None = None  # base64 of int32, [tokens, layers, experts of a token]
 
 
 class _Reply(_Model):
@@ -56,6 +59,7 @@ class _Reply(_Model):
             output_log_probs=meta.output_token_logprobs,
             input_log_probs=meta.input_token_logprobs,
             input_top_log_probs=meta.input_top_logprobs,
+            routed_experts=None if meta.routed_experts is None else _decode_routes(meta.routed_experts),
         )
 
 
@@ -68,7 +72,10 @@ class SglangProtocol:
 
     original_log_probs_hint = "is SGLANG_RETURN_ORIGINAL_LOGPROB set there?"
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, api_key: str = "", *, routed_experts: bool = False):
+        """routed_experts: responses come with the experts of their tokens."""
+        self._routed_experts = routed_experts
+        self.headers = authorization(api_key)
         self._last_token = vocab_size - 1
 
     def generate(self, request: Request, partial: PartialRollout | None = None) -> ServerCall:
@@ -93,6 +100,9 @@ class SglangProtocol:
         token_ids = request.prompt.token_ids.tolist() + response
         rid = f"{request.id}~{_unique()}"
         body = {"rid": rid, "input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
+        if self._routed_experts:
+            first = 0 if partial is None else partial.num_routed
+            body |= {"return_routed_experts": True, "routed_experts_start_len": first}
         return ServerCall(_GENERATE, body, (rid,))
 
     def score(self, sequences: Sequence[np.ndarray], top_k: int = 0) -> ServerCall:
@@ -147,6 +157,13 @@ def _parse(adapter: pydantic.TypeAdapter, content: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise InvalidReply(f"{field + ': ' if field else ''}{first['msg']}") from None
+
+
+def _decode_routes(text: str) -> np.ndarray:
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), np.int32)
+    except ValueError:  # no base64, or no whole numbers
+        raise InvalidReply("meta_info.routed_experts: not the base64 of int32 numbers") from None
 
 
 def _unique() -> str:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,9 +20,12 @@ from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.launcher_env import child_environment
+from megatron_s2d.rollout.sglang.api_key import authorization, read_api_key
+from megatron_s2d.rollout.sglang.memory_fraction import OPTION, ServerMemory
 
 _HOST = "127.0.0.1"
 _FOLDER = Path(__file__).parent
+_WITH_API_KEY = _FOLDER / "with_api_key.py"
 _STOP_SECONDS = 20.0
 _ROUTER_SECONDS = 60.0
 _HEALTH_SECONDS = 30.0  # the server itself waits for its token for 20 and says so then
@@ -96,23 +99,29 @@ class SglangServer(_Process):
         settings: SglangConfig,
         model: Path,
         log: Path,
+        key_file: Path,
         *,
         number: int,
         weight_version: str,
         max_positions: int,
         dtype: str,
         max_tokens: int,
+        routed_experts: bool = False,
+        memory: ServerMemory | None = None,
     ):
         """Start; ``wait`` returns when it is ready.
 
-        model: Hugging Face directory. number: index of the server, which decides its GPUs. weight_version: what the
-        server reports until its first weight update. max_tokens: of keys and values, on a CPU.
+        model: Hugging Face directory. key_file: with the API key that requests must carry. number: index of the server,
+        which decides its GPUs. weight_version: what the server reports until its first weight update. max_tokens: of
+        keys and values, on a CPU. routed_experts: record the experts of tokens. memory: that it may take of its GPUs;
+        None leaves that to SGLang.
         """
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
+        self._headers = authorization(read_api_key(key_file))
         cuda = device.capabilities().cuda
         command = [
-            settings.python or sys.executable, "-m", "sglang.launch_server",
+            settings.python or sys.executable, str(_WITH_API_KEY), str(key_file), "sglang.launch_server",
             "--model-path", str(model), "--host", _HOST, "--port", str(port),
             "--dtype", dtype, "--weight-version", weight_version,
             "--context-length", str(max_positions + SERVER_SPARE_POSITIONS),
@@ -122,6 +131,9 @@ class SglangServer(_Process):
         if cuda:
             command += ["--base-gpu-id", str(settings.base_gpu_id + number * settings.tensor_parallel_size)]
             command += ["--enable-memory-saver"] if settings.enable_memory_saver else []
+            if memory is not None:
+                free = device.free_memory() if memory.beside else device.total_memory()
+                command += [OPTION, str(memory.fraction(free))]
         else:
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"]
@@ -129,12 +141,14 @@ class SglangServer(_Process):
             command += ["--max-total-tokens", str(max_tokens)]
         if settings.enable_deterministic_inference:
             command.append("--enable-deterministic-inference")
+        if routed_experts:
+            command.append("--enable-return-routed-experts")
         command += settings.extra_args
         super().__init__(command, log, environment, None if cuda else _FOLDER / "cpu_stub")
 
     def is_ready(self) -> bool:
         """Return whether the server generates."""
-        return is_healthy(self.url)
+        return is_healthy(self.url, self._headers)
 
     def wait(self, deadline: float) -> None:
         """See ``_Process.wait``."""
@@ -142,7 +156,8 @@ class SglangServer(_Process):
         # On a CPU SGLang collects garbage whenever its caches are emptied, which is at every weight update: that takes
         # half a second for all that it has imported, unless those objects are frozen.
         try:
-            httpx.post(f"{self.url}/freeze_gc", timeout=_HEALTH_SECONDS, trust_env=False).raise_for_status()
+            options = {"headers": self._headers, "timeout": _HEALTH_SECONDS, "trust_env": False}
+            httpx.post(f"{self.url}/freeze_gc", **options).raise_for_status()
         except httpx.HTTPError as error:
             print(f"{self.url}/freeze_gc: {error}; weight updates of this server may take longer", flush=True)
 
@@ -152,13 +167,19 @@ class SglangRouter(_Process):
 
     name = "sglang-router"
 
-    def __init__(self, settings: SglangConfig, request_timeout_seconds: float, log: Path):
-        """Start without servers; ``wait`` returns when it is ready. The client's timeout comes before the router's."""
+    def __init__(self, settings: SglangConfig, request_timeout_seconds: float, log: Path, key_file: Path | None):
+        """Start without servers; ``wait`` returns when it is ready. The client's timeout comes before the router's.
+
+        key_file: with the API key of the servers, which requests to the router must carry, too.
+        """
         port = _free_port()
+        self._api_key = read_api_key(key_file) if key_file else ""
+        self._headers = authorization(self._api_key)
+        run = ["-m"] if key_file is None else [str(_WITH_API_KEY), str(key_file)]
         self.url = f"http://{_HOST}:{port}"
         # The client retries and watches health, because it checks every reply.
         command = [
-            settings.python or sys.executable, "-m", "sglang_router.launch_router",
+            settings.python or sys.executable, *run, "sglang_router.launch_router",
             "--host", _HOST, "--port", str(port),
             "--prometheus-host", _HOST, "--prometheus-port", str(_free_port()),
             "--policy", "cache_aware", "--request-timeout-secs", str(int(request_timeout_seconds) + 60),
@@ -169,7 +190,8 @@ class SglangRouter(_Process):
     def is_ready(self) -> bool:
         """Return whether the router accepts servers."""
         try:
-            return httpx.get(f"{self.url}/workers", timeout=5.0, trust_env=False).status_code == 200
+            options = {"headers": self._headers, "timeout": 5.0, "trust_env": False}
+            return httpx.get(f"{self.url}/workers", **options).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -177,7 +199,8 @@ class SglangRouter(_Process):
         """Send requests to the servers at ``urls`` only; returns the problem if that fails."""
         deadline, requested = time.monotonic() + _ROUTER_SECONDS, set()
         try:
-            with httpx.Client(base_url=self.url, timeout=30.0, trust_env=False) as client:
+            options = {"headers": self._headers, "timeout": 30.0, "trust_env": False}
+            with httpx.Client(base_url=self.url, **options) as client:
                 while True:
                     workers = {worker["url"]: worker["id"] for worker in client.get("/workers").json()["workers"]}
                     if workers.keys() == set(urls):
@@ -186,7 +209,9 @@ class SglangRouter(_Process):
                         return f"the router serves {sorted(workers)} instead of {sorted(urls)}"
                     # The router does both asynchronously; each is requested once.
                     for url in set(urls) - workers.keys() - requested:
-                        client.post("/workers", json={"url": url})
+                        client.post(
+                            "/workers", json={"url": url} | ({"api_key": self._api_key} if self._api_key else {})
+                        )
                     for url in workers.keys() - set(urls) - requested:
                         client.delete(f"/workers/{workers[url]}")
                     requested |= workers.keys() ^ set(urls)
@@ -195,15 +220,16 @@ class SglangRouter(_Process):
             return f"the router does not answer as expected ({type(error).__name__})"
 
 
-def is_healthy(url: str, *, checks: int = 1) -> bool:
+def is_healthy(url: str, headers: Mapping[str, str], *, checks: int = 1) -> bool:
     """Return whether the server at ``url`` is started and generates; a check is one token.
 
-    checks: attempts for a server that accepts connections and does not answer well, because it hangs or because it (or
-    its machine) is overloaded; starting another one would make the latter worse.
+    headers: of the request. checks: attempts for a server that accepts connections and does not answer well, because it
+    hangs or because it (or its machine) is overloaded; starting another one would make the latter worse.
     """
     for _ in range(checks):
         try:
-            if httpx.get(f"{url}/health_generate", timeout=_HEALTH_SECONDS, trust_env=False).status_code == 200:
+            options = {"headers": dict(headers), "timeout": _HEALTH_SECONDS, "trust_env": False}
+            if httpx.get(f"{url}/health_generate", **options).status_code == 200:
                 return True
         except httpx.ConnectError:
             return False

@@ -13,9 +13,11 @@ import io
 import json
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,7 @@ from torch.distributed import distributed_c10d
 from megatron_s2d.artifacts.files import disk_errors
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.training import is_loopback
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import INDEX_NAME
 from megatron_s2d.parallel import device
@@ -145,6 +148,7 @@ class BroadcastWeightSync:
     def __init__(self) -> None:
         self._urls: list[str] = []
         self._name = ""
+        self._connected = False  # whether the first broadcast of the group has ended
         self._group: dist.ProcessGroup | None = None
 
     def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
@@ -163,13 +167,41 @@ class BroadcastWeightSync:
         }
         replies = servers.post("/update_weights_from_distributed", body)
         flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for _, tensor in bucket])
-        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
         # A server that refuses answers at once and never joins: waiting for the broadcast alone would hang.
+        work = self._start_broadcast(flat, replies)
         while not work.is_completed():
             if (failure := first_failure(replies)) is not None:
                 raise failure
             time.sleep(0.0005)
+        self._connected = True
         wait_all(replies)
+
+    def _start_broadcast(self, flat: torch.Tensor, replies: Sequence[Future[None]]) -> dist.Work:
+        """Start to send ``flat``. NCCL connects in the first call of a group, which returns when all ranks have."""
+        if self._connected:
+            return dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        group, stream = self._group, torch.cuda.current_stream() if flat.is_cuda else None
+        started: Future[dist.Work] = Future()
+
+        def start() -> None:
+            try:
+                with torch.cuda.stream(stream):  # the current one, and its device, are those of a thread
+                    started.set_result(dist.broadcast(flat, src=0, group=group, async_op=True))
+            except Exception as error:
+                started.set_exception(WeightUpdateFailed(f"the weight group did not form: {error}"))
+
+        # A thread that is never joined: NCCL offers no way out of this call.
+        threading.Thread(target=start, name="weight group", daemon=True).start()
+        deadline = time.monotonic() + _GROUP_SECONDS
+        while not started.done():
+            failure = first_failure(replies)
+            if failure is None and time.monotonic() > deadline:
+                failure = WeightUpdateFailed(f"the weight group did not form within {_GROUP_SECONDS} s")
+            if failure is not None:
+                self._group = None  # left as it is: destroying it would wait for the thread
+                raise failure
+            time.sleep(0.0005)
+        return started.result()
 
     def reset(self) -> None:
         """Leave the group; the next one has another name."""
@@ -208,13 +240,13 @@ class BroadcastWeightSync:
         except (RuntimeError, dist.DistError) as error:
             raise first_failure(joined) or WeightUpdateFailed(f"the weight group did not form: {error}") from None
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-        self._group, self._urls = group, list(servers.urls)
+        self._group, self._urls, self._connected = group, list(servers.urls), False
         wait_all(joined)
 
 
 def trainer_address(urls: Sequence[str]) -> str:
     """Return the address by which the servers at ``urls`` reach this machine: loopback if all of them are on it."""
-    remote = [httpx.URL(url) for url in urls if not _is_local(url)]
+    remote = [httpx.URL(url) for url in urls if not is_loopback(url)]
     if not remote:
         return _HOST
     try:
@@ -229,12 +261,8 @@ def trainer_address(urls: Sequence[str]) -> str:
 def refuse_remote(urls: Sequence[str]) -> None:
     """Raise ``UserError`` for a server on another machine, which shared memory does not reach."""
     for url in urls:
-        if not _is_local(url):
+        if not is_loopback(url):
             raise UserError(
                 f"rollout.sglang.urls: {url} is another machine, which weight_sync: tensor does not reach; set "
                 "rollout.sglang.weight_sync: distributed, or disk (through a directory that both see)"
             )
-
-
-def _is_local(url: str) -> bool:
-    return httpx.URL(url).host in (_HOST, "localhost")

@@ -101,9 +101,16 @@ def test_specs_round_trip_through_json_and_config_json(preset, tmp_path):
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True}, "sliding_window is missing"),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]}, "1 entries for 28"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0, not a positive integer"),
+        ({"model_type": "qwen3_next"}, "gated delta net with kernels of flash-linear-attention"),
+        ({"model_type": "gemma2"}, "no soft-capped attention scores"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "fast": 1}}, "rope type 'yarn' with ['factor', 'fast']"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": -4.0}}, "factor is -4.0, not positive"),
         ({"num_hidden_layers": "8"}, "num_hidden_layers is '8'"),
         ({"rope_theta": None}, "rope_theta is missing"),
     ],
@@ -131,6 +138,18 @@ def test_layouts_that_do_not_divide_are_refused(preset, sizes, words):
     with pytest.raises(UserError) as error:
         check_layout(spec, ParallelConfig(**sizes))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"tp_comm_overlap": True, "tensor_model_parallel_size": 2}, "set sequence_parallel to true"),
+        ({"moe_token_dispatcher": "flex"}, "set expert_model_parallel_size > 1, or moe_token_dispatcher to alltoall"),
+    ],
+)
+def test_communication_that_the_layout_does_not_have_is_refused(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig(**sizes)
 
 
 def test_groups_must_divide_ranks_or_vice_versa():
@@ -178,3 +197,49 @@ def test_model_configuration_imports_no_torch():
         "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"recompute_modules": ["mlp"]}, "recompute_modules needs recompute: selective"),
+        ({"recompute": "selective", "recompute_modules": []}, "set recompute to none"),
+        ({"recompute": "selective", "recompute_num_layers": 2}, "recompute_num_layers needs recompute: full"),
+        ({"recompute": "selective", "recompute_modules": ["mla_up_proj"]}, "core_attn"),
+        ({"recompute": "selective", "recompute_modules": ["moe"]}, "and the model is dense"),
+    ],
+)
+def test_recompute_settings_that_do_not_fit_are_refused(values, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        ModelConfig(preset="tiny-llama", **values).resolve(27)
+
+
+def test_recompute_settings_become_megatrons():
+    units = ModelConfig(preset="tiny-llama", recompute="full", recompute_num_layers=2).recomputation
+    assert units.megatron_fields() == {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 2,
+    }
+    modules = ModelConfig(preset="tiny-llama", recompute="selective", recompute_modules=["mlp"]).recomputation
+    assert modules.megatron_fields() == {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    assert ModelConfig(preset="tiny-llama").recomputation.megatron_fields() == {}
+
+
+def test_overlap_and_virtual_stages_have_defaults_by_device_and_are_checked():
+    shared = ParallelConfig(data_parallel_size=2)
+    assert shared.overlaps(on_gpu=True) == (True, True) and shared.overlaps(on_gpu=False) == (False, False)
+    assert ParallelConfig().overlaps(on_gpu=True) == (False, False)
+    assert ParallelConfig(overlap_grad_reduce=True).overlaps(on_gpu=False) == (True, True)
+    assert ParallelConfig(overlap_param_gather=False, data_parallel_size=2).overlaps(on_gpu=True) == (True, False)
+    with pytest.raises(ValueError, match="set overlap_grad_reduce to true"):
+        ParallelConfig(overlap_grad_reduce=False, overlap_param_gather=True)
+    with pytest.raises(ValueError, match="needs pipeline_model_parallel_size > 1"):
+        ParallelConfig(virtual_pipeline_model_parallel_size=2)
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    spec = ModelConfig(preset="tiny-llama", num_layers=6).resolve(27)
+    with pytest.raises(UserError, match="num_layers 6 cannot be divided by pipeline_model_parallel_size x virtual"):
+        check_layout(spec, parallel)
+    spec = dataclasses.replace(spec, num_layers=8)
+    chunks = [layers_of_pp_rank(spec, rank, 2, stage, 2) for stage in range(2) for rank in range(2)]
+    assert [list(chunk) for chunk in chunks] == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -57,3 +57,28 @@ def test_samples_by_domain(tmp_path):
     document["evaluation"] = {"samples_per_prompt": {"code": 3}}
     with pytest.raises(UserError, match="no number for the domain 'arithmetic' of 'problems'"):
         load_workflow(write(tmp_path, "b.yaml", document))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.teacher_base.type=distill",
+            r"stages\.teacher_base: unknown type 'distill' \(did you mean 'opd'\?\)",
+        ),
+        ("stages.teacher_base.type=sfft", r"did you mean 'sft'"),
+        ("precision=bf16", r"precision: .* \(got 'bf16'\) \(did you mean 'bfloat16'\?\)"),
+        ("tokeniser=x", r"tokeniser: unknown key \(did you mean 'tokenizer'\?\)"),
+    ],
+)
+def test_wrong_values_and_keys_name_the_right_ones(override, message):
+    with pytest.raises(UserError, match=message):
+        load_workflow(SMOKE, [override])
+
+
+def test_an_unknown_key_is_named_before_the_missing_one_that_it_stands_for(tmp_path):
+    document = yaml.safe_load(SMOKE.read_text())
+    document["tokeniser"] = document.pop("tokenizer")
+    (tmp_path / "w.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match=r"tokeniser: unknown key \(did you mean 'tokenizer'\?\) \(and 1 more\)"):
+        load_workflow(tmp_path / "w.yaml")

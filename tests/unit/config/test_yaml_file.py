@@ -7,7 +7,7 @@ import yaml
 
 from megatron_s2d.config.base import apply_overrides
 from megatron_s2d.config.workflow import load_workflow
-from megatron_s2d.config.yaml_file import load_yaml
+from megatron_s2d.config.yaml_file import load_yaml, parse_yaml
 from megatron_s2d.errors import UserError
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
@@ -66,6 +66,22 @@ def test_invalid_override_is_a_one_line_error():
         ("stages.opd.train_batch_size=1000000000000000000", "1e+18 is more than anything counted here"),
         ("stages.opd.optimizer.lr=1.0e+300", "is too large for float32 arithmetic"),
         ("stages.opd.optimizer.lr=3.0", "less than or equal to 1"),
+        ("stages.opd.optimizer.lr=1e300", "less than or equal to 1"),
+        ("stages.opd.sampling.temperature=1e20", "temperature: .*is above 100: above that tokens are drawn"),
+        ("stages.opd.sampling.temperature=1e300", "temperature: .* is too large for float32"),
+        ("stages.opd.steps=1000000000", "stages.opd.steps: 1,000,000,000 is above 10,000,000: at a step a second"),
+        ("stages.opd.num_generations=1000000", "num_generations: 1,000,000 is above 10,000"),
+        (
+            "stages.teacher_base.global_batch_size=1000000000",
+            "every rank has a record of each sample of a step in memory",
+        ),
+        ("evaluation.samples_per_prompt=1000000000", "every sample is stored and graded"),
+        ("evaluation.eval_batch_size=1000000000", "every rank has a record of each sample"),
+        ("lengths.max_prompt_length=1000000000", "longer than the context of any model"),
+        ("threads_per_rank=1000000", "no machine has that many cores"),
+        ("max_parallel_stages=1000000", "each has its own processes"),
+        ("stages.opd.optimizer.weight_decay=1000", "weights would vanish"),
+        ("pass_rate_checks=[{stage: rl_teacher, prompts: pool, low: 0.9, high: 0.1}]", "low 0.9 is above high 0.1"),
         ("contrasts.0.b=half_bridge_stage3", "has no keys below it"),
         ("contrasts=[{a: half_bridge_stage3, b: half_bridge_stage3, factor: x}]", "with itself"),
     ],
@@ -93,3 +109,28 @@ def test_names_of_files_have_one_pattern(tmp_path, name, kind):
     path.write_text(yaml.safe_dump(document))
     with pytest.raises(UserError, match="cannot name files: use letters"):
         load_workflow(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{16: a, 0x10: b}", "16"),
+        ("{10: a, 1_0: b}", "10"),
+        ("{1: a, '1': b}", "1"),
+        ("{1.0: a, 1.00: b}", "1.0"),
+        ("x: &a {k: 1}\ny: {<<: *a, <<: {k: 2}}", "<<"),
+    ],
+)
+def test_keys_of_equal_value_are_duplicates(text, key):
+    with pytest.raises(UserError, match=f"the key '{key}' appears in lines . and .; keep one of them"):
+        parse_yaml(text, "file.yaml")
+
+
+def test_bounds_are_of_settings_and_not_of_names(tmp_path):
+    """Columns, models and stages may have the names of settings."""
+    document = load_yaml(SMOKE)
+    source = {"type": "file", "path": "x.jsonl", "min_values": {"temperature": 500, "steps": 10**9}}
+    document["data"]["steps"] = source
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert load_workflow(path).data["steps"].min_values["steps"] == 10**9

@@ -443,6 +443,11 @@ def test_commands(tmp_path, capsys):
     assert description["num_parameters"] == spec_from_directory(source).num_parameters
     assert description["digest"] == json.loads(s2d("inspect", tmp_path / "m", "--json"))["digest"]
     assert "format: huggingface" in s2d("inspect", tmp_path / "back", "--no-progress")
+    answer = json.loads(s2d("inspect", "--config", tmp_path / "back" / "config.json", "--json"))
+    assert answer["supported"] and answer["num_parameters"] == description["num_parameters"]
+    assert (
+        answer["layouts"]["expert_model_parallel_size"] == [1, 2, 4] and answer["parts"]["experts"] == "4, 2 per token"
+    )
     printed = s2d("check", tmp_path / "back", tmp_path / "m", "--skip-logits", "--no-progress")
     assert "equal bit by bit" in printed and "not compared" in printed
     assert (cli.parse_size("5GB"), cli.parse_size("2KiB"), cli.parse_size("7")) == (5 * 10**9, 2048, 7)

@@ -43,7 +43,7 @@ def run(direction, point):
 
     HashedFile.write = counted
     if point == "rename":
-        artifacts.os.rename = killed
+        artifacts.os.replace = killed
     if point == "finish":
         convert.MegatronWriter.finish = convert.HfWriter.finish = killed
     if direction == "hf_to_megatron":

@@ -328,7 +328,7 @@ def test_earlier_messages_of_a_conversation_are_preserved(tmp_path, tokenizer):
     ("name", "text", "settings", "message"),
     [
         ("none.jsonl", None, {}, "no such file"),
-        ("a.csv", "x", {}, "not a .jsonl, .json or .parquet file"),
+        ("a.csv", "x", {}, "not a .jsonl, .json, .parquet or .arrow file"),
         ("a.jsonl", "", {}, "the file is empty"),
         ("a.jsonl", "\n", {}, "no rows"),
         ("a.json", "[]", {}, "no rows"),
@@ -386,3 +386,63 @@ def test_bad_input_gives_a_one_line_error(tmp_path, tokenizer, name, text, setti
     with pytest.raises(UserError, match=message) as caught:
         _load(tmp_path / name, tokenizer, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_of_ones_own_has_the_question_and_columns(tmp_path, tokenizer):
+    rows = [{"question": "How many {x}?", "answer": "2", "meta": {"topic": "sets"}, "year": 2020}]
+    path = _write(tmp_path / "rows.jsonl", rows)
+    template = "On {meta.topic} ({year}): {question}\nWrite {{answer}}."
+    (prompt,) = _load(path, tokenizer, template=template).prompts
+    assert "On sets (2020): How many {x}?\nWrite {answer}.<|im_end|>" in prompt.text
+    with pytest.raises(UserError, match="no column 'passage'"):
+        _load(path, tokenizer, template="{passage} {question}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("mth", "is none of math, code, plain, and has no place"),
+        ("{question", "expected '}'"),
+        ("{question.__class__!r}", "a place is {column}"),
+        ("{question:>9}", "a place is {column}"),
+    ],
+)
+def test_templates_that_are_none(tmp_path, template, message):
+    with pytest.raises(UserError, match=message):
+        _source(tmp_path / "rows.jsonl", template=template)
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_folders_of_arrow_files(tmp_path, tokenizer, form):
+    """As ``datasets`` saves them: shards beside two JSON files of its own."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (folder / name).write_text("{}")
+    for shard in range(2):
+        table = pa.Table.from_pylist([{"question": f"{shard} + {n} =", "answer": str(shard + n)} for n in range(3)])
+        new = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+        with new(str(folder / f"data-0000{shard}-of-00002.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    prompts = _load(folder, tokenizer).prompts
+    assert len(prompts) == 6 and [prompt.answer for prompt in prompts] == ["0", "1", "2", "1", "2", "3"]
+    assert prompts[3].id == "data-00001-of-00002/0"
+    (folder / "data-00000-of-00002.arrow").write_bytes(b"not arrow, but longer than a header")
+    with pytest.raises(UserError, match="cannot be read as Arrow"):
+        _load(folder, tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no such file"):
+        _load(tmp_path / "empty", tokenizer)
+
+
+def test_datasets_own_folders_are_read(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": "1 + 1 =", "answer": "2"}, {"question": "2 + 2 =", "answer": "4"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert [prompt.answer for prompt in _load(tmp_path / "saved", tokenizer).prompts] == ["2", "4"]
+
+
+def test_skipped_rows_are_left_out_before_the_limit(tmp_path, tokenizer):
+    path = _write(tmp_path / "rows.jsonl", [{"question": f"{n} =", "answer": str(n)} for n in range(6)])
+    answers = [prompt.answer for prompt in _load(path, tokenizer, skip=2, limit=3).prompts]
+    assert answers == ["2", "3", "4"] and _load(path, tokenizer, skip=2).prompts[0].id == "rows/2"

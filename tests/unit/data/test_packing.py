@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_s2d.data.packing import assign_micro_batches, pack
+from megatron_s2d.data.grouping import group_into_micro_batches
+from megatron_s2d.data.packing import count_micro_batches, pack, plan_micro_batches
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.context_parallel import cp_positions
-from megatron_s2d.records import Sample
+from megatron_s2d.records import RemoteSample, Sample
 
 
 def sample(prompt: list[int], response: list[int], **fields) -> Sample:
@@ -39,23 +40,27 @@ def sample(prompt: list[int], response: list[int], **fields) -> Sample:
     packed=st.booleans(),
 )
 def test_every_sample_is_assigned_once_with_equal_counts(lengths, dp_size, max_tokens, alignment, packed):
-    plan = assign_micro_batches(lengths, dp_size=dp_size, max_tokens=max_tokens, alignment=alignment, packed=packed)
-    assert len({len(batches) for batches in plan}) == 1
-    indices = sorted(index for batches in plan for batch in batches for index in batch)
-    assert indices == list(range(len(lengths)))
-    for batch in (batch for batches in plan for batch in batches):
-        batch_lengths = [lengths[index] for index in batch]
-        if packed:
-            size = -(-sum(batch_lengths) // alignment) * alignment
-        else:
-            size = len(batch) * (-(-max(batch_lengths, default=0) // alignment) * alignment)
-        assert len(batch) <= 1 or size <= max_tokens
+    samples = [sample([1] * length, []) for length in lengths]
+    packing = {"max_tokens": max_tokens, "pad_to_multiple": alignment, "packed": packed}
+    plans = plans_by_rank(samples, dp_size, **packing)
+    assert len({len(plan) for plan in plans}) == 1
+    assert sorted(index for plan in plans for batch in plan for index in batch.indices) == list(range(len(lengths)))
+    for batch in (batch for plan in plans for batch in plan):
+        rows, columns = batch.shape
+        assert len(batch.indices) <= 1 or rows * columns <= max_tokens
+
+
+def plans_by_rank(samples, dp_size, **packing):
+    """The plans of data-parallel ranks that hold the samples in turn."""
+    held = [list(range(rank, len(samples), dp_size)) for rank in range(dp_size)]
+    count = max(count_micro_batches(samples, indices, **packing)[None] for indices in held)
+    return [plan_micro_batches(samples, indices, {None: count}, **packing) for indices in held]
 
 
 @settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), max_tokens=st.integers(30, 100))
 def test_packed_micro_batches_are_more_than_half_full(lengths, max_tokens):
-    (batches,) = assign_micro_batches(lengths, dp_size=1, max_tokens=max_tokens, packed=True)
+    batches = group_into_micro_batches(lengths, max_tokens=max_tokens, packed=True)
     sizes = sorted(sum(lengths[index] for index in batch) for batch in batches)
     assert len(sizes) == 1 or sizes[0] + sizes[1] > max_tokens  # two that fit together would be one
 
@@ -98,12 +103,9 @@ def test_greedy_samples_are_scored_at_temperature_one():
 
 
 def test_rank_without_samples_gets_an_empty_micro_batch_with_the_same_columns():
-    one = [sample([1], [2], advantages=np.zeros(2, np.float32))]
-    batches = [
-        pack(one, loss_weights={"policy_weight": np.ones(1)}, max_tokens=10, dp_rank=rank, dp_size=2) for rank in (0, 1)
-    ]
-    empty = next(batch for (batch,) in batches if not batch.indices)
-    assert empty.num_tokens == 0 and not empty.response_mask.any()
+    other = RemoteSample.of(sample([1], [2], advantages=np.zeros(2, np.float32)), dp_rank=1)
+    (empty,) = pack([other], loss_weights={"policy_weight": np.ones(1)}, max_tokens=10)
+    assert not empty.indices and empty.num_tokens == 0 and not empty.response_mask.any()
     assert isinstance(empty.columns.advantages, torch.Tensor) and not empty.columns.policy_weight.any()
 
 
@@ -146,9 +148,8 @@ def test_packed_sequences_predict_nothing_across_their_boundaries():
 
 
 def test_packed_micro_batch_without_samples_is_one_sequence_of_padding():
-    settings = {"loss_weights": {}, "max_tokens": 10, "dp_size": 2, "pad_to_multiple": 4, "packed": True}
-    batches = [pack([sample([1], [2])], dp_rank=rank, **settings) for rank in (0, 1)]
-    empty = next(batch for (batch,) in batches if not batch.indices)
+    other = RemoteSample.of(sample([1], [2]), dp_rank=1)
+    (empty,) = pack([other], loss_weights={}, max_tokens=10, pad_to_multiple=4, packed=True)
     assert empty.cu_seqlens.tolist() == [0, 4] and empty.plan.max_seqlen == 4 and empty.num_tokens == 0
     assert empty.padding_mask.all() and empty.unpack(empty.labels) == []
 

@@ -100,3 +100,12 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, name, content):
 def test_fingerprints_are_of_the_content(tokenizer, tmp_path):
     again = load_tokenizer(str(tmp_path / "modular_arithmetic"), tmp_path)
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "modulus", ["0", "2", "03", "998", "\u00b2", "\u0661\u0667", "99999", "17/../x", "-3", "1e3", " 17"]
+)
+def test_modulus_of_the_task_is_a_number_that_can_be_tokenized(tmp_path, modulus):
+    with pytest.raises(UserError, match="with a modulus of 3 to 997"):
+        load_tokenizer(f"task:modular_arithmetic/{modulus}", tmp_path)
+    assert not list(tmp_path.iterdir())

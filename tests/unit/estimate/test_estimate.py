@@ -6,17 +6,21 @@ import torch
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import Recompute
 from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     StageMemory,
     TeacherInputs,
     Workload,
+    export_phase,
     frozen_memory,
     generate_phases,
     output_workspace,
+    prepare_training_peak,
     train_phase,
     trained_memory,
+    update_phase,
     workload,
 )
 from megatron_s2d.objectives.distill import sft_objective
@@ -142,6 +146,48 @@ def test_fused_layer_activations_by_hand():
     assert saved == 1000 * (2 * values + 4 * 2 + 4 * 32)
 
 
+def test_activations_on_a_gpu_without_transformer_engine_by_hand():
+    """Qwen3 0.6B, one packed token of one layer, in values: norms and residuals 4 of the hidden size; queries, keys and
+    values, the normalised queries, rotated queries and keys, the attention's output; 5 of the MLP's; four rows of sine
+    and cosine. In float32: a number for each norm's row (two, and one a head), and one a head of the softmax."""
+    spec = ModelConfig(preset="qwen3-0.6b").resolve()
+    values = 4 * 1024 + (2048 + 2 * 1024) + 2048 + (2048 + 1024) + 2048 + 5 * 3072
+    saved = 1000 * (2 * values + 4 * (2 + 16 + 8 + 16))
+    table = 4 * 128 * 2
+    build, shard = Build(2, fused=False, on_gpu=True), ModelShard(spec, ParallelConfig(), 0)
+    assert shard.layer_activation_bytes(build, MicroBatchShape(1000, 500, 1000)) == saved + 500 * table
+    packed = MicroBatchShape(1000, 500, 1000, packed=True)
+    assert shard.layer_activation_bytes(build, packed) == saved + 1000 * table
+    # Two context ranks: keys and values of both, repeated for the queries' heads, and a mask of 500 keys; the output
+    # of all sequences, joined, instead of this rank's rotated keys.
+    across = ModelShard(spec, ParallelConfig(context_parallel_size=2), 0)
+    added = 2 * (2 * 2 * 2048) + 2 * 500 + 2 * (2048 - 1024)
+    assert across.layer_activation_bytes(build, packed) == saved + 1000 * (table + added)
+
+
+def test_making_the_optimizer_holds_the_weights_twice():
+    spec = ModelConfig(preset="llama-3.1-8b").resolve()
+    spread, build = ParallelConfig(data_parallel_size=8), Build(2, fused=True)
+    assert prepare_training_peak(ModelShard(spec, spread, 0), build) == pytest.approx(8 * spec.num_parameters, rel=1e-3)
+    # One data rank: masters of all parameters, beside a copy of the largest one.
+    alone = 10 * spec.num_parameters + 2 * 128256 * 4096
+    assert prepare_training_peak(ModelShard(spec, ParallelConfig(), 0), build) == pytest.approx(alone, rel=1e-3)
+
+
+def test_an_update_without_transformer_engine_holds_one_more_float32_copy():
+    shard = ModelShard(ModelConfig(preset="llama-3.1-8b").resolve(), ParallelConfig(data_parallel_size=8), 0)
+    assert update_phase(shard, Build(2, fused=True, on_gpu=True), on_gpu=True) == {}
+    (added,) = update_phase(shard, Build(2, fused=False, on_gpu=True), on_gpu=True).values()
+    assert added == pytest.approx(4 * shard.num_parameters / 8, rel=1e-3)
+
+
+def test_an_export_holds_gathered_and_joined_tensors_beside_the_bucket_before():
+    spec = ModelConfig(preset="llama-3.1-8b").resolve()
+    shard = ModelShard(spec, ParallelConfig(tensor_model_parallel_size=4, data_parallel_size=2), 0)
+    embedding = 2 * 128256 * 4096
+    assert sum(export_phase(shard, Build(2, fused=True), 1 << 20).values()) == embedding * 9 // 4 + (1 << 20)
+
+
 def test_tensor_and_sequence_parallelism_divide_all_activations():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     batch, build = MicroBatchShape(4096, 4096, 4096), Build(2, fused=True)
@@ -154,11 +200,33 @@ def test_full_recompute_saves_layer_inputs_only():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     shard, batch = ModelShard(spec, ParallelConfig(), 0), MicroBatchShape(4096, 4096, 4096)
     ids = 8 * batch.tokens
-    assert shard.activation_bytes(Build(2, fused=True, recompute="full"), batch) == ids + 32 * batch.tokens * 4096 * 2
+    assert (
+        shard.activation_bytes(Build(2, fused=True, recompute=Recompute("full")), batch)
+        == ids + 32 * batch.tokens * 4096 * 2
+    )
     work = Workload(batch, 1)
-    full = train_phase(shard, Build(2, True, "full"), work, on_gpu=True)["activations"]
-    none = train_phase(shard, Build(2, True, "none"), work, on_gpu=True)["activations"]
+    full = train_phase(shard, Build(2, True, Recompute("full")), work, on_gpu=True)["activations"]
+    none = train_phase(shard, Build(2, True), work, on_gpu=True)["activations"]
     assert full < none / 5
+
+
+def test_recomputed_units_blocks_and_modules_save_less():
+    spec = ModelConfig(preset="llama-3.1-8b").resolve()
+    shard, batch = ModelShard(spec, ParallelConfig(), 0), MicroBatchShape(4096, 4096, 4096)
+    layer, inputs, ids = shard.layer_activation_bytes(Build(2, True), batch), 2 * 4096 * 4096, 8 * 4096
+
+    def saved(recompute: Recompute) -> tuple[int, int]:
+        build = Build(2, True, recompute)
+        return shard.activation_bytes(build, batch) - ids, shard.recomputed_bytes(build, batch)
+
+    assert saved(Recompute("full", num_layers=4)) == (8 * inputs, 4 * layer)
+    assert saved(Recompute("full", method="block", num_layers=10)) == (10 * inputs + 22 * layer, 0)
+    assert saved(Recompute("full", method="block", num_layers=32)) == (32 * inputs, layer)
+    feed_forward = 4096 * 2 * 3 * spec.ffn_hidden_size
+    assert saved(Recompute("selective", ("mlp",))) == (32 * (layer - feed_forward), feed_forward)
+    shares = [shard.recomputed_share(Build(2, True, Recompute("full", method="block", num_layers=8)))]
+    shares += [shard.recomputed_share(Build(2, True, Recompute(name))) for name in ("none", "selective", "full")]
+    assert shares == [0.25, 0, 0, 1]
 
 
 def test_earlier_pipeline_ranks_save_more_micro_batches():
@@ -185,6 +253,15 @@ def test_loss_workspace_by_hand():
     expected += 2 * 4096 * (1024 + 2048) + 4 * 128256 * 4096  # gradients of hidden states and weight
     expected += 2 * 1024 * 128256  # gradients by logits
     assert output_workspace(shard, Build(2, fused=True), batch, on_gpu=True, teacher=teacher) == expected
+
+
+def test_equal_lengths_leave_the_rest_of_a_micro_batch_empty():
+    sizes = {"max_tokens": 8192, "parallel": ParallelConfig(data_parallel_size=2)}
+    assert workload(64, 5000, 4000, **sizes) == Workload(MicroBatchShape(8192, 5000, 6554), 20)
+    assert workload(64, 5000, 4000, **sizes, equal_lengths=True) == Workload(MicroBatchShape(5000, 5000, 4000), 32)
+    split = {"max_tokens": 4096, "parallel": ParallelConfig(context_parallel_size=2), "equal_lengths": True}
+    assert workload(64, 2000, 1000, **split) == Workload(MicroBatchShape(4000, 2000, 2000), 16)
+    assert workload(3, 1000, 500, **split) == Workload(MicroBatchShape(1500, 1000, 750), 1)
 
 
 def test_teacher_states_are_offloaded_to_host_memory():
@@ -225,3 +302,26 @@ def test_peak_is_resident_models_plus_the_fullest_phase():
     )
     memory = StageMemory(0, (teacher,), {"train": {"a": 5, "b": 6}, "decode": {"c": 10}})
     assert memory.peak_phase == "train" and memory.total == teacher.weights + 11
+
+
+@pytest.mark.parametrize(
+    ("family", "difference"),
+    [
+        # Two norms and the activation lose a byte; the attention's output is saved in bfloat16 and in FP8.
+        ("qwen3", -2 * 64 - 208 + 120),
+        # The router reads its norm in bfloat16; of two experts, the sorted tokens and the activation.
+        ("qwen3_moe", -64 - 2 * (64 + 88) + 120),
+    ],
+)
+def test_inputs_of_products_are_saved_in_fp8(family, difference):
+    shard = ModelShard(model(family, 1).resolve(), ParallelConfig(), 0)
+    batch = MicroBatchShape(tokens=1000, seq_length=100, response_tokens=500)
+    plain, fp8 = Build(2, fused=True), Build(2, fused=True, fp8_operands=True)
+    assert shard.layer_activation_bytes(fp8, batch) - shard.layer_activation_bytes(plain, batch) == 1000 * difference
+
+
+def test_transformer_engine_keeps_a_gradient_of_each_shape():
+    shard = ModelShard(model("qwen3", 3).resolve(), ParallelConfig(), 0)
+    matrices = 64 * (120 + 2 * 40) + 64 * 120 + 3 * 208 * 64
+    assert shard.placeholder_bytes(Build(2, fused=True)) == 2 * matrices
+    assert shard.placeholder_bytes(Build(2, fused=False)) == 0

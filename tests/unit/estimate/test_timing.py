@@ -1,5 +1,6 @@
 """Times and traffic by hand, and proposals that fit: no number here comes from the code under test."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from megatron_s2d.cli import main
 from megatron_s2d.config.hardware import GPUS, AssumptionsConfig, gpu_of
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import Recompute
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, MicroBatchShape
-from megatron_s2d.estimate.memory import Workload
+from megatron_s2d.estimate.memory import Workload, micro_batches_in_flight, workload
 from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, hidden_state_traffic
+from megatron_s2d.estimate.stage_time import stage_time
 from megatron_s2d.workflow.layout_search import layouts, propose
 from megatron_s2d.workflow.preflight import check_workflow
 
@@ -25,7 +28,7 @@ H200 = Machine(GPUS["h200"], PERFECT)
 
 
 def on_h200(recompute: str = "none", **sizes) -> ModelOnMachine:
-    return ModelOnMachine(LLAMA_8B, ParallelConfig(**sizes), Build(2, True, recompute), H200)
+    return ModelOnMachine(LLAMA_8B, ParallelConfig(**sizes), Build(2, True, Recompute(recompute)), H200)
 
 
 def test_matrix_product_time_by_hand():
@@ -77,10 +80,20 @@ def test_tensor_parallel_traffic_by_hand():
     assert shared.bytes_sent == pytest.approx((32 * 10 + 3) * 1024 * 4096 * 2 * 3 / 4)
 
 
+def test_context_ranks_send_keys_and_values_to_all_others():
+    """Every layer gathers those of the other three ranks, and in the backward pass their gradients go back."""
+    work = Workload(MicroBatchShape(1024, 4096, 1024), 1)
+    context = on_h200(context_parallel_size=4, tensor_model_parallel_size=2).pass_traffic(work, trains=False)["context"]
+    assert context.bytes_sent == 32 * 2 * 1024 * (8 // 2 * 128) * 2 * 3 and context.span == 8
+    trained = on_h200(context_parallel_size=4).pass_traffic(work, trains=True)["context"]
+    assert trained.bytes_sent == 3 * 2 * context.bytes_sent  # Transformer Engine: the ring runs twice backwards
+    assert "context" not in on_h200().pass_traffic(work, trains=True)
+
+
 def test_pipeline_bubble():
     work = Workload(MicroBatchShape(1024, 1024, 1024), 8)
     seconds = on_h200(pipeline_model_parallel_size=4).train_seconds(work)
-    busy = seconds["layers"] + seconds["loss"] + seconds["tensor, pipeline, expert traffic"]
+    busy = seconds["layers"] + seconds["loss"] + seconds["tensor, pipeline, context, expert traffic"]
     assert seconds["pipeline idle"] == pytest.approx(busy * 3 / 8)
 
 
@@ -174,3 +187,41 @@ def test_wrong_options_of_plan_are_one_line_errors(capsys, arguments, message):
     assert main(["plan", str(SMOKE), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_further_passes_repeat_updates_and_reuse_scores(tmp_path):
+    """GRPO scores with the reference and the old weights once; exact distillation needs the teacher in every update."""
+    times = []
+    for epochs in (1, 3):
+        settings = [f"stages.{name}.ppo_epochs={epochs}" for name in ("rl_teacher", "opd")]
+        settings.append("stages.rl_teacher.kl_loss_coef=0.001")
+        minis = [f"stages.{name}.num_mini_batches=2" for name in ("rl_teacher", "opd")]
+        preflight = check_workflow(load_workflow(SMOKE, [*settings, *minis]), tmp_path)
+        shapes = preflight.shapes
+        times.append(
+            {
+                name: stage_time(preflight.config, name, preflight.specs, shapes[name], H200)
+                for name in ("rl_teacher", "opd")
+            }
+        )
+    once, thrice = times
+    for name in ("rl_teacher", "opd"):
+        assert thrice[name].seconds["layers"] == pytest.approx(3 * once[name].seconds["layers"])
+        for phase in ("decode", "old log-probabilities"):
+            assert thrice[name].seconds[phase] == pytest.approx(once[name].seconds[phase])
+    assert thrice["rl_teacher"].seconds["reference forward"] == once["rl_teacher"].seconds["reference forward"]
+    assert thrice["opd"].seconds["teacher forward"] == pytest.approx(3 * once["opd"].seconds["teacher forward"])
+
+
+def test_virtual_stages_idle_less_send_more_and_hold_parts_of_micro_batches():
+    sizes = {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2}
+    work = workload(8, 4096, 2048, max_tokens=4096, parallel=ParallelConfig(**sizes))
+    plain, virtual = (on_h200(**sizes, virtual_pipeline_model_parallel_size=count) for count in (1, 4))
+    ratio = plain.train_seconds(work)["pipeline idle"] / virtual.train_seconds(work)["pipeline idle"]
+    assert 3.5 < ratio < 4  # the idle steps also send more
+    sent = [site.pass_traffic(work, trains=True)["pipeline"].bytes_sent for site in (plain, virtual)]
+    assert sent[1] == 4 * sent[0]
+    in_flight = [micro_batches_in_flight(site.shard, 8) for site in (plain, virtual)]
+    last = virtual.shard.pp_rank == 3
+    assert in_flight == [1, 13 / 4] if last else [4 - plain.shard.pp_rank, in_flight[1]]
+    assert micro_batches_in_flight(dataclasses.replace(virtual.shard, pp_rank=0), 8) == (2 * 3 + 3 * 4 + 1) / 4

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kl_problems import ALL, MIXTURES, Problem, combined, make_problem, reference, relative
 
+from megatron_s2d.errors import UserError
 from megatron_s2d.kl import fused
 from megatron_s2d.kl.fused import linear_divergence
 from megatron_s2d.kl.logits import vocab_parallel_divergence
@@ -181,6 +182,28 @@ def test_masked_rows_have_no_influence():
     problem.teacher_hidden[2] = torch.nan
     dirty = computed(problem, ALL, None)
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[2], dirty[2]) and torch.equal(clean[3], dirty[3])
+
+
+def test_rows_are_the_mask_by_indices():
+    problem = make_problem()
+    arguments = {
+        "shard": VocabShard.unsharded(problem.vocab_size),
+        "outputs": ALL,
+        "teacher": problem.teacher(torch.float64),
+        "temperature": problem.temperature,
+        "target_ids": problem.target,
+        "token_loss": problem.token_loss,
+    }
+    rows = problem.mask.nonzero().squeeze(1)
+    results = []
+    for selection in ({"response_mask": problem.mask}, {"response_rows": rows, "check_values": False}):
+        hidden = problem.hidden.clone().requires_grad_()
+        loss, outputs = linear_divergence(hidden, problem.weight, **arguments, **selection)
+        loss.backward()
+        results.append([loss, hidden.grad, *[value for value in vars(outputs).values() if value is not None]])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with pytest.raises(UserError, match="response_mask or response_rows, not both"):
+        linear_divergence(problem.hidden, problem.weight, **arguments, response_mask=problem.mask, response_rows=rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

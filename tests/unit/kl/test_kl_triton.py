@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl import torch_backend as statistics
-from megatron_s2d.kl.chunk import choose_backend
+from megatron_s2d.kl.chunk import choose_backend, triton_problem
 
 pytest.importorskip("triton")
 
@@ -68,6 +69,26 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     assert int(finished.stdout.splitlines()[-1]) == 14
 
 
+def test_without_a_compiler_pytorch_computes_and_one_line_says_so(monkeypatch, tmp_path, caplog):
+    """Triton compiles what launches a kernel at run time; slim containers have no compiler."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    triton_problem.cache_clear()
+    try:
+        cuda = torch.device("cuda")
+        assert choose_backend("auto", cuda, torch.float32) is statistics
+        assert choose_backend("auto", cuda, torch.float32) is statistics
+        with pytest.raises(
+            UserError, match="backend triton: Triton cannot compile.*install gcc.*or choose backend torch"
+        ):
+            choose_backend("triton", cuda, torch.float32)
+        (record,) = [record for record in caplog.records if "divergences are computed by PyTorch" in record.message]
+        assert "install gcc" in record.message and "\n" not in record.message
+    finally:
+        triton_problem.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("clang") is None, reason="no C compiler")
 def test_backend_selection():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float32) is statistics

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_s2d.cli import main
+from megatron_s2d.config.base import apply_overrides
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.launchers.config import LaunchConfig, load_launch, resolve
@@ -276,8 +277,11 @@ def test_servers_run_on_separate_nodes(workdir, served):
     (training,) = [line for line in calls if "rank.sh" in line]
     for line, node in zip(sorted(serving), "bc", strict=True):
         assert f"--nodes=1|--ntasks=2|--ntasks-per-node=2|--nodelist={node}|" in line
-        assert f"{workdir / 'my model'}|520|{node}|" in line
+        assert f"{workdir / 'my model'}|520|{node}|{directory.absolute()}/api-key-7|" in line
     assert "--nodes=1 --ntasks=1".replace(" ", "|") in training and "--nodelist=a|" in training
+    (key_file,) = [word for word in training.split("|") if word.startswith("rollout.sglang.api_key_file=")]
+    read = apply_overrides({}, [key_file])["rollout"]["sglang"]
+    assert read == {"api_key_file": f"{directory.absolute()}/api-key-7"}
     addresses = ",".join(f"http://{host}:{port}" for host in "bc" for port in (30000, 30001))
     assert f"--set|rollout.sglang.urls.student=[{addresses}]|" in training
     waited = [line for line in calls if line.startswith("curl ")]
@@ -287,6 +291,41 @@ def test_servers_run_on_separate_nodes(workdir, served):
     text = (directory / "server.sh").read_text()
     assert '--host "$SLURMD_NODENAME"' in text and "--mem-fraction-static 0.8" in text and "trap '' USR1" in text
     assert subprocess.run(["bash", "-n", directory / "server.sh"]).returncode == 0
+
+
+def test_servers_of_a_job_have_a_key_that_only_its_user_reads(workdir, served):
+    """The key is in a file while the job runs, and on no command line."""
+    arguments = ["--cluster-set", "server_nodes={student: 1}", "--cluster-set", "gpus_per_node=2"]
+    assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
+    (directory,) = Path("run/launch").iterdir()
+    key = directory / "api-key-7"
+    key.write_text("of the job's last start")
+    key.chmod(0o644)
+    program(workdir / "bin", "scontrol", "printf 'a\\nb\\n'")
+    seen = shlex.quote(str(workdir / "seen"))
+    program(workdir / "bin", "srun", f'{log_calls(workdir / "calls")}; cat run/launch/*/api-key-7 >>{seen}; '
+            f"stat -c ' %a' run/launch/*/api-key-7 >>{seen}")  # fmt: skip
+    program(workdir / "bin", "curl", wait_for_calls(workdir / "calls", "server.sh", 1))
+    script = directory.absolute() / "01-run.sbatch"
+    done = run_script(script, bin_dir=workdir / "bin", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="7")
+    assert done.returncode == 0, done.stderr
+    (value,) = {line.split()[0] for line in (workdir / "seen").read_text().splitlines()}
+    assert re.fullmatch("[0-9a-f]{64}", value)
+    assert {line.split()[1] for line in (workdir / "seen").read_text().splitlines()} == {"600"}
+    assert value not in (workdir / "calls").read_text() + done.stdout + done.stderr + script.read_text()
+    assert not key.exists()
+    text = (directory / "server.sh").read_text()
+    assert '-m megatron_s2d.rollout.sglang.with_api_key "$4" sglang.launch_server' in text
+
+
+def test_servers_of_a_job_take_the_key_of_the_workflow(workdir, served):
+    (workdir / "own key").write_text("abc")
+    arguments = ["--cluster-set", "server_nodes={student: 1}", "--cluster-set", "gpus_per_node=2"]
+    arguments += ["--set", "rollout.sglang.api_key_file=own key"]
+    assert main(["launch", "slurm", str(served), "--out", "run", "--dry-run", *arguments]) == 0
+    (script,) = Path("run/launch").glob("*/01-run.sbatch")
+    assert f"key={shlex.quote(f'{workdir}/own key')}\n" in script.read_text()
+    assert "urandom" not in script.read_text()
 
 
 def test_server_spans_nodes(workdir, served):
@@ -305,7 +344,7 @@ def test_server_spans_nodes(workdir, served):
     serving = sorted(line for line in lines if "server.sh" in line)
     for line, nodes in zip(serving, ("b,c", "d,e"), strict=True):
         assert f"--nodes=2|--ntasks=2|--ntasks-per-node=1|--nodelist={nodes}|" in line
-        assert line.endswith(f"|520|{nodes[0]}|")
+        assert f"|520|{nodes[0]}|" in line and line.endswith("/api-key-7|")
     (training,) = [line for line in lines if "rank.sh" in line]
     assert "--set|rollout.sglang.urls.student=[http://b:30000,http://d:30000]|" in training
     text = (directory / "server.sh").read_text()

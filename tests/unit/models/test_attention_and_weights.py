@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.recompute import Recompute
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import global_param_mappings, hf_tensor_shapes, layer_param_mappings
@@ -76,12 +77,22 @@ def test_packed_sequences_equal_separate_ones(preset, layout):
     torch.testing.assert_close(logits, torch.cat(separate, dim=1), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_gives_the_same_gradients(recompute, layout):
-    spec = ModelConfig(preset="tiny-llama").resolve(25)
+@pytest.mark.parametrize(
+    ("preset", "recompute"),
+    [
+        ("tiny-llama", Recompute("selective")),
+        ("tiny-llama", Recompute("selective", ("mlp",))),
+        ("tiny-moe", Recompute("selective", ("core_attn", "moe"))),
+        ("tiny-llama", Recompute("full", num_layers=2)),
+        ("tiny-llama", Recompute("full", method="block", num_layers=1)),
+    ],
+    ids=str,
+)
+def test_recomputation_gives_the_same_gradients(preset, recompute, layout):
+    spec = ModelConfig(preset=preset).resolve(25)
     tokens = torch.randint(0, 25, (2, 9))
     gradients = []
-    for choice in ("none", recompute):
+    for choice in (Recompute(), recompute):
         (model,) = build_model(spec, layout, seed=1, recompute=choice)
         model.train()
         with layout.active():
@@ -90,6 +101,12 @@ def test_recomputation_gives_the_same_gradients(recompute, layout):
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain.abs().max() > 0
         torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_recomputation_that_needs_transformer_engine_is_refused(layout):
+    spec = ModelConfig(preset="tiny-moe").resolve(25)
+    with pytest.raises(UserError, match="layernorm needs Transformer Engine"):
+        build_model(spec, layout, recompute=Recompute("selective", ("layernorm",)))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -4,10 +4,14 @@ Transformer Engine is not installed on a CPU: the tests mock its presence and in
 """
 
 import dataclasses
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_s2d.config.hardware import GPUS
 from megatron_s2d.config.model import ModelConfig
@@ -16,7 +20,7 @@ from megatron_s2d.config.precision import RECIPES, Fp8Config, check_chip, check_
 from megatron_s2d.errors import UserError
 from megatron_s2d.models import build, te_attention
 from megatron_s2d.models.kv_cache import CachedSelfAttention
-from megatron_s2d.models.layers import CoreAttention, RMSNorm
+from megatron_s2d.models.layers import CoreAttention, RMSNorm, attend
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
@@ -66,8 +70,39 @@ def test_transformer_engine_layers_are_used_if_it_is_usable(layout, mock_capabil
     fused = build._block_submodules(SPEC, layout)
     assert arguments == {"num_experts": None, "moe_grouped_gemm": True, "qk_layernorm": True}
     attention = fused.layer_specs[0].submodules.self_attention
-    assert attention.submodules.core_attention is te_attention.MaskedTEDotProductAttention
+    assert attention.submodules.core_attention is te_attention.PackedTEDotProductAttention
     assert attention.module is CachedSelfAttention and fused.layer_norm is not RMSNorm
+
+
+def test_transformer_engine_attends_to_packed_sequences_only(monkeypatch):
+    """cuDNN builds a plan for every new shape: padded micro-batches and decoding steps go to PyTorch's kernels."""
+
+    class Fused:
+        def __init__(self, config, layer_number):
+            self.config = config
+
+        def forward(self, *arguments):
+            return "fused"
+
+    monkeypatch.setattr(transformer_engine, "TEDotProductAttention", Fused)
+    source = importlib.util.spec_from_file_location("te_attention_of_fused", te_attention.__file__)
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    config = SimpleNamespace(
+        context_parallel_size=1, softmax_scale=None, window_size=(1, 0), window_attn_skip_freq=[0, 1]
+    )
+    attention, sliding = (module.PackedTEDotProductAttention(config, layer) for layer in (1, 2))
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(5, 2, 2, 8)
+    mask = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+    for hidden in (None, mask):
+        output = attention.forward(query, key, key, hidden, None)
+        torch.testing.assert_close(output, attend(query, key, key, hidden))
+        near = sliding.forward(query, key, key, hidden, None)
+        torch.testing.assert_close(near, attend(query, key[3:], key[3:], None))
+    packed = PackedSeqParams(qkv_format="thd")
+    assert attention.forward(query, key, key, None, None, None, packed) == "fused"
+    with pytest.raises(NotImplementedError, match="mask cannot be combined with packed"):
+        attention.forward(query, key, key, mask, None, None, packed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -141,3 +176,24 @@ def test_fp8_shapes():
     eight = ParallelConfig(tensor_model_parallel_size=8)
     with pytest.raises(UserError, match="ffn_hidden_size is 400 on a rank at tensor_model_parallel_size 8"):
         check_shapes(Fp8Config(recipe="blockwise"), dataclasses.replace(SPEC, ffn_hidden_size=8 * 400), eight)
+
+
+def test_overlapped_communication_without_transformer_engine_is_refused(layout):
+    with pytest.raises(
+        UserError, match=r"tp_comm_overlap needs a GPU and Transformer Engine.* leave tp_comm_overlap out"
+    ):
+        build.build_model(SPEC, layout, overlapped_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cuda": False}, "flex needs GPUs, and this process has no CUDA: set parallel.moe_token_dispatcher"),
+        ({"compute_capability": (7, 0)}, "needs compute capability 8, 9 or 10, and .* has 7"),
+        ({}, "flex needs DeepEP, which is not installed: install it from https://github.com/deepseek-ai/DeepEP"),
+    ],
+)
+def test_the_flex_dispatcher_names_what_it_needs(mock_capabilities, changes, message):
+    mock_capabilities(dataclasses.replace(H200, **changes))
+    with pytest.raises(UserError, match=message):
+        build.check_deepep()

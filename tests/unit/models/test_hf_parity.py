@@ -17,15 +17,18 @@ transformers = pytest.importorskip("transformers")
 
 from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_hf_config
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.model_spec import LinearScaling, ModelSpec, YarnScaling
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.presets import PRESETS
-from megatron_s2d.models.build import build_model, rope_frequencies
+from megatron_s2d.models.build import build_model
 from megatron_s2d.models.families import hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.rope import attention_factor, rope_frequencies
 from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel import layout as layouts
 
 SMALL = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
+FULL_THEN_SLIDING = ("full_attention", "sliding_attention")
 VARIANTS = {
     "qwen3_untied": ("tiny-teacher", {**SMALL, "head_dim": 24, "vocab_size": 131}),
     "qwen3_tied": ("tiny-teacher", {**SMALL, "head_dim": 8, "vocab_size": 97, "tie_word_embeddings": True}),
@@ -34,6 +37,12 @@ VARIANTS = {
     "llama_head_dim": ("tiny-llama", {"head_dim": 40, "vocab_size": 33}),
     "moe": ("tiny-moe", {"vocab_size": 77, "num_experts": 6, "num_experts_per_tok": 3}),
     "moe_raw_probs": ("tiny-moe", {"vocab_size": 77, "norm_topk_prob": False}),
+    "qwen2": ("tiny-qwen2", {"vocab_size": 131, "num_layers": 3}),
+    "qwen2_window": ("tiny-qwen2", {"vocab_size": 83, "sliding_window": 20, "layer_types": FULL_THEN_SLIDING}),
+    "gemma3": ("tiny-gemma3", {"vocab_size": 61, "num_layers": 3}),
+    "mistral_window": ("tiny-mistral", {"vocab_size": 61}),
+    "mistral_linear": ("tiny-mistral", {"vocab_size": 33, "sliding_window": None, "rope_scaling": LinearScaling(3.0)}),
+    "qwen3_yarn": ("tiny-teacher", {"vocab_size": 40, "rope_scaling": YarnScaling(4.0, 32, 32.0, 1.0, 1.3)}),
 }
 
 
@@ -44,10 +53,18 @@ def layout():
     return layouts.build_layout(ParallelConfig())
 
 
+def spec_of(name: str) -> ModelSpec:
+    """The model of a variant; not all of its fields are settings of a user."""
+    preset, fields = VARIANTS[name]
+    settings = {key: value for key, value in fields.items() if key in ModelConfig.model_fields}
+    settings.pop("rope_scaling", None)
+    spec = ModelConfig(preset=preset, **settings).resolve()
+    return dataclasses.replace(spec, **{key: value for key, value in fields.items() if key not in settings})
+
+
 def make_pair(name: str, directory, layout, dtype=torch.float32):
     """transformers' model with random weights saved to ``directory``, and the Megatron model that read them."""
-    preset, fields = VARIANTS[name]
-    spec = ModelConfig(preset=preset, **fields).resolve()
+    spec = spec_of(name)
     (directory / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "float32")))
     config = transformers.AutoConfig.from_pretrained(directory)
     torch.manual_seed(5)
@@ -87,7 +104,7 @@ def test_logits_equal_transformers(name, tmp_path, layout):
         assert torch.equal(tensor, source.read(key)), key
 
 
-@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied", "moe"])
+@pytest.mark.parametrize("name", ["qwen3_untied", "llama_tied", "moe", "qwen2", "mistral_window"])
 def test_left_padding_is_invisible(name, tmp_path, layout):
     spec, reference, chunks = make_pair(name, tmp_path, layout)
     tokens = torch.randint(0, spec.vocab_size, (2, 20))
@@ -112,7 +129,7 @@ def test_long_positions(name, tmp_path, layout):
     torch.testing.assert_close(megatron_logits(chunks, spec, layout, tokens), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_tied", "llama_untied_no_gqa", "moe"])
+@pytest.mark.parametrize("name", ["qwen3_tied", "llama_untied_no_gqa", "moe", "gemma3"])
 def test_bfloat16_error_is_that_of_its_rounding(name, tmp_path, layout):
     """In bfloat16 both models differ from the float32 logits; ours by at most 1.5 times as much as transformers'."""
     spec, reference, chunks = make_pair(name, tmp_path, layout, torch.bfloat16)
@@ -135,6 +152,26 @@ def test_rope_frequencies_equal_transformers(preset):
 
     expected = LlamaRotaryEmbedding(config=config).inv_freq
     torch.testing.assert_close(rope_frequencies(spec), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+        {"type": "yarn", "factor": 40, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.7},
+        {"type": "linear", "factor": 8.0},
+    ],
+)
+def test_rope_scalings_equal_transformers(section):
+    document = hf_config_from_spec(ModelConfig(preset="qwen3-8b").resolve(), "bfloat16") | {"rope_scaling": section}
+    spec = spec_from_hf_config(document, "config.json")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    theirs = Qwen3RotaryEmbedding(config=transformers.AutoConfig.for_model(**document))
+    torch.testing.assert_close(rope_frequencies(spec), theirs.inv_freq, rtol=1e-6, atol=0)
+    assert attention_factor(spec) == pytest.approx(theirs.attention_scaling)
+    assert spec_from_hf_config(hf_config_from_spec(spec, "bfloat16"), "config.json") == spec
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,6 +1,9 @@
 """Advantages, sign gate, stability weight, penalties and schedule against hand-computed numbers."""
 
+import concurrent.futures
 import math
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from megatron_s2d.objectives.advantages import (
     AnchorSchedule,
     GateCounts,
     SignGate,
+    combined_advantage,
     distillation_advantage,
+    fixed_advantage,
     g_opd_advantage,
     group_relative,
     overlong_penalty,
@@ -221,6 +226,14 @@ def test_stability_weight_by_hand():
     assert (stability.num_clipped, stability.num_tokens) == (2, 4)
 
 
+def test_stability_weight_averages_over_the_counted_tokens():
+    # Raw weights 1, 1, 1/2, 1/4, of which the second and the third count: their mean is 3/4.
+    counted = np.array([False, True, True, False])
+    stability = stability_weight(np.array([0.0, -1.0, 2.0, -4.0]), clip=1.0, counted=counted)
+    assert stability.weights == pytest.approx(np.array([1, 1, 0.5, 0.25]) * 4 / 3, rel=1e-14)
+    assert (stability.num_clipped, stability.num_tokens) == (1, 2)
+
+
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), st.floats(0.01, 10))
 @settings(max_examples=60, deadline=None)
 def test_stability_weight_has_mean_one_and_keeps_signs(advantages, clip):
@@ -248,3 +261,124 @@ def test_anchor_schedule():
     assert schedule.samples_teacher(0.69) and not schedule.samples_teacher(0.7)
     step = AnchorSchedule(1.0, 0.0, 0.5, 0.5)
     assert (step.alpha(0.499), step.alpha(0.5)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("tokens", "fraction", "count"), [(10, 0.2, 2), (4, 0.2, 1), (100, 0.29, 29), (7, 1.0, 7)])
+def test_fixed_advantage_of_the_least_likely_tokens(dtype, tokens, fraction, count):
+    log_probs = log_prob_arrays(tokens, dtype)[0]
+    fixed = fixed_advantage(log_probs, value=-0.5, fraction=fraction)
+    lowest = sorted(range(tokens), key=lambda index: log_probs[index])[:count]
+    assert np.flatnonzero(fixed.is_selected).tolist() == sorted(lowest)
+    assert fixed.advantages.dtype == dtype and fixed.advantages.tolist() == [
+        -0.5 if index in lowest else 0.0 for index in range(tokens)
+    ]
+    assert fixed.weight_scale == tokens / count
+
+
+def test_fixed_advantage_counts_tokens_with_a_loss_and_refuses_missing_scores():
+    log_probs = np.array([-9.0, -1.0, -1.0, -0.5, -8.0])
+    fixed = fixed_advantage(log_probs, value=-1.0, fraction=0.4, counted=np.array([False, True, True, True, False]))
+    assert fixed.advantages.tolist() == [0, -1, 0, 0, 0]  # the first of two equal ones
+    assert fixed.num_tokens == 3 and fixed.weight_scale == 3
+    nothing = fixed_advantage(log_probs, value=-1.0, fraction=0.4, counted=np.zeros(5, dtype=bool))
+    assert not nothing.is_selected.any() and nothing.weight_scale == 0
+    with pytest.raises(UserError, match="1 of 5 sampled tokens have no finite selecting model's log-probability"):
+        fixed_advantage(np.where(log_probs == -9, np.nan, log_probs), value=-1.0, fraction=0.4)
+
+
+class ThreadTotals:
+    """Sums over threads, each of which is a rank."""
+
+    def __init__(self, size: int):
+        self.barrier, self.values = threading.Barrier(size), [None] * size
+
+    def exchange(self, rank: int, value):
+        self.values[rank] = value
+        self.barrier.wait()
+        everyone = list(self.values)
+        self.barrier.wait()
+        return everyone
+
+    def of(self, rank: int):
+        return types.SimpleNamespace(
+            sum=lambda values: np.sum(self.exchange(rank, values), axis=0),
+        )
+
+
+def on_ranks(parts, function) -> list:
+    """Return ``function(part, totals)`` of each part, on a rank of its own."""
+    totals = ThreadTotals(len(parts))
+    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(lambda rank: function(parts[rank], totals.of(rank)), range(len(parts))))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    values=st.lists(st.sampled_from([-3.5, -2.0, -2.0, -0.5, -0.0, 0.0, -1e-30, -40.0]), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(0, 40), min_size=0, max_size=3),
+    fraction=st.floats(0.01, 1.0),
+)
+def test_selection_and_stability_over_ranks_are_those_of_one_rank(values, cuts, fraction):
+    log_probs = np.array(values, dtype=np.float32)
+    counted = np.arange(len(values)) % 4 != 3
+    responses = np.arange(len(values)) // 3
+    ranks_of = (responses * 7 + responses // 2) % (len(cuts) + 1)  # not in order
+    parts = [(log_probs[ranks_of == r], counted[ranks_of == r], responses[ranks_of == r]) for r in range(len(cuts) + 1)]
+    alone = fixed_advantage(log_probs, value=-1.0, fraction=fraction, counted=counted)
+
+    def of_rank(part, totals):
+        ties = {"responses": part[2], "num_responses": len(values) // 3 + 1, "totals": totals}
+        return fixed_advantage(part[0], value=-1.0, fraction=fraction, counted=part[1], **ties)
+
+    ranks = on_ranks(parts, of_rank)
+    for number, rank in enumerate(ranks):
+        assert np.array_equal(rank.is_selected, alone.is_selected[ranks_of == number])
+    # The definition: the first of a stable order.
+    order = np.flatnonzero(counted)[np.argsort(log_probs[counted], kind="stable")]
+    assert set(np.flatnonzero(alone.is_selected)) == set(order[: alone.num_selected])
+    assert all(rank.weight_scale == alone.weight_scale for rank in ranks)
+    alone = stability_weight(log_probs, clip=1.0, counted=counted)
+    ranks = on_ranks(parts, lambda part, totals: stability_weight(part[0], clip=1.0, counted=part[1], totals=totals))
+    for number, rank in enumerate(ranks):
+        np.testing.assert_allclose(rank.weights, alone.weights[ranks_of == number], rtol=1e-6)
+    assert all((rank.num_clipped, rank.num_tokens) == (alone.num_clipped, alone.num_tokens) for rank in ranks)
+
+
+def test_combined_advantage_is_the_weighted_sum_in_float64():
+    rng = np.random.default_rng(0)
+    verifier, teacher = rng.normal(size=50), rng.normal(size=50).astype(np.float32)
+    counted, parts = rng.random(50) < 0.7, (slice(0, 20), slice(20, 50))
+    alone = combined_advantage(verifier, teacher, verifier_weight=0.3, distillation_weight=1.7, counted=counted)
+    definition = 0.3 * verifier + 1.7 * teacher.astype(np.float64)
+    assert alone.advantages.dtype == np.float32
+    np.testing.assert_array_equal(alone.advantages, definition.astype(np.float32))
+    assert alone.metrics == pytest.approx(
+        {
+            "advantage/reward_abs_mean": np.abs(0.3 * verifier)[counted].mean(),
+            "advantage/teacher_abs_mean": np.abs(1.7 * teacher)[counted].mean(),
+            "advantage/conflict_fraction": (verifier * teacher < 0)[counted].mean(),
+        }
+    )
+    ranks = on_ranks(
+        [(verifier[part], teacher[part], counted[part]) for part in parts],
+        lambda part, totals: combined_advantage(
+            *part[:2], verifier_weight=0.3, distillation_weight=1.7, counted=part[2], totals=totals
+        ),
+    )
+    for rank, part in zip(ranks, parts, strict=True):
+        np.testing.assert_array_equal(rank.advantages, alone.advantages[part])
+        assert rank.metrics == pytest.approx(alone.metrics)
+
+
+def test_a_combined_advantage_of_weight_0_is_the_other_one():
+    values = np.array([0.5, -1.25, 3.0], dtype=np.float32)
+    other = np.array([1e30, -7.0, 0.1])
+    np.testing.assert_array_equal(combined_advantage(other, values, verifier_weight=0).advantages, values)
+    np.testing.assert_array_equal(
+        combined_advantage(values, other, distillation_weight=0).advantages, values.astype(np.float64)
+    )
+    with pytest.raises(UserError, match="1 advantages of the teacher are not finite"):
+        combined_advantage(other, np.array([1.0, np.nan, 2.0]))
+    with pytest.raises(ValueError, match="must be"):
+        combined_advantage(other, values[:2])

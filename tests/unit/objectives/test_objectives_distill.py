@@ -188,7 +188,7 @@ def test_sampled_log_ratio_is_refused(toy):
     with pytest.raises(UserError, match="does not depend on the teacher"):
         TokenColumns(advantages=-log_ratio)
     with pytest.raises(UserError, match="does not depend on the teacher"):
-        clipped_surrogate(toy.token_log_probs(logits), toy.token_log_probs(logits), -log_ratio, Surrogate())
+        clipped_surrogate(toy.token_log_probs(logits), -log_ratio, Surrogate())
     with pytest.raises(UserError, match="does not depend on the teacher"):
         sampled_reverse_kl(toy.token_log_probs(logits), toy.token_log_probs(toy.model(1)))
     for kind in ("k1", "sampled"):

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import CheckpointConfig, OptimizerConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.distill import sft_objective
+from megatron_s2d.parallel import checkpoint
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.parallel.manifest import DamagedCheckpoint
 from megatron_s2d.records import Sample
+from megatron_s2d.train import checkpoints
 from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.megatron_model import MegatronModel
 
@@ -179,6 +182,64 @@ def reload(layout, path):
     model = trainable_model(layout)
     model.load(path, with_optimizer=True)
     return model
+
+
+def test_checkpoint_that_another_node_renamed_is_waited_for(layout, tmp_path, monkeypatch):
+    """An NFS client sees it late: rank 0 has it, this rank does not yet."""
+    model = trainable_model(layout)
+    step(model, 0)
+    model.save(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=True)
+    (tmp_path / "c").rename(tmp_path / "elsewhere")
+    pauses = []
+
+    def appear(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            (tmp_path / "elsewhere").rename(tmp_path / "c")
+
+    monkeypatch.setattr(checkpoint.time, "sleep", appear)
+    with pytest.raises(DamagedCheckpoint, match="not a checkpoint"):  # rank 0 does not see it: no wait
+        model.load(tmp_path / "c")
+    assert not pauses
+    monkeypatch.setattr(checkpoint, "broadcast_from_rank0", lambda action: True)
+    assert model.load(tmp_path / "c", with_optimizer=True)["step"] == 1 and len(pauses) == 2
+
+
+def test_rank_0_decides_what_is_on_disk(layout, tmp_path, monkeypatch):
+    """Ranks on other nodes may see older directories; if each decided for itself, they would wait for each other."""
+    model, stage = trainable_model(layout), StageDirectory(tmp_path)
+    step(model, 0)
+    manager = CheckpointManager(model, stage, CheckpointConfig())
+    manager.save({"step": 1, "updates": 0})
+    seen_by_rank_0 = [path.name for path in stage.checkpoints()]
+    monkeypatch.setattr(StageDirectory, "checkpoints", lambda self: [])
+    monkeypatch.setattr(checkpoints, "broadcast_from_rank0", lambda action: list(seen_by_rank_0))
+    assert manager.resume()["step"] == 1
+    saved = []
+    monkeypatch.setattr(model, "start_saving", lambda *args, **options: saved.append(args))
+    manager.save({"step": 5, "updates": 5})  # rank 0 has it already
+    assert not saved
+
+
+def test_damage_that_one_rank_sees_is_that_of_all(layout, tmp_path, monkeypatch):
+    model = trainable_model(layout)
+    model.save(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=False)
+    answers = iter([None, "c: shard is damaged, says rank 1"])
+    monkeypatch.setattr(checkpoint, "first_error", lambda error: next(answers))
+    with pytest.raises(DamagedCheckpoint, match="says rank 1"):
+        model.load(tmp_path / "c")
+
+
+def test_every_file_is_read_for_its_digest_by_one_rank(layout, tmp_path, monkeypatch):
+    trainable_model(layout).save(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=False)
+    read, digest = [], checkpoint.file_digest
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: read.append(path.name) or digest(path))
+    for rank in range(3):
+        ranks = types.SimpleNamespace(get_rank=lambda rank=rank: rank, get_world_size=lambda: 3)
+        monkeypatch.setattr(checkpoint, "dist", ranks)
+        checkpoint._check_own_share(tmp_path / "c")
+    files = {path.name for path in (tmp_path / "c").iterdir()} - {"integrity.json"}
+    assert sorted(read) == sorted(files) and len(files) >= 5
 
 
 def test_existing_checkpoint_is_not_overwritten(layout, tmp_path):

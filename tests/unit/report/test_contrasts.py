@@ -19,6 +19,7 @@ from megatron_s2d.report.evaluation import (
     pass_at_k,
     read_evaluation,
 )
+from megatron_s2d.report.statistics import compare_paired
 
 
 def row(problem, rewards, domain="math"):
@@ -93,7 +94,32 @@ def test_p_value_equals_enumeration_of_sign_flips():
     differences = np.array([1, 1, 1, 1, -1])
     flips = np.array(list(itertools.product([1, -1], repeat=5)))
     exact = np.mean(np.abs(flips @ differences) >= 3)
-    assert paired_comparison(a, b, resamples=40_000).p_value == pytest.approx(exact, abs=0.01)
+    assert paired_comparison(a, b).p_value == pytest.approx(exact, abs=1e-12)
+
+
+def test_interval_of_few_problems_has_the_values_that_the_exact_test_does_not_refuse():
+    differences = np.random.default_rng(2).normal(0.3, 0.4, size=8)
+    flips = np.array(list(itertools.product([1, -1], repeat=8)))
+
+    def p_value(theta):
+        moved = differences - theta
+        return np.mean(np.abs(flips @ moved) >= abs(moved.sum()) - 1e-9)
+
+    result = compare_paired(differences, k=1, seed=0, resamples=10, level=0.95)
+    low, high = result.interval
+    assert result.p_value == p_value(0) and result.level == 0.95
+    step = 1e-4
+    assert p_value(low - step) <= 0.05 < p_value(low + step)
+    assert p_value(high + step) <= 0.05 < p_value(high - step)
+    assert compare_paired(differences[:3], k=1, seed=0, resamples=10, level=0.95).level == 0.75  # 8 flips allow no more
+    assert compare_paired(differences[:3], k=1, seed=0, resamples=10, level=0.95).order == "a~b"
+
+
+def test_problems_needed_for_five_points():
+    # standard deviation 0.5: (2.8016 * 0.5 / 0.05) ** 2 = 784.9
+    differences = np.tile([0.5, -0.5], 50) * math.sqrt(99 / 100)
+    assert compare_paired(differences, k=1, seed=0, resamples=10, level=0.95).problems_needed() == 785
+    assert compare_paired(differences[:1], k=1, seed=0, resamples=10, level=0.95).problems_needed() is None
 
 
 def test_comparison_is_seeded_antisymmetric_and_order_free():
@@ -133,7 +159,7 @@ def test_read_evaluation_names_the_bad_row(tmp_path):
     refused([good, good], r"e\.jsonl:2: problem 'p0' comes twice")
     refused([good, row("p1", [1.0])], r"e\.jsonl:2: 'rewards' must list one entry for each of the 2 samples")
     refused([good | {"response_lengths": [3]}], r"e\.jsonl:1: 'response_lengths'")
-    refused([good | {"rewards": [1.0, None]}], "finite numbers")
+    refused([good | {"rewards": [1.0, None]}], r"e\.jsonl:1: damaged file, rewards\.1")
     refused([{"problem_id": "p"}], "no 'domain'")
     path.write_text(json.dumps(good) + "\n" + json.dumps(row("p1", [1.0, 1.0], "code")) + "\n")
     data = read_evaluation(path)
@@ -201,7 +227,11 @@ def test_arms_of_a_workflow_are_compared_by_role():
         "opd_rl": OpdConfig(role="opd", init="base_s", teacher="rl", prompts="pool", steps=4),
         "opd_raw": OpdConfig(role="opd", init="base_s", teacher="base_t", prompts="pool", steps=4),
     }
-    config = WorkflowConfig.model_construct(stages=stages, arms={"rl": "opd_rl", "raw": "opd_raw"})
+    stages["joint"] = GrpoConfig(
+        role="joint", init="base_s", prompts="pool", steps=4, teacher_advantage={"teacher": {"math": "rl"}}
+    )
+    config = WorkflowConfig.model_construct(stages=stages, arms={"rl": "opd_rl", "raw": "opd_raw", "joint": "joint"})
+    assert arm_of(config, "joint")[-1]["teacher_advantage"]["teacher"] == {"math": "teacher_grpo"}
     first = arm_of(config, "rl")
     assert sorted(stage["role"] for stage in first) == ["opd", "student_base", "teacher_base", "teacher_grpo"]
     assert first[-1]["init"] == "student_base" and first[-1]["optimizer"]["lr"] == 1e-6

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -52,7 +53,7 @@ def evaluation(rewards):
                 "problem_id": f"p{index}",
                 "domain": "first" if index < 4 else "second",
                 "rewards": samples,
-                "response_lengths": [2] * len(samples),
+                "response_lengths": [10 * index + sample for sample in range(len(samples))],
                 "finish_reasons": ["stop"] * len(samples),
             }
         )
@@ -62,6 +63,26 @@ def evaluation(rewards):
 GOOD = [[1, 1], [1, 1], [1, 1], [1, 1], [1, 1, 0, 0], [0, 0, 0, 1]]
 BAD = [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
 PROBLEMS = {"problems": ["p0", "p1", "p2", "p3"], "others": ["p4", "p5"]}
+
+
+def test_lengths_of_responses_are_means_over_problems(tmp_path):
+    columns = [
+        {"label": "one", "prompts": "problems", "metric": "length"},
+        {"label": "two", "prompts": "others", "metric": "length"},
+        {"label": "mean", "average": ["one", "two"], "metric": "length"},
+    ]
+    rows = [{"label": "a", "arm": "a", "paper": [None, None]}]
+    config = workflow(tmp_path, columns=columns, rows=rows)
+    table = make_table(config, {"opd": evaluation(GOOD), "forward_kl": evaluation(BAD)}, PROBLEMS)
+    # Problems 0 to 3 have two responses of 10 n and 10 n + 1 tokens, 4 and 5 four of 10 n to 10 n + 3.
+    first, second = [0.5, 10.5, 20.5, 30.5], [41.5, 51.5]
+    errors = [np.std(values, ddof=1) / len(values) ** 0.5 for values in (first, second)]
+    assert table.rows[0][3:] == [
+        f"{np.mean(first):.1f} ± {errors[0]:.1f}",
+        f"{np.mean(second):.1f} ± {errors[1]:.1f}",
+        f"{(np.mean(first) + np.mean(second)) / 2:.1f} ± {np.hypot(*errors) / 2:.1f}",
+    ]
+    assert not table.agreements
 
 
 def test_cells_and_orders(tmp_path):

@@ -12,7 +12,8 @@ from rich.console import Console
 from megatron_s2d.artifacts.files import append_line, read_json
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.data.label_ledger import LedgerEntry
-from megatron_s2d.report.diagnostics import gap_shares, plot_diagnostics
+from megatron_s2d.report import report
+from megatron_s2d.report.diagnostics import _lines_of, gap_shares, plot_diagnostics
 from megatron_s2d.report.evaluation import evaluation_from_rows, paired_comparison
 from megatron_s2d.report.html_page import MAX_SHOWN_CHARACTERS, visible
 from megatron_s2d.report.plots import plot_stage, running_mean
@@ -89,7 +90,7 @@ def fake_results(root):
 
     def contrast(a, b, factor, expected, *differences):
         comparison = paired_comparison(evaluations[a], evaluations[b], seed=1)
-        return ContrastResult(a, b, factor, expected, comparison, differences)
+        return ContrastResult(a, b, factor, expected, comparison, differences, by_paper=True)
 
     teacher = '"teacher_grpo" against "teacher_base"'
     everything = ["reward", "kl", "entropy", "response_length", "loss"]
@@ -125,7 +126,7 @@ def fake_results(root):
         ),
         rollouts=(
             RolloutExample("opd", "p17", "12 + 5 - 3 * 4 + 2 =", "0 14 5 7 [ 7 ]", "7", 1.0, "correct", "stop"),
-            RolloutExample("opd", "p18", "4 * 4 =", HOSTILE, "16", 0.0, "no_answer", "length"),
+            RolloutExample("opd", "p18", "4 * 4 =", HOSTILE, "16", 0.0, "no_answer", "length", f"judge: {HOSTILE}"),
         ),
         environment={"machine": "2 cores, no GPU", "torch": "2.11.0"},
         warnings=("the teacher's pass rate on training prompts is 0.91, above the window's 0.90",),
@@ -197,8 +198,18 @@ def test_results_json_has_what_the_statistics_say(run):
     ],
 )
 def test_verdicts_are_honest(expected, interval, wanted):
-    comparison = PairedComparison(sum(interval) / 2, 0.05, interval, 0.95, 0.5, 100, 16)
-    assert ContrastResult("x", "y", "factor", expected, comparison, ()).verdict == wanted
+    p_value = 0.5 if interval[0] <= 0 <= interval[1] else 0.01
+    comparison = PairedComparison(sum(interval) / 2, 0.05, interval, 0.95, p_value, 100, 16)
+    assert ContrastResult("x", "y", "factor", expected, comparison, (), by_paper=True).verdict == wanted
+    own = wanted.replace("the paper found", "you expected").replace("the paper:", "your expectation:")
+    assert ContrastResult("x", "y", "factor", expected, comparison, ()).verdict == own
+
+
+def test_no_verdict_where_interval_and_p_value_disagree():
+    # -20.8 +- 9.6 points, p 0.121: a bootstrap interval of 12 problems left out 0
+    comparison = PairedComparison(-0.208, 0.096, (-0.417, -0.042), 0.95, 0.121, 12, 2)
+    assert comparison.order == "a~b"
+    assert ContrastResult("x", "y", "factor", "a>b", comparison, ()).agreement == "undecided"
 
 
 def test_page_is_well_formed_and_loads_nothing(run):
@@ -281,6 +292,21 @@ def test_a_run_without_results_still_has_a_report(tmp_path):
     assert read_json(tmp_path / "results.json")["arms"]["a $\\frac$ <b>"]["std_err"] is None
 
 
+def test_of_very_many_arms_and_stages_the_first_are_drawn(tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(report, "_DRAWN_ARMS", 4)
+    monkeypatch.setattr(report, "_DRAWN_STAGES", 2)
+    monkeypatch.setattr(report, "plot_arms", lambda *arms: rows.extend(map(len, arms)) or b"")
+    monkeypatch.setattr(report, "plot_contrasts", lambda contrasts: rows.append(len(contrasts)) or b"")
+    results = fake_results(tmp_path)
+    plots = report.make_plots(results)
+    assert rows == [4, 0, 4] and {name for name in plots if name.startswith("stage/")} == {
+        "stage/teacher_base",
+        "stage/teacher_grpo",
+    }
+    assert render_markdown(results).count("half_bridge_stage3") >= 2  # the tables have all
+
+
 def test_visible_cuts_and_spells_out():
     assert visible("a\tb\nc\rd\u200be\ud800") == "a\tb\nc\\u000dd\\u200be\\ud800"
     text = visible("x" * (MAX_SHOWN_CHARACTERS + 1234))
@@ -307,3 +333,13 @@ def test_the_histogram_of_gaps_is_the_mean_of_the_steps_that_measured():
     assert gap_shares(rows) == pytest.approx({0.0: 0.25, 1e-6: 0.65, 3e-4: 0.1})
     assert list(gap_shares(rows)) == sorted(gap_shares(rows)) and gap_shares(rows[2:]) == {}
     assert plot_diagnostics(rows).startswith(b"\x89PNG") and plot_diagnostics(rows[2:]) is None
+
+
+def test_domains_have_a_line_each():
+    rows = [{"step": step, "domain/math/kl": step, "domain/code/kl": 2 * step} for step in range(1, 4)]
+    lines = _lines_of(rows)
+    assert {key: label for key, (_, label) in lines["KL by domain"].items()} == {
+        "domain/math/kl": "math",
+        "domain/code/kl": "code",
+    }
+    assert not lines["reward by domain"] and plot_diagnostics(rows).startswith(b"\x89PNG")

@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
                 os._exit(9)
         urls = list(workers.values())
         to = http.client.HTTPConnection(urlsplit(urls[next(turns) % len(urls)]).netloc)
-        to.request("POST", self.path, content, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": self.headers["Authorization"] or ""}
+        to.request("POST", self.path, content, headers)
         reply = to.getresponse()
         self.answer(reply.status, reply.read())
         to.close()

@@ -8,8 +8,10 @@ requests.
 
 from __future__ import annotations
 
+import base64
 import collections
 import json
+import logging
 import os
 import sys
 import threading
@@ -39,6 +41,22 @@ def log_prob_table(embedding: np.ndarray, temperature: float = 1.0) -> np.ndarra
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
+def toy_routes(token_ids: list[int], weight_version: str, routing: tuple[int, int, int]) -> np.ndarray:
+    """Return experts [tokens, layers, k] that tell token, layer and version."""
+    layers, experts, top_k = routing
+    version = int(weight_version.rpartition("-")[2])
+    first = np.array(token_ids)[:, None, None] + np.arange(layers)[:, None] + version
+    return (first + np.arange(top_k)) % experts
+
+
+def encoded_routes(routes: np.ndarray) -> str:
+    return base64.b64encode(routes.astype(np.int32).tobytes()).decode()
+
+
+def decoded_routes(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.int32)
+
+
 class FakeServer:
     """Listens on a free port of the loopback interface; ``close`` ends it."""
 
@@ -49,7 +67,10 @@ class FakeServer:
         self.control_faults: dict[str, str] = {}  # path -> fault of every control request to it
         self.health_faults: collections.deque[str] = collections.deque()  # of coming health checks
         self.log: list[tuple[str, dict]] = []  # path and body of every POST
-        self.info = {"tp_size": 1, "pp_size": 1}
+        self.api_key = ""  # that requests must carry, except health checks
+        self.refused: list[str] = []  # paths of requests without it
+        self.info = {"tp_size": 1, "pp_size": 1, "enable_return_routed_experts": False}
+        self.routing = (2, 4, 2)  # layers, experts, experts of a token of the toy's routes
         self.model: dict = {"is_generation": True, "preferred_sampling_params": None}
         self.tokenizer = None  # None: the server tokenizes nothing
         self.template = None
@@ -70,10 +91,22 @@ class FakeServer:
                 pass
 
             def do_GET(self):
-                self.answer(*fake.get(self.path))
+                if self.is_authorized():
+                    self.answer(*fake.get(self.path))
+
+            def is_authorized(self) -> bool:
+                if self.path.startswith(("/health", "/fault")) or not fake.api_key:
+                    return True
+                if self.headers["Authorization"] == f"Bearer {fake.api_key}":
+                    return True
+                fake.refused.append(self.path)
+                self.answer(401, b'{"error":"Unauthorized"}')
+                return False
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
+                if not self.is_authorized():
+                    return
                 fake.log.append((self.path, body))
                 try:
                     self.answer(*fake.post(self.path, body))
@@ -196,6 +229,16 @@ class FakeServer:
                     meta["output_token_logprobs"][:1],
                 )
                 meta["completion_tokens"], meta["finish_reason"] = 1, {"type": "length", "length": 1}
+            case "no routes":
+                del meta["routed_experts"]
+            case "fewer routes":
+                meta["routed_experts"] = encoded_routes(decoded_routes(meta["routed_experts"])[1:])
+            case "unknown expert":
+                meta["routed_experts"] = encoded_routes(decoded_routes(meta["routed_experts"]) + 1)
+            case "same expert":
+                meta["routed_experts"] = encoded_routes(decoded_routes(meta["routed_experts"]) * 0)
+            case "no base64":
+                meta["routed_experts"] = "?" + meta["routed_experts"][1:]
             case "slow":
                 time.sleep(0.3)
         return 200, json.dumps(reply).encode()
@@ -240,7 +283,8 @@ class FakeServer:
                 reason = {"type": "abort", "message": "Aborted"}
                 break
             row = np.exp(table[last])
-            token = int(generator.choice(len(row), p=row / row.sum()))
+            greedy = params["temperature"] == 0
+            token = int(row.argmax() if greedy else generator.choice(len(row), p=row / row.sum()))
             reported = log_prob_table(self.embedding) if self.original_log_probs else table
             scored.append([float(reported[last, token]), token, None])
             output.append(token)
@@ -250,6 +294,9 @@ class FakeServer:
                 reason = {"type": "stop", "matched": token}
                 break
         meta = self.meta(ids) | {"completion_tokens": len(output), "finish_reason": reason}
+        if body.get("return_routed_experts") and output:
+            tokens = (ids + output)[body["routed_experts_start_len"] : -1]
+            meta["routed_experts"] = encoded_routes(toy_routes(tokens, self.weight_version, self.routing))
         return {"text": "", "output_ids": output, "meta_info": meta | {"output_token_logprobs": scored}}
 
     def score(self, ids: list[int], k: int = 0) -> dict:
@@ -277,6 +324,10 @@ def main() -> None:
     server = FakeServer(
         read_embedding(Path(options["--model-path"])), options["--weight-version"], int(options["--port"])
     )
+    server.api_key = options.get("--api-key", "")
+    server.info["enable_return_routed_experts"] = "--enable-return-routed-experts" in sys.argv
+    logging.basicConfig(level=logging.INFO)
+    logging.info("server_args=%r", sys.argv)  # as SGLang does
     print(f"serving {server.url}", flush=True)
     threading.Event().wait()
 

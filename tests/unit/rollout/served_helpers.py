@@ -43,7 +43,7 @@ def toy_score(chunks):
 
 
 def make_engine(
-    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, **settings
+    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, spec=SPEC, **settings
 ) -> ServedEngine:
     """An engine attached to ``servers``, or with servers of its own; settings of any section by name."""
     parts = {
@@ -60,7 +60,7 @@ def make_engine(
     return ServedEngine(
         sglang_server_group(
             chunks,
-            SPEC,
+            spec,
             layout,
             toy_score(chunks),
             rollout,

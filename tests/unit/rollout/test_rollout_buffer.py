@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import Prompt
-from megatron_s2d.rollout import buffer, sampler
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.engine import SamplingParams, sample_of
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
@@ -49,17 +49,29 @@ def make_prompts() -> list[Prompt]:
     return [Prompt(f"p{number}", np.array([number]), "", "math", None, None) for number in range(NUM_PROMPTS)]
 
 
+class Alone(HostGroup):
+    """A data-parallel rank whose others have no responses."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.__dict__["alone_as"] = rank
+
+    def all_gather(self, values):
+        return [values[:0]] * self.alone_as + [values]
+
+
 def make_buffer(engine, rank=0, size=1, **settings) -> RolloutBuffer:
-    layout = types.SimpleNamespace(dp_rank=rank, dp_size=size, is_dp_leader=True)
+    layout = types.SimpleNamespace(
+        dp_rank=rank,
+        dp_size=size,
+        is_dp_leader=True,
+        leader_in_replica=0,
+        host_dp=Alone(rank),
+        host_replica=HostGroup(),
+    )
     worker = RolloutWorker(layout, engine, SamplingParams(4, (0,)), 7, None)
     loader = PromptDataLoader(make_prompts(), PER_STEP, 5)
     return RolloutBuffer(loader, worker, PER_STEP, RESPONSES, STEPS, **settings)
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    for module in (buffer, sampler):
-        monkeypatch.setattr(module, "gather_dicts", lambda local: local)
 
 
 def test_without_oversampling_the_samples_of_a_step_depend_on_its_number_only():
@@ -89,6 +101,73 @@ def test_next_step_is_submitted_before_this_one_trains():
     assert not late.worker.engine.submitted
     late.prefetch(2)
     assert len(late.worker.engine.submitted) == 1
+
+
+class ClockedEngine(ToyEngine):
+    """Servers of a known speed, on a simulated clock: they answer one batch after the other."""
+
+    def __init__(self, seconds: float, *, ahead: bool):
+        super().__init__()
+        self.seconds, self.ahead = seconds, ahead
+        self.now = self.free_at = 0.0
+        self.ready: dict[str, float] = {}  # first request of a batch -> when it is answered
+
+    def submit(self, requests, num_groups=None):
+        super().submit(requests, num_groups)
+        if self.ahead:
+            self.begin(requests)
+
+    def begin(self, requests):
+        self.free_at = self.ready[requests[0].id] = max(self.now, self.free_at) + self.seconds
+
+    def generate(self, requests, progress=None, *, num_groups=None):
+        if requests[0].id not in self.ready:
+            self.begin(requests)
+        self.now = max(self.now, self.ready.pop(requests[0].id))
+        return super().generate(requests, num_groups=num_groups)
+
+    def update_weights(self):
+        """As ``one_step_off``: an update waits for the responses in flight."""
+        self.now = max([self.now, *self.ready.values()])
+
+
+def seconds_of_a_run(generation: float, training: float, max_staleness: int) -> float:
+    engine = ClockedEngine(generation, ahead=max_staleness > 0)
+    rollout_buffer = make_buffer(engine, max_staleness=max_staleness)
+    for step in range(1, STEPS + 1):
+        rollout_buffer.next_batch(step)
+        engine.now += training
+        engine.update_weights()
+    return engine.now
+
+
+def test_generation_and_training_overlap_from_staleness_one_on():
+    assert seconds_of_a_run(5.0, 5.0, 0) == STEPS * 10.0
+    assert seconds_of_a_run(5.0, 5.0, 1) == (STEPS + 1) * 5.0  # 1.8 times as fast
+    assert seconds_of_a_run(5.0, 1.0, 1) == STEPS * 5.0 + 1.0
+    assert seconds_of_a_run(1.0, 5.0, 1) == STEPS * 5.0 + 1.0
+
+
+@pytest.mark.parametrize("max_staleness", [1, 3])
+def test_requests_are_submitted_as_far_ahead_as_responses_may_be_old(max_staleness):
+    engine = ToyEngine()
+    rollout_buffer = make_buffer(engine, max_staleness=max_staleness)
+    for step in range(1, STEPS + 1):
+        rollout_buffer.next_batch(step)
+        assert len(engine.submitted) == min(step + max_staleness, STEPS) - 1
+        assert list(rollout_buffer.metrics()) == ["rollout/wait_seconds"]
+    # Every step takes its own prompts, whatever runs ahead; so does a run that is resumed in between.
+    expected = make_buffer(ToyEngine())
+    for step in range(1, STEPS + 1):
+        expected.next_batch(step)
+    assert engine.requested == expected.worker.engine.requested
+    assert [ids for ids, _ in engine.submitted] == engine.requested[1:]
+    resumed = make_buffer(ToyEngine(), max_staleness=max_staleness)
+    resumed.resume({"step": 6})
+    for step in range(7, STEPS + 1):
+        resumed.next_batch(step)
+    assert resumed.worker.engine.requested == engine.requested[6:]
+    assert expected.metrics() == {}
 
 
 @pytest.mark.parametrize("over_sampling_ratio", [1.25, 1.5, 2.6])

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from megatron_s2d import buffer_sizes
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -228,6 +229,28 @@ def test_growing_and_shrinking_batches_do_not_change_samples(layout, chunks, mon
     assert largest_difference(chunks, samples) < 2e-5
 
 
+@pytest.mark.parametrize("limits", [(40,), (3, 17, 40)])
+def test_looking_for_ended_responses_rarely_changes_no_sample(layout, chunks, monkeypatch, limits):
+    """What a GPU decodes behind the end of a response, until the host looks, is cut off."""
+    requests = make_requests(lengths=(4, 9, 1), groups=6, top_p=0.9, stop_strings=("ab", "q"))
+    requests = [
+        dataclasses.replace(
+            request, params=dataclasses.replace(request.params, max_new_tokens=limits[number % len(limits)])
+        )
+        for number, request in enumerate(requests)
+    ]
+    reference = engine(chunks, layout, tokenizer=Letters).generate(requests)
+    assert {sample.finish_reason for sample in reference} == {"stop", "length"} or len(limits) == 1
+    for positions in (5, 16, 64):
+        monkeypatch.setitem(buffer_sizes.POSITIONS_PER_CHECK, "cpu", positions)
+        for sample, expected in zip(
+            engine(chunks, layout, tokenizer=Letters).generate(requests), reference, strict=True
+        ):
+            assert np.array_equal(sample.token_ids, expected.token_ids)
+            np.testing.assert_allclose(sample.rollout_log_probs, expected.rollout_log_probs, rtol=0, atol=2e-5)
+            assert sample.finish_reason == expected.finish_reason
+
+
 def test_training_continues_after_generation(layout):
     chunks = model(layout)
     chunks[0].train()
@@ -248,6 +271,22 @@ def test_generation_uses_the_current_weights(layout):
     generator.update_weights(chunks, 1)
     after = generator.generate(make_requests(temperature=0.0, groups=1))
     assert largest_difference(chunks, after) < 2e-5 < largest_difference(chunks, before)
+
+
+def test_early_requests_keep_the_weights_that_they_were_submitted_with(layout):
+    chunks = model(layout)
+    early = engine(chunks, layout, generates_early=True)
+    requests = make_requests(temperature=0.0, groups=1)
+    early.submit(requests)
+    expected = engine(chunks, layout).generate(requests)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.mul_(0.7)
+    early.update_weights(chunks, 1)
+    for sample, reference in zip(early.generate(requests), expected, strict=True):
+        assert np.array_equal(sample.rollout_log_probs, reference.rollout_log_probs)
+        assert [span.version for span in sample.weight_versions] == [0]
+    assert {span.version for sample in early.generate(requests) for span in sample.weight_versions} == {1}
 
 
 def test_invalid_requests_are_one_clear_line(layout, chunks):

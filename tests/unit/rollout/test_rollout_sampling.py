@@ -10,9 +10,8 @@ torch = pytest.importorskip("torch")
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_s2d.rollout.engine import SamplingParams, sample_seed
+from megatron_s2d.rollout.megatron import sampling
 from megatron_s2d.rollout.megatron.sampling import BatchParams, _filter, sample_tokens, uniforms
-
-CPU = torch.device("cpu")
 
 
 def params(**fields) -> SamplingParams:
@@ -56,7 +55,7 @@ def test_uniforms_of_a_position_do_not_depend_on_the_block_they_are_drawn_in():
 def test_samples_follow_the_distribution(temperature):
     draws, vocab = 60_000, 30
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 1.5
-    columns = BatchParams.of([params(temperature=temperature)] * draws, vocab, CPU)
+    columns = BatchParams.of([params(temperature=temperature)] * draws, vocab)
     uniform = torch.from_numpy(uniforms(seeds(draws), 3, 4)[0])
     tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, uniform)
     probs = torch.softmax(logits.double() / temperature, dim=-1)
@@ -77,17 +76,54 @@ def test_filters_agree_with_transformers(top_k, top_p):
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     # The last row has filters, so that the filter runs even for neutral settings.
-    columns = BatchParams.of([params(top_k=top_k, top_p=top_p)] * rows + [params(top_k=2, top_p=0.5)], vocab, CPU)
+    columns = BatchParams.of([params(top_k=top_k, top_p=top_p)] * rows + [params(top_k=2, top_p=0.5)], vocab)
     weights = torch.exp(torch.cat([logits, logits[:1]]))
     filtered = _filter(weights, columns)[:rows]
     assert torch.equal(filtered > 0, expected.isfinite())
     assert torch.equal(filtered[filtered > 0], weights[:rows][filtered > 0])
 
 
+def kept_by_definition(mass: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Indices of one row that stay, by the definition: sorted in float64, the first of equal tokens first."""
+    order = np.argsort(-mass.astype(np.float64), kind="stable")
+    order = order[:top_k] if top_k != -1 else order
+    if top_p == 1:
+        return np.sort(order)
+    cumulative = np.cumsum(mass[order].astype(np.float64))
+    return np.sort(order[cumulative - mass[order] < top_p * cumulative[-1]])
+
+
+@pytest.mark.parametrize("least_mass", [sampling._least_mass_on_host, sampling._least_mass_on_device])
+@pytest.mark.parametrize("kind", ["normal", "flat", "ties", "two", "peaked"])
+def test_filters_keep_what_the_definition_keeps(monkeypatch, least_mass, kind):
+    """Also where only a few candidates are sorted first, and with p near 0 and 1."""
+    monkeypatch.setattr(sampling, "_CANDIDATES", 16)
+    monkeypatch.setattr(sampling, "_least_mass_on_host", least_mass)
+    vocab = 300
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(5))
+    logits = {
+        "normal": logits * 3,
+        "flat": torch.zeros(vocab),
+        "ties": (logits * 2).round(),
+        "two": torch.where(logits > 0, 0.0, -float("inf")),
+        "peaked": torch.where(torch.arange(vocab) == 7, 40.0, logits),
+    }[kind]
+    mass = (logits - logits.max()).exp()
+    # Shares that no sum of ties meets: there one rounding decides.
+    settings = [(k, p) for k in (-1, 1, 7, 40) for p in (1e-9, 0.0301, 0.5003, 0.9002, 0.99999, 1.0)]
+    columns = BatchParams.of([params(top_k=k, top_p=p) for k, p in settings], vocab)
+    filtered = _filter(mass.expand(len(settings), -1), columns)
+    for (top_k, top_p), row in zip(settings, filtered, strict=True):
+        kept = kept_by_definition(mass.numpy(), top_k, top_p)
+        expected = torch.zeros(vocab)
+        expected[kept] = mass[kept]
+        assert torch.equal(row, expected), (top_k, top_p)
+
+
 def test_filtered_samples_follow_the_renormalised_distribution():
     draws, vocab = 40_000, 12
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
-    columns = BatchParams.of([params(top_k=6, top_p=0.95, temperature=0.8)] * draws, vocab, CPU)
+    columns = BatchParams.of([params(top_k=6, top_p=0.95, temperature=0.8)] * draws, vocab)
     uniform = torch.from_numpy(uniforms(seeds(draws), 0, 1)[0])
     tokens, log_probs = sample_tokens(logits.expand(draws, -1), columns, uniform)
     scaled = logits.double() / 0.8
@@ -105,7 +141,7 @@ def test_token_without_probability_is_never_drawn():
     logits = torch.full((4, 6), -1e30)
     logits[:, 2] = 0.0
     for uniform in (0.0, 0.5, 1 - 2.0**-52):
-        columns = BatchParams.of([params()] * 4, 6, CPU)
+        columns = BatchParams.of([params()] * 4, 6)
         tokens, log_probs = sample_tokens(logits, columns, torch.full((4,), uniform, dtype=torch.float64))
         assert tokens.tolist() == [2] * 4 and log_probs.tolist() == [0.0] * 4
 
@@ -124,10 +160,10 @@ def test_rows_of_different_parameters_are_independent():
     logits = torch.randn(rows, vocab, generator=generator) * 2
     uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
     rows_params = [kinds[row % len(kinds)] for row in range(rows)]
-    together = BatchParams.of(rows_params, vocab, CPU)
+    together = BatchParams.of(rows_params, vocab)
     tokens, log_probs = sample_tokens(logits, together, uniform)
     for row in range(rows):
-        single = BatchParams.of([rows_params[row]], vocab, CPU)
+        single = BatchParams.of([rows_params[row]], vocab)
         alone = sample_tokens(logits[row : row + 1], single, uniform[row : row + 1])
         assert (tokens[row], log_probs[row]) == (alone[0][0], alone[1][0])
     assert torch.equal(tokens[1 :: len(kinds)], logits[1 :: len(kinds)].argmax(-1))

@@ -15,6 +15,7 @@ from served_helpers import change_weights, embedding_of, make_engine, make_reque
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.served.engine import uncovered_seconds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -66,6 +67,46 @@ def test_next_step_is_generated_while_the_trainer_works(chunks, layout, servers,
         engine.submit(long_requests())
         engine.generate(make_requests())
     engine.close()
+
+
+def of_step(step: int) -> list[Request]:
+    """Four requests of 8 tokens, with ids of their own."""
+    return [
+        dataclasses.replace(request, id=f"{request.id}.{step}", group_id=f"{request.group_id}.{step}")
+        for request in long_requests()
+    ]
+
+
+@pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
+def test_several_steps_are_generated_ahead(chunks, layout, servers, tmp_path, async_mode):
+    """Steps come in order; each token has the version that was current when it was sampled."""
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode=async_mode, max_staleness=3)
+    tables, lags = {0: log_prob_table(embedding_of(chunks))}, []
+    samples = engine.generate(of_step(1))
+    for step in range(2, 5):
+        engine.submit(of_step(step))
+    for step in range(1, 5):
+        lags += [step - 1 - span.version for sample in samples for span in sample.weight_versions]
+        assert max_difference_by_version(tables, samples) < 1e-5
+        assert [sample.id for sample in samples] == [request.id for request in of_step(step)]
+        if step == 4:
+            break
+        change_weights(chunks)
+        tables[step] = log_prob_table(embedding_of(chunks))
+        engine.update_weights(chunks, step)
+        samples = engine.generate(of_step(step + 1))
+    assert min(lags) >= 0 and max(lags) <= 3
+    if async_mode == "one_step_off":  # what was submitted was complete at the first update
+        assert max(lags) == 3
+    assert {"rollout/producer_wait_seconds", "rollout/discarded_tokens"} <= set(engine.metrics())
+    engine.close()
+
+
+def test_time_without_requests_is_what_no_generation_covers():
+    assert uncovered_seconds(0.0, 10.0, []) == 10.0
+    assert uncovered_seconds(0.0, 10.0, [(-1.0, 2.0), (1.0, 3.0), (5.0, 6.0)]) == 6.0
+    assert uncovered_seconds(0.0, 10.0, [(2.0, 30.0)]) == 2.0
+    assert uncovered_seconds(5.0, 10.0, [(1.0, 2.0)]) == 5.0
 
 
 def test_submit_does_nothing_in_sync_mode(chunks, layout, servers, tmp_path):

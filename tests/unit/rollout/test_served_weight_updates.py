@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.records import WeightVersionSpan
 from megatron_s2d.rollout.served.backend import WeightUpdateFailed
-from megatron_s2d.rollout.sglang.weight_sync import refuse_remote, trainer_address
+from megatron_s2d.rollout.sglang import weight_sync
+from megatron_s2d.rollout.sglang.weight_sync import BroadcastWeightSync, refuse_remote, trainer_address
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -196,3 +199,27 @@ def test_trainer_address_is_one_that_the_servers_reach():
     assert trainer_address(["http://127.0.0.1:1", "http://127.0.0.2:2"]) == "127.0.0.1"
     with pytest.raises(WeightUpdateFailed, match="no route to that machine"):
         trainer_address(["http://no-such-machine.invalid:1"])
+
+
+def test_only_files_reach_servers_with_pipeline_parallelism(chunks, layout, servers, tmp_path):
+    servers[0].info |= {"pp_size": 2}
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    assert engine.generate(make_requests())
+    engine.close()
+    with pytest.raises(UserError, match=r"runs with --pp-size 2, and only rollout.sglang.weight_sync: disk reaches"):
+        make_engine(chunks, layout, tmp_path, servers, weight_sync="distributed")
+
+
+@pytest.mark.parametrize("refusal", [True, False])
+def test_a_group_that_does_not_form_is_given_up(monkeypatch, refusal):
+    """NCCL's first call returns when all ranks have connected; a server that refused, or is gone, never does."""
+    connecting, replies = threading.Event(), [Future()]
+    monkeypatch.setattr(weight_sync.dist, "broadcast", lambda *arguments, **options: connecting.wait())
+    if refusal:
+        replies[0].set_exception(WeightUpdateFailed("status 400"))
+    else:
+        monkeypatch.setattr(weight_sync, "_GROUP_SECONDS", 0.01)
+    sync = BroadcastWeightSync()
+    with pytest.raises(WeightUpdateFailed, match="status 400" if refusal else "did not form within 0.01 s"):
+        sync._start_broadcast(torch.zeros(1), replies)
+    connecting.set()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,18 +21,6 @@ from served_helpers import VOCAB_SIZE, change_weights, make_engine, make_request
 from megatron_s2d.config.base import UserError
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
-
-
-@pytest.fixture
-def interpreter(tmp_path) -> Path:
-    """A program in place of the interpreter with sglang: it starts the toy server, or the toy router."""
-    path, here = tmp_path / "interpreter", Path(__file__).parent
-    path.write_text(
-        f'#!/bin/sh\ncase "$2" in sglang_router*) file=fake_router.py ;; *) file=fake_sglang.py ;; esac\n'
-        f'exec {sys.executable} {here}/$file "$@"\n'
-    )
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
 
 
 def processes(word: str) -> list[int]:
@@ -133,13 +119,14 @@ def test_servers_end_with_a_killed_trainer(interpreter, tmp_path):
     index = {"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert read_embedding(tmp_path).shape == (VOCAB_SIZE, 4)
+    (tmp_path / "key").write_text("secret")
     code = (
         "import sys, time; from pathlib import Path\n"
         "from megatron_s2d.config.training import SglangConfig\n"
         "from megatron_s2d.rollout.sglang.server import SglangServer\n"
         f"server = SglangServer(SglangConfig(python={str(interpreter)!r}), Path({str(tmp_path)!r}),\n"
-        f"    Path({str(tmp_path / 'log')!r}), number=0, weight_version='x', max_positions=8, dtype='float32',\n"
-        "    max_tokens=9)\n"
+        f"    Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'key')!r}), number=0, weight_version='x',\n"
+        "    max_positions=8, dtype='float32', max_tokens=9)\n"
         "server.wait(time.monotonic() + 60); print('ready', flush=True); time.sleep(100)\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

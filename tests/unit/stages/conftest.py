@@ -6,7 +6,9 @@ import types
 
 import numpy as np
 import pytest
+from toy_models import LAYOUT, ToyModel, ToyWorkflow
 
+from megatron_s2d.parallel.layout import initialize_distributed
 from megatron_s2d.records import Prompt, Sample
 
 PROMPT_LENGTH = 2
@@ -15,10 +17,12 @@ PROMPT_LENGTH = 2
 class Scorer:
     """A model that scores token i of sample ``id`` at ``values[id] + i / 100``; entropies are twice that."""
 
+    layout = LAYOUT
+
     def __init__(self, values: dict[str, float]):
         self.values = values
 
-    def score(self, samples, output="log_probs"):
+    def score(self, samples, output="log_probs", *, holders=None):
         scores = []
         for sample in samples:
             response = self.values[sample.id] + np.arange(sample.response_length, dtype=np.float32) / 100
@@ -35,7 +39,7 @@ class Buffer:
         tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "text")
         self.samples, self.loader = samples, loader
         self.worker = worker or types.SimpleNamespace()
-        self.worker.tokenizer = tokenizer
+        self.worker.tokenizer, self.worker.layout = tokenizer, LAYOUT
         self.train_batch_size = len({sample.prompt_id for sample in samples})
         self.prefetched: list[int] = []
 
@@ -47,6 +51,9 @@ class Buffer:
         self.prefetched.append(step)
 
     def state(self):
+        return {}
+
+    def metrics(self):
         return {}
 
 
@@ -68,10 +75,24 @@ def make_sample(id_: str, length: int, *, group: int = 0, reward: float | None =
         temperature=1.0,
         finish_reason=reason,
         reward=reward,
-        verifier_label=None if reward is None else "label",
+        verifier_label=None if reward is None else "correct" if reward == 1.0 else "wrong",
     )
 
 
 @pytest.fixture
 def fakes():
     return types.SimpleNamespace(Scorer=Scorer, Buffer=Buffer, prompt=make_prompt, sample=make_sample)
+
+
+@pytest.fixture(scope="session")
+def _tokenizer_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture
+def workflow(tmp_path, _tokenizer_cache):
+    """Toy models as finished stages, and a function to run a stage after them."""
+    initialize_distributed()
+    models = {name: ToyModel(seed) for seed, name in enumerate(("student", "teacher", "reference"), 1)}
+    models["reference"].move_towards(models["student"], 0.8)  # a penalty to a strange model would explode
+    return ToyWorkflow(tmp_path, _tokenizer_cache, models)

@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import SamplingConfig
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.data.tokenizer import stop_token_ids
 from megatron_s2d.errors import UserError
+from megatron_s2d.rollout.sampler import PromptDataLoader
 from megatron_s2d.stages import model_factory, rollout_factory
 from megatron_s2d.stages.context import StageContext, derive_seed
 from megatron_s2d.stages.model_factory import ModelFactory
-from megatron_s2d.stages.rollout_factory import RolloutFactory, ServerRegistry, stop_token_ids
+from megatron_s2d.stages.rollout_factory import RolloutFactory, ServerRegistry
 
+SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 OWN, OTHER = ParallelConfig(data_parallel_size=2), ParallelConfig(tensor_model_parallel_size=2)
 
 
@@ -81,7 +87,7 @@ def rollouts(tmp_path, urls=()) -> RolloutFactory:
     lengths = types.SimpleNamespace(max_prompt_length=10)
     models = {"student": types.SimpleNamespace(path=None)}
     config = types.SimpleNamespace(rollout=rollout, lengths=lengths, models=models)
-    inputs = types.SimpleNamespace(tokenizer=types.SimpleNamespace(eos_token_id=3))
+    inputs = types.SimpleNamespace(tokenizer_of=lambda model_name: types.SimpleNamespace(eos_token_id=3))
     return RolloutFactory(config, "opd", tmp_path, inputs)
 
 
@@ -89,7 +95,9 @@ def test_configured_servers_hold_one_set_of_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout_factory, "sglang_server_group", lambda *_, **options: options)
     monkeypatch.setattr(rollout_factory, "ServedEngine", lambda group: Recorder(group, []))
     spec = types.SimpleNamespace(max_position_embeddings=15)
-    model = types.SimpleNamespace(chunks=[], spec=spec, layout=None, score=None, on_device=print)
+    model = types.SimpleNamespace(
+        chunks=[], spec=spec, layout=None, score_replicated=None, on_device=print, routing_replay=None
+    )
     factory = rollouts(tmp_path, ["http://127.0.0.1:30000"])
     params = factory.sampling_params(SamplingConfig(max_response_length=8), "student")
     engine = factory.engine(model, "student", params)
@@ -110,6 +118,46 @@ def test_stop_tokens_are_those_of_tokenizer_and_published_model(tmp_path):
     assert stop_token_ids(tokenizer, tmp_path) == (2, 7, 9)
     with pytest.raises(UserError, match="no end-of-sequence token"):
         stop_token_ids(types.SimpleNamespace(eos_token_id=None), None)
+
+
+@pytest.mark.parametrize("type_", ["grpo", "opd"])
+def test_a_stage_goes_on_with_the_prompts_that_come_after_those_of_its_start(tmp_path, type_):
+    kind = {"grpo": {"kl_loss_coef": 0.0}, "opd": {"teacher": "first"}}[type_]
+    shared = {"type": type_, "prompts": "pool", "seed": 4, **kind}
+    document = {
+        "defaults": str(SMOKE),
+        "data": {"pool": {"type": "task", "split": "pool", "num_prompts": 50}},
+        "stages": {
+            "first": {
+                "type": "grpo",
+                "prompts": "pool",
+                "seed": 4,
+                "model": "student",
+                "steps": 3,
+                "train_batch_size": 8,
+            },
+            "second": shared | {"init": "first", "steps": 2, "train_batch_size": 16, "prompt_order": "continue"},
+            "third": shared | {"init": "second", "steps": 2, "train_batch_size": 5, "prompt_order": "continue"},
+            "again": shared | {"init": "second", "steps": 2, "train_batch_size": 5},
+        },
+        "arms": {"a": "third", "b": "again"},
+        "contrasts": [],
+    }
+    (tmp_path / "continued.yaml").write_text(yaml.safe_dump(document))
+    config = load_workflow(tmp_path / "continued.yaml")
+    prompts = [types.SimpleNamespace(id=str(number)) for number in range(50)]
+
+    def drawn(name):
+        parts = dict.fromkeys(field.name for field in dataclasses.fields(StageContext))
+        inputs = types.SimpleNamespace(stage_prompts=lambda stage: {name: prompts}[stage])
+        parts |= {"name": name, "stage": config.stages[name], "seed": 4, "_config": config, "inputs": inputs}
+        loader = StageContext(**parts).prompt_loader()
+        return [prompt.id for step in range(config.stages[name].steps) for prompt in loader.batch_for_step(step + 1)]
+
+    order = PromptDataLoader(prompts, 1, 4)
+    ids = [order.batch_for_step(step + 1)[0].id for step in range(66)]
+    assert (drawn("first"), drawn("second"), drawn("third")) == (ids[:24], ids[24:56], ids[56:])
+    assert drawn("again") == ids[:10]
 
 
 def test_seeds_of_equal_offsets_are_equal():

@@ -6,8 +6,10 @@ import types
 
 import numpy as np
 import pytest
+from toy_models import LAYOUT
 
 from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.data.stored_samples import ListedSamples, OfflineSamples
 from megatron_s2d.objectives.advantages import AnchorSchedule
 from megatron_s2d.stages.opd import DivergenceOpdSource, PolicyGradientOpdSource, serve_teachers, token_factors
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource
@@ -76,11 +78,69 @@ def test_sign_gate_scales_consensus_and_masks_conflict(fakes, samples, student, 
     assert data.metrics["gate/consensus_fraction"] == pytest.approx(8 / 14)
 
 
+@pytest.mark.parametrize(("selected_by", "selected"), [("student", ("d", "a")), ("teacher", ("d", "b"))])
+def test_fixed_advantage_is_the_mean_log_prob_of_the_least_likely_tokens(
+    fakes, samples, student, teacher, selected_by, selected
+):
+    """The loss is value * mean over the selected tokens of the ratio: its gradient in float64, token by token."""
+    setting = {"value": -0.75, "fraction": 0.4, "selected_by": selected_by}
+    data = source_of(fakes, opd_config(fixed_advantage=setting), samples, student, teacher).step(1)
+    (batch,) = data.mini_batches
+    scores = {
+        s.id: scorer
+        for s, scorer in zip(samples, (student if selected_by == "student" else teacher).score(samples), strict=True)
+    }
+    flat = np.concatenate([scores[s.id][s.response_mask] for s in batch.samples])
+    wanted = np.argsort(flat, kind="stable")[:5]  # 0.4 of 14 tokens
+    definition = np.zeros(14)
+    definition[wanted] = 0.75 / 5  # d/d log-prob of -(value) * mean ratio at ratio 1
+    weights = np.concatenate(
+        [np.full(s.response_length, w) for s, w in zip(batch.samples, batch.loss_weights["policy_weight"], strict=True)]
+    )
+    advantages = np.concatenate([s.advantages[s.response_mask] for s in batch.samples])
+    assert (-weights * advantages) == pytest.approx(definition, rel=1e-12)
+    touched = {s.id for s in batch.samples if s.advantages.any()}
+    assert touched == set(selected) and (weights > 0).all()
+    assert data.metrics["fixed_advantage/selected_fraction"] == pytest.approx(5 / 14)
+    assert data.metrics["fixed_advantage/highest_selected_log_prob"] == pytest.approx(np.sort(flat)[4])
+
+
+def test_control_selected_by_the_student_does_not_depend_on_the_teacher(fakes, samples, student, teacher):
+    other = fakes.Scorer({"a": -9.0, "b": -0.1, "c": -7.0, "d": -0.2})
+    for selected_by, equal in (("student", True), ("teacher", False)):
+        stage = opd_config(fixed_advantage={"selected_by": selected_by})
+        first, second = (
+            source_of(fakes, stage, samples, student, which).step(1).mini_batches[0] for which in (teacher, other)
+        )
+        same = all(
+            np.array_equal(a.advantages, b.advantages) for a, b in zip(first.samples, second.samples, strict=True)
+        )
+        assert same == equal
+        assert np.array_equal(first.loss_weights["policy_weight"], second.loss_weights["policy_weight"])
+
+
+def test_fixed_advantage_selects_among_the_tokens_that_count(fakes, samples, student, teacher):
+    stage = opd_config(fixed_advantage={"fraction": 0.2}, truncated_responses="mask")
+    data = source_of(
+        fakes,
+        stage,
+        [dataclasses.replace(s, finish_reason="length" if s.id == "d" else "stop") for s in samples],
+        student,
+        teacher,
+    ).step(1)
+    (batch,) = data.mini_batches
+    advantages = {s.id: s.advantages[s.response_mask] for s in batch.samples}
+    assert not advantages["d"].any()  # the least likely ones, but without a loss
+    assert advantages["a"].tolist() == [-0.5, -0.5, 0.0]  # 2 of 10 tokens
+    weights = dict(zip("abcd", batch.loss_weights["policy_weight"], strict=True))
+    assert weights == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.0})
+
+
 class AnchorWorker:
     """The teacher's answers: lengths 2 and 6, correct, and one wrong one."""
 
     def __init__(self, fakes):
-        self.fakes, self.prompts = fakes, []
+        self.fakes, self.prompts, self.layout = fakes, [], LAYOUT
 
     def sample(self, prompts, num_generations, step):
         self.prompts += [prompt.id for prompt in prompts]
@@ -94,8 +154,8 @@ def anchored(fakes, samples, student, teacher, step, **settings):
     config = stage.teacher_sampling
     schedule = AnchorSchedule(config.alpha_high, config.alpha_end, config.phase_1_end, config.phase_2_end)
     worker = AnchorWorker(fakes)
-    resident = types.SimpleNamespace(model_for=lambda domain: contextlib.nullcontext())
-    anchors = TeacherAnchorSource(stage, resident, {None: worker}, schedule)
+    resident = types.SimpleNamespace(views=None, model_for=lambda domain: contextlib.nullcontext())
+    anchors = TeacherAnchorSource(stage, resident, {None: worker}, schedule, LAYOUT)
     return source_of(fakes, stage, samples, student, teacher, anchors=anchors).step(step), worker
 
 
@@ -145,17 +205,23 @@ def test_token_factors_multiply_the_loss_weights(fakes, samples, student, teache
     assert total == pytest.approx(1.0, rel=1e-6)  # as without factors
 
 
+def cached_responses(fakes, reads=None):
+    """Responses of a cache in their order; ``reads`` gets what was asked for."""
+
+    def order(start, count):
+        if reads is not None:
+            reads.append((start, count))
+        return range(start, start + count)
+
+    return OfflineSamples(ListedSamples(lambda index: fakes.sample(f"cached{index}", 3)), order)
+
+
 def test_cached_responses_fill_the_batch(fakes, samples, student, teacher):
     stage = opd_config(
         kl_estimator="full_vocab", on_policy_fraction=0.5, cache="cache", train_batch_size=4, num_generations=2
     )
     reads = []
-
-    def read(start, count):
-        reads.append((start, count))
-        return [fakes.sample(f"cached{index}", 3) for index in range(start, start + count)]
-
-    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, read)
+    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, cached_responses(fakes, reads))
     (batch,) = source.step(3).mini_batches
     assert reads == [(8, 4)]
     assert [sample.id for sample in batch.samples[4:]] == [f"cached{index}~cached" for index in range(8, 12)]
@@ -175,16 +241,35 @@ def test_cached_responses_are_mixed_into_every_mini_batch(fakes, student, teache
     )
     groups = round(4 * fraction)
     samples = [fakes.sample(f"{group}{index}", 3, group=group) for group in range(groups) for index in range(2)]
-
-    def read(start, count):
-        return [fakes.sample(f"cached{index}", 3) for index in range(start, start + count)]
-
-    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, read)
+    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, cached_responses(fakes))
     mini_batches = source.step(1).mini_batches
     counts = [sum("cached" not in sample.id for sample in batch.samples) for batch in mini_batches]
     assert counts == on_policy and [len(batch.samples) for batch in mini_batches] == [4, 4]
     cached = [sample.id for batch in mini_batches for sample in batch.samples if "cached" in sample.id]
     assert cached == [f"cached{index}~cached" for index in range(8 - 2 * groups)]
+
+
+def test_later_passes_repeat_samples_anchors_and_cached_responses(fakes, samples, student, teacher):
+    """Every pass has each policy sample and each anchor once; further passes mix cached responses in another order."""
+    settings = {"fraction": 0.5, "alpha_high": 0.8, "phase_1_end": 0.2, "phase_2_end": 0.6}
+    stage = opd_config(teacher_sampling=settings, num_mini_batches=2, ppo_epochs=3, train_batch_size=2)
+    schedule = AnchorSchedule(0.8, 0.0, 0.2, 0.6)
+    resident = types.SimpleNamespace(views=None, model_for=lambda domain: contextlib.nullcontext())
+    anchors = TeacherAnchorSource(stage, resident, {None: AnchorWorker(fakes)}, schedule, LAYOUT)
+    batches = source_of(fakes, stage, samples, student, teacher, anchors=anchors).step(1).mini_batches
+    assert len(batches) == 6
+    for start in (0, 2, 4):
+        ids = [sample.id for batch in batches[start : start + 2] for sample in batch.samples]
+        assert sorted(ids) == ["a", "b", "c", "d", "x~teacher", "y~teacher"]
+        weights = np.concatenate([batch.loss_weights["supervised_weight"] for batch in batches[start : start + 2]])
+        assert sum(weight > 0 for weight in weights) == 2
+
+    options = {"on_policy_fraction": 0.5, "cache": "cache", "train_batch_size": 4, "num_generations": 2}
+    stage = opd_config(kl_estimator="full_vocab", num_mini_batches=2, ppo_epochs=2, **options)
+    source = DivergenceOpdSource(stage, student, fakes.Buffer(samples), teacher, cached_responses(fakes))
+    ids = [[sample.id for sample in batch.samples] for batch in source.step(1).mini_batches]
+    assert [len(names) for names in ids] == [4, 4, 4, 4]
+    assert sorted(ids[0] + ids[1]) == sorted(ids[2] + ids[3]) and set(ids[0]) != set(ids[2]) != set(ids[1])
 
 
 def truncated(samples):
@@ -234,7 +319,7 @@ class OffloadedTeacher:
         yield
         self.on_gpu = not release
 
-    def score(self, samples, output="log_probs"):
+    def score(self, samples, output="log_probs", *, holders=None):
         assert self.on_gpu, "scored from host memory"
         return [np.where(sample.response_mask, self.value, 0.0).astype(np.float32) for sample in samples]
 
@@ -250,12 +335,16 @@ def test_several_teachers_are_on_the_device_when_they_generate(fakes, student):
             generated.append(domain)
             return [fakes.sample(f"{domain} answer", 2, reward=1.0)]
 
-        return types.SimpleNamespace(sample=sample)
+        return types.SimpleNamespace(sample=sample, layout=LAYOUT)
 
     sampling = {"fraction": 1.0, "alpha_high": 0.8, "alpha_end": 0.2, "phase_1_end": 0.2, "phase_2_end": 0.6}
     stage = opd_config(teacher={"math": "a", "code": "b"}, teacher_sampling=sampling)
     anchors = TeacherAnchorSource(
-        stage, teachers, {domain: worker(domain) for domain in models}, AnchorSchedule(0.8, 0.2, 0.2, 0.6)
+        stage,
+        teachers,
+        {domain: worker(domain) for domain in models},
+        AnchorSchedule(0.8, 0.2, 0.2, 0.6),
+        LAYOUT,
     )
     samples = [dataclasses.replace(fakes.sample(name, 3), domain=d) for name, d in (("a", "math"), ("b", "code"))]
     buffer = fakes.Buffer(samples)
@@ -283,7 +372,7 @@ def test_needs_reference_follows_the_reward_scales_in_use():
 def test_domains_with_the_same_teacher_share_its_servers():
     opened = []
 
-    def served_teacher(teacher, model_name, params, top_k):
+    def served_teacher(teacher, model_name, params, top_k, *, longest_prompt=0):
         opened.append((teacher, model_name, top_k))
         return object()
 
@@ -291,7 +380,7 @@ def test_domains_with_the_same_teacher_share_its_servers():
     context = types.SimpleNamespace(models=models, rollouts=types.SimpleNamespace(served_teacher=served_teacher))
     stage = opd_config(teacher={"math": "t", "code": "t"}, teacher_engine="sglang")
     teacher = types.SimpleNamespace(spec=types.SimpleNamespace(vocab_size=10))
-    router = types.SimpleNamespace(models={"math": teacher, "code": teacher})
+    router = types.SimpleNamespace(models={"math": teacher, "code": teacher}, views=None)
     served = serve_teachers(context, stage, router, None)
     assert opened == [(teacher, "model of t", 0)]
     assert served.engines["math"] is served.engines["code"]

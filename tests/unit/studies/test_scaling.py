@@ -9,6 +9,7 @@ import pytest
 from megatron_s2d.cli import main
 from megatron_s2d.config.simulation import KlTime, MatmulTime, MeasuredConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.studies.control_plane import MEASURED, HostCost, growth, host_seconds
 from megatron_s2d.studies.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
 from megatron_s2d.studies.simulate import load_simulation, machine_from_config, predict
 
@@ -113,8 +114,9 @@ def test_strong_scaling_is_limited_by_the_longest_response(simulation):
 
 def test_weak_scaling_has_a_constant_rate_per_gpu(simulation):
     predictions = predict(simulation.model_copy(update={"scaling": "weak"}))
-    rates = [item.rate / item.num_gpus for item in predictions]
+    rates = [item.tokens / (item.total - item.seconds["host"]) / item.num_gpus for item in predictions]
     assert rates[-1] == pytest.approx(rates[0], rel=0.02)
+    assert predictions[-1].seconds["host"] > predictions[0].seconds["host"]  # grows with data-parallel ranks
     assert predictions[-1].tokens == 16 * predictions[0].tokens
 
 
@@ -161,3 +163,34 @@ def test_command_prints_its_basis_and_writes_a_page(capsys, tmp_path):
     assert "<script" not in page and page.count("data:image/png") == 2
     assert (tmp_path / "plots" / "phases.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "simulation.csv").read_text().startswith("GPUs,prefill,decode")
+
+
+def test_host_seconds_follow_the_measured_rows():
+    rows = [HostCost(ranks, 0.01 * ranks**0.5, 1000) for ranks in (2, 4, 8)]
+    assert growth(rows) == pytest.approx(0.5)
+    assert host_seconds(64, 3000, rows) == pytest.approx(3 * 0.01 * 8)
+    assert 0.1 < growth() < 0.6 and host_seconds(8, MEASURED[2].tokens) == pytest.approx(MEASURED[2].seconds, rel=0.25)
+
+
+def test_prediction_has_the_host_and_checkpoints():
+    simulation = load_simulation(SIMULATION)
+    small, *_, large = predict(simulation)
+    tokens = simulation.train_batch_size * 8 * (simulation.prompt_tokens + simulation.response_tokens)
+    assert small.seconds["host"] == pytest.approx(host_seconds(8, tokens / 8)) and small.seconds["checkpoint"] == 0
+    assert large.seconds["host"] == pytest.approx(host_seconds(128, tokens / 128))
+    assert large.seconds["host"] < small.seconds["host"]
+    saving = simulation.model_copy(update={"checkpoint_interval_steps": 20, "node_write_bandwidth": 1e9})
+    few, *_, many = predict(saving)  # 8 nodes write 8 GB/s; 128 nodes no more than the file system's 50
+    assert few.seconds["checkpoint"] == pytest.approx(14 * 8_030_261_248 / 8e9 / 20)
+    assert many.seconds["checkpoint"] == pytest.approx(14 * 8_030_261_248 / 50e9 / 20)
+    assert few.total == pytest.approx(small.total + few.seconds["checkpoint"])
+
+
+def test_seconds_count_the_tokens_and_not_full_micro_batches(simulation):
+    """Ranks with 1.25 and 1.5 micro-batches of tokens do not both take as long as with 2."""
+    length = simulation.prompt_tokens + simulation.response_tokens
+    few, more = (
+        predict(simulation.model_copy(update={"train_batch_size": size, "micro_batch_tokens": 32 * length}))[0]
+        for size in (40, 48)  # as many responses on each of 8 data-parallel ranks
+    )
+    assert more.seconds["student passes"] / few.seconds["student passes"] == pytest.approx(1.2, rel=0.02)

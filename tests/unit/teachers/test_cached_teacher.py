@@ -8,9 +8,11 @@ import torch
 
 from megatron_s2d.data.cache import CachedDistribution, CacheHeader
 from megatron_s2d.data.packing import MiniBatch, pack
+from megatron_s2d.data.row_digests import row_digests
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.records import Sample
+from megatron_s2d.teachers import cached
 from megatron_s2d.teachers.cached import CachedTeacher
 
 VOCAB_SIZE, K = 13, 3
@@ -42,11 +44,12 @@ class Cache:
 
     def distribution(self, sample: Sample) -> CachedDistribution:
         log_probs = self.log_probs(sample)
+        digests = torch.from_numpy(row_digests(sample))
         if self.header.representation == "full_vocab":
-            return CachedDistribution(log_probs=log_probs)
+            return CachedDistribution(digests, log_probs=log_probs)
         top = log_probs.topk(K, dim=1)
         tail = torch.log1p(-top.values.exp().sum(dim=1))
-        return CachedDistribution(log_probs=top.values, ids=top.indices.int(), log_tail_mass=tail)
+        return CachedDistribution(digests, log_probs=top.values, ids=top.indices.int(), log_tail_mass=tail)
 
 
 @pytest.fixture
@@ -106,6 +109,36 @@ def test_full_vocab_log_probs_become_logits_of_their_temperature(samples, studen
     rows = source.shard_logits[batch.response_mask] / source.temperature
     expected = torch.cat([cache.log_probs(samples[index]) * 0.5 / 2.0 for index in batch.indices])
     assert torch.allclose(torch.log_softmax(rows, dim=1), torch.log_softmax(expected, dim=1), atol=1e-6)
+
+
+class OffByOneCache(Cache):
+    """Gives each sample the rows of the one before it, with their digests, as a wrong lookup would."""
+
+    def __init__(self, samples):
+        super().__init__("full_vocab")
+        self.samples = samples
+
+    def distribution(self, sample: Sample) -> CachedDistribution:
+        return super().distribution(self.samples[self.samples.index(sample) - 1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_another_sample_are_refused(samples, student, packed):
+    """Together they are as many rows, so that only digests can tell."""
+    teacher = CachedTeacher(OffByOneCache(samples), None, student, tail="bucket", temperature=1.0)
+    (batch,) = pack(samples, loss_weights={}, max_tokens=100, packed=packed)
+    with pytest.raises(UserError, match="cache: rows of other tokens were read for sample 1 and 2 more; rebuild"):
+        teacher.distributions(MiniBatch(samples, {}), [batch])
+
+
+def test_rows_at_the_position_of_their_own_token_are_refused(samples, student, monkeypatch):
+    """A row belongs to the position before its token, which predicts it."""
+    predicting = cached._predicting_positions
+    monkeypatch.setattr(cached, "_predicting_positions", lambda *args: predicting(*args) + 1)
+    teacher = CachedTeacher(Cache("full_vocab"), None, student, tail="bucket", temperature=1.0)
+    batch, *_ = pack(samples, loss_weights={}, max_tokens=14)
+    with pytest.raises(UserError, match="rows of other tokens"):
+        teacher.distributions(MiniBatch(samples, {}), [batch])
 
 
 def test_caches_that_do_not_fit_are_refused(student):

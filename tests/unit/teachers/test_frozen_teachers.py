@@ -21,7 +21,7 @@ class Model:
     def __init__(self, number: float):
         self.number, self.events = number, []
 
-    def score(self, samples):
+    def score(self, samples, *, holders):
         return [np.full(len(sample.token_ids), self.number) for sample in samples]
 
     def offload(self):
@@ -47,7 +47,7 @@ def test_every_sample_is_scored_by_the_teacher_of_its_domain():
     models = {"math_teacher": Model(1.0), "code_teacher": Model(2.0)}
     router = TeacherRouter.load({"math": "math_teacher", "code": "code_teacher"}, models.__getitem__)
     assert router.is_routed
-    assert [score[0] for score in router.score(SAMPLES)] == [1.0, 2.0, 1.0]
+    assert [score[0] for score in router.score(SAMPLES, holders=None)] == [1.0, 2.0, 1.0]
     for model in models.values():  # one of them is on the device at a time
         assert model.events == ["offload", "onload", "offload"]
 
@@ -61,16 +61,16 @@ def test_a_single_teacher_stays_on_the_device():
 
     one_for_all = TeacherRouter.load("teacher", load)
     assert not one_for_all.is_routed
-    assert [score[0] for score in one_for_all.score(SAMPLES)] == [0, 0, 0]
+    assert [score[0] for score in one_for_all.score(SAMPLES, holders=None)] == [0, 0, 0]
     shared = TeacherRouter.load({"math": "teacher", "code": "teacher"}, load)
-    assert [score[0] for score in shared.score(SAMPLES)] == [1, 1, 1]
+    assert [score[0] for score in shared.score(SAMPLES, holders=None)] == [1, 1, 1]
     assert len(loaded) == 2 and all("offload" not in model.events for model in loaded)
 
 
 def test_domain_without_a_teacher_is_named():
     router = TeacherRouter({"math": Model(1.0)})
     with pytest.raises(UserError, match="no teacher for the domain 'code'.*math"):
-        router.score(SAMPLES)
+        router.score(SAMPLES, holders=None)
 
 
 def top_k_teacher(support: str) -> TopKTeacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import numpy as np
@@ -9,12 +10,15 @@ import pytest
 import torch
 
 from megatron_s2d.data.packing import MiniBatch, pack
+from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
 from megatron_s2d.kl.shards import VocabShard
-from megatron_s2d.records import Sample
+from megatron_s2d.parallel.host_group import HostGroup
+from megatron_s2d.records import Prompt, RemoteSample, Sample
 from megatron_s2d.rollout.served.scoring import TopTokens, _log_tail
 from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
+from megatron_s2d.teachers.views import PromptViews
 
 VOCAB_SIZE, K = 11, 4
 STUDENT = types.SimpleNamespace(layout=types.SimpleNamespace(is_pipeline_last_stage=True))
@@ -48,7 +52,7 @@ class Engine:
         self.requested += [sample.id for sample in samples]
         return [self._top_tokens(sample, k) for sample in samples]
 
-    def score(self, samples):
+    def score(self, samples, layout):
         return [self.table[0, sample.token_ids] for sample in samples]
 
     def _top_tokens(self, sample, k):
@@ -74,8 +78,12 @@ def engines() -> dict[str, Engine]:
 def test_rows_are_those_of_the_teacher_of_the_domain(samples, engines, dp_size):
     teacher = ServedTopK(STUDENT, ServedTeachers(engines), K, "bucket")
     for dp_rank in range(dp_size):
-        batches = pack(samples, loss_weights={}, max_tokens=14, dp_rank=dp_rank, dp_size=dp_size)
-        for batch, source in zip(batches, teacher.distributions(MiniBatch(samples, {}), batches), strict=True):
+        held = [
+            sample if index % dp_size == dp_rank else RemoteSample.of(sample, index % dp_size)
+            for index, sample in enumerate(samples)
+        ]
+        batches = pack(held, loss_weights={}, max_tokens=14)
+        for batch, source in zip(batches, teacher.distributions(MiniBatch(held, {}), batches), strict=True):
             assert source.ids.shape == (batch.labels.numel(), K) and source.support == "teacher"
             assert (source.ids.sort(1).values.diff(dim=1) > 0).all()  # distinct everywhere
             columns = [batch.unpack(values) for values in (source.ids, source.log_probs, source.log_tail_mass)]
@@ -92,9 +100,33 @@ def test_rows_are_those_of_the_teacher_of_the_domain(samples, engines, dp_size):
 
 
 def test_scores_come_in_the_order_of_the_samples(samples, engines):
-    scores = ServedTeachers(engines).score(samples)
+    scores = ServedTeachers(engines).score(samples, holders=STUDENT.layout)
     for sample, score in zip(samples, scores, strict=True):
         assert np.array_equal(score, engines[sample.domain].table[0, sample.token_ids])
+
+
+def test_servers_are_asked_for_the_response_behind_the_prompt_of_their_view(samples, engines):
+    """Math problems have a view of three more tokens, code problems none."""
+    samples = [dataclasses.replace(sample, prompt_id=sample.id) for sample in samples]
+    prompts = {sample.id: np.array([5, 7, *sample.token_ids[: sample.prompt_length], 9]) for sample in samples}
+    table = PromptTable.of([Prompt(id_, ids, "", "math", None, None) for id_, ids in prompts.items()])
+    layout = types.SimpleNamespace(is_pipeline_last_stage=True, host_dp=HostGroup())
+    student = types.SimpleNamespace(layout=layout)
+    for engine in engines.values():
+        engine.top_tokens = lambda read, k, layout, engine=engine: [engine._top_tokens(sample, k) for sample in read]
+    teachers = ServedTeachers(engines, PromptViews({"math": table}))
+    batches = pack(samples, loss_weights={}, max_tokens=14)
+    sources = ServedTopK(student, teachers, K, "bucket").distributions(MiniBatch(samples, {}), batches)
+    for batch, source in zip(batches, sources, strict=True):
+        for index, log_probs in zip(batch.indices, batch.unpack(source.log_probs), strict=True):
+            sample = samples[index]
+            before = sample.token_ids[np.flatnonzero(sample.response_mask) - 1].copy()
+            before[0] = 9 if sample.domain == "math" else before[0]
+            expected = -np.sort(-engines[sample.domain].table[before], axis=1)[:, :K]
+            np.testing.assert_allclose(log_probs[sample.prompt_length :], expected, atol=1e-6)
+    for sample, score in zip(samples, teachers.score(samples, holders=layout), strict=True):
+        own = engines[sample.domain].table[0, sample.token_ids]
+        np.testing.assert_array_equal(score[sample.response_mask], own[sample.response_mask])
 
 
 def test_missing_teacher_of_a_domain_is_named(engines):

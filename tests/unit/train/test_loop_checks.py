@@ -1,6 +1,7 @@
 """Checks that stop a run before an update, comparison with the engine, and metrics of a step from its updates."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import Metric
+from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import Sample, WeightVersionSpan
 from megatron_s2d.train.loop import (
     aggregate_metrics,
@@ -19,6 +21,7 @@ from megatron_s2d.train.loop import (
     check_mismatch_kl,
     drop_incomparable_rollout_log_probs,
     policy_lag,
+    with_old_log_probs,
 )
 
 
@@ -61,14 +64,41 @@ def test_rollout_log_probs_are_compared_under_the_sampling_weights_only():
     assert drop_incomparable_rollout_log_probs(grpo, mini_batch, 1) is mini_batch
 
 
+class CountingScorer:
+    """Log-probabilities that count the forward passes so far, as if every pass had other weights."""
+
+    def __init__(self):
+        self.scored = []
+
+    def score(self, samples):
+        self.scored += [sample.id for sample in samples]
+        return [np.full(3, -float(len(self.scored)), np.float32) for _ in samples]
+
+
+def test_old_log_probs_of_later_passes_are_those_of_the_first():
+    a, b = sample("a", True), sample("b", True)
+    mini_batches = [MiniBatch([a], {}), MiniBatch([b], {}), MiniBatch([b], {}), MiniBatch([a], {})]
+    model = CountingScorer()
+    scored = with_old_log_probs(model, grpo_objective(Surrogate(), kl_loss_coef=0), mini_batches)
+    assert model.scored == ["a", "b"]
+    values = [(batch.samples[0].id, batch.samples[0].old_log_probs[1]) for batch in scored]
+    assert values == [("a", -1.0), ("b", -2.0), ("b", -2.0), ("a", -1.0)]
+    # One update per step does not use them.
+    assert (
+        with_old_log_probs(model, grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0), mini_batches)[0]
+        is (mini_batches[0])
+    )
+
+
 def test_policy_lag_counts_tokens_of_the_policy_only():
     spans = {"a": (WeightVersionSpan(1, 2, 3), WeightVersionSpan(2, 3, 5)), "b": (WeightVersionSpan(1, 3, 5),)}
     spans["teacher"] = (WeightVersionSpan(1, 3, 0),)
     samples = [dataclasses.replace(sample(name, name != "teacher"), weight_versions=spans[name]) for name in spans]
     mini_batches = [MiniBatch(samples[:1], {}), MiniBatch(samples[1:], {})]
+    layout = types.SimpleNamespace(host_dp=HostGroup())
     # One of four tokens is two updates old.
-    assert policy_lag(mini_batches, 5) == {"policy_lag": 0.5, "policy_lag_max": 2.0}
-    assert policy_lag([MiniBatch(samples[2:], {})], 5) == {}
+    assert policy_lag(mini_batches, 5, layout) == {"policy_lag": 0.5, "policy_lag_max": 2.0}
+    assert policy_lag([MiniBatch(samples[2:], {})], 5, layout) == {}
 
 
 def test_teacher_responses_among_the_students_are_not_compared():

@@ -12,6 +12,7 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.errors import UserError
+from megatron_s2d.kl import Logits
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
@@ -172,6 +173,25 @@ def test_non_finite_loss_raises_and_leaves_the_weights(layout):
         assert torch.equal(parameter, before[name])
 
 
+def test_an_infinite_divergence_names_its_tokens(layout):
+    """Checked once for all micro-batches of an update."""
+    model = build(layout)
+    model.prepare_training(OptimizerConfig(lr=1e-3), 10)
+    weights = {"divergence_weight": np.full(len(samples()), 0.01)}
+    batches = model.pack(samples(), weights)
+    forbidden = torch.arange(VOCAB) >= 2
+    source = [Logits(torch.zeros(len(batch.labels), VOCAB).masked_fill(forbidden, -math.inf)) for batch in batches]
+    with pytest.raises(UserError, match=r"reverse_kl is infinite at \d+ of \d+ tokens"):
+        model.forward_backward(batches, divergence_objective("reverse_kl"), source, num_tokens=10)
+
+
+def test_tokens_of_another_vocabulary_are_refused(layout):
+    model = build(layout)
+    bad = [dataclasses.replace(sample, token_ids=np.full_like(sample.token_ids, VOCAB)) for sample in samples()]
+    with pytest.raises(UserError, match=f"token ids from {VOCAB} to {VOCAB}, outside of the vocabulary of {VOCAB}"):
+        model.pack(bad, {})
+
+
 @pytest.mark.parametrize("preset", ["tiny-student", "tiny-llama", "tiny-moe"])
 @pytest.mark.parametrize("method", ["supervised", "grpo", "opd"])
 def test_packed_equals_padded(layout, method, preset):
@@ -242,12 +262,13 @@ def test_offloaded_model_is_copied_to_the_host_once(layout, monkeypatch):
     model.freeze()
     before, copies = model.score(samples()), []
 
-    def copy_to_host(tensor):
-        copies.append(tensor.clone())
-        return copies[-1]
+    def pinned_like(tensors):
+        assert not copies, "copied twice"
+        copies.extend(torch.empty_like(tensor) for tensor in tensors)
+        return copies
 
     monkeypatch.setattr(megatron_model.device, "capabilities", lambda: dataclasses.replace(capabilities(), cuda=True))
-    monkeypatch.setattr(megatron_model.device, "copy_to_host", copy_to_host)
+    monkeypatch.setattr(megatron_model, "pinned_like", pinned_like)
     monkeypatch.setattr(megatron_model.device, "synchronize", lambda: None)
     monkeypatch.setattr(megatron_model.device, "device", lambda: torch.device("cpu"))
     for _ in range(2):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
-from megatron_s2d.train.metrics import MetricsLog, Timer
+from megatron_s2d.train.metrics import MetricsLog, Timer, timed
 
 
 @pytest.fixture
@@ -59,3 +59,18 @@ def test_timer_sections_add_up_and_reset():
     times = timer.collect_and_reset()
     assert 0.02 <= times["timing_s/generate"] <= times["timing_s/step"] and 0 <= times["timing_s/update"] < 0.02
     assert set(timer.collect_and_reset()) == {"timing_s/step"}
+
+
+def test_timed_adds_to_the_open_section_and_the_outer_one_does_not_count_it():
+    with timed("teacher"):
+        pass  # no timer: nothing happens
+    timer = Timer()
+    with timer.section("rollout"):
+        with timed("teacher"):
+            time.sleep(0.03)
+        with timed("teacher"), timed("score"):
+            time.sleep(0.02)
+    times = timer.collect_and_reset()
+    assert times["timing_s/teacher"] >= 0.03 and times["timing_s/score"] >= 0.02
+    parts = [value for name, value in times.items() if name != "timing_s/step"]
+    assert sum(parts) <= times["timing_s/step"] + 1e-6  # nothing is counted twice

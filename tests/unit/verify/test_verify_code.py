@@ -13,10 +13,11 @@ import pytest
 
 from megatron_s2d.config.base import parse
 from megatron_s2d.config.data import FileSource
-from megatron_s2d.data.files import read_problems
+from megatron_s2d.data.problems import read_problems
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
-from megatron_s2d.verify.code_verifier import CodeVerifier, extract_program, same_output, sandbox_layers
+from megatron_s2d.verify.code_extraction import extract_program
+from megatron_s2d.verify.code_verifier import CodeVerifier, sandbox_layers
 from megatron_s2d.verify.serialization import Opaque, calls_like, decode, encode, equal, like
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
@@ -56,8 +57,8 @@ def _status(verifier, program, label):
         ("```python\na\n````", "a"),
         ("```python is not``` a fence\n```python\na\n```", "a"),
         ("```pythonic\na\n```", None),
-        ("```python\na", None),
-        ("def f(): pass", None),
+        ("```python\na", "a"),
+        ("def f(): pass", "def f(): pass"),
         ("", None),
     ],
 )
@@ -213,7 +214,8 @@ HOSTILE = {
         {"wrong"},
     ),
     "patched encoder": (
-        "import sys\nm = sys.modules['__main__']\nm.encode = lambda v: '\"correct\"'\ndef f(x): return 1",
+        "import sys\nframe = sys._getframe()\nwhile frame:\n    if 'encode' in frame.f_globals:\n"
+        "        frame.f_globals['encode'] = lambda v: '\"correct\"'\n    frame = frame.f_back\ndef f(x): return 1",
         {"crash"},
     ),
     "status on every channel": (SPRAY.format(line=b"correct\n"), {"crash", "wrong"}),
@@ -234,7 +236,7 @@ def test_hostile_programs(verifier, name):
     start = time.monotonic()
     assert _status(verifier, program, ASSERTS) in statuses
     assert time.monotonic() - start < 60
-    assert not _processes("program.py") and not _processes("case_runner.py")
+    assert not _running_programs()
 
 
 def test_sleeping_programs_time_out():
@@ -249,7 +251,7 @@ def test_sleeping_programs_time_out():
         assert [verdict.label for verdict in verifier.grade(list(prompts), responses)] == ["timeout"] * 3
     finally:
         verifier.close()
-    assert not _processes("program.py") and not _processes("case_runner.py")
+    assert not _running_programs()
 
 
 @pytest.mark.skipif("landlock" not in sandbox_layers(), reason="this kernel has no Landlock")
@@ -275,16 +277,19 @@ def test_nothing_can_be_written(verifier, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["existing"] and existing.read_text() == "unchanged"
 
 
-def _processes(script):
-    pids = []
+def _running_programs():
+    """Children of the processes that run programs for this one."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if script in (entry / "cmdline").read_text() and str(os.getpid()) in (entry / "status").read_text():
-                    pids.append(entry.name)
+                status = dict(line.split(":\t", 1) for line in (entry / "status").read_text().splitlines())
+                is_server = "fork_server.py" in (entry / "cmdline").read_text()
             except OSError:
                 continue
-    return pids
+            if is_server and status["State"][0] != "Z":
+                parents[int(entry.name)] = int(status["PPid"])
+    return [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
 
 
 ECHO = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
@@ -314,18 +319,6 @@ def test_invalid_unicode_is_handled(verifier):
     assert _status(verifier, "print(len(input()))", {"inputs": ["\ud800"], "outputs": ["1"]}) == "correct"
     assert _status(verifier, "print(1)", {"inputs": ["1"], "outputs": ["\ud800"]}) == "wrong"
     assert _status(verifier, "def f(x):\n    return '\ud800'", ASSERTS) == "error"
-
-
-def test_extract_program_is_linear():
-    for part in ("```", "```\n", "` ", "```python\na", "````python`", " " * 50 + "\n"):
-        start = time.perf_counter()
-        extract_program(part * (2_000_000 // len(part)))
-        assert time.perf_counter() - start < 5
-
-
-def test_output_comparison_ignores_trailing_space():
-    assert same_output("1 2 \n3\n\n", "1 2\n3") and same_output("", "\n")
-    assert not same_output("1  2", "1 2") and not same_output("1\n2", "1 2") and not same_output("1.0", "1")
 
 
 def test_named_function_style(verifier):
@@ -363,7 +356,7 @@ def test_malformed_unit_tests_raise(verifier, label, message):
 
 def _benchmark(name):
     source = {"type": "file", "path": DATA / f"{name}.jsonl", "schema": name, "verifier": "code", "template": "code"}
-    return read_problems(parse(FileSource, source, "test"))[0]
+    return list(read_problems(parse(FileSource, source, "test"), {}))
 
 
 class _Mutant(ast.NodeTransformer):
@@ -383,7 +376,7 @@ def _statuses(verifier, problems, responses):
 
 
 def _check_benchmark(name, problems, allowed):
-    verifier = CodeVerifier()
+    verifier = CodeVerifier(wall_seconds=400)  # references do not sleep, but a busy machine may let them wait
     try:
         statuses = _statuses(verifier, problems, [problem.solution for problem in problems])
         mutated = _statuses(verifier, problems, [_mutant(problem) for problem in problems])

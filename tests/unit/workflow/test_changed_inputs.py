@@ -12,7 +12,7 @@ def finished(tmp_path):
     directory.model_path.mkdir(parents=True)
     (directory.model_path / "weights").write_bytes(b"weights")
     directory.begin({}, {}, {})
-    directory.finish({"outputs": _outputs(directory)})
+    directory.finish({"seconds": 1.0, "outputs": _outputs(directory)})
     return directory
 
 
@@ -23,7 +23,7 @@ def test_intact_inputs_pass(finished):
 def test_unreadable_records_are_returned_and_not_raised(finished):
     finished.finished_path.write_text("{")
     assert "finished.json" in changed_input({"teacher": finished})
-    finished.finished_path.write_text("{}")
+    finished.finished_path.write_text('{"seconds": 1}')
     assert "teacher/model has changed" in changed_input({"teacher": finished})
     finished.finished_path.unlink()
     assert "has not finished" in changed_input({"teacher": finished})

@@ -2,11 +2,15 @@
 
 import dataclasses
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from megatron_s2d.errors import UserError
+from megatron_s2d.parallel import device
 from megatron_s2d.parallel.device import Capabilities
 from megatron_s2d.workflow import doctor
 from megatron_s2d.workflow.backend_report import Backend, active_backends
@@ -30,7 +34,7 @@ REQUIREMENTS = [
     "tokenizers",
     'colorama; sys_platform == "nowhere"',
     'sglang==0.5.17; extra == "sglang"',
-    'transformer-engine[pytorch]==2.20.2; extra == "gpu"',
+    'transformer-engine[pytorch]==2.19.0; extra == "gpu"',
 ]
 
 
@@ -50,7 +54,7 @@ def test_required_packages():
 
 
 def test_optional_packages_never_fail():
-    result = status({"sglang": "0.4.0", "transformer-engine": "2.20.2"})
+    result = status({"sglang": "0.4.0", "transformer-engine": "2.19.0"})
     assert result["sglang"] == ("wrong", False)
     assert result["transformer-engine"] == ("ok", False) and result["nemo-run"] == ("missing", False)
     missing = {check.name: check.note for check in check_packages(REQUIREMENTS, {}, {}.get)}
@@ -110,9 +114,9 @@ def backends(**changes) -> dict[str, Backend]:
         cuda=True, device_name="H200", transformer_engine=True, apex=False, compute_capability=(9, 0),
         cuda_version=(13, 0),
     )  # fmt: skip
-    has_triton = changes.pop("has_triton", True)
+    problem = changes.pop("triton_problem", "")
     capabilities = dataclasses.replace(h200, **changes)
-    return {backend.part: backend for backend in active_backends(capabilities, has_triton=has_triton)}
+    return {backend.part: backend for backend in active_backends(capabilities, triton_problem=problem)}
 
 
 def test_backends_in_use_and_their_drawbacks():
@@ -127,7 +131,7 @@ def test_backends_in_use_and_their_drawbacks():
     assert without["FP8"].active == "none" and "PyTorch's AdamW" in without["optimizer"].active
     apex = backends(transformer_engine=False, apex=True, apex_gradient_accumulation=True)
     assert "apex" in apex["optimizer"].active and "apex" in apex["gradient accumulation"].active
-    assert "install triton" in backends(has_triton=False)["divergences"].drawback
+    assert "no C compiler" in backends(triton_problem="no C compiler: install gcc")["divergences"].drawback
     old = backends(compute_capability=(8, 0))["FP8"]
     assert old.active == "none" and "needs compute capability 8.9" in old.drawback
     assert "blockwise" in backends(cuda_version=(12, 8))["FP8"].drawback
@@ -142,3 +146,47 @@ def test_exit_code_and_closing_sentence():
     console = Console(file=io.StringIO(), width=160)
     print_diagnosis(broken, console)
     assert "Not usable: torch missing or at a wrong version." in console.file.getvalue()
+
+
+def test_transformer_engine_that_does_not_import_is_named_with_what_mends_it(monkeypatch):
+    broken = Capabilities(
+        cuda=True,
+        device_name="H200",
+        transformer_engine=False,
+        apex=False,
+        transformer_engine_error="ImportError: undefined symbol: _ZN3c104cuda",
+    )
+    monkeypatch.setattr(device, "capabilities", lambda: broken)
+    (check,) = doctor.check_transformer_engine()
+    assert check.failed and "undefined symbol" in check.note and "--no-build-isolation" in check.note
+    with pytest.raises(
+        UserError, match=r"does not import \(ImportError: undefined symbol.*--no-cache-dir transformer-engine-torch"
+    ):
+        device.prepare.__wrapped__()
+    monkeypatch.setattr(device, "capabilities", lambda: dataclasses.replace(broken, transformer_engine_error=""))
+    assert doctor.check_transformer_engine() == []
+
+
+def test_an_absent_library_differs_from_one_that_does_not_import(tmp_path, monkeypatch):
+    (tmp_path / "built_for_another_torch.py").write_text("raise OSError('undefined symbol:\\n  x')")
+    (tmp_path / "lacks_a_part.py").write_text("import part_that_does_not_exist")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert device.import_error("json") is None
+    assert device.import_error("library_that_does_not_exist.torch") == ""
+    assert device.import_error("built_for_another_torch") == "OSError: undefined symbol: x"
+    assert "No module named 'part_that_does_not_exist'" in device.import_error("lacks_a_part")
+
+
+@pytest.mark.slow
+def test_all_extras_resolve_together_with_the_pins():
+    """Transformer Engine, SGLang and the launchers have requirements in common; pip's resolver decides."""
+    root = Path(__file__).resolve().parents[3]
+    command = [
+        sys.executable, "-m", "pip", "install", "--dry-run", "--no-build-isolation", "--disable-pip-version-check",
+        "-c", str(root / "constraints.txt"), "-e", f"{root}[gpu,sglang,launch,test,dev]",
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if any(reason in finished.stderr for reason in ("Connection", "Temporary failure", "timed out")):
+        pytest.skip("no package index can be reached")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "transformer_engine_torch-2.19.0" in finished.stdout

@@ -12,11 +12,19 @@ from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.models.families import hf_tensor_shapes
+from megatron_s2d.report.contrasts import arm_of, check_matched
+from megatron_s2d.stages.policy_loss import surrogate_of
 from megatron_s2d.workflow.preflight import check_workflow
 
+EURUS_END = "\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
 NUM_ROWS = 2200  # of each stand-in data set: enough for a step of every table after its filters
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-TABLES = sorted(path.relative_to(CONFIGS / "papers") for path in (CONFIGS / "papers").rglob("table*.yaml"))
+CONTROLS = [Path("s2d/teacher_free.yaml")]  # arms beside the papers' tables
+TABLES = sorted(
+    path
+    for path in (file.relative_to(CONFIGS / "papers") for file in (CONFIGS / "papers").rglob("*.yaml"))
+    if path.stem != "stages" and path not in CONTROLS
+)
 MODELS = {
     "Qwen3-1.7B": "qwen3-1.7b",
     "Qwen3-4B": "qwen3-4b",
@@ -87,9 +95,11 @@ def write_data(directory):
     case = json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})
     datasets.Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": f"Program {i}: add 1."}] for i in range(NUM_ROWS)],
+            "prompt": [
+                [{"role": "system", "content": "Think."}, {"role": "user", "content": f"Program {i}.{EURUS_END}"}]
+                for i in range(NUM_ROWS)
+            ],
             "reward_model": [{"ground_truth": case}] * NUM_ROWS,
-            "extra_info": [{"index": f"c{i}"} for i in range(NUM_ROWS)],
         }
     ).to_parquet(directory / "eurus-2-rl-code.parquet")
     lines(
@@ -115,12 +125,25 @@ def write_data(directory):
     lines("livecodebench_v6.jsonl", [{"question_id": "l1", "question_content": "Add 1.", "tests": case}])
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent}-{path.stem}")
+@pytest.mark.parametrize("table", TABLES + CONTROLS, ids=lambda path: f"{path.parent}-{path.stem}")
 def test_full_size_table_passes_preflight(folder, table, monkeypatch):
     monkeypatch.chdir(folder)
     config = load_workflow(CONFIGS / "papers" / table)
     preflight = check_workflow(config, folder / "tokenizers")
     assert set(preflight.stages) == {stage for end in config.arms.values() for stage in config.chain(end)}
+    if {
+        "code",
+        "livecodebench",
+    } <= preflight.prompts.keys():  # one template for training and evaluation (G-OPD, appendix D)
+        end = preflight.prompts["livecodebench"][0].text.partition("Add 1.")[2]
+        assert preflight.prompts["code"][0].text == f"user: Program 0.{end}"
+
+
+@pytest.mark.parametrize("size", ["papers", "tiny"])
+def test_continued_rl_sees_new_prompts(size):
+    config = load_workflow(CONFIGS / size / "g-opd" / "table1.yaml")
+    teacher = config.stages["rl_math"]
+    assert config.num_prompts_before("continued_rl_math") == teacher.steps * teacher.train_batch_size
 
 
 def test_opd_example_passes_preflight(folder, monkeypatch):
@@ -156,6 +179,14 @@ def test_incomplete_weights_are_detected_before_anything_runs(folder, monkeypatc
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent}-{path.stem}")
+@pytest.mark.parametrize("size", ["papers", "tiny"])
+def test_arms_of_contrasts_differ_in_the_declared_keys_only(size, table):
+    config = load_workflow(CONFIGS / size / table)
+    for contrast in config.contrasts:
+        check_matched(contrast, {name: arm_of(config, name) for name in (contrast.a, contrast.b)})
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent}-{path.stem}")
 def test_tiny_table_has_the_same_rows_and_methods(table):
     full, tiny = (load_workflow(CONFIGS / size / table) for size in ("papers", "tiny"))
     assert [(row.label, row.arm, row.paper) for row in full.table.rows] == [
@@ -174,8 +205,12 @@ def test_tiny_table_has_the_same_rows_and_methods(table):
             "on_policy_fraction",
             "alpha",
             "only_correct",
+            "ppo_epochs",
+            "fixed_advantage",
+            "reference",
         ):
-            assert getattr(stage, key, None) == getattr(other, key, None), (name, key)
+            absent = 1 if key == "ppo_epochs" else None  # of a loaded checkpoint
+            assert getattr(stage, key, absent) == getattr(other, key, absent), (name, key)
 
 
 def test_every_row_of_the_papers_is_configured():
@@ -183,7 +218,41 @@ def test_every_row_of_the_papers_is_configured():
         str(table): len(yaml.safe_load((CONFIGS / "papers" / table).read_text())["table"]["rows"]) for table in TABLES
     }
     assert rows == {
-        "g-opd/table1.yaml": 3, "g-opd/table2.yaml": 9, "g-opd/table3.yaml": 9, "g-opd/table8.yaml": 6,
+        "g-opd/figure2.yaml": 8, "g-opd/figure3.yaml": 8, "g-opd/figure6a.yaml": 5, "g-opd/figure6b.yaml": 5,
+        "g-opd/table1.yaml": 3, "g-opd/table2.yaml": 11, "g-opd/table3.yaml": 9, "g-opd/table8.yaml": 6,
         "s2d/table1.yaml": 3, "s2d/table2.yaml": 15, "s2d/table3.yaml": 3, "s2d/table4.yaml": 6, "s2d/table5.yaml": 6,
-        "s2d/table6.yaml": 14, "sg-opd/table1.yaml": 6, "sg-opd/table2.yaml": 4, "sg-opd/table3.yaml": 23,
+        "s2d/table6.yaml": 14, "sg-opd/appendix_h.yaml": 4, "sg-opd/appendix_h_teachers.yaml": 4,
+        "sg-opd/table1.yaml": 6, "sg-opd/table2.yaml": 4, "sg-opd/table3.yaml": 23,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["papers", "tiny"])
+def test_the_control_without_a_teacher_is_matched_with_opd(size):
+    """The arms differ in the advantage alone; the contrast's own check finds any other difference."""
+    config = load_workflow(CONFIGS / size / "s2d/teacher_free.yaml")
+    arms = {name: arm_of(config, name) for name in config.arms}
+    for contrast in config.contrasts:
+        check_matched(contrast, arms)
+    control, opd = config.stages["fixed_8b"], config.stages["opd_sampled_8b"]
+    assert control.model_copy(update={"fixed_advantage": None, "role": opd.role}) == opd
+    setting = control.fixed_advantage
+    assert (setting.value, setting.fraction, setting.selected_by) == (-0.5, 0.2, "student")
+    assert config.stages["fixed_by_teacher_8b"].fixed_advantage.selected_by == "teacher"
+
+
+def test_prompt_limits_of_the_sparse_to_dense_paper():
+    """Table 8: 3,072 tokens for GRPO; table 9: 2,048 for the stages that distil."""
+    config = load_workflow(CONFIGS / "papers/s2d/table2.yaml")
+    limits = {"grpo": None, "opd": 2048, "teacher_cache": 2048}
+    assert config.lengths.max_prompt_length == 3072
+    for stage in config.stages.values():
+        if stage.type in limits:
+            assert stage.max_prompt_length == limits[stage.type]
+
+
+@pytest.mark.parametrize("table", ["table2", "table4", "table5"])
+def test_tiny_tables_update_several_times_on_a_sampled_batch(table):
+    """So that old log-probabilities are scored and ratios are clipped (docs/papers.md has the clipped fraction)."""
+    config = load_workflow(CONFIGS / f"tiny/s2d/{table}.yaml")
+    stages = {name for end in config.arms.values() for name in config.chain(end) if name.startswith("stage3")}
+    assert stages and all(not surrogate_of(config.stages[name]).on_policy for name in stages)

@@ -1,14 +1,18 @@
 """Plans: which jobs are reused, resumed or run again, and for which reason."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megatron_s2d.config import workflow
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.sweep import load_sweep
-from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.config.workflow import WorkflowConfig, load_workflow
 from megatron_s2d.studies.simulate import load_simulation, predict
 from megatron_s2d.studies.sweep import expand_points
 from megatron_s2d.workflow.plan import make_plan
+from megatron_s2d.workflow.preflight import check_workflow
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -41,6 +45,34 @@ def test_every_shipped_config_is_valid(path):
         return
     config = load_workflow(path)
     assert config.arms and config.stage_order()
+
+
+def many_stages(count: int) -> WorkflowConfig:
+    """The smoke workflow with ``count`` stages and arms instead of one."""
+    runs = {f"run{number}": {"extends": "student_grpo", "seed": number} for number in range(count)}
+    overrides = [f"stages.{name}={json.dumps(stage)}" for name, stage in runs.items()]
+    arms = json.dumps({name: name for name in runs})
+    return load_workflow(SMOKE, [*overrides, f"arms={arms}", "contrasts=[]"])
+
+
+def test_a_plan_of_many_stages_sorts_them_once_and_looks_at_each_a_few_times(tmp_path, monkeypatch):
+    calls = {"sorted": 0, "inputs": 0}
+    sort, inputs = workflow.sorted_stages, GrpoConfig.inputs
+
+    def count(name, function):
+        def counted(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(workflow, "sorted_stages", count("sorted", sort))
+    monkeypatch.setattr(GrpoConfig, "inputs", count("inputs", inputs))
+    config = many_stages(200)
+    assert len(make_plan(config, tmp_path)) == 401 and check_workflow(config, tmp_path).totals
+    assert calls["sorted"] == 1 and calls["inputs"] < 30 * 200, calls
+    copy = config.model_copy(update={"stages": {"student_base": config.stages["student_base"]}})
+    assert copy.stage_order() == ["student_base"] and len(config.stage_order()) > 200
 
 
 def test_new_run_runs_everything_inputs_first(tmp_path):
@@ -79,6 +111,18 @@ def test_settings_that_cannot_change_a_result_rerun_nothing(tmp_path):
         "stages.opd.micro_batch.max_tokens_per_gpu=100",
     )
     assert {job.action for job in jobs.values()} == {"reuse"}
+
+
+def test_stages_from_before_a_setting_are_reused_and_its_values_rerun_them(tmp_path):
+    """The fields are not in the key at their neutral values, as in runs from before they existed."""
+    resolved = plan(tmp_path)["stages/stage3"].resolved["stage"]
+    assert not {"ppo_epochs", "max_prompt_length"} & resolved.keys()
+    write_run(tmp_path)
+    assert {job.action for job in plan(tmp_path, "stages.stage3.ppo_epochs=1").values()} == {"reuse"}
+    for setting, text in (("ppo_epochs", "2"), ("max_prompt_length", "15")):
+        jobs = plan(tmp_path, f"stages.stage3.{setting}={text}")
+        assert jobs["stages/stage3"].reason == f"stage.{setting}: None -> {text}"
+        assert {id_ for id_, job in jobs.items() if job.action == "rerun"} == {"stages/stage3", "evaluations/stage3"}
 
 
 def test_micro_batches_decide_a_result_with_a_load_balancing_loss(tmp_path):

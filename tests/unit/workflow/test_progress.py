@@ -56,6 +56,28 @@ def test_plain_progress_follows_several_stages(tmp_path):
     assert lines[2:] == ["a: done in 3s", "b[x]: 10/10, loss 1"]
 
 
+def test_notes_inside_a_round_are_shown_once_each(stage):
+    stage.path.mkdir()
+    console = plain_console()
+    with Progress(console, interval=0.0) as progress:
+        progress.add("evaluation", 2, stage)
+        progress.refresh()
+        stage.note("3 of 8 responses")
+        progress.refresh()
+        progress.refresh()
+        stage.note("4 of 8 responses")  # within a second: not written
+        progress.refresh()
+    assert console.file.getvalue() == "evaluation: 0/2, 3 of 8 responses\n"
+
+
+def test_response_tokens_per_second_are_preferred(stage):
+    console = plain_console()
+    with Progress(console) as progress:
+        progress.add("s", 4)
+        progress.update("s", 2, {"tokens_per_second": 5.0, "response_tokens_per_second": 3.0})
+    assert "3 response tokens/s" in console.file.getvalue() and "5 tokens" not in console.file.getvalue()
+
+
 def test_terminal_progress_draws_bars(stage):
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with Progress(console) as progress:

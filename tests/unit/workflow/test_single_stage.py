@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megatron_s2d.artifacts.lock import directory_lock
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.cli import main
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.workflow.plan import make_plan
@@ -41,9 +42,11 @@ def test_stage_with_unfinished_input_is_refused(tmp_path):
     unfinished = pytest.raises(UserError, match="--stage opd: its input stages/forward_kl is not finished")
     with unfinished, prepare_run(config, tmp_path, CONSOLE, "opd"):
         pass
-    unknown = pytest.raises(UserError, match="--stage nothing: no arm needs a stage of this name")
-    with unknown, prepare_run(config, tmp_path, CONSOLE, "nothing"):
-        pass
+    for name in ("nothing", "../../outside"):
+        unknown = pytest.raises(UserError, match=f"--stage {name}: no arm needs a stage of this name")
+        with unknown, prepare_run(config, tmp_path / "a" / "b", CONSOLE, name):
+            pass
+    assert not (tmp_path / "a").exists()  # a name becomes a folder only after it was checked
 
 
 def test_changed_configuration_archives_that_stage_only(tmp_path):
@@ -53,6 +56,24 @@ def test_changed_configuration_archives_that_stage_only(tmp_path):
     with prepare_run(changed, tmp_path, CONSOLE, "teacher_base"):
         assert not (tmp_path / "stages/teacher_base").exists() and (tmp_path / "stages/student_base").exists()
         assert (tmp_path / "stages/.archive/teacher_base-1").exists()
+
+
+def test_names_that_a_terminal_would_obey_are_written_out(tmp_path, capsys):
+    config = load_workflow(SMOKE)
+    finish(config, tmp_path, "teacher_base")
+    path = tmp_path / "stages/teacher_base/config.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": "\\u001b]0;title\\u0007"', 1))
+    console = Console(file=io.StringIO(), width=300)
+    with prepare_run(config, tmp_path, console, "teacher_base"):
+        pass
+    assert "\\x1b]0;title\\x07" in console.file.getvalue() and "\x1b" not in console.file.getvalue()
+    (tmp_path / ".lock").write_text("process \x1b[2J")
+    with directory_lock(tmp_path):
+        (tmp_path / ".lock").write_text("process \x1b[2J")
+        with pytest.raises(UserError, match=r"in use by process \\x1b\[2J"), directory_lock(tmp_path):
+            pass
+    assert main(["run", "no\x1b[2Jfile.yaml"]) == 1
+    assert "no\\x1b[2Jfile.yaml" in capsys.readouterr().err
 
 
 def test_single_stages_share_the_run_directory_and_a_full_run_locks_it(tmp_path, monkeypatch):

@@ -4,12 +4,17 @@ Importing the published kernels needs the CUDA driver, and SGLang imports them e
 ``torch_native`` attention it calls none of them. So every name of every submodule resolves, and raises when it is
 called: code that needs a kernel stops with its name instead of computing something else. ``server.py`` adds this
 folder to the path of servers on a CPU only; nothing else imports it.
+
+It also lets SGLang record the experts of tokens (``--enable-return-routed-experts``): it keeps them in pinned memory,
+which only a machine with a GPU has, so ``torch.zeros`` returns other memory where pinned memory is asked for.
 """
 
 import importlib.abc
 import importlib.machinery
 import sys
 import types
+
+import torch
 
 __version__ = "0.4.5"  # that SGLang 0.5.17 requires
 
@@ -51,5 +56,13 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Do nothing: the module is empty."""
 
 
+_zeros = torch.zeros
+
+
+def _zeros_without_pinning(*size, pin_memory: bool = False, **options) -> torch.Tensor:
+    return _zeros(*size, **options)
+
+
+torch.zeros = _zeros_without_pinning
 __getattr__ = _attributes_of(__name__)
 sys.meta_path.append(_Submodules())  # after the finders of files, so that scalar_type.py is found

@@ -1,0 +1,187 @@
+"""Seconds and memory of a large set of prompts: preparing its table, and starting with it.
+
+    python benchmarks/large_prompts.py --rows 10000000
+
+Rows of arithmetic with the embedded task's tokenizer. The workflow has a supervised and a GRPO stage on its halves; a
+start is the check of the workflow, as ``s2d run`` does it first, and the first batch of a stage. Both are processes of
+their own, whose peak memory is that of the process (``VmHWM``); mapped files count as far as they were read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+ROWS_PER_GROUP = 100_000
+
+WORKFLOW = {
+    "name": "large",
+    "tokenizer": "task:modular_arithmetic",
+    "precision": "float32",
+    "lengths": {"max_prompt_length": 12},
+    "models": {"student": {"preset": "tiny-student"}},
+    "stages": {
+        "base": {"type": "sft", "model": "student", "data": "train/1H", "steps": 2, "global_batch_size": 8},
+        "grpo": {
+            "type": "grpo", "init": "base", "prompts": "train/2H", "steps": 2, "train_batch_size": 8,
+            "num_generations": 4, "label_reuse": "refuse", "sampling": {"max_response_length": 8},
+        },
+    },
+    "arms": {"grpo": "grpo"},
+    "evaluation": {"prompts": "problems", "samples_per_prompt": 1, "sampling": {"max_response_length": 8}},
+}  # fmt: skip
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Write a Parquet or JSON-lines file of ``count`` rows; a tenth of the prompts is longer than the limit."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rng = random.Random(0)
+    rows = (_row(number, rng) for number in range(count))
+    if path.suffix == ".jsonl":
+        with open(path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return
+    schema = pyarrow.schema(dict.fromkeys(("question", "answer", "solution"), pyarrow.string()))
+    with parquet.ParquetWriter(path, schema) as writer:
+        for group in itertools.batched(rows, ROWS_PER_GROUP):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+
+
+def _row(number: int, rng: random.Random) -> dict[str, str]:
+    """Return a row whose first six numbers no other row has, up to 17^6 = 24 million rows."""
+    numbers = [str(number // 17**place % 17) for place in range(6)] + ["1"] * (rng.random() < 0.1)
+    words = [word for number in numbers for word in (number, rng.choice("+-*"))]
+    return {"question": " ".join([*words[:-1], "="]), "answer": numbers[0], "solution": f"[ {numbers[0]} ]"}
+
+
+def write_workflow(directory: Path, count: int, suffix: str = "parquet") -> Path:
+    """Write data and workflow, and return the workflow's file."""
+    rows = directory / f"train.{suffix}"
+    write_rows(rows, count)
+    columns = {"template": "plain", "columns": {"solution": "solution"}}
+    data: dict[str, dict] = {"train": {"type": "file", "path": str(rows), **columns}}
+    data["problems"] = {"type": "task", "split": "eval", "num_operations": 2, "num_prompts": 64}
+    path = directory / "workflow.yaml"
+    path.write_text(yaml.safe_dump({**WORKFLOW, "data": data, "data_cache_dir": str(directory / "cache")}))
+    return path
+
+
+def repeat_table(path: Path, times: int) -> None:
+    """Repeat the rows of a table on disk under other ids and keys; what was computed of a row alone stays true."""
+    import pyarrow
+    import pyarrow.compute
+
+    rng, partial = np.random.default_rng(0), path.with_suffix(".partial")
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+    with pyarrow.OSFile(str(partial), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        for copy in range(times):
+            for batch in table.to_batches():
+                ids = pyarrow.compute.binary_join_element_wise(batch.column("id"), str(copy), "/")
+                keys = pyarrow.array(rng.integers(0, 2**64, len(batch), dtype=np.uint64))
+                columns = {**dict(zip(batch.schema.names, batch.columns, strict=True)), "id": ids, "key": keys}
+                stream.write_batch(pyarrow.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema))
+    partial.rename(path)
+    for array in path.parent.glob("*.npy"):
+        if array.name == "order.npy":
+            array.unlink()
+        else:
+            np.save(array, np.tile(np.load(array), times))
+
+
+def start(path: Path) -> dict[str, float]:
+    """Check the workflow and read the first batches, in this process; return seconds, bytes and numbers of prompts."""
+    from transformers import PreTrainedTokenizerFast  # noqa: F401, with torch
+
+    from megatron_s2d.config.workflow import load_workflow
+    from megatron_s2d.rollout.sampler import PromptDataLoader
+    from megatron_s2d.stages.inputs import StageInputs
+    from megatron_s2d.workflow.preflight import check_workflow
+
+    started, libraries = time.perf_counter(), _peak_bytes()
+    config = load_workflow(path)
+    preflight = check_workflow(config, path.parent / "tokenizer")
+    checked = time.perf_counter()
+    prompts = StageInputs(config, {}, path.parent / "tokenizer", "grpo").stage_prompts("grpo")
+    loader = PromptDataLoader(prompts, 8, seed=1)
+    batch = loader.batch_for_step(1)
+    return {
+        "check_seconds": checked - started,
+        "first_batch_seconds": time.perf_counter() - checked,
+        "cpu_seconds": time.process_time() + _cpu_seconds(resource.getrusage(resource.RUSAGE_CHILDREN)),
+        "library_bytes": libraries,
+        "peak_bytes": _peak_bytes(),
+        "prompts": len(preflight.prompts["train/1H"]) + len(preflight.prompts["train/2H"]),
+        "first": sum(int(prompt.token_ids.sum()) for prompt in batch),
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_seconds(usage: resource.struct_rusage) -> float:
+    return usage.ru_utime + usage.ru_stime
+
+
+def start_in_process(path: Path) -> dict[str, float]:
+    """Call ``start`` in a process of its own."""
+    result = subprocess.run([sys.executable, __file__, "--start", path], capture_output=True, text=True, check=True)
+    values: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument(
+        "--repeat-table", type=int, metavar="N",
+        help="then repeat the table's rows N times: later starts with N times as many rows, without preparing those",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet")
+    parser.add_argument("--directory", type=Path, help="where data and table are written (default: removed at the end)")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start is not None:
+        print(json.dumps(start(options.start)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = options.directory or Path(scratch)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = write_workflow(directory, options.rows, options.format)
+        print(
+            "| rows | start | check | first batch | processor time | peak memory | of it libraries | prompts |\n"
+            "|---|---|---|---|---|---|---|---|"
+        )
+        starts = ["first, prepares the table", "second"]
+        if options.repeat_table is not None:
+            starts += ["first with the repeated table", "second with it"]
+        rows = options.rows
+        for name in starts:
+            if name == "first with the repeated table":
+                (table,) = directory.glob("cache/*/prompts.arrow")
+                repeat_table(table, options.repeat_table)
+                rows *= options.repeat_table
+            row = start_in_process(path)
+            print(
+                f"| {rows:,} | {name} | {row['check_seconds']:.1f} s | {row['first_batch_seconds']:.1f} s | "
+                f"{row['cpu_seconds']:.0f} s | {row['peak_bytes'] / 2**20:.0f} MiB | "
+                f"{row['library_bytes'] / 2**20:.0f} MiB | {row['prompts']:,} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Prompts by index: an Arrow table in memory or memory-mapped from a file, and the rows of it that are read.
+
+A ``PromptTable`` is a sequence of ``Prompt`` that builds each one when it is asked for. What checks need of all prompts
+(lengths, digests, ids) comes as arrays, so that ten million rows take some hundred megabytes. No torch here.
+
+n: prompts of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from megatron_s2d.artifacts.files import atomic_write_bytes
+from megatron_s2d.data.forked_map import forked_map, num_processes
+from megatron_s2d.records import Prompt
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
+_ROWS_PER_PART = 65536  # whose values one process computes
+_DIGEST_BYTES = 8
+
+
+def schema() -> pyarrow.Schema:
+    """Return the columns of a table: the fields of ``Prompt`` and the digest of its tokens."""
+    import pyarrow
+
+    tokens = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema(
+        {
+            "id": pyarrow.string(),
+            "token_ids": tokens,
+            "text": pyarrow.string(),
+            "domain": pyarrow.string(),
+            "verifier": pyarrow.string(),
+            "answer": pyarrow.string(),
+            "solution_token_ids": tokens,
+            "environment": pyarrow.string(),
+            "key": pyarrow.uint64(),
+        }
+    )
+
+
+def prompt_key(token_ids: np.ndarray) -> int:
+    """Return a digest of a prompt's tokens [prompt_length]: two of ten million share one with probability 3e-6."""
+    digest = hashlib.sha256(np.ascontiguousarray(token_ids, dtype=np.int64).tobytes()).digest()
+    return int.from_bytes(digest[:_DIGEST_BYTES], "big")
+
+
+def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
+    """Return prompts as rows of ``schema``."""
+    import pyarrow
+
+    columns: dict[str, list[Any]] = {
+        field.name: [getattr(prompt, field.name) for prompt in prompts] for field in dataclasses.fields(Prompt)
+    }
+    columns["key"] = [prompt_key(prompt.token_ids) for prompt in prompts]
+    arrays = [pyarrow.array(columns[field.name], field.type) for field in schema()]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=schema())
+
+
+class PromptTable(Sequence[Prompt]):
+    """The prompts ``rows`` of an Arrow table; all of them for None.
+
+    directory: of a table on disk, where ``remember`` keeps arrays.
+    """
+
+    def __init__(self, table: pyarrow.Table, rows: np.ndarray | None = None, directory: Path | None = None):
+        self._table, self._rows, self._directory = table, rows, directory
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> PromptTable:
+        """Return the table of prompts that are in memory."""
+        if isinstance(prompts, PromptTable):
+            return prompts
+        import pyarrow
+
+        return cls(pyarrow.Table.from_batches([record_batch(prompts)] if prompts else [], schema()))
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[PromptTable]) -> PromptTable:
+        """Return the prompts of all tables, one table after the other, without a copy of them."""
+        if len(tables) == 1:
+            return tables[0]
+        import pyarrow
+
+        starts = np.cumsum([0, *(table._table.num_rows for table in tables)])
+        rows = [table.rows.astype(np.int64) + start for table, start in zip(tables, starts[:-1], strict=True)]
+        return cls(pyarrow.concat_tables([table._table for table in tables]), np.concatenate(rows))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the Arrow table [n], in the order of the prompts."""
+        return np.arange(self._table.num_rows) if self._rows is None else self._rows
+
+    def __len__(self) -> int:
+        return self._table.num_rows if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptTable: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptTable:
+        if isinstance(index, slice):
+            return self.select(np.arange(*index.indices(len(self))))
+        position = range(len(self))[index]
+        row = position if self._rows is None else int(self._rows[position])
+        return _prompt({name: self._table.column(name)[row] for name in _FIELDS})
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            part = self._part(start, min(len(self), start + _ROWS_AT_ONCE))
+            columns = [part.column(name) for name in _FIELDS]
+            for values in zip(*columns, strict=True):
+                yield _prompt(dict(zip(_FIELDS, values, strict=True)))
+
+    def _part(self, start: int, stop: int) -> pyarrow.Table:
+        if self._rows is None:
+            return self._table.slice(start, stop - start)
+        return self._table.take(self._rows[start:stop])
+
+    def select(self, indices: np.ndarray) -> PromptTable:
+        """Return the prompts at ``indices``, in their order, or those of a mask [n]."""
+        if indices.dtype == np.bool_:
+            if indices.all():
+                return self
+            indices = np.flatnonzero(indices)
+        rows = _index(indices, self._table.num_rows) if self._rows is None else self._rows[indices]
+        return PromptTable(self._table, rows, self._directory)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each prompt, int32 [n]."""
+        return self._taken(_list_lengths(self._table.column("token_ids")))
+
+    @functools.cached_property
+    def solution_lengths(self) -> np.ndarray:
+        """Number of tokens of each reference solution, int32 [n]; -1 without one."""
+        return self._taken(_list_lengths(self._table.column("solution_token_ids")))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """``prompt_key`` of each prompt, uint64 [n]."""
+        return self._taken(_values(self._table.column("key"), np.uint64))
+
+    def values(self, name: str) -> list[str | None]:
+        """Return the values of a column of text, for sets of prompts that fit into memory."""
+        column = self._table.column(name)
+        return (column if self._rows is None else column.take(self._rows)).to_pylist()
+
+    def distinct(self, name: str) -> set[str | None]:
+        """Return the distinct values of a column of text."""
+        import pyarrow.compute
+
+        column = self._table.column(name)
+        return set(pyarrow.compute.unique(column if self._rows is None else column.take(self._rows)).to_pylist())
+
+    def first_id(self) -> str:
+        """Return the smallest id."""
+        import pyarrow.compute
+
+        column = self._table.column("id")
+        return pyarrow.compute.min(column if self._rows is None else column.take(self._rows)).as_py()
+
+    def is_null(self, name: str) -> np.ndarray:
+        """Return the mask [n] of the prompts that lack a field."""
+        column = self._table.column(name)
+        if column.null_count == 0:
+            return np.zeros(len(self), dtype=bool)
+        return self._taken(np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in column.chunks]))
+
+    def find(self, ids: Iterable[str]) -> dict[str, Prompt]:
+        """Return the prompts with ``ids``; ``KeyError`` for one that is not here. One pass over the table's ids."""
+        import pyarrow
+        import pyarrow.compute
+
+        wanted = list(dict.fromkeys(ids))
+        if not wanted:
+            return {}
+        places = pyarrow.compute.is_in(self._table.column("id"), value_set=pyarrow.array(wanted, pyarrow.string()))
+        hits = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in places.chunks])
+        found = {prompt.id: prompt for prompt in self.select(self._taken(hits))}
+        return {name: found[name] for name in wanted}
+
+    def sorted_by_id(self) -> np.ndarray:
+        """Return the indices [n] of the prompts in the order of their ids (as text, by code point)."""
+        if self._directory is None:
+            return _id_order(self._table if self._rows is None else self._table.take(self._rows))
+        order = _remembered(self._directory / "order.npy", lambda: _id_order(self._table))
+        if self._rows is None:
+            return order
+        place = np.full(self._table.num_rows, -1, dtype=order.dtype)  # row -> index here
+        place[self._rows] = np.arange(len(self._rows), dtype=order.dtype)
+        ordered = place[order]
+        return ordered[ordered >= 0]
+
+    def remember(self, name: str, compute: Callable[[PromptTable], np.ndarray]) -> np.ndarray:
+        """Return ``compute`` of these prompts [n]: one value each, a function of the prompt alone.
+
+        Of a table on disk it is computed once, for all rows, and kept beside it under ``name``.
+        """
+        if self._directory is None:
+            return compute(self)
+        return self._taken(_remembered(self._directory / f"{name}.npy", lambda: self._computed(compute)))
+
+    def _computed(self, compute: Callable[[PromptTable], np.ndarray]) -> np.ndarray:
+        """Return ``compute`` of all rows of the Arrow table, part by part."""
+        starts = range(0, self._table.num_rows, _ROWS_PER_PART)
+        parts = forked_map(
+            lambda start: compute(PromptTable(self._table.slice(start, _ROWS_PER_PART))), starts, num_processes()
+        )
+        return np.concatenate(list(parts))
+
+    def _taken(self, values: np.ndarray) -> np.ndarray:
+        return values if self._rows is None else values[self._rows]
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Prompt))
+
+
+def _prompt(values: dict[str, Any]) -> Prompt:
+    """Build a prompt from Arrow scalars."""
+    solution = values["solution_token_ids"]
+    return Prompt(
+        id=values["id"].as_py(),
+        token_ids=_ids(values["token_ids"]),
+        text=values["text"].as_py(),
+        domain=values["domain"].as_py(),
+        verifier=values["verifier"].as_py(),
+        answer=values["answer"].as_py(),
+        solution_token_ids=_ids(solution) if solution.is_valid else None,
+        environment=values["environment"].as_py(),
+    )
+
+
+def _ids(scalar: Any) -> np.ndarray:
+    return scalar.values.to_numpy().astype(np.int64)
+
+
+def _values(column: pyarrow.ChunkedArray, dtype: type) -> np.ndarray:
+    parts = [chunk.to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _list_lengths(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """Return the lengths of lists, -1 for null; reads the offsets and not the values."""
+    import pyarrow.compute
+
+    parts = [pyarrow.compute.list_value_length(chunk).fill_null(-1).to_numpy() for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def _remembered(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    if not path.exists():
+        content = io.BytesIO()
+        np.save(content, compute())
+        atomic_write_bytes(path, content.getvalue())
+    return np.load(path, mmap_mode="r")
+
+
+def _id_order(table: pyarrow.Table) -> np.ndarray:
+    """Return the rows in the order of ids. UTF-8 sorts like code points, which Python's text does."""
+    import pyarrow.compute
+
+    return _index(pyarrow.compute.sort_indices(table.column("id")).to_numpy(), table.num_rows)
+
+
+def _index(values: np.ndarray, num_rows: int) -> np.ndarray:
+    """Return row numbers in four bytes each, if that is enough."""
+    return values.astype(np.int32 if num_rows < 2**31 else np.int64)

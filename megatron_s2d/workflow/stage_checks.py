@@ -1,0 +1,62 @@
+"""Checks of one stage against others and against its data: teachers of domains, models that fit. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.policy_loss import StageByDomain
+from megatron_s2d.config.weights import ExpoConfig
+from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.prompt_table import PromptTable
+from megatron_s2d.errors import UserError
+
+
+def check_domains(
+    where: str, teacher: StageByDomain, entries: Sequence[str], prompts: Mapping[str, PromptTable]
+) -> None:
+    """Refuse prompts of a domain without a teacher. where: the key of the teachers."""
+    if isinstance(teacher, str):
+        return
+    domains = {domain for entry in entries for domain in prompts[entry].distinct("domain")}
+    for domain in sorted(domains - set(teacher)):
+        raise UserError(
+            f"{where}: no teacher for the domain '{domain}' (domains with one: {', '.join(teacher)}); "
+            "add one, or correct the `domain` of the data"
+        )
+
+
+def check_domain_weights(
+    where: str, weights: object, entries: Sequence[str], prompts: Mapping[str, PromptTable]
+) -> None:
+    """Refuse weights by domain that do not name exactly the domains of the stage's prompts."""
+    if not isinstance(weights, Mapping):
+        return
+    domains = {str(domain) for entry in entries for domain in prompts[entry].distinct("domain")}
+    if domains != set(weights):
+        raise UserError(
+            f"{where}.domain_weights: it names {', '.join(sorted(weights))}, and the domains of its prompts are "
+            f"{', '.join(sorted(domains))}: give each of them a weight"
+        )
+
+
+def check_expo(config: WorkflowConfig, where: str, stage: ExpoConfig) -> None:
+    """Refuse to combine the weights of different models."""
+    base = config.models[config.model_of(stage.base)]
+    for name in stage.tuned:
+        if config.models[config.model_of(name)] != base:
+            raise UserError(
+                f"{where}.tuned: '{name}' and '{stage.base}' have different models, so their weights cannot be combined"
+            )
+
+
+def check_same_vocabulary(
+    config: WorkflowConfig, where: str, name: str, relation: str, other: str, specs: Mapping[str, ModelSpec]
+) -> None:
+    """Refuse another stage's model whose vocabulary differs."""
+    model, other_model = config.model_of(name), config.model_of(other)
+    if specs[model].vocab_size != specs[other_model].vocab_size:
+        raise UserError(
+            f"{where}.{relation}: model '{other_model}' has a vocabulary of {specs[other_model].vocab_size} and "
+            f"'{model}' one of {specs[model].vocab_size}: teacher and student must share one"
+        )

@@ -1,0 +1,65 @@
+"""Runs a worker of this folder on several ranks, forked from one process that has imported the libraries.
+
+Each rank has the environment that torchrun gives it. tests/run starts ranks with torchrun itself; here the imports of
+four ranks would take longer than most workers.
+
+python launch_ranks.py WORKER RANKS [ARGUMENT ...]
+"""
+
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+
+import megatron_s2d.workflow.preload  # noqa: F401
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_rank(worker: str, rank: int, world_size: int, port: int) -> int:
+    """Fork a rank that runs ``worker`` as a program, and return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.path.insert(0, os.path.dirname(worker))
+    sys.argv = [worker, *sys.argv[3:]]
+    code = 1
+    try:
+        runpy.run_path(worker, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(worker: str, world_size: int) -> int:
+    """Return 0, or the exit code of the first rank that failed; the others are killed then."""
+    port = free_port()
+    running = {start_rank(worker, rank, world_size, port): rank for rank in range(world_size)}
+    while running:
+        pid, status = os.wait()
+        rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            print(f"rank {rank} ended with {code}", file=sys.stderr)
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,93 @@
+"""The contract of engines by request, and a weight update in the middle of episodes, with a real SGLang server."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed (extra `sglang`)"),
+    pytest.mark.slow,  # starts a server of its own
+]
+
+torch = pytest.importorskip("torch")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollout"))
+
+import engine_contract as contract
+from sglang_model import EOS, VOCAB_SIZE, change
+
+from megatron_s2d.rollout.engine import SamplingParams
+
+
+def subject_of(policy, engine) -> contract.Subject:
+    """The engine with the trainer's scores, of older weights too."""
+    states: dict[int, dict] = {}
+
+    def state() -> dict:
+        return {name: value.clone() for name, value in policy.chunks[0].state_dict().items() if value is not None}
+
+    def score(version, token_ids, temperature):
+        now = state()
+        policy.chunks[0].load_state_dict(states.get(version, now), strict=False)
+        with torch.no_grad():
+            logits = policy.chunks[0](torch.from_numpy(token_ids)[None], None, None)[0, :, :VOCAB_SIZE].double()
+        policy.chunks[0].load_state_dict(now, strict=False)
+        log_probs = torch.log_softmax(logits / temperature, dim=-1)
+        values = log_probs[:-1].gather(1, torch.from_numpy(token_ids)[1:, None]).squeeze(1)
+        return np.concatenate([[0.0], values.numpy()])
+
+    subject = contract.Subject(engine, score, VOCAB_SIZE, EOS, tolerance=1e-4, seeds_count=False, num_requests=24)
+
+    def update() -> int:
+        version = engine.version
+        states[version] = state()
+        change(policy, 0.02)
+        engine.update_weights(policy.chunks, version + 1)
+        return version + 1
+
+    subject.update = update
+    return subject
+
+
+@pytest.mark.parametrize("check", ["log_probs_and_ends", "seeds", "turns", "abort", "errors"])
+def test_sglang_keeps_the_contract(policy, attach, check):
+    getattr(contract, f"check_{check}")(subject_of(policy, attach()))
+
+
+def test_tokens_carry_the_version_of_their_weights(policy, attach):
+    subject = subject_of(policy, attach())
+    contract.check_versions(subject, subject.update)
+
+
+def test_a_push_in_the_middle_of_an_episode_splits_a_completion(policy, attach):
+    subject = subject_of(policy, attach(async_mode="partial_rollout"))
+    params, second_turn = SamplingParams(150, ()), threading.Event()
+
+    def conversation(number: int):
+        async def episode(client):
+            tokens, turns = contract.prompts_of(subject)[number], []
+            for turn in range(2):
+                if turn:
+                    second_turn.set()
+                completion = await client.sample(tokens, params, seed=number, request_id=f"e{number}.{turn}")
+                turns.append((tokens, completion))
+                tokens = np.concatenate([tokens, completion.token_ids, [2]])
+            return turns
+
+        return episode
+
+    subject.engine.start([conversation(number) for number in range(4)])
+    assert second_turn.wait(300)
+    version = subject.update()
+    spans = set()
+    for (_, first), (tokens, second) in subject.engine.finish():
+        contract.check_record(subject, tokens, second, params)
+        assert {span.version for span in first.weight_versions} <= {version - 1, version}
+        spans.add(tuple(span.version for span in second.weight_versions))
+    assert (version - 1, version) in spans, spans

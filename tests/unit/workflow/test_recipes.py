@@ -1,0 +1,75 @@
+"""``s2d init``: every recipe passes the checks of ``--dry-run`` on a model and data of the user."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_s2d.cli import main
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.workflow import load_workflow
+from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
+from megatron_s2d.data.prompts import prompts_of
+from megatron_s2d.data.tokenizer import load_tokenizer
+from megatron_s2d.models.families import hf_tensor_shapes
+from megatron_s2d.workflow.recipes import RECIPES
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A folder with a model, its tokenizer, and 500 problems."""
+    folder = tmp_path_factory.mktemp("user")
+    tokenizer = load_tokenizer("task:modular_arithmetic", folder / "cache")
+    tokenizer.save_pretrained(folder / "model")
+    spec = ModelConfig(preset="tiny-llama", vocab_size=len(tokenizer), max_position_embeddings=64).resolve()
+    plan = [PlannedTensor(name, torch.float32, tuple(shape)) for name, shape in hf_tensor_shapes(spec)]
+    writer = HfWriter(folder / "model", plan, 10**9)
+    for tensor in plan:
+        writer.write(tensor.name, torch.zeros(tensor.shape))
+    writer.finish()
+    (folder / "model" / "config.json").write_text(json.dumps(hf_config_from_spec(spec, "float32")))
+    rows = [
+        {"question": f"{n % 17} + {n // 17 % 17} + {n // 289} =", "answer": str(n % 5), "solution": "3"}
+        for n in range(500)
+    ]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def init(user, target, recipe, *more):
+    lengths = ("--max-prompt-length", "32", "--max-response-length", "8")
+    models = ("--student", str(user / "model"), "--teacher", str(user / "model"))
+    data = ("--data", str(user / "problems.jsonl"), "--num-gpus", "0")
+    return main(["init", str(target), "--recipe", recipe, *models, *data, *lengths, *more])
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "sft"])
+def test_recipes_pass_the_checks(user, tmp_path, recipe, capsys):
+    target = tmp_path / "my.yaml"
+    assert init(user, target, recipe) == 0, capsys.readouterr().err
+    config = load_workflow(target)
+    assert config.name == "my" and config.precision == "float32" and ("teacher" in config.models) == (recipe != "grpo")
+    train, held_out = (prompts_of(config, name, load_tokenizer(config.tokenizer, tmp_path)).prompts
+                       for name in ("train", "eval"))  # fmt: skip
+    assert (len(train), len(held_out)) == (400, 100) and not set(train.values("id")) & set(held_out.values("id"))
+    assert target.read_text().count("#") > 8  # it is commented
+    assert init(user, target, recipe) == 1 and "exists already" in capsys.readouterr().err
+
+
+def test_sft_names_the_missing_solutions(user, tmp_path, capsys):
+    assert init(user, tmp_path / "my.yaml", "sft") == 1
+    assert "have no reference solution" in capsys.readouterr().err and not (tmp_path / "my.yaml").exists()
+
+
+def test_gpus_get_a_layout_that_fits(user, tmp_path, capsys):
+    target = tmp_path / "my.yaml"
+    assert init(user, target, "opd", "--num-gpus", "4", "--gpu", "h100") == 0, capsys.readouterr().err
+    config = load_workflow(target)
+    assert config.parallel.world_size == 4 and config.precision == "bfloat16"
+
+
+def test_what_is_missing_is_named_without_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    assert main(["init", str(tmp_path / "my.yaml"), "--recipe", "opd"]) == 1
+    assert "give --student" in capsys.readouterr().err
