@@ -7,7 +7,7 @@ import shutil
 import pytest
 from s2d import ROOT, SMOKE, metrics, s2d, s2d_here
 
-from megatron_s2d.artifacts.files import json_digest, tree_digest
+from megatron_s2d.artifacts.files import file_digest, json_digest
 
 
 def test_results_are_complete_and_consistent(unbroken):
@@ -137,7 +137,7 @@ def test_cache_of_another_teacher_or_tokenizer_raises(unbroken, tmp_path, name):
     header.write_text(json.dumps({**document, "body": body, "body_digest": json_digest(body)}))
     record = run_dir / "stages/cache/finished.json"  # test_changed_inputs.py: without this it "has changed"
     summary = json.loads(record.read_text())
-    summary["outputs"]["cache"] = tree_digest(run_dir / "stages/cache/cache")
+    summary["outputs"]["cache"] = file_digest(header)
     record.write_text(json.dumps(summary))
     finished = s2d("run", SMOKE, "--out", run_dir)
     assert finished.returncode == 1 and name in finished.stderr and "Traceback" not in finished.stderr
