@@ -24,11 +24,11 @@ from memory import peak_bytes
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.data.packing import MiniBatch
+from megatron_s2d.data.sample_exchange import keep_own, move_samples, ranks_in_layout
 from megatron_s2d.kl.shards import redistribute_output_layer
 from megatron_s2d.kl.teachers import HiddenStates, LazyHiddenStates
 from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.parallel import p2p
-from megatron_s2d.data.sample_exchange import keep_own, move_samples, ranks_in_layout
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 

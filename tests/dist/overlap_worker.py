@@ -44,9 +44,7 @@ def run(name: str, variant: str, preset: str, *, small: bool) -> list[dict]:
         metrics = model.forward_backward(batches, sft_objective(), num_tokens=count)
         row = {"loss": metrics["loss"].value(), "norm": model.optim_step()}
         if step == 1:  # the other updates are followed by the next forward pass
-            row["pending"] = sum(
-                group.param_gather_handle is not None for group in model.trainable._bucket_groups()
-            )
+            row["pending"] = sum(group.param_gather_handle is not None for group in model.trainable._bucket_groups())
             row["digest"] = digest(model, layout)
             row["scores"] = [score.tolist() for score in model.score_replicated(batch)]
         rows.append(row)

@@ -4,7 +4,7 @@ import pytest
 
 
 def selected(request: pytest.FixtureRequest, *names: str) -> set[tuple]:
-    """The values of the parameters ``names`` in the selected tests of the module, slow ones only if they are asked for."""
+    """The values of parameters ``names`` in the selected tests of the module, slow ones only if they are asked for."""
     parameters = [
         item.callspec.params
         for item in request.session.items

@@ -42,7 +42,7 @@ def results(tmp_path_factory, run_ranks) -> Results:
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_that_with_all_states_on_every_rank(results, case):
-    """Equal bits: losses, metrics and gradient norms of two updates; by domain, of other micro-batches, up to rounding."""
+    """Equal bits: losses, metrics, gradient norms of two updates; by domain, of other micro-batches, up to rounding."""
     tolerance = 1e-5 if case.endswith("/by_domain") else 0
     for mine, reference in zip(results[case]["losses"], results[case]["gathered"], strict=True):
         assert mine == pytest.approx(reference, rel=tolerance, abs=tolerance)

@@ -16,7 +16,14 @@ PRESETS = {
     "tiny-llama": ("tp2", "pp2", "tp2pp2", "tp2sp", "tp2pp2sp", "tp4"),
     "tiny-moe": ("pp2", "tp2sp", "ep2", "ep2pp2", "ep2tp2sp", "ep4tp2sp"),
 }
-SLOW = ("tiny-teacher/tp2", "tiny-teacher/pp2", "tiny-teacher/tp2pp2", "tiny-llama/tp2sp", "tiny-llama/tp2pp2", "tiny-moe/ep2")
+SLOW = (
+    "tiny-teacher/tp2",
+    "tiny-teacher/pp2",
+    "tiny-teacher/tp2pp2",
+    "tiny-llama/tp2sp",
+    "tiny-llama/tp2pp2",
+    "tiny-moe/ep2",
+)
 CASES = [
     pytest.param(preset, layout, marks=pytest.mark.slow if f"{preset}/{layout}" in SLOW else ())
     for preset, names in PRESETS.items()

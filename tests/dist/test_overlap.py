@@ -1,11 +1,13 @@
-"""Gradients reduced during the backward pass and weights gathered after the update: the same bits as without overlap."""
+"""Gradients reduced during the backward pass and weights gathered after the update: the bits of no overlap."""
 
 import json
 
 import pytest
 
 RUNS = {2: ["dp2", "ep2"], 4: ["tp2dp2sp"]}
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name != "dp2" else ()) for names in RUNS.values() for name in names]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if name != "dp2" else ()) for names in RUNS.values() for name in names
+]
 
 
 @pytest.fixture(scope="module")

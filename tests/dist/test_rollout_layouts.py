@@ -63,7 +63,9 @@ def test_episodes_are_those_of_one_rank(results, preset, layout):
     assert len(expected) == 12 and conversations == [expected] * len(conversations) and conversations
 
 
-@pytest.mark.parametrize(("preset", "layout"), [case for case in CASES if case.values[1] not in ("ep4", "ep2pp2", "ep4tp2sp")])
+@pytest.mark.parametrize(
+    ("preset", "layout"), [case for case in CASES if case.values[1] not in ("ep4", "ep2pp2", "ep4tp2sp")]
+)
 def test_log_probs_are_those_of_a_full_forward(results, preset, layout):
     assert results[f"{preset}/{layout}"]["worst"] < 1e-4
 

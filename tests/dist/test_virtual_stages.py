@@ -1,4 +1,4 @@
-"""PP 2 with two model chunks on each rank gives what PP 2 and data parallelism give: training, scores, files, weights."""
+"""PP 2 with two model chunks on each rank equals PP 2 and data parallelism: training, scores, files, weights."""
 
 import json
 

@@ -142,7 +142,7 @@ def balanced(layout: Layout):
 
 
 def replayed(layout: Layout, num_layers: int = 2):
-    """Replay experts that no router chose, with recomputation and several micro-batches: a row off by one would show."""
+    """Replay experts that no router chose, recomputing, in several micro-batches: a row off by one would show."""
     rng = np.random.default_rng(8)
     batch = []
     for sample in samples()[:-1]:
