@@ -11,6 +11,11 @@ with tempfile.TemporaryFile() as _output:
     _terminal = os.dup(2)
     os.dup2(_output.fileno(), 2)
     try:
+        # Every job loads a tokenizer, for which transformers is imported, and a table of prompts (pyarrow with pandas).
+        import pandas  # noqa: F401
+        import pyarrow.compute  # noqa: F401
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
         import megatron_s2d.workflow.worker  # noqa: F401
     except BaseException:
         _output.seek(0)

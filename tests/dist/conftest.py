@@ -1,6 +1,8 @@
 """Starts a worker of this folder on several ranks: forks of one process, gloo, one thread a rank."""
 
+import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -13,30 +15,53 @@ import pytest
 LIMIT_SECONDS = 1500
 
 
-@pytest.fixture(scope="session")
-def run_ranks():
-    """run_ranks(worker file, number of ranks, arguments): fails with the last lines that the ranks printed."""
+class RankServer:
+    """A process that has imported the libraries once and forks the ranks of every launch."""
 
-    def run(worker: str, ranks: int, *arguments: object) -> None:
-        folder = Path(__file__).parent
-        command = [sys.executable, str(folder / "launch_ranks.py"), str(folder / worker), str(ranks)]
-        process = subprocess.Popen(
-            [*command, *map(str, arguments)],
+    def __init__(self, directory: Path):
+        self._directory, self._launches = directory, 0
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("launch_ranks.py"))],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
         )
-        try:
-            errors = process.communicate(timeout=LIMIT_SECONDS)[1]
-        except subprocess.TimeoutExpired:
-            for rank in psutil.Process(process.pid).children(recursive=True):
-                rank.send_signal(signal.SIGABRT)  # prints the stacks of its threads
-            try:
-                errors = process.communicate(timeout=60)[1]
-            finally:
-                process.kill()
-            pytest.fail(f"{worker} took more than {LIMIT_SECONDS} s on {ranks} ranks:\n{errors[-8000:]}")
-        assert process.returncode == 0, errors[-4000:]
 
-    return run
+    def run(self, worker: str, ranks: int, *arguments: object) -> None:
+        """Run a worker of this folder; fail with the last lines that its ranks printed."""
+        self._launches += 1
+        errors = self._directory / f"{self._launches}.txt"
+        request = {
+            "worker": str(Path(__file__).with_name(worker)),
+            "ranks": ranks,
+            "arguments": [str(argument) for argument in arguments],
+            "stderr": str(errors),
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        if not self._answers(LIMIT_SECONDS):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                process.send_signal(signal.SIGABRT)  # prints the stacks of its threads
+            self._answers(60)
+            pytest.fail(f"{worker} took more than {LIMIT_SECONDS} s on {ranks} ranks:\n{errors.read_text()[-8000:]}")
+        assert self._process.stdout.readline() == "0\n", errors.read_text()[-4000:] if errors.exists() else "no output"
+
+    def _answers(self, seconds: float) -> bool:
+        """Wait until the process prints; return whether it did so, or ended, within ``seconds``."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory):
+    """run_ranks(worker file, number of ranks, arguments): fails with the last lines that the ranks printed."""
+    server = RankServer(tmp_path_factory.mktemp("ranks"))
+    yield server.run
+    server.close()

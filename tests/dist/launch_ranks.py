@@ -1,11 +1,15 @@
-"""Runs a worker of this folder on several ranks, forked from one process that has imported the libraries.
+"""Runs workers of this folder on several ranks, forked from one process that has imported the libraries.
 
 Each rank has the environment that torchrun gives it. tests/run starts ranks with torchrun itself; here the imports of
-four ranks would take longer than most workers.
+every rank would take longer than most workers.
 
-python launch_ranks.py WORKER RANKS [ARGUMENT ...]
+python launch_ranks.py WORKER RANKS [ARGUMENT ...]    one launch
+python launch_ranks.py                                one launch for each JSON line of the standard input,
+                                                      {"worker", "ranks", "arguments", "stderr": file}; its exit code
+                                                      is printed
 """
 
+import json
 import os
 import runpy
 import signal
@@ -22,7 +26,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_rank(worker: str, rank: int, world_size: int, port: int) -> int:
+def start_rank(worker: str, arguments: list[str], rank: int, world_size: int, port: int) -> int:
     """Fork a rank that runs ``worker`` as a program, and return its process id."""
     pid = os.fork()
     if pid:
@@ -31,7 +35,7 @@ def start_rank(worker: str, rank: int, world_size: int, port: int) -> int:
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.path.insert(0, os.path.dirname(worker))
-    sys.argv = [worker, *sys.argv[3:]]
+    sys.argv = [worker, *arguments]
     code = 1
     try:
         runpy.run_path(worker, run_name="__main__")
@@ -46,10 +50,10 @@ def start_rank(worker: str, rank: int, world_size: int, port: int) -> int:
         os._exit(code)
 
 
-def main(worker: str, world_size: int) -> int:
-    """Return 0, or the exit code of the first rank that failed; the others are killed then."""
+def launch(worker: str, world_size: int, arguments: list[str]) -> int:
+    """Return 0, or 1 after a rank failed; the others are killed then."""
     port = free_port()
-    running = {start_rank(worker, rank, world_size, port): rank for rank in range(world_size)}
+    running = {start_rank(worker, arguments, rank, world_size, port): rank for rank in range(world_size)}
     while running:
         pid, status = os.wait()
         rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
@@ -61,5 +65,20 @@ def main(worker: str, world_size: int) -> int:
     return 0
 
 
+def serve() -> None:
+    """Launch what the lines of the standard input ask for, one after the other, each from a process of its own."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not (pid := os.fork()):
+            errors = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(errors, 2)
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 1)
+            os._exit(launch(request["worker"], request["ranks"], request["arguments"]))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    if len(sys.argv) > 1:
+        sys.exit(launch(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
+    serve()

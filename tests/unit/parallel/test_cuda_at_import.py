@@ -25,6 +25,17 @@ def initialize():
 
 torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = initialize
+import megatron_s2d.workflow.preload
+imported = {name.partition(".")[0] for name in sys.modules}
+import datetime
+from pathlib import Path
+from megatron_s2d.config.data import TaskSource
+from megatron_s2d.data.prompts import load_prompts
+from megatron_s2d.data.tokenizer import load_tokenizer
+source = TaskSource(type="task", split="eval", num_prompts=4)
+tokenizer = load_tokenizer("task:modular_arithmetic", Path(sys.argv[1]))
+assert len(load_prompts(source, tokenizer, max_prompt_length=None, date=datetime.date(2026, 1, 1)).prompts) == 4
+print("imported by a job:", sorted({"transformers", "tokenizers", "pyarrow", "pandas"} - imported))
 names = [module.name for module in pkgutil.walk_packages(megatron_s2d.__path__, "megatron_s2d.")]
 for name in names:
     if name.rpartition(".")[2] != "__main__":
@@ -36,9 +47,11 @@ assert {"megatron_s2d.workflow.worker", "megatron_s2d.train.megatron_model"} <= 
 """
 
 
-def test_imports_do_not_initialize_cuda():
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+def test_imports_do_not_initialize_cuda_and_jobs_import_nothing_again(tmp_path):
+    """Ranks are forked from a process that has imported ``preload``; imports of a job would cost every job seconds."""
+    result = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout == "imported by a job: []\n"
 
 
 FIRST_IMPORT = """
