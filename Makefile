@@ -68,15 +68,15 @@ quickstart: env
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-# Folders one after the other: those of tests/unit and tests/dist share the cores between files, those of tests/run
-# measure time or kill processes and have the machine to themselves.
+# Folders one after the other: those of tests/unit (one process more than cores, for tests that wait) and tests/dist
+# share the cores between files, those of tests/run measure time or kill processes and have the machine to themselves.
 test: test-gpu test-unit test-dist test-cuda_stub test-run
 
 test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow
 
 test-unit: env
-	$(RUN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile tests/unit
+	$(RUN)/python -m pytest -q -m "not slow" -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist loadfile tests/unit
 
 test-dist: env
 	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/dist

@@ -18,16 +18,33 @@ RUNS = {
     ],
     4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2", "tp2cp2sp", "cp2pp2", "cp2dp2:tp2cp2sp"],
 }  # fmt: skip
+
+
+def _slow(condition: bool) -> tuple:
+    return (pytest.mark.slow,) if condition else ()
+
+
 # Layouts whose parts occur in others.
 SLOW = ("tp2", "tp2sp:pp2", "pp2:dp2", "pp2packed", "dp2:cp2packed", "tp2dp2sp:pp2dp2", "cp2pp2", "cp2dp2:tp2cp2sp")
-NAMES = [
-    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-    for names in RUNS.values()
-    for name in names
-    if name != "tp1"
-]
+NAMES = [pytest.param(name, marks=_slow(name in SLOW)) for names in RUNS.values() for name in names if name != "tp1"]
 LAYOUTS = [case for case in NAMES if ":" not in case.values[0] and "ep" not in case.values[0]]
 PAIRS = [case for case in NAMES if ":" in case.values[0]]
+SCENARIOS = ["supervised", "grpo", "gspo", "opd", "opd_by_domain", "forward_kl"]
+# Of scenarios that share most with others: the layouts that are not slow, each kind of rank once.
+QUICK = {
+    "supervised": ("tp1packed", "tp2sp", "dp2"),
+    "gspo": ("dp2", "cp2", "tp2cp2sp"),
+    "opd_by_domain": ("tp1packed", "pp2", "tp2dp2sp"),
+}
+CASES = [
+    pytest.param(
+        *case.values, scenario, marks=case.marks or _slow(case.values[0] not in QUICK.get(scenario, case.values))
+    )
+    for case in LAYOUTS
+    for scenario in SCENARIOS
+]
+VIEWS = ["view_full", "view_by_domain", "view_top_k", "view_self"]
+VIEW_CASES = [pytest.param(name, marks=_slow(name in ("tp2sp", "pp2"))) for name in VIEW_LAYOUTS]
 
 # Losses, KLs and entropies are O(1) and summed in another order; gradient norms carry the same relative error.
 ABSOLUTE, RELATIVE = 2e-5, 2e-5
@@ -37,18 +54,22 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-5
 def runs(request, tmp_path_factory, run_ranks) -> dict:
     """What the selected tests compare, trained in one launch for each number of ranks."""
     wanted = {"tp1"} | {name for (name,) in selected(request, "layout") | selected(request, "pair")}
+    scenarios = selected(request, "layout", "scenario") | {("tp1", name) for name in SCENARIOS + VIEWS}
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
-        if present := [name for name in names if name in wanted]:
+        if present := [
+            f"{name}={','.join(sorted(scenario for layout, scenario in scenarios if layout == name))}"
+            for name in names
+            if name in wanted
+        ]:
             run_ranks("training_worker.py", ranks, output, *present)
             results |= json.loads(output.read_text())
     return results
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scenario", ["supervised", "grpo", "gspo", "opd", "opd_by_domain", "forward_kl"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "scenario"), CASES)
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(runs, layout, scenario):
     _assert_rows_agree(runs[f"{layout}/{scenario}"], runs[f"tp1/{scenario}"])
 
@@ -110,8 +131,8 @@ def test_scores_and_cached_distributions_do_not_depend_on_the_layout(runs, layou
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("scenario", ["view_full", "view_by_domain", "view_top_k", "view_self"])
-@pytest.mark.parametrize("layout", VIEW_LAYOUTS)
+@pytest.mark.parametrize("scenario", VIEWS)
+@pytest.mark.parametrize("layout", VIEW_CASES)
 def test_a_teacher_with_a_view_of_its_own_gives_the_loss_and_gradient_of_float64(runs, layout, scenario):
     """Prompts of other lengths, so that teacher and student never have a response at the same positions."""
     first, expected = runs[f"{layout}/{scenario}"][0], runs["tp1/float64"][scenario]
@@ -121,7 +142,7 @@ def test_a_teacher_with_a_view_of_its_own_gives_the_loss_and_gradient_of_float64
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", VIEW_LAYOUTS)
+@pytest.mark.parametrize("layout", VIEW_CASES)
 def test_scores_of_a_teacher_with_a_view_of_its_own_are_those_of_float64(runs, layout):
     for mine, expected in zip(runs[f"{layout}/view_sampled"], runs["tp1/float64"]["view_sampled"], strict=True):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5)

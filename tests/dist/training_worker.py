@@ -3,7 +3,8 @@
 Started by test_training_layouts.py through torchrun. Every layout sees the same samples, seeds and objectives:
 arguments are the output file and layouts such as tp2, tp2sp, pp2, dp2, tp2pp2, ep2, cp2; STUDENT:TEACHER is a
 distillation in which the two have layouts of their own, STUDENT:TEACHER+TEACHER one from two teachers by domain. Names
-that end in "packed", and those with context-parallel ranks, use sequence packing.
+that end in "packed", and those with context-parallel ranks, use sequence packing. A layout is followed by = and the
+scenarios to train, of those that are chosen.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from open_layout import open_layout
-from view_layouts import VIEW_LAYOUTS
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -290,18 +290,18 @@ def forward_kl(layout: Layout):
         return [update(student, mini_batch.samples, objective, columns, cached) for _ in range(STEPS)]
 
 
-def results_of_pair(name: str, student: Layout, *teachers: Layout) -> dict:
+def results_of_pair(name: str, wanted: list[str], student: Layout, *teachers: Layout) -> dict:
     import view_scenarios  # imports this file, a second time
 
     if len(teachers) > 1:
         return {"opd_by_domain": opd_by_domain(student, teachers)}
     results = {"opd": opd(student, *teachers)}
-    if name in VIEW_LAYOUTS:
+    if any(scenario.startswith("view") for scenario in wanted):
         results |= {key: scenario(student, *teachers) for key, scenario in view_scenarios.SCENARIOS.items()}
     return results
 
 
-def results_of_layout(name: str, layout: Layout) -> dict:
+def results_of_layout(name: str, wanted: list[str], layout: Layout) -> dict:
     import view_scenarios
 
     results = {}
@@ -312,9 +312,10 @@ def results_of_layout(name: str, layout: Layout) -> dict:
     if name in REPLAYED:
         results["replayed"] = replayed(layout)
     if "ep" not in name:
-        for scenario in (supervised, grpo, gspo, opd, opd_by_domain, forward_kl, scores, cached):
+        chosen = (supervised, grpo, gspo, opd, opd_by_domain, forward_kl)
+        for scenario in (*(scenario for scenario in chosen if scenario.__name__ in wanted), scores, cached):
             results[scenario.__name__] = scenario(layout)
-    if name in VIEW_LAYOUTS:
+    if any(scenario.startswith("view") for scenario in wanted):
         results |= {key: scenario(layout) for key, scenario in view_scenarios.SCENARIOS.items()}
     if name == "tp1":
         results["float64"] = view_scenarios.reference(layout)
@@ -329,12 +330,16 @@ def main() -> None:
     initialize_distributed()
     results = {}
     global PACKED
-    for name in names:
+    for argument in names:
+        name, _, wanted = argument.partition("=")
         PACKED = view_scenarios.worker.PACKED = name.endswith("packed")
         with contextlib.ExitStack() as stack:
             layouts = [stack.enter_context(open_layout(parse_layout(part))) for part in re.split("[:+]", name)]
             scenarios = results_of_pair if ":" in name else results_of_layout
-            results |= {f"{name}/{scenario}": result for scenario, result in scenarios(name, *layouts).items()}
+            results |= {
+                f"{name}/{scenario}": result
+                for scenario, result in scenarios(name, wanted.split(","), *layouts).items()
+            }
     if dist.get_rank() == 0:
         with open(output, "w") as file:
             json.dump(results, file)

@@ -197,7 +197,9 @@ class FakeServer:
         if fault == "drop":
             raise ConnectionAbortedError
         if fault == "hang":
-            self.released.wait(30)
+            for _ in range(600):  # until the request is aborted, at most 30 s
+                if self.released.wait(0.05) or body.get("rid") in self.aborted:
+                    break
         if fault in ("500", "503", "400"):
             return int(fault), b"the reason"
         reply = self.response(body)
