@@ -1,4 +1,4 @@
-"""Data sources: a generated arithmetic task, or JSON and Parquet files. No torch here."""
+"""Data sources: a generated arithmetic task, JSON and Parquet files, or data sets of a hub. No torch here."""
 
 from __future__ import annotations
 
@@ -85,14 +85,9 @@ class Columns(Config):
     solution: str | None = None
 
 
-class FileSource(Config):
-    """Prompts from JSON-lines, JSON or Parquet files."""
+class RowSource(Config):
+    """What is common to all sources of rows: how they are read, rendered, graded and selected."""
 
-    type: Literal["file"] = "file"
-    path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
-        description="one or several .jsonl, .json, .parquet or .arrow files, or folders of them, such as those of "
-        "datasets' save_to_disk"
-    )
     schema_: Schema = Field(
         "columns",
         alias="schema",
@@ -138,13 +133,13 @@ class FileSource(Config):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 
     @pydantic.model_validator(mode="after")
-    def _check_limit_seed(self) -> FileSource:
+    def _check_limit_seed(self) -> RowSource:
         if self.limit_seed is not None and self.limit is None:
             raise ValueError("limit_seed is the seed of a sample of `limit` rows: set limit, or remove limit_seed")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _check_environment(self) -> FileSource:
+    def _check_environment(self) -> RowSource:
         kind = getattr(self.environment, "type", None)
         if kind == "calculator":
             raise ValueError("environment calculator is of the embedded task; python runs programs of a chat model")
@@ -153,7 +148,7 @@ class FileSource(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _check_code_layouts(self) -> FileSource:
+    def _check_code_layouts(self) -> RowSource:
         is_other = isinstance(self.verifier, str) and not runs_unit_tests(self.verifier)
         if self.schema_ in _CODE_SCHEMAS and is_other:
             raise ValueError(f"schema {self.schema_} has unit tests as labels: set verifier: code (or null)")
@@ -190,6 +185,16 @@ class FileSource(Config):
         """See ``TaskSource``."""
         return self.environment
 
+
+class FileSource(RowSource):
+    """Prompts from JSON-lines, JSON or Parquet files."""
+
+    type: Literal["file"] = "file"
+    path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+        description="one or several .jsonl, .json, .parquet or .arrow files, or folders of them, such as those of "
+        "datasets' save_to_disk"
+    )
+
     @property
     def paths(self) -> list[Path]:
         """All files, in order; a folder stands for its .arrow files, else its .parquet, else its .jsonl files."""
@@ -204,4 +209,16 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-DataSource = Annotated[TaskSource | FileSource, Field(discriminator="type")]
+class HubSource(RowSource):
+    """Prompts from a data set of the Hugging Face hub, loaded by ``datasets.load_dataset``."""
+
+    type: Literal["hub"] = "hub"
+    dataset: str = Field(min_length=1, description="owner/name on the hub, or a local folder that `datasets` can load")
+    name: str | None = Field(None, description="configuration of the data set, such as main; null: its only one")
+    split: str = Field("train", pattern=r"^[\w.-]+$", description="a whole split; skip and limit select rows of it")
+    revision: str | None = Field(
+        None, description="full hash of a commit (a run without one says the newest); a folder needs none"
+    )
+
+
+DataSource = Annotated[TaskSource | FileSource | HubSource, Field(discriminator="type")]

@@ -23,6 +23,7 @@ from megatron_s2d.config.reward import verifier_text
 from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.config.workflow import DEFAULT_DATA_CACHE, HALVES, WorkflowConfig
 from megatron_s2d.data.files import Problem
+from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.problems import DUPLICATES, ProblemBatch, convert_problems, id_prefixes
 from megatron_s2d.data.prompt_cache import table_of_files
 from megatron_s2d.data.prompt_table import PromptTable, record_batch
@@ -63,7 +64,7 @@ def load_prompts(
     cache_dir: Path | None = None,
     view: TeacherViewConfig | None = None,
 ) -> PromptSet:
-    """Tokenize the prompts of a task or of files; drop and count those longer than ``max_prompt_length``.
+    """Tokenize the prompts of a source; drop and count those longer than ``max_prompt_length``.
 
     ``date`` is the day for chat templates that write today's date; tables of large files are kept in ``cache_dir`` (by
     default the one of ``data_cache_dir``). view: the prompts as a teacher reads them; ``tokenizer`` has its template.
@@ -75,7 +76,9 @@ def load_prompts(
     if isinstance(source, TaskSource):
         prompts = PromptTable.of(task_prompts(source, tokenizer, view))
     else:
-        prompts, counts = _file_prompts(source, tokenizer, date, (cache_dir or DEFAULT_DATA_CACHE).expanduser(), view)
+        cache_dir = (cache_dir or DEFAULT_DATA_CACHE).expanduser()
+        source = as_files(source, cache_dir)
+        prompts, counts = _file_prompts(source, tokenizer, date, cache_dir, view)
     fits = _fits(prompts, max_prompt_length)
     if not fits.all() and getattr(source, "on_long_prompt", "drop") == "error":
         longest = prompts[int(prompts.lengths.argmax())]

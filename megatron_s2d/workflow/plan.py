@@ -18,7 +18,7 @@ from typing import Any, Literal
 from megatron_s2d.artifacts.files import file_digest, json_digest
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.base import dump
-from megatron_s2d.config.data import DataSource, FileSource, TaskSource
+from megatron_s2d.config.data import DataSource, FileSource, HubSource, TaskSource
 from megatron_s2d.config.environment import FunctionEnvironment
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
@@ -36,6 +36,7 @@ from megatron_s2d.config.reward import FunctionReward, parts_of
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.workflow import WorkflowConfig
+from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.prompt_cache import content_digest
 from megatron_s2d.errors import UserError
 
@@ -138,13 +139,14 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
     """Return the digest of a data source: its settings and the content of its files."""
     source = config.data[entry]
     files = {}
-    if isinstance(source, FileSource):
-        for path in source.paths:
+    if not isinstance(source, TaskSource):
+        cache_dir = config.data_cache_dir.expanduser()
+        for path in _files(source, entry, cache_dir).paths:
             if not Path(path).is_file():
                 raise UserError(f"data.{entry}.path: {path}: no such file")
-            files[Path(path).name] = content_digest(path, config.data_cache_dir.expanduser())
+            files[Path(path).name] = content_digest(path, cache_dir)
     settings = {key: value for key, value in dump(source).items() if key != "path"}
-    if isinstance(source, FileSource) and source.skip == 0:
+    if not isinstance(source, TaskSource) and source.skip == 0:
         del settings["skip"]  # likewise
     if isinstance(source, TaskSource) and source.verifier == "modular_arithmetic":
         del settings["verifier"]  # sources of runs from before the field existed
@@ -154,6 +156,13 @@ def data_digest(config: WorkflowConfig, entry: str) -> str:
         settings.pop("call_fraction", None)
     code = {name: digest for name in _functions(source) if (digest := _function_digest(name)) is not None}
     return json_digest({"settings": settings, "files": files} | ({"functions": code} if code else {}))
+
+
+def _files(source: FileSource | HubSource, entry: str, cache_dir: Path) -> FileSource:
+    try:
+        return as_files(source, cache_dir)
+    except UserError as error:
+        raise UserError(f"data.{entry}: {error}") from None
 
 
 def _functions(source: DataSource) -> list[str]:

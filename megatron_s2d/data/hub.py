@@ -1,0 +1,64 @@
+"""Data sets of the Hugging Face hub as files: ``datasets`` downloads and converts them, into its own cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_s2d.artifacts.files import atomic_write_json, json_digest, read_json_object
+from megatron_s2d.config.base import dump
+from megatron_s2d.config.data import FileSource, HubSource, RowSource
+from megatron_s2d.errors import UserError
+
+
+def as_files(source: FileSource | HubSource, cache_dir: Path) -> FileSource:
+    """Return a source of the Arrow files of a hub's data set, in its order; a source of files is returned unchanged.
+
+    Downloads what the cache of ``datasets`` lacks, once: ``cache_dir`` remembers the files, so that later stages and
+    other ranks do not ask the hub again. Raises ``UserError`` for a data set that cannot be loaded, and for a revision
+    that is no commit, with the newest one.
+    """
+    if isinstance(source, FileSource):
+        return source
+    revision = source.revision
+    if not Path(source.dataset).is_dir() and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise UserError(
+            f"revision: {revision or 'a branch'} may have other rows tomorrow: set revision: {_commit(source)}"
+        )
+    names = ("dataset", "name", "split", "revision")
+    remembered = cache_dir / f"hub-{json_digest({name: dump(source)[name] for name in names})}.json"
+    paths = read_json_object(remembered)["paths"] if revision and remembered.exists() else []
+    if not paths or not all(Path(path).is_file() for path in paths):
+        paths = _load(source)
+        atomic_write_json(remembered, {"paths": paths})
+    return FileSource(
+        path=[Path(path) for path in paths], **{name: getattr(source, name) for name in RowSource.model_fields}
+    )
+
+
+def _load(source: HubSource) -> list[str]:
+    import datasets  # imports pandas and fsspec: only where it is used
+
+    try:
+        # This never runs code of the data set: datasets 4 and later cannot.
+        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # of the network, the hub, the data set's files and its description
+        raise _failure(source, error) from error
+    return [file["filename"] for file in rows.cache_files]
+
+
+def _commit(source: HubSource) -> str:
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(source.dataset, revision=source.revision).sha)
+    except Exception as error:  # of the network and the hub
+        raise _failure(source, error) from error
+
+
+def _failure(source: HubSource, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"data set {source.dataset!r} cannot be loaded ({reason}); give its name on the hub and a configuration, split "
+        "and revision that it has, or a folder"
+    )
