@@ -68,8 +68,8 @@ def remaining_disk_errors() -> Iterator[None]:
         raise
 
 
-def atomic_write_bytes(path: str | Path, content: bytes) -> None:
-    """Replace the content of ``path`` in one rename, creating parent directories.
+def atomic_write_bytes(path: str | Path, *content: bytes | memoryview) -> None:
+    """Replace the content of ``path`` in one rename by that of all buffers, creating parent directories.
 
     Raises ``NoSpace`` or ``UserError`` (not writable) and then leaves ``path`` unchanged.
     """
@@ -79,7 +79,7 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
             rename(temporary, path)

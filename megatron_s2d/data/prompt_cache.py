@@ -125,7 +125,7 @@ def _write(target: Path, read: Reader) -> None:
                     announced = time.monotonic()
                     _LOG.warning("prepared %s prompts, %.0f %% of the files", f"{num_rows:,}", 100 * batch.share)
         atomic_write_json(partial / _COUNTS, counts)
-        PromptTable(_mapped(partial / _PROMPTS), None, partial).sorted_by_id()
+        PromptTable(_mapped(partial / _PROMPTS), None, partial).prepare()
 
 
 def _open(directory: Path) -> tuple[PromptTable, dict[str, int]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from megatron_s2d.artifacts.files import atomic_write_bytes
+from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, read_json_object
 from megatron_s2d.data.forked_map import forked_map, num_processes
 from megatron_s2d.records import Prompt
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
 _ROWS_PER_PART = 65536  # whose values one process computes
+_SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
 _DIGEST_BYTES = 8
 
 
@@ -140,17 +141,31 @@ class PromptTable(Sequence[Prompt]):
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int32 [n]."""
-        return self._taken(_list_lengths(self._table.column("token_ids")))
+        return self._taken(self._stored("lengths", lambda: _list_lengths(self._table.column("token_ids"))))
 
     @functools.cached_property
     def solution_lengths(self) -> np.ndarray:
         """Number of tokens of each reference solution, int32 [n]; -1 without one."""
-        return self._taken(_list_lengths(self._table.column("solution_token_ids")))
+        column = self._table.column("solution_token_ids")
+        return self._taken(self._stored("solution_lengths", lambda: _list_lengths(column)))
 
     @property
     def keys(self) -> np.ndarray:
         """``prompt_key`` of each prompt, uint64 [n]."""
-        return self._taken(_values(self._table.column("key"), np.uint64))
+        return self._taken(self._stored("keys", lambda: _values(self._table.column("key"), np.uint64)))
+
+    def _stored(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return a value for each row of the Arrow table; of a table on disk from a mapped file of its own.
+
+        Between the text of the rows the same values would bring most of the table into memory, a page for each few.
+        """
+        return compute() if self._directory is None else _remembered(self._directory / f"{name}.npy", compute)
+
+    def prepare(self) -> None:
+        """Write what every later start reads: lengths, keys, the order of ids, and columns with one value."""
+        for name in ("lengths", "solution_lengths", "keys", "_constants"):
+            getattr(self, name)
+        self.sorted_by_id()
 
     def values(self, name: str) -> list[str | None]:
         """Return the values of a column of text, for sets of prompts that fit into memory."""
@@ -161,8 +176,23 @@ class PromptTable(Sequence[Prompt]):
         """Return the distinct values of a column of text."""
         import pyarrow.compute
 
+        if len(self) and name in self._constants:
+            return {self._constants[name]}
         column = self._table.column(name)
         return set(pyarrow.compute.unique(column if self._rows is None else column.take(self._rows)).to_pylist())
+
+    @functools.cached_property
+    def _constants(self) -> dict[str, str | None]:
+        """Values of the columns of settings in which all rows of a table on disk agree; kept beside it."""
+        if self._directory is None:
+            return {}
+        path = self._directory / "constants.json"
+        if not path.exists():
+            import pyarrow.compute
+
+            values = {name: pyarrow.compute.unique(self._table.column(name)).to_pylist() for name in _SETTINGS}
+            atomic_write_json(path, {name: value[0] for name, value in values.items() if len(value) == 1})
+        return read_json_object(path)
 
     def first_id(self) -> str:
         """Return the smallest id."""
@@ -200,8 +230,13 @@ class PromptTable(Sequence[Prompt]):
             return order
         place = np.full(self._table.num_rows, -1, dtype=order.dtype)  # row -> index here
         place[self._rows] = np.arange(len(self._rows), dtype=order.dtype)
-        ordered = place[order]
-        return ordered[ordered >= 0]
+        ordered, count = np.empty(len(self._rows), dtype=order.dtype), 0
+        for start in range(0, len(order), _ROWS_PER_PART):
+            part = place[order[start : start + _ROWS_PER_PART]]
+            part = part[part >= 0]
+            ordered[count : count + len(part)] = part
+            count += len(part)
+        return ordered[:count]
 
     def remember(self, name: str, compute: Callable[[PromptTable], np.ndarray]) -> np.ndarray:
         """Return ``compute`` of these prompts [n]: one value each, a function of the prompt alone.
@@ -260,11 +295,13 @@ def _list_lengths(column: pyarrow.ChunkedArray) -> np.ndarray:
 
 
 def _remembered(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the array of a file, mapped; it is computed and written if it is not there yet."""
     if not path.exists():
-        content = io.BytesIO()
-        np.save(content, compute())
-        atomic_write_bytes(path, content.getvalue())
-    return np.load(path, mmap_mode="r")
+        values, header = np.ascontiguousarray(compute()), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+        atomic_write_bytes(path, header.getvalue(), values.data if values.size else b"")
+    array: np.ndarray = np.load(path, mmap_mode="r")
+    return array
 
 
 def _id_order(table: pyarrow.Table) -> np.ndarray:
