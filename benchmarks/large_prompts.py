@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -149,11 +150,17 @@ def anonymous_of_all(process: int) -> int:
     """Anonymous bytes of a process and its children together; pages that they share count once."""
     total = 0
     with contextlib.suppress(OSError):
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-        for one in (process, *map(int, children)):
+        for one in (process, *_children(process)):
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
             total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
     return total
+
+
+def _children(process: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == process:
+                yield int(path.parent.name)
 
 
 def _cpu_seconds(usage: resource.struct_rusage) -> float:
@@ -198,8 +205,9 @@ def main() -> None:
         path = write_workflow(directory, options.rows, options.format)
         print(
             "| rows | start | check | first batch | processor time | anonymous, MiB | of it libraries | of all "
-            "processes | pages of files, MiB | of it libraries | prompts |\n|---|---|---|---|---|---|---|---|---|---|---|"
+            "processes | pages of files, MiB | of it libraries | prompts |"
         )
+        print("|---" * 11 + "|")
         starts = ["first, prepares the table", "second"]
         if options.repeat_table is not None:
             starts += ["first with the repeated table", "second with it"]

@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def is_first_of_machine(rank: int) -> bool:
+    """Return whether ``rank`` (this process) is the first of its machine; without a launcher all ranks are on one."""
+    return (local_rank() if is_launched() else rank) == 0
+
+
 def child_environment(added: Mapping[str, str], path: Path | None = None) -> dict[str, str]:
     """Return the environment for a child process that is not a rank: without the launcher's variables, with ``added``.
 

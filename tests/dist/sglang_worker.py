@@ -5,10 +5,12 @@ Started by test_sglang_layouts.py through torchrun. Some requests fail, so that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -32,6 +34,9 @@ from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.engine import ServedEngine
+from megatron_s2d.rollout.served.senders import Senders
+from megatron_s2d.rollout.sglang import weight_sync
+from megatron_s2d.rollout.sglang.admin import ServerControl
 from megatron_s2d.rollout.sglang.backend import sglang_server_group
 
 VOCAB_SIZE = 27
@@ -77,7 +82,10 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     settings = RolloutConfig(
         engine="sglang", sglang=SglangConfig(bucket_bytes=20_000), server=ServerConfig(max_attempts=2, max_restarts=3)
     )
-    engine = ServedEngine(sglang_server_group(chunks, spec, layout, score, settings, directory, urls=urls))
+    senders = Senders.of(dist.get_rank() == 2)  # as on two machines
+    with recorded_pushes() as pushes:
+        group = sglang_server_group(chunks, spec, layout, score, settings, directory, urls=urls, senders=senders)
+        engine = ServedEngine(group)
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(1.5)
@@ -123,7 +131,30 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
         "refused": all_gather_object(refused),
         "faults_left": faults_left,
         "top_agree": all_gather_object(top_agree),
+        "pushed_to": [[urls.index(url) for url in own] for own in all_gather_object(pushes["urls"])],
+        "files": all_gather_object(pushes["files"]),
     }
+
+
+@contextlib.contextmanager
+def recorded_pushes() -> Iterator[dict[str, list[str]]]:
+    """Record the servers that this rank has load weights, and the files of weights that it writes."""
+    pushes, post, save = {"urls": [], "files": []}, ServerControl._post, weight_sync.save_file
+
+    def recording_post(self, url, path, body):
+        if path == "/update_weights_from_disk":
+            pushes["urls"].append(url)
+        post(self, url, path, body)
+
+    def recording_save(contents, path, **options):
+        pushes["files"].append(path.name)
+        save(contents, path, **options)
+
+    ServerControl._post, weight_sync.save_file = recording_post, recording_save
+    try:
+        yield pushes
+    finally:
+        ServerControl._post, weight_sync.save_file = post, save
 
 
 def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:

@@ -38,6 +38,16 @@ def test_samples_and_weights_are_those_of_one_rank(results, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_each_sender_pushes_to_its_own_servers_and_writes_its_part_of_the_files(results, case):
+    """Senders are ranks 0 and 2, as if each were the first of a machine."""
+    assert results[case]["pushed_to"] == [[0], [], [1], []]
+    files = results[case]["files"]
+    number = len(files[0]) + len(files[2])
+    assert number > 3 and not files[1] and not files[3]
+    assert [files[0], files[2]] == [[f"model-{n:05d}.safetensors" for n in range(k, number, 2)] for k in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_failed_weight_update_raises_the_same_error_on_every_rank(results, case):
     refused = results[case]["refused"]
     assert len(set(refused)) == 1 and "status 500" in refused[0]

@@ -20,6 +20,7 @@ pytest.importorskip("torch")
 from s2d import environment, wait_for
 
 from megatron_s2d.models.weights import export_buckets
+from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.sglang.weight_sync import DiskWeightSync
 
 TRAINER = """
@@ -66,9 +67,10 @@ def running(pids: set[int]) -> set[int]:
 
 @pytest.mark.slow
 def test_no_process_of_a_server_outlives_a_killed_watchdog_or_trainer(policy, tokenizer, tmp_path):
-    weights = DiskWeightSync(tmp_path / "weights", policy.spec, tokenizer)
+    weights = DiskWeightSync(tmp_path / "weights", policy.spec, tokenizer, Senders.rank_zero())
     (bucket,) = export_buckets(policy.chunks, policy.spec, policy.layout)
     weights.write(bucket, "start", last=True)
+    weights.written()
     with open(tmp_path / "trainer.log", "w") as log:
         command = [sys.executable, "-c", TRAINER, str(weights.complete), str(tmp_path)]
         trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())

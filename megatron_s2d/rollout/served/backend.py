@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.served.senders import Senders
 
 if TYPE_CHECKING:
     import torch
@@ -172,23 +173,30 @@ class RouterProcess(ServerProcess, Protocol):
 
 
 class WeightTransfer(Protocol):
-    """One weight update of idle servers. All methods may raise ``WeightUpdateFailed`` or ``UserError``."""
+    """One weight update of one sender's idle servers. Methods may raise ``WeightUpdateFailed`` or ``UserError``."""
 
     def begin(self) -> None:
         """Stop generation on the servers and discard results of the old weights."""
         ...
 
     def send(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Send one bucket to all servers; after the ``last`` one they report ``weight_version``."""
+        """Send one bucket to the sender's servers, or write it for all servers."""
         ...
 
-    def end(self) -> None:
-        """Resume generation on the servers."""
+    def commit(self, weight_version: str) -> None:
+        """Have the servers load what all senders have written; after it they report ``weight_version``."""
+        ...
+
+    def end(self, *, complete: bool) -> None:
+        """Resume generation on the servers. complete: no sender has failed."""
         ...
 
 
 class ServerBackend(Protocol):
-    """How one kind of server is started, checked and given weights. Nothing here is collective; rank 0 calls it."""
+    """How one kind of server is started, checked and given weights. Nothing here is collective.
+
+    Senders call what sends weights, rank 0 the rest.
+    """
 
     name: str  # for messages
     protocol: ServerProtocol
@@ -196,6 +204,7 @@ class ServerBackend(Protocol):
     uses_router: bool
     can_sleep: bool  # servers release their GPU memory while the trainer works
     weight_sync: str  # name of the transport of weights, for messages
+    senders: Senders  # of weights
     bucket_bytes: int  # of weights sent together
     startup_timeout_seconds: float
 
@@ -208,7 +217,11 @@ class ServerBackend(Protocol):
         ...
 
     def write_start_weights(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Write one bucket of the weights that servers are started with."""
+        """Write this sender's part of the weights that servers are started with."""
+        ...
+
+    def commit_start_weights(self) -> None:
+        """Start servers with these weights from now on: all senders have written their parts."""
         ...
 
     def start_server(self, number: int) -> ServerProcess:
@@ -222,7 +235,7 @@ class ServerBackend(Protocol):
     def transfer_weights(
         self, urls: Sequence[str], sleeping_urls: Sequence[str]
     ) -> contextlib.AbstractContextManager[WeightTransfer]:
-        """Connect to the servers at ``urls`` for a weight update; those at ``sleeping_urls`` are woken up."""
+        """Connect to this sender's servers for a weight update; those at ``sleeping_urls`` are woken up."""
         ...
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:

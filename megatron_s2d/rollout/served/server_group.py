@@ -1,13 +1,15 @@
 """The servers that hold one model: started or attached to, given the weights of the trainer, and tested.
 
-Every call is collective over all ranks of the job; rank 0 owns the servers. After a weight update each server must
-report the new version and return the trainer's own log-probabilities on fixed check sequences; one that does not gets
-no requests until a later update succeeds. Servers of this run that are gone are restarted.
+Every call is collective over all ranks of the job; rank 0 owns the servers, and senders (``senders.py``) push weights
+to them and test them. After a weight update each server must report the new version and return the trainer's own
+log-probabilities on fixed check sequences; one that does not gets no requests until a later update succeeds. Servers of
+this run that are gone are restarted.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +28,7 @@ from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0
+from megatron_s2d.parallel.collectives import all_gather_json, any_rank, broadcast_from_rank0, first_error
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import Decoder
@@ -45,6 +47,7 @@ from megatron_s2d.rollout.served.server_pool import Server, ServerPool
 from megatron_s2d.rollout.served.startup_checks import Score, StartupChecks
 from megatron_s2d.rollout.served.weight_checks import max_log_prob_diff, weight_check_sequences
 
+ServerCheck = tuple[str, float, str, str]  # address, largest difference, problem and digest of the weights
 _HEALTH_CHECKS = 3  # of a server with a problem, before it counts as one that hangs
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
@@ -166,19 +169,22 @@ class ServerGroup:
 
     def _start_servers(self) -> list[str]:
         """Return the addresses of new servers, which start with the current weights."""
-        failure = ""
+        failure = None
+        is_sender = self._backend.senders.index is not None
         with self._on_device():
             for bucket, last in self._buckets():  # to the end on every rank, as in _send_weights
-                if self._is_rank_zero and not failure:
+                if is_sender and failure is None:
                     try:
                         self._backend.write_start_weights(bucket, f"{self._tag}-start", last=last)
                     except UserError as error:
                         failure = str(error)
         self._make_room()
+        if (failure := first_error(failure)) is not None:
+            raise UserError(failure)
+        if is_sender:
+            self._backend.commit_start_weights()
 
         def start() -> list[str]:
-            if failure:
-                raise UserError(failure)
             self._processes = [self._backend.start_server(number) for number in range(self._backend.num_servers)]
             self._wait(self._processes)
             return [process.url for process in self._processes]
@@ -279,24 +285,25 @@ class ServerGroup:
         samples = weight_check_sequences(self.spec)
         with self._on_device():
             start = time.perf_counter()
-            num_bytes, failure = self._send_weights([server.url for server in servers])
+            num_bytes, failures = self._send_weights([server.url for server in servers])
             seconds = time.perf_counter() - start
             expected = self._score(samples)
-
-        def test() -> tuple[dict[str, tuple[float, str]], int]:
-            checks = {server.url: self._check_server(server, samples, expected) for server in servers}
-            passed = [url for url, (_, problem) in checks.items() if not problem]
-            mismatches, count = self._mismatching_checksums(passed)
-            return checks | {url: (checks[url][0], problem) for url, problem in mismatches.items()}, count
-
-        checks, num_digests = broadcast_from_rank0(test)
+        results: list[ServerCheck] = []
+        for of_sender in all_gather_json(self._check_own(servers, samples, expected)):
+            results += [(*result,) for result in of_sender]
+        mismatches, num_digests = _mismatching_digests(
+            [(url, digest) for url, _, problem, digest in results if not problem]
+        )
+        checks = {url: (difference, mismatches.get(url, problem)) for url, difference, problem, _ in results}
         for server in servers:
             problem = checks[server.url][1]
-            server.problem = failure if problem and failure.startswith(server.url) else problem
+            reasons = [failure for failure in failures if failure.startswith(server.url)]
+            server.problem = reasons[0] if problem and reasons else problem
         self.last_update = WeightUpdate(seconds, num_bytes, max(difference for difference, _ in checks.values()))
         if self._is_rank_zero:
             print(
-                f"weights {self.weight_version} to {len(servers)} server(s) by {self._backend.weight_sync}: "
+                f"weights {self.weight_version} to {len(servers)} server(s) by {self._backend.weight_sync} from "
+                f"{min(len(servers), self._backend.senders.count)} rank(s): "
                 f"{num_bytes / 1e9:.4f} GB in {seconds:.2f} s ({num_bytes / 1e9 / seconds:.3f} GB/s), largest "
                 f"difference in log-probability {self.last_update.max_log_prob_diff:.1e}, {num_digests} digest(s) "
                 "compared",
@@ -317,6 +324,17 @@ class ServerGroup:
     def _tolerance(self) -> float:
         return self.rollout.server.weight_check_tolerance or _TOLERANCES[self._dtype]
 
+    def _check_own(
+        self, servers: Sequence[Server], samples: Sequence[Sample], expected: Sequence[np.ndarray]
+    ) -> list[ServerCheck]:
+        """Test this sender's servers together, and ask those that pass for the digests of their weights."""
+        own = self._backend.senders.own(servers)
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(own))) as threads:
+            checks = list(threads.map(lambda server: self._check_server(server, samples, expected), own))
+        passed = [server.url for server, (_, problem) in zip(own, checks, strict=True) if not problem]
+        digests = self._backend.weight_digests(passed) if passed and len(servers) > 1 else {}
+        return [(server.url, *check, digests.get(server.url, "")) for server, check in zip(own, checks, strict=True)]
+
     def _check_server(
         self, server: Server, samples: Sequence[Sample], expected: Sequence[np.ndarray]
     ) -> tuple[float, str]:
@@ -330,8 +348,8 @@ class ServerGroup:
             return difference, f"its log-probabilities differ from the trainer's by {difference:.1e} nats {allowed}"
         return difference, ""
 
-    def _send_weights(self, urls: list[str]) -> tuple[int, str]:
-        """Send the current weights to idle servers; return their bytes and, if it failed, why."""
+    def _send_weights(self, urls: list[str]) -> tuple[int, list[str]]:
+        """Send the current weights to idle servers; return their bytes and why senders failed, if some did."""
         num_bytes, failure = 0, ""
 
         def attempt(action: Callable[[], None]) -> str:
@@ -342,35 +360,42 @@ class ServerGroup:
             return ""
 
         sleeping, self._sleeping = self._sleeping.intersection(urls), self._sleeping.difference(urls)
-        with self._transfer(urls, sleeping) as transfer:
+        with self._transfer(self._backend.senders.own(urls), sleeping) as transfer:
             if transfer is not None:
                 failure = attempt(transfer.begin)
             for bucket, last in self._buckets():  # to the end on every rank, because making buckets is collective
                 num_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 if transfer is not None and not failure:
                     failure = attempt(functools.partial(transfer.send, bucket, self.weight_version, last=last))
-            self._make_room()
+            device.release_cached_memory()
+            if not any_rank(bool(failure)) and transfer is not None:  # all senders have sent or written everything
+                failure = attempt(functools.partial(transfer.commit, self.weight_version))
+            is_complete = not any_rank(bool(failure))
             if transfer is not None:
-                end_failure = attempt(transfer.end)
+                end_failure = attempt(functools.partial(transfer.end, complete=is_complete))
                 failure = failure or end_failure
-        return num_bytes, broadcast_from_rank0(lambda: failure)
+        if not any_rank(bool(failure)):
+            return num_bytes, []
+        return num_bytes, [reason for reason in all_gather_json(failure) if reason]
 
     def _transfer(
         self, urls: Sequence[str], sleeping: frozenset[str]
     ) -> contextlib.AbstractContextManager[WeightTransfer | None]:
-        """Return the weight transfer on rank 0, None on the other ranks."""
-        if not self._is_rank_zero:
+        """Return the weight transfer to this sender's servers ``urls``; None on ranks that send nothing."""
+        if self._backend.senders.index is None:
             return contextlib.nullcontext()
-        return self._backend.transfer_weights(urls, sorted(sleeping))
+        return self._backend.transfer_weights(urls, sorted(sleeping.intersection(urls)))
 
-    def _mismatching_checksums(self, urls: Sequence[str]) -> tuple[dict[str, str], int]:
-        """Return address -> problem of servers whose weights differ from the majority's, and the number of digests."""
-        if len(urls) < 2:
-            return {}, 0
-        digests = self._backend.weight_digests(urls)
-        counts = collections.Counter(digests.values())
-        common = max(counts, key=counts.__getitem__, default="")
-        if 2 * counts[common] <= len(digests):
-            common = ""  # no majority: it is unknown which are right
-        problem = "the digest of its weights is not that of the other servers"
-        return {url: problem for url, digest in digests.items() if digest != common}, len(digests)
+
+def _mismatching_digests(digests: Sequence[tuple[str, str]]) -> tuple[dict[str, str], int]:
+    """Return address -> problem of servers whose weights differ from the majority's, and the number of digests.
+
+    digests: address and digest of each server; empty for one that can compute none.
+    """
+    known = [(url, digest) for url, digest in digests if digest]
+    if len(digests) < 2 or not known:
+        return {}, 0
+    (common, count), *_ = collections.Counter(digest for _, digest in known).most_common(1)
+    is_majority = 2 * count > len(known)  # without one it is unknown which are right
+    problem = "the digest of its weights is not that of the other servers"
+    return {url: problem for url, digest in known if not is_majority or digest != common}, len(known)

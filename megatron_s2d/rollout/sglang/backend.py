@@ -22,6 +22,7 @@ from megatron_s2d.rollout.served.backend import (
     ServerRequirements,
     WeightUpdateFailed,
 )
+from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.startup_checks import Score
 from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
@@ -59,11 +60,13 @@ def sglang_server_group(
     tokenizer: Any = None,
     on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     memory: ServerMemory | None = None,
+    senders: Senders | None = None,
 ) -> ServerGroup:
     """Return SGLang servers with the weights of ``chunks``; arguments as for ``ServerGroup``, which is collective.
 
-    memory: that started servers may take of their GPUs; None leaves it to SGLang and the user's arguments. Every
-    server must see ``directory`` under the same path if ``weight_sync`` is disk.
+    memory: that started servers may take of their GPUs; None leaves it to SGLang and the user's arguments. senders: of
+    weights; by default one of every machine, and rank 0 alone through shared memory. Every server and every sender must
+    see ``directory`` under the same path if ``weight_sync`` is disk.
     """
     if urls and settings.sglang.weight_sync == "tensor":
         refuse_remote(urls)
@@ -88,6 +91,7 @@ def sglang_server_group(
         api_key=api_key,
         routed_experts=requirements.routed_experts,
         memory=memory,
+        senders=senders or (Senders.rank_zero() if settings.sglang.weight_sync == "tensor" else Senders.of_machines()),
     )
     return ServerGroup(
         chunks,
@@ -131,6 +135,7 @@ class SglangBackend:
         api_key: str,
         routed_experts: bool = False,
         memory: ServerMemory | None = None,
+        senders: Senders,
     ):
         """directory: of weights, logs and key. dtype: the trainer's. api_key: of all servers; may be empty.
 
@@ -147,11 +152,11 @@ class SglangBackend:
             sglang.enable_memory_saver,
         )
         self.weight_sync: str = sglang.weight_sync
-        self.bucket_bytes = sglang.bucket_bytes
+        self.bucket_bytes, self.senders = sglang.bucket_bytes, senders
         self.startup_timeout_seconds = sglang.startup_timeout_seconds
         self._settings, self._spec, self._directory, self._dtype = settings, spec, directory, dtype
         self._compatibility, self._memory = compatibility, memory
-        self._disk = DiskWeightSync(directory / "weights", spec, tokenizer)
+        self._disk = DiskWeightSync(directory / "weights", spec, tokenizer, senders)
         transports: dict[str, WeightSync] = {
             "disk": self._disk,
             "distributed": BroadcastWeightSync(),
@@ -168,8 +173,12 @@ class SglangBackend:
         return is_healthy(url, self._headers, checks=checks)
 
     def write_start_weights(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Write one bucket of the checkpoint that servers are started with."""
+        """Write this sender's part of the checkpoint that servers are started with."""
         self._disk.write(bucket, weight_version, last=last)
+
+    def commit_start_weights(self) -> None:
+        """Start servers with these weights from now on."""
+        self._disk.written()
 
     def start_server(self, number: int) -> SglangServer:
         """Start a server with the last complete checkpoint."""
@@ -197,7 +206,8 @@ class SglangBackend:
 
     @contextlib.contextmanager
     def transfer_weights(self, urls: Sequence[str], sleeping_urls: Sequence[str]) -> Iterator[SglangWeightTransfer]:
-        """Connect to the servers at ``urls`` for a weight update; those at ``sleeping_urls`` are woken up."""
+        """Connect to this sender's servers for a weight update; those at ``sleeping_urls`` are woken up."""
+        self._disk.begin()
         with ServerControl(urls, self._headers) as servers, ServerControl(sleeping_urls, self._headers) as sleepers:
             yield SglangWeightTransfer(self._sync, servers, sleepers)
 
@@ -234,14 +244,19 @@ class SglangWeightTransfer:
         self._servers.pause()
 
     def send(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Send one bucket to all servers; after the ``last`` one they report ``weight_version``."""
+        """Send one bucket to this sender's servers, or write it for all."""
         try:
             self._sync.send(self._servers, bucket, weight_version, last=last)
         except (WeightUpdateFailed, UserError):
             self._sync.reset()
             raise
 
-    def end(self) -> None:
+    def commit(self, weight_version: str) -> None:
+        """Have the servers load what all senders have written; after it they report ``weight_version``."""
+        self._sync.commit(self._servers, weight_version)
+
+    def end(self, *, complete: bool) -> None:
         """Resume generation on the servers. Keys and values come last: the transfer needs memory of its own."""
+        self._sync.end(complete=complete)
         wait_all(self._sleepers.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
         wait_all(self._servers.post("/continue_generation", {}))

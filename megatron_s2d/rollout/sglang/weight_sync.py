@@ -1,6 +1,6 @@
-"""Three transports of a bucket of weights from rank 0 of the trainer to SGLang servers; names are Hugging Face's.
+"""Three transports of a bucket of weights from a sender of the trainer to SGLang servers; names are Hugging Face's.
 
-Files that the servers read (``DiskWeightSync``), broadcasts in a process group of this rank and all servers' ranks
+Files that the servers read (``DiskWeightSync``), broadcasts in a process group of a sender and its servers' ranks
 (``BroadcastWeightSync``: NCCL, or gloo on a CPU), and memory shared on one machine (``TensorWeightSync``). All raise
 ``WeightUpdateFailed``. That the weights arrived complete is checked elsewhere (``served/weight_checks.py``).
 """
@@ -37,6 +37,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import INDEX_NAME
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.served.backend import Bucket, WeightUpdateFailed
+from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.sglang.admin import ServerControl, first_failure, wait_all
 
 _HOST = "127.0.0.1"
@@ -47,7 +48,18 @@ class WeightSync(Protocol):
     """Sends the buckets of one weight update after another."""
 
     def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Send one bucket to all servers; after the ``last`` one of an update they report ``weight_version``."""
+        """Send one bucket to the sender's servers, or write this sender's part of the files.
+
+        After the ``last`` one of an update, and ``commit``, they report ``weight_version``.
+        """
+        ...
+
+    def commit(self, servers: ServerControl, weight_version: str) -> None:
+        """Have the servers load what all senders have written."""
+        ...
+
+    def end(self, *, complete: bool) -> None:
+        """End an update. complete: no sender has failed."""
         ...
 
     def reset(self) -> None:
@@ -56,41 +68,43 @@ class WeightSync(Protocol):
 
 
 class DiskWeightSync:
-    """Writes a Hugging Face directory, one file per bucket, and has the servers read it under the same path."""
+    """Writes a Hugging Face directory, one file per bucket, and has the servers read it under the same path.
 
-    def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any):
+    Senders write the files in turn; each knows all of them, and the first writes what belongs to none.
+    """
+
+    def __init__(self, directory: Path, spec: ModelSpec, tokenizer: Any, senders: Senders):
         """directory: holds one version between weight updates. tokenizer: may be None."""
-        self._parent, self._spec, self._tokenizer = directory, spec, tokenizer
+        self._parent, self._spec, self._tokenizer, self._senders = directory, spec, tokenizer, senders
         self._path: Path | None = None  # being written
-        self._count = 0
+        self._attempt = 0
         self._weight_map: dict[str, str] = {}
         self._num_bytes = self._num_files = 0
         self.complete: Path | None = None  # the last version that was written completely
 
+    def begin(self) -> None:
+        """Begin a version, which has another name than any before: a server may still read one that failed."""
+        self._attempt += 1
+        self._restart()
+
     def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
         """See ``WeightSync``."""
         self.write(bucket, weight_version, last=last)
-        if last:
-            body = {"model_path": str(self.complete.resolve()), "weight_version": weight_version, "flush_cache": True}
-            wait_all(servers.post("/update_weights_from_disk", body))
-            self._remove_except(self.complete)
 
     def write(self, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """Write one more file of ``weight_version``; with the last one the directory is ``complete``."""
-        if self._path is None:
-            # Each attempt has another name: a server whose update failed may still read an earlier one.
-            self._path, self._count = self._parent / f"{weight_version}.{self._count}", self._count + 1
-        path = self._path
+        """Write one more file of ``weight_version``, if it is this sender's; with the last one also the index."""
+        self._path = path = self._parent / f"{weight_version}.{self._attempt}"
+        name = f"model-{self._num_files:05d}.safetensors"
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            name = f"model-{self._num_files:05d}.safetensors"
-            # Cloned, because the tensors of a bucket are views of one tensor, which the format does not allow.
-            contents = {key: tensor.cpu().clone() for key, tensor in bucket}
-            save_file(contents, path / name, metadata={"format": "pt"})
-            self._weight_map |= dict.fromkeys(contents, name)
-            self._num_bytes += sum(tensor.nbytes for tensor in contents.values())
+            if self._senders.writes(self._num_files):
+                # Cloned, because the tensors of a bucket are views of one tensor, which the format does not allow.
+                contents = {key: tensor.cpu().clone() for key, tensor in bucket}
+                save_file(contents, path / name, metadata={"format": "pt"})
+            self._weight_map |= {key: name for key, _ in bucket}
+            self._num_bytes += sum(tensor.nbytes for _, tensor in bucket)
             self._num_files += 1
-            if last:
+            if last and self._senders.index == 0:
                 self._finish(path, str(bucket[0][1].dtype).removeprefix("torch."))
 
     def _finish(self, path: Path, dtype: str) -> None:
@@ -99,20 +113,39 @@ class DiskWeightSync:
         (path / "config.json").write_text(json.dumps(hf_config_from_spec(self._spec, dtype)), encoding="utf-8")
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
-        self._remove_except(path, self.complete)
-        self.complete, self._path = path, None
-        self.reset()
+
+    def written(self) -> Path:
+        """Return the new version, which all senders have written, and which is ``complete`` from now on."""
+        assert self._path is not None
+        self._remove_except(self._path, self.complete)
+        self.complete = self._path
+        self._restart()
+        return self.complete
+
+    def commit(self, servers: ServerControl, weight_version: str) -> None:
+        """See ``WeightSync``."""
+        path = str(self.written().resolve())
+        body = {"model_path": path, "weight_version": weight_version, "flush_cache": True}
+        wait_all(servers.post("/update_weights_from_disk", body))
+
+    def end(self, *, complete: bool) -> None:
+        """See ``WeightSync``; after a failure two versions stay, because a server may still read the older one."""
+        if complete:
+            self._remove_except(self.complete)
+        elif self._path is not None and self._senders.index == 0:  # a sender has not written its part
+            shutil.rmtree(self._path, ignore_errors=True)
+        self._restart()
 
     def _remove_except(self, *paths: Path | None) -> None:
         """Remove other versions: all but the newest once every server has read that, all but two before."""
-        for other in self._parent.iterdir():
+        for other in self._parent.iterdir() if self._senders.index == 0 else ():
             if other not in paths:
                 shutil.rmtree(other)
 
     def reset(self) -> None:
-        """Start a new directory with the next bucket; an incomplete one is removed."""
-        if self._path is not None:
-            shutil.rmtree(self._path, ignore_errors=True)
+        """Do nothing: ``end`` removes an incomplete version, when no other sender writes into it any more."""
+
+    def _restart(self) -> None:
         self._path, self._weight_map, self._num_bytes, self._num_files = None, {}, 0, 0
 
 
@@ -138,6 +171,12 @@ class TensorWeightSync:
 
         wait_all(servers.post("/update_weights_from_tensor", body))
 
+    def commit(self, servers: ServerControl, weight_version: str) -> None:
+        """Do nothing: the servers have loaded every bucket."""
+
+    def end(self, *, complete: bool) -> None:
+        """Do nothing: this transport has no state."""
+
     def reset(self) -> None:
         """Do nothing: this transport has no state."""
 
@@ -152,7 +191,9 @@ class BroadcastWeightSync:
         self._group: dist.ProcessGroup | None = None
 
     def send(self, servers: ServerControl, bucket: Bucket, weight_version: str, *, last: bool) -> None:
-        """See ``WeightSync``."""
+        """See ``WeightSync``; every sender has a group of its own, and its servers are in no other."""
+        if not servers.urls:
+            return
         if self._group is None or self._urls != servers.urls:
             self.reset()
             self._join(servers)
@@ -202,6 +243,12 @@ class BroadcastWeightSync:
                 raise failure
             time.sleep(0.0005)
         return started.result()
+
+    def commit(self, servers: ServerControl, weight_version: str) -> None:
+        """Do nothing: the servers have loaded every bucket."""
+
+    def end(self, *, complete: bool) -> None:
+        """Do nothing: the group stays for the next update."""
 
     def reset(self) -> None:
         """Leave the group; the next one has another name."""
