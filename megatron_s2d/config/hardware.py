@@ -49,6 +49,9 @@ class AssumptionsConfig(Config):
     memory_efficiency: float = Field(0.7, gt=0, le=1, description="share of the memory bandwidth that decoding reaches")
     link_efficiency: float = Field(0.7, gt=0, le=1, description="share of a link's bandwidth that collectives reach")
     network_bandwidth: float = Field(50e9, gt=0, description="bytes per second of one GPU to other nodes, one way")
+    file_bandwidth: float = Field(
+        2e9, gt=0, description="bytes per second of one node to or from the file system, for weights of servers"
+    )
     gpus_per_node: int = Field(8, ge=1, description="GPUs that share the fast links")
     latency: float = Field(10e-6, ge=0, description="seconds of a collective of minimal size")
     launch_seconds: float = Field(

@@ -31,6 +31,7 @@ from megatron_s2d.estimate.roofline import (
     total_seconds,
 )
 from megatron_s2d.estimate.stage_memory import BYTES_PER_VALUE, StageShape, frozen_models
+from megatron_s2d.estimate.weight_push import stage_push
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,10 @@ def stage_time(
     for phase, value in student.train_seconds(work, teacher).items():
         seconds[phase] = shape.updates * value
     traffic = add_traffic(traffic, scale_traffic(student.train_traffic(work), shape.updates))
+    if config.rollout.engine == "sglang" and shape.requests:
+        push = stage_push(config, model, specs[model], machine)
+        seconds["weight push"] = push.seconds(machine)
+        traffic = add_traffic(traffic, {"weights gathered": push.gathered, "weights to servers": push.sent})
     tokens = shape.updates * shape.responses * shape.length
     flops = 3 * model_flops(specs[model], tokens, shape.length / 2)
     flops += 3 * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])

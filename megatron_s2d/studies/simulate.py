@@ -24,7 +24,7 @@ from megatron_s2d.config.migration import SIMULATION_KEYS, refuse_renamed
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.simulation import ShareConfig, SimulationConfig
-from megatron_s2d.config.training import RolloutConfig, SamplingConfig
+from megatron_s2d.config.training import RolloutConfig, SamplingConfig, SglangConfig
 from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, model_flops, pipeline_shards
@@ -37,8 +37,9 @@ from megatron_s2d.estimate.memory import (
     trained_memory,
     workload,
 )
-from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, Traffic, hidden_state_traffic
+from megatron_s2d.estimate.roofline import Machine, ModelOnMachine, hidden_state_traffic
 from megatron_s2d.estimate.stage_time import output_flops
+from megatron_s2d.estimate.weight_push import weight_push
 from megatron_s2d.formatting import format_bytes
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.report.plots import BLUE, GREEN, GREY, INK, ORANGE, as_png, tidy
@@ -48,6 +49,7 @@ from megatron_s2d.workflow.plan_estimate import assumptions
 
 PHASES = ("prefill", "decode", "teacher forward", "teacher states", "student passes", "KL", "update", "weight sync",
           "host", "checkpoint")  # fmt: skip
+_BUCKET_BYTES = SglangConfig().bucket_bytes
 _CHECKPOINT_BYTES = 14  # of a parameter: bfloat16 weight, float32 master and two moments
 _COLORS = (GREY, BLUE, ORANGE, INK, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#BCBD22")
 
@@ -196,8 +198,8 @@ class _Step:
         each = engine.decode_seconds(rows, config.prompt_tokens, config.response_tokens) / config.response_tokens
         sync = 0.0
         if config.engine_tensor_parallel_size is not None:
-            received = 2 * self.student.num_parameters / config.engine_tensor_parallel_size
-            sync = Traffic(received, 1, self.count).seconds(self.machine)
+            push = weight_push(self.student, trainer.parallel, "distributed", 2, _BUCKET_BYTES, self.machine)
+            sync = push.seconds(self.machine)
         return {
             "prefill": engine.prefill_seconds(max(1.0, self.prompts / engines), config.prompt_tokens),
             "decode": steps * each,

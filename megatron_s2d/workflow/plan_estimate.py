@@ -17,6 +17,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.roofline import Machine
 from megatron_s2d.estimate.server_memory import served_models, server_memory, sets_fraction
 from megatron_s2d.estimate.stage_time import StageTime, stage_time
+from megatron_s2d.estimate.weight_push import stage_push
 from megatron_s2d.formatting import format_bytes, format_seconds
 from megatron_s2d.rollout.sglang.memory_fraction import OPTION
 from megatron_s2d.workflow.layout_search import Proposal, propose
@@ -53,7 +54,9 @@ def print_estimate(preflight: Preflight, machine: Machine | None, num_gpus: int 
         name: stage_time(preflight.config, name, preflight.specs, preflight.shapes[name], machine)
         for name in preflight.stages
     }
-    for line in [*_unfitting_lines(preflight, machine), *_server_lines(preflight, machine)]:
+    for line in [
+        *_unfitting_lines(preflight, machine), *_server_lines(preflight, machine), *_push_lines(preflight, machine)
+    ]:  # fmt: skip
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_time_table(preflight, times, machine))
     console.print(_traffic_table(times))
@@ -132,6 +135,21 @@ def _server_lines(preflight: Preflight, machine: Machine) -> list[str]:
             lines.append(
                 f"servers of {name}: '{item.model}' takes {format_bytes(item.static)} of each GPU{beside} "
                 f"({OPTION} {item.fraction(free):.3f})"
+            )
+    return lines
+
+
+def _push_lines(preflight: Preflight, machine: Machine) -> list[str]:
+    """Return a line for each stage that pushes weights to servers: how many ranks send how much, and how long."""
+    lines, config = [], preflight.config
+    for name in preflight.stages:
+        if config.rollout.engine == "sglang" and preflight.shapes[name].updates and preflight.shapes[name].requests:
+            model, sync = config.model_of(name), config.rollout.sglang.weight_sync
+            push = stage_push(config, model, preflight.specs[model], machine)
+            verb, size = ("writes", push.bytes_written) if sync == "disk" else ("sends", push.sent.bytes_sent)
+            lines.append(
+                f"weights of {name} to servers, {sync}: {push.num_senders} rank(s) on as many machines, each "
+                f"{verb} {format_bytes(size)}; {format_seconds(push.seconds(machine))} an update"
             )
     return lines
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.training import RolloutConfig, SglangConfig
+from megatron_s2d.config.training import RolloutConfig, SglangConfig, is_loopback
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout
@@ -65,8 +65,8 @@ def sglang_server_group(
     """Return SGLang servers with the weights of ``chunks``; arguments as for ``ServerGroup``, which is collective.
 
     memory: that started servers may take of their GPUs; None leaves it to SGLang and the user's arguments. senders: of
-    weights; by default one of every machine, and rank 0 alone through shared memory. Every server and every sender must
-    see ``directory`` under the same path if ``weight_sync`` is disk.
+    weights; by default one of every machine, and rank 0 alone to servers of its own machine. Every server and every
+    sender must see ``directory`` under the same path if ``weight_sync`` is disk.
     """
     if urls and settings.sglang.weight_sync == "tensor":
         refuse_remote(urls)
@@ -91,7 +91,7 @@ def sglang_server_group(
         api_key=api_key,
         routed_experts=requirements.routed_experts,
         memory=memory,
-        senders=senders or (Senders.rank_zero() if settings.sglang.weight_sync == "tensor" else Senders.of_machines()),
+        senders=senders or (Senders.of_machines() if urls and not any(map(is_loopback, urls)) else Senders.rank_zero()),
     )
     return ServerGroup(
         chunks,

@@ -1,5 +1,7 @@
 """Which ranks push weights, to which servers, and which files they write."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -11,7 +13,9 @@ from megatron_s2d.rollout.served.senders import Senders
 def test_every_server_and_file_has_one_sender(count, servers):
     senders = [Senders(count, index) for index in range(count)]
     owned = [sender.own(range(servers)) for sender in senders]
-    assert sum(owned, []) == list(range(servers))  # consecutive: servers are listed machine by machine
+    assert list(itertools.chain.from_iterable(owned)) == list(
+        range(servers)
+    )  # consecutive: servers are listed machine by machine
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
     for number in range(10):
         assert [sender.writes(number) for sender in senders].count(True) == 1
