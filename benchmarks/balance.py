@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from megatron_s2d.data.balance import balanced_ranks
+from megatron_s2d.data.balance import SCORING_SHARE, SCORING_TOLERANCE, SHARE, TOLERANCE, balanced_ranks
 
 RESPONSES = 8  # a rank
 
@@ -20,16 +20,21 @@ def main() -> None:
     Response lengths are lognormal (sigma 0.8, 16,384 tokens at most), eight responses a rank, the mean of 20 updates.
     Bytes are those of a rank's messages, as a fraction of the bytes of the samples that it had.
     """
-    print("| ranks | tolerance | tokens of the fullest rank, of the mean | sent, of own samples | received, of own |")
-    print("|---|---|---|---|---|")
+    print(
+        "| ranks | tolerance | largest share of own | tokens of the fullest rank, of the mean | sent, of own samples "
+        "| received, of own |\n|---|---|---|---|---|---|"
+    )
     for size in (32, 256, 1024):
-        for tolerance in (0.0, 0.05, 0.15, 0.3, 0.5, math.inf):
+        for tolerance, share in (
+            (0.0, math.inf), (TOLERANCE, math.inf), (TOLERANCE, SHARE), (SCORING_TOLERANCE, math.inf),
+            (SCORING_TOLERANCE, SCORING_SHARE), (math.inf, math.inf),
+        ):  # fmt: skip
             rows = []
             for seed in range(20):
                 draw = np.random.default_rng(seed).lognormal(np.log(4096), 0.8, size * RESPONSES)
                 lengths = np.minimum(draw, 16384).astype(np.int64)
                 ranks = np.repeat(np.arange(size), RESPONSES)
-                moved_to = np.array(balanced_ranks(lengths.tolist(), ranks.tolist(), size, tolerance))
+                moved_to = np.array(balanced_ranks(lengths.tolist(), ranks.tolist(), size, tolerance, share))
                 own, after = (np.bincount(of, weights=lengths, minlength=size) for of in (ranks, moved_to))
                 moves = ranks != moved_to
                 sent = np.bincount(ranks[moves], weights=lengths[moves], minlength=size)
@@ -37,7 +42,10 @@ def main() -> None:
                 rows.append((after.max() / after.mean(), (sent / own).max(), (received / own).max()))
             fullest, most_sent, most_received = np.mean(rows, axis=0)
             name = "nothing moves" if math.isinf(tolerance) else f"{100 * tolerance:.0f} %"
-            print(f"| {size:,} | {name} | {fullest:.2f} | {most_sent:.2f} | {most_received:.2f} |", flush=True)
+            limit = "none" if math.isinf(share) else f"{share:.2f}"
+            print(
+                f"| {size:,} | {name} | {limit} | {fullest:.2f} | {most_sent:.2f} | {most_received:.2f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ of its replica. All functions are collective over the ranks of the job.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.data.balance import SCORING_TOLERANCE, TOLERANCE, balanced_ranks
+from megatron_s2d.data.balance import SCORING_SHARE, SCORING_TOLERANCE, SHARE, TOLERANCE, balanced_ranks
 from megatron_s2d.data.sample_bytes import decode_arrays, decode_samples, encode_arrays, encode_samples
 from megatron_s2d.parallel import device, p2p
 from megatron_s2d.parallel.layout import Layout
@@ -65,8 +66,12 @@ def ranks_of_balance(
     by_domain: bool = False,
     ranks: Sequence[int] | None = None,
     tolerance: float = TOLERANCE,
+    share: float = SHARE,
 ) -> list[int]:
-    """Return the data-parallel rank of every sample once they are balanced. ranks: of now, by default the holders."""
+    """Return the data-parallel rank of every sample once they are balanced.
+
+    ranks: of now, by default the holders. tolerance, share: as in ``balanced_ranks``.
+    """
     ranks = dp_ranks(samples, layout) if ranks is None else list(ranks)
     if layout.dp_size == 1:
         return ranks
@@ -74,7 +79,7 @@ def ranks_of_balance(
     for domain in sorted({sample.domain for sample in samples}) if by_domain else [None]:
         indices = [index for index, sample in enumerate(samples) if domain is None or sample.domain == domain]
         lengths = [samples[index].length for index in indices]
-        balanced = balanced_ranks(lengths, [ranks[index] for index in indices], layout.dp_size, tolerance)
+        balanced = balanced_ranks(lengths, [ranks[index] for index in indices], layout.dp_size, tolerance, share)
         for index, rank in zip(indices, balanced, strict=True):
             result[index] = rank
     return result
@@ -92,8 +97,9 @@ def ranks_in_layout(
             share = max(1, target.dp_size // source.dp_size)
             ranks[index] = min(rank * target.dp_size // source.dp_size + seen[rank] % share, target.dp_size - 1)
             seen[rank] += 1
-    tolerance = SCORING_TOLERANCE if source is target else TOLERANCE
-    return ranks_of_balance(samples, target, by_domain=by_domain, ranks=ranks, tolerance=tolerance)
+    # All samples travel to another layout, so no rank has any there.
+    tolerance, share = (SCORING_TOLERANCE, SCORING_SHARE) if source is target else (TOLERANCE, math.inf)
+    return ranks_of_balance(samples, target, by_domain=by_domain, ranks=ranks, tolerance=tolerance, share=share)
 
 
 def move_samples(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -116,16 +117,18 @@ def gather_responses(
     num_generations = int(layout.host_dp.max(np.array([num_generations]))[0])
     gathered = gather_rows(layout, own_rows)
     own = [
-        dataclasses.replace(sample, **_verdict(row), verifier_detail=detail)
-        for sample, row, detail in zip(samples, gathered[layout.dp_rank], details, strict=True)
+        dataclasses.replace(sample, **_verdict(reward, label), verifier_detail=detail)
+        for sample, reward, label, detail in zip(
+            samples, *(gathered[layout.dp_rank][name].tolist() for name in ("reward", "label")), details, strict=True
+        )
     ]
-    in_turn: list[tuple[int, int, AnySample]] = []
-    for rank, rows in enumerate(gathered):
-        for index, (turn, row) in enumerate(zip(_turns(rows), rows, strict=True)):
-            is_own = rank == layout.dp_rank
-            sample = own[index] if is_own else _remote(row, prompts, num_generations, rank)
-            in_turn.append((int(turn), rank, sample))
-    return [sample for *_, sample in sorted(in_turn, key=lambda item: item[:2])]
+    ranks = np.repeat(np.arange(len(gathered)), [len(rows) for rows in gathered])
+    rows = np.concatenate(gathered)
+    order = np.lexsort((ranks, _turns(rows, ranks)))  # stable: in a group as on its rank
+    result = _remote_samples(rows, ranks, prompts, num_generations)
+    for index, sample in zip(np.flatnonzero(ranks == layout.dp_rank).tolist(), own, strict=True):
+        result[index] = sample
+    return [result[index] for index in order.tolist()]
 
 
 def gather_rows(layout: Layout, rows: np.ndarray) -> list[np.ndarray]:
@@ -167,36 +170,52 @@ def _details(samples: Sequence[Sample], layout: Layout) -> list[str | None]:
     return details
 
 
-def _turns(rows: np.ndarray) -> np.ndarray:
-    """Return the number of each row's group, counted on its rank."""
+def _turns(rows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Return the number of each row's group, counted on its rank. rows, ranks: in the order of ranks."""
     if not len(rows):
         return np.zeros(0, dtype=np.int64)
-    keys = np.stack([rows["prompt"], rows["step"], rows["repeat"]]).astype(np.int64)
-    changes: np.ndarray = (keys[:, 1:] != keys[:, :-1]).any(axis=0).cumsum()
-    return np.concatenate([[0], changes])
+    keys = np.stack([rows["prompt"], rows["step"], rows["repeat"], ranks]).astype(np.int64)
+    changes: np.ndarray = np.concatenate([[0], (keys[:, 1:] != keys[:, :-1]).any(axis=0).cumsum()])
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(ranks)) + 1])  # of the ranks that have rows
+    return changes - np.repeat(changes[starts], np.diff([*starts, len(rows)]))
 
 
-def _verdict(row: np.ndarray) -> dict[str, float | str | None]:
-    graded = not np.isnan(row["reward"])
-    label = row["label"].decode(errors="ignore")
-    return {"reward": float(row["reward"]) if graded else None, "verifier_label": label if graded else None}
+def _verdict(reward: float, label: bytes) -> dict[str, float | str | None]:
+    if math.isnan(reward):
+        return {"reward": None, "verifier_label": None}
+    return {"reward": reward, "verifier_label": label.decode(errors="ignore")}
 
 
-def _remote(row: np.ndarray, prompts: PromptNumbers, num_generations: int, dp_rank: int) -> RemoteSample:
-    prompt = prompts.prompt(int(row["step"]), int(row["prompt"]))
-    key = GroupKey(prompt.id, int(row["step"]), int(row["repeat"]))
-    bits = int(row["arrays"])
-    return RemoteSample(
-        id=key.sample_id(int(row["generation"]), num_generations),
-        prompt_id=prompt.id,
-        group_id=key.group_id,
-        domain=prompt.domain,
-        length=int(row["length"]),
-        response_length=int(row["response_length"]),
-        temperature=float(row["temperature"]),
-        finish_reason=_FINISH_REASONS[row["finish_reason"]],
-        dp_rank=dp_rank,
-        num_turns=int(row["num_turns"]),
-        arrays=frozenset(name for bit, name in enumerate(OPTIONAL_ARRAYS) if bits >> bit & 1),
-        **_verdict(row),
-    )
+def _remote_samples(
+    rows: np.ndarray, ranks: np.ndarray, prompts: PromptNumbers, num_generations: int
+) -> list[AnySample]:
+    """Return what ``rows`` say of each response. ranks: data-parallel rank that holds it."""
+    groups: dict[tuple[int, int, int], tuple[Prompt, GroupKey]] = {}
+    arrays: dict[int, frozenset[str]] = {}
+    samples: list[AnySample] = []
+    columns = (rows[name].tolist() for name in _ROW.names)  # one look at a row's field takes longer than all of them
+    for prompt_index, step, repeat, *values, rank in zip(*columns, ranks.tolist(), strict=True):
+        generation, length, response_length, temperature, reward, bits, finish_reason, num_turns, label = values
+        if (prompt_index, step, repeat) not in groups:
+            prompt = prompts.prompt(step, prompt_index)
+            groups[prompt_index, step, repeat] = prompt, GroupKey(prompt.id, step, repeat)
+        prompt, key = groups[prompt_index, step, repeat]
+        if bits not in arrays:
+            arrays[bits] = frozenset(name for bit, name in enumerate(OPTIONAL_ARRAYS) if bits >> bit & 1)
+        samples.append(
+            RemoteSample(
+                id=key.sample_id(generation, num_generations),
+                prompt_id=prompt.id,
+                group_id=key.group_id,
+                domain=prompt.domain,
+                length=length,
+                response_length=response_length,
+                temperature=temperature,
+                finish_reason=_FINISH_REASONS[finish_reason],
+                dp_rank=rank,
+                num_turns=num_turns,
+                arrays=arrays[bits],
+                **_verdict(reward, label),
+            )
+        )
+    return samples
