@@ -3,18 +3,23 @@
     python benchmarks/simulate_validation.py
 
 A step is the real training loop with samples exchanged, teacher forward passes, exact divergence, backward passes and
-update on gloo ranks, forked from one process, without generation (the engine is a stand-in). The machine of the
-prediction is measured on one rank before: its rate in the layers and the divergence from a step on a quarter of the
-samples, its memory's bandwidth by copies, of which a link gets a quarter. All numbers of ranks are predicted from that.
-Cases take turns for a few rounds, and the least seconds of each count.
+update on gloo ranks, forked from one process, without generation (the engine is a stand-in).
 
-Compared are processor seconds of a rank, which other programs on the machine change least. Ranks beyond the cores share
-them, so the predicted wall time is multiplied by ranks / cores; it holds only for a machine without other programs.
+The machine of the prediction is calibrated apart from the steps that are predicted. One rank trains on fewer samples
+than any of them, at three sizes, from which follow its rate in products, and what a step and a micro-batch cost beside
+their tokens. Copies in memory give its bandwidth, and collectives of two ranks give bytes per second and latency of a
+link. All numbers of ranks are predicted from that, one rank included.
+
+Compared are processor seconds of a rank, which other programs on the machine change least. Every core is busy in every
+case, with several copies of a case of fewer ranks, so that all cases share caches and memory alike. Cases take turns
+for a few rounds, and the median of steps and rounds counts. Ranks beyond the cores share them, so the predicted wall
+time is multiplied by ranks / cores; it holds only for a machine without other programs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,14 +27,15 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import control_plane
 import numpy as np
 import torch
 import torch.distributed as dist
 from device_common import draw_weights
+from scipy.optimize import nnls
+from stand_ins import GROUP_SIZE, buffer_of, opd_stage
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.hardware import AssumptionsConfig, Gpu
@@ -45,10 +51,13 @@ from megatron_s2d.train.loop import LoopSettings, train
 from megatron_s2d.train.megatron_model import MegatronModel
 
 SIZES = (1, 2, 4, 8)
-NUM_GROUPS, RESPONSE_LENGTH = 8, 96
-MEAN_RESPONSE, MEAN_PROMPT = 0.625 * RESPONSE_LENGTH, 13  # of control_plane's stand-ins
-STEPS = 5  # of which the first warms up
-TOLERANCE, LATENCY = 0.25, 1e-4
+NUM_GROUPS, RESPONSE_LENGTH = 16, 96
+CALIBRATION_GROUPS = (2, 6, 8)  # on one rank: one, one and two micro-batches
+STEPS = 6  # that are measured; the first connects, and the last saves
+MEAN_RESPONSE, MEAN_PROMPT = 0.625 * RESPONSE_LENGTH, 13  # of the stand-ins
+MICRO_BATCH_TOKENS, BYTES_PER_VALUE = 2048, 4  # float32
+TOLERANCE = 0.25
+LINK_VALUES, LINK_CALLS = 4 << 20, 8
 OF_THE_STEP = ("teacher forward", "teacher states", "student passes", "KL", "update", "host")
 MODELS = {
     "teacher": {"preset": "tiny-teacher", "num_layers": 4, "hidden_size": 384, "ffn_hidden_size": 1536,
@@ -58,12 +67,13 @@ MODELS = {
 }  # fmt: skip
 
 
-def simulation(num_groups: int, ranks: Sequence[int]) -> SimulationConfig:
-    """Return the step as ``s2d simulate`` describes it."""
+def simulation(num_groups: int, ranks: Sequence[int], fixed: Sequence[float] = (0.0, 0.0)) -> SimulationConfig:
+    """Return the step as ``s2d simulate`` describes it. fixed: seconds of a step, and of a micro-batch."""
     return SimulationConfig(
         name="cpu", gpu="h200", num_gpus=list(ranks), parallel={"tensor_model_parallel_size": 1},
-        train_batch_size=num_groups, num_generations=control_plane.GROUP_SIZE, prompt_tokens=MEAN_PROMPT,
-        response_tokens=round(MEAN_RESPONSE), micro_batch_tokens=2048, **MODELS,
+        train_batch_size=num_groups, num_generations=GROUP_SIZE, prompt_tokens=MEAN_PROMPT,
+        response_tokens=round(MEAN_RESPONSE), micro_batch_tokens=MICRO_BATCH_TOKENS, **MODELS,
+        measured={"step_seconds": fixed[0], "micro_batch_seconds": fixed[1]},
     )  # fmt: skip
 
 
@@ -104,18 +114,21 @@ def train_rank(rank: int, size: int, num_groups: int, directory: Path) -> None:
     layout = build_layout(ParallelConfig(data_parallel_size=size))
     config = simulation(num_groups, [size])
     student, teacher = (
-        MegatronModel(getattr(config, name).resolve(), layout, precision="float32", packed=True, max_tokens=2048)
+        MegatronModel(
+            getattr(config, name).resolve(), layout, precision="float32", packed=True, max_tokens=MICRO_BATCH_TOKENS
+        )
         for name in ("student", "teacher")
     )
     for model in (student, teacher):
         draw_weights(model)
     teacher.freeze()
-    student.prepare_training(OptimizerConfig(), STEPS + 1)
-    stage = control_plane.opd_stage(num_groups, RESPONSE_LENGTH, kl_estimator="full_vocab")
-    buffer = control_plane.buffer_of(layout, num_groups, RESPONSE_LENGTH, STEPS + 1)
+    num_steps = STEPS + 2
+    student.prepare_training(OptimizerConfig(), num_steps)
+    stage = opd_stage(num_groups, RESPONSE_LENGTH, kl_estimator="full_vocab")
+    buffer = buffer_of(layout, num_groups, RESPONSE_LENGTH, num_steps)
     router = TeacherRouter({None: teacher})
     source = Timed(DivergenceOpdSource(stage, student, buffer, router, None, 1))
-    settings = LoopSettings(STEPS + 1, CheckpointConfig(interval_steps=10**6))
+    settings = LoopSettings(num_steps, CheckpointConfig(interval_steps=10**6))
     student.start_saving = lambda *_, **__: types.SimpleNamespace(is_written=lambda: True, finish=lambda: None)
     distributions = distribution_teacher(stage, student, router, None)
     path = directory / "stage"
@@ -128,20 +141,59 @@ def train_rank(rank: int, size: int, num_groups: int, directory: Path) -> None:
     shutdown_distributed()
 
 
-def measure(size: int, num_groups: int) -> tuple[float, float]:
-    """Return processor seconds (mean over ranks) and wall seconds of a step: the least of those after the first."""
+def measure(size: int, num_groups: int) -> np.ndarray:
+    """Return [steps, 2]: processor seconds (mean over ranks) and wall seconds of each step, with every core busy."""
+    copies = max(1, len(os.sched_getaffinity(0)) // size)
+    return run_ranks(train_rank, size, (num_groups,), copies)
+
+
+def run_ranks(function: Callable[..., None], size: int, arguments: tuple, copies: int = 1) -> np.ndarray:
+    """Call ``function`` of ``copies`` jobs of ``size`` forked ranks; return [rows, 2] means of what the ranks wrote.
+
+    The first column is the mean over all ranks, the second the largest of a job, the mean over jobs.
+    """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        ranks = [context.Process(target=train_rank, args=(rank, size, num_groups, directory)) for rank in range(size)]
+    with contextlib.ExitStack() as stack:
+        directories = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(copies)]
+        ranks = [
+            context.Process(target=function, args=(rank, size, *arguments, directory))
+            for directory in directories
+            for rank in range(size)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
         if any(process.exitcode for process in ranks):
             raise SystemExit(f"a rank of {size} failed; its error is above")
-        times = np.array([json.loads((directory / f"{rank}.json").read_text()) for rank in range(size)])
-    return float(times[:, :, 0].mean(axis=0).min()), float(times[:, :, 1].max(axis=0).min())
+        times = np.array(
+            [[json.loads((path / f"{rank}.json").read_text()) for rank in range(size)] for path in directories]
+        )  # [copies, ranks, rows, 2]
+    return np.stack([times[..., 0].mean(axis=(0, 1)), times[..., 1].max(axis=1).mean(axis=0)], axis=1)
+
+
+def use_link(rank: int, size: int, directory: Path) -> None:
+    """Reduce gradients and gather weights as an update does, then small sums; write seconds of each."""
+    torch.set_num_threads(1)
+    initialize_distributed(rank=rank, world_size=size, rendezvous=directory / "store")
+    gradients, part = torch.ones(LINK_VALUES), torch.empty(LINK_VALUES // size)
+    small, rows = torch.ones(1), []
+    for _ in range(LINK_CALLS):
+        start = time.process_time()
+        dist.reduce_scatter_tensor(part, gradients)
+        dist.all_gather_into_tensor(gradients, part)
+        middle = time.process_time()
+        for _ in range(100):
+            dist.all_reduce(small)
+        rows.append((middle - start, (time.process_time() - middle) / 100))
+    (directory / f"{rank}.json").write_text(json.dumps(rows[1:]))
+    shutdown_distributed()
+
+
+def link_rates() -> tuple[float, float]:
+    """Return bytes per second and seconds of latency of a link between two ranks, in time of a core."""
+    large, latency = np.median(run_ranks(use_link, 2, ()), axis=0)
+    return 2 * 4 * LINK_VALUES / 2 / float(large - 2 * latency), float(latency)
 
 
 def copied_bytes_per_second() -> float:
@@ -153,12 +205,26 @@ def copied_bytes_per_second() -> float:
     return 8 * 2 * len(source) / (time.process_time() - begin)
 
 
-def calibrated(num_groups: int, cpu_seconds: float, memory_rate: float) -> Machine:
-    """Return the machine whose prediction for one rank and ``num_groups`` is ``cpu_seconds``."""
-    config, rates = simulation(num_groups, [1]), (memory_rate, memory_rate / 4, LATENCY)
-    # Every rate but the products' is fixed, so the predicted seconds are a / flops + b.
-    one, two = (seconds(predict(config, machine(flops, *rates))[0]) for flops in (1e9, 2e9))
-    return machine(2 * (one - two) * 1e9 / (cpu_seconds - (2 * two - one)), *rates)
+def calibrated(cpu_seconds: Sequence[float], rates: tuple[float, float, float]) -> tuple[Machine, tuple[float, float]]:
+    """Return the machine, and the seconds of a step and of a micro-batch, that explain one rank's ``cpu_seconds``.
+
+    cpu_seconds: of ``CALIBRATION_GROUPS``. rates: bytes per second of memory and link, latency. Three unknowns, none
+    negative, from three steps.
+    """
+    rows, known = [], []
+    for num_groups in CALIBRATION_GROUPS:
+        # Predicted seconds are a / flops + b, and one more of each constant adds its count.
+        values = []
+        for flops, fixed in ((1e9, (0, 0)), (2e9, (0, 0)), (2e9, (1, 0)), (2e9, (0, 1))):
+            (prediction,) = predict(simulation(num_groups, [1], fixed), machine(flops, *rates), BYTES_PER_VALUE)
+            values.append(seconds(prediction))
+        one, two, with_step, with_micro_batch = values
+        rows.append((2 * (one - two), with_step - two, with_micro_batch - two))
+        known.append(2 * two - one)
+    # Errors count relative to the step's time.
+    weights = 1 / np.array(cpu_seconds)
+    found, _ = nnls(np.array(rows) * weights[:, None], (np.array(cpu_seconds) - known) * weights)
+    return machine(1e9 / found[0], *rates), (float(found[1]), float(found[2]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,23 +232,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=SIZES)
     parser.add_argument("--groups", type=int, default=NUM_GROUPS, help="prompts of a step, at every number of ranks")
-    parser.add_argument("--rounds", type=int, default=3, help="of all cases in turn; the least seconds of each count")
+    parser.add_argument("--rounds", type=int, default=3, help="of all cases in turn")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    few, cores = max(1, options.groups // 4), len(os.sched_getaffinity(0))
-    cases = [(1, few), *((size, options.groups) for size in sorted(options.ranks))]
-    rounds, memory_rate = [], 0.0
+    cores = len(os.sched_getaffinity(0))
+    calibration = [(1, groups) for groups in CALIBRATION_GROUPS]
+    cases = [*calibration, *((size, options.groups) for size in sorted(options.ranks))]
+    rounds, rates = [], []
     for number in range(options.rounds):
-        memory_rate = max(memory_rate, copied_bytes_per_second())
+        rates.append((copied_bytes_per_second(), *link_rates()))
         rounds.append([measure(*case) for case in cases])
-        print(f"round {number + 1}, CPU s: " + ", ".join(f"{cpu:.2f}" for cpu, _ in rounds[-1]), flush=True)
-    (calibration, _), *measured = np.min(rounds, axis=0).tolist()
-    core = calibrated(few, calibration, memory_rate)
-    print(f"one core: {core.flops / 1e9:.1f} GFLOP/s in a step, {core.memory_rate / 1e9:.1f} GB/s copied")
+        medians = [np.median(times[:, 0]) for times in rounds[-1]]
+        print(f"round {number + 1}, CPU s: " + ", ".join(f"{cpu:.2f}" for cpu in medians), flush=True)
+    measured = [np.median(np.concatenate(times), axis=0).tolist() for times in zip(*rounds, strict=True)]
+    memory_rate, link_rate, latency = np.median(rates, axis=0).tolist()
+    core, fixed = calibrated([cpu for cpu, _ in measured[: len(calibration)]], (memory_rate, link_rate, latency))
+    print(
+        f"one core, on {', '.join(str(groups * GROUP_SIZE) for groups in CALIBRATION_GROUPS)} responses: "
+        f"{core.flops / 1e9:.1f} GFLOP/s, {fixed[0]:.2f} s a step and {fixed[1]:.2f} s a micro-batch; "
+        f"{memory_rate / 1e9:.1f} GB/s copied, {link_rate / 1e9:.2f} GB/s and {1e3 * latency:.2f} ms of a link"
+    )
     print("| ranks | CPU s a rank, predicted | measured | error | wall s, predicted | measured |")
     print("|---|---|---|---|---|---|")
     errors = []
-    for prediction, (cpu, wall) in zip(predict(simulation(options.groups, options.ranks), core), measured, strict=True):
+    predictions = predict(simulation(options.groups, options.ranks, fixed), core, BYTES_PER_VALUE)
+    for prediction, (cpu, wall) in zip(predictions, measured[len(calibration) :], strict=True):
         expected = seconds(prediction)
         errors.append(expected / cpu - 1)
         print(

@@ -40,6 +40,10 @@ class MeasuredConfig(Config):
     node_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU within a node, one way")
     network_bandwidth: float | None = Field(None, gt=0, description="bytes per second of a GPU to other nodes, one way")
     latency: float | None = Field(None, ge=0, description="seconds of a collective of minimal size")
+    step_seconds: float = Field(
+        0.0, ge=0, description="seconds of a step on a rank that do not depend on its tokens: Python, launches"
+    )
+    micro_batch_seconds: float = Field(0.0, ge=0, description="likewise of every micro-batch")
 
 
 class ShareConfig(Config):

@@ -109,10 +109,10 @@ def _fraction_of_peak(rate: float, peak: float, where: str, unit: str) -> float:
     return rate / peak
 
 
-def predict(config: SimulationConfig, machine: Machine | None = None) -> list[Prediction]:
+def predict(config: SimulationConfig, machine: Machine | None = None, bytes_per_value: int = 2) -> list[Prediction]:
     """Predict every number of GPUs, in order; raise ``UserError`` for a layout that does not divide the models.
 
-    machine: by default the one of the configuration.
+    machine: by default the one of the configuration. bytes_per_value: of weights and activations.
     """
     machine, smallest = machine or machine_from_config(config), min(config.num_gpus)
     student, teacher = config.student.resolve(), config.teacher.resolve()
@@ -126,7 +126,8 @@ def predict(config: SimulationConfig, machine: Machine | None = None) -> list[Pr
         prompts = config.train_batch_size
         if config.scaling == "weak":
             prompts = prompts * count // smallest
-        predictions.append(_Step(config, machine, student, teacher, count, prompts).prediction())
+        step = _Step(config, machine, student, teacher, count, prompts, bytes_per_value)
+        predictions.append(step.prediction())
     return predictions
 
 
@@ -140,6 +141,7 @@ class _Step:
     teacher: ModelSpec
     count: int
     prompts: int
+    bytes_per_value: int
 
     def _layout(self, share: ShareConfig, spec: ModelSpec, name: str) -> ParallelConfig:
         sizes = share.model_dump()
@@ -164,10 +166,10 @@ class _Step:
         share = config.teacher_parallel or config.parallel
         student_layout = self._layout(config.parallel, self.student, "parallel")
         teacher_layout = self._layout(share, self.teacher, "teacher_parallel")
-        trainer = ModelOnMachine(
-            self.student, student_layout, Build(2, True, config.student.recomputation), self.machine
-        )
-        scorer = ModelOnMachine(self.teacher, teacher_layout, Build(2, True), self.machine)
+        size = self.bytes_per_value
+        build = Build(size, True, config.student.recomputation)
+        trainer = ModelOnMachine(self.student, student_layout, build, self.machine)
+        scorer = ModelOnMachine(self.teacher, teacher_layout, Build(size, True), self.machine)
         seconds = self._rollout(trainer) | self._training(trainer, scorer) | self._beside_models(trainer.parallel)
         tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens)
         flops = 3 * model_flops(self.student, tokens, (config.prompt_tokens + config.response_tokens) / 2)
@@ -198,7 +200,9 @@ class _Step:
         each = engine.decode_seconds(rows, config.prompt_tokens, config.response_tokens) / config.response_tokens
         sync = 0.0
         if config.engine_tensor_parallel_size is not None:
-            push = weight_push(self.student, trainer.parallel, "distributed", 2, _BUCKET_BYTES, self.machine)
+            push = weight_push(
+                self.student, trainer.parallel, "distributed", self.bytes_per_value, _BUCKET_BYTES, self.machine
+            )
             sync = push.seconds(self.machine)
         return {
             "prefill": engine.prefill_seconds(max(1.0, self.prompts / engines), config.prompt_tokens),
@@ -233,7 +237,9 @@ class _Step:
         transfer = 0.0
         if scorer.parallel != trainer.parallel:
             num_tokens = teacher_work.response_tokens * scorer.parallel.data_parallel_size
-            traffic = hidden_state_traffic(self.teacher, num_tokens, 2, scorer.parallel, trainer.parallel)
+            traffic = hidden_state_traffic(
+                self.teacher, num_tokens, self.bytes_per_value, scorer.parallel, trainer.parallel
+            )
             transfer = traffic.seconds(self.machine)
         passes = ("layers", "tensor, pipeline, context, expert traffic", "pipeline idle")
         return {
@@ -247,7 +253,9 @@ class _Step:
     def _beside_models(self, parallel: ParallelConfig) -> dict[str, float]:
         config, ranks = self.config, parallel.data_parallel_size
         tokens = self.prompts * config.num_generations * (config.prompt_tokens + config.response_tokens) / ranks
-        seconds = {"host": host_seconds(ranks, tokens), "checkpoint": 0.0}
+        fixed, count = config.measured, self._workload(parallel, even=True).num_micro_batches
+        host = host_seconds(ranks, tokens) + fixed.step_seconds + count * fixed.micro_batch_seconds
+        seconds = {"host": host, "checkpoint": 0.0}
         if config.checkpoint_interval_steps is not None:
             nodes = ceil_div(self.count, self.machine.assumptions.gpus_per_node)
             written = checkpoint_seconds(
