@@ -8,7 +8,8 @@ responses at every size, so an exponent of 0 (a cost proportional to ranks^0) is
 number of ranks. Seconds are of the process on its CPU, because other load on a machine can only add to the others.
 
 Bars, checked here: nothing is pickled; a rank's bytes of a step are at most those of its own samples and 64 bytes for
-every response of the update; host memory grows by at most 10 %.
+every response of the update; host memory grows by at most 10 %; rank 0 alone opens files for writing, as many at every
+number of ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -120,6 +122,18 @@ _COUNTED = {
 }
 
 
+class OpenedFiles:
+    """Counts the files in a directory that this process opens for writing."""
+
+    def __init__(self, directory: Path):
+        self._directory, self.count = f"{directory}{os.sep}", 0
+        sys.addaudithook(self._see)  # there is no way to remove it, but the process ends soon
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self.count += str(arguments[0]).startswith(self._directory)
+
+
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -131,8 +145,8 @@ def peak_rss() -> int:
 class MeasuredSource:
     """A source whose steps are measured from one to the next."""
 
-    def __init__(self, source: SampleSource, traffic: Traffic):
-        self._source, self._traffic, self.rows = source, traffic, []
+    def __init__(self, source: SampleSource, traffic: Traffic, files: OpenedFiles):
+        self._source, self._traffic, self._files, self.rows = source, traffic, files, []
         self._start = time.process_time()
 
     def resume(self, state: Any) -> None:
@@ -158,9 +172,11 @@ class MeasuredSource:
                 "responses": self._num_responses,
                 "seconds": now - self._start,
                 "rss": peak_rss(),
+                "files": self._files.count,
             }
         )
         self._traffic.clear()
+        self._files.count = 0
         self._start = now
 
 
@@ -171,16 +187,16 @@ def measure_rank(rank: int, size: int, directory: Path, response_length: int) ->
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     device.prepare()
     layout = stand_in_layout(rank, size)
-    rows = {}
+    rows, files = {}, OpenedFiles(directory)
     for name, make in SOURCES.items():
         source = make(layout, GROUPS_PER_RANK * size, response_length)
-        rows[name] = run(source, layout, directory / name, response_length)
+        rows[name] = run(source, layout, directory / name, response_length, files)
     (directory / f"{rank}.json").write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(source: Any, layout: Any, path: Path, response_length: int) -> list[dict[str, float]]:
+def run(source: Any, layout: Any, path: Path, response_length: int, files: OpenedFiles) -> list[dict[str, float]]:
     """Run the training loop with ``source``; return a row for each step but the first, which imports and connects."""
     is_offline = isinstance(source, OfflineSource)
     engine = None if is_offline else source.buffer.worker.engine
@@ -188,7 +204,7 @@ def run(source: Any, layout: Any, path: Path, response_length: int) -> list[dict
     settings = LoopSettings(STEPS + 1, CheckpointConfig(interval_steps=10**6))
     model = StandInModel(layout, 1.0, 4 * response_length)
     with counted() as traffic:
-        measured = MeasuredSource(source, traffic)
+        measured = MeasuredSource(source, traffic, files)
         train(
             model,
             measured,
@@ -230,6 +246,10 @@ def measure(size: int, response_length: int, start_method: str = "fork") -> dict
         "responses": worst["responses"],
         "seconds": float(np.median([row["seconds"] for row in rows])),
         "rss": max(row["rss"] for row in rows),
+        "files": max(row["files"] for row in rows),  # of a rank in a step
+        "writers": [
+            rank for rank, kinds in enumerate(by_rank) if any(row["files"] for rows in kinds.values() for row in rows)
+        ],
     }
 
 
@@ -254,6 +274,8 @@ def check(rows: Sequence[dict[str, float]]) -> None:
     for row in rows:
         if row["of_bound"] > 1:
             raise SystemExit(f"{row['ranks']} ranks: {row['of_bound']:.2f} times the bytes that the bar allows")
+        if row["writers"] != [0] or row["files"] > rows[0]["files"]:
+            raise SystemExit(f"{row['ranks']} ranks: ranks {row['writers']} open up to {row['files']} files a step")
     growth = rows[-1]["rss"] / rows[0]["rss"] - 1
     if growth > MEMORY_GROWTH:
         raise SystemExit(

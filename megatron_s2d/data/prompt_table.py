@@ -141,18 +141,20 @@ class PromptTable(Sequence[Prompt]):
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt, int32 [n]."""
-        return self._taken(self._stored("lengths", lambda: _list_lengths(self._table.column("token_ids"))))
+        return self._lengths_of("lengths", "token_ids")
 
     @functools.cached_property
     def solution_lengths(self) -> np.ndarray:
         """Number of tokens of each reference solution, int32 [n]; -1 without one."""
-        column = self._table.column("solution_token_ids")
-        return self._taken(self._stored("solution_lengths", lambda: _list_lengths(column)))
+        return self._lengths_of("solution_lengths", "solution_token_ids")
 
     @property
     def keys(self) -> np.ndarray:
         """``prompt_key`` of each prompt, uint64 [n]."""
         return self._taken(self._stored("keys", lambda: _values(self._table.column("key"), np.uint64)))
+
+    def _lengths_of(self, name: str, column: str) -> np.ndarray:
+        return self._taken(self._stored(name, lambda: _list_lengths(self._table.column(column))))
 
     def _stored(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Return a value for each row of the Arrow table; of a table on disk from a mapped file of its own.

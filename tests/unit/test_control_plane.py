@@ -30,6 +30,11 @@ def test_memory_of_a_rank_does_not_grow_with_the_ranks(rows):
     control_plane.check(list(rows.values()))
 
 
+def test_rank_0_alone_writes_files_and_as_many_at_every_size(rows):
+    assert rows[2]["writers"] == rows[4]["writers"] == [0]
+    assert 0 < rows[4]["files"] == rows[2]["files"] <= 4
+
+
 def test_pickling_is_refused_in_a_step():
     with control_plane.counted() as traffic:
         traffic.refuses_objects = True

@@ -13,7 +13,7 @@ pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 
 from megatron_s2d.config.data import FileSource
-from megatron_s2d.data import prompt_cache
+from megatron_s2d.data import prompt_cache, prompt_table
 from megatron_s2d.data.prompts import load_prompts, split_halves
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.rollout.sampler import PromptDataLoader
@@ -44,6 +44,34 @@ def test_memory_of_a_row_is_that_of_its_numbers(tmp_path, monkeypatch):
         tracemalloc.stop()
     assert len(first) + len(second) == len(expected) > 0.8 * count and len(keys) == 8 and len(batch) == 8
     assert kept < 60 * count and peak < 80 * count, (kept / count, peak / count)
+
+
+def test_a_later_start_reads_numbers_from_files_of_their_own(tmp_path, monkeypatch):
+    """Between the text of the rows they would bring the table into memory page by page."""
+    monkeypatch.setattr(prompt_cache, "IN_MEMORY_BYTES", 0)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question": "3 " * (1 + n % 5), "answer": str(n % 17)}) + "\n" for n in range(99))
+    )
+    tokenizer = load_tokenizer("task:modular_arithmetic", tmp_path / "tokenizer")
+    source = FileSource.model_validate({"path": path, "template": "plain"})
+
+    def load():
+        settings = {"max_prompt_length": 4, "date": datetime.date(2026, 1, 1), "cache_dir": tmp_path / "cache"}
+        return split_halves(load_prompts(source, tokenizer, **settings).prompts, seed=0)
+
+    def numbers(table):
+        return [table.lengths, table.solution_lengths, table.keys, *(table.distinct(n) for n in ("domain", "verifier"))]
+
+    expected = numbers(load()[0])
+    touched = []
+    monkeypatch.setattr(prompt_table, "_list_lengths", touched.append)
+    monkeypatch.setattr(prompt_table, "_values", touched.append)
+    first, _ = load()
+    monkeypatch.setattr(first, "_table", None)
+    for value, other in zip(numbers(first), expected, strict=True):
+        assert np.array_equal(value, other)
+    assert not touched and first.distinct("domain") == {"math"}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_s2d.data.balance import TOLERANCE, balanced_ranks
+from megatron_s2d.data.balance import SCORING_SHARE, SHARE, TOLERANCE, balanced_ranks
 from megatron_s2d.data.sample_bytes import decode_arrays, decode_samples, encode_arrays, encode_samples
 from megatron_s2d.records import Sample, WeightVersionSpan
 
@@ -73,7 +73,34 @@ def test_samples_move_from_crowded_ranks_only_and_towards_balance(samples, num_r
         assert after == before
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    samples=st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 7)), min_size=1, max_size=60),
+    num_ranks=st.integers(1, 8),
+    share=st.sampled_from([0.1, SCORING_SHARE, SHARE]),
+)
+def test_a_rank_sends_and_receives_a_share_of_its_own_tokens_at_most(samples, num_ranks, share):
+    lengths = np.array([length for length, _ in samples])
+    before = np.array([rank % num_ranks for _, rank in samples])
+    after = np.array(balanced_ranks(lengths.tolist(), before.tolist(), num_ranks, share=share))
+    moves = before != after
+    loads, sent, received = (
+        np.bincount(ranks, weights=lengths[mask], minlength=num_ranks)
+        for ranks, mask in ((before, ...), (before[moves], moves), (after[moves], moves))
+    )
+    assert (sent <= share * loads + 1e-6).all()
+    assert (received <= share * np.where(loads == 0, loads.mean(), loads) + 1e-6).all()
+
+
+def test_the_shares_of_scoring_and_training_are_a_ranks_own_samples():
+    assert SCORING_SHARE + SHARE <= 1
+    lengths, ranks = [10] * 12, [0] * 10 + [1] * 2  # the second rank takes two of eight
+    assert balanced_ranks(lengths, ranks, 2).count(1) == 6
+    assert balanced_ranks(lengths, ranks, 2, share=SHARE).count(1) == 3
+
+
 def test_a_rank_without_samples_gets_some():
+    assert balanced_ranks([5, 5, 5, 5], [0, 0, 0, 0], 2, share=SHARE).count(1) == 1
     assert sorted(balanced_ranks([5, 5, 5, 5], [0, 0, 0, 0], 2)) == [0, 0, 1, 1]
     assert balanced_ranks([9, 1], [0, 0], 2) == [0, 1] or balanced_ranks([9, 1], [0, 0], 2) == [1, 0]
     assert balanced_ranks([9], [1], 2) == [1]
