@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
         print(
             f"| {size} | {row['responses']:,} | {row['bytes'] / 1e3:,.0f} | {row['own_bytes'] / 1e3:,.0f} "
-            f"| {row['of_bound']:.2f} | {row['rss'] / 1e6:,.0f} | {row['seconds']:.2f} |",
+            f"| {row['of_bound']:.2f} | {row['rss'] / 1e6:,.0f} | {row['seconds']:.3f} |",
             flush=True,
         )
     if len(rows) > 1:

@@ -359,7 +359,8 @@ def _basis(config: SimulationConfig) -> list[str]:
     return [
         f"measured, from the file: {', '.join(measured_rates) or 'nothing'}",
         f"ASSUMED, data sheet times efficiency: {', '.join(assumed_rates) or 'nothing'}",
-        f"host: measured by {COMMAND} on 2 to 32 ranks, grows with data-parallel ranks^{growth():.2f}",
+        f"host: measured by {COMMAND} on 2 to 32 ranks, grows with data-parallel ranks^{growth():.2f}; with "
+        f"{measured.step_seconds:g} s a step and {measured.micro_batch_seconds:g} s a micro-batch, from the file",
     ]
 
 

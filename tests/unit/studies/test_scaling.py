@@ -1,6 +1,7 @@
 """Power laws, efficiencies and predictions against known laws and numbers calculated by hand."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_s2d.studies.control_plane import MEASURED, HostCost, growth, host_
 from megatron_s2d.studies.scaling import Efficiency, Observations, efficiencies, fit_power_law, scaling_kind
 from megatron_s2d.studies.simulate import load_simulation, machine_from_config, predict
 
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
 SIMULATION = Path(__file__).resolve().parents[3] / "configs" / "simulations" / "llama_70b_to_8b.yaml"
 
 
@@ -150,7 +152,9 @@ def test_impossible_measurements_and_layouts_raise_one_line(simulation):
 def test_servers_need_weight_updates_and_memory(simulation):
     in_process = predict(simulation)[0]
     served = predict(simulation.model_copy(update={"engine_tensor_parallel_size": 2}))[0]
-    assert served.seconds["weight sync"] == pytest.approx(2 * 8_030_261_248 / 2 / (0.7 * 50e9), rel=0.01)
+    # Gathered over eight tensor ranks of a node, then all of it to every rank of a server, between nodes.
+    size = 2 * 8_030_261_248
+    assert served.seconds["weight sync"] == pytest.approx(size * 7 / 8 / (0.7 * 450e9) + size / (0.7 * 50e9), rel=0.01)
     assert served.memory > in_process.memory
 
 
@@ -170,6 +174,24 @@ def test_host_seconds_follow_the_measured_rows():
     assert growth(rows) == pytest.approx(0.5)
     assert host_seconds(64, 3000, rows) == pytest.approx(3 * 0.01 * 8)
     assert 0.1 < growth() < 0.6 and host_seconds(8, MEASURED[2].tokens) == pytest.approx(MEASURED[2].seconds, rel=0.25)
+
+
+def test_the_page_has_the_stored_rows_and_their_exponent():
+    page = PAGE.read_text()
+    for row in MEASURED:
+        (line,) = re.findall(rf"^\| {row.ranks} \| {8 * row.ranks:,} \|.*$", page, re.M)
+        assert line.split("|")[-2].strip() == f"{row.seconds:.3f}", line
+    assert f"seconds {growth():.2f}." in page and f"ranks^{growth():.2f}" in page
+    assert len(re.findall(r"ranks\^0\.\d", page)) == 1
+
+
+def test_constants_of_a_step_and_a_micro_batch_are_added(simulation):
+    (plain, *_), work = predict(simulation), 512 * 8 * (512 + 4096) / 8  # tokens of a data-parallel rank
+    measured = MeasuredConfig(step_seconds=0.5, micro_batch_seconds=0.25)
+    (with_them, *_) = predict(simulation.model_copy(update={"measured": measured}))
+    count = -(-work // simulation.micro_batch_tokens)
+    assert with_them.seconds["host"] - plain.seconds["host"] == pytest.approx(0.5 + 0.25 * count, rel=0.02)
+    assert with_them.total - plain.total == pytest.approx(0.5 + 0.25 * count, rel=0.02)
 
 
 def test_prediction_has_the_host_and_checkpoints():
