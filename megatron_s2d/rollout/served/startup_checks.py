@@ -8,7 +8,7 @@ proven elsewhere (``weight_checks.py``).
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.collectives import broadcast_from_rank0
+from megatron_s2d.parallel.collectives import all_gather_json, first_error
 from megatron_s2d.records import Prompt, Sample, sample_from_json, sample_to_json
 from megatron_s2d.rollout.engine import Request
 from megatron_s2d.rollout.served import scoring
@@ -54,16 +54,14 @@ class StartupChecks:
         """
         new = [server.url for server in servers if server.url not in self._compatible]
 
-        def check() -> dict[str, str]:
-            problems = {}
-            for url in new:
-                try:
-                    self._backend.check_server(url)
-                except ServerUnreachable as error:
-                    problems[url] = str(error)
-            return problems
+        def check(url: str) -> str:
+            try:
+                self._backend.check_server(url)
+            except ServerUnreachable as error:
+                return str(error)
+            return ""
 
-        problems = broadcast_from_rank0(check) if new else {}
+        problems = {url: problem for url, problem in self._by_senders(new, check).items() if problem}
         self._compatible.update(url for url in new if url not in problems)
         for server in servers:
             server.problem = problems.get(server.url, server.problem)
@@ -76,23 +74,45 @@ class StartupChecks:
         """
         urls = [server.url for server in servers if not server.problem]
 
-        def sample() -> list[list[str]]:
+        def sample(url: str) -> list[str]:
             try:
-                return [list(map(sample_to_json, self.sample_probe(url, weight_version))) for url in urls]
+                return list(map(sample_to_json, self.sample_probe(url, weight_version)))
             except ServerUnreachable as error:
                 name = self._backend.name
                 raise UserError(f"an {name} server does not sample before the first step: {error}") from None
 
-        probes = [] if self._requirements.params is None else broadcast_from_rank0(sample)
-        for url, lines in zip(urls, probes, strict=False):
-            samples = [sample_from_json(line) for line in lines]
+        if self._requirements.params is not None:
+            probes = {url: list(map(sample_from_json, lines)) for url, lines in self._by_senders(urls, sample).items()}
+            samples = [sample for url in urls for sample in probes[url]]
             expected = score(samples)
             expected_at_one = score([dataclasses.replace(sample, temperature=1.0) for sample in samples])
-            broadcast_from_rank0(
-                functools.partial(self.compare_log_probs, url, samples, expected, expected_at_one, tolerance)
-            )
+            starts = dict(zip(urls, itertools.accumulate([len(probes[url]) for url in urls], initial=0), strict=False))
+
+            def compare(url: str) -> None:
+                part = slice(starts[url], starts[url] + len(probes[url]))
+                self.compare_log_probs(url, samples[part], expected[part], expected_at_one[part], tolerance)
+
+            self._by_senders(urls, compare)
         if self._requirements.top_k is not None:
-            broadcast_from_rank0(lambda: [self.score_max_length(url, weight_version) for url in urls])  # of None
+            self._by_senders(urls, lambda url: self.score_max_length(url, weight_version))
+
+    def _by_senders[Result](self, urls: Sequence[str], check: Callable[[str], Result]) -> dict[str, Result]:
+        """Return address -> ``check`` of it, a JSON value, which the sender to that server has called; collective.
+
+        A ``UserError`` of one is raised on all ranks.
+        """
+        if not urls:
+            return {}
+        results: dict[str, Result] = {}
+        refusal = None
+        try:
+            for url in self._backend.senders.own(urls):
+                results[url] = check(url)
+        except UserError as error:
+            refusal = str(error)
+        if (message := first_error(refusal)) is not None:
+            raise UserError(message)
+        return {url: result for of_sender in all_gather_json(results) for url, result in of_sender.items()}
 
     def sample_probe(self, url: str, weight_version: str) -> list[Sample]:
         """Return a few short responses as the stage samples them, with the log-probabilities of the server."""
