@@ -22,14 +22,15 @@ class HostCost:
     tokens: int  # of a rank's samples, prompts included
 
 
-# 8 responses a rank, of 2,560 tokens on average, and prompts of 13; on two CPU cores that other programs used too.
+# The median of ranks, steps and six kinds of stages, 8 responses a rank, of 2,560 tokens on average, and prompts of 13;
+# on two CPU cores that other programs used too. docs/scaling.md has the same rows (tests/unit/studies/test_scaling.py).
 _TOKENS = 8 * (2560 + 13)
 MEASURED = (
-    HostCost(2, 0.0312, _TOKENS),
-    HostCost(4, 0.0427, _TOKENS),
-    HostCost(8, 0.0436, _TOKENS),
-    HostCost(16, 0.0593, _TOKENS),
-    HostCost(32, 0.0908, _TOKENS),
+    HostCost(2, 0.0227, _TOKENS),
+    HostCost(4, 0.0263, _TOKENS),
+    HostCost(8, 0.0345, _TOKENS),
+    HostCost(16, 0.0478, _TOKENS),
+    HostCost(32, 0.0669, _TOKENS),
 )
 
 
