@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_s2d.cli.parser import add_command
 from megatron_s2d.errors import UserError
 
-_RECIPES = ("grpo", "opd", "four-stages", "sft")
+_RECIPES = ("grpo", "opd", "four-stages", "sft", "self-distillation")
 
 
 def add_init(commands: argparse._SubParsersAction) -> None:
@@ -32,6 +32,9 @@ def add_init(commands: argparse._SubParsersAction) -> None:
         "--eval-data", type=Path, metavar="FILE", help="problems to evaluate on (default: the first rows of --data)"
     )
     command.add_argument("--schema", default="columns", help="format of the files (docs/data.md; default: columns)")
+    command.add_argument(
+        "--solution-column", metavar="NAME", help="column of reference solutions, for sft and self-distillation"
+    )
     command.add_argument("--num-gpus", type=int, metavar="N", help="GPUs to train on; 0: CPU")
     command.add_argument("--gpu", metavar="NAME", default="h200", help="kind of GPU (default: h200)")
     command.add_argument("--max-prompt-length", type=int, metavar="N", default=1024, help="in tokens (default: 1024)")
@@ -53,6 +56,7 @@ def _init(options: argparse.Namespace) -> None:
         data=options.data or Path(_ask("data", "file with problems")),
         eval_data=options.eval_data,
         schema=options.schema,
+        solution_column=options.solution_column,
         num_gpus=_whole(_ask("num-gpus", "number of GPUs (0: CPU)")) if options.num_gpus is None else options.num_gpus,
         gpu=options.gpu,
         max_prompt_length=options.max_prompt_length,

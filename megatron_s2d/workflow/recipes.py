@@ -28,6 +28,7 @@ RECIPES = {
     "opd": "On-policy distillation of the teacher into the student",
     "four-stages": "GRPO on the teacher, forward-KL warm-up, on-policy distillation, GRPO on the student",
     "sft": "Supervised fine-tuning of the student on solutions",
+    "self-distillation": "On-policy distillation of the student into itself, which as the teacher reads solutions",
 }
 NEEDS_TEACHER = ("opd", "four-stages")
 _EVAL_ROWS = 200  # held out of a file without a second one for the evaluation
@@ -43,6 +44,7 @@ class NewWorkflow:
     data: Path
     eval_data: Path | None  # None: the first rows of ``data``
     schema: str
+    solution_column: str | None  # of schema columns
     num_gpus: int  # 0: CPU
     gpu: str
     max_prompt_length: int
@@ -104,12 +106,19 @@ def render_recipe(request: NewWorkflow, target: Path, layout: Proposal | None = 
         else "",
         "data": _quoted(request.data),
         "eval_data": _quoted(request.eval_data or request.data),
-        "schema": request.schema,
+        "schema": request.schema + _columns(request),
         "train_rows": train_rows,
         "eval_rows": eval_rows,
     }
     parts = [(_FOLDER / f"{part}.yaml").read_text(encoding="utf-8") for part in ("head", request.recipe, "tail")]
     return string.Template("".join(parts)).substitute(values)
+
+
+def _columns(request: NewWorkflow) -> str:
+    """Return the line of the columns, of which only that of the solutions is not the default."""
+    if request.solution_column is None:
+        return ""
+    return f"\n    columns: {{solution: {json.dumps(request.solution_column, ensure_ascii=False)}}}"
 
 
 def _num_rows(request: NewWorkflow) -> int:

@@ -44,12 +44,14 @@ def init(user, target, recipe, *more):
     return main(["init", str(target), "--recipe", recipe, *models, *data, *lengths, *more])
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "sft"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_pass_the_checks(user, tmp_path, recipe, capsys):
     target = tmp_path / "my.yaml"
-    assert init(user, target, recipe) == 0, capsys.readouterr().err
+    solutions = ("--solution-column", "solution") if recipe in ("sft", "self-distillation") else ()
+    assert init(user, target, recipe, *solutions) == 0, capsys.readouterr().err
     config = load_workflow(target)
-    assert config.name == "my" and config.precision == "float32" and ("teacher" in config.models) == (recipe != "grpo")
+    assert config.name == "my" and config.precision == "float32"
+    assert ("teacher" in config.models) == (recipe in ("opd", "four-stages"))
     train, held_out = (prompts_of(config, name, load_tokenizer(config.tokenizer, tmp_path)).prompts
                        for name in ("train", "eval"))  # fmt: skip
     assert (len(train), len(held_out)) == (400, 100) and not set(train.values("id")) & set(held_out.values("id"))
@@ -57,9 +59,13 @@ def test_recipes_pass_the_checks(user, tmp_path, recipe, capsys):
     assert init(user, target, recipe) == 1 and "exists already" in capsys.readouterr().err
 
 
-def test_sft_names_the_missing_solutions(user, tmp_path, capsys):
-    assert init(user, tmp_path / "my.yaml", "sft") == 1
-    assert "have no reference solution" in capsys.readouterr().err and not (tmp_path / "my.yaml").exists()
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [("sft", "have no reference solution"), ("self-distillation", "has no solution; name its column")],
+)
+def test_missing_solutions_are_named(user, tmp_path, capsys, recipe, line):
+    assert init(user, tmp_path / "my.yaml", recipe) == 1
+    assert line in capsys.readouterr().err and not (tmp_path / "my.yaml").exists()
 
 
 def test_gpus_get_a_layout_that_fits(user, tmp_path, capsys):
