@@ -305,9 +305,9 @@ class MegatronModel:
         dist.all_gather(shards, values.contiguous(), group=self.layout.groups.cp)
         return batch.gather_from_cp(shards)
 
-    def save(self, directory: Path, trainer_state: dict[str, Any], *, with_optimizer: bool) -> None:
+    def save(self, directory: str | Path, trainer_state: dict[str, Any], *, with_optimizer: bool) -> None:
         """Write a checkpoint, which appears complete or not at all; collective."""
-        self.start_saving(directory, trainer_state, with_optimizer=with_optimizer).finish()
+        self.start_saving(Path(directory), trainer_state, with_optimizer=with_optimizer).finish()
 
     def start_saving(
         self, directory: Path, trainer_state: dict[str, Any], *, with_optimizer: bool, async_save: bool = False
@@ -326,12 +326,12 @@ class MegatronModel:
                 async_save=async_save,
             )
 
-    def load(self, directory: Path, *, with_optimizer: bool = False) -> dict[str, Any]:
+    def load(self, directory: str | Path, *, with_optimizer: bool = False) -> dict[str, Any]:
         """Load a checkpoint of this model, written at any layout, and return its trainer state; collective."""
         trainable = self.trainable if with_optimizer else None
         with contextlib.nullcontext() if trainable is None else trainable.optimizer_loaded():
             return load_checkpoint(
-                directory, self.chunks, self.layout, model_spec=self.spec.to_dict(), trainable=trainable
+                Path(directory), self.chunks, self.layout, model_spec=self.spec.to_dict(), trainable=trainable
             )
 
     @property
