@@ -19,10 +19,18 @@ class StandInEngine:
 
     The log-probability of a token after another is that of row ``token`` of ``logits``; a weight update adds the
     version to the temperature's scale, so that versions differ. script(token_ids, position): the token at a position of
-    the completion, or None to draw it; lets a test decide what the model says.
+    the completion, or None to draw it; lets a test decide what the model says. stalls_from: completions of this many
+    tokens or more stop at their third one until they are aborted.
     """
 
-    def __init__(self, vocab_size: int = 27, script: Script | None = None, max_concurrent: int = 10**6):
+    def __init__(
+        self,
+        vocab_size: int = 27,
+        script: Script | None = None,
+        max_concurrent: int = 10**6,
+        stalls_from: float = float("inf"),
+    ):
+        self._stalls_from = stalls_from
         self.version = 0
         self.script = script
         self.logits = np.random.default_rng(0).normal(size=(vocab_size, vocab_size)) * 2.0
@@ -70,6 +78,8 @@ class StandInEngine:
             if request_id in self._aborted:
                 reason = "abort"
                 break
+            if len(tokens) == 2 and params.max_new_tokens >= self._stalls_from:
+                continue
             row = self.log_probs(self.version, params.temperature)[[*token_ids, *tokens][-1]]
             token = None if self.script is None else self.script(token_ids, len(tokens))
             if token is None and params.temperature == 0:
