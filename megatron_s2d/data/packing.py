@@ -134,6 +134,7 @@ class RoutedLayers:
     """The layers of this pipeline rank, whose experts are replayed."""
 
     layers: tuple[int, ...]  # indices in the whole model
+    num_experts: int
     num_experts_per_tok: int
     dtype: str  # of the indices of experts
 
@@ -142,8 +143,12 @@ class RoutedLayers:
 class Routes:
     """The experts of each token of a micro-batch, in host memory, pinned for a CUDA device."""
 
-    experts: torch.Tensor  # [t, layers of this pipeline rank, experts of a token]; 0 where nothing is recorded
+    experts: torch.Tensor  # [t, layers of this pipeline rank, experts of a token]; anything where the router chooses
     is_recorded: torch.Tensor  # [t] bool
+    # [t] bool, False where the router chooses: tokens of samples without a record. A last token, which predicts
+    # nothing, takes the experts of the one before, and padding any.
+    is_given: torch.Tensor
+    is_complete: bool  # whether no router chooses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -402,17 +407,22 @@ def _to_device(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
 
 def _routes(rows: Sequence[Sample], plan: MicroBatchPlan, cp_rank: int, routed: RoutedLayers, *, pin: bool) -> Routes:
     """Return the routes of the context rank's tokens in host memory; pin: for copies that do not wait."""
-    count = plan.cp_indices.size
-    experts = np.zeros((count, len(routed.layers), routed.num_experts_per_tok), dtype=routed.dtype)
-    is_recorded = np.zeros(count, dtype=np.bool_)
+    count, top_k = plan.cp_indices.size, routed.num_experts_per_tok
+    spread = (np.arange(count)[:, None] * top_k + np.arange(top_k)) % routed.num_experts
+    experts = np.repeat(spread[:, None].astype(routed.dtype), len(routed.layers), axis=1)
+    is_recorded, is_given = np.zeros(count, dtype=np.bool_), np.ones(count, dtype=np.bool_)
     layers = list(routed.layers)
     for row, positions in zip(rows, plan.positions(), strict=True):
-        if row.routed_experts is not None:
-            with_routes = np.arange(count)[positions][: len(row.routed_experts)]
-            experts[with_routes] = row.routed_experts[:, layers]
-            is_recorded[with_routes] = True
-    local = [torch.from_numpy(values[plan.cp_indices[cp_rank]]) for values in (experts, is_recorded)]
-    return Routes(*(tensor.pin_memory() if pin else tensor for tensor in local))
+        tokens = np.arange(count)[positions]
+        if row.routed_experts is None:
+            is_given[tokens] = False
+        elif len(row.routed_experts):
+            recorded, last = np.split(tokens, [len(row.routed_experts)])
+            experts[recorded] = row.routed_experts[:, layers]
+            experts[last] = row.routed_experts[-1, layers]
+            is_recorded[recorded] = True
+    local = [torch.from_numpy(values[plan.cp_indices[cp_rank]]) for values in (experts, is_recorded, is_given)]
+    return Routes(*(tensor.pin_memory() if pin else tensor for tensor in local), is_complete=bool(local[2].all()))
 
 
 def _end(sample: Sample, mask: np.ndarray) -> np.ndarray:

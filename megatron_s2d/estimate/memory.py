@@ -16,6 +16,7 @@ from megatron_s2d.arithmetic import ceil_div, round_up
 from megatron_s2d.buffer_sizes import (
     CHUNKS_PER_PRODUCT,
     LOGITS_CHUNK_BYTES,
+    MOST_BATCHED_EXPERT_ROWS,
     P2P_BUCKET_BYTES,
     POSITIONS_PER_DRAW,
     ROW_BLOCK_ELEMENTS,
@@ -391,7 +392,19 @@ def generate_phases(
         "rollout buffers": buffers,
         "sampling": rows * _sampling_bytes(shard, build, sampling) if shard.is_pipeline_last_stage else 0,
     }
+    if spec.num_experts and build.on_gpu:
+        decode["experts"] = _batched_experts_bytes(shard, build, rows)
     return {"prefill": prefill, "decode": decode}
+
+
+def _batched_experts_bytes(shard: ModelShard, build: Build, rows: int) -> int:
+    """Bytes of one layer's experts for a decoded token of ``rows`` sequences, all rows with all local experts."""
+    spec, ranks = shard.spec, shard.parallel.expert_model_parallel_size
+    all_rows = (1 << (rows - 1).bit_length()) * ranks
+    if all_rows > MOST_BATCHED_EXPERT_ROWS:
+        return 0
+    of_row = 2 * spec.moe_ffn_hidden_size * (build.bytes_per_value + 4) + spec.hidden_size * build.bytes_per_value
+    return all_rows * (spec.num_experts // ranks) * of_row
 
 
 def _sampling_bytes(shard: ModelShard, build: Build, sampling: SamplingConfig) -> int:

@@ -1,7 +1,7 @@
 """One forward pass over one new token of each row, without what Megatron's modules do for training.
 
-The same weights, matrix products and collectives as in ``GPTModel.forward``: linear layers, experts and the output
-layer are called as modules. Residuals, norms, rotation, the cache and the activation between them are fused where
+The same weights, matrix products and collectives as in ``GPTModel.forward``: linear layers and the output layer are
+called as modules. Residuals, norms, rotation, the cache and the activation between them are fused where
 Triton is usable (``decode_kernels``). In buffers of fixed size nothing depends on numbers of the host, and a CUDA graph
 of it can be replayed.
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
 from megatron_s2d.kl.chunk import triton_problem
+from megatron_s2d.models.batched_experts import BatchedExperts
 from megatron_s2d.models.kv_cache import KeyValueCache
 from megatron_s2d.models.layers import RMSNorm
 from megatron_s2d.parallel import device
@@ -35,12 +36,12 @@ def decode_kernels() -> ModuleType | None:
 
 def decode(
     chunk: GPTModel, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, cache: KeyValueCache,
-    kernels: ModuleType | None,
+    kernels: ModuleType | None, experts: BatchedExperts | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return logits [b, v_tp] of the last pipeline stage, hidden states [1, b, h] of the others.
 
     token_ids: [b] int64, for the first pipeline stage. hidden: [1, b, h], for the others. The prompts must have been
-    run through ``chunk`` with the same ``cache``.
+    run through ``chunk`` with the same ``cache``. experts: runs the experts of all layers; None: the layers do.
     """
     if chunk.pre_process:
         hidden = chunk.embedding(token_ids.unsqueeze(1), None)
@@ -49,7 +50,7 @@ def decode(
         normed, hidden = _add_and_norm(layer.input_layernorm, delta, hidden, kernels)
         delta = _attention(layer.self_attention, normed, cache, kernels)
         normed, hidden = _add_and_norm(layer.pre_mlp_layernorm, delta, hidden, kernels)
-        delta = _mlp(layer.mlp, normed, kernels)
+        delta = _mlp(layer.mlp, normed, kernels, experts)
     if not chunk.post_process:
         return hidden if delta is None else hidden + delta
     normed, _ = _add_and_norm(chunk.decoder.final_layernorm, delta, hidden, kernels)
@@ -95,9 +96,11 @@ def _attention(
     return output
 
 
-def _mlp(mlp: torch.nn.Module, normed: torch.Tensor, kernels: ModuleType | None) -> torch.Tensor:
-    if type(mlp) is not MLP:  # experts
-        return mlp(normed)[0]
+def _mlp(
+    mlp: torch.nn.Module, normed: torch.Tensor, kernels: ModuleType | None, experts: BatchedExperts | None
+) -> torch.Tensor:
+    if type(mlp) is not MLP:
+        return mlp(normed)[0] if experts is None else experts.run(mlp, normed)
     gate_up, _ = mlp.linear_fc1(normed)
     activation = mlp.config.activation_func
     if kernels is not None and activation is F.silu:

@@ -41,6 +41,7 @@ class Layout:
     output_ranks: tuple[tuple[int, ...], ...]
     host_dp: HostGroup  # on the host: one rank of every data-parallel replica
     host_replica: HostGroup  # on the host: all ranks of this data-parallel rank's replica
+    host_ep: HostGroup  # on the host: the ranks that share the experts of a layer, in the order of ``groups.ep``
     _globals: dict[str, object] = dataclasses.field(repr=False)
     _created: tuple[dist.ProcessGroup, ...] = dataclasses.field(repr=False)  # every process group of this rank
 
@@ -193,8 +194,11 @@ def build_layout(config: ParallelConfig) -> Layout:
     _check_rank_order(config, groups)
     host_dp = HostGroup(parallel_state.get_data_parallel_group_gloo() if config.data_parallel_size > 1 else None)
     host_replica = _host_replica(config, groups.dp.rank())
+    host_ep = _host_ep(config, groups)
     created = tuple(group for group in _process_groups() if group not in groups_before)
-    layout = Layout(config, groups, _output_ranks(config), host_dp, host_replica, _snapshot_parallel_state(), created)
+    layout = Layout(
+        config, groups, _output_ranks(config), host_dp, host_replica, host_ep, _snapshot_parallel_state(), created
+    )
     with layout.active():
         # Megatron's random-state tracker must exist before a model is built; nothing here samples from it, because
         # weights are initialised by name (models/weights.py) and no family uses dropout.
@@ -250,6 +254,19 @@ def _host_replica(config: ParallelConfig, dp_rank: int) -> HostGroup:
     ranks = [_replica_ranks(config, dp) for dp in range(config.data_parallel_size)]
     groups = [dist.new_group(of_replica, timeout=timeout, backend="gloo") for of_replica in ranks]
     return HostGroup(groups[dp_rank])
+
+
+def _host_ep(config: ParallelConfig, groups: ProcessGroupCollection) -> HostGroup:
+    """Create the groups of ranks that share experts and return this rank's; collective, as ``_host_replica``."""
+    size = config.expert_model_parallel_size
+    if size == 1:
+        return HostGroup()
+    timeout = datetime.timedelta(minutes=_timeout_minutes)
+    ranks = [list(range(start, start + size)) for start in range(0, config.world_size, size)]
+    index = dist.get_rank() // size
+    if dist.get_process_group_ranks(groups.ep) != ranks[index]:
+        raise RuntimeError(f"Megatron-Core shares experts among other ranks than {ranks[index]}")
+    return HostGroup([dist.new_group(sharing, timeout=timeout, backend="gloo") for sharing in ranks][index])
 
 
 def seed_everything(seed: int) -> None:

@@ -231,7 +231,7 @@ class MegatronModel:
             return output, lambda loss: (loss * num_tokens, tokens, {})
 
         recording = contextlib.nullcontext() if self._expert_load is None else self._expert_load.recording()
-        with recording, replaying(self.routing_replay, trains=True):
+        with recording, replaying(self.routing_replay, [item.batch.routes for item in passes], trains=True):
             self.trainable.forward_backward(forward_step, passes, self._hidden_shapes(passes))
         metrics = reduce_metrics(
             objective, passes, self.layout, expert_load=self._expert_load, limit=self.spec.max_position_embeddings
@@ -385,7 +385,7 @@ class MegatronModel:
         missing = -len(passes) % self._count_multiple
         if missing:
             passes = [*passes, *[_Pass(self.pack([], {})[0], outputs=passes[0].outputs)] * missing]
-        with replaying(self.routing_replay, trains=False):
+        with replaying(self.routing_replay, [item.batch.routes for item in passes], trains=False):
             forward_only(self.chunks, self.layout, forward_step, passes, self._hidden_shapes(passes))
 
     def _forward(self, model: torch.nn.Module, item: _Pass) -> torch.Tensor:

@@ -17,6 +17,7 @@ from open_layout import open_layout
 from megatron_s2d import buffer_sizes
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.models import batched_experts
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.routing_replay import RoutingReplay
 from megatron_s2d.parallel import layout as layouts
@@ -113,7 +114,7 @@ def run(preset: str, parallel: ParallelConfig) -> dict:
 def run_at(layout: layouts.Layout, preset: str) -> dict:
     """Samples of all data ranks, and how far their log-probabilities are from a full forward at this layout."""
     parallel = layout.config
-    # As on a GPU: ranks then run passes for each other's experts in blocks, and decode behind the ends of responses.
+    # As on a GPU: ranks then decode behind the ends of responses.
     buffer_sizes.POSITIONS_PER_CHECK["cpu"] = 1 if parallel.world_size == parallel.data_parallel_size else 5
     spec = dataclasses.replace(ModelConfig(preset=preset).resolve(VOCAB_SIZE), initializer_range=0.25)
     chunks = build_model(spec, layout, seed=3)
@@ -124,6 +125,9 @@ def run_at(layout: layouts.Layout, preset: str) -> dict:
     replay = RoutingReplay(chunks, spec, layout) if spec.num_experts else None
     engine = MegatronEngine(chunks, VOCAB_SIZE, layout, tokenizer=Letters, max_batch_size=9, routing_replay=replay)
     engine.update_weights(chunks, 2)
+    # As on a GPU; passes with more rows send every token to its experts.
+    engine._passes.batches_experts = layout.config.expert_model_parallel_size > 1
+    batched_experts.MOST_ROWS = 16
     samples = engine.generate(mine)
     assert chunks[0].training and chunks[0].config.sequence_parallel == parallel.sequence_parallel
 

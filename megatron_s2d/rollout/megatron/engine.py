@@ -83,9 +83,7 @@ class MegatronEngine:
         self._routing_replay = routing_replay
         self._generates_early = generates_early
         self._early: dict[str, Sample] = {}  # by request, of submitted ones
-        # Experts get their tokens in numbers that the host reads.
-        has_experts = chunks[0].config.num_moe_experts is not None
-        self._graphs_steps = self._passes.device.type == "cuda" and not has_experts and not enforce_eager
+        self._graphs_steps = self._passes.device.type == "cuda" and not enforce_eager
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
         """Set the version: the engine generates with the trained weights, and ``chunks`` must be its own model."""

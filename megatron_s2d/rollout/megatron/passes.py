@@ -7,8 +7,8 @@ Communication for each generated token:
     root                samples, and broadcasts the tokens to the replica
 
 so only the root draws tokens. With experts on several data-parallel ranks, ranks that have finished keep joining the
-others' forward passes until all are done. Shapes: a active requests, u distinct prompts, p prompt length, s response
-positions, v_tp local vocabulary.
+others' forward passes until all are done; before each pass their hosts agree on what it is. Shapes: a active requests,
+u distinct prompts, p prompt length, s response positions, v_tp local vocabulary.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import POSITIONS_PER_CHECK
+from megatron_s2d.models.batched_experts import BatchedExperts
 from megatron_s2d.models.decoding import decode, decode_kernels
 from megatron_s2d.models.fixed_kv_cache import FixedKeyValueCache
 from megatron_s2d.models.kv_cache import KeyValueCache
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import any_rank
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.rollout.megatron.batching import PromptTable, TokenBlock
 from megatron_s2d.rollout.megatron.sampling import BatchParams, sample_tokens
+
+_MANY_ROWS = 1 << 30  # more than are batched over all experts
 
 # Megatron's switches of sequence parallelism on modules; a single decoded token cannot be split over tensor ranks.
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -43,7 +46,10 @@ class ModelPasses:
         self.device = device.device()
         self.fixed_buffers = self.device.type == "cuda"  # keys and values stay where they are between two tokens
         self._vocab_size = vocab_size
-        self._num_passes = 0  # since ``begin``
+        # Decode with all experts at once where that saves waits of the host: on a GPU.
+        self.batches_experts = self.fixed_buffers and chunk.config.num_moe_experts is not None
+        self._experts: BatchedExperts | None = None  # within ``inference``
+        self._expert_rows: int | None = None  # of each rank in the next pass; None: its experts are not batched
         self._kernels = decode_kernels()
         # Ranks of a replica are ordered by pipeline rank, then by tensor rank (Megatron's order).
         self._root = layout.tp_size * (layout.pp_size - 1)
@@ -81,7 +87,8 @@ class ModelPasses:
             shape = (1, len(block.newest), config.hidden_size)
             hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=self.device)
             dist.recv(hidden, group=layout.groups.pp, group_src=layout.pp_rank - 1)
-        output = decode(self.chunk, block.newest, hidden, cache, self._kernels)
+        experts = self._experts if self._expert_rows is not None else None
+        output = decode(self.chunk, block.newest, hidden, cache, self._kernels, experts)
         if not layout.is_pipeline_last_stage:
             dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         self.sample(output if layout.is_pipeline_last_stage else None, params, block)
@@ -103,7 +110,7 @@ class ModelPasses:
 
     def prefill(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
         """Return logits [u, v_tp] behind the prompts [u, p] on the last pipeline rank; None elsewhere."""
-        self.any_working(working=True)
+        self.begin_pass(_MANY_ROWS)
         return self._run_pipeline(token_ids, cache)
 
     def _run_pipeline(self, token_ids: torch.Tensor, cache: KeyValueCache) -> torch.Tensor | None:
@@ -122,34 +129,50 @@ class ModelPasses:
         dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         return None
 
-    def any_working(self, *, working: bool) -> bool:
-        """Return whether a rank that shares experts with this one still generates; called before each forward pass.
+    def begin_pass(self, num_rows: int, *, working: bool = True) -> bool:
+        """Agree with the ranks that share experts on the next forward pass; return whether one of them needs it.
 
-        Ranks ask each other before every n-th pass, and all of them run the passes until the next time.
+        num_rows: tokens that this rank decodes in it; ``_MANY_ROWS`` for prompts. The host waits for the other hosts,
+        and for no device.
         """
-        group = self.layout.groups.ep
-        if group.size() == 1:
-            return working
-        if self._num_passes % POSITIONS_PER_CHECK[self.device.type] == 0 and not any_rank(working, group):
-            return False
-        self._num_passes += 1
-        return True
+        is_working, most_rows = self.layout.host_ep.max(np.array([int(working), num_rows]))
+        if self._experts is not None:
+            self._expert_rows = self._experts.padded_rows(int(most_rows))
+            if self._expert_rows is not None:
+                self._experts.begin_pass(self._expert_rows)
+        return bool(is_working)
+
+    @property
+    def graph_key(self) -> int | None:
+        """What the next ``step`` depends on beside its buffers; None: on numbers that the host has to read."""
+        return 0 if self.chunk.config.num_moe_experts is None else self._expert_rows
 
     def join_until_all_done(self) -> None:
-        """Run this rank's experts for the others: one token joins each of their forward passes."""
-        while self.any_working(working=False):
+        """Run this rank's experts for the others: in each of their forward passes."""
+        while self.begin_pass(0, working=False):
+            if self._expert_rows is not None:
+                self._experts.serve(self.chunk.config.hidden_size, self.chunk.config.params_dtype)
+                continue
             token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             self._run_pipeline(token, KeyValueCache(None, 1, 1))
+
+    def _batched_experts(self) -> BatchedExperts | None:
+        """Return the experts of decoded tokens; None where they are not batched: on all ranks or on none."""
+        if not self.batches_experts:
+            return None
+        experts, layout = BatchedExperts(self.chunk, self.layout), self.layout
+        is_impossible = np.array([int(not experts.is_possible)])
+        for group in (layout.host_ep, layout.host_replica, layout.host_ep):  # all replicas, all their pipeline ranks
+            is_impossible = group.max(is_impossible)
+        return None if is_impossible[0] else experts
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """Switch to evaluation mode, without graph, sequence parallelism and FP8, and back afterwards.
 
-        Passes are counted from here.
         ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too. A decoded
         token of a few rows does not fill the blocks of an FP8 product, so layers compute with their bfloat16 weights.
         """
-        self._num_passes = 0
         chunk, was_training = self.chunk, self.chunk.training
         fp8 = chunk.config.fp8
         chunk.eval()
@@ -159,8 +182,10 @@ class ModelPasses:
             setattr(owner, name, False)
         try:
             with self.layout.active(), torch.no_grad():
+                self._experts = self._batched_experts()
                 yield
         finally:
+            self._experts = self._expert_rows = None
             for owner, name in switches:
                 setattr(owner, name, True)
             chunk.config.fp8 = fp8

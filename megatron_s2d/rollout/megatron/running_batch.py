@@ -200,8 +200,8 @@ class RunningBatch:
         step = functools.partial(self._passes.step, self._params, self._block, self._cache)
         left = min(cohort.num_left for cohort in self._cohorts)
         for position in range(num_sampled, num_positions):
-            self._passes.any_working(working=True)
-            self._graph.run(step, left - position)
+            self._passes.begin_pass(len(self._block.newest))
+            self._graph.run(step, left - position, self._passes.graph_key)
             self._cache.advance()
             offset = 0
             for cohort in self._cohorts:

@@ -30,6 +30,7 @@ class StepGraph:
     def __init__(self, *, enabled: bool):
         self._enabled = enabled
         self._is_warm = False
+        self._key: int | None = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
 
@@ -37,8 +38,17 @@ class StepGraph:
         """Forget the graph: it would use the buffers of before."""
         self._is_warm, self._graph = False, None
 
-    def run(self, step: Callable[[], None], num_left: int) -> None:
-        """Run ``step``, which must not depend on numbers of the host; num_left: steps to the last, with this one."""
+    def run(self, step: Callable[[], None], num_left: int, key: int | None = 0) -> None:
+        """Run ``step``; num_left: steps to the last, with this one.
+
+        key: the number of the host that it depends on; a graph is of one number. None: it cannot be captured.
+        """
+        if key is None:
+            step()
+            return
+        if key != self._key:
+            self.buffers_moved()
+            self._key = key
         if self._graph is None and self._enabled and self._is_warm and num_left >= _FEWEST_STEPS:
             self._graph = self._capture(step)
         if self._graph is not None:

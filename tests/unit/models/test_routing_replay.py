@@ -12,6 +12,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.models.replayed_dispatch import ReplayedDispatcher
 from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Prompt, Sample, sample_from_json, sample_to_json
@@ -238,3 +239,30 @@ def test_dense_models_are_refused_and_many_experts_take_two_bytes(layout):
     spec = build(layout).spec
     sizes = {count: dataclasses.replace(spec, num_experts=count).expert_index_dtype for count in (256, 257)}
     assert sizes == {256: "uint8", 257: "int16"}
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": "full"}, {"packed": True}])
+def test_numbers_of_tokens_come_from_the_routes_and_not_from_the_device(layout, monkeypatch, options):
+    """Where all tokens have routes; they are the numbers that the dispatcher counts in the routing map."""
+    model = build(layout, **options)
+    samples = generate(model, layout)
+    known = []
+
+    def preprocess(self, routing_map):
+        tokens = preprocess_known(self, routing_map)
+        known.append(self._is_known)
+        assert torch.equal(tokens, routing_map.sum(0))
+        return tokens
+
+    preprocess_known = ReplayedDispatcher.preprocess
+    monkeypatch.setattr(ReplayedDispatcher, "preprocess", preprocess)
+    replayed, _ = gradients(model, samples)
+    assert all(known) and len(known) > 2 * LAYERS
+    # One sample without a record: the router chooses for its tokens, in its micro-batch only.
+    known.clear()
+    others, _ = gradients(model, [*samples[:-1], dataclasses.replace(samples[-1], routed_experts=None)])
+    assert set(known) == {False, True}
+    assert others["loss"] == pytest.approx(replayed["loss"], rel=1e-5)
+    known.clear()
+    model.score(samples)
+    assert all(known)
