@@ -55,6 +55,7 @@ class StageMemory:
     phases: Mapping[str, Mapping[str, int]]  # prefill, decode, export, score, train, update -> purpose -> bytes
     workspaces: int = 0  # of cuBLAS, and Transformer Engine's gradients without values
     build: int = 0  # peak while models and optimizer are made
+    outside: Mapping[str, int] = dataclasses.field(default_factory=dict)  # purpose -> device bytes beside PyTorch's
     pinned: Mapping[str, int] = dataclasses.field(default_factory=dict)  # purpose -> bytes of pinned host memory
 
     @property
@@ -74,15 +75,15 @@ class StageMemory:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Peak bytes of every phase."""
+        """Peak bytes of every phase in PyTorch's allocator."""
         return {"build": self.build} | {
             name: self.resident + sum(added.values()) for name, added in self.phases.items()
         }
 
     @property
     def total(self) -> int:
-        """Peak bytes."""
-        return max(self.peaks.values())
+        """Peak bytes, with those that PyTorch does not allocate."""
+        return max(self.peaks.values()) + sum(self.outside.values())
 
 
 @dataclasses.dataclass(frozen=True)

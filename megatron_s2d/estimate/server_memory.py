@@ -59,7 +59,8 @@ def server_memory(
     models, sglang = served_models(config, name), config.rollout.sglang
     beside = 0
     if shares_gpus(config, gpus_per_node):
-        beside = reserved + (trainer.resident if sglang.enable_memory_saver else trainer.total)
+        held = trainer.resident + sum(trainer.outside.values())
+        beside = reserved + (held if sglang.enable_memory_saver else trainer.total)
     workspace = min(_WORKSPACE, round(_WORKSPACE_SHARE * device_memory))
     result = []
     for model in models:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_s2d.arithmetic import ceil_div
+from megatron_s2d.buffer_sizes import TP_COMM_OVERLAP_BUFFERS
 from megatron_s2d.config.forward_kl import ForwardKlConfig, TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
@@ -212,7 +213,15 @@ class _StageEstimate:
         made = prepare_training_peak(shard, self.build) + sum(item.total for item in frozen)
         memory = self._memory(shard, tuple(models), phases)
         kept = memory.workspaces + shard.placeholder_bytes(self.build)
-        return dataclasses.replace(memory, workspaces=kept, build=made, pinned=pinned)
+        return dataclasses.replace(
+            memory, workspaces=kept, build=made, pinned=pinned, outside=self._outside_of_pytorch()
+        )
+
+    def _outside_of_pytorch(self) -> dict[str, int]:
+        if not (self.on_gpu and self.parallel.tp_comm_overlap):
+            return {}
+        tokens, size = self.stage.micro_batch.max_tokens_per_gpu, BYTES_PER_VALUE[self.config.precision]
+        return {"tp_comm_overlap": TP_COMM_OVERLAP_BUFFERS * tokens * self.spec.hidden_size * size}
 
     def _memory(
         self, shard: ModelShard, models: tuple[ResidentMemory, ...], phases: Mapping[str, Mapping[str, int]]

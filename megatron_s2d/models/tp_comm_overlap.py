@@ -17,7 +17,7 @@ from megatron_s2d.parallel.layout import Layout
 
 
 def prepare_tp_comm_overlap(tokens: int, hidden_size: int, layout: Layout, *, dtype: torch.dtype, fp8: bool) -> None:
-    """Allocate the buffers of [tokens, hidden_size], about 13 of them; collective over all ranks.
+    """Allocate ``TP_COMM_OVERLAP_BUFFERS`` buffers of [tokens, hidden_size]; collective over all ranks.
 
     tokens: of a micro-batch on one context rank, over all sequence shards. A process has one set of buffers; another
     call replaces it. Raises ``UserError`` without Transformer Engine, or where GPUs cannot write to each other.

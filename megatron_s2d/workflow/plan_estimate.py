@@ -93,6 +93,7 @@ def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
             adds.append(f"{phase} {format_bytes(sums[phase])}: {', '.join(purposes)}")
         if memory.peak_phase == "build":
             adds.append(f"in all {format_bytes(memory.build)} while the optimizer is made: weights are there twice")
+        adds += [f"outside of PyTorch: {what} {format_bytes(value)}" for what, value in memory.outside.items()]
         adds += [f"pinned host memory: {what} {format_bytes(value)}" for what, value in memory.pinned.items()]
         row = [name, "\n".join(models), "\n".join(parts), "\n".join(adds), format_bytes(memory.total)]
         if machine is not None:

@@ -84,6 +84,20 @@ def test_the_proposed_settings_are_estimated_to_fit_and_change_little(preflight)
     assert nearest_fit(config, "student_grpo", preflight.specs, shape, 1000) is None
 
 
+def test_buffers_of_tp_comm_overlap_are_in_the_peak_and_in_no_phase(preflight):
+    """13 buffers of a micro-batch's hidden states in bfloat16, which PyTorch's allocator does not have."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    overlapped = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True)
+    estimates = []
+    for layout in (parallel, overlapped):
+        config = preflight.config.model_copy(update={"parallel": layout, "precision": "bfloat16"})
+        estimates.append(rank_memory(config, "opd", preflight.specs, preflight.shapes["opd"], 0, on_gpu=True))
+    plain, with_buffers = estimates
+    tokens, spec = preflight.config.stages["opd"].micro_batch.max_tokens_per_gpu, preflight.specs["student"]
+    assert with_buffers.total - plain.total == 13 * tokens * spec.hidden_size * 2
+    assert with_buffers.peaks == plain.peaks
+
+
 @pytest.mark.parametrize("sizes", [{"tp": 2, "cp": 1, "dp": 2, "pp": 2}, {"tp": 2, "cp": 2, "dp": 3, "pp": 2}])
 def test_ranks_are_ordered_as_megatron_orders_them(sizes):
     from megatron.core.parallel_state import RankGenerator
