@@ -17,8 +17,8 @@ TOP_K_ROWS_PER_CHUNK = 1024
 # parallel/p2p.py: rows on the device at once, in each direction.
 P2P_BUCKET_BYTES = 128 << 20
 
-# models/tp_comm_overlap.py: buffers of [tokens of a micro-batch, hidden size] that Transformer Engine's layers exchange,
-# counted from what it allocates outside of PyTorch.
+# models/tp_comm_overlap.py: buffers of [tokens of a micro-batch, hidden size] that Transformer Engine's layers
+# exchange, counted from what it allocates outside of PyTorch.
 TP_COMM_OVERLAP_BUFFERS = 13
 
 # models/batched_experts.py: rows of all ranks that share experts, up to which every row is multiplied with every expert

@@ -102,11 +102,12 @@ class ModelOnMachine:
     parallel: ParallelConfig
     build: Build
     machine: Machine
+    pp_rank: int = -1  # the last has the most to compute, because it has the output layer
 
     @property
     def shard(self) -> ModelShard:
-        """The shard with the most to compute: the last, which has the output layer."""
-        return pipeline_shards(self.spec, self.parallel)[-1]
+        """The shard of the pipeline rank."""
+        return pipeline_shards(self.spec, self.parallel)[self.pp_rank]
 
     @property
     def replica_span(self) -> int:

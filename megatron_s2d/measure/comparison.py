@@ -84,13 +84,14 @@ def compare_traffic(
 ) -> dict[str, tuple[float, float]]:
     """Return kind of traffic -> bytes that this rank sends in an update: estimated by ``s2d plan``, and measured.
 
-    Of the passes and the update of the trained model on a rank of the last pipeline stage.
+    Of the passes and the update of the trained model.
     """
     config, shape = shortened(config, measurement.stage, shape, limits)
     stage, model = config.stages[measurement.stage], config.model_of(measurement.stage)
     fused, recompute = measurement.transformer_engine, config.models[model].recomputation
     build = Build(BYTES_PER_VALUE[config.precision], fused, recompute, on_gpu=True)
-    on_machine = ModelOnMachine(specs[model], config.parallel, build, Machine(GPUS["h100"], AssumptionsConfig()))
+    machine, pp_rank = Machine(GPUS["h100"], AssumptionsConfig()), measurement.coordinates["pp"]
+    on_machine = ModelOnMachine(specs[model], config.parallel, build, machine, pp_rank)
     work = workload(
         shape.responses,
         shape.length,
@@ -101,7 +102,8 @@ def compare_traffic(
         equal_lengths=True,
     )
     parallel = config.parallel
-    measured = bytes_sent(measurement.call("train").collectives, parallel)
+    is_middle = 0 < pp_rank < parallel.pipeline_model_parallel_size - 1
+    measured = bytes_sent(measurement.call("train").collectives, parallel, is_middle=is_middle)
     measured |= bytes_sent(measurement.call("update").collectives, parallel, "weights")
     estimated = {kind: item.bytes_sent for kind, item in on_machine.train_traffic(work).items()}
     context = estimated.pop("context", 0.0)
@@ -118,9 +120,12 @@ def _looks_like_tensor_traffic(parallel: ParallelConfig) -> bool:
 
 
 def bytes_sent(
-    collectives: Iterable[Collective], parallel: ParallelConfig, gathers: str = "tensor"
+    collectives: Iterable[Collective], parallel: ParallelConfig, gathers: str = "tensor", *, is_middle: bool = False
 ) -> dict[str, float]:
-    """Return kind of traffic -> bytes sent in a ring. gathers: what all-gathers of values in half precision are."""
+    """Return kind of traffic -> bytes sent in a ring.
+
+    gathers: what all-gathers of values in half precision are. is_middle: pipeline ranks come before and after this one.
+    """
     pp_size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     sent: dict[str, float] = {}
     for item in collectives:
@@ -137,9 +142,9 @@ def bytes_sent(
         elif item.kind == "AllReduce" and item.dtype == "f32" and item.bytes > _SMALL:
             kind, size = "tied embedding", 2 * item.bytes * share
         elif item.kind in ("Send", "Recv") and item.dtype == "bf16" and item.ranks == pp_size:
-            # A rank in the middle sends hidden states and gradients of each of its chunks. The last one sends one of
-            # them less, and receives as many as it sends.
-            kind, size = "pipeline", item.bytes * chunks / (2 * chunks - 1)
+            # A rank in the middle sends hidden states and gradients of each of its chunks, and receives as many. The
+            # first and the last one send one of them less.
+            kind, size = "pipeline", item.bytes * (0.5 if is_middle else chunks / (2 * chunks - 1))
         elif item.kind in ("Send", "AllToAll") and item.dtype == "bf16":  # one of the sends is to the rank itself
             kind, size = "expert", item.bytes * share
         else:

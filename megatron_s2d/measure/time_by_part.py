@@ -152,7 +152,7 @@ def _collectives(
     gathers = "weights" if call.phase == "update" else "tensor"
 
     def sent(collectives: Iterable[Collective]) -> dict[str, float]:
-        return bytes_sent(collectives, parallel, gathers)
+        return bytes_sent(collectives, parallel, gathers, is_middle=0 < model.pp_rank < pp_size - 1)
 
     hidden_bytes, parts = sent(overlapped), []
     for kind, size in sent(call.collectives).items():

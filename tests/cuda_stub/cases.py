@@ -115,5 +115,5 @@ def _all_cases() -> dict[str, Case]:
 CASES = _all_cases()
 NEED_TRANSFORMER_ENGINE = set(_read("transformer_engine.yaml")["cases"])
 
-# One GPU, tensor with pipeline ranks, experts, and files. The other layouts take up to half a minute each: slow tests.
-QUICK = {"sft", "opd_tp2_pp2_dp2_packed", "moe_ep8", "sft_saves_and_loads"}
+# Further layouts, of the same parts as those of ``make test``.
+SLOW = {"opd_8b_virtual_stages", "grpo_llama_tp4_pp2", "opd_moe_tp2_cp2_ep4", "sft_14b_middle_stage"}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cases import CASES, HAS_TRANSFORMER_ENGINE, NEED_TRANSFORMER_ENGINE, QUICK
+from cases import CASES, HAS_TRANSFORMER_ENGINE, NEED_TRANSFORMER_ENGINE, SLOW
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.measure.build_stub import stub_library, why_unavailable
@@ -29,7 +29,7 @@ def marks_of(name: str) -> list[pytest.MarkDecorator]:
     """Return the marks of a case: slow, and skipped where its layers are not installed."""
     needs = name in NEED_TRANSFORMER_ENGINE and not HAS_TRANSFORMER_ENGINE
     skip = [pytest.mark.skip(reason="Transformer Engine is not installed (docs/gpu.md)")] if needs else []
-    return skip + ([] if name in QUICK else [pytest.mark.slow])
+    return skip + ([pytest.mark.slow] if name in SLOW | NEED_TRANSFORMER_ENGINE else [])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -58,6 +58,13 @@ def test_memory_is_what_the_plan_estimates(case):
     assert not wrong, errors
 
 
+def test_the_peak_is_what_the_plan_estimates(case):
+    peaks = case.measurement.peaks
+    phases = peaks.keys() & case.estimate.peaks.keys()
+    estimated = max(case.estimate.peaks[phase] for phase in phases)
+    assert abs(estimated / case.measurement.peak_bytes - 1) <= PLAN_ERROR, (estimated, peaks)
+
+
 def test_pinned_memory_is_what_the_plan_estimates(case):
     measured = max(call.pinned_bytes for call in case.measurement.calls)
     estimated = sum(case.estimate.pinned.values())
@@ -65,8 +72,6 @@ def test_pinned_memory_is_what_the_plan_estimates(case):
 
 
 def test_collectives_send_what_the_plan_counts(case):
-    if case.measurement.coordinates["pp"] < case.config.parallel.pipeline_model_parallel_size - 1:
-        return  # the plan counts the last pipeline rank
     traffic = compare_traffic(case.config, case.specs, case.shape, case.measurement, case.limits)
     errors = {kind: measured / estimated - 1 for kind, (estimated, measured) in traffic.items()}
     allowed = case.values.get("traffic_error", {})  # with Transformer Engine only

@@ -1,5 +1,10 @@
-"""``s2d`` whose ranks run on the CUDA stub: ``python s2d_on_stub.py run CONFIG``, with the stub preloaded."""
+"""``s2d`` whose ranks run on the CUDA stub: ``python s2d_on_stub.py fork run CONFIG``, with the stub preloaded.
 
+``fork``: from a process that has imported everything without starting CUDA. ``spawn``: as on a machine with GPUs, each
+rank in a new process.
+"""
+
+import multiprocessing
 import sys
 
 from megatron_s2d.workflow import process_pool
@@ -20,7 +25,21 @@ def run_rank_on_stub(*arguments) -> None:
 
 process_pool._run_worker = run_rank_on_stub  # the function that new processes start with
 
+
+def fork_ranks() -> None:
+    """Let ranks be forks, although there are GPUs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stub_preload"])
+
+    def start(server: process_pool.ProcessServer) -> None:
+        server._forks, server._context = True, context
+
+    process_pool.ProcessServer.__init__ = start
+
+
 if __name__ == "__main__":
     from megatron_s2d.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1] == "fork":
+        fork_ranks()
+    sys.exit(main(sys.argv[2:]))

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ARM = "half_bridge_stage3"
 
 
-@pytest.mark.slow  # each stage and evaluation is a new process, which imports everything
-def test_every_stage_of_the_smoke_workflow_runs(stub, tmp_path):
+# New processes, as on a machine with GPUs, import everything, which takes longer than the stages.
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_every_stage_of_the_smoke_workflow_runs(stub, tmp_path, start):
     document = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text())
     document |= {"precision": "bfloat16", "arms": {ARM: document["arms"][ARM]}, "contrasts": []}
     for stage in document["stages"].values():
@@ -21,7 +22,7 @@ def test_every_stage_of_the_smoke_workflow_runs(stub, tmp_path):
             stage["steps"] = 2
     config = tmp_path / "smoke.yaml"
     config.write_text(yaml.safe_dump(document))
-    program = [sys.executable, str(Path(__file__).with_name("s2d_on_stub.py")), "run", str(config)]
+    program = [sys.executable, str(Path(__file__).with_name("s2d_on_stub.py")), start, "run", str(config)]
     result = subprocess.run(
         ["env", f"LD_PRELOAD={stub}", f"TRITON_LIBCUDA_PATH={stub.parent}", *program, "--out", str(tmp_path / "run")],
         capture_output=True,
