@@ -220,8 +220,9 @@ class OptimizerOffloader:
         torch.cuda.synchronize()
         for tensor in self._offloaded:
             tensor.untyped_storage().resize_(0)
+        # The allocator keeps their memory: giving it back to the driver would wait for the device at every segment.
         for chunk in self._trainable.chunks:
-            chunk.offload_grad_buffers()
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
 
     def reload(self) -> None:
         """Move masters and optimizer state back to the device."""
@@ -234,7 +235,7 @@ class OptimizerOffloader:
     def reload_gradients(self) -> None:
         """Allocate the gradient buffers again, filled with zeros."""
         for chunk in self._trainable.chunks:
-            chunk.restore_grad_buffers()
+            chunk.restore_grad_buffers(synchronize=False)
 
     def _state(self) -> Iterator[torch.Tensor]:
         """Yield optimizer state and masters; a float32 model has no masters besides its parameters, which stay."""
