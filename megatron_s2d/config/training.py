@@ -186,7 +186,7 @@ class RolloutConfig(Config):
     enforce_eager: bool = Field(
         False,
         description="engine megatron on a GPU: launch the kernels of every token one by one instead of replaying a "
-        "CUDA graph (SGLang's disable_cuda_graph); models with experts always do",
+        "CUDA graph (SGLang's disable_cuda_graph)",
     )
     max_mismatch_kl: float | None = Field(
         None,

@@ -11,8 +11,9 @@ on floats are valid, distinct and balanced.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,13 +58,41 @@ _SEARCHES = {aten.searchsorted.Tensor, aten.bucketize.Tensor}
 _EXTREMES = {aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default, aten.median.dim}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Operator:
+    """What does not change between two calls of an operator; asking for it again would take most of the time."""
+
+    name: str
+    is_aten: bool
+    is_view: bool
+    reads: bool  # whether the bytes of its arguments are counted
+    writes: bool  # whether those of its results are
+    is_on_metrics: bool
+    fills: bool  # with one number
+
+    @classmethod
+    def of(cls, func: Any) -> _Operator:
+        name, returns = func.overloadpacket.__name__, func._schema.returns
+        is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        writes = not (func in _UNSET or is_view or name in _PRODUCTS or "attention" in name)
+        return cls(
+            name,
+            func.namespace == "aten",
+            is_view,
+            writes and name not in _WRITES_ONLY,
+            writes,
+            name in _ON_METRICS,
+            name in _FILLED or name in _FILLED_BY,
+        )
+
+
 class HostValues(TorchDispatchMode):
     """Keeps the integers and booleans of the stub's devices right while it is active."""
 
     def __init__(self, stub: Stub):
         super().__init__()
         self._stub = stub
-        self._is_view: dict[Any, bool] = {}
+        self._operators: dict[Any, _Operator] = {}
         self._fill = WeakIdKeyDictionary()  # large float tensor -> (its version, the number that it was filled with)
         self._known = WeakIdKeyDictionary()  # small float tensor whose memory is right -> its version
         self._instead: dict[Any, Callable[..., Any]] = {
@@ -94,38 +123,33 @@ class HostValues(TorchDispatchMode):
     def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run on the device, then compute integer and boolean results on the host."""
         result = func(*args, **kwargs)
-        if func.namespace != "aten":
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = _Operator.of(func)
+        if not operator.is_aten:
             return result
-        self._count_moved(func, args, kwargs, result)
-        if self._returns_view(func):
-            for item in tree_leaves(result):
-                if _is_small_float(item) and self._is_known(args[0]):
+        outputs = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        if operator.is_view:
+            if self._is_known(args[0]):
+                for item in filter(_is_small_float, outputs):
                     self._known[item] = item._version
             return result
-        self._remember_fill(func, args, result)
-        outputs = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        if operator.writes:
+            size = sum(map(_device_bytes, outputs))
+            if operator.reads:
+                size += sum(map(_device_bytes, _tensors(args, kwargs)))
+            if size:
+                self._stub.count_moved(operator.name, size)
+        if operator.fills:
+            self._remember_fill(operator.name, args, result)
         targets = [item for item in outputs if _is_small_integer(item)]
-        floats = [item for item in outputs if _is_small_float(item)]
-        if (
-            floats
-            and func.overloadpacket.__name__ in _ON_METRICS
-            and any(map(self._is_known, tree_leaves((args, kwargs))))
-        ):
-            targets += floats
+        if operator.is_on_metrics:
+            floats = [item for item in outputs if _is_small_float(item)]
+            if floats and any(map(self._is_known, tree_leaves((args, kwargs)))):
+                targets += floats
         if targets:
             self._compute(func, args, kwargs, outputs, targets)
         return result
-
-    def _count_moved(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        """Count the bytes of the device tensors that an operator reads and writes."""
-        name = func.overloadpacket.__name__
-        if func in _UNSET or self._returns_view(func) or name in _PRODUCTS or "attention" in name:
-            return
-        size = sum(map(_device_bytes, tree_leaves(result)))
-        if name not in _WRITES_ONLY:
-            size += sum(map(_device_bytes, tree_leaves((args, kwargs))))
-        if size:
-            self._stub.count_moved(name, size)
 
     def _is_known(self, item: Any) -> bool:
         """Return whether the host knows values of a tensor that are not those of a kernel."""
@@ -135,9 +159,8 @@ class HostValues(TorchDispatchMode):
             return item.dim() > 0 or item.is_cuda
         return self._known.get(item, -1) == item._version
 
-    def _remember_fill(self, func: Any, args: tuple, result: Any) -> None:
-        name = func.overloadpacket.__name__
-        if (name in _FILLED or name in _FILLED_BY) and result.is_cuda and result.is_floating_point():
+    def _remember_fill(self, name: str, args: tuple, result: Any) -> None:
+        if result.is_cuda and result.is_floating_point():
             value = _FILLED[name] if name in _FILLED else args[_FILLED_BY[name]]
             if isinstance(value, int | float):
                 if _is_small_float(result):
@@ -160,14 +183,6 @@ class HostValues(TorchDispatchMode):
         if item.numel() <= _LARGEST_KNOWN:  # may be written to
             return torch.full(item.shape, self._number(item), dtype=item.dtype)
         return torch.full((), self._number(item), dtype=item.dtype).expand(item.shape)
-
-    def _returns_view(self, func: Any) -> bool:
-        known = self._is_view.get(func)
-        if known is None:
-            returns = func._schema.returns
-            known = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-            self._is_view[func] = known
-        return known
 
     def _compute(self, func: Any, args: tuple, kwargs: dict, outputs: list[Any], targets: list[Any]) -> None:
         """Write the values of ``targets``, which are among the ``outputs`` of the operation."""
@@ -309,10 +324,23 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype, count=extent).as_strided(tensor.shape, tensor.stride())
 
 
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors among the arguments of an operator, those in lists included."""
+    found = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple):
+            found += [part for part in item if isinstance(part, torch.Tensor)]
+    return found
+
+
 def _device_bytes(item: Any) -> int:
     """Bytes of a device tensor; of an expanded one those that exist."""
     if not (isinstance(item, torch.Tensor) and item.is_cuda):
         return 0
+    if item.is_contiguous():
+        return item.numel() * item.itemsize
     shape = zip(item.shape, item.stride(), strict=True)
     return math.prod(size for size, stride in shape if stride) * item.itemsize
 
