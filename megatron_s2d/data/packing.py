@@ -137,6 +137,7 @@ class RoutedLayers:
     num_experts: int
     num_experts_per_tok: int
     dtype: str  # of the indices of experts
+    gives_last: bool  # whether last tokens, which have no record, take the experts of the token before
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,8 +146,8 @@ class Routes:
 
     experts: torch.Tensor  # [t, layers of this pipeline rank, experts of a token]; anything where the router chooses
     is_recorded: torch.Tensor  # [t] bool
-    # [t] bool, False where the router chooses: tokens of samples without a record. A last token, which predicts
-    # nothing, takes the experts of the one before, and padding any.
+    # [t] bool, False where the router chooses: tokens of samples without a record, and last tokens unless they are
+    # given. Padding may go anywhere, and is given where all tokens are.
     is_given: torch.Tensor
     is_complete: bool  # whether no router chooses
 
@@ -410,17 +411,17 @@ def _routes(rows: Sequence[Sample], plan: MicroBatchPlan, cp_rank: int, routed: 
     count, top_k = plan.cp_indices.size, routed.num_experts_per_tok
     spread = (np.arange(count)[:, None] * top_k + np.arange(top_k)) % routed.num_experts
     experts = np.repeat(spread[:, None].astype(routed.dtype), len(routed.layers), axis=1)
-    is_recorded, is_given = np.zeros(count, dtype=np.bool_), np.ones(count, dtype=np.bool_)
+    is_recorded, is_given, is_padding = (np.full(count, value) for value in (False, False, True))
     layers = list(routed.layers)
     for row, positions in zip(rows, plan.positions(), strict=True):
         tokens = np.arange(count)[positions]
-        if row.routed_experts is None:
-            is_given[tokens] = False
-        elif len(row.routed_experts):
+        is_padding[tokens] = False
+        if row.routed_experts is not None and len(row.routed_experts):
             recorded, last = np.split(tokens, [len(row.routed_experts)])
-            experts[recorded] = row.routed_experts[:, layers]
-            experts[last] = row.routed_experts[-1, layers]
-            is_recorded[recorded] = True
+            experts[recorded], is_recorded[recorded], is_given[recorded] = row.routed_experts[:, layers], True, True
+            experts[last], is_given[last] = row.routed_experts[-1, layers], routed.gives_last
+    if (is_given | is_padding).all():
+        is_given[:] = True
     local = [torch.from_numpy(values[plan.cp_indices[cp_rank]]) for values in (experts, is_recorded, is_given)]
     return Routes(*(tensor.pin_memory() if pin else tensor for tensor in local), is_complete=bool(local[2].all()))
 

@@ -135,7 +135,12 @@ class RoutingReplay:
             for layer in layers_of_pp_rank(spec, layout.pp_rank, layout.pp_size, stage, layout.vp_size)
         ]
         self.routed_layers = RoutedLayers(
-            tuple(layers), spec.num_experts, spec.num_experts_per_tok, spec.expert_index_dtype
+            tuple(layers),
+            spec.num_experts,
+            spec.num_experts_per_tok,
+            spec.expert_index_dtype,
+            # It predicts nothing, but in later layers it takes part in a load-balancing loss.
+            gives_last=chunks[0].config.moe_router_load_balancing_type == "none",
         )
         self._dtype: torch.dtype = getattr(torch, spec.expert_index_dtype)
         self._layers: list[LayerRoutes] = []
