@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def measure(num_stages: int) -> dict[str, float]:
         start = time.process_time()
         yield
         seconds[name] = time.process_time() - start
+        print(f"{num_stages:,} stages: {name}: {seconds[name]:.2f} s", file=sys.stderr, flush=True)
 
     directory = Path(tempfile.mkdtemp(prefix="s2d_many_"))
     console = Console(file=open(directory / "printed.txt", "w"), width=200)  # noqa: SIM115, closed with the process

@@ -30,17 +30,24 @@ def num_processes() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def in_child(function: Callable[[], None]) -> None:
+    """Call ``function`` in a forked process: its memory goes back to the system at its end."""
+    for _ in forked_map(lambda _: function(), (None,), 1, always=True):
+        pass
+
+
 def forked_map[Item, Result](
-    function: Callable[[Item], Result], items: Iterable[Item], processes: int
+    function: Callable[[Item], Result], items: Iterable[Item], processes: int, *, always: bool = False
 ) -> Iterator[Result]:
-    """Yield ``function`` of each item, in order; in this process for one process or one item.
+    """Yield ``function`` of each item, in order; in this process for one process or one item, unless ``always``.
 
     Items, results and exceptions are pickled, the function is not. The first exception in the order of the items is
     raised. Raises ``UserError`` if a process was killed, by the kernel for memory as a rule.
     """
     items = iter(items)
     first = list(itertools.islice(items, 2))
-    if processes < 2 or len(first) < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    inline = not always and (processes < 2 or len(first) < 2)
+    if inline or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(function, itertools.chain(first, items))
         return
     pool = concurrent.futures.ProcessPoolExecutor(

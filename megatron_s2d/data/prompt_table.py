@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, read_json_object
-from megatron_s2d.data.forked_map import forked_map, num_processes
+from megatron_s2d.data.forked_map import forked_map, in_child, num_processes
 from megatron_s2d.records import Prompt
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class PromptTable(Sequence[Prompt]):
         if indices.dtype == np.bool_:
             if indices.all():
                 return self
-            indices = np.flatnonzero(indices)
+            if self._rows is not None:
+                return PromptTable(self._table, self._rows[indices], self._directory)
+            indices = _true_rows(indices)
         rows = _index(indices, self._table.num_rows) if self._rows is None else self._rows[indices]
         return PromptTable(self._table, rows, self._directory)
 
@@ -161,7 +163,11 @@ class PromptTable(Sequence[Prompt]):
 
         Between the text of the rows the same values would bring most of the table into memory, a page for each few.
         """
-        return compute() if self._directory is None else _remembered(self._directory / f"{name}.npy", compute)
+        return compute() if self._directory is None else self._array(name, compute)
+
+    def _array(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        assert self._directory is not None
+        return _remembered(self._directory / f"{name}.npy", compute, apart=self._table.num_rows > _ROWS_PER_PART)
 
     def prepare(self) -> None:
         """Write what every later start reads: lengths, keys, the order of ids, and columns with one value."""
@@ -227,7 +233,7 @@ class PromptTable(Sequence[Prompt]):
         """Return the indices [n] of the prompts in the order of their ids (as text, by code point)."""
         if self._directory is None:
             return _id_order(self._table if self._rows is None else self._table.take(self._rows))
-        order = _remembered(self._directory / "order.npy", lambda: _id_order(self._table))
+        order = self._array("order", lambda: _id_order(self._table))
         if self._rows is None:
             return order
         place = np.full(self._table.num_rows, -1, dtype=order.dtype)  # row -> index here
@@ -296,12 +302,19 @@ def _list_lengths(column: pyarrow.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
-def _remembered(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array of a file, mapped; it is computed and written if it is not there yet."""
-    if not path.exists():
+def _remembered(path: Path, compute: Callable[[], np.ndarray], *, apart: bool = False) -> np.ndarray:
+    """Return the array of a file, mapped; it is computed and written if it is not there yet.
+
+    apart: computed in a process of its own, which takes much memory.
+    """
+
+    def write() -> None:
         values, header = np.ascontiguousarray(compute()), io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
         atomic_write_bytes(path, header.getvalue(), values.data if values.size else b"")
+
+    if not path.exists():
+        in_child(write) if apart else write()
     array: np.ndarray = np.load(path, mmap_mode="r")
     return array
 
@@ -313,6 +326,13 @@ def _id_order(table: pyarrow.Table) -> np.ndarray:
     return _index(pyarrow.compute.sort_indices(table.column("id")).to_numpy(), table.num_rows)
 
 
+def _true_rows(mask: np.ndarray) -> np.ndarray:
+    """Return the rows of a mask, part by part: numpy's numbers have eight bytes each."""
+    starts = range(0, len(mask), _ROWS_PER_PART)
+    parts = [_index(np.flatnonzero(mask[start : start + _ROWS_PER_PART]) + start, len(mask)) for start in starts]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
 def _index(values: np.ndarray, num_rows: int) -> np.ndarray:
     """Return row numbers in four bytes each, if that is enough."""
-    return values.astype(np.int32 if num_rows < 2**31 else np.int64)
+    return values.astype(np.int32 if num_rows < 2**31 else np.int64, copy=False)

@@ -190,9 +190,9 @@ def corpus_documents(source: TaskSource, tokenizer: Any, start: int, count: int)
 def split_halves(prompts: Sequence[Prompt], seed: int) -> tuple[PromptTable, PromptTable]:
     """Split into two random halves (1H, 2H) that depend on the prompts' ids and the seed, not on their order."""
     table = PromptTable.of(prompts)
-    permuted = table.sorted_by_id()[np.random.default_rng(seed).permutation(len(table))]
-    middle = (len(table) + 1) // 2
-    return table.select(permuted[:middle]), table.select(permuted[middle:])
+    permutation, middle = np.random.default_rng(seed).permutation(len(table)), (len(table) + 1) // 2
+    by_id = table.sorted_by_id()
+    return table.select(by_id[permutation[:middle]]), table.select(by_id[permutation[middle:]])
 
 
 def _name(source: DataSource) -> str:
