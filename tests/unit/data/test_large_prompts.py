@@ -4,6 +4,7 @@ import datetime
 import json
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_memory_of_a_row_is_that_of_its_numbers(tmp_path, monkeypatch):
 def test_a_later_start_reads_numbers_from_files_of_their_own(tmp_path, monkeypatch):
     """Between the text of the rows they would bring the table into memory page by page."""
     monkeypatch.setattr(prompt_cache, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(prompt_table, "_ROWS_PER_PART", 10)  # so that a process of its own computes them
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps({"question": "3 " * (1 + n % 5), "answer": str(n % 17)}) + "\n" for n in range(99))
@@ -68,7 +70,7 @@ def test_a_later_start_reads_numbers_from_files_of_their_own(tmp_path, monkeypat
     monkeypatch.setattr(prompt_table, "_list_lengths", touched.append)
     monkeypatch.setattr(prompt_table, "_values", touched.append)
     first, _ = load()
-    monkeypatch.setattr(first, "_table", None)
+    monkeypatch.setattr(first, "_table", types.SimpleNamespace(num_rows=99))
     for value, other in zip(numbers(first), expected, strict=True):
         assert np.array_equal(value, other)
     assert not touched and first.distinct("domain") == {"math"}
