@@ -22,7 +22,8 @@ def setting_warnings(config: WorkflowConfig) -> Iterator[str]:
     """Yield contrasts that the report will refuse, greedy decoding where samples should differ, unused stages."""
     yield from _refused_contrasts(config)
     yield from _greedy_samples(config)
-    unused = [name for name in config.stages if name not in needed_stages(config)]
+    needed = set(needed_stages(config))
+    unused = [name for name in config.stages if name not in needed]
     if unused:
         yield (
             f"stages: no arm, evaluation or pass-rate check needs {', '.join(unused)}: "
