@@ -5,7 +5,9 @@ rank in a new process.
 """
 
 import multiprocessing
+import os
 import sys
+from pathlib import Path
 
 from megatron_s2d.workflow import process_pool
 
@@ -28,6 +30,8 @@ process_pool._run_worker = run_rank_on_stub  # the function that new processes s
 
 def fork_ranks() -> None:
     """Let ranks be forks, although there are GPUs."""
+    # Where the process that is forked finds what it imports; an import that fails is silently left out.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stub_preload"])
 
