@@ -40,6 +40,7 @@ class StageDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.finished_path = self.path / "finished.json"
         self.model_path = self.path / "model"  # final weights, without optimizer state
+        self.adapter_path = self.path / "adapter"  # of a stage that trains a LoRA adapter: a PEFT directory
         self.cache_path = self.path / "cache"  # of a teacher_cache stage
         self._noted = -math.inf
         self.note_path = self.path / "progress.txt"  # what a round that takes long has done so far

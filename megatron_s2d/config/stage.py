@@ -12,6 +12,7 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config, Name
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, OptimizerConfig
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
@@ -84,6 +85,9 @@ class TrainingStageConfig(ModelStageConfig):
         description="offload the optimizer's state to host memory, and free gradients, between optimizer steps",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    lora: LoraConfig | None = Field(
+        None, description="train a LoRA adapter beside frozen weights (docs/lora.md); null: all weights"
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_one_start(self) -> TrainingStageConfig:

@@ -25,7 +25,7 @@ from megatron_s2d.config.stage_order import sorted_stages
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.table import TableConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
-from megatron_s2d.config.weights import ExpoConfig
+from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.yaml_file import load_yaml
 from megatron_s2d.errors import UserError
 
@@ -252,6 +252,17 @@ class WorkflowConfig(Config):
         """Layouts of all models."""
         others = self.teacher_parallel
         return [self.parallel, *(others.values() if isinstance(others, dict) else [others] if others else [])]
+
+    def shares_weights(self, name: str, frozen: str) -> bool:
+        """Return whether stage ``frozen`` left the weights that stage ``name`` keeps beside its LoRA adapter.
+
+        The trained model with its adapter off then is the frozen one; not if that has a layout of its own.
+        """
+        stage, other = self.stages[name], self.stages[frozen]
+        if getattr(stage, "lora", None) is None or self.frozen_parallel(frozen) != self.parallel:
+            return False
+        unchanged = isinstance(other, LoadCheckpointConfig) and other.model == getattr(stage, "model", None)
+        return unchanged or getattr(stage, "init", None) == frozen
 
     def frozen_parallel(self, stage_name: str) -> ParallelConfig:
         """Return the layout of a stage's model when used as a frozen teacher or reference."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_s2d.arithmetic import round_up
+from megatron_s2d.config.lora import LoraConfig, projection_shape
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import NO_RECOMPUTE, Recompute
@@ -33,6 +34,7 @@ class Build:
     fp8: bool = False  # products of the layers in FP8; each of their matrices then has two FP8 copies, one transposed
     fp8_operands: bool = False  # inputs of the layers' products are saved in FP8
     on_gpu: bool = False  # PyTorch's kernels for CUDA; with Transformer Engine's layers they always are
+    lora: LoraConfig | None = None  # trained instead of the weights
 
     @property
     def operand_bytes(self) -> int:
@@ -128,6 +130,24 @@ class ModelShard:
             sizes += [(hidden, False)] + [(self.local_vocab_size * hidden, False)] * (not self.has_tied_output)
         return sizes
 
+    def trained_sizes(self, lora: LoraConfig | None) -> list[tuple[int, bool]]:
+        """Return ``parameter_sizes`` of what is trained: all weights, or the A and B of an adapter."""
+        if lora is None:
+            return self.parameter_sizes()
+        sizes = []
+        local_experts = self.spec.num_experts // self.parallel.expert_model_parallel_size
+        for name in lora.projections:
+            rows, columns = projection_shape(self.spec, name)
+            is_expert = self.spec.num_experts > 0 and name in ("gate_proj", "up_proj", "down_proj")
+            tp_size = 1 if is_expert else self.tp_size
+            if name in ("o_proj", "down_proj"):
+                columns //= tp_size
+            else:
+                rows //= tp_size
+            pair = [(lora.rank * columns, is_expert), (lora.rank * rows, is_expert)]
+            sizes += pair * (local_experts if is_expert else 1) * self.num_layers
+        return sizes
+
     @property
     def num_parameters(self) -> int:
         """Parameters of a rank."""
@@ -156,7 +176,7 @@ class ModelShard:
         matrices = {count for count, _ in self.parameter_sizes() if count > self.spec.hidden_size} - others
         return build.bytes_per_value * sum(matrices)
 
-    def gradient_buffers(self) -> list[tuple[int, int]]:
+    def gradient_buffers(self, lora: LoraConfig | None = None) -> list[tuple[int, int]]:
         """Return (elements with alignment, ranks that shard the optimizer state) of Megatron's gradient buffers.
 
         Experts get a separate buffer as soon as their sharding differs from that of the dense parameters.
@@ -164,9 +184,12 @@ class ModelShard:
         parallel = self.parallel
         data_ranks = parallel.data_parallel_size * parallel.context_parallel_size
         separate = parallel.expert_model_parallel_size > 1 or self.tp_size > 1
-        dense = [count for count, is_expert in self.parameter_sizes() if not (is_expert and separate)]
+        sizes = self.trained_sizes(lora)
+        dense = [count for count, is_expert in sizes if not (is_expert and separate)]
         buffers = [(_aligned_size(dense, data_ranks), data_ranks)]
-        experts = [count for count, is_expert in self.parameter_sizes() if is_expert and separate]
+        experts = [count for count, is_expert in sizes if is_expert and separate]
+        if experts and not dense:
+            buffers = []
         if experts:
             ranks = self.tp_size * data_ranks // parallel.expert_model_parallel_size
             buffers.append((_aligned_size(experts, ranks), ranks))
@@ -179,11 +202,25 @@ class ModelShard:
         per_token = self._norm_bytes(build) + self._attention_bytes(build)
         if not (build.recompute.recomputes("moe") or build.recompute.recomputes("mlp")):
             per_token += self._feed_forward_bytes(build)
+        per_token += self._adapter_bytes(build)
         rotary_tables = 0 if build.fused else 4 * self.spec.head_dim * build.bytes_per_value  # cosine, sine, q and k
         rows = batch.tokens if batch.packed else batch.seq_length
         if self.parallel.context_parallel_size > 1 and not (build.fused or build.recompute.recomputes("core_attn")):
             per_token += self._gathered_keys_bytes(build, batch)
         return int(batch.tokens * per_token + rows * rotary_tables)
+
+    def _adapter_bytes(self, build: Build) -> float:
+        """Per token: the products with A; their inputs are those that the linear layers would save for themselves."""
+        if build.lora is None:
+            return 0.0
+        copies = {"o_proj": 1 / self.sequence_shards}
+        if self.spec.num_experts:
+            copies |= dict.fromkeys(
+                ("gate_proj", "up_proj", "down_proj"), self.spec.num_experts_per_tok / self.sequence_shards
+            )
+        else:
+            copies["down_proj"] = 1 / self.sequence_shards
+        return build.bytes_per_value * build.lora.rank * sum(copies.get(name, 1) for name in build.lora.projections)
 
     def _feed_forward_bytes(self, build: Build) -> float:
         return self._moe_bytes(build) if self.spec.num_experts else self._mlp_bytes(build)

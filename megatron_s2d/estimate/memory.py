@@ -138,10 +138,12 @@ def workspaces(*, on_gpu: bool) -> int:
 def trained_memory(shard: ModelShard, build: Build, model: str = "", role: str = "student") -> ResidentMemory:
     """Return weights, Megatron's float32 gradient buffers and the distributed optimizer's share of Adam's state."""
     size = build.bytes_per_value
-    buffers = shard.gradient_buffers()
+    buffers = shard.gradient_buffers(build.lora)
     elements = sum(count for count, _ in buffers)
     share = sum(count / ranks for count, ranks in buffers)
     weights = elements * size + shard.fp8_copy_bytes(build)
+    if build.lora is not None:  # beside the frozen ones
+        weights += shard.num_parameters * size
     return ResidentMemory(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
 
 
@@ -152,8 +154,11 @@ def prepare_training_peak(shard: ModelShard, build: Build) -> int:
     are made, one after the other, of a copy in the weights' dtype; counted is the largest one of any data rank.
     """
     size = build.bytes_per_value
-    buffers = shard.gradient_buffers()
-    made, old, copying = 0, shard.num_parameters * size, 0
+    buffers = shard.gradient_buffers(build.lora)
+    sizes = shard.trained_sizes(build.lora)
+    made, old, copying = 0, sum(count for count, _ in sizes) * size, 0
+    if build.lora is not None:
+        made = shard.num_parameters * size  # they stay where they are
     for count, _ in buffers:
         made += count * (size + 4)
         copying = max(copying, made + old)
@@ -163,8 +168,8 @@ def prepare_training_peak(shard: ModelShard, build: Build) -> int:
     masters = sum(4 * count // ranks for count, ranks in buffers)
     copied = 0
     for (count, ranks), experts in zip(buffers, (False, True), strict=False):
-        parameters = [parameter for parameter, is_expert in shard.parameter_sizes() if is_expert == experts]
-        copied = max(copied, size * min(max(parameters), count // ranks))
+        parameters = [parameter for parameter, is_expert in sizes if is_expert == experts]
+        copied = max(copied, size * min(max(parameters, default=0), count // ranks))
     return max(copying, made + masters + copied)
 
 
@@ -245,7 +250,7 @@ def train_phase(
         output = output_workspace(shard, build, batch, on_gpu=on_gpu, teacher=teacher)
         if teacher is not None:
             added["teacher states"] = teacher.size(shard, build, work, on_gpu=on_gpu)
-    if shard.has_tied_output:
+    if shard.has_tied_output and build.lora is None:
         # The output layer's gradient exists until the embedding's is added, at the end of the backward pass.
         backward += shard.local_vocab_size * shard.spec.hidden_size * size
     # The loss runs when all activations are saved and no gradient exists yet: one of the two, not both.
@@ -262,8 +267,9 @@ def update_phase(shard: ModelShard, build: Build, *, on_gpu: bool) -> dict[str, 
     if build.fused:
         return {}
     if on_gpu:
-        return {"square roots": max(4 * count // ranks for count, ranks in shard.gradient_buffers())}
-    return {"reduction": max(4, build.bytes_per_value) * sum(count for count, _ in shard.gradient_buffers())}
+        return {"square roots": max(4 * count // ranks for count, ranks in shard.gradient_buffers(build.lora))}
+    trained = sum(count for count, _ in shard.gradient_buffers(build.lora))
+    return {"reduction": max(4, build.bytes_per_value) * trained}
 
 
 def output_workspace(
@@ -294,7 +300,9 @@ def output_workspace(
         operands += rows * columns * 4
     gradients = 0
     if training:
-        gradients = hidden * size * (rows + batch.tokens) + shard.local_vocab_size * hidden * 4
+        gradients = hidden * size * (rows + batch.tokens)
+        if build.lora is None:
+            gradients += shard.local_vocab_size * hidden * 4
         if on_gpu:  # gradients with respect to logits, collected for one product
             gradients += min(CHUNKS_PER_PRODUCT["cuda"] * chunk, rows) * columns * size
     statistics = 0

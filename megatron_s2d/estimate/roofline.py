@@ -154,14 +154,15 @@ class ModelOnMachine:
         """Return the traffic of one update: float32 gradient reduction, weight gathering, tied embedding gradients."""
         shard, size = self.shard, self.build.bytes_per_value
         gradients = weights = 0.0
-        for count, ranks in shard.gradient_buffers():
+        buffers = shard.gradient_buffers(self.build.lora)
+        for count, ranks in buffers:
             gradients += 4 * count * (ranks - 1) / ranks
             weights += size * count * (ranks - 1) / ranks
         traffic = {}
         if gradients:
-            traffic["gradients"] = Traffic(gradients, len(shard.gradient_buffers()), self.replica_span)
-            traffic["weights"] = Traffic(weights, len(shard.gradient_buffers()), self.replica_span)
-        if self.spec.tie_word_embeddings and self.parallel.pipeline_model_parallel_size > 1:
+            traffic["gradients"] = Traffic(gradients, len(buffers), self.replica_span)
+            traffic["weights"] = Traffic(weights, len(buffers), self.replica_span)
+        if self.build.lora is None and self.spec.tie_word_embeddings and self.parallel.pipeline_model_parallel_size > 1:
             traffic["tied embedding"] = Traffic(4 * shard.local_vocab_size * self.spec.hidden_size, 1, self.world_size)
         return traffic
 
@@ -192,9 +193,10 @@ class ModelOnMachine:
         teacher: if given, the products of its output layer are part of the loss.
         """
         batch, pp_size = work.batch, self.parallel.pipeline_model_parallel_size
-        passes = 3 + self.shard.recomputed_share(self.build)
+        products = 3 if self.build.lora is None else 2  # frozen weights have no gradients
+        passes = products + self.shard.recomputed_share(self.build)
         layers = self._layers_seconds(batch.tokens, batch.seq_length / 2, passes)
-        loss = 3 * self.shard.output_flops(batch.response_tokens)
+        loss = products * self.shard.output_flops(batch.response_tokens)
         if teacher is not None:
             loss += 2 * batch.response_tokens * teacher.hidden_size * self.shard.local_vocab_size
         loss /= self.machine.flops
@@ -211,7 +213,7 @@ class ModelOnMachine:
 
     def optimizer_seconds(self) -> float:
         """Return the time of Adam's reads and writes of this rank's share."""
-        share = sum(count / ranks for count, ranks in self.shard.gradient_buffers())
+        share = sum(count / ranks for count, ranks in self.shard.gradient_buffers(self.build.lora))
         return share * _ADAM_BYTES / self.machine.memory_rate
 
     def score_seconds(self, work: Workload, *, outputs: bool) -> float:

@@ -173,7 +173,8 @@ class _StageEstimate:
     def build(self) -> Build:
         fused = self.on_gpu and self.transformer_engine
         recompute = self.config.models[self.model].recomputation
-        return Build(BYTES_PER_VALUE[self.config.precision], fused, recompute, on_gpu=self.on_gpu)
+        lora = getattr(self.stage, "lora", None)
+        return Build(BYTES_PER_VALUE[self.config.precision], fused, recompute, on_gpu=self.on_gpu, lora=lora)
 
     def memory_of(self, shard: ModelShard) -> StageMemory:
         """Return the memory of one pipeline rank."""
@@ -273,14 +274,16 @@ class _StageEstimate:
         """Return the frozen models on the device, and bytes of models that take turns there, in host memory."""
         resident, waiting = [], 0
         for role, stage, parallel in frozen_models(self.config, self.name):
-            if role == "teacher" and stage == self.name:  # the student itself
+            if stage == self.name and (role == "teacher" or self.build.lora is not None):  # the student itself
+                continue
+            if stage != self.name and self.config.shares_weights(self.name, stage):
                 continue
             model = self.config.model_of(stage)
             shards = pipeline_shards(self.specs[model], parallel)
             if parallel == self.parallel:
                 shards = [shards[shard.pp_rank]]
             fp8 = self.config.fp8 is not None and self.config.fp8.frozen
-            build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8)
+            build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8, lora=None)
             memories = (frozen_memory(item, build, role, model) for item in shards)
             resident.append(max(memories, key=lambda memory: memory.total))
         for role in ("teacher", "reference"):

@@ -63,7 +63,8 @@ def stage_time(
     parallel = config.parallel
     if isinstance(stage, TeacherCacheConfig):
         parallel = config.frozen_parallel(stage.teacher)
-    build = Build(BYTES_PER_VALUE[config.precision], True, config.models[model].recomputation)
+    lora = getattr(stage, "lora", None)
+    build = Build(BYTES_PER_VALUE[config.precision], True, config.models[model].recomputation, lora=lora)
     student = ModelOnMachine(specs[model], parallel, build, machine)
     seconds, traffic = _generation(config, stage, shape, student)
     if isinstance(stage, TeacherCacheConfig):
@@ -109,8 +110,9 @@ def stage_time(
         seconds["weight push"] = push.seconds(machine)
         traffic = add_traffic(traffic, {"weights gathered": push.gathered, "weights to servers": push.sent})
     tokens = shape.updates * shape.responses * shape.length
-    flops = 3 * model_flops(specs[model], tokens, shape.length / 2)
-    flops += 3 * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])
+    products = 3 if lora is None else 2
+    flops = products * model_flops(specs[model], tokens, shape.length / 2)
+    flops += products * shape.updates * shape.responses * shape.response_length * output_flops(specs[model])
     return StageTime(seconds, traffic, tokens, flops)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,15 @@ class NormedRowParallelLinear(RowParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.post_norm = RMSNorm(config, output_size, config.layernorm_epsilon)
+        self.added: Callable[[torch.Tensor], torch.Tensor | None] | None = None  # input -> summand before the norm
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the normalised output [..., h], and no bias."""
         output, bias = super().forward(input_)
         assert bias is None
+        added = None if self.added is None else self.added(input_)
+        if added is not None:
+            output = output + added
         return self.post_norm(output), None
 
 

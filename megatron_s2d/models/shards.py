@@ -82,14 +82,14 @@ def _ffn_size(mapping: ParamMapping, spec: ModelSpec) -> int:
     return spec.ffn_hidden_size if mapping.expert is None else spec.moe_ffn_hidden_size
 
 
-def _rows_of_group(spec: ModelSpec) -> list[int]:
+def rows_of_group(spec: ModelSpec) -> list[int]:
     """Return the rows of one query group in the fused matrix: of its queries, its key, its value."""
     return [spec.q_dim // spec.num_query_groups, spec.head_dim, spec.head_dim]
 
 
 def _read_qkv(mapping: ParamMapping, spec: ModelSpec, source: WeightSource, tp_rank: int, tp_size: int) -> torch.Tensor:
     """Return an equal share of the rows of the fused matrix; with more ranks than groups it is a slice of a group."""
-    sizes = _rows_of_group(spec)
+    sizes = rows_of_group(spec)
     group_rows = sum(sizes)
     shard_rows = group_rows * spec.num_query_groups // tp_size
     start_row, stop_row = tp_rank * shard_rows, (tp_rank + 1) * shard_rows
@@ -126,7 +126,7 @@ def join_shards(mapping: ParamMapping, spec: ModelSpec, shards: list[torch.Tenso
                 return list(zip(names, halves[0], strict=True))
             return [(name, torch.cat([pair[half] for pair in halves])) for half, name in enumerate(names)]
         case "qkv_column_parallel":
-            sizes = _rows_of_group(spec)
+            sizes = rows_of_group(spec)
             fused = torch.cat(shards)
             parts = fused.reshape(spec.num_query_groups, sum(sizes), *fused.shape[1:]).split(sizes, dim=1)
             return [(name, part.flatten(0, 1)) for name, part in zip(names, parts, strict=True)]

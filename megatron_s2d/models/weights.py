@@ -42,8 +42,8 @@ def import_weights(chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layou
 def _import_chunk(chunk: torch.nn.Module, vp_stage: int, spec: ModelSpec, layout: Layout, source: WeightSource) -> None:
     parameters = dict(chunk.named_parameters())
     with torch.no_grad():
-        for name, mapping in _local_mappings(spec, layout, vp_stage):
-            parameter = parameters.pop(_name_in_model(name, parameters))
+        for name, mapping in local_mappings(spec, layout, vp_stage):
+            parameter = parameters.pop(name_in_model(name, parameters))
             group = layout.groups.tp if mapping.expert is None else layout.groups.expt_tp
             shard = read_shard(mapping, spec, source, group.rank(), group.size())
             if shard.shape != parameter.shape:
@@ -63,26 +63,27 @@ def export_buckets(
 
     Collective: all ranks must exhaust it. A bucket has at most ``bucket_bytes`` of full tensors (or one larger
     parameter). Buckets come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies
-    in the model's dtype, without padding rows.
+    in the model's dtype, without padding rows, and with LoRA adapters merged.
     """
     dtype = next(chunks[0].parameters()).dtype
     shapes = dict(hf_tensor_shapes(spec))
     for vp_stage, pp_rank in itertools.product(range(layout.vp_size), range(layout.pp_size)):
-        parameters = dict(chunks[vp_stage].named_parameters())
-        bucket: list[_LocalParam] = []
+        chunk = chunks[vp_stage]
+        parameters = dict(chunk.named_parameters())
+        bucket: list[LocalParam] = []
         bucket_size = 0
-        for param in _params_of_chunk(spec, layout, pp_rank, vp_stage):
+        for param in params_of_chunk(spec, layout, pp_rank, vp_stage):
             size = sum(math.prod(shapes[name]) for name in param.hf_names) * dtype.itemsize
             if bucket and (bucket_size + size > bucket_bytes or param.is_expert != bucket[0].is_expert):
-                yield _gather(bucket, parameters, spec, layout, pp_rank, shapes, dtype)
+                yield _gather(bucket, chunk, parameters, spec, layout, pp_rank, shapes, dtype)
                 bucket, bucket_size = [], 0
             bucket.append(param)
             bucket_size += size
-        yield _gather(bucket, parameters, spec, layout, pp_rank, shapes, dtype)
+        yield _gather(bucket, chunk, parameters, spec, layout, pp_rank, shapes, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class _LocalParam:
+class LocalParam:
     """A parameter under its name on one pipeline rank; for an expert's, the mapping on each expert-parallel rank."""
 
     name: str
@@ -97,10 +98,10 @@ class _LocalParam:
         return [name for mapping in self.mappings for name in mapping.hf_names]
 
 
-def _local_mappings(spec: ModelSpec, layout: Layout, vp_stage: int) -> Iterator[tuple[str, ParamMapping]]:
+def local_mappings(spec: ModelSpec, layout: Layout, vp_stage: int) -> Iterator[tuple[str, ParamMapping]]:
     """Yield name within the chunk and mapping of the parameters of this rank's chunk ``vp_stage``."""
     ep_rank = layout.groups.ep.rank()
-    for param in _params_of_chunk(spec, layout, layout.pp_rank, vp_stage):
+    for param in params_of_chunk(spec, layout, layout.pp_rank, vp_stage):
         yield param.name, param.mappings[ep_rank if len(param.mappings) > 1 else 0]
     is_last = layout.is_pipeline_last_stage and vp_stage == layout.vp_size - 1
     if is_last and spec.tie_word_embeddings and layout.pp_size > 1:
@@ -110,24 +111,24 @@ def _local_mappings(spec: ModelSpec, layout: Layout, vp_stage: int) -> Iterator[
                 yield mapping.parameter, mapping
 
 
-def _params_of_chunk(spec: ModelSpec, layout: Layout, pp_rank: int, vp_stage: int) -> Iterator[_LocalParam]:
+def params_of_chunk(spec: ModelSpec, layout: Layout, pp_rank: int, vp_stage: int) -> Iterator[LocalParam]:
     """Yield the parameters of a pipeline rank's chunk; the output layer only if it is not tied to the embedding."""
     if pp_rank == vp_stage == 0:
-        yield from (_LocalParam(mapping.parameter, (mapping,)) for mapping in global_param_mappings(spec, "first"))
+        yield from (LocalParam(mapping.parameter, (mapping,)) for mapping in global_param_mappings(spec, "first"))
     for local_layer, layer in enumerate(layers_of_pp_rank(spec, pp_rank, layout.pp_size, vp_stage, layout.vp_size)):
         yield from _params_of_layer(spec, layout, layer, local_layer)
     if pp_rank == layout.pp_size - 1 and vp_stage == layout.vp_size - 1:
         for mapping in global_param_mappings(spec, "last"):
             if mapping.parallelism != "vocab_parallel" or not spec.tie_word_embeddings:
-                yield _LocalParam(mapping.parameter, (mapping,))
+                yield LocalParam(mapping.parameter, (mapping,))
 
 
-def _params_of_layer(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[_LocalParam]:
+def _params_of_layer(spec: ModelSpec, layout: Layout, layer: int, local_layer: int) -> Iterator[LocalParam]:
     prefix = f"decoder.layers.{local_layer}."
     by_expert: dict[int, list[ParamMapping]] = {}
     for mapping in layer_param_mappings(spec, layer):
         if mapping.expert is None:
-            yield _LocalParam(prefix + mapping.parameter, (mapping,))
+            yield LocalParam(prefix + mapping.parameter, (mapping,))
         else:
             by_expert.setdefault(mapping.expert, []).append(mapping)
     ep_size = layout.config.expert_model_parallel_size
@@ -136,10 +137,10 @@ def _params_of_layer(spec: ModelSpec, layout: Layout, layer: int, local_layer: i
         # Expert r * experts_per_rank + i is local expert i of expert-parallel rank r.
         experts = (by_expert[ep_rank * experts_per_rank + local_expert] for ep_rank in range(ep_size))
         for mappings in zip(*experts, strict=True):
-            yield _LocalParam(prefix + mappings[0].parameter, tuple(mappings))
+            yield LocalParam(prefix + mappings[0].parameter, tuple(mappings))
 
 
-def _name_in_model(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
+def name_in_model(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
     """Return ``name`` as in this model: Transformer Engine fuses norms into linears and groups experts."""
     if name in parameters:
         return name
@@ -153,13 +154,21 @@ def _name_in_model(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
     return fused
 
 
+def _values(chunk: torch.nn.Module, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the values of a parameter of ``chunk``, with its LoRA adapter merged (``models/lora.py``)."""
+    adapter = getattr(chunk, "adapter", None)
+    merged = None if adapter is None else adapter.merged(parameter)
+    return _dense(parameter) if merged is None else merged
+
+
 def _dense(parameter: torch.Tensor) -> torch.Tensor:
     """Return the parameter's values in the model's dtype, dequantised if Transformer Engine stores it in FP8."""
     return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 
 def _gather(
-    bucket: list[_LocalParam],
+    bucket: list[LocalParam],
+    chunk: torch.nn.Module,
     parameters: dict[str, torch.nn.Parameter],
     spec: ModelSpec,
     layout: Layout,
@@ -174,7 +183,7 @@ def _gather(
     names = [name for param in bucket for name in param.hf_names]
     sizes = [math.prod(shapes[name]) for name in names]
     if layout.pp_rank == pp_rank:
-        shards = [_dense(parameters[_name_in_model(param.name, parameters)]) for param in bucket]
+        shards = [_values(chunk, parameters[name_in_model(param.name, parameters)]) for param in bucket]
         flat = _join(bucket, shards, spec, layout)
     else:
         flat = torch.empty(sum(sizes), dtype=dtype, device=device.device())
@@ -183,14 +192,14 @@ def _gather(
     return [(name, tensor.view(shapes[name])) for name, tensor in zip(names, flat.split(sizes), strict=True)]
 
 
-def _join(bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout) -> torch.Tensor:
+def _join(bucket: list[LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout) -> torch.Tensor:
     """Gather ``shards`` over tensor- and expert-parallel ranks; return the full tensors, flattened and concatenated."""
     full = _full_tensors(bucket, shards, spec, layout)  # what was gathered is freed before the next copy
     return full[0] if len(full) == 1 else torch.cat(full)
 
 
 def _full_tensors(
-    bucket: list[_LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout
+    bucket: list[LocalParam], shards: list[torch.Tensor], spec: ModelSpec, layout: Layout
 ) -> list[torch.Tensor]:
     is_expert = bucket[0].is_expert
     tp_group = layout.groups.expt_tp if is_expert else layout.groups.tp

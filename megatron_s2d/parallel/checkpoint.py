@@ -43,6 +43,7 @@ from megatron_s2d.parallel.trainable_model import TrainableModel
 # Optimizer state is saved parameter by parameter, so it follows the weights to any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _MODEL_PREFIX = "model."
+_ADAPTER_PREFIX = _MODEL_PREFIX + "adapter."
 _NEARLY_FULL_BYTES = 1 << 20
 _VISIBLE_SECONDS = 90.0
 _INITIAL_VALUES = "_high_precision_init_val"  # of parameters in FP8: Transformer Engine 2.19.0
@@ -285,7 +286,15 @@ def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | No
     state: dict[str, Any] = {}
     for index, chunk in enumerate(chunks):
         sharded = chunk.sharded_state_dict(prefix=_MODEL_PREFIX)
-        state[f"chunk{index}"] = {key: value for key, value in sharded.items() if "_extra_state" not in key}
+        # With the optimizer the state of training: of a model with a LoRA adapter (models/lora.py) that is all. Without
+        # it the weights, which the adapter is merged into.
+        has_adapter = hasattr(chunk, "adapter")
+        state[f"chunk{index}"] = {
+            key: value
+            for key, value in sharded.items()
+            if "_extra_state" not in key
+            and (not has_adapter or key.startswith(_ADAPTER_PREFIX) == (trainable is not None))
+        }
     if trainable is not None:
         # Not merged: chunks have equal local names.
         state["optimizer"] = trainable.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_METADATA)
@@ -296,6 +305,9 @@ def _load_weights(chunk: torch.nn.Module, loaded: dict[str, torch.Tensor], direc
     weights = {key.removeprefix(_MODEL_PREFIX): value for key, value in loaded.items()}
     missing, unexpected = chunk.load_state_dict(weights, strict=False)
     missing = [key for key in missing if "_extra_state" not in key]
+    if hasattr(chunk, "adapter"):  # a checkpoint has the adapter or the weights beside it, and all of either
+        has_adapter = any(key.startswith("adapter.") for key in weights)
+        missing = [key for key in missing if key.startswith("adapter.") == has_adapter]
     if missing or unexpected:
         raise UserError(f"{directory}: checkpoint of another model: missing {missing}, unexpected {unexpected}")
     for name, parameter in chunk.named_parameters():

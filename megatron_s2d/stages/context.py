@@ -95,8 +95,15 @@ class StageContext:
         return PromptDataLoader(prompts, self.stage.train_batch_size, self.seed, first)
 
     def save_model(self, model: MegatronModel) -> None:
-        """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective."""
+        """Write the stage's final weights, unless a run that was killed right afterwards has done so; collective.
+
+        A LoRA adapter is written as a PEFT directory and merged into the weights.
+        """
         if not broadcast_from_rank0(self.directory.model_path.exists):
+            if model.adapter is not None:
+                base = self._config.models[self._config.model_of(self.name)].path
+                model.adapter.write(self.directory.adapter_path, "" if base is None else str(base))
+                model.adapter.merge()
             model.save(self.directory.model_path, {"stage": self.name}, with_optimizer=False)
         self._write_assets()
 

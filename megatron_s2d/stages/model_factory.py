@@ -13,6 +13,7 @@ from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.lora import check_layers
 from megatron_s2d.models.published import referenced_source, verify_reference
 from megatron_s2d.models.weights import import_weights
 from megatron_s2d.parallel.collectives import first_error
@@ -28,13 +29,28 @@ class ModelFactory:
         """layout: of the trained model. seed: draws the weights of entries of ``models`` without a ``path``."""
         self._config, self._stage = config, config.stages[stage_name]
         self._seed, self._layout, self._inputs = seed, layout, inputs
+        self._name = stage_name
+        self._trained: MegatronModel | None = None  # with a LoRA adapter
         self._frozen_layouts: dict[ParallelConfig, Layout] = {}  # those that differ from ``layout``
 
     def start(self, *, beta: float | None = None, trained: bool = True) -> MegatronModel:
-        """Return the model that the stage trains, with its starting weights, not yet prepared for training."""
+        """Return the model that the stage trains, with its starting weights, not yet prepared for training.
+
+        trained: False for the starting weights themselves, without a LoRA adapter; then they may be those of the
+        trained model with its adapter off.
+        """
+        if not trained and self._trained is not None:
+            return self._trained.without_adapter()
+        if trained and self._stage.lora is not None:
+            check_layers()
         if self._stage.init is not None:
-            return self.of_stage(self._stage.init, beta=beta, trained=trained)
-        return self.fresh(self._stage.model, beta=beta, trained=trained)
+            model = self.of_stage(self._stage.init, beta=beta, trained=trained)
+        else:
+            model = self.fresh(self._stage.model, beta=beta, trained=trained)
+        if trained and self._stage.lora is not None:
+            model.add_adapter(self._stage.lora, self._seed)
+            self._trained = model
+        return model
 
     def fresh(self, model_name: str, *, beta: float | None = None, trained: bool = False) -> MegatronModel:
         """Return an entry of ``models`` with its own weights: those of its ``path``, or random ones."""
@@ -63,7 +79,12 @@ class ModelFactory:
         return model
 
     def frozen(self, stage_name: str) -> MegatronModel:
-        """Return ``of_stage`` without gradients, at the layout of frozen models: a teacher or a reference."""
+        """Return ``of_stage`` without gradients, at the layout of frozen models: a teacher or a reference.
+
+        Weights that the trained model has beside its LoRA adapter are not loaded again.
+        """
+        if self._trained is not None and self._config.shares_weights(self._name, stage_name):
+            return self._trained.without_adapter()
         model = self.of_stage(stage_name, layout=self._layout_for(self._config.frozen_parallel(stage_name)))
         model.freeze()
         return model

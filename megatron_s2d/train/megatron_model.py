@@ -11,6 +11,7 @@ context-parallel rank, h hidden size, v_tp local rows of the padded vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.precision import Fp8Config
@@ -42,11 +44,12 @@ from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import CheckpointSave, load_checkpoint, start_saving
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.pinned import pinned_like
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 from megatron_s2d.records import AnySample, Sample
+from megatron_s2d.train.adapter import ModelAdapter
 from megatron_s2d.train.alignment import length_multiple
 from megatron_s2d.train.expert_load import ExpertLoad
+from megatron_s2d.train.host_weights import HostWeights
 from megatron_s2d.train.micro_batches import MicroBatcher
 from megatron_s2d.train.packed_sequences import packed_seq_params
 from megatron_s2d.train.pass_metrics import reduce_metrics
@@ -107,8 +110,10 @@ class MegatronModel:
         )
         self.routing_replay = RoutingReplay(self._chunks, spec, layout) if routing_replay else None
         self.trainable: TrainableModel | None = None
+        self.adapter: ModelAdapter | None = None
+        self._is_base = False  # see ``without_adapter``
         self._expert_load: ExpertLoad | None = None
-        self._host_copies: dict[torch.nn.Parameter, torch.Tensor] = {}  # frozen weights in (pinned) host memory
+        self._host_weights = HostWeights()
         self.packs_by_domain = False  # micro-batches of one domain each, for teachers by domain
 
     @property
@@ -127,9 +132,23 @@ class MegatronModel:
         if self.spec.num_experts:
             self._expert_load = ExpertLoad(self._chunks, self.spec, self.layout, self.routing_replay)
 
+    def add_adapter(self, lora: LoraConfig, seed: int) -> None:
+        """Freeze the weights, which are loaded, and train a LoRA adapter instead of them. Collective."""
+        self.adapter = ModelAdapter.add(self._chunks, self.spec, self.layout, lora, seed)
+
+    def without_adapter(self) -> MegatronModel:
+        """Return this model as it is without its adapter, with the same weights in memory.
+
+        It is frozen already, and stays on the device with the trained model: ``freeze``, ``offload`` and ``onload`` do
+        nothing.
+        """
+        base = copy.copy(self)
+        base.trainable, base.routing_replay, base._is_base = None, None, True
+        return base
+
     def freeze(self) -> None:
         """Disable gradients of all parameters."""
-        for chunk in self._chunks:
+        for chunk in () if self._is_base else self._chunks:
             chunk.requires_grad_(False)
 
     def offload(self) -> None:
@@ -137,31 +156,18 @@ class MegatronModel:
 
         The host copy is cached, so only the first offload copies.
         """
+        if self._is_base:
+            return
         if self.trainable is not None:
             raise RuntimeError("a model that is trained cannot be offloaded: its host copy would be stale")
         if not device.capabilities().cuda:
             return
-        self._clear_fp8_workspaces()
-        if not self._host_copies:
-            parameters = list(self.parameters())
-            self._host_copies = dict(zip(parameters, pinned_like(parameters), strict=True))
-            for parameter, copy in self._host_copies.items():
-                copy.copy_(parameter.data, non_blocking=True)
-        for parameter, copy in self._host_copies.items():
-            parameter.data = copy
-        device.synchronize()  # until the copies are complete
+        self._host_weights.offload(self.chunks)
 
     def onload(self) -> None:
         """Move the weights to the device."""
-        self._clear_fp8_workspaces()
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(device.device(), non_blocking=True)
-
-    def _clear_fp8_workspaces(self) -> None:
-        """Drop Transformer Engine's FP8 copies of the weights, which it computes again after the weights moved."""
-        for chunk in self.chunks:
-            for module in chunk.modules():
-                getattr(module, "_fp8_workspaces", {}).clear()
+        if not self._is_base:
+            self._host_weights.onload(self.chunks)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield this rank's parameters, with all values of the last update."""
@@ -312,8 +318,8 @@ class MegatronModel:
     def start_saving(
         self, directory: Path, trainer_state: dict[str, Any], *, with_optimizer: bool, async_save: bool = False
     ) -> CheckpointSave:
-        """See ``parallel.checkpoint.start_saving``; collective."""
-        self._host_copies.clear()  # stale once the weights have changed
+        """See ``parallel.checkpoint.start_saving``; collective. Without the optimizer an adapter must be merged."""
+        self._host_weights.forget()
         trainable = self.trainable if with_optimizer else None
         with contextlib.nullcontext() if trainable is None else trainable.optimizer_loaded():
             return start_saving(
@@ -385,7 +391,9 @@ class MegatronModel:
         missing = -len(passes) % self._count_multiple
         if missing:
             passes = [*passes, *[_Pass(self.pack([], {})[0], outputs=passes[0].outputs)] * missing]
-        with replaying(self.routing_replay, [item.batch.routes for item in passes], trains=False):
+        adapter_off = self.adapter.off() if self._is_base else contextlib.nullcontext()
+        routes = [item.batch.routes for item in passes]
+        with replaying(self.routing_replay, routes, trains=False), adapter_off:
             forward_only(self.chunks, self.layout, forward_step, passes, self._hidden_shapes(passes))
 
     def _forward(self, model: torch.nn.Module, item: _Pass) -> torch.Tensor:

@@ -22,6 +22,7 @@ from megatron_s2d.config.data import DataSource, FileSource, HubSource, TaskSour
 from megatron_s2d.config.environment import FunctionEnvironment
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.lora import WEIGHTS_NAME
 from megatron_s2d.config.needed_stages import (
     TokenizerChoice,
     evaluated_stages,
@@ -54,7 +55,7 @@ _NEUTRAL = {
     "ppo_epochs": 1, "max_prompt_length": None, "prompt_order": "restart", "fixed_advantage": None,
     "policy_loss": "grpo", "entropy_coeff": 0.0, "teacher_advantage": None, "reward_advantage": None,
     "teacher_view": None, "reference_view": None, "domain_weights": None, "log_ratio_clip": None,
-    "max_truncated_fraction": None,
+    "max_truncated_fraction": None, "lora": None,
 }  # fmt: skip
 
 
@@ -269,6 +270,10 @@ def _resolved_stage(
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:
         model = dump(config.models[stage.model])
         resolved["model"] = {key: value for key, value in model.items() if key not in ("tokenizer", "chat_template")}
+    if isinstance(stage, TrainingStageConfig) and stage.lora is not None:
+        lora = settings["lora"] = dict(settings["lora"])
+        if stage.lora.adapter is not None:
+            lora["adapter"] = file_digest(stage.lora.adapter / WEIGHTS_NAME)
     if isinstance(stage, TrainingStageConfig) and config.models[config.model_of(name)].moe_aux_loss_coeff > 0:
         # The load-balancing loss is one of each micro-batch, so that its gradient depends on how samples are packed.
         resolved["micro_batch"] = dump(stage.micro_batch)

@@ -29,6 +29,7 @@ from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.precision import check_shapes
 from megatron_s2d.config.routing_replay import check_routing_replay
 from megatron_s2d.config.sft import SftConfig
+from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
@@ -45,7 +46,13 @@ from megatron_s2d.rollout.sglang.api_key import read_api_key
 from megatron_s2d.verify import check_labels, labels_as_text
 from megatron_s2d.workflow.environment_checks import check_environments
 from megatron_s2d.workflow.likely_mistakes import setting_warnings, vocabulary_warnings
-from megatron_s2d.workflow.stage_checks import check_domain_weights, check_domains, check_expo, check_same_vocabulary
+from megatron_s2d.workflow.stage_checks import (
+    check_adapter_of,
+    check_domain_weights,
+    check_domains,
+    check_expo,
+    check_same_vocabulary,
+)
 from megatron_s2d.workflow.tokenizer_checks import check_tokenizers
 from megatron_s2d.workflow.view_checks import check_views
 
@@ -322,6 +329,8 @@ def _check_stage(
         check_domains(f"{where}.teacher_advantage.teacher", teacher, stage.entries, prompts)
     if isinstance(stage, ExpoConfig):
         check_expo(config, where, stage)
+    if isinstance(stage, TrainingStageConfig):
+        check_adapter_of(config, where, stage, specs[config.model_of(name)])
     overlong_buffer = stage.overlong_buffer if isinstance(stage, GrpoConfig) else None
     if overlong_buffer is not None and overlong_buffer.len > stage.sampling.max_response_length:
         raise UserError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_s2d.config.lora import check_lora
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.policy_loss import StageByDomain
+from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.weights import ExpoConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
@@ -38,6 +40,23 @@ def check_domain_weights(
             f"{where}.domain_weights: it names {', '.join(sorted(weights))}, and the domains of its prompts are "
             f"{', '.join(sorted(domains))}: give each of them a weight"
         )
+
+
+def check_adapter_of(config: WorkflowConfig, where: str, stage: TrainingStageConfig, spec: ModelSpec) -> None:
+    """Refuse a LoRA adapter that the model, the layout or its files do not allow."""
+    lora = stage.lora
+    if lora is None:
+        return
+    check_lora(f"{where}.lora", lora, spec, config.parallel, config.fp8)
+    if lora.adapter is not None:
+        from megatron_s2d.models.peft_files import check_adapter  # loads torch
+
+        if getattr(stage, "kl_loss_coef", 0) > 0 and getattr(stage, "reference", None) is None:
+            raise UserError(
+                f"{where}.reference: with lora.adapter the stage does not start from weights of their own, which "
+                "kl_loss_coef compares with: name the stage whose weights are the reference"
+            )
+        check_adapter(f"{where}.lora", lora, spec)
 
 
 def check_expo(config: WorkflowConfig, where: str, stage: ExpoConfig) -> None:

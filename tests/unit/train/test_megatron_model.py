@@ -20,7 +20,7 @@ from megatron_s2d.parallel.device import capabilities
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
-from megatron_s2d.train import megatron_model
+from megatron_s2d.train import host_weights, megatron_model
 from megatron_s2d.train.loop import check_mismatch_kl
 from megatron_s2d.train.megatron_model import MegatronModel
 
@@ -268,7 +268,7 @@ def test_offloaded_model_is_copied_to_the_host_once(layout, monkeypatch):
         return copies
 
     monkeypatch.setattr(megatron_model.device, "capabilities", lambda: dataclasses.replace(capabilities(), cuda=True))
-    monkeypatch.setattr(megatron_model, "pinned_like", pinned_like)
+    monkeypatch.setattr(host_weights, "pinned_like", pinned_like)
     monkeypatch.setattr(megatron_model.device, "synchronize", lambda: None)
     monkeypatch.setattr(megatron_model.device, "device", lambda: torch.device("cpu"))
     for _ in range(2):
