@@ -1,4 +1,4 @@
-"""Command line of ``s2d convert hf-to-megatron | megatron-to-hf | check | inspect``.
+"""Command line of ``s2d convert hf-to-megatron | megatron-to-hf | merge-adapter | check | inspect``.
 
 Parsing does not import torch; ``run`` imports the module of its command.
 """
@@ -27,6 +27,7 @@ _EXAMPLES = {
         "s2d convert megatron-to-hf runs/quickstart/stages/opd_rl/model exported "
         "--assets runs/quickstart/tokenizer/modular_arithmetic",
     ),
+    "merge-adapter": ("s2d convert merge-adapter models/Qwen3-8B runs/my/stages/grpo/adapter models/Qwen3-8B-grpo",),
     "check": ("s2d convert check models/Qwen3-8B models/Qwen3-8B-megatron --skip-logits",),
     "inspect": (
         "s2d convert inspect runs/quickstart/stages/opd_rl/model",
@@ -70,6 +71,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--assets", metavar="DIR", help="copy tokenizer and configuration files from DIR")
 
+    command = _add_action(actions, "merge-adapter", quiet, "add a LoRA adapter (a PEFT directory) to a model's weights")
+    _add_directories(command, "hf", "adapter", "merged")
+    command.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file")
+
     command = _add_action(actions, "check", quiet, "compare the tensors of both bit by bit, and their logits")
     _add_directories(command, "hf", "megatron")
     command.add_argument(
@@ -98,7 +103,12 @@ def _add_action(
 
 
 def _add_directories(command: argparse.ArgumentParser, *formats: str) -> None:
-    texts = {"hf": "Hugging Face model directory", "megatron": "Megatron checkpoint directory"}
+    texts = {
+        "hf": "Hugging Face model directory",
+        "megatron": "Megatron checkpoint directory",
+        "adapter": "PEFT directory",
+        "merged": "Hugging Face directory to write",
+    }
     for name in formats:
         command.add_argument(f"{name}_directory", metavar=f"{name.upper()}_DIR", help=texts[name])
 
@@ -109,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     actions = {
         "hf-to-megatron": _hf_to_megatron,
         "megatron-to-hf": _megatron_to_hf,
+        "merge-adapter": _merge_adapter,
         "check": _check,
         "inspect": _inspect,
     }
@@ -140,6 +151,19 @@ def _megatron_to_hf(arguments: argparse.Namespace, report: Report) -> None:
         report=report,
     )
     _print_result(arguments.hf_directory, result)
+
+
+def _merge_adapter(arguments: argparse.Namespace, report: Report) -> None:
+    from megatron_s2d.conversion.convert import merge_adapter
+
+    result = merge_adapter(
+        arguments.hf_directory,
+        arguments.adapter_directory,
+        arguments.merged_directory,
+        max_shard_bytes=arguments.max_shard_size,
+        report=report,
+    )
+    _print_result(arguments.merged_directory, result)
 
 
 def _print_result(directory: str, result: Converted) -> None:

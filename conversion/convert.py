@@ -29,6 +29,7 @@ from megatron_s2d.conversion.progress import Report, silent
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout, hf_tensor_shapes
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.peft_files import PeftAdapter
 from megatron_s2d.models.shards import join_shards
 
 _GENERATION_NAME = "generation_config.json"
@@ -148,6 +149,41 @@ def megatron_to_hf(
     if any("token" in name for name in copied):
         return Converted(source.spec)
     return Converted(source.spec, ("no tokenizer files: give a directory that has them with --assets",))
+
+
+def merge_adapter(
+    hf_directory: str | Path,
+    adapter_directory: str | Path,
+    merged_directory: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    report: Report = silent,
+) -> Converted:
+    """Write the Hugging Face directory of a model with a LoRA adapter (a PEFT directory) in its weights.
+
+    W + alpha / rank B A is computed in float32 and stored in the dtype of W, as stages that train an adapter do. Raises
+    ``UserError`` as ``hf_to_megatron`` does, and for an adapter of another model.
+    """
+    source = HfCheckpoint(hf_directory)
+    adapter = PeftAdapter(Path(adapter_directory), source.spec)
+    with report("checking", source.num_bytes) as advance:
+        source.verify_digests(advance)
+    plan = [PlannedTensor(name, source.tensors[name].dtype, shape) for name, shape in hf_tensor_shapes(source.spec)]
+    with atomic_directory(merged_directory) as target:
+        writer = HfWriter(target, plan, max_shard_bytes)
+        with contextlib.closing(writer), report("merging", writer.num_bytes) as advance:
+            for item in plan:
+                tensor, delta = source.read(item.name), adapter.delta(item.name)
+                if delta is not None:
+                    tensor = (tensor.float() + delta).to(item.dtype)
+                writer.write(item.name, tensor)
+                advance(tensor.nbytes)
+            writer.finish()
+        _copy_files(ASSETS, source.directory, target)
+        document = read_json_object(source.directory / "config.json")
+        document.pop("quantization_config", None)  # the weights were dequantised when they were read
+        _write_json(target / "config.json", document)
+    return Converted(source.spec)
 
 
 @dataclasses.dataclass(frozen=True)

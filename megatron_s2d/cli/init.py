@@ -35,6 +35,9 @@ def add_init(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--solution-column", metavar="NAME", help="column of reference solutions, for sft and self-distillation"
     )
+    command.add_argument(
+        "--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank instead of all weights"
+    )
     command.add_argument("--num-gpus", type=int, metavar="N", help="GPUs to train on; 0: CPU")
     command.add_argument("--gpu", metavar="NAME", default="h200", help="kind of GPU (default: h200)")
     command.add_argument("--max-prompt-length", type=int, metavar="N", default=1024, help="in tokens (default: 1024)")
@@ -61,6 +64,7 @@ def _init(options: argparse.Namespace) -> None:
         gpu=options.gpu,
         max_prompt_length=options.max_prompt_length,
         max_response_length=options.max_response_length,
+        lora_rank=options.lora_rank,
     )
     path = write_recipe(request, options.file)
     print(f"wrote {path}, which passes the checks; next:")

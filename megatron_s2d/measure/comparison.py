@@ -89,7 +89,8 @@ def compare_traffic(
     config, shape = shortened(config, measurement.stage, shape, limits)
     stage, model = config.stages[measurement.stage], config.model_of(measurement.stage)
     fused, recompute = measurement.transformer_engine, config.models[model].recomputation
-    build = Build(BYTES_PER_VALUE[config.precision], fused, recompute, on_gpu=True)
+    lora = getattr(stage, "lora", None)
+    build = Build(BYTES_PER_VALUE[config.precision], fused, recompute, on_gpu=True, lora=lora)
     machine, pp_rank = Machine(GPUS["h100"], AssumptionsConfig()), measurement.coordinates["pp"]
     on_machine = ModelOnMachine(specs[model], config.parallel, build, machine, pp_rank)
     work = workload(

@@ -42,6 +42,10 @@ from megatron_s2d.stages.rollout_factory import RolloutFactory
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
 from megatron_s2d.train.megatron_model import DTYPES, MegatronModel
 
+_MEASURED = (
+    "prepare_training", "forward_backward", "optim_step", "load", "score", "hidden_states", "start_saving",
+    "_forward_only",
+)  # fmt: skip
 _MOST_PROMPTS = 1 << 16  # that are made up; a stage's steps read fewer
 
 
@@ -168,6 +172,14 @@ class UnloadedModels(ModelFactory):
         model = self._build_in_phase(self._config.model_of(stage_name), layout or self._layout, beta, trained)
         role = self._roles.get(stage_name, "reference")
         return self._measured(model, trained, "reference" if role == "init" else role)
+
+    def _base(self, relation: str) -> MegatronModel:
+        """Return the trained model without its adapter, whose calls are those of the role."""
+        base = super()._base(relation)
+        for name in _MEASURED:
+            vars(base).pop(name, None)  # of the trained model
+        role = relation.partition(".")[0]
+        return self._measured(base, False, "reference" if role == "init" else role)
 
     @property
     def num_trained_parameters(self) -> int:

@@ -100,6 +100,15 @@ class PeftAdapter:
         info = self._tensors[name]
         return read_bytes(info.path, info.start, info.num_bytes).view(info.dtype).view(shape)
 
+    def delta(self, weight: str) -> torch.Tensor | None:
+        """Return alpha / rank B A in float32 for a weight by its name in a checkpoint; None without an adapter."""
+        stem = weight.removesuffix(".weight")
+        names = [f"{stem}.lora_{kind}.weight" for kind in "BA"]
+        if names[0] not in self._tensors:
+            return None
+        left, right = (self.read(name, self._tensors[name].shape).float() for name in names)
+        return self.config.scale * (left @ right)
+
 
 def check_adapter(where: str, lora: LoraConfig, spec: ModelSpec) -> None:
     """Raise ``UserError`` if ``lora.adapter`` is not an adapter of the model with the settings of ``lora``."""

@@ -40,7 +40,7 @@ class ModelFactory:
         trained model with its adapter off.
         """
         if not trained and self._trained is not None:
-            return self._trained.without_adapter()
+            return self._base("reference")
         if trained and self._stage.lora is not None:
             check_layers()
         if self._stage.init is not None:
@@ -84,7 +84,8 @@ class ModelFactory:
         Weights that the trained model has beside its LoRA adapter are not loaded again.
         """
         if self._trained is not None and self._config.shares_weights(self._name, stage_name):
-            return self._trained.without_adapter()
+            relations = [relation for relation, other in self._stage.inputs().items() if other == stage_name]
+            return self._base(max(relations, key=lambda relation: relation != "init"))
         model = self.of_stage(stage_name, layout=self._layout_for(self._config.frozen_parallel(stage_name)))
         model.freeze()
         return model
@@ -101,6 +102,10 @@ class ModelFactory:
         """Destroy the process groups of layouts that only frozen models have."""
         while self._frozen_layouts:
             self._frozen_layouts.popitem()[1].destroy()
+
+    def _base(self, relation: str) -> MegatronModel:
+        """Return the trained model without its adapter. relation: why the stage needs it (teacher, reference)."""
+        return self._trained.without_adapter()
 
     def _layout_for(self, config: ParallelConfig) -> Layout:
         if config == self._layout.config:

@@ -49,6 +49,7 @@ class NewWorkflow:
     gpu: str
     max_prompt_length: int
     max_response_length: int
+    lora_rank: int | None = None  # of adapters that are trained instead of the weights; None: all weights
 
 
 def write_recipe(request: NewWorkflow, target: Path) -> Path:
@@ -111,7 +112,19 @@ def render_recipe(request: NewWorkflow, target: Path, layout: Proposal | None = 
         "eval_rows": eval_rows,
     }
     parts = [(_FOLDER / f"{part}.yaml").read_text(encoding="utf-8") for part in ("head", request.recipe, "tail")]
-    return string.Template("".join(parts)).substitute(values)
+    text = string.Template("".join(parts)).substitute(values)
+    return text if request.lora_rank is None else _with_adapters(text, request.lora_rank)
+
+
+def _with_adapters(text: str, rank: int) -> str:
+    """Return the workflow with a LoRA adapter in every stage that trains, at ten times the learning rate."""
+
+    def adapted(match: re.Match[str]) -> str:
+        indent, rate = match.groups()
+        lora = f"{indent}lora: {{rank: {rank}}} # adapters of all linear layers; docs/lora.md\n"
+        return f"{lora}{indent}optimizer: {{lr: {float(rate) * 10:.1e}"
+
+    return re.sub(r"( +)optimizer: \{lr: ([0-9.e-]+)", adapted, text)
 
 
 def _columns(request: NewWorkflow) -> str:

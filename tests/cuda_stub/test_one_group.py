@@ -5,6 +5,7 @@ from rank_checks import *  # noqa: F403
 NAMES = [
     "sft",
     "grpo_offload",
+    "grpo_lora",
     "sft_saves_and_loads",
     "sft_cp2",
     "moe_ep8",

@@ -27,7 +27,7 @@ def losses(run_dir, stage, name="loss"):
 
 def test_every_arm_is_evaluated(run_dir):
     arms = json.loads((run_dir / "results.json").read_text())["arms"]
-    assert len(arms) == 33 and all(arm["num_problems"] == 12 for arm in arms.values())
+    assert len(arms) == 35 and all(arm["num_problems"] == 12 for arm in arms.values())
     rows = [json.loads(line) for line in (run_dir / "evaluations/opd/evaluation.jsonl").read_text().splitlines()]
     assert [(row["domain"], len(row["rewards"])) for row in rows] == [("arithmetic", 2)] * 8 + [("products", 3)] * 4
 
@@ -66,6 +66,16 @@ def test_sampling_stages_report_the_mismatch_of_trainer_and_engine(run_dir):
             ), name
             fractions = [value for key, value in row.items() if key.startswith("mismatch/hist/")]
             assert sum(fractions) == pytest.approx(1) and all(fractions), name
+
+
+def test_adapters_start_from_the_same_model_as_all_weights(run_dir):
+    """The first step of both: same samples, same KL; the reference is the student without its adapter."""
+    assert losses(run_dir, "lora_full")[0] == pytest.approx(losses(run_dir, "full_exopd")[0], rel=1e-5)
+    assert losses(run_dir, "lora_full")[1] != pytest.approx(losses(run_dir, "full_exopd")[1], rel=1e-5)
+    assert losses(run_dir, "lora_rl", "reference_kl")[0] < 1e-6
+    for stage in ("lora_rl", "lora_full", "lora_opd"):
+        assert (run_dir / "stages" / stage / "adapter" / "adapter_model.safetensors").is_file()
+        assert (run_dir / "stages" / stage / "model").is_dir()
 
 
 def test_top_k_kl_is_a_lower_bound_of_the_full_kl(run_dir):

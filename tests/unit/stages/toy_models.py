@@ -73,6 +73,7 @@ class ToyModel:
         self.layout, self.shard = LAYOUT, VocabShard.unsharded(VOCAB)
         self.spec = types.SimpleNamespace(vocab_size=VOCAB, hidden_size=WIDTH, max_position_embeddings=64)
         self.packs_by_domain, self.beta, self.is_frozen = False, None, False
+        self.adapter = None
         self.updates: list[Update] = []
         self.saved: list[torch.Tensor] | None = None
 

@@ -59,6 +59,17 @@ def test_recipes_pass_the_checks(user, tmp_path, recipe, capsys):
     assert init(user, target, recipe) == 1 and "exists already" in capsys.readouterr().err
 
 
+def test_adapters_of_a_rank_are_trained_at_ten_times_the_rate(user, tmp_path, capsys):
+    target = tmp_path / "my.yaml"
+    assert init(user, target, "four-stages", "--lora-rank", "4") == 0, capsys.readouterr().err
+    stages = load_workflow(target).stages
+    rates = {name: stage.optimizer.lr for name, stage in stages.items() if getattr(stage, "lora", None)}
+    assert rates == {"rl_teacher": 1e-5, "forward_kl": 5e-5, "opd": 1e-5, "stage3": 1e-5}
+    assert stages["opd"].lora.rank == 4
+    assert init(user, tmp_path / "other.yaml", "grpo", "--lora-rank", "4096") == 1
+    assert "lora.rank: 4096 is more than" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("recipe", "line"),
     [("sft", "have no reference solution"), ("self-distillation", "has no solution; name its column")],
