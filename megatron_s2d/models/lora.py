@@ -341,7 +341,7 @@ def _gather(
             if adapter.is_expert == are_experts
             for item in adapter.tensors()
         ]
-        dist.all_gather_into_tensor(gathered, torch.cat(own), group=group)
+        dist.all_gather_into_tensor(gathered, torch.cat(own)[None], group=group)
     if layout.pp_size > 1:
         dist.broadcast(gathered, dist.get_process_group_ranks(layout.groups.pp)[pp_rank], group=layout.groups.pp)
     result, start = {}, 0

@@ -51,12 +51,12 @@ def check_adapter_of(config: WorkflowConfig, where: str, stage: TrainingStageCon
     if lora.adapter is not None:
         from megatron_s2d.models.peft_files import check_adapter  # loads torch
 
+        check_adapter(f"{where}.lora", lora, spec)
         if getattr(stage, "kl_loss_coef", 0) > 0 and getattr(stage, "reference", None) is None:
             raise UserError(
                 f"{where}.reference: with lora.adapter the stage does not start from weights of their own, which "
                 "kl_loss_coef compares with: name the stage whose weights are the reference"
             )
-        check_adapter(f"{where}.lora", lora, spec)
 
 
 def check_expo(config: WorkflowConfig, where: str, stage: ExpoConfig) -> None:
