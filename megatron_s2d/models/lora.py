@@ -248,7 +248,7 @@ class Adapters(torch.nn.Module):
         """Return Megatron's description of this rank's tensors; keys on disk are those of a checkpoint's tensors."""
         state = {}
         for index, adapter in enumerate(self.linears):
-            data_rank = (self._groups.expt_dp if adapter.is_expert else self._groups.dp_cp).rank()
+            dp_rank = (self._groups.expt_dp if adapter.is_expert else self._groups.dp_cp).rank()
             group = adapter.tp_group
             for item in adapter.tensors():
                 is_sharded = item.sharded_dim is not None
@@ -257,7 +257,7 @@ class Adapters(torch.nn.Module):
                     f"adapter.{item.name}",
                     item.parameter,
                     *offsets,
-                    replica_id=(0, 0 if is_sharded else group.rank(), data_rank),
+                    replica_id=(0, 0 if is_sharded else group.rank(), dp_rank),
                 )
         return state
 

@@ -32,6 +32,7 @@ ADAPTED = {
     "lora:tiny-moe": ("ep2", "tp2"),
     "lora:tiny-gemma3": ("tp2",),
 }
+SLOW_ADAPTED = ("lora:tiny-teacher/cp2", "lora:tiny-moe/tp2")
 MODELS = ("tiny-qwen2", "tiny-mistral", "tiny-gemma3", "tiny-llama", "tiny-moe")
 QUICK = ("tiny-qwen2/tp2", "tiny-mistral/cp2", "tiny-gemma3/tp2")
 CASES = [
@@ -90,7 +91,14 @@ def test_scores_equal_transformers(scores, model, layout):
     assert results[f"{model}/{layout}"]["exported"]
 
 
-@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, names in ADAPTED.items() for layout in names])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, marks=pytest.mark.slow if f"{model}/{layout}" in SLOW_ADAPTED else ())
+        for model, names in ADAPTED.items()
+        for layout in names
+    ],
+)
 def test_adapters_are_the_same_at_every_layout(scores, model, layout):
     results, expected = scores
     result, (rows, sums), alone = results[f"{model}/{layout}"], expected[model], results[f"{model}/dp2"]
