@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Sequence
 
 import torch
@@ -35,18 +36,23 @@ class _Weights:
     is_reversed: bool  # the last expert first
 
 
+_NO_ADAPTERS = types.SimpleNamespace(linears=())
+
+
 class BatchedExperts:
     """The experts of one model on this rank. The ranks that share them call every method together."""
 
     def __init__(self, chunk: torch.nn.Module, layout: Layout):
         self._layers = [layer.mlp for layer in chunk.decoder.layers if isinstance(layer.mlp, MoELayer)]
         self._group = layout.groups.ep
-        self._weights = {id(moe): _stacked(moe) for moe in self._layers}
+        # LoRA adapters of experts (``lora.py``) are beside each expert's own products.
+        has_adapters = any(linear.is_expert for linear in getattr(chunk, "adapter", _NO_ADAPTERS).linears)
+        self._weights = {id(moe): None if has_adapters else _stacked(moe) for moe in self._layers}
         self._num_rows = 0
 
     @property
     def is_possible(self) -> bool:
-        """Whether the weights of all local experts of each layer lie at equal distances."""
+        """Whether the weights of all local experts of each layer lie at equal distances, without adapters."""
         return all(weights is not None for weights in self._weights.values())
 
     def padded_rows(self, num_rows: int) -> int | None:

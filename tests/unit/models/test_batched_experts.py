@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from test_routing_replay import EXPERTS, build
 
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.models import batched_experts
@@ -44,6 +45,13 @@ def test_every_token_gets_the_output_of_its_experts(layout, trained):
 def test_rows_are_padded_to_few_numbers_up_to_a_limit(layout):
     experts = BatchedExperts(build(layout).chunks[0], layout)
     assert [experts.padded_rows(rows) for rows in (0, 1, 3, 4, 5, 512, 513)] == [1, 1, 4, 4, 8, 512, None]
+
+
+@pytest.mark.parametrize(("target", "batched"), [("q_proj", True), ("experts", False)])
+def test_experts_with_adapters_are_not_batched(layout, target, batched):
+    model = build(layout)
+    model.add_adapter(LoraConfig(rank=2, targets=[target]), seed=0)
+    assert BatchedExperts(model.chunks[0], layout).is_possible == batched
 
 
 def test_weights_that_lie_elsewhere_are_not_batched(layout):
