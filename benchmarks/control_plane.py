@@ -199,7 +199,7 @@ def measure_rank(rank: int, size: int, directory: Path, response_length: int) ->
 def run(source: Any, layout: Any, path: Path, response_length: int, files: OpenedFiles) -> list[dict[str, float]]:
     """Run the training loop with ``source``; return a row for each step but the first, which imports and connects."""
     is_offline = isinstance(source, OfflineSource)
-    engine = None if is_offline else source.buffer.worker.engine
+    rollouts = None if is_offline else source.buffer
     path.mkdir(exist_ok=True)
     settings = LoopSettings(STEPS + 1, CheckpointConfig(interval_steps=10**6))
     model = StandInModel(layout, 1.0, 4 * response_length)
@@ -212,7 +212,7 @@ def run(source: Any, layout: Any, path: Path, response_length: int, files: Opene
             StageDirectory(path),
             settings,
             teacher=StandInDistributions(),
-            engine=engine,
+            rollouts=rollouts,
         )
     return measured.rows[1:]
 

@@ -135,7 +135,7 @@ def train_rank(rank: int, size: int, num_groups: int, directory: Path) -> None:
     path.mkdir(exist_ok=True)
     train(
         student, source, opd_objective(stage), StageDirectory(path), settings, teacher=distributions,
-        engine=buffer.worker.engine,
+        rollouts=buffer,
     )  # fmt: skip
     (directory / f"{rank}.json").write_text(json.dumps(np.diff(source.times, axis=0)[1:].tolist()))
     shutdown_distributed()

@@ -97,7 +97,7 @@ class StandInEngine:
     def __init__(self, response_length: int):
         self._length = response_length
 
-    def generate(self, requests: Sequence[Request], progress: Any = None, *, num_groups: int | None = None) -> list:
+    def generate(self, requests: Sequence[Request], progress: Any = None) -> list:
         samples = []
         for request in requests:
             random = np.random.default_rng(request.seed)
@@ -106,9 +106,6 @@ class StandInEngine:
             reason = "stop" if length < self._length else "length"
             samples.append(sample_of(request, tokens, log_probs, reason, self.version))
         return samples
-
-    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        pass
 
     def sleep(self) -> None:
         pass

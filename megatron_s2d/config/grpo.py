@@ -63,8 +63,20 @@ class FilterGroupsConfig(Config):
     max_num_gen_batches: int = Field(
         ge=2,
         description="largest number of batches sampled for one step, including the first; then the step trains on "
-        "fewer prompts",
+        "groups without a signal",
     )
+    min_pass_rate: float = Field(
+        0.0, ge=0, le=1, description="also replace groups with a smaller share of correct responses (pass rate)"
+    )
+    max_pass_rate: float = Field(
+        1.0, ge=0, le=1, description="also replace groups with a larger share of correct responses"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_range(self) -> FilterGroupsConfig:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is above max_pass_rate: no group would be left")
+        return self
 
 
 class GrpoConfig(TrainingStageConfig):

@@ -217,15 +217,16 @@ class RolloutConfig(Config):
         ge=0,
         le=64,
         description="training steps between the weights that sample a response and the step that trains on it, at "
-        "most: generation runs that far ahead. null: 0 with async_mode sync, otherwise 1. Engine megatron generates "
-        "that many steps early, which saves no time",
+        "most: generation runs that far ahead, and groups that over_sampling_ratio carries over start again when they "
+        "get older. null: 0 with async_mode sync, otherwise 1, and 1 more with over_sampling_ratio above 1. Engine "
+        "megatron generates that many steps early, which saves no time",
     )
     over_sampling_ratio: float = Field(
         1.0,
         ge=1.0,
         le=8.0,
         description="prompts in flight per prompt that a step needs; a step trains on the first groups to finish and "
-        "carries the others over. Needs an engine that runs beside the trainer",
+        "carries the others over, for max_staleness steps at most. Needs an engine that runs beside the trainer",
     )
     server: ServerConfig = ServerConfig()
     sglang: SglangConfig = SglangConfig()
@@ -235,7 +236,7 @@ class RolloutConfig(Config):
         """``max_staleness`` with its default."""
         if self.max_staleness is not None:
             return self.max_staleness
-        return 0 if self.async_mode == "sync" else 1
+        return int(self.async_mode != "sync") + int(self.over_sampling_ratio > 1)
 
     @pydantic.model_validator(mode="after")
     def _check_staleness(self) -> RolloutConfig:
@@ -244,15 +245,16 @@ class RolloutConfig(Config):
                 f"async_mode {self.async_mode} trains on responses of older weights: set max_staleness to 1 or more, "
                 "or async_mode: sync"
             )
-        if self.engine == "sglang" and self.async_mode == "sync" and self.staleness > 0:
+        over_samples = self.over_sampling_ratio > 1
+        if self.engine == "sglang" and self.async_mode == "sync" and self.staleness > 0 and not over_samples:
             raise ValueError(
                 "max_staleness above 0 needs an async_mode with servers: one_step_off (a weight update waits for the "
                 "responses in flight) or partial_rollout (it interrupts them)"
             )
-        if self.over_sampling_ratio > 1 and self.staleness > 1:
+        if over_samples and self.async_mode != "sync" and self.staleness < 2:
             raise ValueError(
-                "over_sampling_ratio above 1 takes the groups that are complete first, and max_staleness above 1 takes "
-                "them in order: set one of the two"
+                f"over_sampling_ratio with async_mode {self.async_mode} needs max_staleness 2 or more: responses are a "
+                "step old when they are taken first, and those that are carried over two"
             )
         return self
 

@@ -223,10 +223,6 @@ class WorkflowConfig(Config):
                     f"{where}: with rollout.async_mode or over_sampling_ratio responses come from older weights, as "
                     "with max_staleness: set rollout_correction.mode: tis or mask, or remove it"
                 )
-            if rollout.over_sampling_ratio > 1.0 and getattr(stage, "filter_groups", None):
-                raise ValueError(f"{where}: filter_groups needs rollout.over_sampling_ratio: 1")
-            if rollout.staleness > 1 and getattr(stage, "filter_groups", None):
-                raise ValueError(f"{where}: filter_groups needs rollout.max_staleness: 0 or 1")
             if rollout.over_sampling_ratio > 1.0 and getattr(stage, "on_policy_fraction", 1.0) < 1.0:
                 raise ValueError(f"{where}: on_policy_fraction below 1 needs rollout.over_sampling_ratio: 1")
         return self

@@ -318,13 +318,7 @@ class ShortEngine:
         if inner is not None:
             inner._passes.prefill = recorder.wrap("prefill", inner._passes.prefill)
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        progress: ProgressCallback | None = None,
-        *,
-        num_groups: int | None = None,
-    ) -> list[Sample]:
+    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
         """Return one sample per request, of the longest length."""
         if self._inner is not None and requests:
             with self._recorder.phase("decode"):
@@ -371,9 +365,6 @@ class ShortEngine:
                 spec, layout = self._model.spec, self._model.layout
                 for _ in export_buckets(chunks, spec, layout, bucket_bytes=self._bucket_bytes):
                     pass
-
-    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Do nothing."""
 
     def sleep(self) -> None:
         """Do nothing."""

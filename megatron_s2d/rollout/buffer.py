@@ -1,12 +1,18 @@
-"""Rollout buffer: the graded samples that each training step takes, and the groups in flight.
+"""Rollout buffer: the one place that knows which groups are in flight. Trainer and producers meet only here.
 
-The engine gets the requests of later steps as soon as it has answered this one's, for ``max_staleness`` steps ahead
-(one step at least; an engine that does not run beside the trainer ignores requests that it gets early, unless the
-staleness is above 0). Steps take their groups in order, so a response is at most ``max_staleness`` steps older than the
-weights that are trained on it, and which prompts are in flight is a function of the step.
+The trainer takes the groups of a step (``next_batch``) and hands over new weights (``update_weights``). The buffer
+decides what is generated when, which complete groups a step trains on, and what becomes of those that are in flight at
+a weight update:
 
-With an ``over_sampling_ratio`` above 1 more groups are in flight than a step needs: a step takes the first that are
-complete, and the others continue in the next one.
+- ``max_staleness`` bounds the age of every group: a step trains on no token that was sampled more than so many updates
+  of a step before it. In the trainer's process responses are generated that many steps early; with an ``async_mode``
+  they are generated beside the trainer, by servers.
+- ``over_sampling_ratio`` above 1 keeps more groups in flight than a step needs. A step takes the first that are
+  complete, but those first that the next step would find too old; what is left over and too old starts again.
+- ``group_filter`` drops groups, such as those whose rewards are all equal, and refills the step.
+
+Without over-sampling steps take their groups in the order of the loader, so which prompts are in flight is a function of
+the step.
 """
 
 from __future__ import annotations
@@ -14,15 +20,72 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from megatron_s2d.data.prompt_table import PromptTable
-from megatron_s2d.records import AnySample, Prompt
-from megatron_s2d.rollout.response_table import Group, GroupKey, flatten, gather_keys
+from megatron_s2d.data.sample_exchange import broadcast_samples
+from megatron_s2d.records import AnySample, Prompt, Sample
+from megatron_s2d.rollout.group_filters import GroupFilter
+from megatron_s2d.rollout.response_table import (
+    Group,
+    GroupKey,
+    ListedPrompts,
+    PromptNumbers,
+    flatten,
+    gather_keys,
+)
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
 
 _RECENT_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferPolicy:
+    """What the buffer lets happen between trainer and producers; the defaults are synchronous."""
+
+    max_staleness: int = 0  # updates of a step between the weights that sample a token and those that it trains
+    async_mode: Literal["sync", "one_step_off", "partial_rollout"] = "sync"
+    over_sampling_ratio: float = 1.0  # groups in flight per group of a step
+    group_filter: GroupFilter | None = None  # None: all groups are trained on
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a ``BackgroundRunner`` generates, rather than an engine that completes every call."""
+        return self.async_mode != "sync" or self.over_sampling_ratio > 1
+
+    @property
+    def ahead(self) -> int:
+        """Steps whose groups are in flight while one trains."""
+        if self.runs_beside and self.async_mode == "sync":
+            return 0
+        if self.over_sampling_ratio > 1:  # a group that is carried over gets a step older
+            return max(1, self.max_staleness - 1)
+        return self.max_staleness
+
+
+@dataclasses.dataclass(eq=False)
+class Flight:
+    """A group that was asked for and that no step has taken yet."""
+
+    group: Group
+    born: int  # the step whose weights, before its update, were the first to sample it
+    samples: list[Sample] | None = None  # None: not complete yet, as far as this rank knows
+
+    @property
+    def name(self) -> str:
+        """Name of its episode."""
+        return self.group.key.group_id
+
+
+class Batch(NamedTuple):
+    """What a step takes, the same on every rank."""
+
+    prompts: list[Prompt]  # of all samples
+    samples: list[AnySample]  # of ``train_batch_size`` groups, group by group
+    generated: list[AnySample]  # with those that a ``group_filter`` has dropped
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,58 +97,79 @@ class RolloutBuffer:
     train_batch_size: int  # prompts of a step: the first ones of the loader's
     num_generations: int
     steps: int
-    over_sampling_ratio: float = 1.0
-    prefetches: bool = True  # False: the caller calls ``prefetch``, because it samples more before that
-    max_staleness: int = 0  # steps that requests are submitted ahead; 0: as 1, for an engine that ignores them
-    _groups: dict[int, list[Group]] = dataclasses.field(default_factory=dict)  # of this data-parallel rank, by step
-    _in_flight: list[Group] = dataclasses.field(default_factory=list)  # incomplete after the last step taken
-    _submitted: int = 0  # last step whose requests the engine has
-    _wait_seconds: float = 0.0  # of the trainer in the last step
+    policy: BufferPolicy = BufferPolicy()
+    _flights: list[Flight] = dataclasses.field(default_factory=list)  # in the order in which they were asked for
+    _complete: dict[str, list[Sample]] = dataclasses.field(default_factory=dict)  # of flights; on producers
+    _carried: list[Group] = dataclasses.field(default_factory=list)  # of a checkpoint, until the first step
+    _submitted: int = 0  # last step whose groups are in flight
+    _generated: int = 0  # last step whose groups were generated by an engine that completes every call
+    _last_taken: int = 0  # last step that was taken
+    _weights: int = 1  # the step that trains the current weights
+    _num_discarded: int = 0  # tokens of complete groups that started again, since the last step
+    _measured: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last step
     _recent: dict[int, list[Prompt]] = dataclasses.field(default_factory=dict)  # new prompts of the latest steps
 
-    def next_batch(self, step: int) -> tuple[list[Prompt], list[AnySample]]:
-        """Return (prompts, their samples, prompt by prompt) of ``step``."""
-        groups, engine = self._prepare(step), self.worker.engine
-        del self._groups[step]
-        start = time.perf_counter()
-        if self._num_extra:
-            samples = engine.generate(flatten(groups), num_groups=self._num_local)
-            complete = {sample.group_id for sample in samples}
-            self._in_flight = [group for group in groups if group.key.group_id not in complete]
-        else:
-            samples = self.worker.generate(flatten(groups))
-        self._wait_seconds = time.perf_counter() - start
-        self._submitted = max(self._submitted, step)
-        if self.prefetches:
-            self.prefetch(step + 1)
-        gathered = self.worker.grade_and_gather(groups, samples, _StepPrompts(self))
-        return self._prompts(sample.prompt_id for sample in gathered[:: self.num_generations]), gathered
+    # ------------------------------------------------------------------ the trainer
 
-    def prefetch(self, step: int) -> None:
-        """Submit the requests of ``step`` and of ``max_staleness - 1`` later ones, none twice, none after the last."""
-        last = min(self.steps, step + max(1, self.max_staleness) - 1)
-        for ahead in range(max(step, self._submitted + 1), last + 1):
-            requests = flatten(self._prepare(ahead))
-            if all(request.prompt.environment is None for request in requests):  # episodes start with their step
-                self.worker.engine.submit(requests, self._num_local if self._num_extra else None)
-            self._submitted = ahead
+    def next_batch(self, step: int) -> Batch:
+        """Return the samples of ``step``; groups of later steps are in flight afterwards. Collective."""
+        self._weights = step
+        self._submit(step)
+        start = time.perf_counter()
+        flights = self._take(step)
+        waited = time.perf_counter() - start
+        self._last_taken = step
+        for ahead in range(step + 1, min(self.steps, step + self.policy.ahead) + 1):
+            self._submit(ahead)
+            self._generate(ahead)
+        samples = self._graded(flights, _StepPrompts(self))
+        batch = Batch(self._prompts(sample.prompt_id for sample in samples[:: self.num_generations]), samples, samples)
+        if self.policy.group_filter is not None:
+            batch = self._refilled(step, batch, self.policy.group_filter)
+        self._measure(step, flights, waited)
+        return batch
+
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
+        """Hand the weights after the last step to the producers; see ``RolloutEngine``. Collective.
+
+        Requests in flight are waited for (``one_step_off``) or interrupted and continued (``partial_rollout``), and
+        groups that would get too old start again.
+        """
+        engine, policy = self.worker.engine, self.policy
+        if policy.runs_beside:
+            waits = policy.async_mode == "one_step_off"
+            if waits and self._num_extra and 0 < self._last_taken < self.steps:
+                self._collect(lambda ended: self._is_enough(ended, self._last_taken + 1))
+            engine.pause(interrupt=not waits or bool(self._num_extra))
+        self._weights = self._last_taken + 1
+        self._restart([flight for flight in self._flights if self._deadline(flight) < self._weights])
+        engine.update_weights(chunks, version)
+
+    def sleep(self) -> None:
+        """Release the producers' memory until the next weight update, if possible; see ``RolloutEngine``."""
+        self.worker.engine.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """Return how long the trainer waited for the samples of the last step; nothing where it generates itself."""
-        return {"rollout/wait_seconds": self._wait_seconds} if self.max_staleness else {}
+        """Return the measurements of the last step and of its weight update."""
+        return self._measured | self.worker.engine.metrics()
 
     def state(self) -> dict[str, Any]:
-        """Return what ``resume`` needs to continue after the last step taken. Collective."""
+        """Return what ``resume`` needs to continue after the last step taken. Collective.
+
+        Groups of later steps are a function of the step; those that over-sampling carries over are not.
+        """
         if not self._num_extra:
             return {}
-        keys = gather_keys([group.key for group in self._in_flight], _StepPrompts(self), self.worker.layout)
+        carried = [flight.group.key for flight in self._flights if flight.group.key.step <= self._last_taken]
+        keys = gather_keys(carried, _StepPrompts(self), self.worker.layout)
         return {"carried": [dataclasses.astuple(key) for key in keys]}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Restart the groups that were in flight at a checkpoint; their tokens so far are lost."""
+        """Continue after the step of a checkpoint. What was in flight starts again: tokens are lost, prompts not."""
+        self._last_taken = self._submitted = self._generated = int(state.get("step", 0))
         keys = self.worker.dp_shard([GroupKey(*values) for values in state.get("carried", [])])
         prompts = self._prompts(key.prompt_id for key in keys)
-        self._in_flight = [
+        self._carried = [
             self.worker.group(prompt, self.num_generations, key) for prompt, key in zip(prompts, keys, strict=True)
         ]
 
@@ -95,9 +179,178 @@ class RolloutBuffer:
             first = (step - 1) * self.loader.per_step + (self._num_extra if step > 1 else 0)
             count = self.train_batch_size + (self._num_extra if step == 1 else 0)
             self._recent[step] = self.loader.slice(first, first + count)
-            while len(self._recent) > _RECENT_STEPS + self.max_staleness:
+            while len(self._recent) > _RECENT_STEPS + self.policy.max_staleness:
                 del self._recent[next(iter(self._recent))]
         return self._recent[step]
+
+    # ------------------------------------------------------------------ the producers
+
+    def _submit(self, step: int) -> None:
+        """Put the new groups of ``step`` in flight, once."""
+        if step <= self._submitted:
+            return
+        groups = self.worker.groups(self.prompts_of_step(step), self.num_generations, step)
+        batch, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
+        self._begin([*self._carried, *self.worker.dp_shard(batch), *self.worker.dp_shard(extra)], priority=step)
+        self._carried, self._submitted = [], step
+
+    def _begin(self, groups: Sequence[Group], priority: int) -> list[Flight]:
+        """Put ``groups`` in flight; servers begin at once, those of smaller ``priority`` first."""
+        flights = [Flight(group, self._weights) for group in groups]
+        self._flights += flights
+        if self.policy.runs_beside:
+            episodes = {flight.name: self.worker.group_episode(flight.group) for flight in flights}
+            self.worker.engine.start(episodes, priority)
+        return flights
+
+    def _generate(self, step: int) -> None:
+        """Generate the groups of ``step`` now, once, with an engine that completes every call."""
+        if self.policy.runs_beside or step <= self._generated:
+            return
+        self._generated = step
+        flights = [flight for flight in self._flights if flight.group.key.step == step]
+        samples = iter(self.worker.generate(flatten([flight.group for flight in flights])))
+        for flight in flights:
+            flight.samples = [next(samples) for _ in flight.group.requests]
+
+    def _take(self, step: int) -> list[Flight]:
+        """Wait for the groups of ``step`` and take them out of flight, with their samples."""
+        if self.policy.runs_beside:
+            self._collect(lambda ended: self._is_enough(ended, step))
+            return self._landed(self._selected(step, self._complete.keys()))
+        self._generate(step)
+        taken = [flight for flight in self._flights if flight.group.key.step == step]
+        self._flights = [flight for flight in self._flights if flight.group.key.step != step]
+        return taken
+
+    def _collect(self, is_enough: Callable[[Set[str]], bool]) -> None:
+        """Wait until ``is_enough`` of the names of complete groups; on producers ``_complete`` has them then."""
+        complete = self._complete.keys()
+        self._complete |= self.worker.engine.wait(lambda ended: is_enough(ended | complete))
+        if self.policy.async_mode == "sync":  # the trainer works now, and the servers with its next weights
+            self.worker.engine.pause(interrupt=True)
+
+    def _landed(self, selected: Sequence[Flight]) -> list[Flight]:
+        """Take the producer's ``selected`` groups out of flight, with their samples, on all ranks of the replica."""
+        own = [sample for flight in selected for sample in self._complete.pop(flight.name, [])]
+        samples: dict[str, list[Sample]] = {}
+        for sample in broadcast_samples(own, self.worker.layout):
+            samples.setdefault(sample.group_id, []).append(sample)
+        taken = {flight.name: flight for flight in self._flights if flight.name in samples}
+        for name, flight in taken.items():
+            flight.samples = samples[name]
+        self._flights = [flight for flight in self._flights if flight.name not in samples]
+        return [taken[name] for name in samples]
+
+    def _restart(self, flights: Sequence[Flight]) -> None:
+        """Start groups again with the weights that follow; their tokens are discarded."""
+        if not flights:
+            return
+        names = [flight.name for flight in flights]
+        for samples in (self._complete.pop(name) for name in names if name in self._complete):
+            self._num_discarded += sum(sample.response_length for sample in samples)
+        self.worker.engine.cancel(names)
+        self._flights = [flight for flight in self._flights if flight not in flights]
+        self._begin([flight.group for flight in flights], priority=self._last_taken + 1)
+
+    # ------------------------------------------------------------------ policies
+
+    @property
+    def _num_extra(self) -> int:
+        """Groups in flight beyond those of a step, over all data-parallel ranks."""
+        return math.ceil(round(self.train_batch_size * (self.policy.over_sampling_ratio - 1), 6))
+
+    @property
+    def _num_local(self) -> int:
+        """Groups of a step on this data-parallel rank."""
+        return len(self.worker.dp_shard(range(self.train_batch_size)))
+
+    def _deadline(self, flight: Flight) -> int:
+        """Return the last step that may train on the group."""
+        return flight.born + self.policy.max_staleness
+
+    def _candidates(self, step: int) -> tuple[list[Flight], list[Flight]]:
+        """Return (groups that would be too old after ``step``, other groups that it may take)."""
+        flights = self._flights if self._num_extra else [f for f in self._flights if f.group.key.step == step]
+        due = [flight for flight in flights if self._deadline(flight) <= step]
+        return due, [flight for flight in flights if self._deadline(flight) > step]
+
+    def _is_enough(self, ended: Set[str], step: int) -> bool:
+        """Return whether ``step`` can take its groups if those of ``ended`` are complete."""
+        due, others = self._candidates(step)
+        num_due = sum(flight.name in ended for flight in due)
+        num_complete = num_due + sum(flight.name in ended for flight in others)
+        return num_complete >= self._num_local and num_due >= min(len(due), self._num_local)
+
+    def _selected(self, step: int, ended: Set[str]) -> list[Flight]:
+        """Return the groups that ``step`` takes if those of ``ended`` are complete: what is due, then the earliest."""
+        due, others = self._candidates(step)
+        return [flight for flight in [*due, *others] if flight.name in ended][: self._num_local]
+
+    def _graded(self, flights: Sequence[Flight], numbers: PromptNumbers) -> list[AnySample]:
+        """Return the samples of all ranks' ``flights``, graded and group by group."""
+        own = [sample for flight in flights for sample in flight.samples or ()]
+        return self.worker.grade_and_gather([flight.group for flight in flights], own, numbers)
+
+    def _refilled(self, step: int, batch: Batch, group_filter: GroupFilter) -> Batch:
+        """Return ``batch`` without the groups that ``group_filter`` drops, and with others from further prompts.
+
+        If these do not fill the step either, dropped groups keep its size; their advantages are zero.
+        """
+        prompts, generated = list(batch.prompts), list(batch.samples)
+        accepted = group_filter.accepted(generated)
+        # A prompt that over-sampling has in flight would come twice in this step.
+        in_flight = {prompt.id for prompt in self.prompts_of_step(step)} if self._num_extra else set()
+        for attempt in range(1, group_filter.max_num_gen_batches):
+            num_missing = self.train_batch_size - len(accepted) // self.num_generations
+            used = {prompt.id for prompt in prompts} | in_flight
+            extra_prompts = self.loader.resample(step, attempt, used, num_missing) if num_missing else []
+            if not extra_prompts:
+                break
+            extra = self._sample_now(extra_prompts, step)
+            prompts += extra_prompts
+            generated += extra
+            accepted += group_filter.accepted(extra)
+        selected = {sample.group_id for sample in accepted}
+        for sample in generated:
+            if len(selected) == self.train_batch_size:
+                break
+            selected.add(sample.group_id)
+        return Batch(prompts, [sample for sample in generated if sample.group_id in selected], generated)
+
+    def _sample_now(self, prompts: Sequence[Prompt], step: int) -> list[AnySample]:
+        """Return graded samples of further ``prompts`` with the current weights, before those of later steps."""
+        if not self.policy.runs_beside:
+            return self.worker.sample(prompts, self.num_generations, step)
+        groups = self.worker.dp_shard(self.worker.groups(prompts, self.num_generations, step))
+        flights = self._begin(groups, priority=0)
+        names = {flight.name for flight in flights}
+        self._collect(lambda ended: names <= ended)
+        return self._graded(self._landed(flights), ListedPrompts(prompts))
+
+    # ------------------------------------------------------------------ measurements and prompts
+
+    def _measure(self, step: int, flights: Sequence[Flight], waited: float) -> None:
+        """Set the metrics of ``step``, which trains on ``flights``; none where everything is synchronous. Collective.
+
+        Ages are in steps, from the weights that began a group to those that ``step`` trains.
+        """
+        if not self.policy.runs_beside and not self.policy.max_staleness:
+            return
+        ages = np.array([step - flight.born for flight in flights], dtype=np.int64)
+        totals = self.worker.layout.host_dp
+        total, count = totals.sum(np.array([ages.sum(), len(ages)], dtype=np.int64))
+        self._measured = {
+            "rollout/wait_seconds": waited,
+            "rollout/staleness": float(total / max(1, count)),
+            "rollout/staleness_max": float(totals.max(np.array([ages.max(initial=0)]))[0]),
+        }
+        if self.policy.runs_beside:
+            self._measured |= self.worker.engine.measurements()
+            self._measured["rollout/discarded_tokens"] = (
+                self._measured.get("rollout/discarded_tokens", 0.0) + self._num_discarded
+            )
+            self._num_discarded = 0
 
     def _prompts(self, ids: Iterable[str]) -> list[Prompt]:
         """Return the prompts with ``ids``; those that are not of the latest steps take a pass over the ids of all."""
@@ -105,25 +358,6 @@ class RolloutBuffer:
         unknown = [name for name in wanted if name not in recent]
         found = PromptTable.of(self.loader.prompts).find(unknown) if unknown else {}
         return [recent.get(name) or found[name] for name in wanted]
-
-    @property
-    def _num_extra(self) -> int:
-        """Groups in flight beyond those of a step, over all data-parallel ranks."""
-        return math.ceil(round(self.train_batch_size * (self.over_sampling_ratio - 1), 6))
-
-    @property
-    def _num_local(self) -> int:
-        """Groups of a step on this data-parallel rank."""
-        return len(self.worker.dp_shard(range(self.train_batch_size)))
-
-    def _prepare(self, step: int) -> list[Group]:
-        """Return the groups in flight and the new ones of ``step``."""
-        if step in self._groups:
-            return self._groups[step]
-        groups = self.worker.groups(self.prompts_of_step(step), self.num_generations, step)
-        batch, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
-        self._groups[step] = [*self._in_flight, *self.worker.dp_shard(batch), *self.worker.dp_shard(extra)]
-        return self._groups[step]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

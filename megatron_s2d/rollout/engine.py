@@ -86,22 +86,8 @@ class RolloutEngine(Protocol):
 
     version: int  # of the weights in use; written to every sample's weight_versions
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        progress: ProgressCallback | None = None,
-        *,
-        num_groups: int | None = None,
-    ) -> list[Sample]:
-        """Return one sample per request, in the order of ``requests``.
-
-        num_groups: return when that many groups are complete, with their samples alone; the others are interrupted,
-        and continued when their requests come again. Only served engines can.
-        """
-        ...
-
-    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Announce the requests of the next ``generate``; an engine that runs beside the trainer may start them."""
+    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
+        """Return one sample per request, in the order of ``requests``."""
         ...
 
     def sleep(self) -> None:

@@ -26,6 +26,7 @@ from megatron_s2d.rollout.engine import (
 )
 from megatron_s2d.rollout.environments.manager import EnvironmentManager
 from megatron_s2d.rollout.response_table import Group, GroupKey, ListedPrompts, PromptNumbers, flatten, gather_responses
+from megatron_s2d.rollout.sampling_client import Episode, single_turn, together
 from megatron_s2d.verify import RewardManager, Verdict
 
 _EXAMPLES_PER_STEP = 2
@@ -98,6 +99,17 @@ class RolloutWorker:
         is_producer = self.layout.is_replica_root
         data = self.layout.host_replica.broadcast(encode_samples(samples) if is_producer else None, 0)
         return samples if is_producer else decode_samples(data)[0]
+
+    def group_episode(self, group: Group) -> Episode[list[Sample]]:
+        """Return the responses, or episodes, of a group as one episode."""
+        return together(
+            [
+                single_turn(request)
+                if self.environments is None or request.prompt.environment is None
+                else self.environments.episode(request)
+                for request in group.requests
+            ]
+        )
 
     def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Group]:
         """Return the group of each prompt; a prompt that comes twice has different seeds and ids."""

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt, Sample, WeightVersionSpan
-from megatron_s2d.rollout.engine import Request, SamplingParams
+from megatron_s2d.rollout.engine import Request, SamplingParams, sample_of
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -84,6 +84,42 @@ class EpisodeRunner(Protocol):
         ...
 
 
+class BackgroundRunner(EpisodeRunner, Protocol):
+    """An engine that runs episodes beside the trainer, such as servers. All ranks of the job call these methods.
+
+    It knows what it was told to run and nothing else: which episodes there are, and which are taken, is decided in
+    ``buffer.py``. Only producers have results; other ranks pass the same names.
+    """
+
+    def start(self, episodes: Mapping[str, Episode[Any]], priority: int = 0) -> None:
+        """Start ``episodes``, by name, and return at once. Requests of smaller ``priority`` are sent first."""
+        ...
+
+    def wait(self, is_enough: Callable[[Set[str]], bool]) -> dict[str, Any]:
+        """Let episodes run until ``is_enough`` of the names that have ended; take what has ended, by name.
+
+        Raises as ``run`` does. An interrupted episode goes on.
+        """
+        ...
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """End episodes; their tokens are discarded. Names that have been taken are no episodes any more."""
+        ...
+
+    def pause(self, *, interrupt: bool) -> None:
+        """Return when no request is in flight, until the next ``wait`` or weight update.
+
+        interrupt: end the requests that are in flight; they go on later with what they have.
+        """
+        ...
+
+    def measurements(self) -> dict[str, float]:
+        """Return ``rollout/producer_wait_seconds`` (without a request) and ``rollout/discarded_tokens`` since the last
+        call, of this rank.
+        """
+        ...
+
+
 def shift_spans(spans: Sequence[WeightVersionSpan], offset: int) -> tuple[WeightVersionSpan, ...]:
     """Return ``spans`` of a completion as spans of the sequence in which it starts at ``offset``."""
     return tuple(WeightVersionSpan(span.start + offset, span.stop + offset, span.version) for span in spans)
@@ -99,6 +135,43 @@ def completion_of(sample: Sample) -> Completion:
         shift_spans(sample.weight_versions, -start),
         sample.routed_experts,
     )
+
+
+def single_turn(request: Request) -> Episode[Sample]:
+    """Return the episode of ``request`` that is one response."""
+
+    async def episode(client: SamplingClient) -> Sample:
+        prompt = np.asarray(request.prompt.token_ids, dtype=np.int64)
+        completion = await client.sample(prompt, request.params, seed=request.seed, request_id=request.id)
+        spans = completion.weight_versions
+        versions = [np.full(span.stop - span.start, span.version, dtype=np.int64) for span in spans]
+        return sample_of(
+            request,
+            completion.token_ids,
+            completion.log_probs,
+            completion.finish_reason,
+            np.concatenate(versions) if versions else np.zeros(0, dtype=np.int64),
+            completion.routed_experts,
+        )
+
+    return episode
+
+
+def together[Result](episodes: Sequence[Episode[Result]]) -> Episode[list[Result]]:
+    """Return ``episodes``, which run at the same time, as one; it fails with the first of them that does."""
+
+    async def call(episode: Episode[Result], client: SamplingClient) -> Result:
+        return await episode(client)
+
+    async def episode(client: SamplingClient) -> list[Result]:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(call(part, client)) for part in episodes]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in running]
+
+    return episode
 
 
 def token_request(request_id: str, token_ids: np.ndarray, params: SamplingParams, seed: int) -> Request:

@@ -15,11 +15,10 @@ from megatron_s2d.objectives.advantages import (
     distillation_advantage,
     group_relative,
     overlong_penalty,
-    zero_variance_groups,
 )
 from megatron_s2d.objectives.distill import policy_distillation_objective
 from megatron_s2d.objectives.policy import grpo_objective
-from megatron_s2d.records import AnySample, Prompt, Sample, own_samples, with_array
+from megatron_s2d.records import AnySample, Sample, own_samples, with_array
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
@@ -63,9 +62,9 @@ def run_grpo(context: StageContext) -> None:
             reward_manager,
             context.rollouts.environments(model, reward_manager),
         )
-        buffer = context.rollouts.buffer(context.prompt_loader(), worker, prefetches=stage.filter_groups is None)
+        buffer = context.rollouts.buffer(context.prompt_loader(), worker)
         source = GrpoSource(stage, buffer, reference, context.seed, teacher)
-        train(actor, source, objective, context.directory, context.loop_settings(), engine=engine)
+        train(actor, source, objective, context.directory, context.loop_settings(), rollouts=buffer)
     context.save_model(actor)
 
 
@@ -124,9 +123,9 @@ class GrpoSource:
         self.buffer.resume(state)
 
     def step(self, step: int) -> StepData:
-        """Sample, filter groups where configured, score with the reference, compute advantages."""
+        """Take groups, score with the reference, compute advantages."""
         stage = self.stage
-        samples, prompts, generated = self._sample(step)
+        prompts, samples, generated = self.buffer.next_batch(step)
         metrics = response_metrics(generated)
         if self.reference is not None:
             with timed("reference"):
@@ -136,10 +135,8 @@ class GrpoSource:
         if self.teacher is not None:
             samples, teacher_metrics = self.teacher.added(samples, step)
             metrics |= teacher_metrics
-        metrics |= self.buffer.metrics() | {
-            "zero_variance_fraction": zero_variance_fraction,
-            "rollout/num_generated": float(len(generated)),
-        }
+        metrics["zero_variance_fraction"] = zero_variance_fraction
+        metrics["rollout/num_generated"] = float(len(generated))
         mini_batches = [
             MiniBatch(part, {"policy_weight": policy_loss_weights(part, stage)})
             for parts in mini_batches_by_epoch(samples, stage, self.seed, step)
@@ -147,40 +144,6 @@ class GrpoSource:
         ]
         shown = examples(step, samples, prompts, self.buffer.worker.tokenizer, self.buffer.worker.layout)
         return StepData(mini_batches, metrics, shown, self.buffer.state())
-
-    def _sample(self, step: int) -> tuple[list[AnySample], list[Prompt], list[AnySample]]:
-        """Return (samples of ``train_batch_size`` groups to train on, all prompts, all generated samples)."""
-        stage = self.stage
-        prompts, generated = self.buffer.next_batch(step)
-        if stage.filter_groups is None:
-            return generated, prompts, generated
-        prompts = list(prompts)
-        informative = _informative(generated)
-        for attempt in range(1, stage.filter_groups.max_num_gen_batches):
-            num_missing = stage.train_batch_size - len(informative) // stage.num_generations
-            used = {prompt.id for prompt in prompts}
-            extra_prompts = self.buffer.loader.resample(step, attempt, used, num_missing) if num_missing else []
-            if not extra_prompts:
-                break
-            extra = self.buffer.worker.sample(extra_prompts, stage.num_generations, step)
-            prompts += extra_prompts
-            generated = generated + extra
-            informative += _informative(extra)
-        self.buffer.prefetch(step + 1)
-        selected = {sample.group_id for sample in informative}
-        # If resampling does not fill the batch, uninformative groups keep its size; their advantages are zero.
-        for sample in generated:
-            if len(selected) == stage.train_batch_size:
-                break
-            selected.add(sample.group_id)
-        return [sample for sample in generated if sample.group_id in selected], prompts, generated
-
-
-def _informative(samples: Sequence[AnySample]) -> list[AnySample]:
-    """Return the samples of groups whose rewards differ."""
-    rewards = np.array([sample.reward for sample in samples])
-    uninformative = set(zero_variance_groups(rewards, np.array([sample.group_id for sample in samples])).tolist())
-    return [sample for sample in samples if sample.group_id not in uninformative]
 
 
 def with_advantages(samples: Sequence[AnySample], stage: GrpoConfig) -> tuple[list[AnySample], float]:

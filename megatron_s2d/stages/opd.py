@@ -27,7 +27,7 @@ from megatron_s2d.objectives.distill import divergence_objective, policy_distill
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import AnySample, Sample, own_samples, with_array, without_array
-from megatron_s2d.rollout.buffer import RolloutBuffer
+from megatron_s2d.rollout.buffer import Batch, RolloutBuffer
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.rollout.served.engine import ServedEngine
@@ -95,7 +95,7 @@ def run_opd(context: StageContext) -> None:
             source = DivergenceOpdSource(stage, student, buffer, scorers, cached, context.seed)
             teacher = distribution_teacher(stage, student, scorers, references)
         settings = context.loop_settings(max_kl=stage.max_kl)
-        train(student, source, opd_objective(stage), context.directory, settings, teacher=teacher, engine=engine)
+        train(student, source, opd_objective(stage), context.directory, settings, teacher=teacher, rollouts=buffer)
     context.save_model(student)
 
 
@@ -182,8 +182,8 @@ class DivergenceOpdSource:
         """Sample; responses are not scored, because the loss reads distributions."""
         stage = self.stage
         num_on_policy, tokenizer = self.buffer.train_batch_size, self.buffer.worker.tokenizer
-        prompts, samples = self.buffer.next_batch(step) if num_on_policy else ([], [])
-        metrics = response_metrics(samples) | self.buffer.metrics() if samples else {}
+        prompts, samples, _ = self.buffer.next_batch(step) if num_on_policy else Batch([], [], [])
+        metrics = response_metrics(samples) if samples else {}
         check_truncated(metrics, stage.max_truncated_fraction, step)
         shown = examples(step, samples, prompts, tokenizer, self.student.layout) if samples else []
         passes = mini_batches_by_epoch(samples, stage, self.seed, step)
@@ -226,8 +226,8 @@ class PolicyGradientOpdSource:
     def step(self, step: int) -> StepData:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
-        prompts, samples = self.buffer.next_batch(step)
-        metrics = response_metrics(samples) | self.buffer.metrics()
+        prompts, samples, _ = self.buffer.next_batch(step)
+        metrics = response_metrics(samples)
         check_truncated(metrics, stage.max_truncated_fraction, step)
         samples, weight_scale, advantage_metrics = self._with_advantages(self._scored(samples), step)
         metrics |= advantage_metrics

@@ -10,9 +10,10 @@ from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.tokenizer import stop_token_ids
 from megatron_s2d.errors import UserError
-from megatron_s2d.rollout.buffer import RolloutBuffer
+from megatron_s2d.rollout.buffer import BufferPolicy, RolloutBuffer
 from megatron_s2d.rollout.engine import RolloutEngine, SamplingParams
 from megatron_s2d.rollout.environments.manager import EnvironmentManager
+from megatron_s2d.rollout.group_filters import GroupFilter
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
 from megatron_s2d.rollout.served.backend import ServerRequirements
@@ -100,7 +101,6 @@ class RolloutFactory:
             max_batch_tokens=rollout.max_batch_tokens,
             routing_replay=model.routing_replay,
             enforce_eager=rollout.enforce_eager,
-            generates_early=rollout.staleness > 0,
         )
 
     def served_teacher(
@@ -119,23 +119,22 @@ class RolloutFactory:
         loader: PromptDataLoader,
         worker: RolloutWorker,
         train_batch_size: int | None = None,
-        *,
-        prefetches: bool = True,
     ) -> RolloutBuffer:
-        """Return the buffer that the stage's steps take their samples from.
-
-        train_batch_size: by default the stage's. prefetches: see ``RolloutBuffer``.
-        """
-        stage = self._config.stages[self._stage_name]
+        """Return the buffer that the stage's steps take their samples from. train_batch_size: by default the stage's."""
+        stage, rollout = self._config.stages[self._stage_name], self._config.rollout
+        filter_groups = getattr(stage, "filter_groups", None)
         return RolloutBuffer(
             loader,
             worker,
             stage.train_batch_size if train_batch_size is None else train_batch_size,
             stage.num_generations,
             stage.steps,
-            self._config.rollout.over_sampling_ratio,
-            prefetches,
-            self._config.rollout.staleness,
+            BufferPolicy(
+                rollout.staleness,
+                rollout.async_mode,
+                rollout.over_sampling_ratio,
+                None if filter_groups is None else GroupFilter(**filter_groups.model_dump()),
+            ),
         )
 
     def close(self) -> None:

@@ -28,7 +28,6 @@ from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel.collectives import broadcast_flag
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import own_samples, with_array, without_array
-from megatron_s2d.rollout.engine import RolloutEngine
 from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import MetricsLog, Timer
@@ -76,6 +75,22 @@ class Teacher(Protocol):
         ...
 
 
+class Rollouts(Protocol):
+    """Where samples of the policy are generated, with its weights (``rollout/buffer.py``)."""
+
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
+        """Generate with the current weights of ``chunks`` from now on, as ``version``. Collective."""
+        ...
+
+    def sleep(self) -> None:
+        """Release memory until the next weight update, if possible."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return measurements of the last step and of its weight update, for the step's row."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
     """Length, checkpoints and limits of a training run."""
@@ -97,7 +112,7 @@ def train(
     settings: LoopSettings,
     *,
     teacher: Teacher | None = None,
-    engine: RolloutEngine | None = None,
+    rollouts: Rollouts | None = None,
 ) -> None:
     """Run a stage from its last checkpoint (or its start) to its last step. Collective.
 
@@ -108,16 +123,16 @@ def train(
     state = checkpoints.resume()
     num_updates = state["updates"]  # optimizer updates so far, which is also the weight version
     source.resume(state)
-    if engine is not None:
-        engine.update_weights(model.chunks, num_updates)
+    if rollouts is not None:
+        rollouts.update_weights(model.chunks, num_updates)
     log = open_log(stage, state["step"], settings.tensorboard)
     timer = Timer()
     for step in range(state["step"] + 1, settings.steps + 1):
         with timer.section("rollout"):
             data = source.step(step)
-            if engine is not None:
-                engine.sleep()
-        lag = {} if engine is None else policy_lag(data.mini_batches, num_updates, model.layout)
+            if rollouts is not None:
+                rollouts.sleep()
+        lag = {} if rollouts is None else policy_lag(data.mini_batches, num_updates, model.layout)
         with timer.section("score"):
             mini_batches = with_old_log_probs(
                 model,
@@ -149,11 +164,11 @@ def train(
                 metrics["balance/moved_samples"] = Metric.of(num_moved)
             update_metrics.append(metrics)
             num_updates += 1
-        if engine is not None:
+        if rollouts is not None:
             with timer.section("update_weights"):
-                engine.update_weights(model.chunks, num_updates)
+                rollouts.update_weights(model.chunks, num_updates)
         num_tokens = sum(mini_batch.num_tokens for mini_batch in data.mini_batches)
-        step_metrics = dict(data.metrics) | lag | ({} if engine is None else engine.metrics())
+        step_metrics = dict(data.metrics) | lag | ({} if rollouts is None else rollouts.metrics())
         times = timer.collect_and_reset()
         responses = {sample.id: sample.response_length for part in data.mini_batches for sample in part.samples}
         step_metrics["response_tokens_per_second"] = sum(responses.values()) / times["timing_s/step"]

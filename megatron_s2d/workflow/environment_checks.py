@@ -25,12 +25,6 @@ def check_environments(config: WorkflowConfig, tokenizers: ModelTokenizers, stag
         if settings is None or (entry, model, is_graded) in seen:
             continue
         seen.add((entry, model, is_graded))
-        rollout = config.rollout
-        if rollout.staleness != 0 or rollout.over_sampling_ratio != 1.0:
-            raise UserError(
-                f"{where}: '{entry}' has an environment, and episodes of several turns need rollout.async_mode: sync, "
-                "rollout.max_staleness: 0 and rollout.over_sampling_ratio: 1"
-            )
         tokenizer = tokenizers.of_model(model)
         stop_ids = stop_token_ids(tokenizer, config.models[model].path)
         with RewardManager() as grader:

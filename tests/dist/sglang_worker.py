@@ -26,12 +26,16 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
+from megatron_s2d.data.sample_exchange import broadcast_samples
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.records import Prompt
+from megatron_s2d.rollout.buffer import BufferPolicy, RolloutBuffer
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
+from megatron_s2d.rollout.sampling_client import single_turn
 from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.served.senders import Senders
@@ -158,7 +162,7 @@ def recorded_pushes() -> Iterator[dict[str, list[str]]]:
 
 
 def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, directory: Path) -> dict:
-    """Interrupt responses by a weight update and continue them; then carry half of the groups over to a second call."""
+    """Interrupt responses by a weight update and continue them."""
     settings = SglangConfig(bucket_bytes=20_000)
     stalled = set()
     for server in servers:
@@ -172,37 +176,48 @@ def run_partial_rollouts(chunks, spec, layout, score, servers, urls, mine, direc
             spec,
             layout,
             score,
-            RolloutConfig(engine="sglang", sglang=settings, async_mode="partial_rollout"),
+            RolloutConfig(engine="sglang", sglang=settings),
             directory / "beside",
             urls=urls,
         )
     )
     mine_endless = [dataclasses.replace(requests()[index], params=SamplingParams(6, ())) for index in mine]
     tables = {0: table_of(chunks, spec, layout)}
-    engine.submit(mine_endless)
+    engine.start({request.id: single_turn(request) for request in mine_endless})
     broadcast_from_rank0(lambda: wait_for(lambda: len(stalled) == 12))
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(0.9)
+    engine.pause(interrupt=True)
     engine.update_weights(chunks, 1)
     tables[1] = table_of(chunks, spec, layout)
-    samples = engine.generate(mine_endless)
+    found = engine.wait(lambda ended: len(ended) == len(mine_endless))
+    samples = broadcast_samples([found[request.id] for request in mine_endless] if found else [], layout)
     gap = max((split_gap(tables, sample) for sample in samples), default=0.0)
     mixed = sum(len(sample.weight_versions) == 2 for sample in samples) * (layout.groups.mp.rank() == 0)
-    groups = {request.group_id for request in mine_endless}
-    half = (len(groups) + 1) // 2
-    again = [dataclasses.replace(request, id=f"{request.id}again") for request in mine_endless]
-    first = engine.generate(again, num_groups=half)
-    taken = {sample.id for sample in first}
-    second = engine.generate([r for r in again if r.id not in taken], num_groups=len(groups) - half)
+    taken = run_buffer(engine, chunks, layout)
     engine.close()
     return {
+        "taken": all_gather_object(taken),
         "partial": sorted({sample.id for part in all_gather_object(samples) for sample in part}),
         "partial_gap": max(all_gather_object(gap)),
         "mixed": sum(all_gather_object(mixed)),
-        "carried": sorted({sample.id for part in all_gather_object([*first, *second]) for sample in part}),
-        "half": all_gather_object(len(taken) == half * 2),
     }
+
+
+def run_buffer(engine, chunks, layout) -> list[list[list[str]]]:
+    """Over-sample beside the trainer for three steps; return the ids of each step's samples, and its largest age."""
+    worker = RolloutWorker(layout, engine, SamplingParams(6, ()), 7, None)
+    prompts = [request.prompt for request in requests()[::2]]
+    policy = BufferPolicy(max_staleness=2, async_mode="partial_rollout", over_sampling_ratio=1.5)
+    buffer = RolloutBuffer(PromptDataLoader(prompts, 4, 5), worker, 4, 2, 3, policy)
+    taken = []
+    for step in range(1, 4):
+        samples = buffer.next_batch(step).samples
+        taken.append([sample.id for sample in samples])
+        buffer.update_weights(chunks, 1 + step)
+        assert 0 <= buffer.metrics()["rollout/staleness_max"] <= 2
+    return taken
 
 
 def wait_for(condition) -> None:

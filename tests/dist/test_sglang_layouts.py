@@ -58,5 +58,11 @@ def test_partial_responses_continue_after_a_weight_update(results, case):
     result = results[case]
     assert len(result["partial"]) == 12 and result["partial_gap"] < 1e-5
     assert result["mixed"] == 12  # all were interrupted with tokens
-    assert result["carried"] == [f"{name}again" for name in result["partial"]]
-    assert all(result["half"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_take_the_same_groups_from_the_buffer(results, case):
+    first, *others = results[case]["taken"]
+    assert others == [first] * 3
+    ids = [name for step in first for name in step]
+    assert [len(step) for step in first] == [8] * 3 and len(set(ids)) == len(ids)

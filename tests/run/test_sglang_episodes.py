@@ -66,7 +66,7 @@ def test_tokens_carry_the_version_of_their_weights(policy, attach):
 
 
 def test_a_push_in_the_middle_of_an_episode_splits_a_completion(policy, attach):
-    subject = subject_of(policy, attach(async_mode="partial_rollout"))
+    subject = subject_of(policy, attach())
     params, second_turn = SamplingParams(150, ()), threading.Event()
 
     def conversation(number: int):
@@ -82,11 +82,12 @@ def test_a_push_in_the_middle_of_an_episode_splits_a_completion(policy, attach):
 
         return episode
 
-    subject.engine.start([conversation(number) for number in range(4)])
+    subject.engine.start({str(number): conversation(number) for number in range(4)})
     assert second_turn.wait(300)
+    subject.engine.pause(interrupt=True)
     version = subject.update()
     spans = set()
-    for (_, first), (tokens, second) in subject.engine.finish():
+    for (_, first), (tokens, second) in subject.engine.wait(lambda ended: len(ended) == 4).values():
         contract.check_record(subject, tokens, second, params)
         assert {span.version for span in first.weight_versions} <= {version - 1, version}
         spans.add(tuple(span.version for span in second.weight_versions))

@@ -22,6 +22,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.engine import SamplingParams
+from megatron_s2d.rollout.sampling_client import single_turn
 from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.sglang.backend import sglang_server_group
@@ -75,12 +76,13 @@ def test_routes_of_the_server_fit_the_trainer_and_those_of_each_part_its_weights
     assert gap(policy, shifted, 0) > 1
 
     requests = make_requests(4, 2, max_new_tokens=400, stop_token_ids=())
-    engine.submit(requests)
+    engine.start({request.id: single_turn(request) for request in requests})
     time.sleep(3)
     before = {name: weight.clone() for name, weight in policy.chunks[0].state_dict().items() if weight is not None}
     change(policy, 0.1)
+    engine.pause(interrupt=True)
     engine.update_weights(policy.chunks, 1)
-    samples = engine.generate(requests)
+    samples = list(engine.wait(lambda ended: len(ended) == len(requests)).values())
     versions = {tuple(span.version for span in sample.weight_versions) for sample in samples}
     assert (0, 1) in versions
     # Later tokens attend to earlier ones, which the server has computed again with the new weights, so only the first

@@ -42,6 +42,7 @@ from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
+from megatron_s2d.rollout.sampling_client import single_turn, together
 from megatron_s2d.rollout.served.backend import ServerRequirements
 from megatron_s2d.rollout.served.startup_checks import StartupChecks
 from megatron_s2d.rollout.sglang.api_key import authorization, read_api_key
@@ -232,18 +233,19 @@ def test_scores_match_the_trainer(policy, attach):
 
 @pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
 def test_asynchronous_generation_continues_over_a_weight_update(policy, attach, async_mode):
-    engine = attach(async_mode=async_mode)
+    engine = attach()
     requests = make_requests(prompts=6, groups=12, max_new_tokens=100, stop_token_ids=())
     engine.generate(make_requests())  # warm up, so that the next call starts at once
     start_time = time.perf_counter()
     engine.generate(requests)
     seconds = time.perf_counter() - start_time
-    engine.submit(requests)
+    engine.start({request.id: single_turn(request) for request in requests})
     time.sleep(seconds / 3)  # so that the update comes during generation, on any machine
     old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     change(policy, 0.02)
+    engine.pause(interrupt=async_mode == "partial_rollout")
     engine.update_weights(policy.chunks, old_version + 1)
-    samples = engine.generate(requests)
+    samples = list(engine.wait(lambda ended: len(ended) == len(requests)).values())
     assert [sample.id for sample in samples] == [request.id for request in requests]
     assert {sample.response_length for sample in samples} == {100}
     versions = {span.version for sample in samples for span in sample.weight_versions}
@@ -260,6 +262,9 @@ def test_asynchronous_generation_continues_over_a_weight_update(policy, attach, 
     engine.update_weights(policy.chunks, old_version)
 
 
+GROUPS = [f"p{number}@0.0" for number in range(4)]
+
+
 def test_first_complete_groups_are_returned_and_the_others_carried_over(policy, attach):
     engine = attach()
     requests = make_requests(prompts=4, groups=2, max_new_tokens=150, stop_token_ids=())
@@ -267,10 +272,13 @@ def test_first_complete_groups_are_returned_and_the_others_carried_over(policy, 
         dataclasses.replace(request, params=SamplingParams(3, ())) if request.prompt.id in ("p1", "p2") else request
         for request in requests
     ]
-    first = engine.generate(requests, num_groups=2)
-    assert {sample.group_id for sample in first} == {"p1@0.0", "p2@0.0"}
-    carried = [request for request in requests if request.group_id in ("p0@0.0", "p3@0.0")]
-    second = engine.generate(carried, num_groups=2)
+    groups = {name: [request for request in requests if request.group_id == name] for name in GROUPS}
+    engine.start({name: together([single_turn(request) for request in group]) for name, group in groups.items()})
+    complete = engine.wait(lambda ended: len(ended) >= 2)
+    assert set(complete) == {"p1@0.0", "p2@0.0"}
+    engine.pause(interrupt=True)
+    first = [sample for group in complete.values() for sample in group]
+    second = [sample for group in engine.wait(lambda ended: len(ended) == 2).values() for sample in group]
     assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
     assert rollout_gap(policy, first + second) < 1e-4
 

@@ -57,15 +57,13 @@ class MegatronEngine:
         max_batch_tokens: int = 262_144,
         routing_replay: RoutingReplay | None = None,
         enforce_eager: bool = False,
-        generates_early: bool = False,
     ):
         """chunks: the bare model of this rank. vocab_size: without padding. tokenizer: for stop strings only.
         routing_replay: of the model, whose samples then record their experts.
 
         max_batch_size: rows of a batch at most. max_batch_tokens: rows x (prompt + response) at most, which bounds
         the memory of keys and values. enforce_eager: on a GPU, launch every kernel of a token instead of replaying a
-        CUDA graph. generates_early: ``submit`` generates, so that responses come from older weights than those
-        that ``generate`` would use.
+        CUDA graph.
         """
         if len(chunks) != 1:
             raise UserError(f"generation does not support virtual pipeline stages ({len(chunks)} chunks on a rank)")
@@ -80,8 +78,6 @@ class MegatronEngine:
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._routing_replay = routing_replay
-        self._generates_early = generates_early
-        self._early: dict[str, Sample] = {}  # by request, of submitted ones
         self._graphs_steps = self._passes.device.type == "cuda" and not enforce_eager
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
@@ -97,32 +93,16 @@ class MegatronEngine:
     def close(self) -> None:
         """Do nothing: no memory is used between calls."""
 
-    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Generate where ``generates_early``; otherwise do nothing: the model generates when it does not train."""
-        if self._generates_early:
-            samples = self.generate(requests)
-            self._early |= {request.id: sample for request, sample in zip(requests, samples, strict=True)}
-
     def sleep(self) -> None:
         """Do nothing: no memory is used between two calls of ``generate``."""
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        progress: ProgressCallback | None = None,
-        *,
-        num_groups: int | None = None,
-    ) -> list[Sample]:
+    def generate(self, requests: Sequence[Request], progress: ProgressCallback | None = None) -> list[Sample]:
         """Return one sample per request, in order, the same on all ranks of the replica.
 
         Raises ``UserError`` for an empty prompt, an unknown token, a prompt and response longer than the model's
         positions, stop strings without a tokenizer, and a model whose outputs are not finite.
         """
-        if num_groups is not None:
-            raise ValueError("the engine in the training process completes all responses of a call")
         requests = list(requests)
-        if requests and all(request.id in self._early for request in requests):
-            return [self._early.pop(request.id) for request in requests]
         self._check(requests)
         samples: list[Sample | None] = [None] * len(requests)
         done = 0

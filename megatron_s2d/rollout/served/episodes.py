@@ -3,7 +3,8 @@
 Each request is retried on the servers of the pool. One that fails nevertheless is parked: when every episode waits for
 parked requests, ``wait`` says so, the owner repairs the servers, and ``resume`` sends them again. A weight update parks
 all requests: it waits for those in flight, or interrupts them, which then continue with the new weights. So an episode
-sees a completion late, but complete, with the versions that sampled it.
+sees a completion late, but complete, with the versions that sampled it. Which episodes there are, and when they are
+added, taken or given up, is the caller's decision (``rollout/buffer.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import dataclasses
 import heapq
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,7 @@ class _Call:
     """A request of an episode until it is answered."""
 
     request: Request
-    first: int  # server that it goes to, so that an episode stays where its keys and values are
+    client: _Client
     priority: int
     partial: PartialRollout | None = None
     request_ids: tuple[str, ...] = ()  # of the attempt in flight
@@ -85,16 +87,40 @@ class _Call:
     unparked: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
 
-class EpisodeTask[Result]:
-    """Starts at once. Methods without ``async`` are called by the thread that owns the task."""
+class _Activity:
+    """Counts the requests in flight, and the time without one."""
 
-    def __init__(
-        self,
-        pool: ServerPool,
-        contract: ReplyContract,
-        episodes: Sequence[Episode[Result]],
-        check: Callable[[Request], None],
-    ):
+    def __init__(self) -> None:
+        self.num_in_flight = 0
+        self._idle_since, self._idle_seconds = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count one request within the block."""
+        if not self.num_in_flight:
+            self._idle_seconds += time.monotonic() - self._idle_since
+        self.num_in_flight += 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
+                self._idle_since = time.monotonic()
+
+    def take_idle_seconds(self) -> float:
+        """Return the time without a request since the last call."""
+        now = time.monotonic()
+        if not self.num_in_flight:
+            self._idle_seconds += now - self._idle_since
+            self._idle_since = now
+        seconds, self._idle_seconds = self._idle_seconds, 0.0
+        return seconds
+
+
+class EpisodeTask:
+    """Episodes by name, added and taken while others run. Methods without ``async`` are of the thread that owns it."""
+
+    def __init__(self, pool: ServerPool, contract: ReplyContract, check: Callable[[Request], None]):
         """contract: see ``resume``. check: raises ``UserError`` for a request that cannot be served."""
         self._pool, self._contract, self._check = pool, contract, check
         self.error: BaseException | None = None  # of an episode; ends all
@@ -102,17 +128,35 @@ class EpisodeTask[Result]:
         self._open, self._changed = asyncio.Event(), asyncio.Event()
         self._calls: dict[str, _Call] = {}  # request id -> request that is not answered
         self._reasons: list[str] = []  # of failures since ``resume``
-        self._clients = [_Client(self, number) for number in range(len(episodes))]
+        self._clients: dict[str, _Client] = {}
+        self._num_added = 0
+        self._activity = _Activity()
+        self._num_discarded_tokens = 0
         self._stack = contextlib.AsyncExitStack()
         self._session: Session | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
-        self._on_loop(self._start(episodes))
+        self._on_loop(self._open_session())
 
-    def wait(self) -> list[str]:
-        """Wait until all episodes have ended, or can not go on: then return reasons why. An error ends the wait."""
-        return self._on_loop(self._until_ended_or_stalled())
+    def add(self, episodes: Mapping[str, Episode[Any]], priority: int = 0) -> None:
+        """Start ``episodes``; requests of smaller ``priority`` go first, whatever episode they are of."""
+        self._on_loop(self._add(episodes, priority))
+
+    def wait(self, is_enough: Callable[[Set[str]], bool]) -> list[str]:
+        """Wait until ``is_enough`` of the names that have ended, or none can go on: then return reasons why.
+
+        An error ends the wait.
+        """
+        return self._on_loop(self._until_enough_or_stalled(is_enough))
+
+    def take(self) -> dict[str, Any]:
+        """Return the results of the episodes that have ended, and forget these."""
+        return self._on_loop(self._take())
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """End episodes; their tokens so far are discarded."""
+        self._on_loop(self._cancel(names))
 
     def resume(self, contract: ReplyContract) -> None:
         """Send parked requests (again), to servers with the weights of ``contract``."""
@@ -122,9 +166,9 @@ class EpisodeTask[Result]:
         """Return when no request is in flight, until ``resume``. interrupt: end those that are, to be continued."""
         self._on_loop(self._pause(interrupt))
 
-    def results(self) -> list[Result]:
-        """Return the results of the episodes, which must have ended."""
-        return [client.task.result() for client in self._clients]
+    def take_measurements(self) -> tuple[float, int]:
+        """Return (seconds without a request in flight, discarded tokens) since the last time."""
+        return self._on_loop(self._take_measurements())
 
     def close(self) -> None:
         """End episodes that still run, and the thread."""
@@ -139,24 +183,51 @@ class EpisodeTask[Result]:
 
     # ------------------------------------------------------------------ on the event loop
 
-    async def _start(self, episodes: Sequence[Episode[Result]]) -> None:
+    async def _open_session(self) -> None:
         self._session = await self._stack.enter_async_context(self._pool.session())
         self._open.set()
-        for client, episode in zip(self._clients, episodes, strict=True):
+
+    async def _add(self, episodes: Mapping[str, Episode[Any]], priority: int) -> None:
+        for name, episode in episodes.items():
+            if name in self._clients:
+                raise ValueError(f"an episode {name} runs")
+            client = self._clients[name] = _Client(self, self._num_added, priority)
+            self._num_added += 1
             client.task = asyncio.create_task(_call_episode(episode, client))
             client.task.add_done_callback(lambda _: self._changed.set())
 
-    async def _until_ended_or_stalled(self) -> list[str]:
+    async def _until_enough_or_stalled(self, is_enough: Callable[[Set[str]], bool]) -> list[str]:
         while True:
             self._changed.clear()
-            tasks = [client.task for client in self._clients]
-            self.error = next(filter(None, map(failure_of, tasks)), None)
-            if self.error is not None or all(task.done() for task in tasks):
+            clients = self._clients.values()
+            self.error = next(filter(None, (failure_of(client.task) for client in clients)), None)
+            if self.error is not None or is_enough({n for n, client in self._clients.items() if client.task.done()}):
                 return []
-            all_wait = all(client.num_waiting or client.task.done() for client in self._clients)
+            # A call that is parked waits for servers; whoever has none may still ask for something.
+            all_wait = all(client.num_waiting or client.task.done() for client in clients)
             if self._calls and all_wait and all(call.is_parked for call in self._calls.values()):
                 return sorted(set(self._reasons))
             await self._changed.wait()
+
+    async def _take(self) -> dict[str, Any]:
+        ended = {name: client.task.result() for name, client in self._clients.items() if client.task.done()}
+        for name in ended:
+            del self._clients[name]
+        return ended
+
+    async def _cancel(self, names: Sequence[str]) -> None:
+        clients = [self._clients.pop(name) for name in names if name in self._clients]
+        for call in self._calls.values():
+            if call.client in clients and call.partial is not None:
+                self._num_discarded_tokens += len(call.partial.token_ids)
+        for client in clients:
+            self._num_discarded_tokens += client.num_tokens
+            client.task.cancel()
+        await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
+
+    async def _take_measurements(self) -> tuple[float, int]:
+        num_discarded, self._num_discarded_tokens = self._num_discarded_tokens, 0
+        return self._activity.take_idle_seconds(), num_discarded
 
     async def _resume(self, contract: ReplyContract) -> None:
         self._contract, self._reasons = contract, []
@@ -172,14 +243,14 @@ class EpisodeTask[Result]:
         if interrupt:
             session.stopped.set()
         aborting = asyncio.create_task(session.abort_all())
-        while any(call.is_in_flight for call in self._calls.values()):
+        while self._activity.num_in_flight:
             self._changed.clear()
             await self._changed.wait()
         aborting.cancel()
         session.stopped.clear()
 
     async def _close(self) -> None:
-        tasks = [client.task for client in self._clients]
+        tasks = [client.task for client in self._clients.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -195,7 +266,8 @@ class EpisodeTask[Result]:
                     continue
                 call.is_in_flight = True
                 try:
-                    return await self._attempt(call)
+                    with self._activity.request():
+                        return await self._attempt(call)
                 except (InvalidReply, NoHealthyServer) as error:
                     self._reasons.append(str(error))
                     call.is_parked = True
@@ -205,7 +277,8 @@ class EpisodeTask[Result]:
                         return call.sample or to_aborted(call.request, None, self._contract, call.partial)
                 finally:
                     call.is_in_flight, call.request_ids = False, ()
-                    self._changed.set()
+                    if call.is_parked or not self._activity.num_in_flight:
+                        self._changed.set()
 
     async def _attempt(self, call: _Call) -> Sample:
         session, contract, protocol, request = self._session, self._contract, self._pool.protocol, call.request
@@ -216,7 +289,11 @@ class EpisodeTask[Result]:
                 call.sample = to_aborted(request, reply, contract, call.partial)
                 raise Interrupted
             if reply.finish_reason == "abort" and session.stopped.is_set():
-                call.partial = to_partial(request, reply, contract, call.partial) or call.partial
+                longer = to_partial(request, reply, contract, call.partial)
+                if longer is None:
+                    self._num_discarded_tokens += len(reply.output_ids)
+                else:
+                    call.partial = longer
                 raise Interrupted
             return to_sample(request, reply, contract, call.partial)
 
@@ -227,7 +304,7 @@ class EpisodeTask[Result]:
                 yield attempt
 
         try:
-            return await session.request(calls(), call.first, check, lambda: call.is_aborted)
+            return await session.request(calls(), call.client.number, check, lambda: call.is_aborted)
         except ContextLengthExceeded as error:
             raise UserError(f"the completion of request {request.id} was cut at {error}") from None
 
@@ -243,11 +320,13 @@ class EpisodeTask[Result]:
         if request.id in self._calls:
             raise UserError(f"two requests in flight have the id {request.id}: request ids must be unique")
         self._check(request)
-        call = self._calls[request.id] = _Call(request, client.number, priority)
+        call = self._calls[request.id] = _Call(request, client, client.priority + priority)
         client.num_waiting += 1
         call.task = asyncio.create_task(self._until_answered(call))
         try:
-            return completion_of(await asyncio.shield(call.task))
+            completion = completion_of(await asyncio.shield(call.task))
+            client.num_tokens += len(completion.token_ids)
+            return completion
         except asyncio.CancelledError:
             if call.is_aborted and not asyncio.current_task().cancelling():
                 return completion_of(to_aborted(request, None, self._contract, call.partial))
@@ -258,7 +337,8 @@ class EpisodeTask[Result]:
         finally:
             client.num_waiting -= 1
             del self._calls[request.id]
-            self._changed.set()
+            if self._reasons:  # all that are left may be parked
+                self._changed.set()
 
     def abort(self, request_id: str) -> None:
         """See ``SamplingClient``."""
@@ -280,9 +360,11 @@ class EpisodeTask[Result]:
 class _Client:
     """The ``SamplingClient`` of one episode."""
 
-    def __init__(self, episodes: EpisodeTask, number: int):
-        self._episodes, self.number = episodes, number
+    def __init__(self, episodes: EpisodeTask, number: int, priority: int):
+        """number: of the server that its requests go to, so that they stay where their keys and values are."""
+        self._episodes, self.number, self.priority = episodes, number, priority
         self.num_waiting = 0  # requests that are not answered
+        self.num_tokens = 0  # of its completions
         self.task: asyncio.Task | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from fake_sglang import log_prob_table
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
-from megatron_s2d.records import Prompt
+from megatron_s2d.records import Prompt, Sample
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.sampling_client import single_turn
 from megatron_s2d.rollout.served.backend import NO_REQUIREMENTS
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.rollout.sglang.backend import sglang_server_group
@@ -82,6 +84,17 @@ def make_requests(prompts=4, groups=3) -> list[Request]:
             seed = sample_seed(1, 0, prompt.id, group)
             requests.append(Request(f"p{number}#{group}@0", prompt, f"p{number}@0.0", seed, params))
     return requests
+
+
+def start(engine, requests: Sequence[Request]) -> None:
+    """Let the engine answer ``requests`` beside this thread."""
+    engine.start({request.id: single_turn(request) for request in requests})
+
+
+def finish(engine, requests: Sequence[Request]) -> list[Sample]:
+    """Wait for what was started."""
+    samples = engine.wait(lambda ended: ended >= {request.id for request in requests})
+    return [samples[request.id] for request in requests]
 
 
 def change_weights(chunks) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 pytest.importorskip("torch")
 
-from served_helpers import change_weights, make_engine, make_requests, max_difference
+from served_helpers import change_weights, make_engine, make_requests, max_difference, start
 
 from megatron_s2d.config.training import SglangConfig, is_loopback
 from megatron_s2d.errors import UserError
@@ -71,7 +71,9 @@ def test_every_request_to_running_servers_carries_their_key(chunks, layout, serv
     change_weights(chunks)
     servers[0].faults.append("hang")  # aborted by the interruption
     engine.update_weights(chunks, 1)
-    engine.generate(make_requests(), num_groups=2)
+    start(engine, make_requests())
+    engine.wait(lambda ended: len(ended) >= 2)
+    engine.pause(interrupt=True)
     engine.close()
     for server in servers:
         assert server.refused == ["/model_info"]  # once without the key, on purpose

@@ -179,7 +179,7 @@ def long_conversation(tokens: np.ndarray, number: int, params: SamplingParams):
 
 @pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
 def test_weights_change_in_the_middle_of_an_episode(make_served, servers, async_mode):
-    subject = make_served(async_mode=async_mode)
+    subject = make_served()
     params = SamplingParams(9, ())
     stalled = threading.Event()
 
@@ -194,10 +194,11 @@ def test_weights_change_in_the_middle_of_an_episode(make_served, servers, async_
     for server in servers:
         server.holds = hold
     prompts = contract.prompts_of(subject, 4)
-    subject.engine.start([long_conversation(tokens, n, params) for n, tokens in enumerate(prompts)])
+    subject.engine.start({str(n): long_conversation(tokens, n, params) for n, tokens in enumerate(prompts)})
     assert stalled.wait(60)
+    subject.engine.pause(interrupt=async_mode == "partial_rollout")
     subject.update()
-    conversations = subject.engine.finish()
+    conversations = subject.engine.wait(lambda ended: len(ended) == 4).values()
     spans = set()
     for turns in conversations:
         for prompt, completion in turns:

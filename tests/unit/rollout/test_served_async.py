@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("torch")
 
 from fake_sglang import log_prob_table
-from served_helpers import change_weights, embedding_of, make_engine, make_requests, max_difference
+from served_helpers import change_weights, embedding_of, finish, make_engine, make_requests, max_difference, start
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.rollout.engine import Request, SamplingParams
-from megatron_s2d.rollout.served.engine import uncovered_seconds
+from megatron_s2d.rollout.sampling_client import single_turn, together
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -53,19 +53,17 @@ def test_next_step_is_generated_while_the_trainer_works(chunks, layout, servers,
 
     for server in servers:
         server.holds = hold
-    engine.submit(long_requests())
+    start(engine, long_requests())
     while async_mode == "partial_rollout" and len(stalled) < 4:
         time.sleep(0.01)
     change_weights(chunks)
     tables[1] = log_prob_table(embedding_of(chunks))
+    engine.pause(interrupt=async_mode == "partial_rollout")
     engine.update_weights(chunks, 1)
-    samples = engine.generate(long_requests())
+    samples = finish(engine, long_requests())
     assert [sample.id for sample in samples] == [request.id for request in long_requests()]
     assert spans(samples) == ({(0,)} if async_mode == "one_step_off" else {(0, 1)})
     assert max_difference_by_version(tables, samples) < 1e-5
-    with pytest.raises(RuntimeError, match="other requests were submitted"):
-        engine.submit(long_requests())
-        engine.generate(make_requests())
     engine.close()
 
 
@@ -80,11 +78,11 @@ def of_step(step: int) -> list[Request]:
 @pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
 def test_several_steps_are_generated_ahead(chunks, layout, servers, tmp_path, async_mode):
     """Steps come in order; each token has the version that was current when it was sampled."""
-    engine = make_engine(chunks, layout, tmp_path, servers, async_mode=async_mode, max_staleness=3)
+    engine = make_engine(chunks, layout, tmp_path, servers)
     tables, lags = {0: log_prob_table(embedding_of(chunks))}, []
     samples = engine.generate(of_step(1))
     for step in range(2, 5):
-        engine.submit(of_step(step))
+        start(engine, of_step(step))
     for step in range(1, 5):
         lags += [step - 1 - span.version for sample in samples for span in sample.weight_versions]
         assert max_difference_by_version(tables, samples) < 1e-5
@@ -93,68 +91,101 @@ def test_several_steps_are_generated_ahead(chunks, layout, servers, tmp_path, as
             break
         change_weights(chunks)
         tables[step] = log_prob_table(embedding_of(chunks))
+        engine.pause(interrupt=async_mode == "partial_rollout")
         engine.update_weights(chunks, step)
-        samples = engine.generate(of_step(step + 1))
+        samples = finish(engine, of_step(step + 1))
     assert min(lags) >= 0 and max(lags) <= 3
-    if async_mode == "one_step_off":  # what was submitted was complete at the first update
+    if async_mode == "one_step_off":  # what was started was complete at the first update
         assert max(lags) == 3
-    assert {"rollout/producer_wait_seconds", "rollout/discarded_tokens"} <= set(engine.metrics())
+    first, again = engine.measurements(), engine.measurements()
+    assert set(first) == {"rollout/producer_wait_seconds", "rollout/discarded_tokens"}
+    assert 0 < again["rollout/producer_wait_seconds"] < first["rollout/producer_wait_seconds"]
     engine.close()
 
 
-def test_time_without_requests_is_what_no_generation_covers():
-    assert uncovered_seconds(0.0, 10.0, []) == 10.0
-    assert uncovered_seconds(0.0, 10.0, [(-1.0, 2.0), (1.0, 3.0), (5.0, 6.0)]) == 6.0
-    assert uncovered_seconds(0.0, 10.0, [(2.0, 30.0)]) == 2.0
-    assert uncovered_seconds(5.0, 10.0, [(1.0, 2.0)]) == 5.0
+def test_requests_that_are_given_up_are_discarded_tokens(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers[:1])
+    servers[0].holds = lambda body, n: body["rid"].startswith("p0#0") and n == 3
+    requests = long_requests()
+    start(engine, requests)
+    complete = engine.wait(lambda ended: len(ended) == 3)
+    assert "p0#0@0" not in complete and len(complete) == 3
+    engine.pause(interrupt=True)
+    engine.cancel(["p0#0@0", "p0#1@0"])  # of which one was taken
+    assert engine.measurements()["rollout/discarded_tokens"] == 3
+    servers[0].holds = lambda body, n: False
+    start(engine, requests[:1])  # again, under the same name
+    engine.update_weights(chunks, 1)
+    (sample,) = finish(engine, requests[:1])
+    assert spans([sample]) == {(1,)} and sample.response_length == 8
+    assert engine.measurements()["rollout/discarded_tokens"] == 0
+    engine.close()
 
 
-def test_submit_does_nothing_in_sync_mode(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers)
-    engine.submit(long_requests())
-    rids = [body.get("rid") for server in servers for path, body in server.log if path == "/generate"]
-    assert rids and not any(isinstance(rid, str) for rid in rids)  # startup and weight checks alone
+def test_interrupted_response_with_stop_strings_starts_again(chunks, layout, servers, tmp_path):
+    class Words:
+        def decode(self, ids):
+            return "x" * len(ids)
+
+    engine = make_engine(chunks, layout, tmp_path, servers[:1], tokenizer=Words())
+    stalled = set()
+    servers[0].holds = lambda body, n: n == 2 and not stalled.add(body["rid"])
+    params = SamplingParams(8, (), stop_strings=("y",))
+    request = dataclasses.replace(long_requests()[0], params=params)
+    start(engine, [request])
+    while not stalled:
+        time.sleep(0.01)
+    engine.pause(interrupt=True)
+    servers[0].holds = lambda body, n: False
+    engine.update_weights(chunks, 1)
+    (sample,) = finish(engine, [request])
+    assert spans([sample]) == {(1,)} and engine.measurements()["rollout/discarded_tokens"] == 2
     engine.close()
 
 
 def test_server_that_dies_during_training_costs_no_sample(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="partial_rollout")
+    engine = make_engine(chunks, layout, tmp_path, servers)
     servers[0].faults.extend(["drop"] * 100)
     servers[0].control_faults["/abort_request"] = "drop"
-    engine.submit(make_requests())
+    start(engine, make_requests())
     time.sleep(0.2)
     servers[0].faults.clear()
     servers[0].control_faults.clear()
+    engine.pause(interrupt=True)
     engine.update_weights(chunks, 1)
-    samples = engine.generate(make_requests())
+    samples = finish(engine, make_requests())
     assert [sample.id for sample in samples] == [request.id for request in make_requests()]
     assert not engine._server_group.pool.problems
     engine.close()
 
 
-def test_request_refused_during_training_raises_in_generate(chunks, layout, servers, tmp_path):
-    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="one_step_off")
+def test_request_refused_during_training_raises_in_wait(chunks, layout, servers, tmp_path):
+    engine = make_engine(chunks, layout, tmp_path, servers)
     servers[0].faults.append("400")
-    engine.submit(make_requests())
+    start(engine, make_requests())
+    engine.pause(interrupt=False)
     engine.update_weights(chunks, 1)
     with pytest.raises(UserError, match="refused a request"):
-        engine.generate(make_requests())
+        finish(engine, make_requests())
     engine.close()
 
 
-def test_incomplete_groups_are_carried_over(chunks, layout, servers, tmp_path):
+def test_incomplete_groups_go_on_with_the_next_weights(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers[:1])
     tables = {0: log_prob_table(embedding_of(chunks))}
     servers[0].holds = lambda body, n: len(body["input_ids"]) in (2, 5) and n == 2
     requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=4, groups=3)]
-    first = engine.generate(requests, num_groups=2)
-    assert [sample.group_id for sample in first] == ["p1@0.0"] * 3 + ["p2@0.0"] * 3
+    groups = {f"p{n}@0.0": [r for r in requests if r.prompt.id == f"p{n}"] for n in range(4)}
+    engine.start({name: together([single_turn(r) for r in group]) for name, group in groups.items()})
+    taken = engine.wait(lambda ended: len(ended) == 2)
+    assert sorted(taken) == ["p1@0.0", "p2@0.0"]
+    engine.pause(interrupt=True)
     change_weights(chunks)
     tables[1] = log_prob_table(embedding_of(chunks))
     engine.update_weights(chunks, 1)
     servers[0].holds = lambda body, n: False
-    remaining = [request for request in requests if request.group_id in ("p0@0.0", "p3@0.0")]
-    second = engine.generate(remaining, num_groups=2)
+    first = [sample for group in taken.values() for sample in group]
+    second = [sample for group in engine.wait(lambda ended: len(ended) == 2).values() for sample in group]
     assert sorted(sample.id for sample in first + second) == sorted(request.id for request in requests)
     assert (0, 1) in spans(second) and max_difference_by_version(tables, first + second) < 1e-5
     engine.close()

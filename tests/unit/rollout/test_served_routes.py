@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from fake_sglang import toy_routes
-from served_helpers import VOCAB_SIZE, change_weights, make_engine, make_requests
+from served_helpers import VOCAB_SIZE, change_weights, finish, make_engine, make_requests, start
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.errors import UserError
@@ -58,7 +58,7 @@ def test_every_token_has_the_routes_of_the_server(chunks, layout, servers, tmp_p
 
 
 def test_a_continued_response_keeps_the_routes_of_each_part(chunks, layout, servers, tmp_path):
-    engine = routed_engine(chunks, layout, tmp_path, servers, async_mode="partial_rollout")
+    engine = routed_engine(chunks, layout, tmp_path, servers)
     requests = [dataclasses.replace(r, params=SamplingParams(6, ())) for r in make_requests(prompts=2, groups=2)]
     stalled = set()
 
@@ -67,14 +67,15 @@ def test_a_continued_response_keeps_the_routes_of_each_part(chunks, layout, serv
 
     for server in servers:
         server.holds = hold
-    engine.submit(requests)
+    start(engine, requests)
     while len(stalled) < len(requests):
         time.sleep(0.01)
     for server in servers:
         server.log.clear()
     change_weights(chunks)
+    engine.pause(interrupt=True)
     engine.update_weights(chunks, 1)
-    samples = engine.generate(requests)
+    samples = finish(engine, requests)
     for sample in samples:
         assert [(span.version, span.stop - span.start) for span in sample.weight_versions] == [(0, 3), (1, 3)]
         assert_routes_are_of_the_sampling_version(sample)

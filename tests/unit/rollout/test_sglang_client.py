@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
 from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.backend import PartialRollout
-from megatron_s2d.rollout.served.generation import GenerationTask
+from megatron_s2d.rollout.served.generation import generate_all
 from megatron_s2d.rollout.served.replies import ReplyContract, to_partial
 from megatron_s2d.rollout.served.server_pool import ServerPool
 from megatron_s2d.rollout.sglang.protocol import SglangProtocol
@@ -61,7 +60,7 @@ def make_requests(prompts=4, groups=3, **params) -> list[Request]:
 
 def generate(servers, requests, settings=SETTINGS, progress=None):
     pool = ServerPool([server.url for server in servers], settings, PROTOCOL)
-    return pool, GenerationTask(pool, requests, EXPECTED, progress=progress).result()
+    return pool, generate_all(pool, requests, EXPECTED, progress)
 
 
 def posts(server, path="/generate") -> list[dict]:
@@ -266,86 +265,6 @@ def test_requests_in_flight_are_bounded(servers):
     servers[0].generate = counted
     generate(servers[:1], make_requests(prompts=3, groups=3), settings)
     assert max_busy == 2
-
-
-# ---------------------------------------------------------------------- interrupted and continued
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_interrupted_response_continues_with_later_weights(servers):
-    server = servers[0]
-    stalled = set()
-    server.holds = lambda body, n: n == 3 and not stalled.add(body["rid"])
-    requests = make_requests(prompts=2, groups=2, stop_token_ids=(), max_new_tokens=8)
-    pool = ServerPool([server.url], SETTINGS, PROTOCOL)
-    generation = GenerationTask(pool, requests, EXPECTED)
-    wait_for(lambda: len(stalled) == 4)
-    generation.interrupt()
-    result = generation.result()
-    assert not result.samples and not result.failures and sorted(result.partials) == [0, 1, 2, 3]
-    first = log_prob_table(server.embedding)
-    server.embedding = np.random.default_rng(5).normal(0, 0.1, server.embedding.shape).astype(np.float32)
-    server.weight_version, server.holds = "v8", lambda body, n: False
-    second = log_prob_table(server.embedding)
-    later = GenerationTask(pool, requests, ReplyContract("v8", 8, VOCAB_SIZE), partials=result.partials).result()
-    assert sorted(later.samples) == [0, 1, 2, 3]
-    for index, sample in later.samples.items():
-        num_earlier, start = len(result.partials[index].token_ids), sample.prompt_length
-        assert num_earlier == 3 and sample.response_length == 8 and sample.finish_reason == "length"
-        assert sample.weight_versions == (
-            WeightVersionSpan(start, start + num_earlier, 7),
-            WeightVersionSpan(start + num_earlier, start + 8, 8),
-        )
-        previous, current = sample.token_ids[start - 1 : -1], sample.token_ids[start:]
-        expected = np.concatenate([first[previous, current][:num_earlier], second[previous, current][num_earlier:]])
-        assert sample.rollout_log_probs[start:] == pytest.approx(expected, rel=1e-6)
-    sent = [body for body in posts(server) if body["sampling_params"]["max_new_tokens"] < 8]
-    assert len(sent) == 4  # each requested the missing tokens, with the earlier ones in its prompt
-
-
-def test_first_complete_groups_interrupt_the_others(servers):
-    for server in servers:
-        server.holds = lambda body, n: len(body["input_ids"]) == 3 and n == 2
-    requests = make_requests(prompts=3, groups=2, stop_token_ids=(), max_new_tokens=6)
-    result = GenerationTask(
-        ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED, num_groups=2
-    ).result()
-    assert sorted(result.samples) == [0, 1, 4, 5] and not result.failures
-    assert set(result.partials) <= {2, 3}
-    aborted = [body["rid"] for server in servers for body in posts(server, "/abort_request")]
-    assert {rid.partition("#")[0] for rid in aborted} == {"p1"}
-
-
-def test_generation_interrupted_at_once_has_no_failures(servers):
-    for server in servers:
-        server.holds = lambda body, n: True
-    requests = make_requests()
-    generation = GenerationTask(ServerPool([server.url for server in servers], SETTINGS, PROTOCOL), requests, EXPECTED)
-    generation.interrupt()
-    result = generation.result()
-    assert not result.samples and not result.failures
-    generation.interrupt()  # a second time is no error
-
-
-def test_response_with_stop_strings_is_restarted(servers):
-    class Words:
-        def decode(self, ids):
-            return "x" * len(ids)
-
-    stalled = set()
-    servers[0].holds = lambda body, n: n == 2 and not stalled.add(body["rid"])
-    requests = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
-    expected = ReplyContract("v7", 7, VOCAB_SIZE, Words())
-    generation = GenerationTask(ServerPool([servers[0].url], SETTINGS, PROTOCOL), requests, expected)
-    wait_for(lambda: stalled)
-    generation.interrupt()
-    assert not generation.result().partials
 
 
 @pytest.mark.parametrize("ids", [[1, EOS, 2], [1, 99], [1] * 7])

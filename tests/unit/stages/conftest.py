@@ -10,6 +10,7 @@ from toy_models import LAYOUT, ToyModel, ToyWorkflow
 
 from megatron_s2d.parallel.layout import initialize_distributed
 from megatron_s2d.records import Prompt, Sample
+from megatron_s2d.rollout.buffer import Batch
 
 PROMPT_LENGTH = 2
 
@@ -41,19 +42,12 @@ class Buffer:
         self.worker = worker or types.SimpleNamespace()
         self.worker.tokenizer, self.worker.layout = tokenizer, LAYOUT
         self.train_batch_size = len({sample.prompt_id for sample in samples})
-        self.prefetched: list[int] = []
 
     def next_batch(self, step):
         prompts = [make_prompt(id_) for id_ in dict.fromkeys(sample.prompt_id for sample in self.samples)]
-        return prompts, list(self.samples)
-
-    def prefetch(self, step):
-        self.prefetched.append(step)
+        return Batch(prompts, list(self.samples), list(self.samples))
 
     def state(self):
-        return {}
-
-    def metrics(self):
         return {}
 
 

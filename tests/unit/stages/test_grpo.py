@@ -1,6 +1,4 @@
-"""What the GRPO source hands to the training loop: advantages with the length penalty, and filtered groups."""
-
-import dataclasses
+"""What the GRPO source hands to the training loop: advantages with the length penalty."""
 
 import numpy as np
 import pytest
@@ -43,52 +41,6 @@ def test_step_scores_with_the_reference_and_weighs_truncated_responses(fakes):
     assert [sample.reference_log_probs[2] for sample in batch.samples] == [-1.0, -2.0]
     assert batch.loss_weights["policy_weight"] == pytest.approx([1 / 3, 0.0])
     assert data.metrics["rollout/num_generated"] == 2 and data.metrics["truncated_fraction"] == 0.5
-
-
-class ResamplingWorker:
-    """Answers each prompt with a correct and a wrong response."""
-
-    def __init__(self, fakes):
-        self.fakes = fakes
-
-    def sample(self, prompts, num_generations, step):
-        return [
-            dataclasses.replace(
-                self.fakes.sample(f"{prompt.id}#{index}", 2, reward=float(index)),
-                prompt_id=prompt.id,
-                group_id=f"{prompt.id}@{step}.0",
-            )
-            for prompt in prompts
-            for index in range(num_generations)
-        ]
-
-
-class Resampler:
-    def __init__(self, fakes, num_prompts):
-        self.fakes, self.num_prompts, self.calls = fakes, num_prompts, []
-
-    def resample(self, step, attempt, used, count):
-        self.calls.append((step, attempt, set(used), count))
-        return [self.fakes.prompt(f"extra{index}") for index in range(min(count, self.num_prompts))]
-
-
-@pytest.mark.parametrize("num_extra", [0, 2])
-def test_groups_without_a_signal_are_replaced(fakes, num_extra):
-    rewards = {0: (1.0, 1.0), 1: (0.0, 1.0), 2: (0.0, 0.0)}
-    samples = [
-        fakes.sample(f"p{group}#{index}", 2, group=group, reward=reward)
-        for group, pair in rewards.items()
-        for index, reward in enumerate(pair)
-    ]
-    stage = grpo_config(train_batch_size=3, num_generations=2, filter_groups={"max_num_gen_batches": 2})
-    loader = Resampler(fakes, num_extra)
-    buffer = fakes.Buffer(samples, loader, ResamplingWorker(fakes))
-    selected, prompts, generated = GrpoSource(stage, buffer, None)._sample(1)
-    assert loader.calls == [(1, 1, {"p0", "p1", "p2"}, 2)] and buffer.prefetched == [2]
-    # Without further prompts, uninformative groups fill the batch.
-    expected = ["p1", "extra0", "extra1"] if num_extra else ["p0", "p1", "p2"]
-    assert list(dict.fromkeys(sample.prompt_id for sample in selected)) == expected
-    assert len(generated) == 6 + 2 * num_extra and len(prompts) == 3 + num_extra
 
 
 def test_ratios_start_at_one_with_one_mini_batch_only():

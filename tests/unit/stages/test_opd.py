@@ -348,7 +348,7 @@ def test_several_teachers_are_on_the_device_when_they_generate(fakes, student):
     )
     samples = [dataclasses.replace(fakes.sample(name, 3), domain=d) for name, d in (("a", "math"), ("b", "code"))]
     buffer = fakes.Buffer(samples)
-    buffer.next_batch = lambda step: ([fakes.prompt("p0", "math"), fakes.prompt("p1", "code")], samples)
+    buffer.next_batch = lambda step: ([fakes.prompt("p0", "math"), fakes.prompt("p1", "code")], samples, samples)
     PolicyGradientOpdSource(stage, student, buffer, teachers, None, anchors).step(1)
     assert generated == ["math", "code"] and not any(model.on_gpu for model in models.values())
 

@@ -188,7 +188,7 @@ class ToyEngine:
     def __init__(self, model, tokenizer):
         self.model, self.version, self.samples, self._tokenizer = model, 0, [], tokenizer
 
-    def generate(self, requests, progress=None, *, num_groups=None):
+    def generate(self, requests, progress=None):
         samples = [self._answer(request) for request in requests]
         self.samples.append(samples)
         return samples
@@ -213,9 +213,6 @@ class ToyEngine:
         log_probs = np.take_along_axis(full, token_ids[1:, None], 1)[len(prompt) - 1 :, 0] + self.shift
         reason = "length" if is_cut else "stop"
         return sample_of(request, np.array(response), log_probs.astype(np.float32), reason, self.version)
-
-    def submit(self, requests, num_groups=None):
-        pass
 
     def sleep(self):
         pass

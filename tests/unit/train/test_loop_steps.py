@@ -105,7 +105,7 @@ def run(directory, objective=None, stop_at=None, **settings) -> Run:
     settings = {"steps": 3, "checkpoint": CheckpointConfig()} | settings
     stop = (lambda: False) if stop_at is None else lambda: parts.source.steps[-1] == stop_at
     objective = objective or grpo_objective(Surrogate(), kl_loss_coef=0)
-    train(parts.model, parts.source, objective, directory, LoopSettings(stop=stop, **settings), engine=parts.engine)
+    train(parts.model, parts.source, objective, directory, LoopSettings(stop=stop, **settings), rollouts=parts.engine)
     return parts
 
 
