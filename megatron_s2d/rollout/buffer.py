@@ -11,8 +11,8 @@ a weight update:
   complete, but those first that the next step would find too old; what is left over and too old starts again.
 - ``group_filter`` drops groups, such as those whose rewards are all equal, and refills the step.
 
-Without over-sampling steps take their groups in the order of the loader, so which prompts are in flight is a function of
-the step.
+Without over-sampling steps take their groups in the order of the loader, so which prompts are in flight is a function
+of the step.
 """
 
 from __future__ import annotations

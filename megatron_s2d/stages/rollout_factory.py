@@ -120,7 +120,7 @@ class RolloutFactory:
         worker: RolloutWorker,
         train_batch_size: int | None = None,
     ) -> RolloutBuffer:
-        """Return the buffer that the stage's steps take their samples from. train_batch_size: by default the stage's."""
+        """Return the buffer of the stage's steps. train_batch_size: by default the stage's."""
         stage, rollout = self._config.stages[self._stage_name], self._config.rollout
         filter_groups = getattr(stage, "filter_groups", None)
         return RolloutBuffer(

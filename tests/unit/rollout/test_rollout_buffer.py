@@ -1,4 +1,4 @@
-"""Rollout buffer: what is in flight, what a step takes and how old it is, kills, and both sides on a simulated clock."""
+"""Rollout buffer: what is in flight, what a step takes, how old it is; kills; both sides on a simulated clock."""
 
 from __future__ import annotations
 
