@@ -288,6 +288,32 @@ def test_partial_credit_for_calls(program, expected):
     assert _code(label | {"fn_name": "f"}, program, {}) == expected
 
 
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (SORT.format("sorted(values)"), (1.0, "correct")),
+        (SORT.format("[value + 1e-9 for value in sorted(values)]"), (1.0, "correct")),
+        (SORT.format("values"), (0.5, "wrong")),
+        (SORT.format("sorted(values) if len(values) != 2 else 1 // 0"), (0.75, "error")),
+        (SORT.format("sorted(values) if len(values) != 2 else __import__('os')._exit(0)"), (0.75, "crash")),
+        ("1 / 0\n" + SORT.format("sorted(values)"), (0.0, "error")),
+        ("__import__('os')._exit(0)\n" + SORT.format("sorted(values)"), (0.0, "crash")),
+    ],
+)
+def test_partial_credit_for_calls_that_are_compared_with_a_reference(program, expected):
+    label = {
+        "kind": "reference",
+        "reference": SORT.format("sorted(values)"),
+        "entry_point": "f",
+        "inputs": [[[1]], [[2, 1]], [[1, 2, 3]], [[3, 2, 1]]],
+        "example": "[[1]]",
+        "compare": "value",
+        "tolerance": 0.0,
+    }
+    assert _code(label, program, {}) == expected
+    assert _code(label, program, {"partial_credit": False})[0] == float(expected[0] == 1)
+
+
 def test_partial_credit_for_scripts_and_where_a_response_counts_as_correct():
     label = {"inputs": ["1", "2", "3", "4"], "outputs": ["1", "4", "9", "15"]}
     program = "print(int(input()) ** 2)"
