@@ -149,6 +149,25 @@ def test_scores_of_a_teacher_with_a_view_of_its_own_are_those_of_float64(runs, l
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("layout", ["tp2sp", "pp2", "dp2"])
+def test_episodes_rewards_and_updates_do_not_depend_on_the_layout(runs, layout):
+    result, expected = runs[f"{layout}/episodes"], runs["tp1/episodes"]
+    assert result["episodes"].keys() == expected["episodes"].keys() and len(expected["episodes"]) == 18
+    for name, (tokens, mask, reward) in expected["episodes"].items():
+        assert result["episodes"][name][:2] == [tokens, mask] and result["episodes"][name][2] == pytest.approx(reward)
+    _assert_rows_agree(result["rows"], expected["rows"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["tp1", "tp2sp", "pp2", "dp2"])
+def test_numbers_at_observations_change_no_bit_of_an_update(runs, layout):
+    plain, spoiled = runs[f"{layout}/episodes"]["rows"]
+    assert plain == spoiled and plain["grad_norm"] > 0.01
+    masks = [mask for _, mask, _ in runs[f"{layout}/episodes"]["episodes"].values()]
+    assert sum("True, False" in str(mask) for mask in masks) > 6  # several turns
+
+
+@pytest.mark.dist
 def test_training_moved_the_model(runs):
     """Equal losses of a model that does not move would prove nothing."""
     for scenario in ("supervised", "opd", "forward_kl"):

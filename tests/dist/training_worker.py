@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from episode_scenario import episodes
 from open_layout import open_layout
 
 from megatron_s2d.config.model import ModelConfig
@@ -315,6 +316,8 @@ def results_of_layout(name: str, wanted: list[str], layout: Layout) -> dict:
         chosen = (supervised, grpo, gspo, opd, opd_by_domain, forward_kl)
         for scenario in (*(scenario for scenario in chosen if scenario.__name__ in wanted), scores, cached):
             results[scenario.__name__] = scenario(layout)
+    if "episodes" in wanted:
+        results["episodes"] = episodes(layout, policy, update, OPTIMIZER)
     if any(scenario.startswith("view") for scenario in wanted):
         results |= {key: scenario(layout) for key, scenario in view_scenarios.SCENARIOS.items()}
     if name == "tp1":
