@@ -1,5 +1,6 @@
 """A hundred kills, each just before a file operation of the run: no step is lost or repeated."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ from s2d import ROOT, SMOKE, environment, metrics, s2d
 PROGRAM = Path(__file__).with_name("killed_run.py")
 
 
-def killed_run(run_dir, seed, kills, timeout):
+def killed_run(run_dir, seed, kills, timeout, program=PROGRAM, config=SMOKE):
     result = subprocess.run(
-        [sys.executable, PROGRAM, SMOKE, run_dir, str(seed), str(kills)],
+        [sys.executable, program, config, run_dir, str(seed), str(kills)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -53,3 +54,28 @@ def test_a_few_kills(unbroken, tmp_path):
     run_dir = tmp_path / "run"
     assert killed_run(run_dir, seed=7, kills=8, timeout=1500) == 8
     assert_equals(run_dir, unbroken)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_an_asynchronous_run_with_tools(tmp_path):
+    """Every step is trained once, on groups that no other step has, of the first prompts of the order."""
+    run_dir, program = tmp_path / "run", PROGRAM.with_name("killed_async_run.py")
+    kills, runs = 0, 0
+    while kills < 20:
+        runs += 1
+        run_dir = tmp_path / f"run{runs}"
+        config = program.with_name("async_tools.yaml")
+        kills += killed_run(run_dir, runs, 20 - kills, 1500, program, config)
+        rows = metrics(run_dir, "stages/grpo")
+        assert [row["step"] for row in rows] == list(range(1, 13))
+        assert max(row["rollout/staleness_max"] for row in rows) <= 2
+        lines = (tmp_path / f"run{runs}-steps.jsonl").read_text().splitlines()
+        steps = {line["step"]: line for line in map(json.loads, lines)}  # of a repeated step the last one counts
+        groups = [name for step in range(1, 13) for name in steps[step]["groups"]]
+        assert len(set(groups)) == len(groups) == 12 * 8
+        prompts = {name.partition("@")[0] for name in groups}
+        missing = set(steps[1]["order"]) - prompts  # in flight at the end, for others that were in flight
+        assert len(prompts) == len(groups) and len(missing) <= 4
+        assert max(line["turns"] for line in steps.values()) > 1
+        assert json.loads((run_dir / "stages/grpo/finished.json").read_text())["outputs"]
+    print(f"{kills} kills over {runs} runs, {len(lines)} steps begun in the last")
