@@ -376,23 +376,27 @@ def generate_phases(
     sampling: SamplingConfig,
     rollout: RolloutConfig,
     records_routes: bool = False,
+    turns: int = 1,
 ) -> dict[str, dict[str, int]]:
     """Return bytes of ``prefill`` and ``decode`` of the in-process engine on one data rank, by purpose.
 
-    prompts: distinct prompts of the ``requests``. records_routes: for routing replay.
+    prompts: distinct prompts of the ``requests``. records_routes: for routing replay. turns: of an episode at most.
     """
     spec = shard.spec
     size, length = build.bytes_per_value, prompt_length + sampling.max_response_length
     rows = max(1, min(requests, rollout.max_batch_size, rollout.max_batch_tokens // length))
     distinct = max(1, min(prompts, rows))
+    prefilled = distinct * prompt_length
+    if turns > 1:  # the last turns of all rows may join at the same time, each after its own tokens
+        prefilled = rows * length
     column = 2 * shard.local_kv_dim * size  # one position of one sequence and layer
     buffers = sampling.max_response_length * rows * (8 + 4 + 1) + POSITIONS_PER_DRAW * rows * 8
     if records_routes:
         route = shard.num_layers * spec.num_experts_per_tok * (1 if spec.expert_index_dtype == "uint8" else 2)
-        buffers += (sampling.max_response_length * rows + distinct * prompt_length) * route
+        buffers += (sampling.max_response_length * rows + prefilled) * route
     prefill = {
-        "KV cache": distinct * prompt_length * column * shard.num_layers,
-        "activations": _forward_peak(shard, build, distinct * prompt_length),
+        "KV cache": prefilled * column * shard.num_layers,
+        "activations": _forward_peak(shard, build, prefilled),
         "rollout buffers": buffers,
     }
     decode = {

@@ -60,6 +60,7 @@ class StageShape:
     prompt_length: int  # tokens, the longest
     response_length: int  # tokens, the limit
     epochs: int = 1  # passes over the sampled responses, each with ``updates / epochs`` updates
+    turns: int = 1  # of an episode at most; turns and observations together have ``response_length`` tokens
 
     @property
     def length(self) -> int:
@@ -83,15 +84,22 @@ def stage_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, PromptT
     read = [fitting_prompts(config, name, entry, prompts[entry]).lengths for entry in stage.entries]
     longest = max(int(lengths.max()) for lengths in read)
     limit = stage.sampling.max_response_length
+    turns = max(_turns(config, entry, limit) for entry in stage.entries)
     if isinstance(stage, TeacherCacheConfig):
         count = min(stage.generation_batch_size, sum(map(len, read)))
-        return StageShape(0, 0, count * stage.num_generations, count, longest, limit)
+        return StageShape(0, 0, count * stage.num_generations, count, longest, limit, turns=turns)
     live = stage.train_batch_size
     if isinstance(stage, OpdConfig):
         live = round(stage.on_policy_fraction * live)
     responses = stage.train_batch_size * stage.num_generations // stage.num_mini_batches
     requests = live * stage.num_generations
-    return StageShape(responses, stage.num_updates, requests, live, longest, limit, stage.ppo_epochs)
+    return StageShape(responses, stage.num_updates, requests, live, longest, limit, stage.ppo_epochs, turns)
+
+
+def _turns(config: WorkflowConfig, entry: str, limit: int) -> int:
+    """Return the turns of an episode at most; one and the observation before it have a token each at least."""
+    environment = config.data[entry.partition("/")[0]].resolved_environment
+    return 1 if environment is None else max(1, min(environment.max_turns, (limit + 1) // 2))
 
 
 def _longest_solution(
@@ -257,6 +265,7 @@ class _StageEstimate:
             sampling=self.stage.sampling,
             rollout=self.config.rollout,
             records_routes=replays_routes(self.config, self.stage, self.spec),
+            turns=self.shape.turns,
         )
 
     def _cache_scoring(self, shard: ModelShard) -> dict[str, int]:

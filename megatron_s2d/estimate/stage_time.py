@@ -145,4 +145,8 @@ def _generation(
         "prefill": student.prefill_seconds(max(prompts, batches), shape.prompt_length),
         "decode": batches * decode,
     }
+    if shape.turns > 1 and rollout.engine == "megatron":
+        # Every later turn computes its episode again, up to there; servers find the keys and values in their cache.
+        lengths = shape.prompt_length + shape.response_length / 2
+        seconds["prefill of turns"] = student.prefill_seconds(requests * (shape.turns - 1), lengths)
     return seconds, scale_traffic(student.decode_traffic(requests / batches, shape.response_length), batches)

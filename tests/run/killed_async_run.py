@@ -20,7 +20,7 @@ from megatron_s2d.stages.rollout_factory import RolloutFactory
 
 
 class CopyEngine:
-    """Samples with a copy of the weights, one episode after the other on a thread; updates wait for the one that runs."""
+    """Samples with a copy of the weights, one group after the other on a thread; updates wait for the one that runs."""
 
     def __init__(self, model, tokenizer):
         self._model, self._chunks = model, copy.deepcopy(model.chunks)

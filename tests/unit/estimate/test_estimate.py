@@ -288,6 +288,12 @@ def test_kv_cache_by_hand():
     rows, column = 65536 // 2048, 2 * 4 * 128 * 2  # keys and values of four heads
     assert phases["decode"]["KV cache"] == rows * column * (32 * 2048 + 1024)
     assert phases["prefill"]["KV cache"] == rows * 1024 * column * 32
+    episodes = generate_phases(
+        shard, Build(2, fused=True), requests=512, prompts=8, prompt_length=1024, turns=3,
+        sampling=SamplingConfig(max_response_length=1024), rollout=RolloutConfig(max_batch_tokens=65536),
+    )  # fmt: skip
+    assert episodes["prefill"]["KV cache"] == rows * 2048 * column * 32  # all rows, with all that they have
+    assert episodes["decode"] == phases["decode"]
 
 
 def test_shared_key_heads_are_replicated():

@@ -144,6 +144,29 @@ def large(tmp_path_factory):
     return check_workflow(load_workflow(SMOKE, overrides), tmp_path_factory.mktemp("tokenizer"))
 
 
+def test_every_turn_of_an_episode_computes_the_ones_before_again(tmp_path):
+    """Three turns at most, as 5 tokens allow: two more prefills of the prompt and half of the response."""
+
+    def seconds(*settings):
+        overrides = [
+            "stages.rl_teacher.sampling.max_response_length=5",
+            "data.pool.environment={type: calculator, max_turns: 8}",
+            *settings,
+        ]
+        checked = check_workflow(load_workflow(SMOKE, overrides), tmp_path)
+        shape = checked.shapes["rl_teacher"]
+        assert shape.turns == 3 and shape.requests == 16 * 8
+        return stage_time(checked.config, "rl_teacher", checked.specs, shape, H200).seconds, shape, checked
+
+    with_turns, shape, checked = seconds()
+    one_turn = dataclasses.replace(shape, turns=1)
+    plain = stage_time(checked.config, "rl_teacher", checked.specs, one_turn, H200).seconds
+    added = with_turns.pop("prefill of turns")
+    assert with_turns == plain
+    positions = 2 * (shape.prompt_length + 2.5) * shape.requests
+    assert added / plain["prefill"] == pytest.approx(positions / (16 * shape.prompt_length), rel=0.2)
+
+
 def test_proposed_layouts_fit_and_the_fastest_comes_first(large):
     machine = Machine(GPUS["h200"])
     proposals = propose(large, machine, 16)

@@ -192,20 +192,19 @@ def engine_for(policy, seed: int = 0):
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("interval", [1, 3])
 def test_kills_lose_and_repeat_no_labelled_prompt(policy, interval):
-    """The run is killed after every second step and goes on from its last checkpoint, on servers of another speed.
+    """The run is killed after a few steps, again and again, and goes on from its last checkpoint at another speed.
 
     In the steps that count, every group comes once, and the prompts are those of the loader's order.
     """
     expected = groups_of(train(make_buffer(engine_for(policy), **policy)))
     counted: dict[int, list[str]] = {}
-    state, seed, step = {"step": 0}, 0, 0
-    rollout_buffer = None
-    while step < STEPS:
-        seed, step = seed + 1, state["step"]
+    state, seed = {"step": 0}, 0
+    while STEPS not in counted:
+        seed, first = seed + 1, state["step"] + 1
         rollout_buffer = make_buffer(engine_for(policy, seed), **policy)
         rollout_buffer.resume(state)
-        rollout_buffer.update_weights([], step) if step else None
-        for step in range(step + 1, min(STEPS, step + interval + 1) + 1):
+        rollout_buffer.update_weights([], first - 1)
+        for step in range(first, min(STEPS, first + interval) + 1):
             (counted[step],) = groups_of(train(rollout_buffer, step, step))
             if step % interval == 0:
                 state = {"step": step} | rollout_buffer.state()
