@@ -23,9 +23,11 @@ from megatron_s2d.config.stage import (
     MAX_PROMPT_LENGTH,
     MINI_BATCHES,
     PPO_EPOCHS,
+    PROMPT_FILTER,
     PROMPT_ORDER,
     TRUNCATED,
     LossAggMode,
+    PromptFilterConfig,
     PromptOrder,
     TrainingStageConfig,
     Truncated,
@@ -85,6 +87,7 @@ class GrpoConfig(TrainingStageConfig):
     type: Literal["grpo"] = "grpo"
     prompts: str = Field(description="labelled prompts: an entry of `data`, or `entry/half`")
     max_prompt_length: int | None = Field(None, ge=1, description=MAX_PROMPT_LENGTH)
+    prompt_filter: PromptFilterConfig | None = Field(None, description=PROMPT_FILTER)
     prompt_order: PromptOrder = Field("restart", description=PROMPT_ORDER)
     label_reuse: Literal["refuse", "allow"] = Field(
         "refuse",

@@ -26,9 +26,11 @@ from megatron_s2d.config.stage import (
     MAX_PROMPT_LENGTH,
     MINI_BATCHES,
     PPO_EPOCHS,
+    PROMPT_FILTER,
     PROMPT_ORDER,
     TRUNCATED,
     LossAggMode,
+    PromptFilterConfig,
     PromptOrder,
     TrainingStageConfig,
     Truncated,
@@ -126,6 +128,7 @@ class OpdConfig(TrainingStageConfig):
         "`reward_advantage` and views with answers or solutions only"
     )
     max_prompt_length: int | None = Field(None, ge=1, description=MAX_PROMPT_LENGTH)
+    prompt_filter: PromptFilterConfig | None = Field(None, description=PROMPT_FILTER)
     prompt_order: PromptOrder = Field("restart", description=PROMPT_ORDER)
     label_reuse: Literal["refuse", "allow"] = Field(
         "allow", description="refuse: an error if labels (see `prompts`) would be used a second time"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -37,7 +38,24 @@ PROMPT_ORDER = (
     "restart: from the beginning of the shuffled prompts; continue: after the prompts of the stage `init`, as if that "
     "had more steps"
 )
+PROMPT_FILTER = "leave out prompts that a model, such as the teacher, solves too often or too seldom; null: none"
 TRUNCATED = "mask: a response truncated at max_response_length gives no gradient (its reward still counts in its group)"
+
+
+class PromptFilterConfig(Config):
+    """Prompts by the share of correct responses that a model gave in an earlier evaluation of them."""
+
+    evaluation: Path = Field(
+        description="its evaluation.jsonl, such as that of a pass-rate check of these prompts; each needs a row there"
+    )
+    min_pass_rate: float = Field(0.0, ge=0, le=1, description="leave out prompts with a smaller share")
+    max_pass_rate: float = Field(1.0, ge=0, le=1, description="leave out prompts with a larger share")
+
+    @pydantic.model_validator(mode="after")
+    def _check_range(self) -> PromptFilterConfig:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is above max_pass_rate: no prompt would be left")
+        return self
 
 
 class StageConfig(Config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import string
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_s2d.artifacts.files import read_jsonl
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import DataSource, FileSource, TaskSource
 from megatron_s2d.config.environment import environment_text, tools_of
 from megatron_s2d.config.reward import verifier_text
+from megatron_s2d.config.stage import PromptFilterConfig
 from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.config.workflow import DEFAULT_DATA_CACHE, HALVES, WorkflowConfig
 from megatron_s2d.data.files import Problem
@@ -156,11 +159,44 @@ def _in_both(prompt_set: PromptSet, other: PromptTable) -> PromptSet:
 
 
 def fitting_prompts(config: WorkflowConfig, stage_name: str, entry: str, prompts: Sequence[Prompt]) -> PromptTable:
-    """Return those ``prompts`` of ``entry`` that stage ``stage_name`` reads: within its own ``max_prompt_length``.
+    """Return those ``prompts`` of ``entry`` that stage ``stage_name`` reads: within its own ``max_prompt_length``,
+    and with a pass rate in the range of its ``prompt_filter``.
 
     The halves are formed before, so that those of stages with different limits do not overlap. Raises ``UserError`` if
     none is left and, with ``on_long_prompt: error``, if one is too long.
     """
+    table = short_prompts(config, stage_name, entry, prompts)
+    settings = getattr(config.stages[stage_name], "prompt_filter", None)
+    return table if settings is None else _with_pass_rate(settings, f"stages.{stage_name}.prompt_filter", entry, table)
+
+
+def _with_pass_rate(settings: PromptFilterConfig, where: str, entry: str, table: PromptTable) -> PromptTable:
+    if not settings.evaluation.is_file():
+        raise UserError(f"{where}: {settings.evaluation}: no such file")
+    rates = _pass_rates(settings.evaluation, settings.evaluation.stat().st_mtime_ns)
+    unknown = table.distinct("id") - rates.keys()
+    if unknown:
+        raise UserError(
+            f"{where}: {settings.evaluation} has no row for {len(unknown)} prompts of '{entry}' ({min(unknown)}): "
+            "evaluate these prompts, or name the entry that was evaluated"
+        )
+    fits = np.array([settings.min_pass_rate <= rates[prompt.id] <= settings.max_pass_rate for prompt in table], bool)
+    if not fits.any():
+        raise UserError(f"{where}: no prompt of '{entry}' has a pass rate in this range; widen it")
+    return table.select(fits)
+
+
+@functools.lru_cache(maxsize=8)
+def _pass_rates(path: Path, modified: int) -> dict[str, float]:
+    """Return the share of correct responses by the id of the problem. modified: time of the file, for the cache."""
+    try:
+        return {row["problem_id"]: float(np.mean(row.get("correct") or row["rewards"])) for row in read_jsonl(path)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an evaluation.jsonl ({type(error).__name__}: {error})") from error
+
+
+def short_prompts(config: WorkflowConfig, stage_name: str, entry: str, prompts: Sequence[Prompt]) -> PromptTable:
+    """Return those ``prompts`` that are within the stage's ``max_prompt_length``; see ``fitting_prompts``."""
     table = PromptTable.of(prompts)
     limit = getattr(config.stages[stage_name], "max_prompt_length", None)
     fits = _fits(table, limit)

@@ -55,7 +55,7 @@ _NEUTRAL = {
     "ppo_epochs": 1, "max_prompt_length": None, "prompt_order": "restart", "fixed_advantage": None,
     "policy_loss": "grpo", "entropy_coeff": 0.0, "teacher_advantage": None, "reward_advantage": None,
     "teacher_view": None, "reference_view": None, "domain_weights": None, "log_ratio_clip": None,
-    "max_truncated_fraction": None, "lora": None,
+    "max_truncated_fraction": None, "lora": None, "prompt_filter": None,
 }  # fmt: skip
 
 
@@ -253,6 +253,10 @@ def _resolved_stage(
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _EXCLUDED_FROM_KEY}
     settings = {key: value for key, value in settings.items() if key not in _NEUTRAL or value != _NEUTRAL[key]}
+    if settings.get("filter_groups"):  # of runs from before it had a range
+        pairs = (("min_pass_rate", 0.0), ("max_pass_rate", 1.0))
+        neutral = {key for key, value in pairs if settings["filter_groups"][key] == value}
+        settings["filter_groups"] = {k: v for k, v in settings["filter_groups"].items() if k not in neutral}
     used = {entry.partition("/")[0] for entry in stage.entries}
     sampled = _sampling(config, name) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
     resolved = (
@@ -265,6 +269,11 @@ def _resolved_stage(
     }
     if views:
         resolved["views"] = views
+    if getattr(stage, "prompt_filter", None) is not None:
+        evaluation = stage.prompt_filter.evaluation
+        if not evaluation.is_file():
+            raise UserError(f"stages.{name}.prompt_filter.evaluation: {evaluation}: no such file")
+        settings["prompt_filter"] |= {"evaluation": file_digest(evaluation)}
     if any("/" in entry for entry in stage.entries):
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:

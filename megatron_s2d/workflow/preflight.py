@@ -37,7 +37,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.label_ledger import LabelLedger
 from megatron_s2d.data.model_tokenizers import ModelTokenizers
 from megatron_s2d.data.prompt_table import PromptTable
-from megatron_s2d.data.prompts import PromptSet, fitting_prompts, is_corpus, prompts_of
+from megatron_s2d.data.prompts import PromptSet, fitting_prompts, is_corpus, prompts_of, short_prompts
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.memory import StageMemory
 from megatron_s2d.estimate.stage_memory import StageShape, stage_memory, stage_shape
@@ -282,7 +282,7 @@ def _dropped_by_stages(
 ) -> dict[str, int]:
     """Return "entry in stages.NAME" -> prompts beyond the stage's own ``max_prompt_length``, where there are any."""
     counts = {
-        f"{entry} in stages.{name}": len(prompts) - len(fitting_prompts(config, name, entry, prompts))
+        f"{entry} in stages.{name}": len(prompts) - len(short_prompts(config, name, entry, prompts))
         for name in stages
         for entry, prompts in views[name].items()
         if entry in config.stages[name].entries

@@ -67,8 +67,8 @@ def workflow(rollout: dict, opd: dict | None = None, grpo: dict | None = None, *
         ({"async_mode": "one_step_off", "max_staleness": 0}, "set max_staleness to 1 or more"),
         ({"max_staleness": 2}, "max_staleness above 0 needs an async_mode"),
         (
-            {"async_mode": "partial_rollout", "max_staleness": 2, "over_sampling_ratio": 1.5},
-            "takes them in order: set one of the two",
+            {"async_mode": "partial_rollout", "max_staleness": 1, "over_sampling_ratio": 1.5},
+            "needs max_staleness 2 or more",
         ),
         ({"sglang": {"num_server": 2}}, "did you mean 'num_servers'"),
     ],
@@ -198,15 +198,21 @@ def test_staleness_in_the_trainer_needs_a_correction_and_changes_the_key(tmp_pat
     assert keys(served) == keys(served | {"max_staleness": 1}) != keys(served | {"max_staleness": 2})
     with pytest.raises(UserError, match="as with max_staleness: set rollout_correction"):
         workflow({"max_staleness": 1}, grpo={"rollout_correction": {"mode": "off"}})
-    with pytest.raises(UserError, match="filter_groups needs rollout.max_staleness: 0 or 1"):
-        workflow({"max_staleness": 2}, grpo={"filter_groups": {"max_num_gen_batches": 3}})
 
 
-def test_oversampling_excludes_filter_groups():
-    rollout = {"engine": "sglang", "over_sampling_ratio": 1.5}
-    truncate = {"rollout_correction": TRUNCATE}
-    with pytest.raises(UserError, match="filter_groups needs rollout.over_sampling_ratio: 1"):
-        workflow(rollout, truncate, grpo=truncate | {"filter_groups": {"max_num_gen_batches": 3}})
+def test_policies_of_the_buffer_go_together_and_have_a_bound_on_the_age_of_responses():
+    filtered = {"filter_groups": {"max_num_gen_batches": 3, "max_pass_rate": 0.9}}
+    over_sampled = {"engine": "sglang", "over_sampling_ratio": 1.5}
+    bounds = {
+        0: {"engine": "sglang"} | {"over_sampling_ratio": 1.5, "max_staleness": 0},
+        1: over_sampled,
+        2: over_sampled | {"async_mode": "partial_rollout"},
+        5: over_sampled | {"async_mode": "one_step_off", "max_staleness": 5},
+    }
+    for bound, rollout in bounds.items():
+        assert workflow(rollout, grpo=filtered).rollout.staleness == bound
+    with pytest.raises(UserError, match="min_pass_rate is above max_pass_rate"):
+        workflow({}, grpo={"filter_groups": {"max_num_gen_batches": 3, "min_pass_rate": 0.5, "max_pass_rate": 0.4}})
 
 
 def test_another_engine_reruns_only_sampling_stages(tmp_path):
