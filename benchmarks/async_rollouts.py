@@ -10,53 +10,73 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
 from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import Prompt, Sample
-from megatron_s2d.rollout.buffer import RolloutBuffer
+from megatron_s2d.rollout.buffer import BufferPolicy, RolloutBuffer
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_of
+from megatron_s2d.rollout.response_table import Group
 from megatron_s2d.rollout.sampler import PromptDataLoader, RolloutWorker
 
 STALENESS = (0, 1, 4)
+GROUPS, GENERATIONS = 8, 2  # of a step
 
 
 class SleepingEngine:
-    """Answers one batch after the other, each after ``seconds``, on a thread of its own."""
+    """Answers one group after the other, each after ``seconds``, on a thread of its own; updates wait for what runs."""
 
-    def __init__(self, seconds: float, *, ahead: bool):
-        self.version = 0
-        self.busy_seconds = 0.0
-        self._seconds, self._ahead = seconds, ahead
+    def __init__(self, seconds: float):
+        self.version, self.busy_seconds = 0, 0.0
+        self._seconds = seconds
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._running: dict[str, concurrent.futures.Future[list[Sample]]] = {}
 
-    def submit(self, requests: Sequence[Request], num_groups: int | None = None) -> None:
-        """Start, where responses may be of older weights."""
-        if self._ahead:
-            self._start(requests)
+    def generate(self, requests: Sequence[Request], progress=None) -> list[Sample]:
+        """Answer now."""
+        return [sample for group in itertools.batched(requests, GENERATIONS) for sample in self._answer(group)]
 
-    def generate(self, requests: Sequence[Request], progress=None, *, num_groups: int | None = None) -> list[Sample]:
-        """Wait for the responses."""
-        if requests[0].id not in self._running:
-            self._start(requests)
-        return self._running.pop(requests[0].id).result()
+    def start(self, episodes: Mapping[str, Any], priority: int = 0) -> None:
+        """See ``BackgroundRunner``; an episode is a group here."""
+        for name, requests in episodes.items():
+            self._running[name] = self._thread.submit(self._answer, requests)
 
-    def update_weights(self, version: int) -> None:
+    def wait(self, is_enough: Callable[[Set[str]], bool]) -> dict[str, list[Sample]]:
+        """See ``BackgroundRunner``."""
+        while not is_enough({name for name, future in self._running.items() if future.done()}):
+            pending = [future for future in self._running.values() if not future.done()]
+            concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+        ended = [name for name, future in self._running.items() if future.done()]
+        return {name: self._running.pop(name).result() for name in ended}
+
+    def pause(self, *, interrupt: bool) -> None:
         """Wait for what is in flight."""
         concurrent.futures.wait(self._running.values())
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """Do nothing: nothing starts again here."""
+
+    def update_weights(self, chunks: Sequence[Any], version: int) -> None:
+        """Set the version."""
         self.version = version
+
+    def measurements(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
-
-    def _start(self, requests: Sequence[Request]) -> None:
-        self._running[requests[0].id] = self._thread.submit(self._answer, requests)
 
     def _answer(self, requests: Sequence[Request]) -> list[Sample]:
         version = self.version
@@ -65,23 +85,33 @@ class SleepingEngine:
         return [sample_of(request, np.array([1]), np.zeros(1, np.float32), "stop", version) for request in requests]
 
 
+class Worker(RolloutWorker):
+    """A worker whose groups are answered as a whole."""
+
+    def group_episode(self, group: Group) -> Any:
+        """Return the requests themselves."""
+        return group.requests
+
+
 def measure(max_staleness: int, steps: int, generation: float, training: float) -> tuple[float, float, float, int]:
     """Return (steps per second, shares of the time that producer and trainer wait, largest age in steps)."""
-    engine = SleepingEngine(generation, ahead=max_staleness > 0)
+    engine = SleepingEngine(generation / GROUPS)
     layout = types.SimpleNamespace(
         dp_rank=0, dp_size=1, is_dp_leader=True, leader_in_replica=0, host_dp=HostGroup(), host_replica=HostGroup()
     )
     prompts = [Prompt(f"p{number}", np.array([number]), "", "math", None, None) for number in range(64)]
-    worker = RolloutWorker(layout, engine, SamplingParams(4, (0,)), 7, None)
-    buffer = RolloutBuffer(PromptDataLoader(prompts, 8, 5), worker, 8, 2, steps, max_staleness=max_staleness)
+    worker = Worker(layout, engine, SamplingParams(4, (0,)), 7, None)
+    policy = BufferPolicy(max_staleness, "one_step_off" if max_staleness else "sync")
+    loader = PromptDataLoader(prompts, GROUPS, 5)
+    buffer = RolloutBuffer(loader, worker, GROUPS, GENERATIONS, steps, policy)
     start, oldest, waiting = time.perf_counter(), 0, 0.0
     for step in range(1, steps + 1):
         before = time.perf_counter()
-        _, samples = buffer.next_batch(step)
+        samples = buffer.next_batch(step).samples
         waiting += time.perf_counter() - before
         oldest = max(oldest, *(engine.version - span.version for s in samples for span in s.weight_versions))
         time.sleep(training)
-        engine.update_weights(step)
+        buffer.update_weights([], step)
     seconds = time.perf_counter() - start
     engine.close()
     return steps / seconds, 1 - engine.busy_seconds / seconds, waiting / seconds, oldest
