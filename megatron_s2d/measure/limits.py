@@ -48,7 +48,8 @@ def shortened(
         shape = dataclasses.replace(shape, responses=per_rank * dp_size)
     stages = dict(config.stages) | {name: stage.model_copy(update=update)}
     limits_of_values = {"max_mismatch_kl": None, "min_replayed_agreement": None}
-    rollout = config.rollout.model_copy(update=limits_of_values | {"over_sampling_ratio": 1.0})
+    synchronous = {"async_mode": "sync", "max_staleness": None, "over_sampling_ratio": 1.0}
+    rollout = config.rollout.model_copy(update=limits_of_values | synchronous)
     return config.model_copy(update={"stages": stages, "rollout": rollout, "tensorboard": False}), shape
 
 

@@ -142,7 +142,10 @@ class RolloutBuffer:
                 self._collect(lambda ended: self._is_enough(ended, self._last_taken + 1))
             engine.pause(interrupt=not waits or bool(self._num_extra))
         self._weights = self._last_taken + 1
-        self._restart([flight for flight in self._flights if self._deadline(flight) < self._weights])
+        if self._last_taken < self.steps:
+            self._restart([flight for flight in self._flights if self._deadline(flight) < self._weights])
+        elif policy.runs_beside:  # no step will take them
+            engine.cancel([flight.name for flight in self._flights])
         engine.update_weights(chunks, version)
 
     def sleep(self) -> None:
