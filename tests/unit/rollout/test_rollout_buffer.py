@@ -64,7 +64,7 @@ class ServerEngine(ToyEngine):
             self.started.append(name)
             seconds = self.seconds(name) if callable(self.seconds) else self.seconds
             self.free_at = (self.now if self.parallel else max(self.now, self.free_at)) + seconds
-            self.ready[name] = (self.free_at, episode, self.version)
+            self.ready[name] = (self.free_at, episode, None if self.is_paused else self.version)
 
     def wait(self, is_enough):
         self.is_paused = False
@@ -77,9 +77,11 @@ class ServerEngine(ToyEngine):
         return {name: self.answer(*self.ready.pop(name)[1:]) for name in order if name in ended}
 
     def answer(self, episode, version):
+        engine = self
+
         class Client:
             async def sample(self, token_ids, params, *, seed, request_id, priority=0):
-                spans = version_spans(np.full(2, version))
+                spans = version_spans(np.full(2, engine.version if version is None else version))
                 return Completion(np.array([1, 2]), np.zeros(2, np.float32), "stop", spans)
 
         return asyncio.run(episode(Client()))
@@ -98,6 +100,9 @@ class ServerEngine(ToyEngine):
     def update_weights(self, chunks, version):
         assert self.is_paused
         super().update_weights(chunks, version)
+        self.is_paused = False
+        for name, (time, episode, first) in self.ready.items():  # what was started in the pause begins now
+            self.ready[name] = (time, episode, version if first is None else first)
 
     def measurements(self):
         return {"rollout/producer_wait_seconds": 0.0, "rollout/discarded_tokens": 0.0}
