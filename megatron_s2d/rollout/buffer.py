@@ -138,7 +138,7 @@ class RolloutBuffer:
         engine, policy = self.worker.engine, self.policy
         if policy.runs_beside:
             waits = policy.async_mode == "one_step_off"
-            if waits and self._num_extra and 0 < self._last_taken < self.steps:
+            if waits and self._num_extra and self._submitted > self._last_taken:
                 self._collect(lambda ended: self._is_enough(ended, self._last_taken + 1))
             engine.pause(interrupt=not waits or bool(self._num_extra))
         self._weights = self._last_taken + 1

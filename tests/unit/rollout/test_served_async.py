@@ -122,27 +122,6 @@ def test_requests_that_are_given_up_are_discarded_tokens(chunks, layout, servers
     engine.close()
 
 
-def test_interrupted_response_with_stop_strings_starts_again(chunks, layout, servers, tmp_path):
-    class Words:
-        def decode(self, ids):
-            return "x" * len(ids)
-
-    engine = make_engine(chunks, layout, tmp_path, servers[:1], tokenizer=Words())
-    stalled = set()
-    servers[0].holds = lambda body, n: n == 2 and not stalled.add(body["rid"])
-    params = SamplingParams(8, (), stop_strings=("y",))
-    request = dataclasses.replace(long_requests()[0], params=params)
-    start(engine, [request])
-    while not stalled:
-        time.sleep(0.01)
-    engine.pause(interrupt=True)
-    servers[0].holds = lambda body, n: False
-    engine.update_weights(chunks, 1)
-    (sample,) = finish(engine, [request])
-    assert spans([sample]) == {(1,)} and engine.measurements()["rollout/discarded_tokens"] == 2
-    engine.close()
-
-
 def test_server_that_dies_during_training_costs_no_sample(chunks, layout, servers, tmp_path):
     engine = make_engine(chunks, layout, tmp_path, servers)
     servers[0].faults.extend(["drop"] * 100)

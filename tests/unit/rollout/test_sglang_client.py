@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.config.training import ServerConfig
 from megatron_s2d.records import Prompt, WeightVersionSpan
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
+from megatron_s2d.rollout.sampling_client import single_turn
 from megatron_s2d.rollout.served import server_pool
 from megatron_s2d.rollout.served.backend import PartialRollout
+from megatron_s2d.rollout.served.episodes import EpisodeTask
 from megatron_s2d.rollout.served.generation import generate_all
 from megatron_s2d.rollout.served.replies import ReplyContract, to_partial
 from megatron_s2d.rollout.served.server_pool import ServerPool
@@ -265,6 +268,29 @@ def test_requests_in_flight_are_bounded(servers):
     servers[0].generate = counted
     generate(servers[:1], make_requests(prompts=3, groups=3), settings)
     assert max_busy == 2
+
+
+class Words:
+    def decode(self, ids):
+        return "x" * len(ids)
+
+
+def test_an_interrupted_response_with_stop_strings_starts_again(servers):
+    stalled = set()
+    servers[0].holds = lambda body, n: n == 2 and not stalled.add(body["rid"])
+    (request,) = make_requests(prompts=1, groups=1, stop_token_ids=(), stop_strings=("y",))
+    contract = ReplyContract("v7", 7, VOCAB_SIZE, Words())
+    task = EpisodeTask(ServerPool([servers[0].url], SETTINGS, PROTOCOL), contract, lambda request: None)
+    task.add({"response": single_turn(request)})
+    while not stalled:
+        time.sleep(0.01)
+    task.pause(interrupt=True)
+    servers[0].holds = lambda body, n: False
+    task.resume(contract)
+    assert task.wait(lambda ended: "response" in ended) == []
+    sample = task.take()["response"]
+    assert sample.response_length == request.params.max_new_tokens and task.take_measurements()[1] == 2
+    task.close()
 
 
 @pytest.mark.parametrize("ids", [[1, EOS, 2], [1, 99], [1] * 7])
