@@ -273,22 +273,6 @@ def test_generation_uses_the_current_weights(layout):
     assert largest_difference(chunks, after) < 2e-5 < largest_difference(chunks, before)
 
 
-def test_early_requests_keep_the_weights_that_they_were_submitted_with(layout):
-    chunks = model(layout)
-    early = engine(chunks, layout, generates_early=True)
-    requests = make_requests(temperature=0.0, groups=1)
-    early.submit(requests)
-    expected = engine(chunks, layout).generate(requests)
-    with torch.no_grad():
-        for parameter in chunks[0].parameters():
-            parameter.mul_(0.7)
-    early.update_weights(chunks, 1)
-    for sample, reference in zip(early.generate(requests), expected, strict=True):
-        assert np.array_equal(sample.rollout_log_probs, reference.rollout_log_probs)
-        assert [span.version for span in sample.weight_versions] == [0]
-    assert {span.version for sample in early.generate(requests) for span in sample.weight_versions} == {1}
-
-
 def test_invalid_requests_are_one_clear_line(layout, chunks):
     generator = engine(chunks, layout)
     cases = [
