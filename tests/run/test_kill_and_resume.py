@@ -19,6 +19,7 @@ JOBS = [
     "stages/opd",
     "stages/stage3",
     "stages/student_grpo",
+    "stages/tool_grpo",
     "evaluations/stage3",
     "evaluations/student_grpo",
 ]

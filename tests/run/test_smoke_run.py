@@ -12,7 +12,7 @@ from megatron_s2d.artifacts.files import file_digest, json_digest
 
 def test_results_are_complete_and_consistent(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
-    assert set(results["arms"]) == {"direct_student_grpo", "half_bridge_stage3"}
+    assert set(results["arms"]) == {"direct_student_grpo", "half_bridge_stage3", "direct_tool_grpo"}
     for arm in results["arms"].values():
         assert arm["k"] == 4 and arm["num_problems"] == 64
         assert 0 <= arm["avg_at_k"] <= 1 and 0 < arm["std_err"] < 0.1
@@ -56,6 +56,12 @@ def test_training_reduces_the_losses(unbroken):
         assert row["mismatch/log_prob_abs_diff_max"] < 1e-4
 
 
+def test_episodes_with_a_calculator_are_trained_on(unbroken):
+    rows = metrics(unbroken, "stages/tool_grpo")
+    assert len(rows) == 4 and all(row["mismatch/k3_kl"] < 1e-9 for row in rows)
+    assert max(row["num_turns_max"] for row in rows) > 1
+
+
 def test_label_ledger_is_written(unbroken):
     entries = {entry["stage"]: entry for entry in json.loads((unbroken / "label_ledger.json").read_text())}
     first, last = set(entries["rl_teacher"]["prompt_ids"]), set(entries["stage3"]["prompt_ids"])
@@ -66,7 +72,7 @@ def test_label_ledger_is_written(unbroken):
 def test_same_command_reuses_everything(unbroken):
     before = (unbroken / "stages/opd/finished.json").stat().st_mtime_ns
     finished = s2d("run", SMOKE, "--out", unbroken)
-    assert finished.returncode == 0 and "10 of 10 stages and evaluations are finished and reused" in finished.stdout
+    assert finished.returncode == 0 and "12 of 12 stages and evaluations are finished and reused" in finished.stdout
     assert (unbroken / "stages/opd/finished.json").stat().st_mtime_ns == before
 
 
@@ -76,7 +82,7 @@ def test_changed_config_reruns_only_affected_stages(unbroken, tmp_path):
     finished = s2d("run", SMOKE, "--out", run_dir, "--set", "stages.stage3.steps=2")
     assert finished.returncode == 0, finished.stderr
     assert "stages/stage3: will run again: stage.steps: 4 -> 2" in finished.stdout
-    assert "8 of 10 stages and evaluations are finished and reused" in finished.stdout
+    assert "10 of 12 stages and evaluations are finished and reused" in finished.stdout
     assert len(metrics(run_dir, "stages/stage3")) == 2
     archived = run_dir / "stages" / ".archive" / "stage3-1"
     assert "stage.steps: 4 -> 2" in (archived / "reason.txt").read_text() and (archived / "model").exists()

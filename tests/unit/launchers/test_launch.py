@@ -213,7 +213,8 @@ def test_stages_are_submitted_after_their_inputs(workdir, monkeypatch, capsys):
     shown = capsys.readouterr().out
     numbers = dict(re.findall(r"^(\S+): job (\d+)$", shown, re.MULTILINE))
     assert list(numbers) == [
-        "teacher_base", "student_base", "rl_teacher", "cache", "forward_kl", "opd", "stage3", "student_grpo", "report"
+        "teacher_base", "student_base", "rl_teacher", "cache", "forward_kl", "opd", "stage3", "student_grpo",
+        "tool_grpo", "report",
     ]  # fmt: skip
     calls = {
         line.split()[-1].partition("-")[2].removesuffix(".sbatch"): line
@@ -475,4 +476,4 @@ def test_nemo_run_jobs_run_the_same_ranks(tmp_path, monkeypatch):
     assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
     (script,) = directory.glob("nemo/experiments/smoke/*/opd/scripts/opd.sh")
     assert f"exec bash {tmp_path}/{directory}/rank.sh run {tmp_path}/{directory}/workflow.json " in script.read_text()
-    assert len(list(directory.glob("nemo/experiments/smoke/*/*_sbatch.sh"))) == 9
+    assert len(list(directory.glob("nemo/experiments/smoke/*/*_sbatch.sh"))) == 10

@@ -82,7 +82,7 @@ def test_new_run_runs_everything_inputs_first(tmp_path):
     for job in jobs:
         assert set(job.inputs) <= seen
         seen.add(job.id)
-    assert len([job for job in jobs if not job.is_stage]) == 2
+    assert len([job for job in jobs if not job.is_stage]) == 3
 
 
 def test_finished_jobs_are_reused_and_unfinished_ones_resume(tmp_path):
@@ -145,4 +145,5 @@ def test_seed_and_data_changes_rerun_what_uses_them(tmp_path):
     assert {id_ for id_, job in changed.items() if job.action == "rerun"} == {
         "evaluations/stage3",
         "evaluations/student_grpo",
+        "evaluations/tool_grpo",
     }
