@@ -54,7 +54,7 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-5
 def runs(request, tmp_path_factory, run_ranks) -> dict:
     """What the selected tests compare, trained in one launch for each number of ranks."""
     wanted = {"tp1"} | {name for (name,) in selected(request, "layout") | selected(request, "pair")}
-    scenarios = selected(request, "layout", "scenario") | {("tp1", name) for name in SCENARIOS + VIEWS}
+    scenarios = selected(request, "layout", "scenario") | {("tp1", name) for name in [*SCENARIOS, *VIEWS, "episodes"]}
     results = {}
     for ranks, names in RUNS.items():
         output = tmp_path_factory.mktemp("training") / f"{ranks}.json"
@@ -149,9 +149,9 @@ def test_scores_of_a_teacher_with_a_view_of_its_own_are_those_of_float64(runs, l
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["tp2sp", "pp2", "dp2"])
-def test_episodes_rewards_and_updates_do_not_depend_on_the_layout(runs, layout):
-    result, expected = runs[f"{layout}/episodes"], runs["tp1/episodes"]
+@pytest.mark.parametrize(("layout", "scenario"), [(layout, "episodes") for layout in ("tp2sp", "pp2", "dp2")])
+def test_episodes_rewards_and_updates_do_not_depend_on_the_layout(runs, layout, scenario):
+    result, expected = runs[f"{layout}/{scenario}"], runs["tp1/episodes"]
     assert result["episodes"].keys() == expected["episodes"].keys() and len(expected["episodes"]) == 18
     for name, (tokens, mask, reward) in expected["episodes"].items():
         assert result["episodes"][name][:2] == [tokens, mask] and result["episodes"][name][2] == pytest.approx(reward)
@@ -159,11 +159,11 @@ def test_episodes_rewards_and_updates_do_not_depend_on_the_layout(runs, layout):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["tp1", "tp2sp", "pp2", "dp2"])
-def test_numbers_at_observations_change_no_bit_of_an_update(runs, layout):
-    plain, spoiled = runs[f"{layout}/episodes"]["rows"]
+@pytest.mark.parametrize(("layout", "scenario"), [(layout, "episodes") for layout in ("tp1", "tp2sp", "pp2", "dp2")])
+def test_numbers_at_observations_change_no_bit_of_an_update(runs, layout, scenario):
+    plain, spoiled = runs[f"{layout}/{scenario}"]["rows"]
     assert plain == spoiled and plain["grad_norm"] > 0.01
-    masks = [mask for _, mask, _ in runs[f"{layout}/episodes"]["episodes"].values()]
+    masks = [mask for _, mask, _ in runs[f"{layout}/{scenario}"]["episodes"].values()]
     assert sum("True, False" in str(mask) for mask in masks) > 6  # several turns
 
 
