@@ -5,7 +5,6 @@ What each step trains on is appended to RUN_DIR-steps.jsonl: its number, its gro
 python killed_async_run.py CONFIG RUN_DIR SEED KILLS
 """
 
-import copy
 import json
 import queue
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from killed_run import main
 
+from megatron_s2d.models.build import build_model
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.stages.rollout_factory import RolloutFactory
@@ -23,11 +23,12 @@ class CopyEngine:
     """Samples with a copy of the weights, one group after the other on a thread; updates wait for the one that runs."""
 
     def __init__(self, model, tokenizer):
-        self._model, self._chunks = model, copy.deepcopy(model.chunks)
+        self._chunks = build_model(model.spec, model.layout, seed=0)
         self._engine = MegatronEngine(self._chunks, model.spec.vocab_size, model.layout, tokenizer=tokenizer)
         self._waiting: queue.PriorityQueue = queue.PriorityQueue()
         self._changed, self._may_run, self._number = threading.Condition(), True, 0
         self._is_busy, self._cancelled, self._ended, self._error = False, set(), {}, None
+        self._copy(model.chunks)
         threading.Thread(target=self._work, daemon=True).start()
 
     @property
@@ -67,10 +68,13 @@ class CopyEngine:
 
     def update_weights(self, chunks, version):
         self.pause(interrupt=False)
-        for own, trained in zip(self._chunks, chunks, strict=True):
-            own.load_state_dict({k: v for k, v in trained.state_dict().items() if v is not None}, strict=False)
+        self._copy(chunks)
         self._engine.update_weights(self._chunks, version)
         self._set_running(True)
+
+    def _copy(self, chunks):
+        for own, trained in zip(self._chunks, chunks, strict=True):
+            own.load_state_dict({k: v for k, v in trained.state_dict().items() if v is not None}, strict=False)
 
     def measurements(self):
         return {}
