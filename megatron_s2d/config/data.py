@@ -186,14 +186,18 @@ class RowSource(Config):
         return self.environment
 
 
-class FileSource(RowSource):
-    """Prompts from JSON-lines, JSON or Parquet files."""
+class _Files(Config):
+    """A base, so that these fields come first."""
 
     type: Literal["file"] = "file"
     path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
         description="one or several .jsonl, .json, .parquet or .arrow files, or folders of them, such as those of "
         "datasets' save_to_disk"
     )
+
+
+class FileSource(RowSource, _Files):
+    """Prompts from JSON-lines, JSON or Parquet files."""
 
     @property
     def paths(self) -> list[Path]:
@@ -209,8 +213,8 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-class HubSource(RowSource):
-    """Prompts from a data set of the Hugging Face hub, loaded by ``datasets.load_dataset``."""
+class _HubDataSet(Config):
+    """As ``_Files``."""
 
     type: Literal["hub"] = "hub"
     dataset: str = Field(min_length=1, description="owner/name on the hub, or a local folder that `datasets` can load")
@@ -219,6 +223,10 @@ class HubSource(RowSource):
     revision: str | None = Field(
         None, description="full hash of a commit (a run without one says the newest); a folder needs none"
     )
+
+
+class HubSource(RowSource, _HubDataSet):
+    """Prompts from a data set of the Hugging Face hub, loaded by ``datasets.load_dataset``."""
 
 
 DataSource = Annotated[TaskSource | FileSource | HubSource, Field(discriminator="type")]
