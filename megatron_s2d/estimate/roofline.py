@@ -130,7 +130,11 @@ class ModelOnMachine:
         if tp_size > 1:
             pairs = 1 if self.spec.num_experts else 2  # a column- and a row-parallel product; experts are not split
             forward, backward = (2, 3) if parallel.sequence_parallel else (1, 1)
-            count = layers * pairs * (forward * repeats + backward * trains) + 1 + 2 * trains
+            count = layers * pairs * (forward * repeats + backward * trains)
+            if shard.is_pipeline_first_stage:  # the embedding
+                count += 1 + (trains and parallel.sequence_parallel)
+            if shard.is_pipeline_last_stage:  # the output layer
+                count += parallel.sequence_parallel + 2 * trains
             ring = (tp_size - 1) / tp_size * (1 if parallel.sequence_parallel else 2)
             traffic["tensor"] = Traffic(count * hidden * ring, count, tp_size)
         if (cp_size := parallel.context_parallel_size) > 1:
