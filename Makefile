@@ -68,8 +68,8 @@ quickstart: env
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-# Folders one after the other, their files side by side. One process more than cores where tests wait; two where a test
-# starts several ranks, servers or whole runs.
+# Folders one after the other. Files of tests/unit (one process more than cores, for tests that wait), tests/dist and
+# tests/cuda_stub share the cores; those of tests/run start servers and whole runs, which need them alone.
 test: test-gpu test-unit test-dist test-cuda_stub test-run
 
 test-slow: $(SERVED)
@@ -85,7 +85,7 @@ test-cuda_stub: env
 	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/cuda_stub
 
 test-run: $(SERVED)
-	$(RUN)/python -m pytest -q -m "not slow" --durations=15 -n 2 --dist loadfile tests/run
+	$(RUN)/python -m pytest -q -m "not slow" --durations=15 tests/run
 
 test-gpu: env
 	$(RUN)/python -m pytest -q -rs tests/gpu
