@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import fcntl
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,7 +21,7 @@ from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.parallel.cuda_variables import set_device_variables
 from megatron_s2d.parallel.watchdog import has_stack_dump
 from megatron_s2d.workflow.plan import Job
-from megatron_s2d.workflow.status import RESUME_HINT, JobOutcome, RankAddress
+from megatron_s2d.workflow.status import RESUME_HINT, STOP_SIGNALS, JobOutcome, RankAddress
 
 _SCRATCH_PREFIX = "megatron_s2d_"
 
@@ -54,7 +56,8 @@ class ProcessServer:
     def warm_up(self) -> None:
         """Start the process to fork from, which begins to import the libraries."""
         if self._forks:
-            multiprocessing.forkserver.ensure_running()
+            with _stop_signals_blocked():
+                multiprocessing.forkserver.ensure_running()
 
     def start(self, config: WorkflowConfig, job: Job, run_dir: Path) -> list[RankProcess]:
         """Start one process for each rank of the job."""
@@ -65,10 +68,26 @@ class ProcessServer:
             receiver, sender = self._context.Pipe(duplex=False)
             arguments = (config, job, run_dir, RankAddress(rank, world_size, scratch.rendezvous), sender)
             process = self._context.Process(target=_run_worker, args=arguments, daemon=True)
-            process.start()
+            with _stop_signals_blocked():
+                process.start()
             sender.close()
             processes.append(RankProcess(process, receiver, job.heartbeat_path, scratch))
         return processes
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a run while a process is started, which keeps them blocked.
+
+    Schedulers and terminals signal the whole process group. The process that ranks are forked from must outlive its
+    ranks, and a rank takes signals only when it can answer with a checkpoint (``run_rank``).
+    """
+    multiprocessing.resource_tracker.ensure_running()  # would unblock SIGINT and SIGTERM when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_worker(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddress, pipe: Connection) -> None:

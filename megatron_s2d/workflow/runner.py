@@ -38,7 +38,7 @@ from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess
 from megatron_s2d.workflow.progress import Progress
 from megatron_s2d.workflow.server_room import check_server_room
-from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
+from megatron_s2d.workflow.status import RESUME_HINT, STOP_SIGNALS, Interrupted, JobCrashed
 
 _POLL_SECONDS = 0.25
 _LOCK_WAIT_SECONDS = 30.0
@@ -170,8 +170,8 @@ class _Runner:
         """Run all pending jobs; raise the first failure after the other jobs have stopped."""
         with _stop_signals() as stop_requested, self._progress:
             while self._running or (self._pending and self._failure is None):
-                if stop_requested() and self._failure is None:
-                    self._stop_all(Interrupted(f"stopped; {RESUME_HINT}"))
+                if (number := stop_requested()) is not None and self._failure is None:
+                    self._stop_all(Interrupted(f"stopped by {signal.Signals(number).name}; {RESUME_HINT}"))
                     self._announce_stop()
                 self._end_resumable_rounds()
                 if self._failure is None:
@@ -256,8 +256,8 @@ class _Runner:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGINT, SIGTERM or SIGUSR1 came; a second SIGINT raises at once."""
+def _stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Yield a function that returns the first signal of STOP_SIGNALS that came, or None; a second SIGINT raises at once."""
     received: list[int] = []
 
     def record(number: int, _: object) -> None:
@@ -265,9 +265,9 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, record) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

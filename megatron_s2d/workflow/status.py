@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Literal
 
 RESUME_HINT = "run the same command again to resume"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: of schedulers, before a time limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ from megatron_s2d.stages.registry import STAGES
 from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.stage_sizes import out_of_gpu_memory, room_for_servers
-from megatron_s2d.workflow.status import RESUME_HINT, JobOutcome, RankAddress
+from megatron_s2d.workflow.status import RESUME_HINT, STOP_SIGNALS, JobOutcome, RankAddress
 
 LOG_NAME = "log.txt"
 _LOCK_WAIT_SECONDS = 60.0
@@ -61,6 +61,7 @@ def run_rank(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddre
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the runner, which asks each rank to stop
     stop = StopOnSignal()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked since the start of this process
     pipe.send(capture_outcome(lambda: _run_job(config, job, run_dir, address, stop)))
 
 

@@ -38,8 +38,8 @@ def s2d_here(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(list(arguments), code, output.getvalue(), errors.getvalue())
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """Start the command in the background."""
+def start(*arguments: object, **options: object) -> subprocess.Popen:
+    """Start the command in the background, with ``options`` of ``subprocess.Popen``."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -47,6 +47,7 @@ def start(*arguments: object) -> subprocess.Popen:
         text=True,
         cwd=ROOT,
         env=environment(),
+        **options,
     )
 
 

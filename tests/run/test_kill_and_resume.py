@@ -70,12 +70,25 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken, tmp_path):
     wait_for(lambda: count_rows(run_dir / "stages/student_grpo/metrics.jsonl") >= 2, run)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=LIMIT_SECONDS)
-    assert run.returncode == 130 and "run the same command again to resume" in output
+    assert run.returncode == 130 and "stopped by SIGTERM; run the same command again to resume" in output
     assert list((run_dir / "stages/student_grpo/checkpoints").glob("step_*"))
     finished = s2d("run", SMOKE, "--out", run_dir, *DIRECT_ARM)
     assert finished.returncode == 0, finished.stderr
     assert_equals_unbroken(run_dir, unbroken, DIRECT_JOBS)
     assert len(json.loads((run_dir / "stages/student_grpo/lineage.json").read_text())["resumed"]) == 1
+
+
+def test_a_signal_to_all_processes_of_the_run_ends_it_as_one_to_the_runner_does(tmp_path):
+    """Schedulers signal the process group: the process that ranks are forked from has to outlive the ranks."""
+    run_dir = tmp_path / "stopped"
+    run = start("run", SMOKE, "--out", run_dir, *DIRECT_ARM, start_new_session=True)
+    wait_for(lambda: count_rows(run_dir / "stages/student_base/metrics.jsonl") >= 2, run)
+    os.killpg(run.pid, signal.SIGTERM)
+    output, _ = run.communicate(timeout=LIMIT_SECONDS)
+    assert run.returncode == 130, output
+    assert output.splitlines()[-1] == "stopped by SIGTERM; run the same command again to resume"
+    assert "error" not in output and list((run_dir / "stages/student_base/checkpoints").glob("step_*"))
+    assert not processes_of(run_dir)
 
 
 def test_second_run_of_one_directory_waits_and_a_killed_rank_stops_the_first(tmp_path):
