@@ -330,6 +330,7 @@ class WorkflowConfig(Config):
         for key, ours, theirs in (
             ("prompts", stage.entries, earlier.entries),
             ("max_prompt_length", stage.max_prompt_length, earlier.max_prompt_length),
+            ("prompt_filter", stage.prompt_filter, earlier.prompt_filter),
             ("seed", stage.seed, earlier.seed),
         ):
             if ours != theirs:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_s2d.config.stage import PromptFilterConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import fitting_prompts
@@ -44,25 +45,28 @@ class LabelLedger:
 
     config: WorkflowConfig
     prompts: Mapping[str, PromptTable]
-    _keys: dict[tuple[str, int | None], np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    _keys: dict[tuple[str, int | None, PromptFilterConfig | None], np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def keys(self, entry: str, stage_name: str | None = None) -> np.ndarray:
         """Return the distinct ``prompt_key`` of an entry, sorted; with ``stage_name``, of what the stage reads."""
-        limit = None if stage_name is None else getattr(self.config.stages[stage_name], "max_prompt_length", None)
-        if (entry, limit) not in self._keys:  # many stages read the same prompts
-            self._keys[entry, limit] = _distinct(self.read_by(stage_name, entry).keys)
-        return self._keys[entry, limit]
+        stage = None if stage_name is None else self.config.stages[stage_name]
+        limit, prompt_filter = (getattr(stage, name, None) for name in ("max_prompt_length", "prompt_filter"))
+        if (entry, limit, prompt_filter) not in self._keys:  # many stages read the same prompts
+            self._keys[entry, limit, prompt_filter] = _distinct(self.read_by(stage_name, entry).keys)
+        return self._keys[entry, limit, prompt_filter]
 
     def num_labels_used(self, stages: Sequence[str]) -> int:
         """Return how many distinct prompts have labels that one of ``stages`` uses."""
-        read = {}  # entry and limit -> keys
+        read = {}  # by identity: stages that read the same prompts share their keys
         for name in stages:
             for entry in self.labelled_entries(name):
                 read[id(self.keys(entry, name))] = self.keys(entry, name)
         return len(_distinct(np.concatenate(list(read.values())))) if read else 0
 
     def read_by(self, stage_name: str | None, entry: str) -> PromptTable:
-        """Return the prompts of ``entry`` within the stage's ``max_prompt_length``; all for None, the evaluation."""
+        """Return the prompts of ``entry`` that the stage reads (``fitting_prompts``); all for None, the evaluation."""
         prompts = self.prompts[entry]
         return prompts if stage_name is None else fitting_prompts(self.config, stage_name, entry, prompts)
 

@@ -9,6 +9,7 @@ from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
+FILTER = {"evaluation": "a.jsonl", "max_pass_rate": 0.5}
 
 
 def load(folder, first, second):
@@ -28,6 +29,8 @@ def test_positions_follow_steps_and_batch_sizes(tmp_path):
     assert [config.num_prompts_before(name) for name in ("base", "first", "second")] == [0, 0, 30]
     assert load(tmp_path, {"steps": 5}, {}).num_prompts_before("second") == 5 * 64
     assert load(tmp_path, {}, {"prompt_order": "restart"}).num_prompts_before("second") == 0
+    shared = {"prompt_filter": FILTER}
+    assert load(tmp_path, shared, shared).num_prompts_before("second") == 3 * 64
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,8 @@ def test_positions_follow_steps_and_batch_sizes(tmp_path):
         ({"prompts": "pool/1H"}, {}, "needs the `prompts` of 'first', .*pool/1H.*; it is .*pool'"),
         ({}, {"seed": 3}, "needs the `seed` of 'first', 0, .*; it is 3"),
         ({}, {"max_prompt_length": 9}, "needs the `max_prompt_length` of 'first', None, .*; it is 9"),
+        ({}, {"prompt_filter": FILTER}, "needs the `prompt_filter` of 'first', None, .*; it is .*a.jsonl.*0.5"),
+        ({"prompt_filter": FILTER}, {}, "needs the `prompt_filter` of 'first', .*a.jsonl.*0.5.*; it is None"),
         ({}, {"prompt_order": "next"}, "second.*prompt_order: Input should be 'restart' or 'continue'"),
     ],
 )

@@ -45,6 +45,18 @@ def test_prompts_outside_the_range_are_left_out(checked, tmp_path):
     assert ledger.num_labels_used(["stage3"]) == len(read) and ledger.num_labels_used(["rl_teacher"]) == 128
 
 
+def test_stages_that_read_the_same_prompts_with_and_without_a_filter_use_their_own_labels(checked, tmp_path):
+    """In either order: their keys are kept apart."""
+    path = tmp_path / "evaluation.jsonl"
+    write(path, [prompt.id for prompt in checked.prompts["pool/1H"]])
+    config = load_workflow(SMOKE, [*filtered(path, max_pass_rate=0.5), "stages.stage3.prompts=pool/1H"])
+    for names in (["stage3", "rl_teacher"], ["rl_teacher", "stage3"]):
+        ledger = LabelLedger(config, checked.prompts)
+        used = {name: ledger.num_labels_used([name]) for name in names}
+        assert used == {"rl_teacher": 128, "stage3": 78}
+        assert ledger.num_labels_used(names) == 128
+
+
 def test_the_content_of_the_evaluation_is_part_of_the_key(checked, tmp_path):
     ids, path = [prompt.id for prompt in checked.prompts["pool/2H"]], tmp_path / "evaluation.jsonl"
 
