@@ -257,7 +257,7 @@ class _Runner:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yield a function that returns the first signal of STOP_SIGNALS that came, or None; a second SIGINT raises at once."""
+    """Yield a function that returns the first of STOP_SIGNALS that came, or None; a second SIGINT raises at once."""
     received: list[int] = []
 
     def record(number: int, _: object) -> None:
