@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_s2d.artifacts.files import (
     PARTIAL_SUFFIX,
+    append_line,
     atomic_write_json,
     atomic_write_text,
     fsync_path,
@@ -44,6 +45,7 @@ class StageDirectory:
         self.cache_path = self.path / "cache"  # of a teacher_cache stage
         self._noted = -math.inf
         self.note_path = self.path / "progress.txt"  # what a round that takes long has done so far
+        self.warnings_path = self.path / "warnings.txt"  # what the user should know, a line each
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str], seeds: Mapping[str, int]) -> None:
         """Record the start of the stage, or that it resumes; ``inputs`` maps a name to a digest.
@@ -105,6 +107,10 @@ class StageDirectory:
         if time.monotonic() - self._noted >= 1.0:
             self._noted = time.monotonic()
             atomic_write_text(self.note_path, text)
+
+    def warn(self, line: str) -> None:
+        """Add a line that the runner shows while the stage goes on."""
+        append_line(self.warnings_path, line)
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the path of the checkpoint after ``step``."""

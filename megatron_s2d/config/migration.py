@@ -65,6 +65,7 @@ WORKFLOW_KEYS = {
     "base": "defaults",
     "gates": "pass_rate_checks",
     "num_workers": "max_parallel_stages",
+    "tensorboard": "tracking: [tensorboard] (or nothing)",
     "hang_seconds": "watchdog_timeout_seconds",
     "lengths.max_prompt_tokens": "max_prompt_length",
     "fp8.frozen_models": "frozen",

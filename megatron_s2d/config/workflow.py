@@ -24,6 +24,7 @@ from megatron_s2d.config.stage import ModelStageConfig, TrainingStageConfig
 from megatron_s2d.config.stage_order import sorted_stages
 from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.table import TableConfig
+from megatron_s2d.config.tracking import Tracking
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.yaml_file import load_yaml
@@ -132,7 +133,7 @@ class WorkflowConfig(Config):
     )
     pass_rate_checks: list[PassRateCheck] = Field(default_factory=list)
     table: TableConfig | None = Field(None, description="a paper's table to print beside the arms")
-    tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
+    tracking: Tracking = Field([], description="trackers that get metrics.jsonl too, by name or with settings")
     max_parallel_stages: int = Field(
         1, ge=1, description="stages that may run at the same time, each in its own processes"
     )

@@ -50,7 +50,7 @@ def shortened(
     limits_of_values = {"max_mismatch_kl": None, "min_replayed_agreement": None}
     synchronous = {"async_mode": "sync", "max_staleness": None, "over_sampling_ratio": 1.0}
     rollout = config.rollout.model_copy(update=limits_of_values | synchronous)
-    return config.model_copy(update={"stages": stages, "rollout": rollout, "tensorboard": False}), shape
+    return config.model_copy(update={"stages": stages, "rollout": rollout, "tracking": []}), shape
 
 
 def _groups(responses: int, num_generations: int) -> tuple[int, int]:

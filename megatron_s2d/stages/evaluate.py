@@ -57,7 +57,7 @@ def run_evaluation(
     if context.is_rank_zero:
         truncate_jsonl_after(partial, last=num_done)
         truncate_jsonl_after(context.directory.path / RESPONSES_NAME, last=num_done)
-    log, timer = open_log(context.directory, num_done, None), Timer()
+    log, timer = open_log(context.directory, num_done), Timer()
     with RewardManager() as reward_manager:
         engine = context.rollouts.engine(model, model_name, params)
         environments = context.rollouts.environments(model_name, reward_manager)

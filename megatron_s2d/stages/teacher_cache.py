@@ -68,7 +68,7 @@ def run_teacher_cache(context: StageContext) -> None:
     num_done = count_batches(partial)
     if num_done:
         check_header(batch_path(partial, 1), header)  # before more are generated, not when they are merged
-    log, timer = open_log(context.directory, num_done, None), Timer()
+    log, timer = open_log(context.directory, num_done), Timer()
     with RewardManager() as reward_manager:
         grader = reward_manager if stage.only_correct else None
         worker = RolloutWorker(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.config.tracking import Tracker
 from megatron_s2d.config.training import CheckpointConfig
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
@@ -98,7 +98,8 @@ class LoopSettings:
     steps: int
     checkpoint: CheckpointConfig
     stop: Callable[[], bool] = lambda: False  # called after every step on rank 0
-    tensorboard: Path | None = None
+    trackers: Sequence[Tracker] = ()
+    workflow: str = ""  # its name, for trackers
     max_kl: float | None = None  # largest mean KL to the teacher, in nats per token; beyond it the run fails
     max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats per token; likewise
     min_replayed_agreement: float | None = None  # see ``check_replayed_agreement``; likewise
@@ -125,7 +126,7 @@ def train(
     source.resume(state)
     if rollouts is not None:
         rollouts.update_weights(model.chunks, num_updates)
-    log = open_log(stage, state["step"], settings.tensorboard)
+    log = open_log(stage, state["step"], settings.trackers, settings.workflow)
     timer = Timer()
     for step in range(state["step"] + 1, settings.steps + 1):
         with timer.section("rollout"):
@@ -181,8 +182,13 @@ def train(
             with timer.section("save"):  # in the row of the next step
                 checkpoints.save(dict(data.state) | {"step": step, "updates": num_updates})
         if stopping and step < settings.steps:
-            checkpoints.finish()
+            _finish(checkpoints, log)
             raise Stopped(f"stopped after step {step} of {settings.steps}")
+    _finish(checkpoints, log)
+
+
+def _finish(checkpoints: CheckpointManager, log: MetricsLog) -> None:
+    """Wait for what is still written in the background."""
     checkpoints.finish()
     log.close()
 
@@ -306,12 +312,12 @@ def aggregate_metrics(
     return row | dict(step_metrics) | {"tokens_per_second": num_tokens / times["timing_s/step"]} | dict(times)
 
 
-def open_log(stage: StageDirectory, step: int, tensorboard: Path | None) -> MetricsLog:
+def open_log(stage: StageDirectory, step: int, trackers: Sequence[Tracker] = (), workflow: str = "") -> MetricsLog:
     """Open the metrics of the stage, written by rank 0; drop rows and examples beyond ``step``."""
     if dist.get_rank() != 0:
         return MetricsLog(None, step)
     truncate_jsonl_after(stage.path / ROLLOUTS_NAME, last=step)
-    return MetricsLog(stage, step, tensorboard=tensorboard)
+    return MetricsLog(stage, step, trackers=trackers, workflow=workflow)
 
 
 def write_examples(stage: StageDirectory, examples: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""Metrics and timing of a stage: the writer of ``metrics.jsonl`` and TensorBoard events, and a timer of sections.
+"""Metrics and timing of a stage: the writer of ``metrics.jsonl``, which also goes to trackers, and a timer of sections.
 
 A row is ``{"step", "loss", "reward", "kl", "entropy", "response_length", "grad_norm", "tokens_per_second",
 "timing_s/step", "time", ...}``: floats reduced over ranks, micro-batches and updates, ``null`` for a value that is not
-finite, ``step`` counted from 1 and ``time`` in seconds since 1970. No torch here, except for the TensorBoard writer.
+finite, ``step`` counted from 1 and ``time`` in seconds since 1970. No torch here.
 """
 
 from __future__ import annotations
@@ -12,31 +12,37 @@ import contextvars
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.config.tracking import Tracker
 from megatron_s2d.parallel.watchdog import heartbeat
+from megatron_s2d.train.tracking import BackgroundTracker, open_trackers
 
 
 class MetricsLog:
-    """Writer of a stage's ``metrics.jsonl``, and of TensorBoard events if ``tensorboard`` names a directory for them.
+    """Writer of a stage's ``metrics.jsonl``; each row also goes to the ``trackers`` of ``workflow``.
 
     ``stage`` is None on ranks that write nothing. Rows beyond ``step``, the checkpoint that training resumes from, are
     dropped: they will be written again.
     """
 
-    def __init__(self, stage: StageDirectory | None, step: int = 0, *, tensorboard: Path | None = None):
+    def __init__(
+        self,
+        stage: StageDirectory | None,
+        step: int = 0,
+        *,
+        trackers: Sequence[Tracker] = (),
+        workflow: str = "",
+    ):
         self._path = stage.metrics_path if stage is not None else None
         self._step = step
-        self._writer = None
-        if self._path is not None:
-            truncate_jsonl_after(self._path, last=step)
-            if tensorboard is not None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._trackers: list[BackgroundTracker] = []
+        if stage is not None:
+            truncate_jsonl_after(stage.metrics_path, last=step)
+            self._trackers = open_trackers(trackers, stage, workflow, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the row of ``step``, which must be greater than the last one; adds ``step`` and ``time``."""
@@ -46,16 +52,16 @@ class MetricsLog:
         if self._path is None:
             return
         floats = {name: float(value) for name, value in values.items()}
-        row = {name: value if math.isfinite(value) else None for name, value in floats.items()}
-        append_line(self._path, json.dumps({"step": step, **row, "time": round(time.time(), 3)}))
-        if self._writer is not None:
-            for name, value in floats.items():
-                self._writer.add_scalar(name, value, step)
+        finite = {name: value if math.isfinite(value) else None for name, value in floats.items()}
+        row: dict[str, Any] = {"step": step, **finite, "time": round(time.time(), 3)}
+        append_line(self._path, json.dumps(row))
+        for tracker in self._trackers:
+            tracker.write(row)
 
     def close(self) -> None:
-        """Flush TensorBoard; the rows are already on disk."""
-        if self._writer is not None:
-            self._writer.close()
+        """Let the trackers send what they have; the rows are already on disk."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 _ACTIVE: contextvars.ContextVar[Timer | None] = contextvars.ContextVar("timer", default=None)

@@ -54,6 +54,7 @@ from megatron_s2d.workflow.stage_checks import (
     check_same_vocabulary,
 )
 from megatron_s2d.workflow.tokenizer_checks import check_tokenizers
+from megatron_s2d.workflow.tracking_checks import check_trackers
 from megatron_s2d.workflow.view_checks import check_views
 
 
@@ -129,6 +130,7 @@ class Preflight:
 
 def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     """Load tokenizer and data and check every stage; raise a one-line ``UserError`` for the first problem."""
+    check_trackers(config.tracking)
     _check_engine(config)
     _check_context_parallel(config)
     _check_virtual_pipeline(config)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
-from megatron_s2d.formatting import format_seconds
+from megatron_s2d.formatting import format_seconds, printable
 
 _TAIL_BYTES = 1 << 16
 
@@ -35,6 +35,7 @@ class _Task:
     bar: Any = None  # rich's task id, on a terminal
     last_printed: float = -math.inf  # time.monotonic() of its last plain line
     note_changed: int = 0  # modification time of the shown note, in nanoseconds
+    num_warnings: int = 0  # of its stage that were shown, in this run or an earlier one
 
 
 class Progress:
@@ -67,7 +68,10 @@ class Progress:
         """Show ``name``, which ends at ``total``; with ``stage``, another process works on it."""
         row = last_row(stage.metrics_path) if stage is not None else None
         completed = int(row["step"]) if row else 0
-        self._tasks[name] = task = _Task(total, stage, time.monotonic(), completed, completed, "")
+        num_warnings = len(_lines(stage.warnings_path)) if stage is not None else 0
+        self._tasks[name] = task = _Task(
+            total, stage, time.monotonic(), completed, completed, "", num_warnings=num_warnings
+        )
         if self._bars is not None:
             task.bar = self._bars.add_task(name, total=total, completed=completed, note="")
 
@@ -86,6 +90,11 @@ class Progress:
                 self.update(name, int(row["step"]), row)
             elif task.stage is not None:
                 self._show_note(name, task, task.stage.note_path)
+            if task.stage is not None:
+                new = _lines(task.stage.warnings_path)[task.num_warnings :]
+                task.num_warnings += len(new)
+                for line in new:
+                    self.say(f"{name}: warning: {printable(line)}")
 
     def _show_note(self, name: str, task: _Task, path: Path) -> None:
         """Show what the stage notes inside a round, once for each change of the file."""
@@ -117,6 +126,14 @@ class Progress:
             task.last_printed = now
             line = f"{name}: {task.completed}/{task.total}" + (f", {task.note}" if task.note else "")
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the complete lines of a file that another process may be writing; none without the file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError:
+        return []
 
 
 def last_row(path: Path) -> dict[str, Any] | None:

@@ -131,7 +131,7 @@ def test_the_reference_of_keys_is_that_of_the_classes():
     spec.loader.exec_module(module)
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     assert module.reference() == page, "run python docs/reference.py"
-    for key in ("threads_per_rank", "tensorboard", "lr_schedule", "grad_clip", "stop_strings"):
+    for key in ("threads_per_rank", "tracking", "lr_schedule", "grad_clip", "stop_strings"):
         assert f"| `{key}` |" in page
 
 

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl over a resume, TensorBoard events, and the timer."""
+"""Rows of metrics.jsonl over a resume, and the timer."""
 
 import math
 import time
@@ -29,24 +29,6 @@ def test_rows_beyond_the_checkpoint_are_dropped_on_resume(stage):
     assert rows[0]["kl"] is None and rows[0]["time"] == pytest.approx(before, abs=60)
     with pytest.raises(ValueError, match="step 3"):
         resumed.write(3, {"loss": 1.0})
-
-
-def test_other_ranks_write_nothing(tmp_path):
-    log = MetricsLog(None, tensorboard=tmp_path / "events")
-    log.write(1, {"loss": 1.0})
-    log.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorboard_gets_the_same_values(stage, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(stage, tensorboard=tmp_path / "events")
-    log.write(1, {"reward": 0.25})
-    log.write(2, {"reward": 0.5})
-    log.close()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.25), (2, 0.5)]
 
 
 def test_timer_sections_add_up_and_reset():

@@ -70,6 +70,18 @@ def test_notes_inside_a_round_are_shown_once_each(stage):
     assert console.file.getvalue() == "evaluation: 0/2, 3 of 8 responses\n"
 
 
+def test_warnings_of_a_stage_are_shown_once_and_not_those_of_earlier_runs(stage):
+    stage.path.mkdir()
+    stage.warn("of an earlier run")
+    console = plain_console()
+    with Progress(console) as progress:
+        progress.add("s", 4, stage)
+        stage.warn("tracking: wandb: \x1b[31mno key")
+        progress.refresh()
+        progress.refresh()
+    assert console.file.getvalue() == "s: warning: tracking: wandb: \\x1b[31mno key\n"
+
+
 def test_response_tokens_per_second_are_preferred(stage):
     console = plain_console()
     with Progress(console) as progress:

@@ -60,7 +60,9 @@ class Server:
 
 
 def job(name, *inputs, is_pending=True):
-    directory = types.SimpleNamespace(metrics_path=types.SimpleNamespace(), note_path=Path("/nowhere"))
+    directory = types.SimpleNamespace(
+        metrics_path=types.SimpleNamespace(), note_path=Path("/nowhere"), warnings_path=Path("/nowhere")
+    )
     return types.SimpleNamespace(id=name, inputs=dict.fromkeys(inputs, "key"), is_pending=is_pending, total=1,
                                  directory=directory, is_stage=False, stage=name)  # fmt: skip
 
