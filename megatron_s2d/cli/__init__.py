@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     studies.add_simulate(commands)
     results.add_eval(commands)
     results.add_generate(commands)
+    results.add_watch(commands)
     results.add_report(commands)
     tools.add_reward(commands)
     tools.add_cache(commands)

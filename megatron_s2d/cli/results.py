@@ -1,4 +1,4 @@
-"""``s2d eval``, ``generate`` and ``report``: look at finished runs."""
+"""``s2d eval``, ``generate``, ``watch`` and ``report``: look at runs."""
 
 from __future__ import annotations
 
@@ -154,6 +154,30 @@ def _generate(options: argparse.Namespace) -> None:
         raw=options.raw,
     )
     generate(request, open_console())
+
+
+def add_watch(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "watch",
+        _watch,
+        "watch a run: stages, curves, speed, remaining time",
+        "Show the stages of a run with their state, curves, speed and remaining time, until it is finished. Reads "
+        "files only: the run may work on another machine, have ended or been killed. Without a terminal: plain text.",
+        "s2d watch runs/quickstart",
+        "s2d watch runs/quickstart --once",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    command.add_argument("--once", action="store_true", help="print the present state and end")
+    command.add_argument("--interval", type=float, metavar="N", default=2.0, help="seconds between looks (default: 2)")
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.watch import watch
+
+    if not options.interval > 0:
+        raise UserError(f"--interval {options.interval:g}: must be more than 0")
+    watch(options.run_dir, open_console(), once=options.once, interval=options.interval)
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:

@@ -231,6 +231,7 @@ REUSED = {
     "aggregation", "ahead", "arguments", "attempts", "base", "batch_size", "concurrency", "deterministic", "fallback",
     "frozen_models", "gate", "gates", "importance", "keep", "kind", "like", "max_kl", "max_tokens", "num_workers",
     "overlong", "packed", "recoveries", "release_memory", "replicas", "start_seconds", "support", "sync", "tail",
+    "tensorboard",
 }  # fmt: skip
 RENAMED_IN_CODE = """
     Deal UpdateBatch WaitingStates HostRows _Journeys travelling_rows by_predictor policy_spans Fleet BadReply
