@@ -10,14 +10,17 @@ STAMP := $(VENV)/.installed
 SERVED := $(VENV)/.installed-sglang
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help env quickstart smoke check check-format check-lint check-types
-.PHONY: test test-slow test-unit test-dist test-cuda_stub test-run test-gpu clean
+REAL := $(VENV)/.installed-real
+
+.PHONY: help env quickstart smoke real check check-format check-lint check-types
+.PHONY: test test-slow test-unit test-dist test-cuda_stub test-run test-sglang test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo "make smoke        two arms in under two minutes"
-	@echo "make test-unit | test-dist | test-cuda_stub | test-run | test-gpu | test-slow | clean"
+	@echo "make real         all stages on a pretrained model, then its tests"
+	@echo "make test-unit | test-dist | test-cuda_stub | test-run | test-sglang | test-gpu | test-slow | clean"
 
 # The first Python 3.12 of: PYTHON, the ones on PATH, pyenv's installed versions.
 $(STAMP): pyproject.toml constraints.txt
@@ -65,12 +68,23 @@ check-types: $(DEV)
 quickstart: env
 	$(RUN)/s2d run configs/quickstart.yaml
 
+# A pretrained model of 135 million parameters through all four stages (docs/real-model.md); 1 GB of files in real-model/.
+$(REAL): $(STAMP)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,real]'
+	@touch $@
+
+real: $(REAL)
+	$(RUN)/python benchmarks/real_model.py real-model
+	$(RUN)/s2d run configs/real.yaml
+	$(RUN)/s2d generate runs/real four_stages --prompt "Anna has 5 coins and gets 3 more. How many coins does Anna have now?"
+	$(RUN)/python -m pytest -q -m slow tests/real
+
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-# Folders one after the other. Files of tests/unit (one process more than cores, for tests that wait), tests/dist and
-# tests/cuda_stub share the cores; those of tests/run start servers and whole runs, which need them alone.
-test: test-gpu test-unit test-dist test-cuda_stub test-run
+# Folders one after the other. Files of tests/unit (one process more than cores, for tests that wait), tests/dist,
+# tests/cuda_stub and those of tests/run that start no SGLang server share the cores; a server needs them alone.
+test: test-gpu test-unit test-dist test-cuda_stub test-run test-sglang
 
 test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow
@@ -84,8 +98,11 @@ test-dist: env
 test-cuda_stub: env
 	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/cuda_stub
 
-test-run: $(SERVED)
-	$(RUN)/python -m pytest -q -m "not slow" --durations=15 tests/run
+test-run: env
+	$(RUN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=15 tests/run --ignore-glob="*_sglang_*" --ignore-glob="*_server_ends*"
+
+test-sglang: $(SERVED)
+	$(RUN)/python -m pytest -q -m "not slow" --durations=15 tests/run/test_sglang_*.py tests/run/test_server_ends.py
 
 test-gpu: env
 	$(RUN)/python -m pytest -q -rs tests/gpu

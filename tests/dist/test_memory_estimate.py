@@ -14,7 +14,8 @@ CASES = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", CASES)
+# tests/cuda_stub compares layouts of several ranks with what the allocator of CUDA reports.
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_estimates_agree_with_what_is_allocated(tmp_path, run_ranks, ranks):
     output = tmp_path / "rows.json"
     run_ranks("memory_worker.py", ranks, "--cases", *CASES[ranks], "--json", output)

@@ -234,9 +234,9 @@ def test_several_processes_prepare_one_table_once(tmp_path):
     """
     write(tmp_path / "a.jsonl", [{"question": "1 2"}] * 50)
     command = [sys.executable, "-c", textwrap.dedent(program), tmp_path]
-    running = [subprocess.Popen([*command, f"t{n}"], stdout=subprocess.PIPE, text=True) for n in range(3)]
+    running = [subprocess.Popen([*command, f"t{n}"], stdout=subprocess.PIPE, text=True) for n in range(2)]
     outputs = [process.communicate(timeout=600)[0].split() for process in running]
-    assert sorted(map(len, outputs)) == [1, 1, 2] and all(output[-1] == "50" for output in outputs), outputs
+    assert sorted(map(len, outputs)) == [1, 2] and all(output[-1] == "50" for output in outputs), outputs
 
 
 def test_seen_ids_are_those_of_a_set():

@@ -51,6 +51,7 @@ def test_bfloat16_against_float32(layout, float32):
     assert 0 < divergence(layout, policy(layout, "bfloat16"), policy(layout, "float32")) <= 1e-3
 
 
+@pytest.mark.slow
 def test_loss_curves_of_both_precisions_agree(layout):
     expected, losses = (loss_curve(layout, precision, 25) for precision in ("float32", "bfloat16"))
     assert expected[-1] < 0.5 * expected[0]

@@ -38,7 +38,7 @@ def test_complement_fits_errors_of_accuracies():
 def test_interval_covers_the_law_at_its_nominal_rate():
     """Accuracies of 400 problems around a known law: 95 % intervals rarely miss it, and are narrow."""
     covered, widths = 0, []
-    for trial in range(20):
+    for trial in range(10):
         generator = np.random.default_rng(trial)
         observed = []
         for x in (8, 32, 128, 512):
@@ -47,7 +47,7 @@ def test_interval_covers_the_law_at_its_nominal_rate():
         low, high = fit_power_law(observed, complement=True, seed=trial).interval
         covered += low <= -0.3 <= high
         widths.append(high - low)
-    assert covered >= 16
+    assert covered >= 8
     assert 0.01 < np.mean(widths) < 0.2
 
 

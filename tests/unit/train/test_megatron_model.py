@@ -220,7 +220,7 @@ def test_recomputation_changes_no_gradient_of_packed_sequences(layout, recompute
         torch.testing.assert_close(main_grads[name], gradient, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_offloaded_optimizer_trains_bit_identically(layout, precision, tmp_path):
     """Over a save and a load; offloaded tensors have no storage."""
     objective, column, _ = method_of(layout, "supervised")

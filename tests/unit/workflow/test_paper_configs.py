@@ -153,6 +153,7 @@ def test_opd_example_passes_preflight(folder, monkeypatch):
     assert set(preflight.stages) == {"base", "teacher", "opd"}
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_full_size_table_starts_nothing(folder):
     done = subprocess.run(
         [sys.executable, "-m", "megatron_s2d.cli", "run", CONFIGS / "papers/sg-opd/table3.yaml", "--dry-run"],
