@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from megatron_s2d.artifacts.files import remaining_disk_errors
 from megatron_s2d.artifacts.versions import check_torch
 from megatron_s2d.cli import init, results, run, studies, tools
+from megatron_s2d.cli.parser import silence_libraries
 from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import printable
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return _EXIT_ERROR
+    if not options.debug:
+        silence_libraries()
     try:
         if options.command != "doctor":  # it lists all versions
             check_torch()

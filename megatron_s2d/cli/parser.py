@@ -84,11 +84,11 @@ def open_console() -> Console:
 
 
 def silence_libraries() -> None:
-    """Hide warnings of torch and Megatron-Core from the terminal (runs write them to their log files)."""
+    """Hide warnings of torch and Megatron-Core from the terminal (jobs write them to their log files)."""
     import logging
     import warnings
 
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
-    for name in ("megatron", "torch"):
+    for name in ("megatron", "torch", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

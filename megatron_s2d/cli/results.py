@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_s2d.cli.parser import add_command, open_console, silence_libraries
+from megatron_s2d.cli.parser import add_command, open_console
 from megatron_s2d.errors import UserError
 
 
@@ -138,7 +138,6 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.generate import GenerateRequest, generate
 
-    silence_libraries()
     if not options.prompts and not options.data:
         raise UserError("no prompts: name a text with --prompt, or an entry of the config's `data` with --data")
     request = GenerateRequest(

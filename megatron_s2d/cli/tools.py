@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_s2d.cli.parser import add_command, finish_command, open_console, silence_libraries
+from megatron_s2d.cli.parser import add_command, finish_command, open_console
 from megatron_s2d.errors import UserError
 
 
@@ -79,7 +79,6 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from megatron_s2d.conversion import cli
 
-    silence_libraries()
     cli.run(options)
 
 

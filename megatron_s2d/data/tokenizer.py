@@ -37,8 +37,9 @@ def load_tokenizer(name: str, cache_dir: Path) -> Any:
     """
     if name.startswith("task:"):
         return _task_tokenizer(name, cache_dir)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    logging.set_verbosity_error()  # its warnings are about its own settings, such as the spaces that it does not remove
     try:
         # Never its own code, and never a question about it on standard input.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
