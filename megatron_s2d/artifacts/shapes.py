@@ -51,6 +51,8 @@ class ResponseToken(Shape):
     text: str
     advantage: float | None = None
     log_ratio: float | None = None
+    student_log_prob: float | None = None
+    teacher_log_prob: float | None = None
 
 
 class ResponseRow(Shape):

@@ -1,45 +1,35 @@
-"""Renders ``report.html``: one self-contained file without scripts, from ``templates/report.html``.
+"""Renders ``report.html``: one self-contained file, from ``templates/report.html``, ``report.css`` and ``report.js``.
 
-The template escapes every value, and characters that could hide or reorder text are made visible: prompts and
-responses are untrusted. The page's content security policy forbids scripts and external resources.
+The template escapes every value, the script sets text and never markup, and characters that could hide or reorder text
+are made visible: prompts and responses are untrusted. The page's content security policy forbids external resources
+and every script but this one, by its hash.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from megatron_s2d.formatting import format_seconds, percent, points
+from megatron_s2d.report.page_data import page_data, spell_out, visible
 from megatron_s2d.report.plots import DPI
-from megatron_s2d.report.results import ArmResult, RolloutExample, RunResults, StageRun
+from megatron_s2d.report.results import ArmResult, RunResults, StageRun
 from megatron_s2d.report.statistics import EXACT_PROBLEMS, SIGNIFICANCE
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_SHOWN_CHARACTERS = 4000
-# C0 and C1 controls but for tab and newline; zero-width and bidirectional controls; lone surrogates.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-
-
-def visible(text: str, limit: int = MAX_SHOWN_CHARACTERS) -> str:
-    """``text`` with control and direction characters spelled out, cut after ``limit`` characters with a note."""
-    cut = f"\n… ({len(text) - limit:,} more characters)" if len(text) > limit else ""
-    return _spell_out(text[:limit]) + cut
-
-
-def _spell_out(text: str) -> str:
-    return _HIDDEN.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _finalize(value: Any) -> Any:
     """Applied to every value that the template prints, before it is escaped."""
-    return _spell_out(value) if type(value) is str else value
+    return spell_out(value) if type(value) is str else value
 
 
 def shown_pass_ks(results: RunResults) -> list[int]:
@@ -81,7 +71,28 @@ _COUNTED = {
 
 
 def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
-    """Return the page; ``plots`` has PNGs under ``arms``, ``contrasts`` and ``stage/<name>``, all optional."""
+    """Return the page; ``plots`` has PNGs under ``arms`` and ``contrasts``, both optional."""
+    return page_template().render(
+        percent=percent,
+        results=results,
+        images={name: _image(png) for name, png in plots.items() if name in ("arms", "contrasts")},
+        pass_ks=shown_pass_ks(results) if results.arms else [],
+        domains=_domains(results.arms),
+        summary=contrast_summary(results) if results.contrasts or results.refused else "",
+        interval_note=interval_note(results),
+        stages=[_stage_row(stage) for stage in results.stages if stage.directory.lineage_path.exists()],
+        words={"agrees": "as expected", "undecided": "undecided", "against": "against", "no expectation": "open"},
+        **scripted(page_data(results)),
+    )
+
+
+def page_bytes(results: RunResults, plots: Mapping[str, bytes]) -> bytes:
+    """Return the page as UTF-8; a lone surrogate, which a tokenizer may produce, has no UTF-8 form."""
+    return render_html(results, plots).encode("utf-8", "backslashreplace")
+
+
+def page_template(name: str = "report.html") -> jinja2.Template:
+    """Return a template that escapes every value and spells out hidden characters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -90,35 +101,16 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         trim_blocks=True,
     )
     environment.filters |= {"shorten": visible, "points": points, "seconds": format_seconds}
-    environment.filters |= {"has_advantages": _has_advantages, "advantage_color": advantage_color, "facts": _facts}
-    return environment.get_template("report.html").render(
-        percent=percent,
-        results=results,
-        images={name: _image(png) for name, png in plots.items()},
-        pass_ks=shown_pass_ks(results) if results.arms else [],
-        domains=_domains(results.arms),
-        summary=contrast_summary(results),
-        interval_note=interval_note(results),
-        stages=[_stage_row(stage) for stage in results.stages],
-        words={"agrees": "as expected", "undecided": "undecided", "against": "against", "no expectation": "open"},
-    )
+    return environment.get_template(name)
 
 
-def _has_advantages(rollout: RolloutExample) -> bool:
-    return any("advantage" in token for token in rollout.tokens)
-
-
-def advantage_color(token: Mapping[str, Any], rollout: RolloutExample) -> str:
-    """Blue for a token that is made likelier, orange for one that is made less likely; the strongest is the fullest."""
-    largest = max(abs(float(other.get("advantage", 0.0))) for other in rollout.tokens) or 1.0
-    value = float(token.get("advantage", 0.0)) / largest
-    color = "0, 114, 178" if value > 0 else "213, 94, 0"
-    return f"rgba({color}, {0.5 * abs(value):.2f})"
-
-
-def _facts(token: Mapping[str, Any]) -> str:
-    names = {"advantage": "advantage", "log_ratio": "log teacher - log student"}
-    return ", ".join(f"{text} {float(token[name]):+.3f}" for name, text in names.items() if name in token)
+def scripted(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the style, the script, the hash by which the page's policy allows this script alone, and the data."""
+    css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    # ASCII only, and nothing that ends the element: "<" is enough for "</script>" and "<!--".
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return {"css": Markup(css), "script": Markup(script), "script_hash": f"sha256-{digest}", "data": Markup(text)}
 
 
 def _image(png: bytes) -> dict[str, Any]:

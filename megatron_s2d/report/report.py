@@ -16,7 +16,8 @@ from rich.text import Text
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.diagnostics import plot_diagnostics
-from megatron_s2d.report.html_page import contrast_summary, interval_note, render_html, shown_pass_ks, visible
+from megatron_s2d.report.html_page import contrast_summary, interval_note, page_bytes, shown_pass_ks
+from megatron_s2d.report.page_data import visible
 from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage
 from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults, shares_text
 
@@ -36,8 +37,7 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
     for name, png in plots.items():
         atomic_write_bytes(run_dir / "plots" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png", png)
     page = run_dir / "report.html"
-    # A lone surrogate, which a tokenizer may produce, has no UTF-8 form; titles and names may hold one too.
-    atomic_write_bytes(page, render_html(results, plots).encode("utf-8", "backslashreplace"))
+    atomic_write_bytes(page, page_bytes(results, plots))
     return page
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -145,12 +145,14 @@ class RefusedContrast:
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-    """A finished stage of the run."""
+    """A stage of the run."""
 
     name: str
     directory: StageDirectory  # config, lineage and metrics are read from here
     seconds: float  # wall-clock, over all its resumes
     reused: bool  # it was finished before this run of the command
+    state: Literal["done", "running", "waiting"] = "done"
+    total: int = 0  # steps; 0 if not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,10 @@ class RolloutExample:
     finish_reason: str
     verifier_detail: str | None = None  # what a reward function or a judge said
     episode: Sequence[Mapping[str, str]] | None = None  # "role" and "text" of each part; None: a single response
-    tokens: Sequence[Mapping[str, Any]] = ()  # "text", and where known "advantage" and "log_ratio", of each token
+    # Of each token "text", and where known "advantage", "log_ratio", "student_log_prob" and "teacher_log_prob".
+    tokens: Sequence[Mapping[str, Any]] = ()
+    source: str = "training"  # or "evaluation", or a validation set
+    step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +193,8 @@ class RunResults:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # machine, versions, command
     warnings: tuple[str, ...] = ()  # such as a pass-rate gate that failed
     table: PaperTable | None = None  # the arms in a paper's form
+    live: bool = False  # the run goes on
+    num_samples: int = 0  # that the run saved; ``rollouts`` may be a part of them
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``results.json``."""

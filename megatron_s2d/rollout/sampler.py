@@ -271,12 +271,15 @@ def _shortened(answer: str | None) -> str | None:
 
 
 def _tokens(sample: Sample, tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the first response tokens with their text, advantage, and log pi_T - log pi_S if there are any."""
+    """Return the first response tokens with their text, advantage, and log-probabilities if there are any."""
     rows = []
+    student = sample.old_log_probs if sample.old_log_probs is not None else sample.rollout_log_probs
+    log_probs = {"student_log_prob": student, "teacher_log_prob": sample.teacher_log_probs}
     for index in np.flatnonzero(sample.response_mask)[:_TOKENS_PER_EXAMPLE]:
         row: dict[str, Any] = {"text": tokenizer.decode([int(sample.token_ids[index])])}
         if sample.advantages is not None:
             row["advantage"] = round(float(sample.advantages[index]), 4)
+        row |= {name: round(float(v[index]), 4) for name, v in log_probs.items() if v is not None}
         if sample.teacher_log_probs is not None and sample.old_log_probs is not None:
             row["log_ratio"] = round(float(sample.teacher_log_probs[index] - sample.old_log_probs[index]), 4)
         rows.append(row)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from megatron_s2d.artifacts.files import read_jsonl
-from megatron_s2d.artifacts.shapes import ResponseRow, checked_rows
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.report.contrasts import arm_of, check_matched
@@ -16,33 +13,41 @@ from megatron_s2d.report.results import (
     ArmResult,
     ContrastResult,
     RefusedContrast,
-    RolloutExample,
     RunResults,
     StageRun,
 )
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
+from megatron_s2d.workflow.run_samples import run_samples
 
 EVALUATION_NAME = "evaluation.jsonl"
-_EXAMPLES_PER_STAGE = 4
 
 
 def collect_results(
     config: WorkflowConfig,
-    run_dir: Path,
     jobs: Sequence[Job],
     preflight: Preflight,
     wall_seconds: float,
     environment: Mapping[str, str],
+    *,
+    live: bool = False,
 ) -> RunResults:
-    """Return everything that the report of a finished run shows."""
+    """Return everything that the report of a run shows; ``live``: it goes on, and some jobs are not finished."""
+    finished = [job for job in jobs if not live or job.directory.is_finished()]
     evaluations = {
         job.stage: read_evaluation(job.directory.path / EVALUATION_NAME)
-        for job in jobs
+        for job in finished
         if not job.is_stage and job.pass_rate_check is None
     }
+    if live:  # contrasts and tables need all arms
+        config = config.model_copy(update={
+            "arms": {arm: stage for arm, stage in config.arms.items() if stage in evaluations},
+            "also_evaluate": [stage for stage in config.also_evaluate if stage in evaluations],
+            "contrasts": [], "table": None,
+        })  # fmt: skip
     contrasts, refused = compare_arms(config, evaluations)
     stages = [job for job in jobs if job.is_stage]
+    samples = run_samples(jobs, preflight)
     return RunResults(
         name=config.name,
         description=config.description,
@@ -54,14 +59,13 @@ def collect_results(
         also_evaluated=tuple(
             ArmResult.from_evaluation(stage, stage, evaluations[stage]) for stage in config.also_evaluate
         ),
-        stages=tuple(
-            StageRun(job.stage, job.directory, job.directory.finished()["seconds"], reused=not job.is_pending)
-            for job in stages
-        ),
+        stages=tuple(_stage_run(job, live) for job in stages),
         ledger=preflight.ledger.entries(preflight.stages),
-        rollouts=tuple(example for job in stages for example in _examples(job)),
+        rollouts=samples.examples,
+        num_samples=samples.total,
+        live=live,
         environment=environment,
-        warnings=(*_pass_rate_warnings(config, jobs), *preflight.warnings),
+        warnings=(*_pass_rate_warnings(config, finished), *preflight.warnings),
         table=make_table(config, evaluations, _problems(config, preflight)),
     )
 
@@ -114,13 +118,10 @@ def _pass_rate_warnings(config: WorkflowConfig, jobs: Sequence[Job]) -> list[str
     return warnings
 
 
-def _examples(job: Job) -> list[RolloutExample]:
-    """Return the first and the last responses that a stage saved."""
-    path = job.directory.path / "rollouts.jsonl"
-    rows = checked_rows(read_jsonl(path), ResponseRow, str(path)) if path.exists() else []
-    half = _EXAMPLES_PER_STAGE // 2
-    first_and_last = rows[:half] + rows[max(half, len(rows) - half) :]
-    return [
-        RolloutExample(job.stage, **{key: value for key, value in row.items() if key != "step"})
-        for row in first_and_last
-    ]
+def _stage_run(job: Job, live: bool) -> StageRun:
+    directory = job.directory
+    if not live or directory.is_finished():
+        return StageRun(job.stage, directory, directory.finished()["seconds"], not job.is_pending, total=job.total)
+    state = "running" if directory.path.is_dir() else "waiting"
+    seconds = sum(row.get("timing_s/step") or 0.0 for row in directory.metrics())
+    return StageRun(job.stage, directory, seconds, reused=False, state=state, total=job.total)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -32,6 +33,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import format_seconds, printable
 from megatron_s2d.report.report import print_report, write_report
 from megatron_s2d.workflow.collect_results import collect_results
+from megatron_s2d.workflow.live_report import LiveReport
 from megatron_s2d.workflow.plan import Job, make_plan, needed_stages
 from megatron_s2d.workflow.plan_table import print_warnings
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
@@ -56,7 +58,8 @@ def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage:
     server.warm_up()
     with prepare_run(config, run_dir, console, stage) as (jobs, preflight):
         if any(job.is_pending for job in jobs):
-            _Runner(config, run_dir, jobs, preflight.totals, server, console).run()
+            live = functools.partial(LiveReport, run_dir, jobs, preflight) if stage is None else None
+            _Runner(config, run_dir, jobs, preflight.totals, server, console, live).run()
         if stage is None:
             write_results(config, run_dir, jobs, preflight, time.perf_counter() - started, console)
 
@@ -129,7 +132,7 @@ def write_results(
 ) -> None:
     """Write the results, the report and the label ledger of a finished run, and print the table of arms."""
     environment = library_versions() | {"command": " ".join(["s2d", *sys.argv[1:]])}
-    results = collect_results(config, run_dir, jobs, preflight, seconds, environment)
+    results = collect_results(config, jobs, preflight, seconds, environment)
     page = write_report(run_dir, results)
     atomic_write_text(run_dir / "label_ledger.json", preflight.ledger.to_json(preflight.stages))
     print_report(results, console)
@@ -156,12 +159,14 @@ class _Runner:
         totals: Mapping[str, int],
         server: ProcessServer,
         console: Console,
+        live: Callable[[Callable[[str], None]], LiveReport] | None = None,
     ):
         self._config, self._run_dir, self._totals, self._server = config, run_dir, totals, server
         self._pending = [job for job in jobs if job.is_pending]
         self._done = {job.id for job in jobs if not job.is_pending}
         self._running: list[_Running] = []
         self._progress = Progress(console)
+        self._live = live(self._progress.say) if live is not None else None
         self._failure: Exception | None = None
         self._cut: set[str] = set()  # jobs that were killed or stopped before their end
         self._stopping_since = math.inf  # time.monotonic() of the request to stop
@@ -180,6 +185,8 @@ class _Runner:
                 for item in list(self._running):
                     self._check(item)
                 self._progress.refresh()
+                if self._live is not None:
+                    self._live.poll()
         is_complete = isinstance(self._failure, Interrupted) and not self._pending and not self._cut
         if self._failure is not None and not is_complete:
             raise self._failure

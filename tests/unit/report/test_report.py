@@ -1,9 +1,12 @@
 """The report: numbers in results.json, honest words, and a page that is safe and needs no network."""
 
+import base64
+import hashlib
 import html.parser
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from megatron_s2d.data.label_ledger import LedgerEntry
 from megatron_s2d.report import report
 from megatron_s2d.report.diagnostics import _lines_of, gap_shares, plot_diagnostics
 from megatron_s2d.report.evaluation import evaluation_from_rows, paired_comparison
-from megatron_s2d.report.html_page import MAX_SHOWN_CHARACTERS, visible
+from megatron_s2d.report.page_data import MAX_SHOWN_CHARACTERS, visible
 from megatron_s2d.report.plots import plot_stage, running_mean
 from megatron_s2d.report.report import print_report, render_markdown, write_report
 from megatron_s2d.report.results import (
@@ -215,26 +218,51 @@ def test_no_verdict_where_interval_and_p_value_disagree():
 def test_page_is_well_formed_and_loads_nothing(run):
     page = Page(run[2])
     assert page.open == []
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form", "a"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "iframe", "object", "form", "a"})
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}, {}]
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 2 + 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     policies = [a["content"] for tag, a in page.tags if tag == "meta" and "content" in a]
-    assert any("default-src 'none'" in policy and "script-src" not in policy for policy in policies)
+    script = run[2].rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert any("default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy for policy in policies)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://(?!www\.w3\.org)", script)
     style = run[2].partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style and "@import" not in style
 
 
 def test_page_shows_hostile_text_as_text(run):
     page = run[2]
-    assert "<script>" not in page and "&lt;script&gt;alert(" in page
-    assert "\x1b" not in page and "\u202e" not in page and "\\u001b[31mred\\u202eabc" in page
-    assert "alert(" in "".join(Page(page).text)
+    assert page.count("<script") == 2 and "&lt;script&gt;alert(" in page  # as the notes of the configuration have it
+    assert not set(page) & set("\x1b\u202e\u2028\u2029") and "\\u001b[31mred\\u202eabc" in page
+    sample = data_of(page)["samples"][1]
+    assert sample["response"] == visible(HOSTILE) and sample["detail"] == f"judge: {visible(HOSTILE)}"
+
+
+def data_of(page):
+    """Return the data of the script; it has neither "<" nor anything but ASCII."""
+    text = page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    assert text.isascii() and "<" not in text
+    return json.loads(text)
+
+
+def test_stages_have_panels_numbers_and_facts(run):
+    stages = {stage["name"]: stage for stage in data_of(run[2])["stages"]}
+    assert list(stages) == ["teacher_base", "teacher_grpo", "forward_kl", "opd"]
+    panels = {panel["title"]: panel for panel in stages["teacher_grpo"]["panels"]}
+    assert list(panels) == ["Reward", "KL", "Loss", "Entropy", "Response length"]
+    line = panels["Reward"]["lines"][0]
+    assert line["x"] == [step for step in range(1, 61) if step != 5] and len(line["y"]) == 59
+    assert ["state", "done"] in stages["opd"]["facts"] and ["steps", "60"] in stages["opd"]["facts"]
+    assert set(stages["opd"]["latest"]) == {"reward", "kl", "entropy", "response_length", "loss"}
 
 
 def test_page_says_everything(run):
     text = " ".join("".join(Page(run[2]).text).split())
+    assert data_of(run[2])["samples"][0]["prompt"] == "12 + 5 - 3 * 4 + 2 ="
     for needle in (
         "6 contrasts: 2 as the paper found, 1 not distinguishable from zero, 1 against the paper, "
         "1 without an expectation, 1 refused.",
@@ -245,7 +273,6 @@ def test_page_says_everything(run):
         "prompts pool/1H cdcdcdcdcdcd",
         "resumed 1 ×",
         "held out until here",
-        "12 + 5 - 3 * 4 + 2 =",
         "above the window's 0.90",
         "source_digest",
         '"lr": 0.001',
