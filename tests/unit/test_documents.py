@@ -220,8 +220,8 @@ def test_paths_in_documents_exist(path):
 
 
 # What a run, a launch or a conversion writes, and folders of a user.
-GENERATED = ("real-model/", 
-    "runs/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
+GENERATED = (
+    "real-model/", "runs/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
     "report.md", "log.txt", "rank.sh", "rankN-", "HOST-", "example.py",
 )  # fmt: skip
 
