@@ -20,9 +20,16 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollout"))
 
 import engine_contract as contract
-from sglang_model import EOS, VOCAB_SIZE, change
+from sglang_model import VOCAB_SIZE, change
 
 from megatron_s2d.rollout.engine import SamplingParams
+
+
+def likely_token(policy, prompts) -> int:
+    """Return the token that follows 10 % of the prompts' tokens: the server draws as it likes, and both ends occur."""
+    with torch.no_grad():
+        logits = [policy.chunks[0](torch.from_numpy(tokens)[None], None, None)[0, :, :VOCAB_SIZE] for tokens in prompts]
+    return int((torch.softmax(torch.cat(logits), dim=-1).mean(dim=0) - 0.1).abs().argmin())
 
 
 def subject_of(policy, engine) -> contract.Subject:
@@ -42,7 +49,8 @@ def subject_of(policy, engine) -> contract.Subject:
         values = log_probs[:-1].gather(1, torch.from_numpy(token_ids)[1:, None]).squeeze(1)
         return np.concatenate([[0.0], values.numpy()])
 
-    subject = contract.Subject(engine, score, VOCAB_SIZE, EOS, tolerance=1e-4, seeds_count=False, num_requests=24)
+    subject = contract.Subject(engine, score, VOCAB_SIZE, -1, tolerance=1e-4, seeds_count=False, num_requests=24)
+    subject.stop_id = likely_token(policy, contract.prompts_of(subject))
 
     def update() -> int:
         version = engine.version
