@@ -8,7 +8,8 @@ a weight update:
   of a step before it. In the trainer's process responses are generated that many steps early; with an ``async_mode``
   they are generated beside the trainer, by servers.
 - ``over_sampling_ratio`` above 1 keeps more groups in flight than a step needs. A step takes the first that are
-  complete, but those first that the next step would find too old; what is left over and too old starts again.
+  complete, but those first that the next step would find too old; what is left over and too old starts again. The last
+  steps start fewer groups, so that all are taken in the end.
 - ``group_filter`` drops groups, such as those whose rewards are all equal, and refills the step.
 
 Without over-sampling steps take their groups in the order of the loader, so which prompts are in flight is a function
@@ -142,10 +143,7 @@ class RolloutBuffer:
                 self._collect(lambda ended: self._is_enough(ended, self._last_taken + 1))
             engine.pause(interrupt=not waits or bool(self._num_extra))
         self._weights = self._last_taken + 1
-        if self._last_taken < self.steps:
-            self._restart([flight for flight in self._flights if self._deadline(flight) < self._weights])
-        elif policy.runs_beside:  # no step will take them
-            engine.cancel([flight.name for flight in self._flights])
+        self._restart([flight for flight in self._flights if self._deadline(flight) < self._weights])
         engine.update_weights(chunks, version)
 
     def sleep(self) -> None:
@@ -170,18 +168,18 @@ class RolloutBuffer:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Continue after the step of a checkpoint. What was in flight starts again: tokens are lost, prompts not."""
         self._last_taken = self._submitted = self._generated = int(state.get("step", 0))
-        keys = self.worker.dp_shard([GroupKey(*values) for values in state.get("carried", [])])
+        keys = self._own([GroupKey(*values) for values in state.get("carried", [])])
         prompts = self._prompts(key.prompt_id for key in keys)
         self._carried = [
             self.worker.group(prompt, self.num_generations, key) for prompt, key in zip(prompts, keys, strict=True)
         ]
 
     def prompts_of_step(self, step: int) -> list[Prompt]:
-        """Return the new prompts of ``step``, the same on every rank."""
+        """Return the new prompts of ``step``, the same on every rank; together as many as all steps train on."""
         if step not in self._recent:
             first = (step - 1) * self.loader.per_step + (self._num_extra if step > 1 else 0)
             count = self.train_batch_size + (self._num_extra if step == 1 else 0)
-            self._recent[step] = self.loader.slice(first, first + count)
+            self._recent[step] = self.loader.slice(first, min(first + count, self.steps * self.loader.per_step))
             while len(self._recent) > _RECENT_STEPS + self.policy.max_staleness:
                 del self._recent[next(iter(self._recent))]
         return self._recent[step]
@@ -193,8 +191,8 @@ class RolloutBuffer:
         if step <= self._submitted:
             return
         groups = self.worker.groups(self.prompts_of_step(step), self.num_generations, step)
-        batch, extra = groups[: self.train_batch_size], groups[self.train_batch_size :]
-        self._begin([*self._carried, *self.worker.dp_shard(batch), *self.worker.dp_shard(extra)], priority=step)
+        own = self._own(groups, first=max(0, self.train_batch_size - len(groups)))
+        self._begin([*self._carried, *own], priority=step)
         self._carried, self._submitted = [], step
 
     def _begin(self, groups: Sequence[Group], priority: int) -> list[Flight]:
@@ -267,6 +265,14 @@ class RolloutBuffer:
     def _num_local(self) -> int:
         """Groups of a step on this data-parallel rank."""
         return len(self.worker.dp_shard(range(self.train_batch_size)))
+
+    def _own[Item](self, items: Sequence[Item], first: int = 0) -> list[Item]:
+        """Return this data-parallel rank's ``items``, which have the places of a step in turn, from ``first`` on.
+
+        A rank gets as many as its steps take: what the last steps lack are the places of the extra groups of step 1.
+        """
+        layout, places = self.worker.layout, self.train_batch_size
+        return [item for n, item in enumerate(items, first) if n % places % layout.dp_size == layout.dp_rank]
 
     def _deadline(self, flight: Flight) -> int:
         """Return the last step that may train on the group."""
