@@ -45,6 +45,30 @@ class MetricsRow(Shape):
     step: int
 
 
+class ValidationSet(Shape):
+    """Means over the problems of one data set of a validation, and their standard errors."""
+
+    pass_rate: pydantic.FiniteFloat
+    pass_rate_std_err: pydantic.FiniteFloat | None  # None for a single problem
+    reward: pydantic.FiniteFloat
+    reward_std_err: pydantic.FiniteFloat | None
+    response_length: pydantic.FiniteFloat
+    truncated_fraction: pydantic.FiniteFloat
+    num_prompts: int
+    samples_per_prompt: int
+
+
+class ValidationRow(Shape):
+    """A row of ``validation.jsonl``: a validation inside a stage."""
+
+    step: int  # 0: before training
+    data: dict[str, ValidationSet]  # by the name of the curve
+    kl: pydantic.FiniteFloat | None  # to the teacher, over the steps since the last validation
+    best: bool  # whether it was the best one then; false if none is chosen
+    ended: str | None  # the rule that ended the stage
+    seconds: pydantic.FiniteFloat
+
+
 class ResponseToken(Shape):
     """A token of a row of ``rollouts.jsonl``."""
 

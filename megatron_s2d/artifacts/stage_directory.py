@@ -6,7 +6,7 @@ import itertools
 import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_s2d.artifacts.files import (
     remove_tree,
     rename,
 )
-from megatron_s2d.artifacts.shapes import Finished, Lineage, MetricsRow, checked, checked_rows
+from megatron_s2d.artifacts.shapes import Finished, Lineage, MetricsRow, ValidationRow, checked, checked_rows
 from megatron_s2d.artifacts.versions import code_version, library_versions, timestamp
 from megatron_s2d.errors import UserError
 
@@ -43,6 +43,7 @@ class StageDirectory:
         self.model_path = self.path / "model"  # final weights, without optimizer state
         self.adapter_path = self.path / "adapter"  # of a stage that trains a LoRA adapter: a PEFT directory
         self.cache_path = self.path / "cache"  # of a teacher_cache stage
+        self.validation_path = self.path / "validation.jsonl"  # one row a validation
         self._noted = -math.inf
         self.note_path = self.path / "progress.txt"  # what a round that takes long has done so far
         self.warnings_path = self.path / "warnings.txt"  # what the user should know, a line each
@@ -102,6 +103,23 @@ class StageDirectory:
         rows = read_jsonl(self.metrics_path) if self.metrics_path.exists() else []
         return checked_rows(rows, MetricsRow, str(self.metrics_path))
 
+    def annotate_lineage(self, key: str, value: Any) -> None:
+        """Set ``key`` of the lineage: a decision that the stage made."""
+        atomic_write_json(self.lineage_path, self.lineage() | {key: value})
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the rows of ``validation.jsonl``, by step; empty without such a file."""
+        rows = read_jsonl(self.validation_path) if self.validation_path.exists() else []
+        return checked_rows(rows, ValidationRow, str(self.validation_path))
+
+    def validation_folder(self, step: int) -> Path:
+        """Return the folder of the responses of the validation after ``step``."""
+        return self.path / "validation" / f"step_{step:08d}"
+
+    def validation_folders(self) -> dict[int, Path]:
+        """Return step -> folder of responses, of the validations that have begun."""
+        return {int(path.name.removeprefix("step_")): path for path in (self.path / "validation").glob("step_*")}
+
     def note(self, text: str) -> None:
         """Replace the line that the runner shows while the next row of the metrics is not there yet; once a second."""
         if time.monotonic() - self._noted >= 1.0:
@@ -125,11 +143,21 @@ class StageDirectory:
         """Rename a checkpoint so that it no longer counts as one; it is deleted with the others."""
         rename(path, path.with_name(path.name + ".damaged"))
 
-    def retain_checkpoints(self, keep_last_n: int) -> None:
-        """Delete all but the newest ``keep_last_n`` checkpoints and the remains of interrupted saves or deletions."""
+    def retain_checkpoints(
+        self, keep_last_n: int, pinned: Callable[[Sequence[int]], Collection[int]] = lambda steps: ()
+    ) -> None:
+        """Delete all but the newest ``keep_last_n`` checkpoints and the remains of interrupted saves or deletions.
+
+        pinned: steps of the newest ones -> steps of further ones that are kept.
+        """
         if keep_last_n < 1:
             raise ValueError("keep_last_n must be at least 1")
-        for path in self.checkpoints()[:-keep_last_n]:
+        paths = self.checkpoints()
+        newest = [int(path.name.removeprefix("step_")) for path in paths[-keep_last_n:]]
+        kept = {self.checkpoint_path(step) for step in pinned(newest)}
+        for path in paths[:-keep_last_n]:
+            if path in kept:
+                continue
             # Renamed first: a half-deleted directory must not look like a checkpoint.
             rename(path, path.with_name(path.name + PARTIAL_SUFFIX))
         for path in self.checkpoints_path.glob(f"*{PARTIAL_SUFFIX}"):

@@ -15,6 +15,7 @@ from pydantic import Field
 from megatron_s2d.config.base import Config, Name
 from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.training import CheckpointConfig, MicroBatchConfig, OptimizerConfig
+from megatron_s2d.config.validation import ValidationConfig
 
 LossAggMode = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 Truncated = Literal["keep", "mask"]
@@ -103,6 +104,9 @@ class TrainingStageConfig(ModelStageConfig):
         description="offload the optimizer's state to host memory, and free gradients, between optimizer steps",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = Field(
+        None, description="samples of the weights every so many steps, best checkpoint, end of the stage; null: none"
+    )
     lora: LoraConfig | None = Field(
         None, description="train a LoRA adapter beside frozen weights (docs/lora.md); null: all weights"
     )

@@ -315,6 +315,11 @@ class WorkflowConfig(Config):
             self._need_prompts(f"{where}.{'data' if stage.type == 'sft' else 'prompts'}", entry)
             if stage.uses_labels and entry.partition("/")[0] in {e.partition("/")[0] for e in self.evaluation.entries}:
                 raise ValueError(f"{where}: '{entry}' is the evaluation set: training must not use its labels")
+        validation = stage.validation if isinstance(stage, TrainingStageConfig) else None
+        for curve, entry in (validation.data if validation is not None else {}).items():
+            self._need_prompts(f"{where}.validation.data.{curve}", entry)
+            if getattr(self.data[entry.partition("/")[0]], "split", None) == "corpus":
+                raise ValueError(f"{where}.validation.data.{curve}: '{entry}' is a generated corpus, without prompts")
         if isinstance(stage, GrpoConfig | OpdConfig) and stage.prompt_order == "continue":
             self._check_continues(where, stage)
 

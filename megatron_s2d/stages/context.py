@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.stages import Stage
+from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.model_tokenizers import write_assets
 from megatron_s2d.models.published import write_reference
@@ -69,6 +70,15 @@ class StageContext:
     def is_rank_zero(self) -> bool:
         """Whether this rank writes files."""
         return dist.get_rank() == 0
+
+    def seed_of(self, offset: int) -> int:
+        """Return the seed of something that is not the stage's own, such as a validation."""
+        return derive_seed(self._config, offset)
+
+    @property
+    def evaluation_sampling(self) -> SamplingConfig:
+        """How the workflow's evaluation samples."""
+        return self._config.evaluation.sampling
 
     def loop_settings(self, *, max_kl: float | None = None) -> LoopSettings:
         """Return how the training loop runs this stage. max_kl: see ``LoopSettings``."""

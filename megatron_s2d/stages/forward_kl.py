@@ -8,8 +8,10 @@ from megatron_s2d.objectives.distill import divergence_objective
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.sft import OfflineSource, shuffled
 from megatron_s2d.stages.teacher_cache import OUTPUT_LAYER_NAME
+from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.teachers.cached import CachedTeacher
 from megatron_s2d.train.loop import train
+from megatron_s2d.verify import RewardManager
 
 
 def run_forward_kl(context: StageContext) -> None:
@@ -31,5 +33,9 @@ def run_forward_kl(context: StageContext) -> None:
     )
     tail = stage.tail_mass if cache.header.representation == "top_k" else None
     objective = divergence_objective("forward_kl", tail=tail)
-    train(student, source, objective, context.directory, context.loop_settings(), teacher=teacher)
+    settings = context.loop_settings()
+    with RewardManager() as reward_manager:
+        validation = StageValidation.of(context, student, reward_manager)
+        train(student, source, objective, context.directory, settings, teacher=teacher, validation=validation)
+    restore_best(context, student)
     context.save_model(student)

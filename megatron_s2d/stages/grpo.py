@@ -30,6 +30,7 @@ from megatron_s2d.stages.policy_loss import (
     surrogate_of,
     with_token_advantages,
 )
+from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.teachers.frozen import TeacherRouter
 from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.megatron_model import MegatronModel
@@ -64,7 +65,10 @@ def run_grpo(context: StageContext) -> None:
         )
         buffer = context.rollouts.buffer(context.prompt_loader(), worker)
         source = GrpoSource(stage, buffer, reference, context.seed, teacher)
-        train(actor, source, objective, context.directory, context.loop_settings(), rollouts=buffer)
+        validation = StageValidation.of(context, actor, reward_manager, engine)
+        settings = context.loop_settings()
+        train(actor, source, objective, context.directory, settings, rollouts=buffer, validation=validation)
+    restore_best(context, actor)
     context.save_model(actor)
 
 

@@ -47,6 +47,7 @@ from megatron_s2d.stages.policy_loss import (
 )
 from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
+from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
 from megatron_s2d.train.loop import StepData, Teacher, train
@@ -94,8 +95,17 @@ def run_opd(context: StageContext) -> None:
             cached = cached_samples(context, stage)
             source = DivergenceOpdSource(stage, student, buffer, scorers, cached, context.seed)
             teacher = distribution_teacher(stage, student, scorers, references)
-        settings = context.loop_settings(max_kl=stage.max_kl)
-        train(student, source, opd_objective(stage), context.directory, settings, teacher=teacher, rollouts=buffer)
+        train(
+            student,
+            source,
+            opd_objective(stage),
+            context.directory,
+            context.loop_settings(max_kl=stage.max_kl),
+            teacher=teacher,
+            rollouts=buffer,
+            validation=StageValidation.of(context, student, reward_manager, engine),
+        )
+    restore_best(context, student)
     context.save_model(student)
 
 

@@ -92,6 +92,11 @@ class RolloutFactory:
                 routed_experts=model.routing_replay is not None,
             )
             return self._serve(model, model_name, requirements)
+        return self.in_process_engine(model, model_name)
+
+    def in_process_engine(self, model: MegatronModel, model_name: str) -> RolloutEngine:
+        """Return the engine that generates in this process, whatever ``rollout.engine`` is."""
+        rollout = self._config.rollout
         return MegatronEngine(
             model.chunks,
             model.spec.vocab_size,

@@ -20,7 +20,9 @@ from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import AnySample, Prompt, RemoteSample, Sample
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.train.loop import StepData, train
+from megatron_s2d.verify import RewardManager
 
 
 def run_sft(context: StageContext) -> None:
@@ -37,7 +39,10 @@ def run_sft(context: StageContext) -> None:
         "supervised_weight",
         model.layout,
     )
-    train(model, source, sft_objective(), context.directory, context.loop_settings())
+    with RewardManager() as reward_manager:
+        validation = StageValidation.of(context, model, reward_manager)
+        train(model, source, sft_objective(), context.directory, context.loop_settings(), validation=validation)
+    restore_best(context, model)
     context.save_model(model)
 
 

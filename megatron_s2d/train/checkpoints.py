@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,8 +18,15 @@ from megatron_s2d.train.megatron_model import MegatronModel
 class CheckpointManager:
     """Saves and resumes checkpoints of one stage; every method is collective."""
 
-    def __init__(self, model: MegatronModel, stage: StageDirectory, settings: CheckpointConfig):
-        self._model, self._stage, self._settings = model, stage, settings
+    def __init__(
+        self,
+        model: MegatronModel,
+        stage: StageDirectory,
+        settings: CheckpointConfig,
+        pinned: Callable[[Sequence[int]], Collection[int]] = lambda steps: (),
+    ):
+        """pinned: see ``StageDirectory.retain_checkpoints``."""
+        self._model, self._stage, self._settings, self._pinned = model, stage, settings, pinned
         self._pending: CheckpointSave | None = None
 
     def resume(self) -> dict[str, Any]:
@@ -67,5 +75,5 @@ class CheckpointManager:
         pending, self._pending = self._pending, None
         pending.finish()
         if dist.get_rank() == 0:
-            self._stage.retain_checkpoints(self._settings.keep_last_n)
+            self._stage.retain_checkpoints(self._settings.keep_last_n, self._pinned)
         dist.barrier()

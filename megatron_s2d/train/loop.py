@@ -11,7 +11,7 @@ gives one optimizer update, whose gradients are accumulated over micro-batches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,6 +91,48 @@ class Rollouts(Protocol):
         ...
 
 
+class Validation(Protocol):
+    """Samples of the weights between steps, which change nothing but the end of the run (``stages/validation.py``)."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the weights after ``step`` (0: before the first) are validated."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Forget the validations after ``step``, that of the checkpoint which the run resumes from."""
+        ...
+
+    def run(self, step: int, version: int) -> bool:
+        """Validate if due and not done yet; return whether the run ends here. Raises ``Stopped``. Collective."""
+        ...
+
+    def pinned(self, steps: Sequence[int]) -> Collection[int]:
+        """Return the checkpoints that a run needs which resumes from one of ``steps``; on rank 0."""
+        ...
+
+
+class NoValidation:
+    """Of a run that is not validated."""
+
+    def is_due(self, step: int) -> bool:
+        """See ``Validation``."""
+        return False
+
+    def resume(self, step: int) -> None:
+        """See ``Validation``."""
+
+    def run(self, step: int, version: int) -> bool:
+        """See ``Validation``."""
+        return False
+
+    def pinned(self, steps: Sequence[int]) -> Collection[int]:
+        """See ``Validation``."""
+        return ()
+
+
+NO_VALIDATION = NoValidation()
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
     """Length, checkpoints and limits of a training run."""
@@ -114,13 +156,14 @@ def train(
     *,
     teacher: Teacher | None = None,
     rollouts: Rollouts | None = None,
+    validation: Validation = NO_VALIDATION,
 ) -> None:
     """Run a stage from its last checkpoint (or its start) to its last step. Collective.
 
     ``model`` is ready to train and has the stage's initial weights. Raises ``Stopped``, and ``UserError`` for a loss or
     gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays intact.
     """
-    checkpoints = CheckpointManager(model, stage, settings.checkpoint)
+    checkpoints = CheckpointManager(model, stage, settings.checkpoint, validation.pinned)
     state = checkpoints.resume()
     num_updates = state["updates"]  # optimizer updates so far, which is also the weight version
     source.resume(state)
@@ -128,21 +171,16 @@ def train(
         rollouts.update_weights(model.chunks, num_updates)
     log = open_log(stage, state["step"], settings.trackers, settings.workflow)
     timer = Timer()
-    for step in range(state["step"] + 1, settings.steps + 1):
+    validation.resume(state["step"])
+    has_ended = validate(validation, checkpoints, log, state["step"], num_updates)
+    for step in range(state["step"] + 1, 0 if has_ended else settings.steps + 1):
         with timer.section("rollout"):
             data = source.step(step)
             if rollouts is not None:
                 rollouts.sleep()
         lag = {} if rollouts is None else policy_lag(data.mini_batches, num_updates, model.layout)
         with timer.section("score"):
-            mini_batches = with_old_log_probs(
-                model,
-                objective,
-                [
-                    drop_incomparable_rollout_log_probs(objective, mini_batch, index)
-                    for index, mini_batch in enumerate(data.mini_batches)
-                ],
-            )
+            mini_batches = comparable(model, objective, data.mini_batches)
         update_metrics = []
         for mini_batch in mini_batches:
             with timer.section("pack"):
@@ -156,9 +194,7 @@ def train(
                     micro_batches, objective, distributions, num_tokens=mini_batch.num_tokens
                 )
                 metrics |= {} if teacher is None else teacher.metrics()
-                check_kl(metrics, settings.max_kl, step)
-                check_replayed_agreement(metrics, settings.min_replayed_agreement, model, step)
-                check_mismatch_kl(metrics, settings.max_mismatch_kl, step)
+                check_limits(metrics, settings, model, step)
                 grad_norm = model.optim_step()
             metrics |= {"grad_norm": Metric.of(grad_norm), "learning_rate": Metric.of(learning_rate)}
             if model.layout.dp_size > 1:
@@ -178,12 +214,16 @@ def train(
         stopping = broadcast_flag(settings.stop())
         checkpoints.poll()
         # After the last step the stage writes its final weights, which later stages read: no optimizer state with them.
-        if step < settings.steps and (stopping or step % settings.checkpoint.interval_steps == 0):
+        is_due = step % settings.checkpoint.interval_steps == 0 or validation.is_due(step)
+        if step < settings.steps and (stopping or is_due):
             with timer.section("save"):  # in the row of the next step
                 checkpoints.save(dict(data.state) | {"step": step, "updates": num_updates})
         if stopping and step < settings.steps:
             _finish(checkpoints, log)
             raise Stopped(f"stopped after step {step} of {settings.steps}")
+        with timer.paused():
+            if validate(validation, checkpoints, log, step, num_updates):
+                break
     _finish(checkpoints, log)
 
 
@@ -191,6 +231,23 @@ def _finish(checkpoints: CheckpointManager, log: MetricsLog) -> None:
     """Wait for what is still written in the background."""
     checkpoints.finish()
     log.close()
+
+
+def validate(
+    validation: Validation, checkpoints: CheckpointManager, log: MetricsLog, step: int, num_updates: int
+) -> bool:
+    """Run the validation after ``step``; one that is asked to stop leaves the checkpoint of the step on disk."""
+    try:
+        return validation.run(step, num_updates)
+    except Stopped:
+        _finish(checkpoints, log)
+        raise
+
+
+def comparable(model: MegatronModel, objective: Objective, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+    """Add old log-probabilities where the objective uses them, and drop those of the engine where they do not apply."""
+    compared = [drop_incomparable_rollout_log_probs(objective, part, index) for index, part in enumerate(mini_batches)]
+    return with_old_log_probs(model, objective, compared)
 
 
 def with_old_log_probs(
@@ -245,6 +302,13 @@ def drop_incomparable_rollout_log_probs(objective: Objective, mini_batch: MiniBa
         return mini_batch
     samples = [without_array(sample, "rollout_log_probs") for sample in mini_batch.samples]
     return dataclasses.replace(mini_batch, samples=samples)
+
+
+def check_limits(metrics: Mapping[str, Metric], settings: LoopSettings, model: MegatronModel, step: int) -> None:
+    """Raise ``UserError``, before the update, if one of the run's limits is exceeded."""
+    check_kl(metrics, settings.max_kl, step)
+    check_replayed_agreement(metrics, settings.min_replayed_agreement, model, step)
+    check_mismatch_kl(metrics, settings.max_mismatch_kl, step)
 
 
 def check_kl(metrics: Mapping[str, Metric], limit: float | None, step: int) -> None:

@@ -100,6 +100,15 @@ class Timer:
                 self._inner[-1] += seconds
             heartbeat()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of ``timing_s/step``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
     def collect_and_reset(self) -> dict[str, float]:
         """Return ``timing_s/step`` since the last call and ``timing_s/<section>`` of each section, and start again."""
         now = time.perf_counter()

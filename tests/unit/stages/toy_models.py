@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import types
 from collections.abc import Sequence
 
@@ -168,7 +169,18 @@ class ToyModel:
         return norm**0.5
 
     def start_saving(self, path, trainer_state, *, with_optimizer, async_save=False):
-        return types.SimpleNamespace(is_written=lambda: True, finish=lambda: path.mkdir(parents=True))
+        def finish():
+            path.mkdir(parents=True)
+            np.savez(path / "tables.npz", *(table.detach().numpy() for table in self.chunks[0]))
+            (path / "state.json").write_text(json.dumps(trainer_state))
+
+        return types.SimpleNamespace(is_written=lambda: True, finish=finish)
+
+    def load(self, path, *, with_optimizer=False):
+        with np.load(path / "tables.npz") as tables:
+            for mine, name in zip(self.chunks[0], tables.files, strict=True):
+                mine.data.copy_(torch.from_numpy(tables[name]))
+        return json.loads((path / "state.json").read_text())
 
     def save(self, directory, trainer_state, *, with_optimizer):
         self.saved = [table.detach().clone() for table in self.chunks[0]]
@@ -183,6 +195,7 @@ def log_probs_of(embedding, head, token_ids, temperature) -> torch.Tensor:
 class ToyEngine:
     """Samples words from the toy, then an answer in brackets, right for some seeds; every fifth response is cut."""
 
+    chance = staticmethod(lambda version: 0.5)  # of a right answer, by the version of the weights
     shift = 0.0  # added to the log-probabilities that it reports
 
     def __init__(self, model, tokenizer):
@@ -205,7 +218,7 @@ class ToyEngine:
             response.append(int(rng.choice(words, p=chosen / chosen.sum())))
         is_cut = rng.random() < 0.2
         if not is_cut:
-            answer = request.prompt.answer if rng.random() < 0.5 else str((int(request.prompt.answer) + 1) % 6)
+            answer = request.prompt.answer if rng.random() < self.chance(self.version) else str((int(request.prompt.answer) + 1) % 6)
             ids = self._tokenizer.convert_tokens_to_ids(["[", answer, "]"])
             response += [*ids, self._tokenizer.eos_token_id]
         token_ids = np.array([*prompt, *response])
@@ -235,6 +248,9 @@ class ToyRollouts(RolloutFactory):
         self.engines = getattr(self, "engines", {})
         self.engines[model] = ToyEngine(model, self._inputs.tokenizer)
         return self.engines[model]
+
+    def in_process_engine(self, model, model_name):
+        return self.engine(model, model_name, None)
 
 
 class ToyFactory:
