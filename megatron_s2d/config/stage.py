@@ -119,3 +119,20 @@ class TrainingStageConfig(ModelStageConfig):
 
     def inputs(self) -> dict[str, str]:
         return {"init": self.init} if self.init else {}
+
+
+def validation_of(stage: StageConfig) -> ValidationConfig | None:
+    """Return the validation of a stage of any type."""
+    return stage.validation if isinstance(stage, TrainingStageConfig) else None
+
+
+def validated_entries(stage: StageConfig) -> list[str]:
+    """Return the entries of ``data`` (or ``entry/half``) whose labels the validation of a stage reads."""
+    validation = validation_of(stage)
+    return [] if validation is None else validation.entries
+
+
+def changes_weights(stage: StageConfig) -> bool:
+    """Return whether the validation of a stage decides about the weights that it leaves."""
+    validation = validation_of(stage)
+    return validation is not None and validation.changes_weights

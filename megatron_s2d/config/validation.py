@@ -1,4 +1,4 @@
-"""Configuration of validation inside a stage: data sets, the best checkpoint, and when the stage ends. No torch here."""
+"""Validation inside a stage: data sets, the best checkpoint, and when the stage ends. No torch here."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_s2d.config.stage import PromptFilterConfig
+from megatron_s2d.config.stage import PromptFilterConfig, validated_entries, validation_of
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import fitting_prompts
@@ -63,6 +63,8 @@ class LabelLedger:
         for name in stages:
             for entry in self.labelled_entries(name):
                 read[id(self.keys(entry, name))] = self.keys(entry, name)
+            for entry in self.selecting_entries(name):
+                read[id(self.keys(entry))] = self.keys(entry)
         return len(_distinct(np.concatenate(list(read.values())))) if read else 0
 
     def read_by(self, stage_name: str | None, entry: str) -> PromptTable:
@@ -74,6 +76,11 @@ class LabelLedger:
         """Return the entries whose labels a stage uses (generated corpora are not labelled data)."""
         stage = self.config.stages[stage_name]
         return [entry for entry in stage.entries if stage.uses_labels and entry in self.prompts]
+
+    def selecting_entries(self, stage_name: str) -> list[str]:
+        """Return the entries whose labels decide, in a validation, about the weights that a stage leaves."""
+        validation = validation_of(self.config.stages[stage_name])
+        return validation.entries if validation is not None and validation.selects else []
 
     def check(self, stages: Sequence[str]) -> None:
         """Refuse training on evaluation problems, and stages that use labels of an earlier stage of their chain."""
@@ -88,6 +95,13 @@ class LabelLedger:
                         f"({self._example(entry, shared)}); remove them from one of the two"
                     )
                 self._check_reuse(name, entry, keys)
+            for entry in self.selecting_entries(name):
+                if len(shared := _in_both(self.keys(entry), evaluation_keys)):
+                    raise UserError(
+                        f"stages.{name}.validation: {len(shared)} prompts of '{entry}' are evaluation problems "
+                        f"({self._example(entry, shared)}), and its `best` or `until` would select weights with their "
+                        "labels: validate on other prompts, or remove `best` and those rules"
+                    )
 
     def _check_reuse(self, name: str, entry: str, keys: np.ndarray) -> None:
         if getattr(self.config.stages[name], "label_reuse", "allow") == "allow":
@@ -107,6 +121,15 @@ class LabelLedger:
                 if len(shared):
                     yield earlier, shared
 
+    def trained_before(self, name: str, entry: str) -> dict[str, int]:
+        """Return the stages up to ``name`` that train on labels of ``entry``, with the number of its prompts."""
+        counts: dict[str, int] = {}
+        for stage in self.config.chain(name):
+            shared = [len(_in_both(self.keys(entry), self.keys(used, stage))) for used in self.labelled_entries(stage)]
+            if any(shared):
+                counts[stage] = max(shared)
+        return counts
+
     def _example(self, entry: str, keys: np.ndarray) -> str:
         prompts = self.prompts[entry]
         return f"for example {prompts.select(np.isin(prompts.keys, keys)).first_id()}"
@@ -123,6 +146,11 @@ class LabelLedger:
                 earlier = {other for other, _ in self._earlier_uses(name, keys)} if stage.uses_labels else set()
                 note = f"labels used before by {', '.join(sorted(earlier))}, as configured" if earlier else ""
                 rows.append(LedgerEntry(name, entry, len(keys), stage.uses_labels, note))
+            selects = bool(self.selecting_entries(name))
+            note = f"validation: {'selects the weights' if selects else 'shown only'}"
+            rows += [
+                LedgerEntry(name, entry, len(self.keys(entry)), selects, note) for entry in validated_entries(stage)
+            ]
         return tuple(rows)
 
     def to_json(self, stages: Sequence[str]) -> str:
@@ -130,7 +158,8 @@ class LabelLedger:
         rows = [dataclasses.asdict(entry) for entry in self.entries(stages)]
         for row in rows:
             if row["labels_used"]:
-                row |= _listed_ids(self.read_by(row["stage"], row["prompts"]))
+                is_trained = row["prompts"] in self.config.stages[row["stage"]].entries
+                row |= _listed_ids(self.read_by(row["stage"] if is_trained else None, row["prompts"]))
         return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 

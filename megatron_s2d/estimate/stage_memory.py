@@ -20,6 +20,8 @@ from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.sft import SftConfig
+from megatron_s2d.config.stage import TrainingStageConfig, validation_of
+from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
@@ -50,6 +52,18 @@ _DOCUMENTS = 64  # documents of a generated corpus that are read to find its len
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationShape:
+    """Sizes of the validations inside a stage, over all data ranks."""
+
+    count: int  # validations in the stage, at most
+    batches: int  # of one validation
+    prompts: int  # of one batch, at most
+    requests: int  # of one batch, at most
+    prompt_length: int  # tokens, the longest
+    sampling: SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class StageShape:
     """Sizes of a stage over all data ranks."""
 
@@ -61,6 +75,7 @@ class StageShape:
     response_length: int  # tokens, the limit
     epochs: int = 1  # passes over the sampled responses, each with ``updates / epochs`` updates
     turns: int = 1  # of an episode at most; turns and observations together have ``response_length`` tokens
+    validation: ValidationShape | None = None
 
     @property
     def length(self) -> int:
@@ -70,12 +85,34 @@ class StageShape:
 
 def stage_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, PromptTable], tokenizer: Any) -> StageShape:
     """Return the shape of stage ``name``; ``prompts`` as in ``Preflight``."""
+    shape = _stage_shape(config, name, prompts, tokenizer)
+    return dataclasses.replace(shape, validation=_validation_shape(config, name, prompts))
+
+
+def _validation_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, PromptTable]) -> ValidationShape | None:
+    stage = config.stages[name]
+    validation = validation_of(stage)
+    if validation is None or not isinstance(stage, TrainingStageConfig):
+        return None
+    tables = [prompts[entry][: validation.num_prompts] for entry in validation.data.values()]
+    largest = max(min(len(table), validation.batch_size) for table in tables)
+    return ValidationShape(
+        count=ceil_div(stage.steps, validation.interval_steps) + validation.before_training,
+        batches=sum(ceil_div(len(table), validation.batch_size) for table in tables),
+        prompts=largest,
+        requests=largest * validation.samples_per_prompt,
+        prompt_length=max(int(table.lengths.max()) for table in tables),
+        sampling=validation.sampling or config.evaluation.sampling,
+    )
+
+
+def _stage_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, PromptTable], tokenizer: Any) -> StageShape:
     stage = config.stages[name]
     if isinstance(stage, ExpoConfig | LoadCheckpointConfig):
         return StageShape(0, 0, 0, 0, 0, 0)
     if isinstance(stage, ForwardKlConfig) or (isinstance(stage, SftConfig) and stage.cache is not None):
         caches = stage.cache if isinstance(stage.cache, list) else [stage.cache]
-        shapes = [stage_shape(config, cache, prompts, tokenizer) for cache in caches]
+        shapes = [_stage_shape(config, cache, prompts, tokenizer) for cache in caches]
         cached = max(shapes, key=lambda shape: shape.length)
         return dataclasses.replace(cached, responses=stage.global_batch_size, updates=1, requests=0, prompts=0)
     if isinstance(stage, SftConfig):
@@ -197,7 +234,7 @@ class _StageEstimate:
             return self._memory(shard, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
         work = self._workload()
         teacher = self._teacher_inputs()
-        phases = self._generation(shard) | self._scores(shard, work)
+        phases = self._generation(shard) | self._validation(shard) | self._scores(shard, work)
         fp8 = self.config.fp8
         build = dataclasses.replace(self.build, fp8_operands=fp8 is not None)
         phases["train"] = train_phase(shard, build, work, on_gpu=self.on_gpu, teacher=teacher)
@@ -267,6 +304,24 @@ class _StageEstimate:
             records_routes=replays_routes(self.config, self.stage, self.spec),
             turns=self.shape.turns,
         )
+
+    def _validation(self, shard: ModelShard) -> dict[str, dict[str, int]]:
+        """Validation in this process: its larger phase; servers have their own memory."""
+        shape = self.shape.validation
+        if shape is None or (self.shape.requests and self.config.rollout.engine != "megatron"):
+            return {}
+        dp_size = shard.parallel.data_parallel_size
+        phases = generate_phases(
+            shard,
+            self.build,
+            requests=ceil_div(shape.requests, dp_size),
+            prompts=ceil_div(shape.prompts, dp_size),
+            prompt_length=shape.prompt_length,
+            sampling=shape.sampling,
+            rollout=self.config.rollout,
+            records_routes=replays_routes(self.config, self.stage, self.spec),
+        )
+        return {"validation": max(phases.values(), key=lambda phase: sum(phase.values()))}
 
     def _cache_scoring(self, shard: ModelShard) -> dict[str, int]:
         """Scoring of a batch of responses for a cache: the hidden states of all of them exist at once."""

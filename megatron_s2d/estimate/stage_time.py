@@ -17,6 +17,7 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import NO_RECOMPUTE
+from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.estimate.layers import Build, model_flops
@@ -30,7 +31,7 @@ from megatron_s2d.estimate.roofline import (
     scale_traffic,
     total_seconds,
 )
-from megatron_s2d.estimate.stage_memory import BYTES_PER_VALUE, StageShape, frozen_models
+from megatron_s2d.estimate.stage_memory import BYTES_PER_VALUE, StageShape, ValidationShape, frozen_models
 from megatron_s2d.estimate.weight_push import stage_push
 
 
@@ -109,6 +110,8 @@ def stage_time(
         push = stage_push(config, model, specs[model], machine)
         seconds["weight push"] = push.seconds(machine)
         traffic = add_traffic(traffic, {"weights gathered": push.gathered, "weights to servers": push.sent})
+    if shape.validation is not None and (of_a_step := _validation_seconds(config, stage, shape.validation, student)):
+        seconds["validation"] = of_a_step
     tokens = shape.updates * shape.responses * shape.length
     products = 3 if lora is None else 2
     flops = products * model_flops(specs[model], tokens, shape.length / 2)
@@ -129,6 +132,16 @@ def _work(shape: StageShape, responses: int, stage, parallel: ParallelConfig) ->
         max_tokens=stage.micro_batch.max_tokens_per_gpu,
         parallel=parallel,
     )
+
+
+def _validation_seconds(
+    config: WorkflowConfig, stage: TrainingStageConfig, shape: ValidationShape, student: ModelOnMachine
+) -> float:
+    """Return the time of all validations of a stage, in equal parts for each of its steps."""
+    length = shape.sampling.max_response_length
+    one = StageShape(0, 0, shape.requests, shape.prompts, shape.prompt_length, length)
+    seconds, _ = _generation(config, stage, one, student)
+    return sum(seconds.values()) * shape.batches * shape.count / stage.steps
 
 
 def _generation(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_s2d.config.base import dump
+from megatron_s2d.config.stage import changes_weights
 from megatron_s2d.config.workflow import ContrastConfig, WorkflowConfig
 from megatron_s2d.errors import UserError
 
@@ -36,6 +37,8 @@ def arm_of(config: WorkflowConfig, name: str) -> list[dict[str, Any]]:
     for stage_name in config.chain(config.arms[name]):
         stage = config.stages[stage_name]
         settings = dump(stage)
+        if not changes_weights(stage):
+            settings.pop("validation", None)
         for relation, other in stage.inputs().items():
             field, _, key = relation.partition(".")  # "teacher.math" is a key of the mapping, "tuned.0" of the list
             owner = settings if field in settings else settings["teacher_advantage"]

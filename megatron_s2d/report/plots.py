@@ -6,6 +6,7 @@ Colours are from the Okabe-Ito set, which colour-blind readers tell apart; no me
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ _LABEL_OF = {
     "against": "against the expectation",
     "no expectation": "no expectation",
 }
+_CURVE_STYLES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (GREY, ":")]  # told apart without color, too
 
 CURVES = {
     "reward": "reward",
@@ -107,6 +109,32 @@ def plot_stage(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         tidy(axes, "both")
+    return as_png(figure)
+
+
+def plot_validation(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Pass rate of each validation set over the steps, with standard errors; None without a validation."""
+    names = list(dict.fromkeys(name for row in rows for name in row["data"]))
+    if not names:
+        return None
+    figure = Figure(figsize=(5.2, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (color, line) in zip(names, itertools.cycle(_CURVE_STYLES), strict=False):
+        points = [(row["step"], row["data"][name]) for row in rows if name in row["data"]]
+        rates = [data["pass_rate"] for _, data in points]
+        errors = [data["pass_rate_std_err"] or 0.0 for _, data in points]
+        steps = [step for step, _ in points]
+        style = {"color": color, "linestyle": line, "linewidth": 1.4, "marker": ".", "capsize": 2}
+        axes.errorbar(steps, rates, errors, label=name, **style)
+    best = [row["step"] for row in rows if row["best"]]
+    if best:
+        axes.axvline(best[-1], color=GREY, linewidth=0.8, linestyle=":", label="weights that were kept")
+    axes.set_title("pass rate in validation, %, with one standard error", fontsize=8, loc="left", color=INK)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=""))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(labelsize=7)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
+    tidy(axes, "both")
     return as_png(figure)
 
 

@@ -18,7 +18,7 @@ from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.diagnostics import plot_diagnostics
 from megatron_s2d.report.html_page import contrast_summary, interval_note, page_bytes, shown_pass_ks
 from megatron_s2d.report.page_data import visible
-from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage
+from megatron_s2d.report.plots import plot_arms, plot_contrasts, plot_stage, plot_validation
 from megatron_s2d.report.results import ArmResult, ContrastResult, RunResults, shares_text
 
 # More rows than these are higher than an image can be, and figures of 10,000 stages would take hours.
@@ -42,7 +42,7 @@ def write_report(run_dir: Path, results: RunResults) -> Path:
 
 
 def make_plots(results: RunResults) -> dict[str, bytes]:
-    """Return PNGs under ``arms``, ``contrasts``, ``stage/<name>`` and ``diagnostics/<name>``, if they have data.
+    """Return PNGs under ``arms``, ``contrasts``, and ``stage``, ``validation`` and ``diagnostics/<name>``, if any.
 
     Of very many arms, contrasts and stages the first ones are drawn; the tables have all of them.
     """
@@ -56,6 +56,9 @@ def make_plots(results: RunResults) -> dict[str, bytes]:
         png = plot_stage(stage.directory.metrics())
         if png is not None:
             plots[f"stage/{stage.name}"] = png
+        png = plot_validation(stage.directory.validations())
+        if png is not None:
+            plots[f"validation/{stage.name}"] = png
         png = plot_diagnostics(stage.directory.metrics())
         if png is not None:
             plots[f"diagnostics/{stage.name}"] = png

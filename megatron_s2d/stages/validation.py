@@ -108,9 +108,9 @@ class StageValidation:
                     remove_tree(folder)
 
     def run(self, step: int, version: int) -> bool:
-        """Validate the weights after ``step``, if that is due and was not done; return whether the stage ends. Collective.
+        """Validate the weights after ``step``, if that is due and not done yet; return whether the stage ends.
 
-        version: of the weights. Raises ``Stopped`` between two batches.
+        Collective. version: of the weights. Raises ``Stopped`` between two batches.
         """
         if not self.is_due(step):
             return False

@@ -8,6 +8,7 @@ from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.needed_stages import evaluated_stages, prompt_model
 from megatron_s2d.config.opd import OpdConfig
+from megatron_s2d.config.stage import validated_entries
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.model_tokenizers import ModelTokenizers
 from megatron_s2d.data.tokenizer import stop_token_ids
@@ -44,6 +45,8 @@ def _uses(config: WorkflowConfig, stages: Sequence[str]) -> Iterator[tuple[str, 
         if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig):
             for entry in stage.entries:
                 yield f"stages.{name}", entry, name, stage.grades
+        for entry in validated_entries(stage):
+            yield f"stages.{name}.validation", entry, name, True
     for name in evaluated_stages(config):
         for entry in config.evaluation.entries:
             yield f"evaluation of {name}", entry, name, True

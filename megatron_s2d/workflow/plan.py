@@ -35,7 +35,8 @@ from megatron_s2d.config.needed_stages import (
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.reward import FunctionReward, parts_of
 from megatron_s2d.config.routing_replay import replays_routes
-from megatron_s2d.config.stage import TrainingStageConfig
+from megatron_s2d.config.stage import TrainingStageConfig, changes_weights, validated_entries
+from megatron_s2d.config.stages import Stage
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.prompt_cache import content_digest
@@ -132,8 +133,14 @@ def make_plan(config: WorkflowConfig, run_dir: Path) -> list[Job]:
 def used_data(config: WorkflowConfig) -> list[str]:
     """Return the sorted entries of ``data`` that a job reads."""
     entries = [*config.evaluation.entries, *(check.prompts for check in config.pass_rate_checks)]
-    entries += [entry for name in needed_stages(config) for entry in config.stages[name].entries]
+    for name in needed_stages(config):
+        entries += [*config.stages[name].entries, *_deciding_entries(config.stages[name])]
     return sorted({entry.partition("/")[0] for entry in entries})
+
+
+def _deciding_entries(stage: Stage) -> list[str]:
+    """Return the entries of ``data`` with which a stage's validation decides about its weights."""
+    return validated_entries(stage) if changes_weights(stage) else []
 
 
 def data_digest(config: WorkflowConfig, entry: str) -> str:
@@ -253,11 +260,18 @@ def _resolved_stage(
     stage = config.stages[name]
     settings = {key: value for key, value in dump(stage).items() if key not in _EXCLUDED_FROM_KEY}
     settings = {key: value for key, value in settings.items() if key not in _NEUTRAL or value != _NEUTRAL[key]}
+    if not changes_weights(stage):
+        settings.pop("validation", None)
+    else:
+        sampling = settings["validation"]["sampling"] or dump(config.evaluation.sampling)
+        validation = {key: value for key, value in settings["validation"].items() if key != "batch_size"}
+        settings["validation"] = validation | {"sampling": sampling}
     if settings.get("filter_groups"):  # of runs from before it had a range
         pairs = (("min_pass_rate", 0.0), ("max_pass_rate", 1.0))
         neutral = {key for key, value in pairs if settings["filter_groups"][key] == value}
         settings["filter_groups"] = {k: v for k, v in settings["filter_groups"].items() if k not in neutral}
-    used = {entry.partition("/")[0] for entry in stage.entries}
+    entries = [*stage.entries, *_deciding_entries(stage)]
+    used = {entry.partition("/")[0] for entry in entries}
     sampled = _sampling(config, name) if isinstance(stage, GrpoConfig | OpdConfig | TeacherCacheConfig) else {}
     resolved = (
         _common(config, renderings, name)
@@ -274,7 +288,7 @@ def _resolved_stage(
         if not evaluation.is_file():
             raise UserError(f"stages.{name}.prompt_filter.evaluation: {evaluation}: no such file")
         settings["prompt_filter"] |= {"evaluation": file_digest(evaluation)}
-    if any("/" in entry for entry in stage.entries):
+    if any("/" in entry for entry in entries):
         resolved["split_seed"] = config.split_seed
     if isinstance(stage, TrainingStageConfig) and stage.model is not None:
         model = dump(config.models[stage.model])

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_s2d.config.needed_stages import tokenizer_choice
+from megatron_s2d.config.stage import validation_of
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.formatting import printable
 from megatron_s2d.workflow.plan import Job
@@ -60,6 +61,8 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
         action = job.action if job.action in ("run", "reuse") else printable(f"{job.action}: {job.reason}")
         table.add_row(job.id, kind, config.model_of(job.stage), steps, inputs, action)
     console.print(table)
+    if any(shape.validation is not None for shape in preflight.shapes.values()):
+        console.print(_validations(preflight))
     console.print(_labels(preflight))
     for line in _fingerprint_lines(preflight):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -70,6 +73,24 @@ def print_warnings(preflight: Preflight, console: Console) -> None:
     """Print what is likely a mistake of the user, though it can run."""
     for warning in preflight.likely_mistakes:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _validations(preflight: Preflight) -> Table:
+    """Return the table of validations inside stages, with the number of responses that they cost."""
+    table = Table("stage", "data", "every", "times", "responses", "tokens each", "decides", title="Validation")
+    for name, shape in preflight.shapes.items():
+        config = validation_of(preflight.config.stages[name])
+        if config is None or shape.validation is None:
+            continue
+        data = ", ".join(f"{curve} ({entry})" for curve, entry in config.data.items())
+        sizes = [min(len(preflight.prompts[entry]), config.num_prompts or 10**12) for entry in config.data.values()]
+        responses = shape.validation.count * sum(sizes) * config.samples_per_prompt
+        decides = [] if config.best is None else [f"best {config.best.metric}"]
+        decides += [f"until {rule.rule}" for rule in config.until]
+        limit = shape.validation.sampling.max_response_length
+        counts = (f"{config.interval_steps} steps", f"{shape.validation.count}", f"{responses:,}", f"{limit:,}")
+        table.add_row(name, data, *counts, ", ".join(decides) or "nothing")
+    return table
 
 
 def _labels(preflight: Preflight) -> Table:

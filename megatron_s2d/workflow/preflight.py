@@ -29,9 +29,8 @@ from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.precision import check_shapes
 from megatron_s2d.config.routing_replay import check_routing_replay
 from megatron_s2d.config.sft import SftConfig
-from megatron_s2d.config.stage import TrainingStageConfig
+from megatron_s2d.config.stage import TrainingStageConfig, validated_entries
 from megatron_s2d.config.stages import Stage
-from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.label_ledger import LabelLedger
@@ -43,7 +42,7 @@ from megatron_s2d.estimate.memory import StageMemory
 from megatron_s2d.estimate.stage_memory import StageShape, stage_memory, stage_shape
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.rollout.sglang.api_key import read_api_key
-from megatron_s2d.verify import check_labels, labels_as_text
+from megatron_s2d.verify import labels_as_text
 from megatron_s2d.workflow.environment_checks import check_environments
 from megatron_s2d.workflow.likely_mistakes import setting_warnings, vocabulary_warnings
 from megatron_s2d.workflow.stage_checks import (
@@ -51,10 +50,13 @@ from megatron_s2d.workflow.stage_checks import (
     check_domain_weights,
     check_domains,
     check_expo,
+    check_graded,
+    check_length,
     check_same_vocabulary,
 )
 from megatron_s2d.workflow.tokenizer_checks import check_tokenizers
 from megatron_s2d.workflow.tracking_checks import check_trackers
+from megatron_s2d.workflow.validation_checks import check_validation, validation_warnings
 from megatron_s2d.workflow.view_checks import check_views
 
 
@@ -100,6 +102,7 @@ class Preflight:
         models = vocabulary_warnings(self.config, self.specs, sizes)
         return [
             *self.notices, *models, *self.server_warnings, *self.label_warnings, *setting_warnings(self.config),
+            *validation_warnings(self.config, self.stages, self.ledger),
         ]  # fmt: skip
 
     @property
@@ -118,6 +121,7 @@ class Preflight:
         """That labels which are graded are compared as text; empty if none are."""
         config = self.config
         graded = {entry for name in self.stages for entry in _graded_entries(config.stages[name])}
+        graded |= {entry for name in self.stages for entry in validated_entries(config.stages[name])}
         graded |= {*config.evaluation.entries, *(check.prompts for check in config.pass_rate_checks)}
         texts = {entry: labels_as_text(prompts) for entry, prompts in self.prompts.items() if entry in graded}
         return [f"data '{entry}': {text}" for entry, text in texts.items() if text]
@@ -152,16 +156,17 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
     views = {name: _view(config, tokenizers, renderings, name) for name in stages}
     for name in stages:
         _check_stage(config, name, specs, views[name])
+        check_validation(config, name, specs, views[name])
     notices += check_views(config, tokenizers, specs, views)
     evaluation = config.evaluation
     for entry in evaluation.entries:
-        _check_graded(prompts[entry], f"evaluation.prompts: '{entry}'")
+        check_graded(prompts[entry], f"evaluation.prompts: '{entry}'")
     _check_distinct(evaluation.entries, prompts)
     for name in evaluated_stages(config):
         for entry in evaluation.entries:
-            _check_length(config, f"evaluation of {name}", name, specs, views[name][entry], evaluation.sampling)
+            check_length(config, f"evaluation of {name}", name, specs, views[name][entry], evaluation.sampling)
     for index, check in enumerate(config.pass_rate_checks):
-        _check_graded(prompts[check.prompts], f"pass_rate_checks.{index}.prompts: '{check.prompts}'")
+        check_graded(prompts[check.prompts], f"pass_rate_checks.{index}.prompts: '{check.prompts}'")
     shapes = {
         name: stage_shape(config, name, views[name], tokenizers.of_model(prompt_model(config, name))) for name in stages
     }
@@ -272,6 +277,7 @@ def _load_prompts(
     """Load every entry (or half) that a stage, a pass-rate check or the evaluation reads; corpora have no prompts."""
     names = [*config.evaluation.entries, *(check.prompts for check in config.pass_rate_checks)]
     names += [entry for name in stages for entry in config.stages[name].entries]
+    names += [entry for name in stages for entry in validated_entries(config.stages[name])]
     return {
         name: prompts_of(config, name, tokenizer, others)
         for name in dict.fromkeys(names)
@@ -320,9 +326,9 @@ def _check_stage(
     if isinstance(stage, (GrpoConfig, OpdConfig, TeacherCacheConfig)):
         for entry in stage.entries:
             read = fitting_prompts(config, name, entry, prompts[entry])
-            _check_length(config, where, name, specs, read, stage.sampling)
+            check_length(config, where, name, specs, read, stage.sampling)
             if entry in _graded_entries(stage):
-                _check_graded(read, f"{where}.prompts: '{entry}'")
+                check_graded(read, f"{where}.prompts: '{entry}'")
     if isinstance(stage, OpdConfig):
         check_domains(f"{where}.teacher", stage.teacher, stage.entries, prompts)
         check_domain_weights(where, stage.domain_weights, stage.entries, prompts)
@@ -373,32 +379,6 @@ def _check_stage(
             f"{where}: a mini-batch of {num_responses} responses is smaller than data_parallel_size "
             f"{config.parallel.data_parallel_size}; enlarge the batch"
         )
-
-
-def _check_length(
-    config: WorkflowConfig,
-    where: str,
-    stage: str,
-    specs: Mapping[str, ModelSpec],
-    prompts: PromptTable,
-    sampling: SamplingConfig,
-) -> None:
-    model = config.model_of(stage)
-    longest = prompts[int(prompts.lengths.argmax())]
-    length, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
-    if length > limit:
-        raise UserError(
-            f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
-            f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; reduce "
-            "lengths.max_prompt_length or sampling.max_response_length"
-        )
-
-
-def _check_graded(prompts: PromptTable, where: str) -> None:
-    try:
-        check_labels(prompts)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _check_distinct(entries: Sequence[str], prompts: Mapping[str, PromptTable]) -> None:

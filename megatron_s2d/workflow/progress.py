@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
-from megatron_s2d.formatting import format_seconds, printable
+from megatron_s2d.formatting import format_seconds, percent, printable
 
 _TAIL_BYTES = 1 << 16
 
@@ -34,6 +34,7 @@ class _Task:
     note: str
     bar: Any = None  # rich's task id, on a terminal
     last_printed: float = -math.inf  # time.monotonic() of its last plain line
+    num_validations: int = 0  # rows that were printed, or written before this run
     note_changed: int = 0  # modification time of the shown note, in nanoseconds
     num_warnings: int = 0  # of its stage that were shown, in this run or an earlier one
 
@@ -72,6 +73,7 @@ class Progress:
         self._tasks[name] = task = _Task(
             total, stage, time.monotonic(), completed, completed, "", num_warnings=num_warnings
         )
+        task.num_validations = len(stage.validations()) if stage is not None else 0
         if self._bars is not None:
             task.bar = self._bars.add_task(name, total=total, completed=completed, note="")
 
@@ -95,6 +97,17 @@ class Progress:
                 task.num_warnings += len(new)
                 for line in new:
                     self.say(f"{name}: warning: {printable(line)}")
+            self._say_validations(name, task)
+
+    def _say_validations(self, name: str, task: _Task) -> None:
+        """Print a line for each validation that the stage has finished since the last call."""
+        if task.stage is None or not task.stage.validation_path.exists():
+            return
+        rows = task.stage.validations()
+        task.num_validations = min(task.num_validations, len(rows))  # a resumed stage drops those it repeats
+        for row in rows[task.num_validations :]:
+            self.say(f"{name}: {validation_line(row)}")
+        task.num_validations = len(rows)
 
     def _show_note(self, name: str, task: _Task, path: Path) -> None:
         """Show what the stage notes inside a round, once for each change of the file."""
@@ -108,6 +121,7 @@ class Progress:
 
     def finish(self, name: str, note: str) -> None:
         """Remove ``name`` and print a line about it."""
+        self._say_validations(name, self._tasks[name])
         task = self._tasks.pop(name)
         if self._bars is not None:
             self._bars.remove_task(task.bar)
@@ -148,6 +162,16 @@ def last_row(path: Path) -> dict[str, Any] | None:
     # The text after the last newline is still being written, and the first line of a long file starts in the middle.
     complete = lines[1:-1] if size > _TAIL_BYTES else lines[:-1]
     return json.loads(complete[-1]) if complete else None
+
+
+def validation_line(row: Mapping[str, Any]) -> str:
+    """Return a row of ``validation.jsonl`` as a line: pass rates with standard errors, and what was decided."""
+    rates = [
+        f"{curve} {percent(data['pass_rate'], data['pass_rate_std_err'])} %" for curve, data in row["data"].items()
+    ]
+    notes = ["the best so far"] if row["best"] else []
+    notes += [f"ends the stage ({row['ended']})"] if row["ended"] else []
+    return f"validation after step {row['step']}: {', '.join([*rates, *notes])}"
 
 
 def _notes(values: Mapping[str, float | None]) -> list[str]:

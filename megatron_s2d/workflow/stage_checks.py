@@ -8,10 +8,12 @@ from megatron_s2d.config.lora import check_lora
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.policy_loss import StageByDomain
 from megatron_s2d.config.stage import TrainingStageConfig
+from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.errors import UserError
+from megatron_s2d.verify import check_labels
 
 
 def check_domains(
@@ -79,3 +81,31 @@ def check_same_vocabulary(
             f"{where}.{relation}: model '{other_model}' has a vocabulary of {specs[other_model].vocab_size} and "
             f"'{model}' one of {specs[model].vocab_size}: teacher and student must share one"
         )
+
+
+def check_length(
+    config: WorkflowConfig,
+    where: str,
+    stage: str,
+    specs: Mapping[str, ModelSpec],
+    prompts: PromptTable,
+    sampling: SamplingConfig,
+) -> None:
+    """Refuse prompts whose responses may not fit into the positions of the stage's model."""
+    model = config.model_of(stage)
+    longest = prompts[int(prompts.lengths.argmax())]
+    length, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
+    if length > limit:
+        raise UserError(
+            f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
+            f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; reduce "
+            "lengths.max_prompt_length or sampling.max_response_length"
+        )
+
+
+def check_graded(prompts: PromptTable, where: str) -> None:
+    """Refuse prompts without labels that their verifier can read."""
+    try:
+        check_labels(prompts)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -6,6 +6,7 @@ import torch
 
 from megatron_s2d.config.hardware import AssumptionsConfig
 from megatron_s2d.config.model_spec import ModelSpec
+from megatron_s2d.config.stage import validated_entries
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompts import is_corpus
 from megatron_s2d.estimate.server_memory import served_models, server_memory, sets_fraction
@@ -57,6 +58,7 @@ def out_of_gpu_memory(
 
 def _sizes(config: WorkflowConfig, name: str, inputs: StageInputs) -> tuple[dict[str, ModelSpec], StageShape]:
     entries = {entry for stage in _read_stages(config, name) for entry in config.stages[stage].entries}
+    entries |= {*validated_entries(config.stages[name])}
     prompts = {entry: inputs.prompts(entry) for entry in entries if not is_corpus(config.data[entry.partition("/")[0]])}
     shape = stage_shape(config, name, prompts, inputs.tokenizer)
     used = {config.model_of(other) for other in config.stages}

@@ -22,6 +22,7 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed, s
 from megatron_s2d.train.loop import Stopped
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
+from megatron_s2d.workflow.progress import validation_line
 from megatron_s2d.workflow.runner import prepare_run, write_results
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted
 from megatron_s2d.workflow.worker import StopOnSignal, execute, threads_of
@@ -45,6 +46,9 @@ def run_workflow(config: WorkflowConfig, run_dir: Path, console: Console, stage:
                 execute(config, job, run_dir, layout, stop)
             except Stopped as stopped:
                 raise Interrupted(f"{job.id}: {stopped}; {RESUME_HINT}") from None
+            for row in job.directory.validations() if job.is_stage and dist.get_rank() == 0 else ():
+                line = f"{job.id}: {validation_line(row)}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print(f"{job.id}: done in {format_seconds(time.perf_counter() - job_started)}", highlight=False)
         if preflight is not None and stage is None:
             write_results(config, run_dir, jobs, preflight, time.perf_counter() - started, console)

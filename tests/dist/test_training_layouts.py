@@ -173,6 +173,17 @@ def test_numbers_at_observations_change_no_bit_of_an_update(runs, layout, scenar
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize(("layout", "scenario"), [(layout, "episodes") for layout in ("tp2sp", "pp2", "dp2")])
+def test_validation_decides_alike_at_every_layout(runs, layout, scenario):
+    result, expected = runs[f"{layout}/validation"], runs["tp1/validation"]
+    assert result["ended"] == expected["ended"] and result["reasons"] == expected["reasons"]
+    assert any(expected["ended"]) and not all(expected["ended"])
+    for mine, theirs in zip(result["data"], expected["data"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    assert len({data["reward"] for data in expected["data"]}) == 3  # the updates changed the responses
+
+
+@pytest.mark.dist
 def test_training_moved_the_model(runs):
     """Equal losses of a model that does not move would prove nothing."""
     for scenario in ("supervised", "opd", "forward_kl"):

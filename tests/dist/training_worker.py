@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from episode_scenario import episodes
 from open_layout import open_layout
+from validation_scenario import validated
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -133,6 +134,13 @@ def no_object_collectives():
 def supervised(layout: Layout, preset: str = "tiny-teacher"):
     batch = samples()
     return train(policy(preset, layout, 1), batch, sft_objective(), {"supervised_weight": weights(batch, "token_mean")})
+
+
+def one_update(model: MegatronModel) -> None:
+    if model.trainable is None:
+        model.prepare_training(OPTIMIZER, 2)
+    columns = {"supervised_weight": weights(samples(), "token_mean")}
+    update(model, keep_own(samples(), model.layout), sft_objective(), columns, None)
 
 
 def balanced(layout: Layout):
@@ -318,6 +326,7 @@ def results_of_layout(name: str, wanted: list[str], layout: Layout) -> dict:
             results[scenario.__name__] = scenario(layout)
     if "episodes" in wanted:
         results["episodes"] = episodes(layout, policy, update, OPTIMIZER)
+        results["validation"] = validated(layout, policy, one_update)
     if any(scenario.startswith("view") for scenario in wanted):
         results |= {key: scenario(layout) for key, scenario in view_scenarios.SCENARIOS.items()}
     if name == "tp1":

@@ -218,7 +218,11 @@ class ToyEngine:
             response.append(int(rng.choice(words, p=chosen / chosen.sum())))
         is_cut = rng.random() < 0.2
         if not is_cut:
-            answer = request.prompt.answer if rng.random() < self.chance(self.version) else str((int(request.prompt.answer) + 1) % 6)
+            answer = (
+                request.prompt.answer
+                if rng.random() < self.chance(self.version)
+                else str((int(request.prompt.answer) + 1) % 6)
+            )
             ids = self._tokenizer.convert_tokens_to_ids(["[", answer, "]"])
             response += [*ids, self._tokenizer.eos_token_id]
         token_ids = np.array([*prompt, *response])
