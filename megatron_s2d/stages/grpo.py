@@ -94,8 +94,10 @@ class TeacherAdvantages:
     def added(self, samples: Sequence[AnySample], step: int) -> tuple[list[AnySample], dict[str, float]]:
         """Return the samples, which have the verifier's advantages, with both, and their metrics."""
         settings, totals = self.stage.teacher_advantage, self.actor.layout.host_dp
-        scored = with_array(samples, "old_log_probs", self.actor.score(samples))
-        scores = self.teachers.score(samples, holders=self.actor.layout)
+        with timed("score"):
+            scored = with_array(samples, "old_log_probs", self.actor.score(samples))
+        with timed("teacher"):
+            scores = self.teachers.score(samples, holders=self.actor.layout)
         scored = with_array(scored, "teacher_log_probs", scores)
         own, weight = own_samples(scored), settings.weight_at(step, self.stage.steps)
         with totals.same_outcome():

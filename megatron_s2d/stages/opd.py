@@ -38,7 +38,6 @@ from megatron_s2d.stages.policy_loss import (
     counted_tokens,
     epoch_order,
     flat_values,
-    has_loss,
     mini_batches_by_epoch,
     mix_into_mini_batches,
     policy_loss_weights,
@@ -47,6 +46,7 @@ from megatron_s2d.stages.policy_loss import (
 )
 from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
+from megatron_s2d.stages.token_weighting import token_factors, with_factors
 from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
@@ -407,43 +407,3 @@ def with_anchors(
             "supervised_weight": [*[0.0] * len(samples), *anchor_weights],
         },
     )
-
-
-def token_factors(
-    stage: OpdConfig, samples: Sequence[AnySample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
-) -> dict[str, np.ndarray]:
-    """Return the factor of each token [length] by the id of this rank's samples.
-
-    Their mean is 1 over the step's tokens that have a loss weight, of all ranks. Empty without ``token_weighting``, and
-    where all factors would be 0, such as for a student that equals its teacher.
-    """
-    if stage.token_weighting == "none":
-        return {}
-    if stage.token_weighting == "entropy":
-        raw = student.score(samples, "entropy")
-    elif stage.token_weighting == "log_ratio":
-        pairs = zip(teachers.score(samples, holders=student.layout), student.score(samples), strict=True)
-        raw = [None if teacher_score is None else np.abs(teacher_score - score) for teacher_score, score in pairs]
-    else:
-        limit = stage.sampling.max_response_length
-        raw = [
-            1.0 - np.maximum(sample.response_mask.cumsum() - 1, 0) / limit if isinstance(sample, Sample) else None
-            for sample in samples
-        ]
-    own = {sample.id: (sample, value) for sample, value in zip(samples, raw, strict=True) if isinstance(sample, Sample)}
-    counted = [value[sample.response_mask] for sample, value in own.values() if has_loss(sample, stage)]
-    values = np.concatenate(counted) if counted else np.zeros(0, dtype=np.float32)
-    total, count = student.layout.host_dp.sum(np.array([values.sum(), len(values)], dtype=np.float64))
-    mean = float(values.dtype.type(total / max(count, 1)))
-    if mean == 0:
-        return {}
-    return {id_: value / mean for id_, (_, value) in own.items()}
-
-
-def with_factors(
-    samples: Sequence[AnySample], weights: np.ndarray, factors: Mapping[str, np.ndarray]
-) -> Sequence[float | np.ndarray]:
-    """Multiply the weight of each of this rank's samples by its tokens' factors."""
-    if not factors:
-        return weights
-    return [weight * factors.get(sample.id, 1.0) for sample, weight in zip(samples, weights, strict=True)]
