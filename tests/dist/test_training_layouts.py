@@ -180,7 +180,7 @@ def test_validation_decides_alike_at_every_layout(runs, layout, scenario):
     assert any(expected["ended"]) and not all(expected["ended"])
     for mine, theirs in zip(result["data"], expected["data"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-12)
-    assert len({data["reward"] for data in expected["data"]}) == 3  # the updates changed the responses
+    assert len({data["reward"] for data in expected["data"]}) > 1  # the updates changed the responses
 
 
 @pytest.mark.dist
