@@ -24,6 +24,14 @@ def killed_run(run_dir, seed, kills, timeout, program=PROGRAM, config=SMOKE):
     return int(result.stdout.split()[-1])
 
 
+def validations(job):
+    """The rows of a job without the clock, and its responses by file."""
+    path = job / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [{key: value for key, value in row.items() if key not in ("seconds", "at")} for row in rows]
+    return rows, {file.relative_to(job): file.read_bytes() for file in job.glob("validation/*/*")}
+
+
 def assert_equals(run_dir, unbroken):
     finished = s2d("run", SMOKE, "--out", run_dir)  # all jobs are finished: this only writes the report
     assert finished.returncode == 0, finished.stderr
@@ -33,6 +41,7 @@ def assert_equals(run_dir, unbroken):
         rows = metrics(run_dir, job)
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), job
         assert rows == metrics(unbroken, job), job
+        assert validations(run_dir / job) == validations(unbroken / job), job
         if job.startswith("evaluations"):
             evaluations = [(folder / job / "evaluation.jsonl").read_bytes() for folder in (run_dir, unbroken)]
             assert evaluations[0] == evaluations[1], job

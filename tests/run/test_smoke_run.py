@@ -25,6 +25,17 @@ def test_results_are_complete_and_consistent(unbroken):
     assert results["wall_seconds"] > 0
 
 
+def test_validations_are_in_the_stage_the_lineage_and_the_report(unbroken):
+    steps = {}
+    for stage in ("opd", "stage3"):
+        lines = (unbroken / "stages" / stage / "validation.jsonl").read_text().splitlines()
+        steps[stage] = [json.loads(line)["step"] for line in lines]
+    assert steps["opd"] == [0, 2, 4, 6] and steps["stage3"] == list(range(1, len(steps["stage3"]) + 1))
+    assert json.loads((unbroken / "stages/stage3/lineage.json").read_text())["validation"]["best"]["step"] >= 1
+    assert len(list((unbroken / "stages/opd/validation").glob("step_*/*.jsonl"))) == 8
+    assert "Pass rates in the validations of stage opd" in (unbroken / "report.html").read_text()
+
+
 def test_report_needs_no_network(unbroken):
     page = (unbroken / "report.html").read_text()
     assert "direct_student_grpo" in page and "data:image/png;base64," in page
