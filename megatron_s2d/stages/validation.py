@@ -261,4 +261,5 @@ def restore_best(context: StageContext, model: MegatronModel) -> None:
 
     step = broadcast_from_rank0(find)
     if step is not None:
-        model.load(context.directory.checkpoint_path(step))
+        # As a resumed stage loads it: of a model with a LoRA adapter only that has the adapter.
+        model.load(context.directory.checkpoint_path(step), with_optimizer=True)

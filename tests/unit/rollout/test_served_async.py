@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 
 import numpy as np
@@ -100,6 +101,21 @@ def test_several_steps_are_generated_ahead(chunks, layout, servers, tmp_path, as
     first, again = engine.measurements(), engine.measurements()
     assert set(first) == {"rollout/producer_wait_seconds", "rollout/discarded_tokens"}
     assert 0 < again["rollout/producer_wait_seconds"] < first["rollout/producer_wait_seconds"]
+    engine.close()
+
+
+def test_validation_samples_beside_what_is_in_flight(chunks, layout, servers, tmp_path):
+    """Responses of a step wait at a server; those of a validation are generated meanwhile, with the same weights."""
+    engine = make_engine(chunks, layout, tmp_path, servers, async_mode="partial_rollout")
+    released = threading.Event()
+    for server in servers:
+        server.holds = lambda body, n: not released.is_set() and n == 3 and "." in body["rid"]
+    start(engine, of_step(1))
+    samples = engine.generate(long_requests())
+    assert [sample.id for sample in samples] == [request.id for request in long_requests()]
+    assert spans(samples) == {(0,)} and not released.is_set()
+    released.set()
+    assert [sample.id for sample in finish(engine, of_step(1))] == [request.id for request in of_step(1)]
     engine.close()
 
 
