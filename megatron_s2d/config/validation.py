@@ -44,14 +44,14 @@ class PassRateRule(UntilRule):
 
     rule: Literal["pass_rate"] = "pass_rate"
     data: str = Field(description="a name of `data`")
-    at_least: float = Field(gt=0, le=1, description="pass rate, averaged over the problems")
+    threshold: float = Field(gt=0, le=1, description="pass rate, averaged over the problems")
 
 
 class KlRule(UntilRule):
     """End the stage when the KL to the teacher is small."""
 
     rule: Literal["kl"] = "kl"
-    at_most: float = Field(
+    threshold: float = Field(
         gt=0, description="nats a token: `kl` of metrics.jsonl, averaged over the steps since the last validation"
     )
 

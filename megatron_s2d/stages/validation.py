@@ -210,10 +210,10 @@ def end_reason(config: ValidationConfig, rows: Sequence[Row]) -> str | None:
     for rule in config.until:
         if last["step"] < rule.after_step:
             continue
-        if isinstance(rule, PassRateRule) and (rate := _value(last, f"{rule.data}/pass_rate")) >= rule.at_least:
-            return f"pass_rate: {rule.data} has {rate:.4g}, at least {rule.at_least:g}"
-        if isinstance(rule, KlRule) and last["kl"] is not None and last["kl"] <= rule.at_most:
-            return f"kl: {last['kl']:.4g} nats a token, at most {rule.at_most:g}"
+        if isinstance(rule, PassRateRule) and (rate := _value(last, f"{rule.data}/pass_rate")) >= rule.threshold:
+            return f"pass_rate: {rule.data} has {rate:.4g}, at least {rule.threshold:g}"
+        if isinstance(rule, KlRule) and last["kl"] is not None and last["kl"] <= rule.threshold:
+            return f"kl: {last['kl']:.4g} nats a token, at most {rule.threshold:g}"
         if isinstance(rule, PlateauRule) and (count := _without_improvement(rule, rows)) >= rule.patience:
             return f"plateau: {rule.metric} has not improved for {count} validations (patience {rule.patience})"
     return None

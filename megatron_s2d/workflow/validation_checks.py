@@ -65,8 +65,8 @@ def validation_warnings(config: WorkflowConfig, stages: Sequence[str], ledger: L
                     f"{where}.data.{curve}: the stage {trained} trains on the labels of {count} of its prompts: the "
                     "curve shows what was learned, not what is new; name a split that no stage trains on"
                 )
-        sampling = validation.sampling or config.evaluation.sampling
-        if validation.samples_per_prompt > 1 and sampling.temperature == 0:
+        own = validation.sampling  # of that of the evaluation another line says it
+        if validation.samples_per_prompt > 1 and own is not None and own.temperature == 0:
             yield (
                 f"{where}: temperature 0 makes all {validation.samples_per_prompt} samples of a problem equal; set "
                 "samples_per_prompt to 1"

@@ -191,7 +191,7 @@ def test_no_fitting_layout_is_an_error_with_the_smallest_peak(large):
 def test_plan_prints_cost_labels_and_fingerprints(capsys, tmp_path):
     assert main(["plan", str(SMOKE), "--gpu", "h100", "--num-gpus", "2", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    for expected in ("Labels: 256 distinct", "tokenizer fingerprint", "template fingerprint", "KV cache", "fastest: ",
+    for expected in ("Labels: 272 distinct", "tokenizer fingerprint", "template fingerprint", "KV cache", "fastest: ",
                      "assumed: 50 % of peak", "NVIDIA H100 SXM", "MFU"):  # fmt: skip
         assert expected in text, expected
     assert not (tmp_path / "run").exists()

@@ -113,7 +113,7 @@ def test_the_best_weights_are_what_the_stage_leaves(workflow, improving):
 
 
 def test_the_pass_rate_ends_the_stage_and_the_next_one_starts_there(workflow, improving):
-    until = [{"rule": "pass_rate", "data": "seen", "at_least": 0.4}]
+    until = [{"rule": "pass_rate", "data": "seen", "threshold": 0.4}]
     four = workflow.run("four", **settings("opd", None, steps=4))
     context = workflow.run("opd", **settings("opd", VALIDATION | {"until": until}, steps=10))
     rows = context.directory.validations()
@@ -131,7 +131,7 @@ def test_the_kl_rule_reads_the_steps_since_the_last_validation(workflow):
     plain = workflow.run("plain", **settings("opd", None))
     means = [np.mean([row["kl"] for row in plain.directory.metrics()[start : start + 2]]) for start in (0, 2)]
     assert means[1] < means[0], "the student approaches its teacher"
-    until = [{"rule": "kl", "at_most": float(np.mean(means))}]
+    until = [{"rule": "kl", "threshold": float(np.mean(means))}]
     context = workflow.run("opd", **settings("opd", VALIDATION | {"until": until}))
     rows = context.directory.validations()
     assert [row["kl"] for row in rows] == [None, *(pytest.approx(mean) for mean in means)]
@@ -224,7 +224,7 @@ def test_a_stop_between_two_batches_keeps_them(workflow, improving):
     [
         ({"best": {"metric": "held_out"}}, "best.metric: 'held_out' is not NAME/METRIC, such as held_out/pass_rate"),
         ({"best": {"metric": "other/reward"}}, "best.metric: 'other/reward' is not NAME/METRIC"),
-        ({"until": [{"rule": "pass_rate", "data": "no", "at_least": 0.5}]}, "until.0.data: 'no' is not among"),
+        ({"until": [{"rule": "pass_rate", "data": "no", "threshold": 0.5}]}, "until.0.data: 'no' is not among"),
         ({"until": [{"rule": "plateu", "metric": "seen/reward"}]}, "'plateau'"),
         ({"data": {"a": "nothing"}}, "validation.data.a: 'nothing' is not among `data`"),
     ],

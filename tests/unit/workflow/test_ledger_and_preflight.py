@@ -29,7 +29,8 @@ def check(cache, *overrides):
 
 def test_smoke_workflow_passes_and_its_ledger_names_the_labels(cache):
     preflight = check(cache)
-    used = {entry.stage: entry.labels_used for entry in preflight.ledger.entries(preflight.stages)}
+    trained = [entry for entry in preflight.ledger.entries(preflight.stages) if "validation" not in entry.note]
+    used = {entry.stage: entry.labels_used for entry in trained}
     assert used["rl_teacher"] and used["stage3"] and not used["cache"] and not used["opd"]
     assert preflight.totals["evaluations/stage3"] == 1
     halves = [{prompt.id for prompt in preflight.prompts[name]} for name in ("pool/1H", "pool/2H")]
@@ -88,8 +89,8 @@ def test_labels_of_the_stage_right_before_are_used_too(cache):
 
 def test_replay_control_is_noted_in_the_ledger(cache):
     preflight = check(cache, "stages.stage3.prompts=pool/1H", "stages.stage3.label_reuse=allow")
-    notes = {entry.stage: entry.note for entry in preflight.ledger.entries(preflight.stages)}
-    assert "used before by rl_teacher" in notes["stage3"]
+    notes = {entry.prompts: entry.note for entry in preflight.ledger.entries(["stage3"])}
+    assert "used before by rl_teacher" in notes["pool/1H"]
 
 
 def test_same_problems_under_another_name_are_recognised(cache):
@@ -174,10 +175,11 @@ def test_a_stage_with_a_lower_prompt_limit_reads_a_part_of_the_same_half(cache, 
         assert partial.dropped[f"{entry} in stages.{stage}"] == 100 - len(short(entry))
         assert partial.shapes[stage].prompt_length == 4 and whole.shapes[stage].prompt_length == 8
     assert len(inputs.stage_prompts("rl_teacher")) == 100
-    sizes = {entry.stage: entry.num_prompts for entry in partial.ledger.entries(partial.stages)}
+    trained = [entry for entry in partial.ledger.entries(partial.stages) if "validation" not in entry.note]
+    sizes = {entry.stage: entry.num_prompts for entry in trained}
     assert sizes["stage3"] == len(short("pool/2H")) and sizes["rl_teacher"] == 100
-    ids = {entry["stage"]: entry.get("prompt_ids") for entry in json.loads(partial.ledger.to_json(partial.stages))}
-    assert ids["stage3"] == short("pool/2H")
+    rows = json.loads(partial.ledger.to_json(["stage3"]))
+    assert {row["prompts"]: row.get("prompt_ids") for row in rows}["pool/2H"] == short("pool/2H")
     too_many = f"stages.opd.train_batch_size={len(short('pool/1H')) + 1}"
     check(cache, f"data.pool={pool}", too_many)
     with pytest.raises(UserError, match=f"but its data has {len(short('pool/1H'))}"):

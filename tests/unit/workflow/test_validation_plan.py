@@ -89,7 +89,7 @@ def test_labels_of_a_validation_that_selects_count(cache):
     [
         (["stages.stage3.validation.data.held_out=problems"], "are evaluation problems .* select weights"),
         (["stages.student_base.validation={interval_steps: 1, data: {a: corpus}}"], "'corpus' is a generated corpus"),
-        (["stages.stage3.validation.until=[{rule: kl, at_most: 1}]"], "type grpo has none; use plateau or pass_rate"),
+        (["stages.stage3.validation.until=[{rule: kl, threshold: 1}]"], "type grpo has none; use plateau or pass_rate"),
         (["stages.opd.validation.sampling={max_response_length: 5000}"], r"stages.opd.validation: prompt .* exceed"),
         (["stages.opd.validation.interval_step=1"], "did you mean 'interval_steps'"),
     ],
