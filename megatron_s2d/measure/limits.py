@@ -31,7 +31,7 @@ def shortened(
     removed.
     """
     stage = config.stages[name]
-    update: dict[str, object] = {"steps": STEPS} if hasattr(stage, "steps") else {}
+    update: dict[str, object] = {"steps": STEPS, "validation": None} if hasattr(stage, "steps") else {}
     if isinstance(stage, OpdConfig):
         update["max_kl"] = None
     if limits.saves:  # after the first step: after the last one only weights are written

@@ -116,7 +116,7 @@ def measure_stage(
         job = {
             "config": dump(config),
             "stage": stage,
-            "shape": dataclasses.asdict(shape),
+            "shape": dataclasses.asdict(dataclasses.replace(shape, validation=None)),  # see ``shortened``
             "rank": rank,
             "limits": dataclasses.asdict(limits),
             "device_gib": device_gib,
