@@ -184,14 +184,22 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         commands,
         "report",
         _report,
-        "write the report of a finished run again",
-        "Write results.json, report.html, report.md and the plots of a finished run again, without training.",
+        "write the report of a finished run again, or compare runs",
+        "Write results.json, report.html, report.md and the plots of a finished run again, without training. With "
+        "several runs, finished or not, write comparison.html into the first one: arms and curves side by side.",
         "s2d report runs/quickstart",
+        "s2d report runs/quickstart runs/smoke",
     )
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directory, or several")
 
 
 def _report(options: argparse.Namespace) -> None:
+    if len(options.run_dirs) > 1:
+        from megatron_s2d.report.comparison import write_comparison
+
+        page = write_comparison(options.run_dirs, options.run_dirs[0] / "comparison.html")
+        open_console().print(f"comparison: {page}", markup=False, highlight=False, soft_wrap=True)
+        return
     from megatron_s2d.workflow.runner import rewrite_report
 
-    rewrite_report(options.run_dir, open_console())
+    rewrite_report(options.run_dirs[0], open_console())

@@ -279,7 +279,11 @@ def _tokens(sample: Sample, tokenizer: Any) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"text": tokenizer.decode([int(sample.token_ids[index])])}
         if sample.advantages is not None:
             row["advantage"] = round(float(sample.advantages[index]), 4)
-        row |= {name: round(float(v[index]), 4) for name, v in log_probs.items() if v is not None}
+        row |= {
+            name: round(float(values[index]), 4)
+            for name, values in log_probs.items()
+            if values is not None and np.isfinite(values[index])
+        }
         if sample.teacher_log_probs is not None and sample.old_log_probs is not None:
             row["log_ratio"] = round(float(sample.teacher_log_probs[index] - sample.old_log_probs[index]), 4)
         rows.append(row)
