@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from killed_run import main
+import killed_run
 
 from megatron_s2d.models.build import build_model
 from megatron_s2d.rollout.buffer import RolloutBuffer
@@ -27,7 +27,9 @@ class CopyEngine:
         self._engine = MegatronEngine(self._chunks, model.spec.vocab_size, model.layout, tokenizer=tokenizer)
         self._waiting: queue.PriorityQueue = queue.PriorityQueue()
         self._changed, self._may_run, self._number = threading.Condition(), True, 0
-        self._is_busy, self._cancelled, self._ended, self._error = False, set(), {}, None
+        self._is_busy, self._error = False, None
+        self._wanted: dict = {}  # name -> number of the call that started it, until it is taken or cancelled
+        self._ended: dict = {}
         self._copy(model.chunks)
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -44,6 +46,8 @@ class CopyEngine:
     def start(self, episodes, priority=0):
         for name, episode in episodes.items():
             self._number += 1
+            with self._changed:
+                self._wanted[name] = self._number
             self._waiting.put((priority, self._number, name, episode))
         self._set_running(True)
 
@@ -54,12 +58,15 @@ class CopyEngine:
             if self._error:
                 raise self._error
             ended, self._ended = self._ended, {}
+            for name in ended:
+                del self._wanted[name]
         return ended
 
     def cancel(self, names):
-        for name in names:
-            if self._ended.pop(name, None) is None:
-                self._cancelled.add(name)
+        with self._changed:
+            for name in names:
+                self._wanted.pop(name, None)
+                self._ended.pop(name, None)
 
     def pause(self, *, interrupt):
         with self._changed:
@@ -95,11 +102,10 @@ class CopyEngine:
 
     def _work(self):
         while True:
-            *_, name, episode = self._waiting.get()
+            _, number, name, episode = self._waiting.get()
             with self._changed:
                 self._changed.wait_for(lambda: self._may_run)
-                if name in self._cancelled:
-                    self._cancelled.discard(name)
+                if self._wanted.get(name) != number:
                     continue
                 self._is_busy = True
             try:
@@ -108,7 +114,8 @@ class CopyEngine:
                 result, error = None, failure
             with self._changed:
                 self._is_busy, self._error = False, self._error or error
-                self._ended[name] = result
+                if self._wanted.get(name) == number:
+                    self._ended[name] = result
                 self._changed.notify_all()
 
 
@@ -134,4 +141,5 @@ if __name__ == "__main__":
     run_dir.mkdir(parents=True, exist_ok=True)
     RolloutFactory.engine = engine
     RolloutBuffer.next_batch = recorded(RolloutBuffer.next_batch, run_dir.with_name(f"{run_dir.name}-steps.jsonl"))
-    main(Path(sys.argv[1]), run_dir, int(sys.argv[3]), int(sys.argv[4]))
+    killed_run.MAX_OPERATIONS = 150  # of 690, and of some 80 from one checkpoint to the next
+    killed_run.main(Path(sys.argv[1]), run_dir, int(sys.argv[3]), int(sys.argv[4]))
