@@ -221,11 +221,7 @@ def test_paths_in_documents_exist(path):
 
 # What a run, a launch or a conversion writes, and folders of a user.
 GENERATED = (
-<<<<<<< HEAD
     "real-model/", "runs/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
-=======
-    "runs/", "real-model/", "RUN_DIR/", "stages/", "checkpoints/", "hf/", "plots/", "models/", "data/", "shared/",
->>>>>>> 813c15f (tests: format a list)
     "report.md", "log.txt", "rank.sh", "rankN-", "HOST-", "example.py",
 )  # fmt: skip
 
