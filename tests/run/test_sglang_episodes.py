@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed (extra `sglang`)"),
@@ -20,6 +22,7 @@ torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollout"))
 
 import engine_contract as contract
+from s2d import metrics, s2d
 from sglang_model import VOCAB_SIZE, change
 
 from megatron_s2d.rollout.engine import SamplingParams
@@ -100,3 +103,22 @@ def test_a_push_in_the_middle_of_an_episode_splits_a_completion(policy, attach):
         assert {span.version for span in first.weight_versions} <= {version - 1, version}
         spans.add(tuple(span.version for span in second.weight_versions))
     assert (version - 1, version) in spans, spans
+
+
+def test_a_run_trains_on_episodes_with_a_calculator(url, key_file, tmp_path):
+    """Updates interrupt episodes, which go on: over-sampled, up to two steps old."""
+    config = yaml.safe_load(Path(__file__).with_name("async_tools.yaml").read_text())
+    config["rollout"] |= {
+        "async_mode": "partial_rollout", "sglang": {"urls": {"student": [url]}, "api_key_file": str(key_file)},
+    }  # fmt: skip
+    config["stages"]["base"]["steps"] = 60
+    config["stages"]["grpo"]["steps"] = 5
+    (tmp_path / "tools.yaml").write_text(yaml.safe_dump(config))
+    finished = s2d("run", tmp_path / "tools.yaml", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    rows = metrics(tmp_path / "run", "stages/grpo")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and max(row["num_turns_max"] for row in rows) > 1
+    assert max(row["rollout/staleness_max"] for row in rows) in (1, 2) and rows[0]["policy_lag_max"] == 0
+    rollouts = [json.loads(line) for line in (tmp_path / "run/stages/grpo/rollouts.jsonl").read_text().splitlines()]
+    episodes = [[part["role"] for part in row["episode"]] for row in rollouts if "episode" in row]
+    assert episodes and all(roles[:3] == ["model", "environment", "model"] for roles in episodes)
