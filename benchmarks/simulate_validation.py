@@ -44,7 +44,8 @@ from megatron_s2d.config.simulation import SimulationConfig
 from megatron_s2d.config.training import CheckpointConfig, OptimizerConfig
 from megatron_s2d.estimate.roofline import Machine
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
-from megatron_s2d.stages.opd import DivergenceOpdSource, distribution_teacher, opd_objective
+from megatron_s2d.stages.opd import DivergenceOpdSource, opd_objective
+from megatron_s2d.stages.opd_teachers import distribution_teacher
 from megatron_s2d.studies.simulate import Prediction, predict
 from megatron_s2d.teachers.frozen import TeacherRouter
 from megatron_s2d.train.loop import LoopSettings, train

@@ -104,5 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
     tools.add_reward(commands)
     tools.add_cache(commands)
     tools.add_convert(commands)
+    tools.add_serve_teacher(commands)
     tools.add_doctor(commands)
     return parser

@@ -1,4 +1,4 @@
-"""``s2d cache``, ``convert`` and ``doctor``: check and convert files, and describe the installation."""
+"""``s2d cache``, ``convert``, ``serve-teacher``, ``doctor``: files, a teacher's server, the installation."""
 
 from __future__ import annotations
 
@@ -80,6 +80,34 @@ def _convert(options: argparse.Namespace) -> None:
     from megatron_s2d.conversion import cli
 
     cli.run(options)
+
+
+def add_serve_teacher(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "serve-teacher",
+        _serve_teacher,
+        "serve a teacher to trainers on other machines",
+        "Load a model on the GPUs of this machine (tensor and pipeline parallel) and score responses over HTTP for "
+        "`opd` stages with a teacher_service: log-probabilities, top-k entries, or hidden states with the output "
+        "layer, from which the trainer computes the exact KL. Prints its address and the digest of its weights; Ctrl-C "
+        "ends it.",
+        "s2d serve-teacher teacher.yaml",
+        "s2d serve-teacher --model /models/big --set parallel.tensor_model_parallel_size=8",
+    )
+    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="file with the server's settings")
+    command.add_argument("--model", type=Path, metavar="DIR", help="the teacher's weights, instead of the file's model")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
+    )
+
+
+def _serve_teacher(options: argparse.Namespace) -> None:
+    from megatron_s2d.workflow.serve_teacher import load_serve_config, run_server
+
+    silence_libraries()
+    config = load_serve_config(options.config, options.model, options.overrides)
+    run_server(config, lambda line: print(line, flush=True))
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -35,6 +35,7 @@ from megatron_s2d.config.stage import (
     TrainingStageConfig,
     Truncated,
 )
+from megatron_s2d.config.teacher_service import TeacherServices
 from megatron_s2d.config.teacher_view import TeacherViews, all_views
 from megatron_s2d.config.training import SamplingConfig
 
@@ -109,9 +110,15 @@ class OpdConfig(TrainingStageConfig):
     """Stage 2b: on-policy distillation to frozen teachers (methods M3), G-OPD (M4), SG-OPD (M5), GKD."""
 
     type: Literal["opd"] = "opd"
-    teacher: StageByDomain = Field(
+    teacher: StageByDomain | None = Field(
+        None,
         description="stage whose weights are the frozen teacher, or domain -> stage; self: the student as it is at "
-        "each update, which reads more than its prompt (`teacher_view`)"
+        "each update, which reads more than its prompt (`teacher_view`); null: that of `teacher_service`",
+    )
+    teacher_service: TeacherServices | None = Field(
+        None,
+        description="a teacher on other machines that `s2d serve-teacher` serves, or domain -> that; the trainer loads "
+        "no copy of it (docs/teachers.md)",
     )
     teacher_view: TeacherViews | None = Field(
         None,
@@ -282,6 +289,14 @@ class OpdConfig(TrainingStageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _check_one_teacher(self) -> OpdConfig:
+        if (self.teacher is None) == (self.teacher_service is None):
+            raise ValueError("set exactly one of `teacher` (a stage) and `teacher_service` (a server with a teacher)")
+        if self.teacher_service is not None and (self.teacher_engine != "trainer" or self.teacher_sampling is not None):
+            raise ValueError("teacher_service scores and samples nothing: remove teacher_engine and teacher_sampling")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_reference_fits(self) -> OpdConfig:
         if self.needs_reference and self.reference is None:
             raise ValueError("a reward scale other than 1 needs a `reference` stage (methods M4)")
@@ -289,8 +304,9 @@ class OpdConfig(TrainingStageConfig):
             raise ValueError(
                 "reward_scale other than 1 needs divergence: reverse_kl and kl_estimator: full_vocab or sampled_token"
             )
+        teachers = self.teacher or self.teacher_service
         if isinstance(self.reference, dict) and (
-            not isinstance(self.teacher, dict) or set(self.reference) != set(self.teacher)
+            not isinstance(teachers, dict) or set(self.reference) != set(teachers)
         ):
             raise ValueError("`reference` by domain needs `teacher` by the same domains")
         if self.reference_view is not None and self.reference is None:
@@ -402,7 +418,8 @@ class OpdConfig(TrainingStageConfig):
         return any(scale != 1.0 for scale in scales)
 
     def inputs(self) -> dict[str, str]:
-        teachers = {} if self.teaches_itself else stages_by_relation("teacher", self.teacher)
+        is_stage = self.teacher is not None and not self.teaches_itself
+        teachers = stages_by_relation("teacher", self.teacher or {}) if is_stage else {}
         inputs = super().inputs() | teachers
         if self.reference is not None:
             inputs |= stages_by_relation("reference", self.reference)

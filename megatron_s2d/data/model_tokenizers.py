@@ -88,6 +88,18 @@ def write_assets(tokenizer: Any, source: Path | None, checkpoint: Path) -> None:
             shutil.copyfile(published_files(source) / GENERATION_NAME, partial / GENERATION_NAME)
 
 
+def parse_tokenizer(content: bytes, source: str) -> Any:
+    """Return the tokenizer of a tokenizer.json; ``UserError`` that names ``source`` if it is none."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content.decode()))
+    except Exception as error:  # the Rust parser's own, for any fault
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source}: its tokenizer cannot be read ({reason})") from None
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Return whether a model's directory has files of a tokenizer beside the weights."""
     return any((directory / name).exists() for name in _VOCABULARY_FILES)

@@ -213,6 +213,8 @@ class RolloutBuffer:
         samples = iter(self.worker.generate(flatten([flight.group for flight in flights])))
         for flight in flights:
             flight.samples = [next(samples) for _ in flight.group.requests]
+            if self.worker.on_group is not None:
+                self.worker.on_group(flight.samples)
 
     def _take(self, step: int) -> list[Flight]:
         """Wait for the groups of ``step`` and take them out of flight, with their samples."""

@@ -26,7 +26,7 @@ from megatron_s2d.rollout.engine import (
 )
 from megatron_s2d.rollout.environments.manager import EnvironmentManager
 from megatron_s2d.rollout.response_table import Group, GroupKey, ListedPrompts, PromptNumbers, flatten, gather_responses
-from megatron_s2d.rollout.sampling_client import Episode, single_turn, together
+from megatron_s2d.rollout.sampling_client import Episode, SamplingClient, single_turn, together
 from megatron_s2d.verify import RewardManager, Verdict
 
 _EXAMPLES_PER_STEP = 2
@@ -74,6 +74,7 @@ class RolloutWorker:
     tokenizer: Any
     reward_manager: RewardManager | None = None  # None: responses are not graded
     environments: EnvironmentManager | None = None  # None: prompts have none
+    on_group: Callable[[list[Sample]], None] | None = None  # hears of complete groups, from any thread, on producers
 
     def sample(
         self,
@@ -102,7 +103,7 @@ class RolloutWorker:
 
     def group_episode(self, group: Group) -> Episode[list[Sample]]:
         """Return the responses, or episodes, of a group as one episode."""
-        return together(
+        episode = together(
             [
                 single_turn(request)
                 if self.environments is None or request.prompt.environment is None
@@ -110,6 +111,16 @@ class RolloutWorker:
                 for request in group.requests
             ]
         )
+        on_group = self.on_group
+        if on_group is None:
+            return episode
+
+        async def announced(client: SamplingClient) -> list[Sample]:
+            samples = await episode(client)
+            on_group(samples)
+            return samples
+
+        return announced
 
     def groups(self, prompts: Sequence[Prompt], num_generations: int, step: int) -> list[Group]:
         """Return the group of each prompt; a prompt that comes twice has different seeds and ids."""

@@ -64,6 +64,10 @@ class StageInputs:
         entries = self.config.stages[stage_name].entries
         return PromptTable.concatenate([self._fitting(stage_name, entry) for entry in entries])
 
+    def longest_prompt(self, stage_name: str) -> int:
+        """Return the tokens of the longest prompt of a stage."""
+        return int(self.stage_prompts(stage_name).lengths.max())
+
     def _fitting(self, stage_name: str, entry: str) -> PromptTable:
         prompts = fitting_prompts(self.config, stage_name, entry, self.prompts(entry))
         return fitting_in_views(self.config, stage_name, entry, prompts, self._tokenizers)

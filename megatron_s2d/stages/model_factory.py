@@ -58,7 +58,7 @@ class ModelFactory:
         seed = self._seed if source is None else None
         model = self._build(model_name, self._layout, seed=seed, beta=beta, trained=trained)
         if source is not None:
-            _import(model, source)
+            load_weights(model, source)
         return model
 
     def of_stage(
@@ -75,7 +75,7 @@ class ModelFactory:
             failure = _failure_of(path) if dist.get_rank() == 0 else None
             if (message := first_error(failure)) is not None:
                 raise UserError(message)
-            _import(model, source)
+            load_weights(model, source)
         return model
 
     def frozen(self, stage_name: str) -> MegatronModel:
@@ -137,7 +137,7 @@ class ModelFactory:
         )
 
 
-def _import(model: MegatronModel, source: Path) -> None:
+def load_weights(model: MegatronModel, source: Path) -> None:
     """Load the weights in a Hugging Face directory or Megatron checkpoint; collective."""
     if is_megatron_checkpoint(source):
         model.load(source)

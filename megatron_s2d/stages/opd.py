@@ -28,10 +28,16 @@ from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weigh
 from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import AnySample, Sample, own_samples, with_array, without_array
 from megatron_s2d.rollout.buffer import Batch, RolloutBuffer
-from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
-from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.opd_teachers import (
+    AnyTeachers,
+    connect_services,
+    distribution_teacher,
+    load_references,
+    load_teachers,
+    serve_teachers,
+)
 from megatron_s2d.stages.policy_loss import (
     at_tokens,
     check_truncated,
@@ -48,9 +54,9 @@ from megatron_s2d.stages.sft import shuffled
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
 from megatron_s2d.stages.token_weighting import token_factors, with_factors
 from megatron_s2d.stages.validation import StageValidation, restore_best
-from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
-from megatron_s2d.teachers.served import ServedTeachers, ServedTopK
-from megatron_s2d.train.loop import StepData, Teacher, train
+from megatron_s2d.teachers.frozen import TeacherRouter
+from megatron_s2d.teachers.service.teachers import ServiceTeachers
+from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import timed
 from megatron_s2d.verify import RewardManager
@@ -60,10 +66,13 @@ def run_opd(context: StageContext) -> None:
     """Train on the student's own responses against frozen teachers."""
     stage: OpdConfig = context.stage
     student = context.models.start(beta=stage.beta)
-    teachers = load_teachers(context, stage, student)
+    served = connect_services(context, stage, student) if stage.teacher_service is not None else None
+    teachers = served or load_teachers(context, stage, student)
     model = context.models.name_of(context.name)
     params = context.rollouts.sampling_params(stage.sampling, model)
-    scorers = serve_teachers(context, stage, teachers, params) if stage.teacher_engine == "sglang" else teachers
+    scorers = teachers
+    if stage.teacher_engine == "sglang" and isinstance(teachers, TeacherRouter):
+        scorers = serve_teachers(context, stage, teachers, params)
     references = load_references(context, stage)
     student.prepare_training(stage.optimizer, stage.steps * stage.num_updates, offload=stage.offload_optimizer)
     student.packs_by_domain = teachers.is_routed and stage.kl_estimator != "sampled_token"
@@ -78,6 +87,7 @@ def run_opd(context: StageContext) -> None:
             context.inputs.tokenizer,
             grader,
             context.rollouts.environments(model, grader),
+            on_group=None if served is None else served.prefetch,
         )
         loader = context.prompt_loader()
         if stage.kl_estimator == "sampled_token":
@@ -109,37 +119,10 @@ def run_opd(context: StageContext) -> None:
     context.save_model(student)
 
 
-def load_teachers(context: StageContext, stage: OpdConfig, student: MegatronModel) -> TeacherRouter:
-    """Load the frozen teachers; a student that teaches itself is its teacher, with the weights of the moment."""
-    views = context.inputs.prompt_views(context.name, "teacher")
-    if stage.teaches_itself:
-        return TeacherRouter({None: student}, views)
-    return TeacherRouter.load(stage.teacher, context.models.frozen, views)
-
-
-def load_references(context: StageContext, stage: OpdConfig) -> TeacherRouter | None:
-    """Load what a reward scale needs; None without one."""
-    if not stage.needs_reference:
-        return None
-    views = context.inputs.prompt_views(context.name, "reference")
-    return TeacherRouter.load(stage.reference, context.models.frozen, views)
-
-
-def serve_teachers(
-    context: StageContext, stage: OpdConfig, teachers: TeacherRouter, params: SamplingParams
-) -> ServedTeachers:
-    """Start servers with the teachers' weights, checked against the teachers themselves, which are then offloaded."""
-    names = {None: stage.teacher} if isinstance(stage.teacher, str) else stage.teacher
-    engines: dict[str, ServedEngine] = {}
-    for domain, name in names.items():
-        if name not in engines:
-            teacher = teachers.models[domain]
-            top_k = min(stage.top_k, teacher.spec.vocab_size) if stage.kl_estimator == "top_k" else 0
-            longest = 0 if teachers.views is None else teachers.views.longest
-            engines[name] = context.rollouts.served_teacher(
-                teacher, context.models.name_of(name), params, top_k, longest_prompt=longest
-            )
-    return ServedTeachers({domain: engines[name] for domain, name in names.items()}, teachers.views)
+def announce(teachers: AnyTeachers, samples: Sequence[AnySample]) -> None:
+    """Let a served teacher begin with the samples of a step."""
+    if isinstance(teachers, ServiceTeachers):
+        teachers.begin_step(samples)
 
 
 def opd_objective(stage: OpdConfig) -> Objective:
@@ -150,18 +133,6 @@ def opd_objective(stage: OpdConfig) -> Objective:
         )
     tail = stage.tail_mass if stage.kl_estimator == "top_k" else None
     return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
-
-
-def distribution_teacher(
-    stage: OpdConfig, student: MegatronModel, teachers: TeacherRouter | ServedTeachers, references: TeacherRouter | None
-) -> Teacher:
-    """Return the teacher that gives the loss whole or top-k distributions."""
-    k = min(stage.top_k, student.spec.vocab_size)
-    if isinstance(teachers, ServedTeachers):
-        return ServedTopK(student, teachers, k, stage.tail_mass)
-    if stage.kl_estimator == "top_k":
-        return TopKTeacher(student, teachers, k, stage.top_k_source, stage.tail_mass)
-    return FullTeacher(student, teachers, references, stage.reward_scale)
 
 
 def cached_samples(context: StageContext, stage: OpdConfig) -> OfflineSamples | None:
@@ -180,7 +151,7 @@ class DivergenceOpdSource:
     stage: OpdConfig
     student: MegatronModel
     buffer: RolloutBuffer
-    teachers: TeacherRouter | ServedTeachers  # they score only where ``token_weighting`` needs it
+    teachers: AnyTeachers  # they score only where ``token_weighting`` needs it
     cached: OfflineSamples | None
     seed: int = 0  # of the order in passes after the first
 
@@ -193,6 +164,7 @@ class DivergenceOpdSource:
         stage = self.stage
         num_on_policy, tokenizer = self.buffer.train_batch_size, self.buffer.worker.tokenizer
         prompts, samples, _ = self.buffer.next_batch(step) if num_on_policy else Batch([], [], [])
+        announce(self.teachers, samples)
         metrics = response_metrics(samples) if samples else {}
         check_truncated(metrics, stage.max_truncated_fraction, step)
         shown = examples(step, samples, prompts, tokenizer, self.student.layout) if samples else []
@@ -224,7 +196,7 @@ class PolicyGradientOpdSource:
     stage: OpdConfig
     student: MegatronModel
     buffer: RolloutBuffer
-    teachers: TeacherRouter | ServedTeachers
+    teachers: AnyTeachers
     references: TeacherRouter | None
     anchors: TeacherAnchorSource | None
     seed: int = 0  # of the order of groups in passes after the first
@@ -237,6 +209,7 @@ class PolicyGradientOpdSource:
         """Sample, score, compute advantages, add anchors."""
         stage = self.stage
         prompts, samples, _ = self.buffer.next_batch(step)
+        announce(self.teachers, samples)
         metrics = response_metrics(samples)
         check_truncated(metrics, stage.max_truncated_fraction, step)
         samples, weight_scale, advantage_metrics = self._with_advantages(self._scored(samples), step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -23,6 +24,12 @@ from megatron_s2d.rollout.sglang.memory_fraction import ServerMemory
 from megatron_s2d.stages.inputs import StageInputs
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.verify import RewardManager
+
+
+class Closable(Protocol):
+    """What has threads or connections."""
+
+    def close(self) -> None: ...
 
 
 class ServerRegistry:
@@ -60,6 +67,11 @@ class RolloutFactory:
         self._servers = ServerRegistry(directory / "sglang")
         self._server_memory: dict[str, ServerMemory] = {}
         self._environments: list[EnvironmentManager] = []
+        self._others: list[Closable] = []
+
+    def close_with(self, other: Closable) -> None:
+        """Close ``other`` with the engines."""
+        self._others.append(other)
 
     def limit_servers(self, memory: Sequence[ServerMemory]) -> None:
         """Start servers of these models with no more than their share of the GPUs; others leave it to SGLang."""
@@ -143,10 +155,12 @@ class RolloutFactory:
         )
 
     def close(self) -> None:
-        """Close the served engines, and with them the servers that they started; then environments."""
+        """Close the served engines, and with them the servers that they started; then environments and others."""
         self._servers.close()
         while self._environments:
             self._environments.pop().close()
+        while self._others:
+            self._others.pop().close()
 
     def environments(self, model_name: str, reward_manager: RewardManager | None) -> EnvironmentManager:
         """Return the environments of prompts for ``model_name``. reward_manager: None if nothing is graded."""

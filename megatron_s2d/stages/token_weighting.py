@@ -8,15 +8,14 @@ import numpy as np
 
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.records import AnySample, Sample, with_array
+from megatron_s2d.stages.opd_teachers import AnyTeachers
 from megatron_s2d.stages.policy_loss import has_loss
-from megatron_s2d.teachers.frozen import TeacherRouter
-from megatron_s2d.teachers.served import ServedTeachers
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import timed
 
 
 def token_factors(
-    stage: OpdConfig, samples: Sequence[AnySample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
+    stage: OpdConfig, samples: Sequence[AnySample], student: MegatronModel, teachers: AnyTeachers
 ) -> dict[str, np.ndarray]:
     """Return the factor of each token [length] by the id of this rank's samples.
 
@@ -47,7 +46,7 @@ def token_factors(
 
 
 def _log_ratios(
-    samples: Sequence[AnySample], student: MegatronModel, teachers: TeacherRouter | ServedTeachers
+    samples: Sequence[AnySample], student: MegatronModel, teachers: AnyTeachers
 ) -> list[np.ndarray | None]:
     """Return |log q - log p| [length] of this rank's samples; both are computed only where the samples lack them."""
     if all(sample.has("teacher_log_probs") and sample.has("old_log_probs") for sample in samples):

@@ -94,12 +94,12 @@ class CachedTeacher:
         cached = [self._cache.distribution(sample).tensors() for sample in rows]
         cached = cached or [_no_rows(header)]
         tensors = {name: torch.cat([item[name] for item in cached]) for name in cached[0]}
-        positions = _predicting_positions(rows, batch)
+        positions = predicting_positions(rows, batch)
         self._check_positions(tensors.pop("token_digests"), positions, samples, batch)
         if header.representation == "hidden_states":
             hidden = OffloadedRows.cut(tensors["hidden"], positions, batch, self._student)
             return LazyHiddenStates(hidden.read, lambda: self._weight, self._temperature)
-        columns = {name: _scatter(values, positions, batch) for name, values in tensors.items()}
+        columns = {name: scatter_rows(values, positions, batch) for name, values in tensors.items()}
         if header.representation == "full_vocab":
             shard = self._student.shard
             log_probs = columns["log_probs"][:, shard.start : shard.stop]
@@ -133,7 +133,7 @@ def _no_rows(header: CacheHeader) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in header.shapes(0).items()}
 
 
-def _predicting_positions(rows: Sequence[Sample], batch: MicroBatch) -> torch.Tensor:
+def predicting_positions(rows: Sequence[Sample], batch: MicroBatch) -> torch.Tensor:
     """Return the positions [t] int64 that predict response tokens of ``rows``, the samples of the micro-batch."""
     all_positions = torch.arange(batch.num_positions)
     parts = [
@@ -143,7 +143,7 @@ def _predicting_positions(rows: Sequence[Sample], batch: MicroBatch) -> torch.Te
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _scatter(values: torch.Tensor, positions: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+def scatter_rows(values: torch.Tensor, positions: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Return rows [t, ...] at ``positions`` of this context-parallel rank's positions; zeros elsewhere."""
     scattered = values.new_zeros(batch.num_positions, *values.shape[1:])
     scattered[positions] = values

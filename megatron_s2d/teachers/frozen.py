@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_s2d.buffer_sizes import TOP_K_ROWS_PER_CHUNK
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.kl.logits import vocab_parallel_support, vocab_parallel_topk
+from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.kl.teachers import GeometricTarget, LazyHiddenStates, Projection, TeacherSource, Temperature, TopK
 from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
@@ -206,8 +207,8 @@ class TopKTeacher:
                 student_ids = vocab_parallel_topk(student_logits, self.k, shard, chunk_temperature)[0]
                 self._count_overlap(logits, student_ids, chunk_temperature)
             positions = counted[rows]
-            ids[positions], log_probs[positions], tail[positions] = self._select_support(
-                logits, student_ids, chunk_temperature
+            ids[positions], log_probs[positions], tail[positions] = select_support(
+                logits, student_ids, self.support, self.k, shard, chunk_temperature
             )
         return TopK(ids, log_probs, tail, tail=self.tail, support=self.support)
 
@@ -219,23 +220,31 @@ class TopKTeacher:
             self._num_shared = self._num_shared + shared.sum()
             self._num_selected += len(student_ids) * self.k
 
-    def _select_support(
-        self, logits: torch.Tensor, student_ids: torch.Tensor | None, temperature: Temperature
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (ids, the teacher's log-probabilities, log tail mass) of the support of ``logits`` [t, v_tp]."""
-        shard = self.student.shard
-        if self.support == "teacher":
-            return vocab_parallel_topk(logits, self.k, shard, temperature)
-        ids = student_ids
-        if self.support == "union":
-            width = min(2 * self.k, shard.vocab_size)
-            teacher_ids = vocab_parallel_topk(logits, width, shard, temperature)[0]
-            is_shared = (teacher_ids.unsqueeze(2) == student_ids.unsqueeze(1)).any(2)
-            # The teacher's most likely tokens that are not the student's, in their order.
-            order = is_shared.long().argsort(dim=1, stable=True)
-            ids = torch.cat([student_ids, teacher_ids.gather(1, order)[:, : width - self.k]], dim=1)
-        log_probs, tail = vocab_parallel_support(logits, ids, shard, temperature)
-        return ids, log_probs, tail
+
+def select_support(
+    logits: torch.Tensor,
+    student_ids: torch.Tensor | None,
+    support: str,
+    k: int,
+    shard: VocabShard,
+    temperature: Temperature,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (ids, the teacher's log-probabilities, log tail mass) of the support of its ``logits`` [t, v_tp].
+
+    student_ids: the student's top k [t, k], for a ``support`` of student or union.
+    """
+    if support == "teacher":
+        return vocab_parallel_topk(logits, k, shard, temperature)
+    ids = student_ids
+    if support == "union":
+        width = min(2 * k, shard.vocab_size)
+        teacher_ids = vocab_parallel_topk(logits, width, shard, temperature)[0]
+        is_shared = (teacher_ids.unsqueeze(2) == student_ids.unsqueeze(1)).any(2)
+        # The teacher's most likely tokens that are not the student's, in their order.
+        order = is_shared.long().argsort(dim=1, stable=True)
+        ids = torch.cat([student_ids, teacher_ids.gather(1, order)[:, : width - k]], dim=1)
+    log_probs, tail = vocab_parallel_support(logits, ids, shard, temperature)
+    return ids, log_probs, tail
 
 
 def _at(temperature: Temperature, rows: torch.Tensor | slice) -> Temperature:

@@ -51,6 +51,14 @@ class PromptViews:
             for sample, length in zip(viewed, lengths.tolist(), strict=True)
         ]
 
+    def read_own(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return samples of this rank as the teacher reads them; not collective."""
+        prompts = self._found({sample.prompt_id: sample.domain for sample in samples if self.has(sample.domain)})
+        return [
+            behind(prompts[sample.prompt_id].token_ids, sample) if sample.prompt_id in prompts else sample
+            for sample in samples
+        ]
+
     def prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return ``prompts`` as the teacher reads them."""
         found = self._found({prompt.id: prompt.domain for prompt in prompts})

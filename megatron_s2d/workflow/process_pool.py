@@ -62,7 +62,7 @@ class ProcessServer:
     def start(self, config: WorkflowConfig, job: Job, run_dir: Path) -> list[RankProcess]:
         """Start one process for each rank of the job."""
         world_size = config.parallel.world_size
-        scratch = _Scratch(world_size)
+        scratch = Scratch(world_size)
         processes = []
         for rank in range(world_size):
             receiver, sender = self._context.Pipe(duplex=False)
@@ -99,7 +99,7 @@ def _run_worker(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAd
     run_rank(config, job, run_dir, address, pipe)
 
 
-class _Scratch:
+class Scratch:
     """The directory in which the ranks of a job meet, on a local disk; removed when the last one has ended.
 
     A runner that is killed leaves it; the next one on this machine removes it.
@@ -138,7 +138,7 @@ def remove_abandoned() -> None:
 class RankProcess:
     """A started rank."""
 
-    def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path, scratch: _Scratch):
+    def __init__(self, process: BaseProcess, pipe: Connection, heartbeat: Path, scratch: Scratch):
         self._process, self._pipe, self._heartbeat, self._scratch = process, pipe, heartbeat, scratch
         self._outcome: JobOutcome | None = None
 

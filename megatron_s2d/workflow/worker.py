@@ -52,7 +52,7 @@ _REFUSALS = ("can't allocate memory", "can't start new thread", "Cannot allocate
 
 def run_rank(config: WorkflowConfig, job: Job, run_dir: Path, address: RankAddress, pipe: Connection) -> None:
     """Run one rank of a job in this process, which the runner forked, and send its ``JobOutcome`` to ``pipe``."""
-    _exit_with_runner(pipe)
+    exit_with_runner(pipe)
     name = LOG_NAME if address.rank == 0 else f"rank{address.rank}-{LOG_NAME}"
     try:
         _redirect_output(job.directory.path / name)
@@ -244,7 +244,7 @@ def _redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
-def _exit_with_runner(pipe: Connection) -> None:
+def exit_with_runner(pipe: Connection) -> None:
     """Kill this process as soon as the runner has ended for any reason and cannot read ``pipe`` any more.
 
     A parent-death signal does not work: the parent is the fork server, which lives as long as its children.

@@ -11,7 +11,8 @@ from toy_models import LAYOUT
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.data.stored_samples import ListedSamples, OfflineSamples
 from megatron_s2d.objectives.advantages import AnchorSchedule
-from megatron_s2d.stages.opd import DivergenceOpdSource, PolicyGradientOpdSource, serve_teachers
+from megatron_s2d.stages.opd import DivergenceOpdSource, PolicyGradientOpdSource
+from megatron_s2d.stages.opd_teachers import serve_teachers
 from megatron_s2d.stages.sg_opd import TeacherAnchorSource
 from megatron_s2d.stages.token_weighting import token_factors
 from megatron_s2d.teachers.frozen import TeacherRouter

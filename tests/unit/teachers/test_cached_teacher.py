@@ -133,8 +133,8 @@ def test_rows_of_another_sample_are_refused(samples, student, packed):
 
 def test_rows_at_the_position_of_their_own_token_are_refused(samples, student, monkeypatch):
     """A row belongs to the position before its token, which predicts it."""
-    predicting = cached._predicting_positions
-    monkeypatch.setattr(cached, "_predicting_positions", lambda *args: predicting(*args) + 1)
+    predicting = cached.predicting_positions
+    monkeypatch.setattr(cached, "predicting_positions", lambda *args: predicting(*args) + 1)
     teacher = CachedTeacher(Cache("full_vocab"), None, student, tail="bucket", temperature=1.0)
     batch, *_ = pack(samples, loss_weights={}, max_tokens=14)
     with pytest.raises(UserError, match="rows of other tokens"):

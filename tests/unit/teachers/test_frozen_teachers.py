@@ -10,7 +10,7 @@ import torch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.shards import VocabShard
 from megatron_s2d.records import Sample
-from megatron_s2d.teachers.frozen import TeacherRouter, TopKTeacher
+from megatron_s2d.teachers.frozen import TeacherRouter, TopKTeacher, select_support
 
 VOCAB_SIZE = 9
 
@@ -84,8 +84,8 @@ def top_k_teacher(support: str) -> TopKTeacher:
 def test_support_holds_the_selected_tokens_once(support, expected):
     """The teacher prefers tokens 8, 7, 6, ...; the student's top-k tokens are 8 and 0."""
     logits = torch.arange(VOCAB_SIZE, dtype=torch.float32).unsqueeze(0)
-    teacher = top_k_teacher(support)
-    ids, log_probs, tail = teacher._select_support(logits, torch.tensor([[8, 0]]), 1.0)
+    shard = VocabShard.unsharded(VOCAB_SIZE)
+    ids, log_probs, tail = select_support(logits, torch.tensor([[8, 0]]), support, 2, shard, 1.0)
     assert ids.tolist() == [expected]
     full = torch.log_softmax(logits, dim=1)
     assert torch.allclose(log_probs, full[:, expected], atol=1e-6)

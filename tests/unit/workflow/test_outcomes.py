@@ -55,7 +55,7 @@ def test_log_that_cannot_be_opened_is_reported_by_the_rank(tmp_path, monkeypatch
     def refuse(path, *_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr(worker, "_exit_with_runner", lambda pipe: None)
+    monkeypatch.setattr(worker, "exit_with_runner", lambda pipe: None)
     monkeypatch.setattr(worker.os, "open", refuse)
 
     class Job:

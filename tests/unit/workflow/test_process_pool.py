@@ -11,7 +11,7 @@ from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.parallel import cuda_variables
 from megatron_s2d.parallel.cuda_variables import set_device_variables
 from megatron_s2d.workflow import process_pool
-from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess, _Scratch, num_gpus
+from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess, Scratch, num_gpus
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
 
@@ -24,7 +24,7 @@ class EndedProcess:
 
 
 def test_the_directory_of_a_job_is_removed_with_its_last_rank(tmp_path):
-    scratch = _Scratch(2)
+    scratch = Scratch(2)
     folder = scratch.rendezvous.parent
     scratch.rendezvous.write_text("store")
     ranks = [RankProcess(EndedProcess(), None, tmp_path / "heartbeat", scratch) for _ in range(2)]
@@ -36,7 +36,7 @@ def test_the_directory_of_a_job_is_removed_with_its_last_rank(tmp_path):
 
 def test_directories_of_killed_runners_are_removed_and_those_in_use_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(process_pool.tempfile, "tempdir", str(tmp_path))
-    used = _Scratch(1)
+    used = Scratch(1)
     folders = [tmp_path / f"megatron_s2d_{name}" for name in ("killed", "new")]
     for folder in folders:
         folder.mkdir()
@@ -45,7 +45,7 @@ def test_directories_of_killed_runners_are_removed_and_those_in_use_kept(tmp_pat
     (tmp_path / "others").mkdir()
     for folder in (folders[0], used.rendezvous.parent, tmp_path / "others"):
         os.utime(folder, (0, 0))
-    other = _Scratch(1)
+    other = Scratch(1)
     assert not folders[0].exists() and folders[1].exists() and (tmp_path / "others").exists()
     assert used.rendezvous.parent.exists() and other.rendezvous.parent.exists()
 
@@ -128,5 +128,5 @@ def test_the_cause_of_death_is_named(tmp_path, code, cause):
     process.exitcode = code
     ours, theirs = multiprocessing.Pipe(duplex=False)
     theirs.close()
-    outcome = RankProcess(process, ours, tmp_path / "heartbeat", _Scratch(1)).outcome()
+    outcome = RankProcess(process, ours, tmp_path / "heartbeat", Scratch(1)).outcome()
     assert outcome.status == "crash" and cause in outcome.message
