@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from megatron_s2d.config.forward_kl import TeacherCacheConfig
 from megatron_s2d.config.opd import SELF
-from megatron_s2d.config.teacher_view import TeacherViewConfig, view_of
+from megatron_s2d.config.teacher_service import TeacherServices, services_by_domain
+from megatron_s2d.config.teacher_view import TeacherViewConfig, TeacherViews, view_of
 from megatron_s2d.config.workflow import WorkflowConfig
 
 
@@ -84,6 +85,9 @@ def stage_views(config: WorkflowConfig, stage_name: str) -> list[StageView]:
     result = []
     for relation in ("teacher", "reference"):
         views, readers = getattr(stage, f"{relation}_view", None), getattr(stage, relation, None)
+        services = getattr(stage, "teacher_service", None) if relation == "teacher" else None
+        if views is not None and services is not None:
+            result += _service_views(config, stage_name, services, views)
         if views is None or readers is None:
             continue
         keys = list(readers) if isinstance(readers, dict) else list(views) if isinstance(views, dict) else [None]
@@ -93,6 +97,24 @@ def stage_views(config: WorkflowConfig, stage_name: str) -> list[StageView]:
                 reader = readers[domain] if isinstance(readers, dict) else readers
                 model = config.model_of(stage_name if reader == SELF else reader)
                 result.append(StageView(relation, domain, model, view, _renderer(config, stage_name, model, view)))
+    return result
+
+
+def _service_views(
+    config: WorkflowConfig, stage_name: str, services: TeacherServices, views: TeacherViews
+) -> list[StageView]:
+    """Return the views of served teachers, which are no entries of ``models``: the student's stands for them."""
+    model, by_domain = config.model_of(stage_name), services_by_domain(services)
+    keys = list(views) if None in by_domain and isinstance(views, dict) else list(by_domain)
+    result = []
+    for domain in keys:
+        view, service = view_of(views, domain), by_domain.get(domain) or by_domain[None]
+        if view is not None:
+            renderer = _renderer(config, stage_name, model, view)
+            if view.chat_template == "teacher":
+                student = tokenizer_choice(config, model)
+                renderer = TokenizerChoice(service.tokenizer or student.tokenizer, service.chat_template)
+            result.append(StageView("teacher", domain, model, view, renderer))
     return result
 
 

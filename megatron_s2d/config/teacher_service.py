@@ -76,10 +76,12 @@ TeacherServices = TeacherServiceConfig | dict[str, TeacherServiceConfig]
 
 def services_by_domain(services: TeacherServices | None) -> dict[str | None, TeacherServiceConfig]:
     """Return domain -> service; one for all domains has the key None."""
-    if services is None:
-        return {}
     by_domain: dict[str | None, TeacherServiceConfig] = {}
-    by_domain.update(services if isinstance(services, Mapping) else {None: services})
+    if isinstance(services, Mapping):
+        for domain in services:
+            by_domain[domain] = services[domain]
+    elif services is not None:
+        by_domain[None] = services
     return by_domain
 
 

@@ -21,6 +21,7 @@ from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.stage import TrainingStageConfig, validation_of
+from megatron_s2d.config.teacher_service import services_by_domain
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -368,6 +369,11 @@ class _StageEstimate:
             return TeacherInputs(kind, spec, top_k=cache.top_k, copies_output_layer=kind == "hidden")
         if not isinstance(stage, OpdConfig) or stage.kl_estimator == "sampled_token":
             return None
+        if stage.teacher_service is not None:
+            kind = "topk" if stage.kl_estimator == "top_k" else "hidden"
+            spec = max(service_teachers(self.config, self.name, self.specs), key=lambda spec: spec.hidden_size)
+            wide = stage.top_k * (2 if stage.top_k_source == "union" else 1)
+            return TeacherInputs(kind, spec, top_k=wide, copies_output_layer=kind == "hidden")
         models = frozen_models(self.config, self.name)
         parallel = next(layout for role, _, layout in models if role == "teacher")
         return TeacherInputs(
@@ -404,6 +410,18 @@ class _StageEstimate:
     def _scores_old_log_probs(self) -> bool:
         stage = self.stage
         return isinstance(stage, GrpoConfig | OpdConfig) and stage.num_updates > 1
+
+
+def service_key(stage_name: str, domain: str | None) -> str:
+    """Return the key of a served teacher in the configuration, which is also its key among specifications."""
+    return f"stages.{stage_name}.teacher_service" + (f".{domain}" if domain else "")
+
+
+def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:
+    """Return the served teachers of a stage; the student stands for one whose server does not answer."""
+    services = services_by_domain(getattr(config.stages[name], "teacher_service", None))
+    student = specs[config.model_of(name)]
+    return [specs.get(service_key(name, domain), student) for domain in services]
 
 
 def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:

@@ -31,7 +31,13 @@ from megatron_s2d.estimate.roofline import (
     scale_traffic,
     total_seconds,
 )
-from megatron_s2d.estimate.stage_memory import BYTES_PER_VALUE, StageShape, ValidationShape, frozen_models
+from megatron_s2d.estimate.stage_memory import (
+    BYTES_PER_VALUE,
+    StageShape,
+    ValidationShape,
+    frozen_models,
+    service_teachers,
+)
 from megatron_s2d.estimate.weight_push import stage_push
 
 
@@ -96,6 +102,9 @@ def stage_time(
             phase = f"{role} states travel"
             seconds[phase] = seconds.get(phase, 0.0) + total_seconds(travel, machine)
             traffic = add_traffic(traffic, travel)
+    services = service_teachers(config, name, specs)
+    if services and isinstance(stage, OpdConfig) and stage.kl_estimator == "full_vocab":
+        teacher = max(services, key=lambda spec: spec.hidden_size)
     if shape.updates > 1 and shape.requests:
         scoring = student.score_seconds(work, outputs=True)
         seconds["old log-probabilities"] = scored * scoring

@@ -37,6 +37,7 @@ from megatron_s2d.config.reward import FunctionReward, parts_of
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.stage import TrainingStageConfig, changes_weights, validated_entries
 from megatron_s2d.config.stages import Stage
+from megatron_s2d.config.teacher_service import services_by_domain
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.prompt_cache import content_digest
@@ -56,7 +57,7 @@ _NEUTRAL = {
     "ppo_epochs": 1, "max_prompt_length": None, "prompt_order": "restart", "fixed_advantage": None,
     "policy_loss": "grpo", "entropy_coeff": 0.0, "teacher_advantage": None, "reward_advantage": None,
     "teacher_view": None, "reference_view": None, "domain_weights": None, "log_ratio_clip": None,
-    "max_truncated_fraction": None, "lora": None, "prompt_filter": None,
+    "max_truncated_fraction": None, "lora": None, "prompt_filter": None, "teacher_service": None,
 }  # fmt: skip
 
 
@@ -266,6 +267,11 @@ def _resolved_stage(
         sampling = settings["validation"]["sampling"] or dump(config.evaluation.sampling)
         validation = {key: value for key, value in settings["validation"].items() if key != "batch_size"}
         settings["validation"] = validation | {"sampling": sampling}
+    if settings.get("teacher_service"):  # a teacher may move: only its weights count
+        settings["teacher_service"] = {
+            domain or "all": service.weights_digest
+            for domain, service in services_by_domain(stage.teacher_service).items()
+        }
     if settings.get("filter_groups"):  # of runs from before it had a range
         pairs = (("min_pass_rate", 0.0), ("max_pass_rate", 1.0))
         neutral = {key for key, value in pairs if settings["filter_groups"][key] == value}

@@ -13,6 +13,7 @@ from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerpr
 from megatron_s2d.formatting import printable
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
+from megatron_s2d.workflow.service_checks import service_lines
 
 
 def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Console) -> None:
@@ -64,7 +65,7 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
     if any(shape.validation is not None for shape in preflight.shapes.values()):
         console.print(_validations(preflight))
     console.print(_labels(preflight))
-    for line in _fingerprint_lines(preflight):
+    for line in [*service_lines(config, preflight.services), *_fingerprint_lines(preflight)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print_warnings(preflight, console)
 

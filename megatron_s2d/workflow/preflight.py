@@ -42,9 +42,11 @@ from megatron_s2d.estimate.memory import StageMemory
 from megatron_s2d.estimate.stage_memory import StageShape, stage_memory, stage_shape
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.rollout.sglang.api_key import read_api_key
+from megatron_s2d.teachers.service.info import TeacherInfo
 from megatron_s2d.verify import labels_as_text
 from megatron_s2d.workflow.environment_checks import check_environments
 from megatron_s2d.workflow.likely_mistakes import setting_warnings, vocabulary_warnings
+from megatron_s2d.workflow.service_checks import describe_services, service_specs, service_warnings
 from megatron_s2d.workflow.stage_checks import (
     check_adapter_of,
     check_domain_weights,
@@ -78,7 +80,13 @@ class Preflight:
     def memory(self, *, on_gpu: bool, transformer_engine: bool = True) -> dict[str, StageMemory]:
         """Return stage -> memory of the rank with the largest peak; see ``estimate.stage_memory``."""
         builds = {"on_gpu": on_gpu, "transformer_engine": transformer_engine}
-        return {name: stage_memory(self.config, name, self.specs, self.shapes[name], **builds) for name in self.stages}
+        specs = self.specs | service_specs(self.services)
+        return {name: stage_memory(self.config, name, specs, self.shapes[name], **builds) for name in self.stages}
+
+    @functools.cached_property
+    def services(self) -> Mapping[str, TeacherInfo | str]:
+        """Served teachers: what their servers say of themselves, or why they do not answer now."""
+        return describe_services(self.config, self.stages)
 
     @property
     def warnings(self) -> list[str]:
@@ -101,7 +109,8 @@ class Preflight:
         sizes = {name: len(self.tokenizers.of_model(name)) for name in self.specs}
         models = vocabulary_warnings(self.config, self.specs, sizes)
         return [
-            *self.notices, *models, *self.server_warnings, *self.label_warnings, *setting_warnings(self.config),
+            *self.notices, *models, *self.server_warnings, *service_warnings(self.config, self.stages),
+            *self.label_warnings, *setting_warnings(self.config),
             *validation_warnings(self.config, self.stages, self.ledger),
         ]  # fmt: skip
 
@@ -330,7 +339,7 @@ def _check_stage(
             if entry in _graded_entries(stage):
                 check_graded(read, f"{where}.prompts: '{entry}'")
     if isinstance(stage, OpdConfig):
-        check_domains(f"{where}.teacher", stage.teacher, stage.entries, prompts)
+        check_domains(f"{where}.teacher", stage.teacher or stage.teacher_service, stage.entries, prompts)
         check_domain_weights(where, stage.domain_weights, stage.entries, prompts)
     if isinstance(stage, GrpoConfig) and stage.teacher_advantage is not None:
         teacher = stage.teacher_advantage.teacher

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from megatron_s2d.config.lora import check_lora
 from megatron_s2d.config.model_spec import ModelSpec
-from megatron_s2d.config.policy_loss import StageByDomain
 from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig
@@ -16,11 +15,9 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.verify import check_labels
 
 
-def check_domains(
-    where: str, teacher: StageByDomain, entries: Sequence[str], prompts: Mapping[str, PromptTable]
-) -> None:
+def check_domains(where: str, teacher: object, entries: Sequence[str], prompts: Mapping[str, PromptTable]) -> None:
     """Refuse prompts of a domain without a teacher. where: the key of the teachers."""
-    if isinstance(teacher, str):
+    if not isinstance(teacher, Mapping):
         return
     domains = {domain for entry in entries for domain in prompts[entry].distinct("domain")}
     for domain in sorted(domains - set(teacher)):

@@ -130,6 +130,10 @@ class TeacherClient:
         """Return the tokenizer.json of the teacher."""
         return self._attempt(lambda: self._call(self.settings.urls[0], "GET", "/tokenizer"))
 
+    def describe(self, seconds: float) -> TeacherInfo:
+        """Return what the first server says of itself, without any check; raises what the connection does."""
+        return TeacherInfo.from_json(self._call(self.settings.urls[0], "GET", "/info", seconds=seconds))
+
     def close(self) -> None:
         """End attempts that wait."""
         self._closed.set()
@@ -207,18 +211,24 @@ class TeacherClient:
             f"({last}); {RESUME}"
         )
 
-    def _call(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return the content of a reply of status 200; ``UserError`` for a request that no attempt would change."""
+    def _call(
+        self, url: str, method: str, path: str, body: bytes | None = None, *, seconds: float | None = None
+    ) -> bytes:
+        """Return the content of a reply of status 200; ``UserError`` for a request that no attempt would change.
+
+        seconds: time limit, by default those of the settings.
+        """
+        connect = min(_CONNECT_SECONDS, seconds or _CONNECT_SECONDS)
         parts = urlsplit(url)
         if parts.scheme == "https":
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=_CONNECT_SECONDS, context=ssl.create_default_context()
+                parts.hostname, parts.port, timeout=connect, context=ssl.create_default_context()
             )
         else:
-            connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=_CONNECT_SECONDS)
+            connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=connect)
         with contextlib.closing(connection):
             connection.connect()
-            connection.sock.settimeout(self.settings.request_timeout_seconds)
+            connection.sock.settimeout(seconds or self.settings.request_timeout_seconds)
             connection.request(method, parts.path + path, body, headers=self._headers)
             reply = connection.getresponse()
             content = reply.read()

@@ -99,7 +99,7 @@ class TeacherServer:
         app.router.add_get("/tokenizer", self._tokenizer_json)
         app.router.add_get("/output/{block}", self._output_block)
         app.router.add_post("/score", self._score)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         site = web.TCPSite(runner, host, port)
         await site.start()
