@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from megatron_s2d.config.base import Config
 from megatron_s2d.config.simulation import SimulationConfig
 from megatron_s2d.config.sweep import SweepConfig
+from megatron_s2d.config.teacher_service import ServeTeacherConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.launchers.config import LaunchConfig
 
@@ -27,6 +28,7 @@ ROOTS = {
     SweepConfig: "A sweep (`s2d sweep`)",
     SimulationConfig: "A simulation (`s2d simulate`)",
     LaunchConfig: "A cluster (`s2d launch --cluster`)",
+    ServeTeacherConfig: "A teacher's server (`s2d serve-teacher`)",
 }
 HEADER = """# All configuration keys
 

@@ -24,7 +24,7 @@ class StageView(NamedTuple):
 
     relation: str  # "teacher" or "reference"
     domain: str | None  # None: all domains
-    model: str  # the entry of `models` that reads
+    model: str | None  # the entry of `models` that reads; None: a served teacher
     view: TeacherViewConfig
     renderer: TokenizerChoice
 
@@ -114,7 +114,7 @@ def _service_views(
             if view.chat_template == "teacher":
                 student = tokenizer_choice(config, model)
                 renderer = TokenizerChoice(service.tokenizer or student.tokenizer, service.chat_template)
-            result.append(StageView("teacher", domain, model, view, renderer))
+            result.append(StageView("teacher", domain, None, view, renderer))
     return result
 
 

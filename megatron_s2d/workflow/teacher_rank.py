@@ -54,7 +54,7 @@ def _serve(config: ServeTeacherConfig, address: RankAddress, pipe: Connection, s
     digest = broadcast_from_rank0(lambda: weights_digest(path))
     layer = output_layer(model)
     if layer is None:
-        serve(model, None, None, stop)
+        serve(model, None, stop)
     else:
         rows, digests = layer
         tokenizer = load_tokenizer(config.tokenizer or str(published_files(path)), address.rendezvous.parent)
@@ -74,7 +74,7 @@ def _serve(config: ServeTeacherConfig, address: RankAddress, pipe: Connection, s
         server = TeacherServer(info, rows, text, api_key=key, max_waiting=config.max_waiting_requests)
         with server.listening(config.host, config.port):
             pipe.send(f"teacher at http://{config.host}:{server.port}, weights_digest {digest}")
-            serve(model, info, server, stop)
+            serve(model, server, stop)
     shutdown_distributed()
 
 

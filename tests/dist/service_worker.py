@@ -1,7 +1,7 @@
 """Trains tiny students against a served teacher and against the same teacher in the trainer, at the named layouts.
 
 Started by test_teacher_service.py through torchrun. ``save DIRECTORY`` writes the teacher; otherwise the arguments are
-the output file, the address of its server, and layouts.
+the output file, the address of its server, and layouts, each followed by = and what to compare.
 """
 
 import dataclasses
@@ -112,10 +112,11 @@ def main(arguments: list[str]) -> None:
     else:
         output, url, *layouts = arguments
         results: dict = {}
-        for name in layouts:
+        for argument in layouts:
+            name, _, kinds = argument.partition("=")
             worker.PACKED = "packed" in name
             with open_layout(worker.parse_layout(name)) as layout:
-                for kind in KINDS:
+                for kind in kinds.split(","):
                     results[f"{name}/{kind}"] = {
                         "served": served(layout, url, kind),
                         "serial": served(layout, url, kind, overlap=False),

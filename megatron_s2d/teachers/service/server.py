@@ -148,10 +148,8 @@ class TeacherServer:
         return web.Response(body=await asyncio.to_thread(encode, meta, tensors))
 
 
-def serve(
-    model: MegatronModel, info: TeacherInfo | None, server: TeacherServer | None, stop: Callable[[], bool]
-) -> None:
-    """Compute until ``stop`` (asked on the leader, which has ``info`` and ``server``); collective over all ranks."""
+def serve(model: MegatronModel, server: TeacherServer | None, stop: Callable[[], bool]) -> None:
+    """Compute until ``stop`` (asked on the leader, which has the ``server``); collective over all ranks."""
     group, leader = model.layout.host_replica, model.layout.leader_in_replica
     while True:
         job, message = None, b""
