@@ -53,7 +53,8 @@ def service_lines(config: WorkflowConfig, services: Mapping[str, TeacherInfo | s
         assert isinstance(stage, OpdConfig)
         costs = bytes_per_token(info.hidden_size, info.dtype, min(stage.top_k, info.vocab_size))
         used = payload_of(stage)
-        listed = "; ".join(f"{name} {format_bytes(costs[name])}" for name in [used, *(set(costs) - {used})])
+        order = sorted(costs, key=lambda name: name != used)
+        listed = "; ".join(f"{name} {format_bytes(costs[name])}" for name in order)
         layer = info.vocab_size * info.hidden_size * (2 if info.dtype == "bfloat16" else 4)
         yield (
             f"{key}: teacher of {ModelSpec.from_dict(info.spec).num_parameters:,} parameters ({info.dtype}), none of "

@@ -33,7 +33,7 @@ def test_a_served_teacher_gives_the_figures_of_one_in_the_trainer(run_dir):
         url = f"stages.opd_served.teacher_service.url={server.url}"
         plan = s2d_here("run", CONFIG, "--out", run_dir, "--dry-run", *overrides(url))
         line = next(line for line in plan.stdout.splitlines() if "none of them in the trainer" in line)
-        assert "as this stage asks: hidden 384 bytes; " in line and "sampled 4 bytes" in line
+        assert "as this stage asks: hidden 384 B; " in line and "sampled 4 B" in line
         finished = s2d("run", CONFIG, "--out", run_dir, *overrides(url))
         assert finished.returncode == 0, finished.stderr
         assert server.close() == 0

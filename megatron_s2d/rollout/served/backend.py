@@ -127,8 +127,12 @@ class ServerProtocol(Protocol):
         """Return the call for one response, or for the rest of ``partial``; each call has a request id of its own."""
         ...
 
-    def score(self, sequences: Sequence[np.ndarray], top_k: int = 0) -> ServerCall:
-        """Return the call that scores the tokens of ``sequences`` and generates none."""
+    def score(self, sequences: Sequence[np.ndarray], top_k: int = 0, starts: Sequence[int] = ()) -> ServerCall:
+        """Return the call that scores the tokens of ``sequences`` and generates none.
+
+        starts: of each sequence the first token that is read for its prediction of the next one; earlier tokens get no
+        scores, and come from the server's prefix cache if it has them. Empty: all tokens.
+        """
         ...
 
     def abort(self, request_id: str) -> ServerCall:
@@ -140,7 +144,7 @@ class ServerProtocol(Protocol):
         ...
 
     def parse_scores(self, content: bytes, sequences: Sequence[np.ndarray]) -> list[ServerReply]:
-        """Parse the reply to ``score`` of ``sequences``."""
+        """Parse the reply to ``score``. sequences: from their ``starts`` on."""
         ...
 
 

@@ -153,21 +153,23 @@ class ServedEngine:
         """
         group = self._server_group
 
-        def request(sequences: Sequence[np.ndarray]) -> tuple[dict[int, np.ndarray], list[str]]:
-            return scoring.score(group.pool, sequences, group.weight_version)
+        def request(asked: Sequence[Sample]) -> tuple[dict[int, np.ndarray], list[str]]:
+            sequences = [sample.token_ids for sample in asked]
+            return scoring.score(group.pool, sequences, scoring.starts_of(asked), group.weight_version)
 
         log_probs = self._score_own(samples, layout or self._layout, request, lambda values: [values])
         return [np.where(sample.response_mask, *values, 0.0) for sample, values in zip(samples, log_probs, strict=True)]
 
     def top_tokens(self, samples: Sequence[Sample], k: int, layout: Layout | None = None) -> list[scoring.TopTokens]:
-        """Return the k likeliest tokens at every position of every sample, on all ranks of the replica that asks.
+        """Return the k likeliest tokens at the response tokens of every sample, on all ranks of the replica that asks.
 
         Samples, layout, temperature and errors as in ``score``.
         """
         group = self._server_group
 
-        def request(sequences: Sequence[np.ndarray]) -> tuple[dict[int, scoring.TopTokens], list[str]]:
-            return scoring.top_tokens(group.pool, sequences, group.weight_version, self._spec.vocab_size, k)
+        def request(asked: Sequence[Sample]) -> tuple[dict[int, scoring.TopTokens], list[str]]:
+            sequences, starts = [sample.token_ids for sample in asked], scoring.starts_of(asked)
+            return scoring.top_tokens(group.pool, sequences, starts, group.weight_version, self._spec.vocab_size, k)
 
         arrays = self._score_own(
             samples, layout or self._layout, request, lambda top: [top.ids, top.log_probs, top.log_tail]
@@ -178,7 +180,7 @@ class ServedEngine:
         self,
         samples: Sequence[Sample],
         layout: Layout,
-        request: Callable[[Sequence[np.ndarray]], tuple[dict[int, Score], list[str]]],
+        request: Callable[[Sequence[Sample]], tuple[dict[int, Score], list[str]]],
         arrays_of: Callable[[Score], list[np.ndarray]],
     ) -> list[list[np.ndarray]]:
         """Request what is missing until every replica has the arrays of its samples; the same on a replica's ranks."""
@@ -191,7 +193,7 @@ class ServedEngine:
             reasons: list[str] = []
             if layout.is_replica_root and missing:
                 try:
-                    found, reasons = request([samples[index].token_ids for index in missing])
+                    found, reasons = request([samples[index] for index in missing])
                     scores.update({missing[i]: score for i, score in found.items()})
                 except UserError as error:
                     refusal = str(error)

@@ -26,7 +26,7 @@ _ROUNDING = 1e-6  # of a sum of probabilities whose float32 logarithms are right
 class TopTokens:
     """The k likeliest tokens at each position of a sequence, likeliest first."""
 
-    ids: np.ndarray  # [s, k] int64; row 0 has no prediction and is 0
+    ids: np.ndarray  # [s, k] int64; rows up to the last token of the prompt are not asked for and 0
     log_probs: np.ndarray  # [s, k] float32
     log_tail: np.ndarray  # [s] float32, log of the mass of all other tokens (see ``_log_tail``); -inf for none
 
@@ -42,28 +42,49 @@ def check_temperature(samples: Sequence[Sample]) -> None:
 
 
 def score(
-    pool: ServerPool, sequences: Sequence[np.ndarray], weight_version: str
+    pool: ServerPool, sequences: Sequence[np.ndarray], starts: Sequence[int], weight_version: str
 ) -> tuple[dict[int, np.ndarray], list[str]]:
-    """Return index -> [s] float32 of each sequence that could be scored, and why the others could not."""
+    """Return index -> [s] float32 of each sequence that could be scored, and why the others could not.
+
+    starts: index of the token before the first one of each sequence that is scored; earlier ones have 0.
+    """
 
     def check(index: int, reply: ServerReply) -> np.ndarray:
         check_weight_version(reply, weight_version)
-        return input_log_probs(sequences[index], reply)
+        start = starts[index]
+        return _behind(start, input_log_probs(sequences[index][start:], reply))
 
-    return pool.score_all(sequences, check)
+    return pool.score_all(sequences, starts, check)
+
+
+def starts_of(samples: Sequence[Sample]) -> list[int]:
+    """Return the index of the last token of each prompt: it predicts the first token that needs a score."""
+    return [max(0, sample.prompt_length - 1) for sample in samples]
 
 
 def top_tokens(
-    pool: ServerPool, sequences: Sequence[np.ndarray], weight_version: str, vocab_size: int, k: int
+    pool: ServerPool,
+    sequences: Sequence[np.ndarray],
+    starts: Sequence[int],
+    weight_version: str,
+    vocab_size: int,
+    k: int,
 ) -> tuple[dict[int, TopTokens], list[str]]:
     """Return what ``score`` does, for the k likeliest tokens of every position."""
 
     def check(index: int, reply: ServerReply) -> TopTokens:
         check_weight_version(reply, weight_version)
-        input_log_probs(sequences[index], reply)
-        return _top_tokens(sequences[index], reply, vocab_size, k)
+        start = starts[index]
+        input_log_probs(sequences[index][start:], reply)
+        top = _top_tokens(sequences[index][start:], reply, vocab_size, k)
+        return TopTokens(_behind(start, top.ids), _behind(start, top.log_probs), _behind(start, top.log_tail))
 
-    return pool.score_all(sequences, check, top_k=k)
+    return pool.score_all(sequences, starts, check, top_k=k)
+
+
+def _behind(start: int, values: np.ndarray) -> np.ndarray:
+    """Return ``values`` [s - start, ...] of the tokens from ``start`` on as those of all tokens, 0 before."""
+    return np.concatenate([np.zeros((start, *values.shape[1:]), dtype=values.dtype), values])
 
 
 def _top_tokens(sequence: np.ndarray, reply: ServerReply, vocab_size: int, k: int) -> TopTokens:

@@ -96,22 +96,29 @@ class ServerPool:
             yield Session(self, client)
 
     def score_all[Result](
-        self, sequences: Sequence[np.ndarray], check: Callable[[int, ServerReply], Result], *, top_k: int = 0
+        self,
+        sequences: Sequence[np.ndarray],
+        starts: Sequence[int],
+        check: Callable[[int, ServerReply], Result],
+        *,
+        top_k: int = 0,
     ) -> tuple[dict[int, Result], list[str]]:
         """Score over all servers; return index -> result of ``check``, and the reasons of sequences that failed.
 
-        Attempts are bounded as for responses; ``check`` raises ``InvalidReply`` for a reply that it rejects.
+        starts: see ``ServerProtocol.score``; a reply is that of the sequence from there on. Attempts are bounded as for
+        responses; ``check`` raises ``InvalidReply`` for a reply that it rejects.
         """
         results: dict[int, Result] = {}
         reasons: list[str] = []
 
         async def score_one(session: Session, semaphore: asyncio.Semaphore, index: int) -> None:
-            sequence = [sequences[index]]
+            sequence, start = sequences[index], starts[index]
             async with semaphore:
                 try:
-                    calls = (self.protocol.score(sequence, top_k) for _ in range(self.settings.max_attempts))
+                    attempts = range(self.settings.max_attempts)
+                    calls = (self.protocol.score([sequence], top_k, [start]) for _ in attempts)
                     results[index] = await session.request(
-                        calls, index, lambda content: check(index, self._parse_scores(content, sequence)[0])
+                        calls, index, lambda content: check(index, self._parse_scores(content, [sequence[start:]])[0])
                     )
                 except (InvalidReply, NoHealthyServer) as error:
                     reasons.append(str(error))

@@ -169,9 +169,11 @@ class StartupChecks:
         pool, reasons = ServerPool([url], self._settings, self._backend.protocol), []
         try:
             if requirements.top_k:
-                _, reasons = scoring.top_tokens(pool, [sequence], weight_version, spec.vocab_size, requirements.top_k)
+                _, reasons = scoring.top_tokens(
+                    pool, [sequence], [0], weight_version, spec.vocab_size, requirements.top_k
+                )
             else:
-                _, reasons = scoring.score(pool, [sequence], weight_version)
+                _, reasons = scoring.score(pool, [sequence], [0], weight_version)
         except UserError as error:
             reasons = [str(error)]
         if reasons:

@@ -105,10 +105,16 @@ class SglangProtocol:
             body |= {"return_routed_experts": True, "routed_experts_start_len": first}
         return ServerCall(_GENERATE, body, (rid,))
 
-    def score(self, sequences: Sequence[np.ndarray], top_k: int = 0) -> ServerCall:
-        """Return the call of POST /generate that scores given tokens and generates none."""
+    def score(self, sequences: Sequence[np.ndarray], top_k: int = 0, starts: Sequence[int] = ()) -> ServerCall:
+        """Return the call of POST /generate that scores given tokens and generates none.
+
+        starts: SGLang takes no more of its prefix cache than what comes before ``logprob_start_len``, so that 0 has it
+        compute the prompt again for every response.
+        """
         rids = [f"score~{_unique()}" for _ in sequences]
         body = {"rid": rids, "input_ids": [sequence.tolist() for sequence in sequences], **score_options()}
+        if starts:
+            body["logprob_start_len"] = list(starts)
         return ServerCall(_GENERATE, body | ({"top_logprobs_num": top_k} if top_k else {}), tuple(rids))
 
     def abort(self, request_id: str) -> ServerCall:

@@ -96,3 +96,35 @@ def test_every_policy_loss_has_its_own_defaults():
 def test_settings_of_another_policy_loss_are_refused(keys, message):
     with pytest.raises(pydantic.ValidationError, match=message):
         GrpoConfig.model_validate(GRPO | keys)
+
+
+SERVICE = {"url": "http://10.0.0.5:8400/"}
+
+
+def served(**changes) -> OpdConfig:
+    return OpdConfig(**({"role": "opd", "init": "s", "prompts": "p", "steps": 1, "teacher_service": SERVICE} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "t"}, "exactly one of `teacher`"),
+        ({"teacher_service": None}, "exactly one of `teacher`"),
+        ({"teacher_engine": "sglang", "kl_estimator": "sampled_token"}, "scores and samples nothing"),
+        ({"teacher_service": {"url": "10.0.0.5:8400"}}, "is not an address"),
+        ({"teacher_service": {"url": "http://me:secret@host:1"}}, "give the key in api_key_file"),
+        ({"teacher_service": {"url": []}}, "at least one address"),
+        ({"reference": {"math": "r"}, "reward_scale": 2.0}, "by the same domains"),
+    ],
+)
+def test_served_teachers_that_cannot_be_meant_are_refused(changes, message):
+    with pytest.raises(pydantic.ValidationError, match=message) as error:
+        served(**changes)
+    assert "secret" not in str(error.value.errors(include_input=False))
+
+
+def test_a_served_teacher_is_no_input_of_its_stage():
+    assert served().inputs() == {"init": "s"}
+    assert served().teacher_service.urls == ["http://10.0.0.5:8400"]
+    by_domain = served(teacher_service={"math": SERVICE, "code": SERVICE}, reference={"math": "r", "code": "r"})
+    assert set(by_domain.inputs().values()) == {"s", "r"}

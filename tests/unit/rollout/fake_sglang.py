@@ -247,7 +247,9 @@ class FakeServer:
 
     def scores(self, body: dict) -> tuple[int, bytes]:
         k = min(body.get("top_logprobs_num", 0), self.cap or len(self.embedding))
-        replies = [self.score(ids, k) for ids in body["input_ids"]]
+        starts = body["logprob_start_len"]
+        starts = starts if isinstance(starts, list) else [starts] * len(body["input_ids"])
+        replies = [self.score(ids, k, start) for ids, start in zip(body["input_ids"], starts, strict=True)]
         fault = self.score_faults.popleft() if self.score_faults else None
         meta = replies[0]["meta_info"]
         match fault:
@@ -301,13 +303,19 @@ class FakeServer:
             meta["routed_experts"] = encoded_routes(toy_routes(tokens, self.weight_version, self.routing))
         return {"text": "", "output_ids": output, "meta_info": meta | {"output_token_logprobs": scored}}
 
-    def score(self, ids: list[int], k: int = 0) -> dict:
+    def score(self, ids: list[int], k: int = 0, start: int = 0) -> dict:
+        """As SGLang: entries of the tokens from ``start`` on, of which the first has no score."""
+        count, ids = len(ids), ids[start:]
         table = log_prob_table(self.embedding)
         last = len(self.embedding) - 1
         shown = [0 if token == last else token for token in ids]
         scored = [[None, shown[0], None]]
         scored += [[float(table[ids[index - 1], ids[index]]), shown[index], None] for index in range(1, len(ids))]
-        meta = self.meta(ids) | {"completion_tokens": 0, "finish_reason": {"type": "length", "length": 0}}
+        meta = self.meta(ids) | {
+            "prompt_tokens": count,
+            "completion_tokens": 0,
+            "finish_reason": {"type": "length", "length": 0},
+        }
         if k:
             rows = [table[token] for token in ids[:-1]]
             best = [[[float(row[token]), int(token), None] for token in np.argsort(-row)[:k]] for row in rows]
