@@ -35,8 +35,8 @@ from megatron_s2d.config.stage import (
     TrainingStageConfig,
     Truncated,
 )
-from megatron_s2d.config.teacher_service import TeacherServices
-from megatron_s2d.config.teacher_view import TeacherViews, all_views
+from megatron_s2d.config.teacher_service import TeacherServices, services_by_domain
+from megatron_s2d.config.teacher_view import TeacherViews, all_views, view_of
 from megatron_s2d.config.training import SamplingConfig
 
 SELF = "self"  # instead of a stage's name
@@ -294,6 +294,15 @@ class OpdConfig(TrainingStageConfig):
             raise ValueError("set exactly one of `teacher` (a stage) and `teacher_service` (a server with a teacher)")
         if self.teacher_service is not None and (self.teacher_engine != "trainer" or self.teacher_sampling is not None):
             raise ValueError("teacher_service scores and samples nothing: remove teacher_engine and teacher_sampling")
+        for domain, service in services_by_domain(self.teacher_service).items():
+            view = view_of(self.teacher_view, domain)
+            reads_own = view is not None and view.chat_template == "teacher"
+            exact = self.kl_estimator != "sampled_token" or self.sampling.temperature != 1.0
+            if service.cross_tokenizer and (exact or not reads_own):
+                raise ValueError(
+                    "cross_tokenizer scores texts at temperature 1: it needs kl_estimator: sampled_token, "
+                    "sampling.temperature: 1 and a teacher_view with chat_template: teacher"
+                )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -28,6 +28,13 @@ class TeacherServiceConfig(Config):
         description="tokenizer of the teacher for a teacher_view with chat_template: teacher; null: the student's",
     )
     chat_template: Path | None = Field(None, description="file of a Jinja chat template instead of the tokenizer's own")
+    cross_tokenizer: bool = Field(
+        False,
+        description="the teacher has the tokenizer named in `tokenizer`, with other ids than the student's: its "
+        "likelihood of the same text, cut where both tokenizers have a boundary, is the reward of the student's tokens "
+        "(an approximation, docs/teachers.md); needs kl_estimator: sampled_token and a teacher_view with "
+        "chat_template: teacher",
+    )
     weights_digest: str | None = Field(
         None,
         description="digest of the weights that the server must hold (it prints it); null: those that it holds when "
@@ -62,6 +69,12 @@ class TeacherServiceConfig(Config):
                 raise ValueError("url: addresses are logged: give the key in api_key_file")
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise ValueError("url: give at least one address, each once")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_cross_tokenizer(self) -> TeacherServiceConfig:
+        if self.cross_tokenizer and self.tokenizer is None:
+            raise ValueError("cross_tokenizer needs `tokenizer`, the teacher's")
         return self
 
     @property

@@ -14,7 +14,7 @@ from megatron_s2d.artifacts.files import json_digest
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import DataSource
-from megatron_s2d.config.needed_stages import prompt_model, stage_views
+from megatron_s2d.config.needed_stages import TokenizerChoice, prompt_model, stage_views
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.model_tokenizers import ModelTokenizers
@@ -50,6 +50,10 @@ class StageInputs:
     def tokenizer_of(self, model_name: str) -> Any:
         """Return the tokenizer of an entry of ``models``."""
         return self._tokenizers.of_model(model_name)
+
+    def named_tokenizer(self, name: str | None) -> Any:
+        """Return the tokenizer ``name`` (a directory or hub name); None: the workflow's."""
+        return self._tokenizers.load(TokenizerChoice(name or self.config.tokenizer, None))
 
     def data_source(self, name: str) -> DataSource:
         """Return the ``data`` entry of ``entry``, ``entry/1H`` or ``entry/2H``."""

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.config.teacher_service import services_by_domain
+from megatron_s2d.data.aligned_spans import AlignedText, align
 from megatron_s2d.data.model_tokenizers import parse_tokenizer, vocabulary_difference
 from megatron_s2d.data.tokenizer import tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import all_gather_json, broadcast_from_rank0, first_error
+from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
@@ -69,12 +72,30 @@ def connect_services(context: StageContext, stage: OpdConfig, student: MegatronM
             raise UserError(f"stages.{context.name}.teacher_service: its servers hold different weights")
     if dist.get_rank() == 0 and not began:
         atomic_write_json(path, everyone[0])
-    teachers = ServiceTeachers(
-        clients, student, wanted_of(stage, student), context.inputs.prompt_views(context.name, "teacher")
-    )
+    views = context.inputs.prompt_views(context.name, "teacher")
+    aligners = {
+        domain: aligner_of(context, client) for domain, client in clients.items() if client.settings.cross_tokenizer
+    }
+    teachers = ServiceTeachers(clients, student, wanted_of(stage, student), views, aligners)
     context.rollouts.close_with(teachers)
     teachers.read_output_layers()
     return teachers
+
+
+def aligner_of(context: StageContext, client: TeacherClient) -> Callable[[Sample], AlignedText]:
+    """Return the function that gives the text of a response in the tokens of a teacher's tokenizer."""
+    own = context.inputs.tokenizer_of(context.models.name_of(context.name))
+    other = context.inputs.named_tokenizer(client.settings.tokenizer)
+    if other.eos_token_id is None:
+        raise UserError(f"{client.settings.tokenizer}: the teacher's tokenizer has no end-of-sequence token")
+
+    def aligned(sample: Sample) -> AlignedText:
+        response = sample.token_ids[sample.prompt_length :]
+        if len(response) != sample.response_length:
+            raise UserError(f"sample {sample.id}: cross_tokenizer scores responses of one turn, without observations")
+        return align(response, own, other, end=(own.eos_token_id, other.eos_token_id))
+
+    return aligned
 
 
 def wanted_of(stage: OpdConfig, student: MegatronModel) -> Wanted:
@@ -89,20 +110,23 @@ def wanted_of(stage: OpdConfig, student: MegatronModel) -> Wanted:
 
 
 def _check_fits(context: StageContext, student: MegatronModel, client: TeacherClient) -> None:
-    """Raise ``UserError`` unless token ids mean the same for teacher and student, and its positions suffice."""
+    """Raise ``UserError`` unless token ids mean what the stage takes them for, and the teacher's positions suffice."""
     info, url, stage = client.info, client.settings.urls[0], context.stage
-    if info.vocab_size != student.spec.vocab_size:
+    if not client.settings.cross_tokenizer and info.vocab_size != student.spec.vocab_size:
         raise UserError(
             f"{url}: the teacher has a vocabulary of {info.vocab_size} tokens and the student of "
             f"{student.spec.vocab_size}: they must be equal"
         )
-    own = context.inputs.tokenizer_of(context.models.name_of(context.name))
+    own, whose = context.inputs.tokenizer_of(context.models.name_of(context.name)), "the student"
+    if client.settings.cross_tokenizer:
+        own, whose = context.inputs.named_tokenizer(client.settings.tokenizer), "teacher_service.tokenizer"
     if tokenizer_fingerprint(own) != info.tokenizer_fingerprint:
         difference = vocabulary_difference(own, parse_tokenizer(client.tokenizer_json(), url))
         if difference is not None:
-            raise UserError(f"{url}: the teacher has other token ids than the student: {difference}")
+            raise UserError(f"{url}: the teacher has other token ids than {whose}: {difference}")
     views = context.inputs.prompt_views(context.name, "teacher")
     longest = context.inputs.longest_prompt(context.name) if views is None else views.longest
+    # In the teacher's tokens a response may be longer: the server refuses the ones that are too long.
     if longest + stage.sampling.max_response_length > info.max_positions:
         raise UserError(
             f"{url}: a prompt of {longest} tokens and sampling.max_response_length "

@@ -16,13 +16,15 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import TOP_K_ROWS_PER_CHUNK
+from megatron_s2d.data.aligned_spans import AlignedText, span_log_probs
 from megatron_s2d.data.packing import MicroBatch, MiniBatch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.logits import vocab_parallel_topk
@@ -31,7 +33,7 @@ from megatron_s2d.objectives.terms import Metric
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.collectives import first_error
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.records import AnySample, Sample, own_samples
+from megatron_s2d.records import OPTIONAL_ARRAYS, AnySample, Sample, own_samples
 from megatron_s2d.teachers.cached import predicting_positions, scatter_rows
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, offload_hidden_states
 from megatron_s2d.teachers.routing import is_routed, teacher_of
@@ -50,8 +52,8 @@ class _Asked:
     job: Job
     start: int
     stop: int
-    domain: str
     left: int  # how often they will be read
+    aligned: AlignedText | None = None  # for a teacher of another tokenizer, whose tokens the rows are of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +80,13 @@ class ServiceTeachers:
         student: MegatronModel,
         wanted: Wanted,
         views: PromptViews | None = None,
+        aligners: Mapping[str | None, Callable[[Sample], AlignedText]] | None = None,
     ):
-        """clients: connected, on every rank of the last pipeline stage. views: as of ``ServedTeachers``."""
+        """clients: connected, on every rank of the last pipeline stage. views: as of ``ServedTeachers``. aligners: by
+        domain, of teachers with another tokenizer; they give the text of a response in the teacher's tokens.
+        """
         self.clients, self.student, self.wanted, self.views = clients, student, wanted, views
+        self._aligners = dict(aligners or {})
         self._weights: dict[str | None, torch.Tensor] = {}
         self._asked: dict[str, _Asked] = {}  # by key, on leaders
         self._step_keys: set[str] = set()
@@ -133,6 +139,11 @@ class ServiceTeachers:
         self, domain: str, samples: Sequence[Sample], wanted: Wanted, ids: Mapping[str, np.ndarray] | None
     ) -> None:
         read = list(samples) if self.views is None else self.views.read_own(samples)
+        align = self._aligners.get(domain if self.is_routed else None)
+        aligned = [None if align is None else align(sample) for sample in samples]
+        read = [
+            sample if text is None else _in_tokens_of(text, sample) for sample, text in zip(read, aligned, strict=True)
+        ]
         request = ScoreRequest(
             wanted.payload,
             np.concatenate([sample.token_ids for sample in read]).astype(np.int32),
@@ -148,9 +159,9 @@ class ServiceTeachers:
         num_bytes = request.reply_bytes(info.vocab_size, info.hidden_size, info.dtype)
         job = self._queue.submit(functools.partial(client.score, request), num_bytes)
         start = 0
-        for sample in samples:
-            stop = start + sample.response_length
-            self._asked[_key(sample, wanted)] = _Asked(job, start, stop, domain, wanted.num_reads)
+        for sample, as_read, text in zip(samples, read, aligned, strict=True):
+            stop = start + as_read.response_length
+            self._asked[_key(sample, wanted)] = _Asked(job, start, stop, wanted.num_reads, text)
             start = stop
 
     def _take(self, sample: Sample, wanted: Wanted) -> Reply:
@@ -163,7 +174,11 @@ class ServiceTeachers:
                 self._asked[key] = dataclasses.replace(asked, left=asked.left - 1)
             else:
                 self._forget([key])
-        return {name: values[asked.start : asked.stop] for name, values in reply.items()}
+        rows = {name: values[asked.start : asked.stop] for name, values in reply.items()}
+        if asked.aligned is None:
+            return rows
+        own = sample.require("old_log_probs", "the student's scores")[sample.response_mask]
+        return {"log_probs": span_log_probs(rows["log_probs"], own, asked.aligned.spans)}
 
     def _forget(self, keys: Sequence[str] | set[str]) -> None:
         """Drop what was asked for and will not be read; a job goes with its last sample."""
@@ -329,6 +344,16 @@ class ServiceTopK:
         counted = batch.response_mask.unsqueeze(1)
         ids = torch.where(counted, columns["ids"], torch.arange(width, dtype=torch.int32, device=counted.device))
         return TopK(ids, columns["log_probs"], columns["log_tail_mass"], tail=self.tail, support=wanted.source)
+
+
+def _in_tokens_of(text: AlignedText, sample: Sample) -> Sample:
+    """Return the prompt of ``sample``, which is in the teacher's tokens, followed by the response in these."""
+    prompt = sample.token_ids[: sample.prompt_length]
+    mask = np.arange(len(prompt) + len(text.token_ids)) >= len(prompt)
+    without: dict[str, Any] = dict.fromkeys(OPTIONAL_ARRAYS)
+    return dataclasses.replace(
+        sample, token_ids=np.concatenate([prompt, text.token_ids]), response_mask=mask, **without
+    )
 
 
 @contextlib.contextmanager

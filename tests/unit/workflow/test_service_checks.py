@@ -40,9 +40,7 @@ def test_the_plan_says_what_a_token_costs(setting, first):
     config = workflow(f"stages.opd_served.{setting}", *kind)
     key = "stages.opd_served.teacher_service"
     (line,) = service_lines(config, {key: info()})
-    assert (
-        f"as this stage asks: {first}" in line and "none of them in the trainer" in line and "sampled 4 B" in line
-    )
+    assert f"as this stage asks: {first}" in line and "none of them in the trainer" in line and "sampled 4 B" in line
     assert ("but its output layer (4.7 KiB" in line) == ("full_vocab" in setting)
     (line,) = service_lines(config, {key: "http://127.0.0.1:8400 does not answer now (refused)"})
     assert "does not answer now" in line
