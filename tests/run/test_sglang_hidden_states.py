@@ -51,7 +51,8 @@ def test_prompt_hidden_states_are_those_behind_the_final_norm(policy, tokenizer,
         log_probs = torch.log_softmax(hidden.double() @ policy.output_weight.detach().double().t(), 1)
         found = log_probs[:-1].gather(1, torch.from_numpy(token_ids[1:, None])).squeeze(1).numpy()
         print(
-            f"largest difference {np.abs(found - expected[1:]).max():.1e} nats, {num_bytes / len(token_ids):.0f} bytes a token"
+            f"largest difference {np.abs(found - expected[1:]).max():.1e} nats, "
+            f"{num_bytes / len(token_ids):.0f} bytes a token of {hidden.shape[1]} numbers"
         )
         assert found == pytest.approx(expected[1:], abs=1e-4)
         # What the prefix cache holds is not returned again: the second reply lacks most positions.
