@@ -120,6 +120,12 @@ class OpdConfig(TrainingStageConfig):
         description="a teacher on other machines that `s2d serve-teacher` serves, or domain -> that; the trainer loads "
         "no copy of it (docs/teachers.md)",
     )
+    teacher_lag: int | None = Field(
+        None,
+        ge=1,
+        description="for teacher: self; the teacher is the student as it was at the last multiple of so many steps, a "
+        "second copy of its weights; null: as it is at each update, without a copy",
+    )
     teacher_view: TeacherViews | None = Field(
         None,
         description="the prompt as the teacher reads it, or domain -> that (docs/teachers.md); null: as the student "
@@ -373,6 +379,8 @@ class OpdConfig(TrainingStageConfig):
     def _check_self_fits(self) -> OpdConfig:
         if isinstance(self.teacher, dict) and SELF in self.teacher.values():
             raise ValueError("teacher: self is the teacher of all domains: write teacher: self, or name stages")
+        if self.teacher_lag is not None and (not self.teaches_itself or self.lora is not None):
+            raise ValueError("teacher_lag goes with teacher: self, and without lora")
         if not self.teaches_itself:
             return self
         if self.teacher_view is None:

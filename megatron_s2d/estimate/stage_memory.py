@@ -339,7 +339,8 @@ class _StageEstimate:
         """Return the frozen models on the device, and bytes of models that take turns there, in host memory."""
         resident, waiting = [], 0
         for role, stage, parallel in frozen_models(self.config, self.name):
-            if stage == self.name and (role == "teacher" or self.build.lora is not None):  # the student itself
+            is_itself = role == "teacher" and getattr(self.stage, "teacher_lag", None) is None
+            if stage == self.name and (is_itself or self.build.lora is not None):  # the student itself
                 continue
             if stage != self.name and self.config.shares_weights(self.name, stage):
                 continue

@@ -30,6 +30,7 @@ from megatron_s2d.records import AnySample, Sample, own_samples, with_array, wit
 from megatron_s2d.rollout.buffer import Batch, RolloutBuffer
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.lagged_teacher import LaggedTeacherSource
 from megatron_s2d.stages.opd_teachers import (
     AnyTeachers,
     connect_services,
@@ -105,6 +106,8 @@ def run_opd(context: StageContext) -> None:
             cached = cached_samples(context, stage)
             source = DivergenceOpdSource(stage, student, buffer, scorers, cached, context.seed)
             teacher = distribution_teacher(stage, student, scorers, references)
+        if stage.teacher_lag is not None:
+            source = LaggedTeacherSource(source, student, teachers.models[None], stage.teacher_lag, context.directory)
         train(
             student,
             source,
@@ -115,6 +118,8 @@ def run_opd(context: StageContext) -> None:
             rollouts=buffer,
             validation=StageValidation.of(context, student, reward_manager, engine),
         )
+        if isinstance(source, LaggedTeacherSource):
+            source.remove_copies()
     restore_best(context, student)
     context.save_model(student)
 

@@ -36,10 +36,14 @@ AnyTeachers = TeacherRouter | ServedTeachers | ServiceTeachers
 
 
 def load_teachers(context: StageContext, stage: OpdConfig, student: MegatronModel) -> TeacherRouter:
-    """Load the frozen teachers; a student that teaches itself is its teacher, with the weights of the moment."""
+    """Load the frozen teachers; a student that teaches itself is its teacher, or has a copy that lags behind."""
     views = context.inputs.prompt_views(context.name, "teacher")
-    if stage.teaches_itself:
+    if stage.teaches_itself and stage.teacher_lag is None:
         return TeacherRouter({None: student}, views)
+    if stage.teaches_itself:
+        copy = context.models.start(trained=False)
+        copy.freeze()
+        return TeacherRouter({None: copy}, views)
     return TeacherRouter.load(stage.teacher, context.models.frozen, views)
 
 
