@@ -52,7 +52,7 @@ class TeacherServiceConfig(Config):
     max_attempts: int = Field(
         10, ge=1, description="attempts of one request, with pauses of 0.5 s to 30 s, before the run stops"
     )
-    request_timeout_seconds: float = Field(600.0, gt=0, description="time limit of one attempt")
+    request_timeout_seconds: float = Field(300.0, gt=0, description="time limit of one attempt")
     probe_tolerance: float | None = Field(
         None,
         gt=0,
