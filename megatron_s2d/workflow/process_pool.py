@@ -56,7 +56,7 @@ class ProcessServer:
     def warm_up(self) -> None:
         """Start the process to fork from, which begins to import the libraries."""
         if self._forks:
-            with _stop_signals_blocked():
+            with stop_signals_blocked():
                 multiprocessing.forkserver.ensure_running()
 
     def start(self, config: WorkflowConfig, job: Job, run_dir: Path) -> list[RankProcess]:
@@ -68,7 +68,7 @@ class ProcessServer:
             receiver, sender = self._context.Pipe(duplex=False)
             arguments = (config, job, run_dir, RankAddress(rank, world_size, scratch.rendezvous), sender)
             process = self._context.Process(target=_run_worker, args=arguments, daemon=True)
-            with _stop_signals_blocked():
+            with stop_signals_blocked():
                 process.start()
             sender.close()
             processes.append(RankProcess(process, receiver, job.heartbeat_path, scratch))
@@ -76,7 +76,7 @@ class ProcessServer:
 
 
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Block the signals that stop a run while a process is started, which keeps them blocked.
 
     Schedulers and terminals signal the whole process group. The process that ranks are forked from must outlive its

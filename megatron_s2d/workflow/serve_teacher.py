@@ -18,7 +18,7 @@ from megatron_s2d.data.model_tokenizers import has_tokenizer
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout
 from megatron_s2d.parallel.cuda_variables import set_cuda_variables
-from megatron_s2d.workflow.process_pool import Scratch, num_gpus
+from megatron_s2d.workflow.process_pool import Scratch, num_gpus, stop_signals_blocked
 from megatron_s2d.workflow.status import JobOutcome, RankAddress
 
 
@@ -73,7 +73,8 @@ def run_server(config: ServeTeacherConfig, announce: Callable[[str], None]) -> N
             receiver, sender = context.Pipe(duplex=False)
             address = RankAddress(rank, world_size, scratch.rendezvous)
             process = context.Process(target=_run_rank, args=(config, address, sender), daemon=True)
-            process.start()
+            with stop_signals_blocked():
+                process.start()
             sender.close()
             processes.append(process)
             pipes.append(receiver)

@@ -23,7 +23,7 @@ from megatron_s2d.teachers.service.info import PROTOCOL, TeacherInfo
 from megatron_s2d.teachers.service.scorer import OUTPUT_BLOCK_ROWS, output_layer
 from megatron_s2d.teachers.service.server import TeacherServer, serve
 from megatron_s2d.train.megatron_model import MegatronModel
-from megatron_s2d.workflow.status import RankAddress
+from megatron_s2d.workflow.status import STOP_SIGNALS, RankAddress
 from megatron_s2d.workflow.worker import StopOnSignal, capture_outcome, exit_with_runner
 
 
@@ -32,6 +32,7 @@ def run_teacher_rank(config: ServeTeacherConfig, address: RankAddress, pipe: Con
     exit_with_runner(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its ranks
     stop = StopOnSignal()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked since the start of this process
     pipe.send(capture_outcome(lambda: _serve(config, address, pipe, stop)))
 
 
