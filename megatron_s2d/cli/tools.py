@@ -105,7 +105,6 @@ def add_serve_teacher(commands: argparse._SubParsersAction) -> None:
 def _serve_teacher(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.serve_teacher import load_serve_config, run_server
 
-    silence_libraries()
     config = load_serve_config(options.config, options.model, options.overrides)
     run_server(config, lambda line: print(line, flush=True))
 
