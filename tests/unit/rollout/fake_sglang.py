@@ -247,7 +247,7 @@ class FakeServer:
 
     def scores(self, body: dict) -> tuple[int, bytes]:
         k = min(body.get("top_logprobs_num", 0), self.cap or len(self.embedding))
-        starts = body["logprob_start_len"]
+        starts = body.get("logprob_start_len", 0)
         starts = starts if isinstance(starts, list) else [starts] * len(body["input_ids"])
         replies = [self.score(ids, k, start) for ids, start in zip(body["input_ids"], starts, strict=True)]
         fault = self.score_faults.popleft() if self.score_faults else None
