@@ -45,9 +45,7 @@ def token_factors(
     return {id_: value / mean for id_, (_, value) in own.items()}
 
 
-def _log_ratios(
-    samples: Sequence[AnySample], student: MegatronModel, teachers: AnyTeachers
-) -> list[np.ndarray | None]:
+def _log_ratios(samples: Sequence[AnySample], student: MegatronModel, teachers: AnyTeachers) -> list[np.ndarray | None]:
     """Return |log q - log p| [length] of this rank's samples; both are computed only where the samples lack them."""
     if all(sample.has("teacher_log_probs") and sample.has("old_log_probs") for sample in samples):
         scored: Sequence[AnySample] = samples
