@@ -17,6 +17,7 @@ from megatron_s2d.config.base import Config, parse
 from megatron_s2d.config.migration import SIMULATION_KEYS, SWEEP_KEYS, WORKFLOW_KEYS
 from megatron_s2d.config.simulation import SimulationConfig
 from megatron_s2d.config.sweep import SweepConfig
+from megatron_s2d.config.teacher_service import ServeTeacherConfig
 from megatron_s2d.config.workflow import WorkflowConfig, load_workflow
 from megatron_s2d.launchers.config import LaunchConfig
 
@@ -32,7 +33,13 @@ FOLDERS = ("megatron_s2d", "conversion", "launchers", "benchmarks", "tests", "co
 SUFFIXES = {".py", ".yaml", ".toml", ".md", ".sh", ".html", ".txt"}
 
 # The word after ```yaml says which file the block is, or is a part of.
-FILES = {"": WorkflowConfig, "cluster": LaunchConfig, "sweep": SweepConfig, "simulation": SimulationConfig}
+FILES = {
+    "": WorkflowConfig,
+    "cluster": LaunchConfig,
+    "sweep": SweepConfig,
+    "simulation": SimulationConfig,
+    "teacher": ServeTeacherConfig,
+}
 BLOCK = re.compile(r"^```yaml *(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
