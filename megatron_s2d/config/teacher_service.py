@@ -53,7 +53,7 @@ class TeacherServiceConfig(Config):
         10, ge=1, description="attempts of one request, with pauses of 0.5 s to 30 s, before the run stops"
     )
     request_timeout_seconds: float = Field(300.0, gt=0, description="time limit of one attempt")
-    probe_tolerance: float | None = Field(
+    weight_check_tolerance: float | None = Field(
         None,
         gt=0,
         description="largest difference in log-probability of the check sequences, in nats, after a server has "

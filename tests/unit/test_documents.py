@@ -197,7 +197,8 @@ def code_spans(path: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-EXTERNAL = {"torch_native", "v_tp", "HF_DIR"}  # an option of SGLang, a letter of the shapes legend, an argument
+# Options of SGLang, a letter of the shapes legend, an argument.
+EXTERNAL = {"torch_native", "return_hidden_states", "v_tp", "HF_DIR"}
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=document_id)

@@ -169,7 +169,7 @@ class TeacherClient:
         elif len(found.probes) != len(expected.probes):
             what = "it checks other sequences"
         else:
-            limit = self.settings.probe_tolerance or _TOLERANCE[info.dtype]
+            limit = self.settings.weight_check_tolerance or _TOLERANCE[info.dtype]
             difference = float(np.abs(np.subtract(found.probes, expected.probes)).max())
             if not difference <= limit:
                 what = f"log-probabilities of the check sequences differ by {difference:.3g} nats, limit {limit:g}"

@@ -94,8 +94,8 @@ class ServiceTeachers:
         settings = [client.settings for client in clients.values()]
         threads = sum(item.max_concurrent_requests for item in settings) if settings[0].overlap else 0
         self._overlaps = threads > 0
-        is_leader = student.layout.is_dp_leader
-        self._queue = ScoreQueue(threads if is_leader else 0, sum(item.queue_bytes for item in settings))
+        requests = student.layout.is_dp_leader
+        self._queue = ScoreQueue(threads if requests else 0, sum(item.queue_bytes for item in settings))
 
     @property
     def is_routed(self) -> bool:
