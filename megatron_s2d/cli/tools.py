@@ -95,7 +95,7 @@ def add_serve_teacher(commands: argparse._SubParsersAction) -> None:
         "s2d serve-teacher teacher.yaml",
         "s2d serve-teacher --model /models/big --set parallel.tensor_model_parallel_size=8",
     )
-    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="file with the server's settings")
+    command.add_argument("settings", type=Path, nargs="?", metavar="CONFIG", help="file with the server's settings")
     command.add_argument("--model", type=Path, metavar="DIR", help="the teacher's weights, instead of the file's model")
     command.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a key"
@@ -105,7 +105,7 @@ def add_serve_teacher(commands: argparse._SubParsersAction) -> None:
 def _serve_teacher(options: argparse.Namespace) -> None:
     from megatron_s2d.workflow.serve_teacher import load_serve_config, run_server
 
-    config = load_serve_config(options.config, options.model, options.overrides)
+    config = load_serve_config(options.settings, options.model, options.overrides)
     run_server(config, lambda line: print(line, flush=True))
 
 
