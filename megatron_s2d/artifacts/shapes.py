@@ -97,6 +97,19 @@ class ResponseRow(Shape):
     tokens: list[ResponseToken] = []
 
 
+class GradedResponse(Shape):
+    """A row of ``responses.jsonl`` of an evaluation, or of a file of ``validation/step_*``."""
+
+    step: int
+    problem_id: str
+    sample: int
+    response: str
+    reward: pydantic.FiniteFloat | None
+    verifier_label: str
+    verifier_detail: str | None = None
+    finish_reason: str
+
+
 class EvaluationRow(Shape):
     """A row of ``evaluation.jsonl``: a problem with one entry for each of its samples."""
 

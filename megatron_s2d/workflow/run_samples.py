@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_s2d.artifacts.files import read_jsonl
-from megatron_s2d.artifacts.shapes import ResponseRow, checked_rows
+from megatron_s2d.artifacts.shapes import GradedResponse, ResponseRow, checked_rows
 from megatron_s2d.report.results import RolloutExample
 from megatron_s2d.workflow.plan import Job
 from megatron_s2d.workflow.preflight import Preflight
@@ -32,9 +32,7 @@ def run_samples(jobs: Sequence[Job], preflight: Preflight) -> RunSamples:
     examples, total = [], 0
     prompts = _Prompts(preflight)
     for job, source, path in files:
-        rows = read_jsonl(path)
-        if source == "training":
-            rows = checked_rows(rows, ResponseRow, str(path))
+        rows = checked_rows(read_jsonl(path), ResponseRow if source == "training" else GradedResponse, str(path))
         total += len(rows)
         chosen = [rows[index * len(rows) // limit] for index in range(limit)] if len(rows) > limit else rows
         examples += [_example(job.stage, source, row, prompts) for row in chosen]

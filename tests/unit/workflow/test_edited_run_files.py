@@ -1,6 +1,7 @@
 """Files of a run directory that someone edited, merged or truncated are refused in one line that names the place."""
 
 import json
+import types
 
 import pytest
 
@@ -8,8 +9,8 @@ from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.cli import main
 from megatron_s2d.errors import UserError
 from megatron_s2d.report.evaluation import read_evaluation
-from megatron_s2d.workflow.collect_results import _examples
 from megatron_s2d.workflow.plan import Job
+from megatron_s2d.workflow.run_samples import run_samples
 
 DEEP = "[" * 200_000
 VALUES = ["", "[]", "{}", "null", '"x"', "3", DEEP, '{"a": ' * 20_000]
@@ -98,11 +99,24 @@ def test_rows_of_an_evaluation(tmp_path, content):
 
 def test_rows_of_responses(tmp_path):
     job = Job("stages/a", "a", None, StageDirectory(tmp_path), {}, {}, 0, "reuse", "finished")
+    preflight = types.SimpleNamespace(prompts={})
     path = tmp_path / "rollouts.jsonl"
     path.write_text(json.dumps(RESPONSE) + "\n")
-    assert _examples(job)[0].response == "2"
+    assert run_samples([job], preflight).examples[0].response == "2"
     for row in (*wrong(RESPONSE), {**RESPONSE, "more": 1}, {**RESPONSE, "tokens": [{"text": 1}]}):
-        refuse(lambda: _examples(job), path, json.dumps(row) + "\n", always=False)
+        refuse(lambda: run_samples([job], preflight), path, json.dumps(row) + "\n", always=False)
+
+
+def test_rows_of_graded_responses(tmp_path):
+    job = Job("stages/a", "a", None, StageDirectory(tmp_path), {}, {}, 0, "reuse", "finished")
+    preflight = types.SimpleNamespace(prompts={})
+    row = {key: value for key, value in RESPONSE.items() if key not in ("prompt", "answer", "tokens")} | {"sample": 0}
+    path = tmp_path / "validation" / "step_1" / "curve.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(row) + "\n")
+    assert run_samples([job], preflight).examples[0].response == "2"
+    for edited in wrong(row):
+        refuse(lambda: run_samples([job], preflight), path, json.dumps(edited) + "\n", always=False)
 
 
 @pytest.mark.parametrize("content", [*VALUES, '{"arms": []}', '{"arms": {"a": 3}}', '{"arms": {"a": {}}}'])

@@ -31,7 +31,10 @@ def write(path: Path, ids, **field) -> None:
 
 def filtered(path: Path, **limits) -> list[str]:
     """Overrides for stage 3."""
-    return [f"stages.stage3.prompt_filter={json.dumps({'evaluation': str(path)} | limits)}"]
+    return [
+        "stages.stage3.validation=null",
+        f"stages.stage3.prompt_filter={json.dumps({'evaluation': str(path)} | limits)}",
+    ]
 
 
 def test_prompts_outside_the_range_are_left_out(checked, tmp_path):

@@ -60,8 +60,13 @@ class Server:
 
 
 def job(name, *inputs, is_pending=True):
+    nowhere = Path("/nowhere")
     directory = types.SimpleNamespace(
-        metrics_path=types.SimpleNamespace(), note_path=Path("/nowhere"), warnings_path=Path("/nowhere")
+        metrics_path=types.SimpleNamespace(),
+        note_path=nowhere,
+        warnings_path=nowhere,
+        validation_path=nowhere,
+        validations=list,
     )
     return types.SimpleNamespace(id=name, inputs=dict.fromkeys(inputs, "key"), is_pending=is_pending, total=1,
                                  directory=directory, is_stage=False, stage=name)  # fmt: skip
