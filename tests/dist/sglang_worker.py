@@ -106,7 +106,8 @@ def run_at(layout: layouts.Layout, preset: str, directory: Path) -> dict:
     table = log_prob_table(embedding.numpy())
     best = [np.argsort(-table[sample.token_ids[:-1]], axis=1)[:, :3] for sample in samples]
     top_agree = len(likeliest) == len(samples) and all(
-        np.array_equal(top.ids[1:], ids) for top, ids in zip(likeliest, best, strict=True)
+        np.array_equal(top.ids[sample.prompt_length :], ids[sample.prompt_length - 1 :])
+        for sample, top, ids in zip(samples, likeliest, best, strict=True)
     )
     faults_left = broadcast_from_rank0(lambda: sum(len(server.faults) for server in servers))
     for server in servers:
