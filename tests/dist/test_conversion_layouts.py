@@ -35,7 +35,7 @@ MODELS = {
 }
 DENSE = ("tp1", "tp2", "pp2", "tp2pp2", "tp4")
 EXPERT = ("ep2", "ep2tp2pp2")
-SLOW = ("qwen3_tied", "llama")  # each of their two properties occurs in another model
+SLOW = ("qwen3_tied", "llama", "moe_tied")  # each of their properties occurs in another model
 CASES = [
     pytest.param(name, layout, marks=pytest.mark.slow if name in SLOW else ())
     for name in MODELS

@@ -20,6 +20,8 @@ SLOW = (
     "tiny-teacher/tp2",
     "tiny-teacher/pp2",
     "tiny-teacher/tp2pp2",
+    "tiny-teacher/tp2sp",
+    "tiny-llama/pp2",
     "tiny-llama/tp2sp",
     "tiny-llama/tp2pp2",
     "tiny-moe/ep2",

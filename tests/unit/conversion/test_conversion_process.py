@@ -122,6 +122,7 @@ def test_killed_conversion_leaves_nothing_that_loads(tmp_path):
     assert {path.name for path in tmp_path.iterdir() if "_7" in path.name} == {"hf_to_megatron_7", "megatron_to_hf_7"}
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     """A checkpoint of 30 layers, 26 times as large as its largest layer or tensor, within four times that bound."""
     spec = ModelConfig(

@@ -69,7 +69,9 @@ def improving(monkeypatch):
     monkeypatch.setattr(ToyEngine, "chance", staticmethod(lambda version: chances[version]))
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "sg_opd" else ()) for kind in STAGES]
+)
 def test_training_does_not_notice_it(workflow, kind):
     write_cache(workflow)
     plain = workflow.run("plain", **settings(kind, None))
