@@ -75,10 +75,12 @@ def test_episodes_with_a_calculator_are_trained_on(unbroken):
 
 
 def test_label_ledger_is_written(unbroken):
-    entries = {entry["stage"]: entry for entry in json.loads((unbroken / "label_ledger.json").read_text())}
-    first, last = set(entries["rl_teacher"]["prompt_ids"]), set(entries["stage3"]["prompt_ids"])
+    rows = json.loads((unbroken / "label_ledger.json").read_text())
+    entries = {(row["stage"], row["prompts"]): row for row in rows}
+    first, last = (set(entries[key]["prompt_ids"]) for key in (("rl_teacher", "pool/1H"), ("stage3", "pool/2H")))
     assert len(first) == len(last) == 128 and not first & last
-    assert not entries["opd"]["labels_used"]
+    assert not any(row["labels_used"] for row in rows if row["stage"] == "opd")
+    assert entries["stage3", "held_out"]["labels_used"] and not set(entries["stage3", "held_out"]["prompt_ids"]) & last
 
 
 def test_same_command_reuses_everything(unbroken):
