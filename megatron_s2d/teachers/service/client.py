@@ -102,14 +102,15 @@ class TeacherClient:
         def ask(attempt: int) -> dict[str, np.ndarray]:
             url = self.settings.urls[(first + attempt) % len(self.settings.urls)]
             meta, tensors = decode(self._call(url, "POST", "/score", body))
-            info = self.info
-            request.check_reply(tensors, info.vocab_size, info.hidden_size, info.dtype)
+            # First who answered: another teacher's reply may have other sizes, and no attempt would change that.
             if meta.get("instance") != self._proven.get(url):
                 with self._proving:
                     if meta.get("instance") != self._proven.get(url):
                         self._prove(url)
                 if meta.get("instance") != self._proven.get(url):
                     raise WireError("it restarted while it answered")
+            info = self.info
+            request.check_reply(tensors, info.vocab_size, info.hidden_size, info.dtype)
             return tensors
 
         return self._attempt(ask, counts=True)

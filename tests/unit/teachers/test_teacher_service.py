@@ -204,6 +204,18 @@ def test_a_server_that_restarts_with_other_weights_stops_the_run(other, reason):
         client.score(request())
 
 
+def test_a_server_that_restarts_with_a_model_of_another_width_stops_the_run():
+    """Its replies have other sizes: that it is another teacher is what the line says."""
+    with StandIn() as server:
+        client, port = connected(server), server.server.port
+    with StandIn(instance="second", port=port, digest="other files") as server:
+        server.change = lambda tensors: {
+            name: array[:, : HIDDEN // 2] if name == "hidden" else array for name, array in tensors.items()
+        }
+        with pytest.raises(UserError, match="does not hold the teacher with which this stage began"):
+            client.score(request("hidden"))
+
+
 def test_equal_digests_with_other_log_probabilities_stop_the_run():
     with StandIn() as server:
         client, port = connected(server), server.server.port
