@@ -6,6 +6,7 @@
   const COLORS = ["#0072B2", "#D55E00", "#009E73", "#8a5ba6", "#6b7280", "#b58900", "#c2407f", "#222222"];
   const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 3", "10 4", "4 2", "3 5"];
   const SAMPLES_AT_ONCE = 20;
+  const HASH = "#tab=";  // never the id of an element: the browser would scroll to it
 
   function el(tag, attributes, ...children) {
     const svg = ["svg", "g", "path", "line", "text", "rect", "circle"].includes(tag);
@@ -238,7 +239,7 @@
       tab.section.hidden = name !== id;
       tab.button.setAttribute("aria-selected", String(name === id));
     }
-    history.replaceState(null, "", "#" + encodeURIComponent(id));
+    history.replaceState(null, "", HASH + encodeURIComponent(id));
     tabs[id].button.scrollIntoView({block: "nearest", inline: "nearest"});
   }
   add("overview", "Overview", document.getElementById("overview"));
@@ -246,7 +247,7 @@
   if (data.samples.length) add("samples", "Samples", browser.section);
   const provenance = document.getElementById("provenance");
   if (provenance) add("provenance", "Provenance", provenance);
-  const wanted = decodeURIComponent(location.hash.slice(1));
+  const wanted = decodeURIComponent(location.hash.slice(HASH.length));
   open(tabs[wanted] ? wanted : "overview");
   if (data.live) setTimeout(() => { if (!browser.busy()) location.reload(); }, 30000);
 })();

@@ -26,6 +26,7 @@ PROBE = """<!doctype html><body>
 <script>
 addEventListener("load", () => setTimeout(() => {
   const page = document.querySelector("iframe").contentWindow, doc = page.document, wide = [];
+  const top = page.scrollY;
   for (const button of doc.querySelectorAll("#tabs button")) {
     button.click();
     if (doc.documentElement.scrollWidth > page.innerWidth) wide.push(button.textContent);
@@ -36,7 +37,7 @@ addEventListener("load", () => setTimeout(() => {
   const found = doc.querySelectorAll(".sample").length;
   const out = document.createElement("pre");
   out.id = "probe";
-  out.textContent = JSON.stringify({width: page.innerWidth, wide, found,
+  out.textContent = JSON.stringify({width: page.innerWidth, top, wide, found,
     tabs: doc.querySelectorAll("#tabs button").length, charts: doc.querySelectorAll(".card svg[role]").length,
     alien: doc.querySelectorAll("main img[onerror], a, script").length});
   document.body.append(out);
@@ -61,5 +62,5 @@ def test_page_in_a_browser(tmp_path, width):
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found[1]))
     assert seen.pop("charts") >= 10
-    assert seen == {"width": width, "wide": [], "found": 1, "tabs": 7, "alien": 2}  # the page's own two scripts
+    assert seen == {"width": width, "top": 0, "wide": [], "found": 1, "tabs": 7, "alien": 2}  # the page's own two scripts
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, and nothing that the policy stopped
