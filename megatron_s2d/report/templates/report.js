@@ -28,7 +28,7 @@
     const step = [1, 2, 5, 10].map(f => f * power).find(s => s >= rough) || 10 * power;
     const result = [];
     for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) result.push(value);
-    return result.map(value => Number(value.toPrecision(12)));
+    return result.map(value => Math.abs(value) < step * 1e-6 ? 0 : Number(value.toPrecision(12)));
   }
 
   function isConstant(panel) {
