@@ -62,5 +62,6 @@ def test_page_in_a_browser(tmp_path, width):
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found[1]))
     assert seen.pop("charts") >= 10
-    assert seen == {"width": width, "top": 0, "wide": [], "found": 1, "tabs": 7, "alien": 2}  # the page's own two scripts
+    # alien: the two scripts of the page
+    assert seen == {"width": width, "top": 0, "wide": [], "found": 1, "tabs": 7, "alien": 2}
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, and nothing that the policy stopped
