@@ -98,7 +98,7 @@ def test_import_and_export_keep_every_bit(models, tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
-@pytest.mark.parametrize(("job", "directory"), [("teacher_base", "teacher"), ("student", "student")])
+@pytest.mark.parametrize(("job", "directory"), [("teacher_base", "teacher"), ("student_base", "student")])
 def test_greedy_text_is_that_of_transformers(run, job, directory):
     expected = of_transformers(MODELS / directory, 12)
     assert {name: text for name, text in responses(job).items() if name in expected} == expected
@@ -134,6 +134,6 @@ def test_student_answers_more_problems(run):
 def test_exported_student_chats_as_in_the_run(run, tmp_path):
     s2d("convert", "megatron-to-hf", run / "stages" / "stage3" / "model", tmp_path / "hf", "--no-progress")
     expected = of_transformers(tmp_path / "hf", 6)
-    assert {name: text for name, text in responses("four_stages").items() if name in expected} == expected
+    assert {name: text for name, text in responses("stage3").items() if name in expected} == expected
     question = "Anna has 5 coins and gets 3 more. How many coins does Anna have now?"
     assert "coins" in s2d("generate", run, "four_stages", "--prompt", question, "--temperature", "0")
