@@ -145,6 +145,13 @@ class FullTeacher:
         return {}
 
 
+def overlap_metric(num_shared: float | torch.Tensor, num_selected: int) -> dict[str, Metric]:
+    """Return ``topk/overlap`` of all ranks: shared tokens by selected ones. Collective over the job."""
+    sums = torch.tensor([num_shared, num_selected], dtype=torch.float64, device=device.device())
+    dist.all_reduce(sums)
+    return {"topk/overlap": Metric(sums[0], sums[1], "mean")}
+
+
 @dataclasses.dataclass(eq=False)
 class TopKTeacher:
     """Distributions on the top-k tokens of student, teacher, or both (``union``: the student's k, then the teacher's).
@@ -164,9 +171,7 @@ class TopKTeacher:
         """Return ``topk/overlap``: share of the student's top-k tokens that are among the teacher's."""
         if self.support == "teacher":
             return {}
-        sums = torch.tensor([self._num_shared, self._num_selected], dtype=torch.float64, device=device.device())
-        dist.all_reduce(sums)
-        return {"topk/overlap": Metric(sums[0], sums[1], "mean")}
+        return overlap_metric(self._num_shared, self._num_selected)
 
     def distributions(
         self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]

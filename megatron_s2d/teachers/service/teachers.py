@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import TOP_K_ROWS_PER_CHUNK
 from megatron_s2d.data.aligned_spans import AlignedText, span_log_probs
@@ -35,6 +34,7 @@ from megatron_s2d.parallel.collectives import first_error
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import OPTIONAL_ARRAYS, AnySample, Sample, own_samples
 from megatron_s2d.teachers.cached import predicting_positions, scatter_rows
+from megatron_s2d.teachers.frozen import overlap_metric
 from megatron_s2d.teachers.hidden_state_transfer import OffloadedRows, offload_hidden_states
 from megatron_s2d.teachers.routing import is_routed, teacher_of
 from megatron_s2d.teachers.service.client import TeacherClient
@@ -274,9 +274,7 @@ class ServiceTopK:
         """See ``TopKTeacher.metrics``."""
         if self.teachers.wanted.source == "teacher":
             return {}
-        sums = torch.tensor([self._num_shared, self._num_selected], dtype=torch.float64, device=device.device())
-        dist.all_reduce(sums)
-        return {"topk/overlap": Metric(sums[0], sums[1], "mean")}
+        return overlap_metric(self._num_shared, self._num_selected)
 
     def distributions(
         self, mini_batch: MiniBatch, micro_batches: Sequence[MicroBatch]
