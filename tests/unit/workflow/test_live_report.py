@@ -60,7 +60,8 @@ def test_stages_that_run_or_wait_have_their_state(tmp_path):
 
 def test_samples_of_all_files_with_the_number_of_all(tmp_path):
     directory = StageDirectory(tmp_path / "evaluations/opd")
-    row = {"step": 1, "problem_id": "p1", "reward": 1.0, "verifier_label": "correct", "finish_reason": "stop"}
+    row = {"step": 1, "problem_id": "p1", "sample": 0, "reward": 1.0, "verifier_label": "correct"}
+    row |= {"finish_reason": "stop"}
     lines = [json.dumps(row | {"response": str(number)}) for number in range(3000)]
     directory.path.mkdir(parents=True)
     (directory.path / "responses.jsonl").write_text("\n".join(lines) + "\n")
