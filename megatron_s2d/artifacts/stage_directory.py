@@ -127,7 +127,7 @@ class StageDirectory:
             atomic_write_text(self.note_path, text)
 
     def warn(self, line: str) -> None:
-        """Add a line that the runner shows while the stage goes on."""
+        """Add a line that the runner shows while the stage runs."""
         append_line(self.warnings_path, line)
 
     def checkpoint_path(self, step: int) -> Path:

@@ -62,7 +62,7 @@ class PythonEnvironment(EnvironmentLimits):
 
 
 class RetryEnvironment(EnvironmentLimits):
-    """Grades every turn with the prompt's verifier; a wrong one is answered with `message`, and the model goes on."""
+    """Grades every turn with the prompt's verifier; a wrong one is answered with `message`, and the model continues."""
 
     type: Literal["retry"] = "retry"
     max_turns: int = Field(2, ge=2, le=1000, description="attempts; the last one is final")

@@ -326,11 +326,11 @@ class WorkflowConfig(Config):
     def _check_continues(self, where: str, stage: GrpoConfig | OpdConfig) -> None:
         """Check that ``init`` went through the same prompts in the same order."""
         if stage.init is None:
-            raise ValueError(f"{where}.prompt_order: continue needs `init`, the stage whose prompts it goes on with")
+            raise ValueError(f"{where}.prompt_order: continue needs `init`, the stage whose prompts it continues with")
         earlier = self.stages[stage.init]
         if not isinstance(earlier, GrpoConfig | OpdConfig):
             raise ValueError(
-                f"{where}.prompt_order: continue goes on with the prompts of '{stage.init}', which samples none (type "
+                f"{where}.prompt_order: continue uses the next prompts of '{stage.init}', which samples none (type "
                 f"{earlier.type}); remove it, or set init to a grpo or opd stage"
             )
         for key, ours, theirs in (

@@ -251,7 +251,7 @@ def _prompts(
     solutions = _solutions([problem.solution for problem in problems], tokenizer)
     for problem, text, ids, solution in zip(problems, texts, tokens, solutions, strict=True):
         if ids and ids[-1] == tokenizer.eos_token_id != _last_id(text, tokenizer):
-            ids = ids[:-1]  # some tokenizers end every text, and a prompt goes on
+            ids = ids[:-1]  # some tokenizers end every text, and a prompt does not end
         if not ids:
             raise UserError(f"prompt {problem.id} is empty")
         yield Prompt(

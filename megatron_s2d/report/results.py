@@ -193,7 +193,7 @@ class RunResults:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # machine, versions, command
     warnings: tuple[str, ...] = ()  # such as a pass-rate gate that failed
     table: PaperTable | None = None  # the arms in a paper's form
-    live: bool = False  # the run goes on
+    live: bool = False  # the run has not ended
     num_samples: int = 0  # that the run saved; ``rollouts`` may be a part of them
 
     def as_json(self) -> dict[str, Any]:

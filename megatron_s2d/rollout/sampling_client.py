@@ -98,7 +98,7 @@ class BackgroundRunner(EpisodeRunner, Protocol):
     def wait(self, is_enough: Callable[[Set[str]], bool]) -> dict[str, Any]:
         """Let episodes run until ``is_enough`` of the names that have ended; take what has ended, by name.
 
-        Raises as ``run`` does. An interrupted episode goes on.
+        Raises as ``run`` does. An interrupted episode continues.
         """
         ...
 

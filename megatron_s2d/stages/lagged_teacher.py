@@ -1,7 +1,7 @@
 """A student that is taught by itself as it was some steps ago: a copy of its weights that is renewed now and then.
 
 The copy is written when it is renewed, because a checkpoint between two renewals has other weights: a resumed run reads
-the copy that its checkpoint trained with, and goes on bit for bit.
+the copy that its checkpoint trained with, and continues bit for bit.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``validation.jsonl`` in the stage's directory has one row a validation, with the decision that was made then;
 ``validation/step_*/NAME.jsonl`` every response. Rank 0 decides from these files alone, so that a resumed stage and
-every layout decide alike. A checkpoint is saved before each validation but the last: an interrupted one goes on with
+every layout decide alike. A checkpoint is saved before each validation but the last: an interrupted one resumes with
 its next batch.
 """
 

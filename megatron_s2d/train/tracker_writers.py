@@ -16,7 +16,7 @@ _NOT_IN_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)  # of names of metrics
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker needs to open its run of a stage, or to go on with it."""
+    """What a tracker needs to open its run of a stage, or to resume it."""
 
     name: str  # workflow/stage
     group: str  # workflow
@@ -41,7 +41,7 @@ class TrackerWriter(Protocol):
 
 
 def open_writer(tracker: Tracker, run: TrackedRun) -> TrackerWriter:
-    """Open the run of ``tracker``, or go on with that of ``run.id``."""
+    """Open the run of ``tracker``, or resume that of ``run.id``."""
     match tracker:
         case TensorBoardTracker():
             return TensorBoardWriter(run)

@@ -62,8 +62,8 @@ class BackgroundTracker:
             while (row := self._rows.get()) is not None:
                 sent = self._send(writer, row, sent)
             writer.close()
-        except (Exception, SystemExit) as error:  # foreign code: whatever it raises, training goes on
-            self._warn(f"{type(error).__name__}: {error}; training goes on, the metrics are in metrics.jsonl")
+        except (Exception, SystemExit) as error:  # foreign code: whatever it raises, training continues
+            self._warn(f"{type(error).__name__}: {error}; training continues, the metrics are in metrics.jsonl")
 
     def _send(self, writer: TrackerWriter, row: Mapping[str, Any], sent: int) -> int:
         """Send ``row`` unless that has been done, and return the last step that was sent."""
@@ -88,7 +88,7 @@ class BackgroundTracker:
 def open_trackers(
     trackers: Sequence[Tracker], stage: StageDirectory, workflow: str, step: int
 ) -> list[BackgroundTracker]:
-    """Start the trackers of a stage that goes on after ``step``; returns before they have opened their runs."""
+    """Start the trackers of a stage that continues after ``step``; returns before they have opened their runs."""
     if not trackers:
         return []
     folder = stage.path / "tracking"

@@ -178,7 +178,7 @@ def _run_test_code(label: dict, program: Program, code: types.CodeType, more: di
 
 
 class _Instrumented(ast.NodeTransformer):
-    """Reports every assert of test code, and goes on after one that fails."""
+    """Reports every assert of test code, and continues after one that fails."""
 
     def __init__(self) -> None:
         self.count = 0

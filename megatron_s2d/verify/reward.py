@@ -46,7 +46,7 @@ def as_verdicts(
             f"{prompt.id}: {failure.label}: {failure.message}"
         )
         if settings.failure_reward is None:
-            raise UserError(f"{line}; mend it, or set failure_reward to a number to go on with that reward")
+            raise UserError(f"{line}; mend it, or set failure_reward to a number to continue with that reward")
         logger.warning("%s (they count as reward %g)", line, settings.failure_reward)
     verdicts = []
     for item in graded:

@@ -32,7 +32,7 @@ def collect_results(
     *,
     live: bool = False,
 ) -> RunResults:
-    """Return everything that the report of a run shows; ``live``: it goes on, and some jobs are not finished."""
+    """Return everything that the report of a run shows; ``live``: it has not ended, and some jobs are not finished."""
     finished = [job for job in jobs if not live or job.directory.is_finished()]
     evaluations = {
         job.stage: read_evaluation(job.directory.path / EVALUATION_NAME)

@@ -1,4 +1,4 @@
-"""Writes ``report.html`` while a run goes on. No torch here."""
+"""Writes ``report.html`` while a run is active. No torch here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARE = 0.02  # of the time that writing pages may take
 
 
 class LiveReport:
-    """The page of a run that goes on; a page that cannot be written prints one line and stops nothing."""
+    """The page of a run that has not ended; a page that cannot be written prints one line and stops nothing."""
 
     def __init__(self, run_dir: Path, jobs: Sequence[Job], preflight: Preflight, say: Callable[[str], None]):
         self._run_dir, self._jobs, self._preflight, self._say = run_dir, jobs, preflight, say
@@ -33,7 +33,7 @@ class LiveReport:
             return
         try:
             self.write()
-        except Exception as error:  # the files of a stage may be half there, the disk full: the run goes on
+        except Exception as error:  # the files of a stage may be half there, the disk full: the run continues
             self._failed = True
             text = " ".join(f"{type(error).__name__}: {error}".split())
             self._say(f"warning: report.html is written at the end only ({text})")

@@ -237,7 +237,7 @@ def watch(run_dir: Path, console: Console, *, once: bool, interval: float) -> No
             if once or view.is_finished():
                 return
             time.sleep(interval)
-    except KeyboardInterrupt:  # the run goes on
+    except KeyboardInterrupt:  # stops watching, not the run
         return
 
 
