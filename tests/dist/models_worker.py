@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -137,8 +138,7 @@ def main() -> None:
             fields["data_parallel_size"] = 4 // taken
             results[f"{preset}/{name}"] = run(preset, ParallelConfig(**fields))
     if dist.get_rank() == 0:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            json.dump(results, file)
+        Path(sys.argv[1]).write_text(json.dumps(results), encoding="utf-8")
     layouts.shutdown_distributed()
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -74,8 +75,7 @@ def main() -> None:
             for small in (False, True):
                 results[f"{name}/{variant}/{small}"] = run(name, variant, preset, small=small)
     if dist.get_rank() == 0:
-        with open(output, "w") as file:
-            json.dump(results, file)
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
     shutdown_distributed()
 
 

@@ -7,6 +7,7 @@ the output file, the address of its server, and layouts, each followed by = and 
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -123,8 +124,7 @@ def main(arguments: list[str]) -> None:
                         "in_trainer": in_trainer(layout, kind),
                     }
         if dist.get_rank() == 0:
-            with open(output, "w", encoding="utf-8") as file:
-                json.dump(results, file)
+            Path(output).write_text(json.dumps(results), encoding="utf-8")
     shutdown_distributed()
 
 

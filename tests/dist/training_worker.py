@@ -353,8 +353,7 @@ def main() -> None:
                 for scenario, result in scenarios(name, wanted.split(","), *layouts).items()
             }
     if dist.get_rank() == 0:
-        with open(output, "w") as file:
-            json.dump(results, file)
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
     shutdown_distributed()
 
 
