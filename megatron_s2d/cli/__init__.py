@@ -6,6 +6,7 @@ Commands import what they need when they run, so that ``--help`` and mistakes in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
 import traceback
@@ -17,7 +18,9 @@ from megatron_s2d.cli import init, results, run, studies, tools
 from megatron_s2d.cli.parser import silence_libraries
 from megatron_s2d.errors import UserError
 from megatron_s2d.formatting import printable
+from megatron_s2d.parallel.launcher_env import is_launched
 from megatron_s2d.workflow.status import RESUME_HINT, Interrupted, JobCrashed
+from megatron_s2d.workflow.stop_signals import stop_signals_raised
 
 _EXIT_ERROR, _EXIT_CRASH, _EXIT_INTERRUPTED = 1, 3, 130
 _DEBUG_HINT = "(run again with --debug for the traceback, and please report it)"
@@ -45,14 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command != "doctor":  # it lists all versions
             check_torch()
-        with remaining_disk_errors():
+        # Ranks that a launcher started are told by it, and answer with a checkpoint (StopOnSignal).
+        with remaining_disk_errors(), contextlib.nullcontext() if is_launched() else stop_signals_raised():
             return options.run(options) or 0
     except UserError as error:
         return _fail(f"error: {error}", options.debug, _EXIT_ERROR)
     except Interrupted as interrupted:
         return _fail(str(interrupted), False, _EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail(f"stopped; {RESUME_HINT}", False, _EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        by = f" by {interrupt}" if interrupt.args else ""  # the name of another signal than Ctrl-C's
+        return _fail(f"stopped{by}; {RESUME_HINT}", False, _EXIT_INTERRUPTED)
     except BrokenPipeError:
         return _EXIT_ERROR
     except MemoryError:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_a_signal_to_all_processes_of_the_run_ends_it_as_one_to_the_runner_does(
     assert output.splitlines()[-1] == "stopped by SIGTERM; run the same command again to resume"
     assert "error" not in output and list((run_dir / "stages/student_base/checkpoints").glob("step_*"))
     assert not processes_of(run_dir)
+
+
+def test_a_signal_during_the_preflight_ends_the_run_with_the_same_line(tmp_path):
+    """The preflight asks a judge, which does not answer; the signal goes to all processes of the run."""
+    with socket.create_server(("127.0.0.1", 0)) as judge:
+        judge.settimeout(LIMIT_SECONDS)
+        setting = f"data.pool.verifier=http://127.0.0.1:{judge.getsockname()[1]}/"
+        run = start("run", SMOKE, "--out", tmp_path / "run", *DIRECT_ARM, "--set", setting, start_new_session=True)
+        connection, _ = judge.accept()
+        with connection:
+            os.killpg(run.pid, signal.SIGTERM)
+            output, _ = run.communicate(timeout=LIMIT_SECONDS)
+    assert (run.returncode, output) == (130, "stopped by SIGTERM; run the same command again to resume\n")
+    assert not processes_of(tmp_path)
 
 
 def test_second_run_of_one_directory_waits_and_a_killed_rank_stops_the_first(tmp_path):

@@ -299,6 +299,7 @@ class ToyWorkflow:
         self.folder, self.tokenizer_cache, self.models, self.seed = folder, tokenizer_cache, models, seed
         self.stages: dict[str, dict] = {}  # those that were run
         self.data: dict[str, dict] = {}  # further entries
+        self.rollout: dict[str, object] = {}  # settings of its section
         self.directories = {name: self._finished(name) for name in models}
 
     def _finished(self, name):
@@ -325,7 +326,7 @@ class ToyWorkflow:
                 "other": {"type": "task", "split": "eval", "num_operations": 1, "num_prompts": 4},
             } | self.data,
             "stages": loads | self.stages, "arms": {"arm": name if "init" in stage else "student"},
-            "evaluation": {"prompts": "other"},
+            "evaluation": {"prompts": "other"}, "rollout": self.rollout,
         }  # fmt: skip
         config = parse(WorkflowConfig, document, "toy")
         directory = StageDirectory(self.folder / name)
