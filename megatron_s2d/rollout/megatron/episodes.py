@@ -1,8 +1,9 @@
 """Episodes of a model replica on the event loop of its producer, which runs while the model does not.
 
 The producer (the replica's first rank) resumes the episodes whose completions are ready and lets all of them run until
-each waits for the model or has ended. So which requests meet in a batch depends on the episodes, not on how long their
-tools take, and a repeated run gives the same samples. It then tells the other ranks of the replica what was asked for.
+each waits for the model or has ended. Their requests come in the order of the episodes. So which requests meet in a
+batch, and in which rows, depends on the episodes, not on how long their tools take, and a repeated run gives the same
+samples. It then tells the other ranks of the replica what was asked for.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class EpisodeLoop[Result]:
         self._replica = replica
         self._changed = asyncio.Event()
         self._waiting: dict[str, _Waiting] = {}  # request id -> its call
-        self._new: list[tuple[int, Request]] = []
+        self._new: list[tuple[_Client, int, Request]] = []  # in the order in which tools ended
         self._aborted: list[str] = []
         self._clients: list[_Client] = []
         self._tasks: list[asyncio.Task[Result]] = []
@@ -86,7 +87,7 @@ class EpisodeLoop[Result]:
 
     async def _start(self, episodes: Sequence[Episode[Result]]) -> None:
         for episode in episodes:
-            client = _Client(self)
+            client = _Client(self, len(self._clients))
             self._clients.append(client)
             task = asyncio.create_task(_call(episode, client))
             task.add_done_callback(lambda _: self._changed.set())
@@ -101,7 +102,8 @@ class EpisodeLoop[Result]:
             self.failure = next(filter(None, map(failure_of, self._tasks)), None)
             error = "" if self.failure is None else str(self.failure) or type(self.failure).__name__
             has_ended = self.failure is not None or all(task.done() for task in self._tasks)
-            asked = Asked(self._new, self._aborted, has_ended, error)
+            new = sorted(self._new, key=lambda item: (item[0].number, item[2].id))
+            asked = Asked([(priority, request) for _, priority, request in new], self._aborted, has_ended, error)
             self._new, self._aborted = [], []
         if self._replica.size > 1:
             asked = Asked.decode(self._replica.broadcast(None if self._loop is None else asked.encode(), 0))
@@ -156,7 +158,7 @@ class EpisodeLoop[Result]:
         self.check(request)
         future = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = _Waiting(client, future)
-        self._new.append((priority, request))
+        self._new.append((client, priority, request))
         client.num_waiting += 1
         self._changed.set()
         return future
@@ -183,8 +185,8 @@ class _Waiting:
 class _Client:
     """The ``SamplingClient`` of one episode."""
 
-    def __init__(self, loop: EpisodeLoop):
-        self._loop = loop
+    def __init__(self, loop: EpisodeLoop, number: int):
+        self._loop, self.number = loop, number  # number: of the episode
         self.num_waiting = 0  # requests that were not answered yet
         self.task: asyncio.Task | None = None
 

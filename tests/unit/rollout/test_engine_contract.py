@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 
@@ -163,6 +164,39 @@ def test_waiting_requests_take_the_rows_of_ended_ones(layout, monkeypatch):
         assert np.array_equal(completion.token_ids, expected.token_ids)
     # The long response has 29 tokens after its first; all others fit beside it.
     assert len(rows) == 29 and max(rows) <= 4 and rows.count(4) > 2
+
+
+def test_how_long_tools_take_changes_no_batch_and_no_bit(layout, monkeypatch):
+    """Two turns with a tool between them; the tools end in one order, and then in the other one."""
+    prompts = contract.prompts_of(in_process(layout), 6)
+    params = SamplingParams(4, ())
+    joined, add = [], running_batch.RunningBatch.add
+
+    def recording(batch, requests):
+        joined.append([request.id for request in requests])
+        add(batch, requests)
+
+    monkeypatch.setattr(running_batch.RunningBatch, "add", recording)
+
+    def run(seconds):
+        def episode_of(number, tokens):
+            async def episode(client):
+                first = await client.sample(tokens, params, seed=number, request_id=f"e{number}.0")
+                await asyncio.sleep(seconds[number])
+                tokens_so_far = np.concatenate([tokens, first.token_ids, [2]])
+                return first, await client.sample(tokens_so_far, params, seed=number + 9, request_id=f"e{number}.1")
+
+            return episode
+
+        joined.clear()
+        engine = in_process(layout, max_batch_size=4).engine  # two requests wait at a time
+        turns = engine.run([episode_of(number, tokens) for number, tokens in enumerate(prompts)])
+        return list(joined), [(c.token_ids.tolist(), c.log_probs.tolist()) for episode in turns for c in episode]
+
+    upwards = [0.02 * number for number in range(6)]
+    batches, completions = run(upwards)
+    assert (batches, completions) == run(upwards[::-1])
+    assert sorted(name for batch in batches for name in batch) == [f"e{n}.{turn}" for n in range(6) for turn in (0, 1)]
 
 
 def long_conversation(tokens: np.ndarray, number: int, params: SamplingParams):
