@@ -110,11 +110,11 @@ def test_last_number_is_a_setting_of_the_verifier():
 )
 def test_extract_answer_is_linear(part):
     text = part * (2_000_000 // len(part))
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text)
     extract_answer(r"\boxed{" + text + "}")
     extract_answer("answer is " + text)
-    assert time.perf_counter() - start < 5  # quadratic: hours
+    assert time.process_time() - start < 20  # quadratic: hours
 
 
 EQUIVALENT = [
@@ -164,7 +164,7 @@ def test_hostile_answers_neither_hang_nor_pass(verifier):
     assert statuses[-1] == "correct"
     assert not set(statuses[:-1]) & {"correct", "bad_label"}
     assert "timeout" in statuses[:-1] and "too_long" in statuses[:-1]
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 300
 
 
 def test_memory_is_limited():
