@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,7 +35,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from device_common import draw_weights
-from scipy.optimize import nnls
 from stand_ins import GROUP_SIZE, buffer_of, opd_stage
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
@@ -224,8 +224,23 @@ def calibrated(cpu_seconds: Sequence[float], rates: tuple[float, float, float]) 
         known.append(2 * two - one)
     # Errors count relative to the step's time.
     weights = 1 / np.array(cpu_seconds)
-    found, _ = nnls(np.array(rows) * weights[:, None], (np.array(cpu_seconds) - known) * weights)
+    found = non_negative(np.array(rows) * weights[:, None], (np.array(cpu_seconds) - known) * weights)
     return machine(1e9 / found[0], *rates), (float(found[1]), float(found[2]))
+
+
+def non_negative(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the x >= 0 with the least squares of ``matrix @ x - values``: the best of all choices of zeros.
+
+    matrix [rows, unknowns], values [rows].
+    """
+    best, least = np.zeros(matrix.shape[1]), np.inf
+    for used in itertools.product((False, True), repeat=matrix.shape[1]):
+        solution = np.zeros(matrix.shape[1])
+        solution[list(used)] = np.linalg.lstsq(matrix[:, used], values)[0]
+        error = float(np.sum((matrix @ solution - values) ** 2))
+        if error < least and (solution >= 0).all():
+            best, least = solution, error
+    return best
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,6 @@ pickled code: see ``safe_load``; Megatron loads its common part with ``weights_o
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_s2d.artifacts.files import file_digest, rename
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0, first_error
+from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0, first_error, gather_json_on_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
 from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
@@ -79,6 +78,7 @@ class CheckpointSave:
         self._temporary = directory.with_name(directory.name + ".partial")
         self._request: AsyncRequest | None = None
         self._arguments: list[Any] = []  # of the request's function
+        self._digests: dict[str, str] = {}  # of the files that this rank has written, by name
         self._failure: str | None = None  # of this rank
         self._thread: threading.Thread | None = None
 
@@ -113,8 +113,10 @@ class CheckpointSave:
         if failure is None:
             failure = _on_all_ranks(self._finalize)
         if failure is None:
+            by_rank = gather_json_on_rank0(self._digests)
+            digests = {name: digest for of_rank in by_rank for name, digest in of_rank.items()}
             failure = _on_rank_zero(
-                lambda: _publish(self._temporary, self._directory, self._model_spec, self._trainer_state)
+                lambda: _publish(self._temporary, self._directory, self._model_spec, self._trainer_state, digests)
             )
         if failure is not None:
             self._abort(failure)
@@ -134,7 +136,6 @@ class CheckpointSave:
                 state,
                 str(self._temporary),
                 content_metadata=_METADATA,
-                verify_integrity=True,
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
@@ -144,9 +145,17 @@ class CheckpointSave:
 
     def _write(self) -> None:
         if self._request.async_fn is not None:
-            self._failure = _failure_of(
-                lambda: self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-            )
+            self._failure = _failure_of(self._write_files)
+
+    def _write_files(self) -> None:
+        """Write the files of this rank and compute their digests.
+
+        Megatron's own digests are computed by rank 0, which would read the checkpoint of all ranks while they wait.
+        """
+        paths = [Path(path) for path, _, _ in self._arguments[1]]
+        self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+        # Of a file that could not be written Megatron reports the failure when it finalizes.
+        self._digests = {path.name: file_digest(path) for path in paths if path.is_file()}
 
     def _write_in_thread(self) -> None:
         try:
@@ -367,14 +376,21 @@ def _fresh_directory(temporary: Path, directory: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _publish(temporary: Path, directory: Path, model_spec: dict[str, Any], trainer_state: dict[str, Any]) -> None:
+def _publish(
+    temporary: Path,
+    directory: Path,
+    model_spec: dict[str, Any],
+    trainer_state: dict[str, Any],
+    digests: dict[str, str],
+) -> None:
+    """Write the manifest and rename the checkpoint into place. digests: of the files that ranks wrote, by name."""
     for name, content in (("model_spec.json", model_spec), ("trainer_state.json", trainer_state)):
         (temporary / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    manifest = json.loads((temporary / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for name in ("model_spec.json", "trainer_state.json"):
-        manifest["files"][name] = hashlib.sha256((temporary / name).read_bytes()).hexdigest()
-    (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
+    own = [path for path in temporary.iterdir() if path.is_file() and path.name not in digests]
+    files = dict(sorted((digests | {path.name: file_digest(path) for path in own}).items()))
+    manifest = temporary / MANIFEST_NAME
+    manifest.write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n", encoding="utf-8")
+    for path in [*own, manifest, temporary]:  # the other files are on the disk: Megatron's writers wait for it
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -391,7 +407,7 @@ def _on_all_ranks(action: Callable[[], object]) -> str | None:
 def _failure_of(action: Callable[[], object]) -> str | None:
     try:
         action()
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, MemoryError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, MemoryError, UserError) as error:
         logging.getLogger(__name__).debug("save failed", exc_info=True)
         return _one_line(error)
     return None

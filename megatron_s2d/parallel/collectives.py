@@ -1,4 +1,4 @@
-"""Collectives on Python values: broadcast from one rank, gather from all ranks, agree on flags and errors.
+"""Collectives on Python values: broadcast from one rank, gather from all ranks, agree on flags, sums and errors.
 
 Values travel as JSON, and nothing is pickled: these serve control flow and small results; samples and arrays go through
 ``data/sample_bytes.py`` and ``host_group.py``. Every function is collective: all ranks of the group (by default of the
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -51,12 +52,20 @@ def all_gather_json[Value](value: Value) -> list[Value]:
     """
     if dist.get_world_size() == 1:
         return [value]
-    data = _to_bytes(value)
-    padded = torch.zeros(max_over_ranks(len(data)), dtype=torch.uint8, device=device.device())
-    padded[: len(data)] = data
+    padded = _to_equal_bytes(value)
     gathered = padded.new_empty(dist.get_world_size() * len(padded))
     dist.all_gather_into_tensor(gathered, padded)
     return [_from_bytes(row) for row in gathered.view(-1, len(padded))]
+
+
+def gather_json_on_rank0[Value](value: Value) -> list[Value]:
+    """Return every rank's JSON value, in the order of ranks, on rank 0, and an empty list on the others."""
+    if dist.get_world_size() == 1:
+        return [value]
+    padded, is_rank0 = _to_equal_bytes(value), dist.get_rank() == 0
+    rows = [torch.empty_like(padded) for _ in range(dist.get_world_size())] if is_rank0 else None
+    dist.gather(padded, rows, dst=0)
+    return [_from_bytes(row) for row in rows or ()]
 
 
 def first_error(error: str | None) -> str | None:
@@ -81,6 +90,15 @@ def max_over_ranks(value: int, group: dist.ProcessGroup | None = None) -> int:
     largest = torch.tensor(value, device=device.device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)
+
+
+def sum_over_ranks(values: np.ndarray) -> np.ndarray:
+    """Return the sums of ``values`` (float64 or int64, any shape) over all ranks of the job."""
+    if dist.get_world_size() == 1:
+        return values
+    total = torch.from_numpy(values).to(device.device(), copy=True)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
 
 
 def is_same_on_all_ranks(value: int, group: dist.ProcessGroup | None = None) -> bool:
@@ -108,6 +126,14 @@ def _broadcast_json(value: Any) -> Any:
 
 def _to_bytes(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _to_equal_bytes(value: Any) -> torch.Tensor:
+    """Return a JSON value as bytes on the device, filled up to the longest value of all ranks."""
+    data = _to_bytes(value)
+    padded = torch.zeros(max_over_ranks(len(data)), dtype=torch.uint8, device=device.device())
+    padded[: len(data)] = data
+    return padded
 
 
 def _from_bytes(data: torch.Tensor) -> Any:

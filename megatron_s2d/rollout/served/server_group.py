@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,13 @@ from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import device
-from megatron_s2d.parallel.collectives import all_gather_json, any_rank, broadcast_from_rank0, first_error
+from megatron_s2d.parallel.collectives import (
+    all_gather_json,
+    any_rank,
+    broadcast_from_rank0,
+    first_error,
+    sum_over_ranks,
+)
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.records import Sample
 from megatron_s2d.rollout.engine import Decoder
@@ -288,9 +295,7 @@ class ServerGroup:
             num_bytes, failures = self._send_weights([server.url for server in servers])
             seconds = time.perf_counter() - start
             expected = self._score(samples)
-        results: list[ServerCheck] = []
-        for of_sender in all_gather_json(self._check_own(servers, samples, expected)):
-            results += [(*result,) for result in of_sender]
+        results = _shared_checks(servers, self._check_own(servers, samples, expected))
         mismatches, num_digests = _mismatching_digests(
             [(url, digest) for url, _, problem, digest in results if not problem]
         )
@@ -385,6 +390,30 @@ class ServerGroup:
         if self._backend.senders.index is None:
             return contextlib.nullcontext()
         return self._backend.transfer_weights(urls, sorted(sleeping.intersection(urls)))
+
+
+def _shared_checks(servers: Sequence[Server], own: Sequence[ServerCheck]) -> list[ServerCheck]:
+    """Return the checks of all ``servers``, in their order, on all ranks: ``own`` are those of this rank's servers.
+
+    Numbers of each server are summed over ranks, because every server has one sender: 24 bytes a server at any number
+    of ranks, and a text only of servers with a problem. Digests become numbers, equal where those are. Collective.
+    """
+    numbers = {server.url: number for number, server in enumerate(servers)}
+    values, digests = np.zeros((len(servers), 2)), np.zeros(len(servers), dtype=np.int64)
+    for url, difference, problem, digest in own:
+        values[numbers[url]] = difference, bool(problem)
+        if digest:
+            # Without the highest bit, so that it is positive, and with the lowest, so that it is not 0 (no digest).
+            digests[numbers[url]] = int(hashlib.sha256(digest.encode()).hexdigest()[:16], 16) >> 1 | 1
+    values, digests = sum_over_ranks(values), sum_over_ranks(digests)
+    problems: dict[str, str] = {}
+    if values[:, 1].any():
+        for of_sender in all_gather_json({url: problem for url, _, problem, _ in own if problem}):
+            problems |= of_sender
+    return [
+        (server.url, float(difference), problems.get(server.url, ""), f"{digest:x}" if digest else "")
+        for server, (difference, _), digest in zip(servers, values, digests, strict=True)
+    ]
 
 
 def _mismatching_digests(digests: Sequence[tuple[str, str]]) -> tuple[dict[str, str], int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 import types
 
 import numpy as np
@@ -240,6 +241,30 @@ def test_every_file_is_read_for_its_digest_by_one_rank(layout, tmp_path, monkeyp
         checkpoint._check_own_share(tmp_path / "c")
     files = {path.name for path in (tmp_path / "c").iterdir()} - {"integrity.json"}
     assert sorted(read) == sorted(files) and len(files) >= 5
+
+
+def test_ranks_compute_the_digests_of_what_they_write(layout, tmp_path, monkeypatch):
+    """Rank 0 reads no shard while the others wait, neither its own nor those of another rank, which sends digests."""
+    read, digest, other = [], checkpoint.file_digest, {"__1_0.distcp": "of rank 1"}
+
+    def recorded(path):
+        read.append((path.name, threading.current_thread().name))
+        return digest(path)
+
+    def gathered(own):
+        (tmp_path / "c.partial" / "__1_0.distcp").write_text("written by rank 1")
+        return [own, other]
+
+    monkeypatch.setattr(checkpoint, "file_digest", recorded)
+    monkeypatch.setattr(checkpoint, "gather_json_on_rank0", gathered)
+    model = trainable_model(layout)
+    model.start_saving(tmp_path / "c", {"step": 1, "updates": 1}, with_optimizer=True, async_save=True).finish()
+    files = json.loads((tmp_path / "c" / "integrity.json").read_text())["files"]
+    assert set(files) == {path.name for path in (tmp_path / "c").iterdir()} - {"integrity.json"}
+    assert files.items() >= other.items()
+    shards = sorted(name for name in files if name.endswith(".distcp") and name not in other)
+    assert shards and sorted(name for name, thread in read if thread == "checkpoint") == shards
+    assert sorted(name for name, _ in read) == sorted(files.keys() - other.keys())
 
 
 def test_existing_checkpoint_is_not_overwritten(layout, tmp_path):

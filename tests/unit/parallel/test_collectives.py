@@ -10,6 +10,7 @@ RANKS = """
 import json, multiprocessing, sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,10 +31,15 @@ def results(rank):
         "broadcast_flag": collectives.broadcast_flag(rank == 0),
         "long": collectives.broadcast_from_rank0(lambda: ["é" * 1000, {"rank": rank}, 0.1, None]),
         "all_gather_json": collectives.all_gather_json(["x" * rank, rank * 2]),
+        "gather_json_on_rank0": collectives.gather_json_on_rank0(["y" * rank]) or [["y" * other] for other in range(3)],
         "first_error": collectives.first_error(None if rank == 0 else f"error of {rank}"),
         "no_error": collectives.first_error(None),
         "any_rank": [collectives.any_rank(rank == 1), collectives.any_rank(False)],
         "max_over_ranks": collectives.max_over_ranks(rank - 9),
+        "sum_over_ranks": [
+            collectives.sum_over_ranks(np.array([[rank, 0.5]])).tolist(),
+            collectives.sum_over_ranks(np.array([2**62 if rank == 0 else 0])).tolist(),
+        ],
         "is_same": [collectives.is_same_on_all_ranks(2**62), collectives.is_same_on_all_ranks(rank)],
     }
 
@@ -70,9 +76,11 @@ def test_every_rank_gets_the_same_values(tmp_path, size):
         "broadcast_flag": True,
         "long": ["é" * 1000, {"rank": 0}, 0.1, None],
         "all_gather_json": [["x" * rank, 2 * rank] for rank in range(size)],
+        "gather_json_on_rank0": [["y" * rank] for rank in range(size)],
         "first_error": "error of 1" if size > 1 else None,
         "no_error": None,
         "any_rank": [size > 1, False],
         "max_over_ranks": size - 10,
+        "sum_over_ranks": [[[size * (size - 1) / 2, size * 0.5]], [2**62]],
         "is_same": [True, size == 1],
     }

@@ -18,6 +18,7 @@ from megatron_s2d.config.base import UserError
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.records import WeightVersionSpan
+from megatron_s2d.rollout.served import server_group
 from megatron_s2d.rollout.served.backend import WeightUpdateFailed
 from megatron_s2d.rollout.sglang import weight_sync
 from megatron_s2d.rollout.sglang.weight_sync import BroadcastWeightSync, refuse_remote, trainer_address
@@ -43,6 +44,13 @@ def test_responses_are_sampled_with_the_updated_weights(chunks, layout, servers,
     assert paths == [*update, "/weights_checker"] * 2
     engine.close()
     assert not (tmp_path / "weights").exists()
+
+
+def test_an_update_without_problems_gathers_no_texts(chunks, layout, servers, tmp_path, monkeypatch):
+    engine = make_engine(chunks, layout, tmp_path, servers)
+    monkeypatch.setattr(server_group, "all_gather_json", lambda value: pytest.fail(f"{value} is gathered"))
+    engine.update_weights(chunks, 1)
+    assert not engine._server_group.pool.problems
 
 
 def test_servers_whose_digests_differ_are_updated_again(chunks, layout, servers, tmp_path):
