@@ -54,7 +54,7 @@ from megatron_s2d.train.megatron_model import MegatronModel
 SIZES = (1, 2, 4, 8)
 NUM_GROUPS, RESPONSE_LENGTH = 16, 96
 CALIBRATION_GROUPS = (2, 6, 8)  # on one rank: one, one and two micro-batches
-STEPS = 6  # that are measured; the first connects, and the last saves
+STEPS = 4  # that are measured; the first connects, and the last saves
 MEAN_RESPONSE, MEAN_PROMPT = 0.625 * RESPONSE_LENGTH, 13  # of the stand-ins
 MICRO_BATCH_TOKENS, BYTES_PER_VALUE = 2048, 4  # float32
 TOLERANCE = 0.25
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=SIZES)
     parser.add_argument("--groups", type=int, default=NUM_GROUPS, help="prompts of a step, at every number of ranks")
-    parser.add_argument("--rounds", type=int, default=3, help="of all cases in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="of all cases in turn")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cores = len(os.sched_getaffinity(0))

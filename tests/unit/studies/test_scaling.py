@@ -173,14 +173,22 @@ def test_host_seconds_follow_the_measured_rows():
     rows = [HostCost(ranks, 0.01 * ranks**0.5, 1000) for ranks in (2, 4, 8)]
     assert growth(rows) == pytest.approx(0.5)
     assert host_seconds(64, 3000, rows) == pytest.approx(3 * 0.01 * 8)
+    rows = [
+        HostCost(ranks, (0.02 + tokens / 1e6) * ranks**0.5, tokens) for ranks in (2, 4, 8) for tokens in (100, 9000)
+    ]
+    assert growth(rows) == pytest.approx(0.5)
+    assert host_seconds(64, 5000, rows) == pytest.approx((0.02 + 0.005) * 8)
+    assert host_seconds(4, 0, rows) == pytest.approx(0.02 * 2)  # a step costs that with any samples
     assert 0.1 < growth() < 0.6 and host_seconds(8, MEASURED[2].tokens) == pytest.approx(MEASURED[2].seconds, rel=0.25)
 
 
 def test_the_page_has_the_stored_rows_and_their_exponent():
     page = PAGE.read_text()
+    columns = {tokens: number for number, tokens in enumerate(dict.fromkeys(row.tokens for row in MEASURED))}
+    assert len(columns) == 2
     for row in MEASURED:
         (line,) = re.findall(rf"^\| {row.ranks} \| {8 * row.ranks:,} \|.*$", page, re.M)
-        assert line.split("|")[-2].strip() == f"{row.seconds:.3f}", line
+        assert line.split("|")[-3 + columns[row.tokens]].strip() == f"{row.seconds:.3f}", line
     assert f"seconds {growth():.2f}." in page and f"ranks^{growth():.2f}" in page
     assert len(re.findall(r"ranks\^0\.\d", page)) == 1
 
