@@ -2,15 +2,15 @@
 
     python benchmarks/async_rollouts.py
 
-The rollout buffer is the real one; generation and training sleep. A weight update waits for the responses in flight, as
-``async_mode: one_step_off`` does.
+The rollout buffer is the real one; generation and training sleep. A weight update waits for the group in flight, as
+``async_mode: one_step_off`` does, and not for those that wait for their turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
+import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -30,41 +30,53 @@ GROUPS, GENERATIONS = 8, 2  # of a step
 
 
 class SleepingEngine:
-    """Answers one group after the other, each after ``seconds``, on a thread of its own; updates wait for what runs."""
+    """Answers one group after the other, each after ``seconds``, on a thread of its own.
+
+    Like servers with room for one group: the others wait for their turn, and go with the weights that are current then.
+    """
 
     def __init__(self, seconds: float):
         self.version, self.busy_seconds = 0, 0.0
         self._seconds = seconds
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._running: dict[str, concurrent.futures.Future[list[Sample]]] = {}
+        self._changed = threading.Condition()
+        self._waiting: dict[str, Sequence[Request]] = {}
+        self._complete: dict[str, list[Sample]] = {}
+        self._is_busy = self._is_paused = self._is_closed = False
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
 
     def generate(self, requests: Sequence[Request], progress=None) -> list[Sample]:
         """Answer now."""
         return [sample for group in itertools.batched(requests, GENERATIONS) for sample in self._answer(group)]
 
     def start(self, episodes: Mapping[str, Any], priority: int = 0) -> None:
-        """See ``BackgroundRunner``; an episode is a group here."""
-        for name, requests in episodes.items():
-            self._running[name] = self._thread.submit(self._answer, requests)
+        """See ``BackgroundRunner``; an episode is a group here. Steps ask in their order."""
+        with self._changed:
+            self._waiting |= episodes
+            self._changed.notify_all()
 
     def wait(self, is_enough: Callable[[Set[str]], bool]) -> dict[str, list[Sample]]:
         """See ``BackgroundRunner``."""
-        while not is_enough({name for name, future in self._running.items() if future.done()}):
-            pending = [future for future in self._running.values() if not future.done()]
-            concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-        ended = [name for name, future in self._running.items() if future.done()]
-        return {name: self._running.pop(name).result() for name in ended}
+        with self._changed:
+            self._resume()
+            self._changed.wait_for(lambda: is_enough(self._complete.keys()))
+            complete, self._complete = self._complete, {}
+        return complete
 
     def pause(self, *, interrupt: bool) -> None:
-        """Wait for what is in flight."""
-        concurrent.futures.wait(self._running.values())
+        """Wait for the group in flight."""
+        with self._changed:
+            self._is_paused = True
+            self._changed.wait_for(lambda: not self._is_busy)
 
     def cancel(self, names: Sequence[str]) -> None:
         """Do nothing: nothing starts again here."""
 
     def update_weights(self, chunks: Sequence[Any], version: int) -> None:
-        """Set the version."""
-        self.version = version
+        """Set the version, and continue."""
+        with self._changed:
+            self.version = version
+            self._resume()
 
     def measurements(self) -> dict[str, float]:
         """Return nothing."""
@@ -76,7 +88,27 @@ class SleepingEngine:
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _resume(self) -> None:
+        self._is_paused = False
+        self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or (self._waiting and not self._is_paused))
+                if self._is_closed:
+                    return
+                name = next(iter(self._waiting))
+                requests, self._is_busy = self._waiting.pop(name), True
+            samples = self._answer(requests)
+            with self._changed:
+                self._complete[name], self._is_busy = samples, False
+                self._changed.notify_all()
 
     def _answer(self, requests: Sequence[Request]) -> list[Sample]:
         version = self.version
