@@ -19,8 +19,8 @@ from megatron_s2d.workflow.status import STOP_SIGNALS
 def stop_signals_raised() -> Iterator[None]:
     """Inside the block the first SIGTERM or SIGUSR1 raises ``KeyboardInterrupt`` with its name; later ones do nothing.
 
-    Has no effect outside of the main thread, which has all handlers. Forked processes ignore these signals, as ranks do
-    until they can answer: they end with this process.
+    Has no effect outside of the main thread, which has all handlers. The signals end forked processes, as they would
+    without this: only the process that entered the block has something to say.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -28,7 +28,10 @@ def stop_signals_raised() -> Iterator[None]:
     owner, received = os.getpid(), []
 
     def interrupt(number: int, _: object) -> None:
-        if os.getpid() == owner and not received:  # a second one would end the cleanup of the first
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not received:  # a second one would end the cleanup of the first
             received.append(number)
             raise KeyboardInterrupt(signal.Signals(number).name)
 
