@@ -8,6 +8,7 @@ pickled code: see ``safe_load``; Megatron loads its common part with ``weights_o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -36,6 +37,7 @@ from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0, first_error, gather_json_on_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
+from megatron_s2d.parallel.optimizer_state import read_in_place
 from megatron_s2d.parallel.safe_load import no_pickled_code, read_metadata
 from megatron_s2d.parallel.trainable_model import TrainableModel
 
@@ -306,7 +308,10 @@ def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | No
         }
     if trainable is not None:
         # Not merged: chunks have equal local names.
-        state["optimizer"] = trainable.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_METADATA)
+        with contextlib.nullcontext() if loading else read_in_place(trainable.optimizer):
+            state["optimizer"] = trainable.optimizer.sharded_state_dict(
+                dict(state), is_loading=loading, metadata=_METADATA
+            )
     return state
 
 

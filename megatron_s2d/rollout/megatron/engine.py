@@ -42,6 +42,8 @@ from megatron_s2d.rollout.sampling_client import Episode
 # any case.
 _BLOCKS_PER_EXCHANGE = 32
 
+_MANY_TOKENS = 1 << 30  # episodes tell their requests' lengths only as they go
+
 
 class MegatronEngine:
     """A ``RolloutEngine`` over the model that is being trained; a weight update only sets the version."""
@@ -106,7 +108,8 @@ class MegatronEngine:
         self._check(requests)
         samples: list[Sample | None] = [None] * len(requests)
         done = 0
-        with self._passes.inference(), self._recording():
+        longest = max((request.params.max_new_tokens for request in requests), default=0)
+        with self._passes.inference(longest), self._recording():
             for planned in plan_batches(requests, self._max_batch_size, self._max_batch_tokens):
                 batch = self._new_batch()
                 batch.add([requests[index] for index in planned])
@@ -133,7 +136,7 @@ class MegatronEngine:
             episodes if producer else None, self._layout.host_replica, lambda: self.version, self._check_request
         )
         try:
-            with self._passes.inference(), self._recording():
+            with self._passes.inference(_MANY_TOKENS), self._recording():
                 error = self._answer(loop)
                 self._passes.join_until_all_done()
             if error and not producer:

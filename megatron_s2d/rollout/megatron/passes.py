@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import POSITIONS_PER_CHECK
 from megatron_s2d.models.batched_experts import BatchedExperts
-from megatron_s2d.models.decoding import decode, decode_kernels
+from megatron_s2d.models.decoding import decode, decode_kernels, weights_by_column
 from megatron_s2d.models.fixed_kv_cache import FixedKeyValueCache
 from megatron_s2d.models.kv_cache import KeyValueCache
 from megatron_s2d.parallel import device
@@ -32,6 +32,7 @@ from megatron_s2d.rollout.megatron.batching import PromptTable, TokenBlock
 from megatron_s2d.rollout.megatron.sampling import BatchParams, sample_tokens
 
 _MANY_ROWS = 1 << 30  # more than are batched over all experts
+_FEWEST_PREPARED = 16  # decoded tokens; preparing the weights takes as long as about eight of them
 
 # Megatron's switches of sequence parallelism on modules; a single decoded token cannot be split over tensor ranks.
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -51,6 +52,7 @@ class ModelPasses:
         self._experts: BatchedExperts | None = None  # within ``inference``
         self._expert_rows: int | None = None  # of each rank in the next pass; None: its experts are not batched
         self._kernels = decode_kernels()
+        self._tied_weight: torch.Tensor | None = None  # within ``inference``, of the output layer
         # Ranks of a replica are ordered by pipeline rank, then by tensor rank (Megatron's order).
         self._root = layout.tp_size * (layout.pp_size - 1)
         self.is_root = layout.groups.mp.rank() == self._root
@@ -88,7 +90,7 @@ class ModelPasses:
             hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=self.device)
             dist.recv(hidden, group=layout.groups.pp, group_src=layout.pp_rank - 1)
         experts = self._experts if self._expert_rows is not None else None
-        output = decode(self.chunk, block.newest, hidden, cache, self._kernels, experts)
+        output = decode(self.chunk, block.newest, hidden, cache, self._kernels, experts, self._tied_weight)
         if not layout.is_pipeline_last_stage:
             dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         self.sample(output if layout.is_pipeline_last_stage else None, params, block)
@@ -167,8 +169,22 @@ class ModelPasses:
         return None if is_impossible[0] else experts
 
     @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
+    def _decoding_weights(self, num_tokens: int) -> Iterator[None]:
+        """Prepare the weights for ``num_tokens`` passes of a few rows each, if there are enough to pay for it."""
+        if num_tokens < _FEWEST_PREPARED:
+            yield
+            return
+        with weights_by_column(self.chunk) as self._tied_weight:
+            try:
+                yield
+            finally:
+                self._tied_weight = None
+
+    @contextlib.contextmanager
+    def inference(self, num_tokens: int) -> Iterator[None]:
         """Switch to evaluation mode, without graph, sequence parallelism and FP8, and back afterwards.
+
+        num_tokens: that are decoded one after the other, at most.
 
         ``no_grad`` rather than ``inference_mode``: Megatron caches rotary tables that training uses too. A decoded
         token of a few rows does not fill the blocks of an FP8 product, so layers compute with their bfloat16 weights.
@@ -181,7 +197,7 @@ class ModelPasses:
         for owner, name in switches:
             setattr(owner, name, False)
         try:
-            with self.layout.active(), torch.no_grad():
+            with self.layout.active(), torch.no_grad(), self._decoding_weights(num_tokens):
                 self._experts = self._batched_experts()
                 yield
         finally:

@@ -75,6 +75,18 @@ def test_resume_is_bit_identical(layout, tmp_path):
         assert torch.equal(parameter, expected_parameter)
 
 
+def test_a_save_does_not_copy_the_optimizer_state(layout):
+    model = trainable_model(layout)
+    step(model, 0)
+    saved = checkpoint._sharded_state(model.chunks, model.trainable, loading=False)["optimizer"]["param_state"]
+    inner = model.trainable.optimizer.chained_optimizers[0].optimizer
+    in_use = {value.data_ptr() for values in inner.state.values() for value in values.values() if value.dim()}
+    moments = [tensor.data for tensors in saved.values() for kind, tensor in tensors.items() if kind != "param"]
+    assert len(moments) == len(in_use) and {tensor.data_ptr() for tensor in moments} == in_use
+    # The writer copies a tensor that is part of a larger one.
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in moments)
+
+
 def test_async_save_writes_the_state_of_its_start(layout, tmp_path):
     uninterrupted = trainable_model(layout)
     expected = [step(uninterrupted, number) for number in range(6)]

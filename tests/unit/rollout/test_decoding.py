@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 import test_rollout_megatron_engine as cases
 import torch.nn.functional as F
 
+from megatron_s2d.models import decoding
 from megatron_s2d.models.kv_cache import _rotate
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.megatron import step_graph
@@ -60,6 +61,41 @@ def test_a_step_that_runs_again_without_the_host_goes_on(layout, monkeypatch):
     for sample, expected in zip(fixed.generate(requests), reference, strict=True):
         assert np.array_equal(sample.token_ids, expected.token_ids)
     assert seen == list(range(11, 0, -1))
+
+
+@pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
+def test_weights_by_column_change_no_sample(layout, monkeypatch, preset):
+    chunks = cases.model(layout, preset)
+    requests = cases.make_requests(lengths=(4, 9, 1), groups=4, max_new_tokens=24)
+    reference = cases.engine(chunks, layout).generate(requests)  # these models are too small
+    before = {name: (value.data_ptr(), value.stride(), value.clone()) for name, value in chunks[0].named_parameters()}
+    strides = []
+    monkeypatch.setattr(decoding, "_FEWEST_VALUES_BY_COLUMN", 1)
+    generator = cases.engine(chunks, layout)
+
+    def sample(logits, params, block, original=generator._passes.sample):
+        layer = chunks[0].decoder.layers[0].self_attention
+        strides.append((layer.linear_qkv.weight.stride(0), layer.linear_proj.weight.stride(0)))
+        tied = generator._passes._tied_weight
+        assert (tied is not None) == chunks[0].share_embeddings_and_output_weights
+        assert tied is None or tied.stride(0) == 1
+        original(logits, params, block)
+
+    monkeypatch.setattr(generator._passes, "sample", sample)
+    for got, expected in zip(generator.generate(requests), reference, strict=True):
+        assert np.array_equal(got.token_ids, expected.token_ids)
+        np.testing.assert_allclose(got.rollout_log_probs, expected.rollout_log_probs, rtol=0, atol=2e-5)
+    assert set(strides) == {(1, 1)} and generator._passes._tied_weight is None
+    for name, value in chunks[0].named_parameters():  # the optimizer and the gradient buffers refer to this memory
+        data_ptr, stride, values = before[name]
+        assert value.data_ptr() == data_ptr and value.stride() == stride and torch.equal(value, values)
+
+
+def test_short_responses_do_not_pay_for_weights_by_column(layout, monkeypatch):
+    chunks = cases.model(layout)
+    monkeypatch.setattr(decoding, "_FEWEST_VALUES_BY_COLUMN", 1)
+    monkeypatch.setattr(decoding, "_by_column", lambda weight: pytest.fail("a weight was copied"))
+    cases.engine(chunks, layout).generate(cases.make_requests(lengths=(4,), max_new_tokens=8))
 
 
 def check_kernels() -> None:
