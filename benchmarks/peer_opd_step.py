@@ -1,4 +1,4 @@
-"""A whole step of on-policy distillation on a real model: ``s2d run`` against the GKD trainer of TRL, on one CPU thread.
+"""A whole step of on-policy distillation on a real model, on one CPU thread: ``s2d run`` against TRL's GKD trainer.
 
     python benchmarks/real_model.py real-model
     pip install --no-deps trl==1.16.0          # in an environment with the extra `real`; only this benchmark needs it
@@ -219,7 +219,9 @@ def train_with_trl(setting: Setting, rows: Path, first_step: Path) -> None:
             if not first_step.exists():
                 inputs = args[1]
                 content = {name: inputs[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
-                first_step.write_text(json.dumps(content | {"loss": float(loss)}), encoding="utf-8")
+                # It divides by the tokens of the data set's answers, which it has replaced by responses.
+                content["loss_sum"] = float(loss) * float(args[2])
+                first_step.write_text(json.dumps(content), encoding="utf-8")
             return loss
 
         @staticmethod
@@ -267,7 +269,7 @@ def train_with_trl(setting: Setting, rows: Path, first_step: Path) -> None:
 
 
 def loss_of_ours(setting: Setting, first_step: Path) -> tuple[float, float, int]:
-    """Return (TRL's loss, ours, response tokens) for the tokens of TRL's first step and the starting weights."""
+    """Return (TRL's loss per token, ours, tokens) for the responses of TRL's first step and the starting weights."""
     import numpy as np
     from common import start
 
@@ -309,7 +311,7 @@ def loss_of_ours(setting: Setting, first_step: Path) -> tuple[float, float, int]
     metrics = student.forward_backward(
         batches, divergence_objective("reverse_kl"), distributions, num_tokens=update.num_tokens
     )
-    return content["loss"], metrics["loss"].value(), num_tokens
+    return content["loss_sum"] / num_tokens, metrics["loss"].value(), num_tokens
 
 
 # ---------------------------------------------------------------------- both
@@ -332,7 +334,7 @@ def check_losses(setting: Setting, folder: Path) -> str:
         sys.exit(f"TRL's responses have {num_tokens} tokens together: the end token came, run it again")
     if abs(theirs - ours) > LARGEST_DIFFERENCE * abs(theirs):
         sys.exit(f"the losses of the same tokens differ: {theirs} with TRL, {ours} here")
-    return f"reverse KL of TRL's first responses: {theirs:.5f} with TRL, {ours:.5f} here"
+    return f"reverse KL a token of TRL's first responses: {theirs:.5f} with TRL, {ours:.5f} here"
 
 
 def compare(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -377,7 +379,9 @@ def print_table(setting: Setting, result: dict[str, Any]) -> None:
     seconds = {key.removeprefix("timing_s/"): value for key, value in ours["wall_seconds"].items()}
     whole = seconds.pop("step")
     print("ours, share of the last step: " + ", ".join(f"{key} {value / whole:.0%}" for key, value in seconds.items()))
-    print("TRL, CPU seconds of a step: " + ", ".join(f"{key} {value:.1f}" for key, value in theirs["parts"][-1].items()))
+    print(
+        "TRL, CPU seconds of a step: " + ", ".join(f"{key} {value:.1f}" for key, value in theirs["parts"][-1].items())
+    )
 
 
 def main() -> None:

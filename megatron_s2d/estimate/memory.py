@@ -25,6 +25,7 @@ from megatron_s2d.buffer_sizes import (
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
+from megatron_s2d.estimate.host_copies import by_column_bytes
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
 
 _CUBLAS_WORKSPACES = 2 * (32 << 20)  # on a GPU: of the thread that computes, and of autograd's
@@ -52,7 +53,7 @@ class StageMemory:
 
     pp_rank: int
     models: tuple[ResidentMemory, ...]
-    phases: Mapping[str, Mapping[str, int]]  # prefill, decode, export, score, train, update -> purpose -> bytes
+    phases: Mapping[str, Mapping[str, int]]  # prefill, decode, score, train, update, save... -> purpose -> bytes
     workspaces: int = 0  # of cuBLAS, and Transformer Engine's gradients without values
     build: int = 0  # peak while models and optimizer are made
     outside: Mapping[str, int] = dataclasses.field(default_factory=dict)  # purpose -> device bytes beside PyTorch's
@@ -405,6 +406,8 @@ def generate_phases(
         "rollout buffers": buffers,
         "sampling": rows * _sampling_bytes(shard, build, sampling) if shard.is_pipeline_last_stage else 0,
     }
+    if by_column := by_column_bytes(shard, build, sampling.max_response_length):
+        prefill["weights by column"] = decode["weights by column"] = by_column
     if spec.num_experts and build.on_gpu:
         decode["experts"] = _batched_experts_bytes(shard, build, rows)
     return {"prefill": prefill, "decode": decode}

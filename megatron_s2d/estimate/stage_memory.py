@@ -27,6 +27,7 @@ from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import corpus_documents, fitting_prompts, is_corpus
+from megatron_s2d.estimate.host_copies import save_phase
 from megatron_s2d.estimate.layers import Build, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     ResidentMemory,
@@ -167,8 +168,8 @@ def stage_memory(
     transformer_engine: whether layers on a GPU are Transformer Engine's.
     """
     estimate = _StageEstimate(config, name, specs, shape, on_gpu, transformer_engine)
-    shards = pipeline_shards(estimate.spec, estimate.parallel)
-    return max((estimate.memory_of(shard) for shard in shards), key=lambda memory: memory.total)
+    memories = map(estimate.memory_of, pipeline_shards(estimate.spec, estimate.parallel))
+    return max(memories, key=lambda memory: memory.total)
 
 
 def rank_memory(
@@ -233,8 +234,7 @@ class _StageEstimate:
         if isinstance(self.stage, TeacherCacheConfig):
             phases = self._generation(shard) | {"score": self._cache_scoring(shard)}
             return self._memory(shard, (frozen_memory(shard, self.build, "teacher", self.model),), phases)
-        work = self._workload()
-        teacher = self._teacher_inputs()
+        work, teacher = self._workload(), self._teacher_inputs()
         phases = self._generation(shard) | self._validation(shard) | self._scores(shard, work)
         fp8 = self.config.fp8
         build = dataclasses.replace(self.build, fp8_operands=fp8 is not None)
@@ -244,6 +244,7 @@ class _StageEstimate:
             phases["update"]["FP8 parameters"] = 2 * shard.num_layer_weights // shard.gradient_buffers()[-1][1]
         copies = fp8 is not None and not fp8.parameters  # FP8 parameters replace the bfloat16 weights
         student = trained_memory(shard, dataclasses.replace(self.build, fp8=copies), self.model)
+        phases["save"] = save_phase(shard, self.build, self.stage, student.optimizer)
         pinned = {}
         if self.stage.offload_optimizer:  # on the device only while they are used
             if self.on_gpu:
@@ -273,8 +274,9 @@ class _StageEstimate:
     def _memory(
         self, shard: ModelShard, models: tuple[ResidentMemory, ...], phases: Mapping[str, Mapping[str, int]]
     ) -> StageMemory:
-        made = sum(item.total for item in models)
-        return StageMemory(shard.pp_rank, models, phases, workspaces(on_gpu=self.on_gpu), made)
+        return StageMemory(
+            shard.pp_rank, models, phases, workspaces(on_gpu=self.on_gpu), sum(item.total for item in models)
+        )
 
     def _workload(self, responses: int | None = None, parallel=None) -> Workload:
         shape = self.shape
@@ -409,8 +411,7 @@ class _StageEstimate:
         return phases
 
     def _scores_old_log_probs(self) -> bool:
-        stage = self.stage
-        return isinstance(stage, GrpoConfig | OpdConfig) and stage.num_updates > 1
+        return isinstance(self.stage, GrpoConfig | OpdConfig) and self.stage.num_updates > 1
 
 
 def service_key(stage_name: str, domain: str | None) -> str:
@@ -421,8 +422,7 @@ def service_key(stage_name: str, domain: str | None) -> str:
 def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:
     """Return the served teachers of a stage; the student stands for one whose server does not answer."""
     services = services_by_domain(getattr(config.stages[name], "teacher_service", None))
-    student = specs[config.model_of(name)]
-    return [specs.get(service_key(name, domain), student) for domain in services]
+    return [specs.get(service_key(name, domain), specs[config.model_of(name)]) for domain in services]
 
 
 def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:

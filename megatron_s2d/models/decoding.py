@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
+from megatron_s2d import buffer_sizes
 from megatron_s2d.kl.chunk import triton_problem
 from megatron_s2d.models.batched_experts import BatchedExperts
 from megatron_s2d.models.kv_cache import KeyValueCache
@@ -35,11 +36,6 @@ def decode_kernels() -> ModuleType | None:
     from megatron_s2d.models import decode_kernels as kernels
 
     return kernels
-
-
-# On a CPU the product of a few rows with a matrix [out, in] takes twice as long as with [in, out]: 35 against 18 ms for
-# 8 rows and the output layer of SmolLM2 (MKL 2024.2). Smaller matrices stay in a cache and are left as they are.
-_FEWEST_VALUES_BY_COLUMN = 1 << 18
 
 
 @contextlib.contextmanager
@@ -69,7 +65,7 @@ def weights_by_column(chunk: GPTModel) -> Iterator[torch.Tensor | None]:
 def _is_slow_by_row(weight: torch.Tensor | None) -> bool:
     if weight is None or weight.is_cuda or weight.dtype != torch.float32 or weight.dim() != 2:
         return False
-    return weight.numel() >= _FEWEST_VALUES_BY_COLUMN
+    return weight.numel() >= buffer_sizes.FEWEST_VALUES_BY_COLUMN
 
 
 def _by_column(weight: torch.Tensor) -> torch.Tensor:

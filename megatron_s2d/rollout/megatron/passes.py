@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_s2d.buffer_sizes import POSITIONS_PER_CHECK
+from megatron_s2d.buffer_sizes import FEWEST_PREPARED_TOKENS, POSITIONS_PER_CHECK
 from megatron_s2d.models.batched_experts import BatchedExperts
 from megatron_s2d.models.decoding import decode, decode_kernels, weights_by_column
 from megatron_s2d.models.fixed_kv_cache import FixedKeyValueCache
@@ -32,7 +32,6 @@ from megatron_s2d.rollout.megatron.batching import PromptTable, TokenBlock
 from megatron_s2d.rollout.megatron.sampling import BatchParams, sample_tokens
 
 _MANY_ROWS = 1 << 30  # more than are batched over all experts
-_FEWEST_PREPARED = 16  # decoded tokens; preparing the weights takes as long as about eight of them
 
 # Megatron's switches of sequence parallelism on modules; a single decoded token cannot be split over tensor ranks.
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -171,7 +170,7 @@ class ModelPasses:
     @contextlib.contextmanager
     def _decoding_weights(self, num_tokens: int) -> Iterator[None]:
         """Prepare the weights for ``num_tokens`` passes of a few rows each, if there are enough to pay for it."""
-        if num_tokens < _FEWEST_PREPARED:
+        if num_tokens < FEWEST_PREPARED_TOKENS:
             yield
             return
         with weights_by_column(self.chunk) as self._tied_weight:

@@ -70,7 +70,7 @@ def test_weights_by_column_change_no_sample(layout, monkeypatch, preset):
     reference = cases.engine(chunks, layout).generate(requests)  # these models are too small
     before = {name: (value.data_ptr(), value.stride(), value.clone()) for name, value in chunks[0].named_parameters()}
     strides = []
-    monkeypatch.setattr(decoding, "_FEWEST_VALUES_BY_COLUMN", 1)
+    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_VALUES_BY_COLUMN", 1)
     generator = cases.engine(chunks, layout)
 
     def sample(logits, params, block, original=generator._passes.sample):
@@ -93,7 +93,7 @@ def test_weights_by_column_change_no_sample(layout, monkeypatch, preset):
 
 def test_short_responses_do_not_pay_for_weights_by_column(layout, monkeypatch):
     chunks = cases.model(layout)
-    monkeypatch.setattr(decoding, "_FEWEST_VALUES_BY_COLUMN", 1)
+    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_VALUES_BY_COLUMN", 1)
     monkeypatch.setattr(decoding, "_by_column", lambda weight: pytest.fail("a weight was copied"))
     cases.engine(chunks, layout).generate(cases.make_requests(lengths=(4,), max_new_tokens=8))
 
