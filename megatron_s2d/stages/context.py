@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.stages import Stage
+from megatron_s2d.config.tracking import Tracker
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.model_tokenizers import write_assets
@@ -80,14 +81,18 @@ class StageContext:
         """How the workflow's evaluation samples."""
         return self._config.evaluation.sampling
 
+    @property
+    def tracked(self) -> tuple[Sequence[Tracker], str]:
+        """The trackers of the run, and the workflow's name for them."""
+        return self._config.tracking, self._config.name
+
     def loop_settings(self, *, max_kl: float | None = None) -> LoopSettings:
         """Return how the training loop runs this stage. max_kl: see ``LoopSettings``."""
         return LoopSettings(
             self.stage.steps,
             self.stage.checkpoint,
             self.stop,
-            trackers=self._config.tracking,
-            workflow=self._config.name,
+            *self.tracked,
             max_kl=max_kl,
             max_mismatch_kl=self._config.rollout.max_mismatch_kl,
             min_replayed_agreement=self._config.rollout.min_replayed_agreement,

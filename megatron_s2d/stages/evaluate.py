@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def run_evaluation(
     if context.is_rank_zero:
         truncate_jsonl_after(partial, last=num_done)
         truncate_jsonl_after(context.directory.path / RESPONSES_NAME, last=num_done)
-    log, timer = open_log(context.directory, num_done), Timer()
+    log, timer = open_log(context.directory, num_done, *context.tracked), Timer()
     with RewardManager() as reward_manager:
         engine = context.rollouts.engine(model, model_name, params)
         environments = context.rollouts.environments(model_name, reward_manager)
@@ -76,11 +77,25 @@ def run_evaluation(
             log.write(number, response_metrics(samples) | speed | times)
             write_examples(context.directory, examples(number, samples, batch, context.inputs.tokenizer, model.layout))
             if broadcast_flag(context.stop()) and number < len(batches):
+                log.close()
                 raise Stopped(f"stopped after batch {number} of {len(batches)}")
     if context.is_rank_zero:
         rows = [row for step in read_jsonl(partial) for row in step["rows"]]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write_text(context.directory.path / ROWS_NAME, text)
+        log.write_result(len(batches), evaluation_results(rows))
+    log.close()
+
+
+def evaluation_results(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return avg@k with its standard error over problems, and shares of verdicts, for trackers. rows: ``rows_of``."""
+    means = np.array([np.mean(row["rewards"]) for row in rows], dtype=np.float64)
+    verdicts = Counter(label for row in rows for label in row["verifier_labels"])
+    results = {"evaluation/avg_at_k": float(means.mean()), "evaluation/num_problems": float(len(means))}
+    if len(means) > 1:
+        results["evaluation/avg_at_k_std_err"] = float(means.std(ddof=1) / len(means) ** 0.5)
+    total = verdicts.total()
+    return results | {f"evaluation/verdict/{label or 'none'}": count / total for label, count in verdicts.items()}
 
 
 def rows_of(prompts: Sequence[Prompt], samples: Sequence[AnySample]) -> list[dict]:

@@ -238,10 +238,13 @@ def validate(
 ) -> bool:
     """Run the validation after ``step``; one that is asked to stop leaves the checkpoint of the step on disk."""
     try:
-        return validation.run(step, num_updates)
+        ends = validation.run(step, num_updates)
     except Stopped:
         _finish(checkpoints, log)
         raise
+    if validation.is_due(step):
+        log.write_validations()
+    return ends
 
 
 def comparable(model: MegatronModel, objective: Objective, mini_batches: Sequence[MiniBatch]) -> list[MiniBatch]:

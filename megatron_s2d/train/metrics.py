@@ -19,7 +19,7 @@ from megatron_s2d.artifacts.files import append_line, truncate_jsonl_after
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.tracking import Tracker
 from megatron_s2d.parallel.watchdog import heartbeat
-from megatron_s2d.train.tracking import BackgroundTracker, open_trackers
+from megatron_s2d.train.tracking import BackgroundTracker, open_trackers, validation_results
 
 
 class MetricsLog:
@@ -37,6 +37,7 @@ class MetricsLog:
         trackers: Sequence[Tracker] = (),
         workflow: str = "",
     ):
+        self._stage = stage
         self._path = stage.metrics_path if stage is not None else None
         self._step = step
         self._trackers: list[BackgroundTracker] = []
@@ -57,6 +58,20 @@ class MetricsLog:
         append_line(self._path, json.dumps(row))
         for tracker in self._trackers:
             tracker.write(row)
+
+    def write_validations(self) -> None:
+        """Send the validations of the stage that trackers do not have yet; they are on disk."""
+        if self._trackers and self._stage is not None:
+            for row in validation_results(self._stage):
+                self._write_result(row)
+
+    def write_result(self, step: int, values: Mapping[str, float]) -> None:
+        """Send a result to the trackers, after the metrics of ``step``."""
+        self._write_result({"step": step, "time": time.time(), **values})
+
+    def _write_result(self, row: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.write_result(row)
 
     def close(self) -> None:
         """Let the trackers send what they have; the rows are already on disk."""

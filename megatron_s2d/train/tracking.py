@@ -1,14 +1,17 @@
 """Sends the rows of ``metrics.jsonl`` to experiment trackers, in a thread for each, so that none can stop training.
 
+Beside them go results: the validations inside a stage, and what an evaluation measured.
+
 A tracker shows one curve of a stage over all its restarts. Its file in the stage's folder ``tracking`` holds the
-identity of its run and the last step that was sent: steps that are computed again after a resume are not sent again,
-and rows that a kill left unsent are sent from ``metrics.jsonl``. A tracker that fails prints one warning line.
+identity of its run and the last steps that were sent: steps that are computed again after a resume are not sent again,
+and rows that a kill left unsent are sent from the stage's files. A tracker that fails prints one warning line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import queue
 import sys
 import threading
@@ -24,22 +27,41 @@ _MAX_WAITING = 10_000  # rows; beyond them rows of a tracker that hangs are drop
 _CLOSE_SECONDS = 30.0
 
 
+def validation_results(stage: StageDirectory) -> list[dict[str, Any]]:
+    """Return the validations of a stage as flat rows: ``step``, ``time``, ``validation/<data set>/<metric>``."""
+    rows = []
+    for row in stage.validations():
+        values = {
+            f"validation/{name}/{key}": value for name, part in row["data"].items() for key, value in part.items()
+        }
+        seconds = datetime.datetime.fromisoformat(row["at"]).timestamp()
+        rows.append({"step": row["step"], "time": seconds, "validation/seconds": row["seconds"], **values})
+    return rows
+
+
 class BackgroundTracker:
     """Gives rows to a tracker in a thread of its own: ``write`` never waits and never raises."""
 
     def __init__(self, tracker: Tracker, run: TrackedRun, stage: StageDirectory):
         self._tracker, self._run, self._stage = tracker, run, stage
         self._state_path = run.folder / f"{tracker.type}.json"
-        self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_MAX_WAITING)
+        self._rows: queue.Queue[tuple[str, Mapping[str, Any]] | None] = queue.Queue(_MAX_WAITING)
         self._warned = False
         self._thread = threading.Thread(target=self._send_all, name=f"tracking-{tracker.type}", daemon=True)
         self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Queue a row of ``metrics.jsonl``."""
+        self._put("sent", row)
+
+    def write_result(self, row: Mapping[str, Any]) -> None:
+        """Queue a result, after the metrics of its ``step``; one of a step that has been sent is left out."""
+        self._put("results", row)
+
+    def _put(self, kind: str, row: Mapping[str, Any]) -> None:
         if self._thread.is_alive():
             try:
-                self._rows.put_nowait(row)
+                self._rows.put_nowait((kind, row))
             except queue.Full:
                 self._warn(f"does not take rows: those after step {row['step']} are in metrics.jsonl only")
 
@@ -54,27 +76,30 @@ class BackgroundTracker:
     def _send_all(self) -> None:
         try:
             state = read_json_object(self._state_path) if self._state_path.exists() else {"id": None, "sent": 0}
-            # TensorBoard forgets the steps after the resumed one, the others keep them.
-            sent = min(state["sent"], self._run.step) if self._tracker.type == "tensorboard" else state["sent"]
+            marks = {"sent": state["sent"], "results": state.get("results", -1)}  # the last step of each kind
+            if self._tracker.type == "tensorboard":  # it forgets the steps after the resumed one, the others keep them
+                marks = {kind: min(step, self._run.step) for kind, step in marks.items()}
             writer = open_writer(self._tracker, dataclasses.replace(self._run, id=state["id"]))
-            for row in self._stage.metrics():
-                sent = self._send(writer, row, sent)
-            while (row := self._rows.get()) is not None:
-                sent = self._send(writer, row, sent)
+            earlier = [("sent", row) for row in self._stage.metrics()]
+            earlier += [("results", row) for row in validation_results(self._stage)]
+            for kind, row in sorted(earlier, key=lambda item: (item[1]["step"], item[0] == "results")):
+                self._send(writer, kind, row, marks)
+            while (item := self._rows.get()) is not None:
+                self._send(writer, *item, marks)
             writer.close()
         except (Exception, SystemExit) as error:  # foreign code: whatever it raises, training continues
             self._warn(f"{type(error).__name__}: {error}; training continues, the metrics are in metrics.jsonl")
 
-    def _send(self, writer: TrackerWriter, row: Mapping[str, Any], sent: int) -> int:
-        """Send ``row`` unless that has been done, and return the last step that was sent."""
+    def _send(self, writer: TrackerWriter, kind: str, row: Mapping[str, Any], marks: dict[str, int]) -> None:
+        """Send ``row`` unless that has been done, and move the mark of its kind."""
         step = int(row["step"])
-        if step <= sent:
-            return sent
+        if step <= marks[kind]:
+            return
+        marks[kind] = step
         # First the note: a kill in between loses a point, which is better than a second curve through it.
-        atomic_write_json(self._state_path, {"id": writer.id, "sent": step})
+        atomic_write_json(self._state_path, {"id": writer.id, **marks})
         values = {key: value for key, value in row.items() if key not in ("step", "time") and value is not None}
         writer.write(step, float(row["time"]), values)
-        return step
 
     def _warn(self, text: str) -> None:
         if not self._warned:
@@ -94,5 +119,7 @@ def open_trackers(
     folder = stage.path / "tracking"
     folder.mkdir(parents=True, exist_ok=True)
     config = stage.config() if stage.config_path.exists() else {}
-    run = TrackedRun(f"{workflow}/{stage.path.name}", workflow, config, folder, step, None)
+    path = stage.path  # evaluations have the names of stages
+    name = path.name if path.parent.name == "stages" else f"{path.parent.name}/{path.name}"
+    run = TrackedRun(f"{workflow}/{name}", workflow, config, folder, step, None)
     return [BackgroundTracker(tracker, run, stage) for tracker in trackers]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import sys
 import threading
 import time
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_s2d.artifacts.files import append_line
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.artifacts.versions import timestamp
 from megatron_s2d.config.base import Config, parse
 from megatron_s2d.config.tracking import MlflowTracker, TensorBoardTracker, Tracking, TrackioTracker, WandbTracker
 from megatron_s2d.errors import UserError
+from megatron_s2d.stages.validation import set_metrics
 from megatron_s2d.train.metrics import MetricsLog
 from megatron_s2d.workflow.tracking_checks import REQUIREMENTS, check_trackers
 
@@ -142,6 +146,44 @@ def test_steps_that_are_computed_again_are_sent_once_and_lost_rows_are_sent_late
     else:
         first, second = (call[1] for call in calls if call[0] == "init")
         assert first == second and first["group"] == "mine" and first["id"]  # the same run
+
+
+def validated(stage, step, rate):
+    responses = [{"verifier_label": "correct", "reward": 1.0, "response_length": 4, "finish_reason": "stop"}] * 2
+    data = {"held out": set_metrics(responses, 1) | {"pass_rate": rate}}
+    row = {"step": step, "data": data, "kl": None, "seconds": 2.0, "at": timestamp(), "best": False, "ended": None}
+    append_line(stage.validation_path, json.dumps(row))
+
+
+@pytest.mark.parametrize("tracker", TRACKERS, ids=lambda tracker: tracker.type)
+def test_validations_are_sent_once_after_their_step(stage, calls, tracker):
+    stage.begin({"type": "opd"}, {}, {})
+    log = MetricsLog(stage, trackers=[tracker], workflow="mine")
+    validated(stage, 0, 0.25)
+    log.write_validations()
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0})
+        validated(stage, step, 0.25 + step / 4)
+        log.write_validations()
+    log.close()
+    again = MetricsLog(stage, 2, trackers=[tracker], workflow="mine")  # killed and resumed
+    again.write_validations()
+    again.write(3, {"loss": 1.0})
+    again.close()
+    sent = [(step, "loss" if "loss" in data else data["validation/held out/pass_rate"])
+            for name, step, data in (call for call in calls if call[0] == "log")]  # fmt: skip
+    assert sent == [(0, 0.25), (1, "loss"), (1, 0.5), (2, "loss"), (2, 0.75), (3, "loss")]
+
+
+def test_results_of_an_evaluation_have_a_run_of_their_own(tmp_path, calls):
+    directory = StageDirectory(tmp_path / "evaluations/opd")
+    directory.path.mkdir(parents=True)
+    log = MetricsLog(directory, trackers=[WandbTracker()], workflow="mine")
+    log.write(1, {"reward": 0.5})
+    log.write_result(1, {"evaluation/avg_at_k": 0.5})
+    log.close()
+    assert next(call[1] for call in calls if call[0] == "init")["name"] == "mine/evaluations/opd"
+    assert [set(call[2]) - {"time"} for call in calls if call[0] == "log"] == [{"reward"}, {"evaluation/avg_at_k"}]
 
 
 def test_tensorboard_has_one_curve_over_a_resume(stage):
