@@ -21,7 +21,7 @@ from markupsafe import Markup
 from megatron_s2d.formatting import format_seconds, percent, points
 from megatron_s2d.report.page_data import page_data, spell_out, visible
 from megatron_s2d.report.plots import DPI
-from megatron_s2d.report.results import ArmResult, RunResults, StageRun
+from megatron_s2d.report.results import ArmResult, RunResults, StageRun, shares_text
 from megatron_s2d.report.statistics import EXACT_PROBLEMS, SIGNIFICANCE
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -78,6 +78,8 @@ def render_html(results: RunResults, plots: Mapping[str, bytes]) -> str:
         images={name: _image(png) for name, png in plots.items() if name in ("arms", "contrasts")},
         pass_ks=shown_pass_ks(results) if results.arms else [],
         domains=_domains(results.arms),
+        has_verdicts=any(arm.verdicts for arm in (*results.arms, *results.also_evaluated)),
+        shares_text=shares_text,
         summary=contrast_summary(results) if results.contrasts or results.refused else "",
         interval_note=interval_note(results),
         stages=[_stage_row(stage) for stage in results.stages if stage.directory.lineage_path.exists()],

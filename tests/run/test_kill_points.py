@@ -11,9 +11,9 @@ from s2d import ROOT, SMOKE, environment, metrics, s2d
 PROGRAM = Path(__file__).with_name("killed_run.py")
 
 
-def killed_run(run_dir, seed, kills, timeout, program=PROGRAM, config=SMOKE):
+def killed_run(run_dir, seed, kills, timeout, program=PROGRAM, config=SMOKE, part=()):
     result = subprocess.run(
-        [sys.executable, program, config, run_dir, str(seed), str(kills)],
+        [sys.executable, program, config, run_dir, str(seed), str(kills), *part],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -62,6 +62,14 @@ def test_a_hundred_kills(unbroken, tmp_path):
 def test_a_few_kills(unbroken, tmp_path):
     run_dir = tmp_path / "run"
     assert killed_run(run_dir, seed=7, kills=8, timeout=1500) == 8
+    assert_equals(run_dir, unbroken)
+
+
+@pytest.mark.slow
+def test_kills_between_the_responses_of_validations(unbroken, tmp_path):
+    """The processes are killed in the middle of a validation, and the next ones go on with its next batch."""
+    run_dir = tmp_path / "run"
+    assert killed_run(run_dir, seed=3, kills=8, timeout=1500, part=["/validation/"]) == 8
     assert_equals(run_dir, unbroken)
 
 

@@ -1,6 +1,7 @@
 """The report: numbers in results.json, honest words, and a page that is safe and needs no network."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import io
@@ -15,7 +16,7 @@ from rich.console import Console
 from megatron_s2d.artifacts.files import append_line, read_json
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.data.label_ledger import LedgerEntry
-from megatron_s2d.report import report
+from megatron_s2d.report import html_page, report
 from megatron_s2d.report.diagnostics import _lines_of, gap_shares, plot_diagnostics
 from megatron_s2d.report.evaluation import evaluation_from_rows, paired_comparison
 from megatron_s2d.report.page_data import MAX_SHOWN_CHARACTERS, visible
@@ -258,6 +259,13 @@ def test_stages_have_panels_numbers_and_facts(run):
     assert line["x"] == [step for step in range(1, 61) if step != 5] and len(line["y"]) == 59
     assert ["state", "done"] in stages["opd"]["facts"] and ["steps", "60"] in stages["opd"]["facts"]
     assert set(stages["opd"]["latest"]) == {"reward", "kl", "entropy", "response_length", "loss"}
+
+
+def test_table_of_arms_has_the_shares_of_verdicts(run):
+    arm = dataclasses.replace(run[1].arms[0], verdicts={"correct": 0.612, "<b>": 0.388})
+    page = html_page.render_html(dataclasses.replace(run[1], arms=(arm, *run[1].arms[1:])), {})
+    assert "<td>correct 61.2 %, &lt;b&gt; 38.8 %</td>" in page and page.count("<th>verdicts of the samples</th>") == 1
+    assert "verdicts of the samples" not in run[2]  # none of its arms has any
 
 
 def test_page_says_everything(run):

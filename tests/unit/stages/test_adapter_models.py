@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.parallel import ParallelConfig
@@ -12,7 +13,9 @@ from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
+from megatron_s2d.stages import validation
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.opd import run_opd
 from megatron_s2d.stages.model_factory import ModelFactory
 from megatron_s2d.teachers.frozen import TeacherRouter
 
@@ -112,3 +115,25 @@ def test_a_layout_of_its_own_is_another_model(tmp_path, layout, built):
         SMOKE, [f"stages.opd.lora={LORA}", "parallel.data_parallel_size=2", f"teacher_parallel={other}"]
     )
     assert not config.shares_weights("opd", "forward_kl")
+
+
+def adapter_after(folder, layout, *overrides) -> dict[str, torch.Tensor]:
+    """The adapter that a short distillation leaves in ``folder``."""
+    folder.mkdir()
+    small = ["train_batch_size=2", f"lora={LORA}", "optimizer.lr=0.01", *overrides]
+    context = context_of("opd", folder, layout, *(f"stages.opd.{item}" for item in small))
+    context.directory.begin({}, {}, {})
+    run_opd(context)
+    return load_file(context.directory.adapter_path / "adapter_model.safetensors")
+
+
+def test_the_adapter_of_the_best_validation_is_left(tmp_path, layout, monkeypatch):
+    rates, measured = {1: 0.2, 2: 0.9, 3: 0.1}, validation.set_metrics
+    monkeypatch.setattr(
+        validation, "set_metrics", lambda rows, k: measured(rows, k) | {"pass_rate": rates[rows[0]["step"]]}
+    )
+    validated = "validation={interval_steps: 1, data: {v: held_out}, num_prompts: 2, best: {metric: v/pass_rate}}"
+    best = adapter_after(tmp_path / "best", layout, "steps=3", validated, "checkpoint.keep_last_n=1")
+    two, three = (adapter_after(tmp_path / str(steps), layout, f"steps={steps}", "validation=null") for steps in (2, 3))
+    assert all(torch.equal(best[name], two[name]) for name in two) and best.keys() == two.keys()
+    assert not all(torch.equal(best[name], three[name]) for name in three)
