@@ -223,6 +223,11 @@ class _HubDataSet(Config):
     revision: str | None = Field(
         None, description="full hash of a commit (a run without one says the newest); a folder needs none"
     )
+    stream_rows: int | None = Field(
+        None,
+        ge=1,
+        description="read only this many rows, the first of the split, over the network; null: download the split",
+    )
 
 
 class HubSource(RowSource, _HubDataSet):

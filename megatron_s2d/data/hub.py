@@ -1,14 +1,23 @@
-"""Data sets of the Hugging Face hub as files: ``datasets`` downloads and converts them, into its own cache."""
+"""Data sets of the Hugging Face hub as files.
+
+``datasets`` downloads and converts a split into its own cache, or streams its first rows, which become one file here.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
-from megatron_s2d.artifacts.files import atomic_write_json, json_digest, read_json_object
+import pyarrow.parquet as pq
+
+from megatron_s2d.artifacts.files import atomic_write_json, file_digest, json_digest, read_json_object
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import FileSource, HubSource, RowSource
 from megatron_s2d.errors import UserError
+
+_ROWS_PER_BATCH = 1000  # of a stream
 
 
 def as_files(source: FileSource | HubSource, cache_dir: Path) -> FileSource:
@@ -25,18 +34,19 @@ def as_files(source: FileSource | HubSource, cache_dir: Path) -> FileSource:
         raise UserError(
             f"revision: {revision or 'a branch'} may have other rows tomorrow: set revision: {_commit(source)}"
         )
-    names = ("dataset", "name", "split", "revision")
+    names = ("dataset", "name", "split", "revision", *(("stream_rows",) if source.stream_rows else ()))
     remembered = cache_dir / f"hub-{json_digest({name: dump(source)[name] for name in names})}.json"
     paths = read_json_object(remembered)["paths"] if revision and remembered.exists() else []
     if not paths or not all(Path(path).is_file() for path in paths):
-        paths = _load(source)
-        atomic_write_json(remembered, {"paths": paths})
+        record = _load(source) if source.stream_rows is None else _stream(source, remembered.with_suffix(".parquet"))
+        atomic_write_json(remembered, record)
+        paths = record["paths"]
     return FileSource(
         path=[Path(path) for path in paths], **{name: getattr(source, name) for name in RowSource.model_fields}
     )
 
 
-def _load(source: HubSource) -> list[str]:
+def _load(source: HubSource) -> dict[str, Any]:
     import datasets  # imports pandas and fsspec: only where it is used
 
     try:
@@ -44,7 +54,39 @@ def _load(source: HubSource) -> list[str]:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # of the network, the hub, the data set's files and its description
         raise _failure(source, error) from error
-    return [file["filename"] for file in rows.cache_files]
+    return {"paths": [file["filename"] for file in rows.cache_files]}
+
+
+def _stream(source: HubSource, path: Path) -> dict[str, Any]:
+    """Write the first rows of the split to ``path``; return which rows these are, and their digest.
+
+    A commit has its files in one order, so that everybody gets the same rows.
+    """
+    import datasets
+
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_rows, writer = 0, None
+    try:
+        rows = datasets.load_dataset(
+            source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
+        )
+        for table in rows.take(source.stream_rows).with_format("arrow").iter(_ROWS_PER_BATCH):
+            writer = writer or pq.ParquetWriter(partial, table.schema)
+            writer.write_table(table)
+            num_rows += len(table)
+        if writer is None:
+            raise UserError(f"data set {source.dataset!r}: the split {source.split} has no rows")
+        writer.close()
+        os.replace(partial, path)
+    except UserError:
+        raise
+    except Exception as error:  # as in ``_load``, and of the connection in the middle of it
+        raise _failure(source, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    digest = file_digest(path)
+    return {"paths": [str(path)], "revision": source.revision, "rows": [0, num_rows], "sha256": digest}
 
 
 def _commit(source: HubSource) -> str:

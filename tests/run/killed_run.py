@@ -48,7 +48,7 @@ def run_pending(config_path: Path, run_dir: Path, count: int | None, part: str) 
             execute(config, job, run_dir, layout, lambda: False)
 
 
-def main(config_path: Path, run_dir: Path, seed: int, kills: int, part: str) -> None:
+def main(config_path: Path, run_dir: Path, seed: int, kills: int, part: str = "") -> None:
     rng = random.Random(seed)
     num_kills = 0
     while True:

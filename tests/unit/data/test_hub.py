@@ -1,6 +1,8 @@
 """Data sets that ``datasets`` loads: local folders stand for those of a hub, which a test must not need."""
 
 import datetime
+import hashlib
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -81,6 +83,37 @@ def test_the_hub_is_asked_once_for_a_commit(folder, tmp_path, monkeypatch):
     shutil.rmtree(files.paths[0].parent)  # as on another machine that has the same folder of tables
     as_files(entry, tmp_path / "tables")
     assert len(asked) == 2
+
+
+def test_the_first_rows_of_a_stream_are_kept_with_their_numbers(folder, tmp_path, monkeypatch):
+    whole = as_files(source(dataset=str(folder)), tmp_path / "whole")
+    asked, load = [], datasets.load_dataset
+
+    def of_folder(name, *arguments, revision, **options):
+        asked.append(options["streaming"])
+        return load(str(folder), *arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    entry = source(dataset="owner/arithmetic", revision=COMMIT, stream_rows=3, skip=1)
+    files = as_files(entry, tmp_path / "tables")
+    (path,) = files.paths
+    assert pq.read_table(path).to_pylist() == ROWS[:3] and files.skip == 1 and whole.skip == 0
+    (record,) = (json.loads(found.read_text()) for found in (tmp_path / "tables").glob("hub-*.json"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record == {"paths": [str(path)], "revision": COMMIT, "rows": [0, 3], "sha256": digest}
+    assert as_files(entry, tmp_path / "tables") == files and asked == [True]
+    as_files(entry.model_copy(update={"stream_rows": 4}), tmp_path / "tables")
+    assert asked == [True, True]
+
+
+def test_a_stream_that_breaks_leaves_nothing(folder, tmp_path, monkeypatch):
+    def breaking(rows, count):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets.IterableDataset, "take", breaking)
+    with pytest.raises(UserError, match=r"cannot be loaded \(reset by peer\)"):
+        as_files(source(dataset=str(folder), stream_rows=3), tmp_path / "tables")
+    assert list((tmp_path / "tables").iterdir()) == []
 
 
 @pytest.mark.parametrize("revision", [None, "main"])

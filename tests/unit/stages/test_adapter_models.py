@@ -15,8 +15,8 @@ from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
 from megatron_s2d.stages import validation
 from megatron_s2d.stages.context import StageContext
-from megatron_s2d.stages.opd import run_opd
 from megatron_s2d.stages.model_factory import ModelFactory
+from megatron_s2d.stages.opd import run_opd
 from megatron_s2d.teachers.frozen import TeacherRouter
 
 SMOKE = Path(__file__).resolve().parents[3] / "configs" / "smoke.yaml"
