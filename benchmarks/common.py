@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 import torch
 import transformers
@@ -14,7 +15,8 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.models.build import build_model
-from megatron_s2d.models.weights import export_buckets
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
+from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.parallel.layout import Layout, build_layout, initialize_distributed
 
 
@@ -40,6 +42,16 @@ def same_model_twice(
     assert list(missing) == tied and not unexpected, (missing, unexpected)
     reference.tie_weights()
     return spec, chunks, reference
+
+
+def published_model_twice(
+    directory: Path, layout: Layout
+) -> tuple[ModelSpec, list[torch.nn.Module], transformers.PreTrainedModel]:
+    """Load the weights of a Hugging Face directory in float32 into both."""
+    spec = ModelConfig(path=directory).resolve()
+    chunks = build_model(spec, layout)
+    import_weights(chunks, spec, layout, HfCheckpoint(directory))
+    return spec, chunks, transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def interleaved_minima(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """Generation on one CPU thread: the Megatron engine compared with transformers' ``generate`` on the same weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py [--repeats 7]
+    OMP_NUM_THREADS=1 python benchmarks/generation.py [--repeats 7] [--model DIR]
+
+DIR: a Hugging Face directory such as real-model/student of benchmarks/real_model.py, instead of small random models.
 
 Every response has the same fixed length, so both do the same work. transformers samples without log-probabilities, the
 engine reports them. Greedy runs of both are compared first; different tokens stop the benchmark.
@@ -10,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
-from common import interleaved_minima, same_model_twice, start
+from common import interleaved_minima, published_model_twice, same_model_twice, start
 
 from megatron_s2d.records import Prompt
 from megatron_s2d.rollout.engine import Request, SamplingParams, sample_seed
@@ -42,6 +45,8 @@ CASES = (
     Case("tiny-student", 25, 384, 16, 10, 8),
 )
 
+REAL_CASES = ((4, 4, 64), (8, 1, 64))  # prompts, group, response tokens
+
 
 def make_requests(case: Case, **params) -> list[Request]:
     generator = np.random.default_rng(0)
@@ -56,9 +61,9 @@ def make_requests(case: Case, **params) -> list[Request]:
     return requests
 
 
-def measure(case: Case, layout, repeats: int) -> str:
-    """Return one row of the table."""
-    spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
+def measure(case: Case, layout, repeats: int, models) -> str:
+    """Return one row of the table. models: of ``same_model_twice``."""
+    spec, chunks, reference = models
     reference.eval()
     engine = MegatronEngine(chunks, spec.vocab_size, layout)
     requests = make_requests(case)
@@ -93,12 +98,21 @@ def measure(case: Case, layout, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to measure instead")
+    arguments = parser.parse_args()
     layout = start()
     print("| model | prompts x group | prompt + response | engine tokens/s | transformers tokens/s | time ratio |")
     print("|---|---|---|---|---|---|")
+    if arguments.model is not None:
+        models = published_model_twice(arguments.model, layout)
+        name, vocab_size = arguments.model.name, models[0].vocab_size
+        for prompts, group, response_tokens in REAL_CASES:
+            case = Case(name, vocab_size, prompts, group, 50, response_tokens)
+            print(measure(case, layout, arguments.repeats, models), flush=True)
+        return
     for case in CASES:
-        print(measure(case, layout, repeats), flush=True)
+        models = same_model_twice(case.preset, case.vocab_size, layout)
+        print(measure(case, layout, arguments.repeats, models), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Training step on one CPU thread: Megatron's schedule, DDP and distributed optimizer against plain PyTorch.
 
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py [--repeats 7]
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py [--repeats 7] [--model DIR]
+
+DIR: a Hugging Face directory such as real-model/student of benchmarks/real_model.py, instead of small random models.
 
 Both sides compute the mean cross-entropy of the same micro-batches on the same weights, accumulate gradients, clip them
 and update with AdamW. The plain side is transformers' model with ``torch.optim.AdamW``. The losses of the first three
@@ -13,10 +15,11 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import interleaved_minima, same_model_twice, start
+from common import interleaved_minima, published_model_twice, same_model_twice, start
 
 from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.parallel.layout import Layout
@@ -94,9 +97,9 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def measure(case: Case, layout: Layout, repeats: int) -> str:
-    """Return one row of the table."""
-    spec, chunks, reference = same_model_twice(case.preset, case.vocab_size, layout)
+def measure(case: Case, layout: Layout, repeats: int, models) -> str:
+    """Return one row of the table. models: of ``same_model_twice``."""
+    spec, chunks, reference = models
     generator = torch.Generator().manual_seed(0)
     shape = (case.rows, case.length)
     batches = [torch.randint(0, case.vocab_size, shape, generator=generator) for _ in range(case.micro_batches)]
@@ -117,12 +120,19 @@ def measure(case: Case, layout: Layout, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to measure instead")
+    arguments = parser.parse_args()
     layout = start()
     print("| model | micro-batches x rows x tokens | ours, ms | plain, ms | ours, tokens/s | time ratio |")
     print("|---|---|---|---|---|---|")
+    if arguments.model is not None:
+        models = published_model_twice(arguments.model, layout)
+        case = Case(arguments.model.name, models[0].vocab_size, 2, 4, 128)
+        print(measure(case, layout, arguments.repeats, models), flush=True)
+        return
     for case in CASES:
-        print(measure(case, layout, repeats), flush=True)
+        models = same_model_twice(case.preset, case.vocab_size, layout)
+        print(measure(case, layout, arguments.repeats, models), flush=True)
 
 
 if __name__ == "__main__":
