@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 REAL := $(VENV)/.installed-real
 
 .PHONY: help env quickstart smoke real check check-format check-lint check-types
-.PHONY: test test-slow test-unit test-dist test-cuda_stub test-run test-sglang test-gpu clean
+.PHONY: test test-cpu test-slow test-unit test-dist test-cuda_stub test-run test-sglang test-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -82,9 +82,12 @@ real: $(REAL)
 smoke: env
 	$(RUN)/s2d run configs/smoke.yaml
 
-# Folders one after the other. Files of tests/unit (one process more than cores, for tests that wait), tests/dist,
-# tests/cuda_stub and those of tests/run that start no SGLang server share the cores; a server needs them alone.
-test: test-gpu test-unit test-dist test-cuda_stub test-run test-sglang
+# Two folders at a time, because the last files of a folder leave cores idle; each prints when it has ended. tests/unit has
+# one process more than cores, for tests that wait. SGLang's servers need the cores alone.
+test: test-gpu test-cpu test-sglang
+
+test-cpu: env
+	@$(MAKE) -j2 --output-sync=target --no-print-directory test-unit test-dist test-run test-cuda_stub
 
 test-slow: $(SERVED)
 	$(RUN)/python -m pytest -q -m slow

@@ -1,8 +1,8 @@
 """Loads checkpoints at several layouts on four ranks and saves one; started by test_conversion_layouts.py.
 
 Arguments: a directory with, per model, ``hf/`` (the checkpoint), ``cases.pt`` (inputs, and the logits that transformers
-computes from them) and ``megatron/`` (an import). Writes the largest differences found to ``results.json``, and a
-checkpoint of every layout to ``saved/``.
+computes from them) and ``megatron/`` (an import); and for each model MODEL=LAYOUT,LAYOUT. Writes
+the largest differences to ``results.json``, and a checkpoint of every layout to ``saved/``.
 """
 
 from __future__ import annotations
@@ -99,13 +99,11 @@ def bfloat16_errors(spec, layout, source, case) -> list[float]:
     return errors.tolist()
 
 
-def check_model(directory: Path) -> dict:
+def check_model(directory: Path, layout_names: list[str]) -> dict:
     source = HfCheckpoint(directory / "hf")
     cases = torch.load(directory / "cases.pt", weights_only=True)
     results: dict = {"live": {}, "converted": {}, "exported": {}, "bfloat16": {}}
-    for name in LAYOUTS:
-        if name.startswith("ep") and not source.spec.num_experts:
-            continue
+    for name in layout_names:
         with named_layout(name) as layout:
             for check, result in check_layout(directory, source, cases, layout, name).items():
                 results[check][name] = result
@@ -170,7 +168,11 @@ def main() -> None:
     torch.set_num_threads(1)
     layouts.initialize_distributed()
     root = Path(sys.argv[1])
-    results = {path.name: check_model(path) for path in sorted(root.iterdir()) if path.is_dir()}
+    models = dict(argument.split("=") for argument in sys.argv[2:])
+    results = {
+        name: check_model(root / name, layout_names.split(",") if layout_names else [])
+        for name, layout_names in sorted(models.items())
+    }
     if dist.get_rank() == 0:
         (root / "results.json").write_text(json.dumps(results))
     layouts.shutdown_distributed()
