@@ -45,7 +45,7 @@ CASES = (
     Case("tiny-student", 25, 384, 16, 10, 8),
 )
 
-REAL_CASES = ((4, 4, 64), (8, 1, 64))  # prompts, group, response tokens
+REAL_CASES = ((4, 4, 64),)  # prompts, group, response tokens
 
 
 def make_requests(case: Case, **params) -> list[Request]:

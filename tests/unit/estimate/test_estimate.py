@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_s2d.config.base import parse
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import Recompute
-from megatron_s2d.config.training import OptimizerConfig, RolloutConfig, SamplingConfig
+from megatron_s2d.config.training import CheckpointConfig, OptimizerConfig, RolloutConfig, SamplingConfig
+from megatron_s2d.estimate.host_copies import by_column_bytes, save_phase
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     StageMemory,
@@ -294,6 +297,43 @@ def test_kv_cache_by_hand():
     )  # fmt: skip
     assert episodes["prefill"]["KV cache"] == rows * 2048 * column * 32  # all rows, with all that they have
     assert episodes["decode"] == phases["decode"]
+
+
+def test_weights_by_column_by_hand():
+    spec = ModelConfig(preset="qwen3-0.6b").resolve()  # tied
+    shard, build = ModelShard(spec, ParallelConfig(), 0), Build(4, fused=False)
+    layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 3 * 3072 * 1024
+    whole = 28 * layer + 151936 * 1024
+    assert by_column_bytes(shard, build, 64) == 4 * whole
+    phases = generate_phases(
+        shard, build, requests=4, prompts=4, prompt_length=8, sampling=SamplingConfig(max_response_length=64),
+        rollout=RolloutConfig(),
+    )  # fmt: skip
+    assert phases["prefill"]["weights by column"] == phases["decode"]["weights by column"] == 4 * whole
+    assert by_column_bytes(shard, build, 8) == by_column_bytes(shard, Build(2, fused=False), 64) == 0
+    assert by_column_bytes(shard, Build(4, fused=False, on_gpu=True), 64) == 0
+    first, last = (ModelShard(spec, ParallelConfig(pipeline_model_parallel_size=2), rank) for rank in (0, 1))
+    assert by_column_bytes(first, build, 64) == 4 * 14 * layer  # the embedding is looked up, the output multiplied
+    assert by_column_bytes(last, build, 64) == 4 * (14 * layer + 151936 * 1024)
+
+
+def test_saving_by_hand():
+    spec = ModelConfig(preset="qwen3-0.6b").resolve()
+    one, two = (ModelShard(spec, ParallelConfig(data_parallel_size=size), 0) for size in (1, 2))
+    stage = parse(GrpoConfig, {"type": "grpo", "role": "s", "init": "a", "prompts": "p", "steps": 100}, "stages.s")
+    final = stage.model_copy(update={"steps": 50})  # as many as from one checkpoint to the next
+    asynchronous = stage.model_copy(update={"checkpoint": CheckpointConfig(async_save=True)})
+    offloaded = stage.model_copy(update={"offload_optimizer": True})
+    half, full = Build(2, fused=True, on_gpu=True), Build(4, fused=False)
+    ((count, _),) = one.gradient_buffers()
+    assert save_phase(one, full, stage, 7) == {"copies for the writer": 8 * count}
+    assert save_phase(one, full, final, 7) == {"copies for the writer": 4 * count}
+    assert save_phase(one, full, asynchronous, 7) == {"copies for the writer": 16 * count}
+    assert save_phase(one, half, stage, 7) == save_phase(one, half, final, 7) == {}
+    assert save_phase(one, half, offloaded, 7) == {"optimizer": 7}
+    ((count, _),) = two.gradient_buffers()
+    assert save_phase(two, half, stage, 7) == {"gathered state": 4 * count + 2 * count}
+    assert save_phase(two, full, stage, 7)["gathered state"] == 3 * 6 * count + 8 * count
 
 
 def test_shared_key_heads_are_replicated():
