@@ -26,6 +26,7 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.trainable_model import TrainableModel
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.0, grad_clip=1.0)
+REAL_OPTIMIZER = OptimizerConfig(lr=1e-6, weight_decay=0.0, grad_clip=1.0)  # pretrained weights stay where they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,15 @@ CASES = (
 Step = Callable[[], tuple[float, float]]
 
 
-def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[torch.Tensor], vocab_size: int) -> Step:
+def megatron_step(
+    chunks: list[torch.nn.Module],
+    layout: Layout,
+    batches: list[torch.Tensor],
+    vocab_size: int,
+    optimizer: OptimizerConfig,
+) -> Step:
     """Return a function that runs one update and returns (mean loss, gradient norm)."""
-    trainable = TrainableModel(chunks, layout, OPTIMIZER, total_steps=10**6)
+    trainable = TrainableModel(chunks, layout, optimizer, total_steps=10**6)
     count = sum(batch[:, 1:].numel() for batch in batches)
 
     def forward_step(model, tokens):
@@ -72,11 +79,11 @@ def megatron_step(chunks: list[torch.nn.Module], layout: Layout, batches: list[t
     return step
 
 
-def plain_step(model: torch.nn.Module, batches: list[torch.Tensor]) -> Step:
+def plain_step(model: torch.nn.Module, batches: list[torch.Tensor], config: OptimizerConfig) -> Step:
     """Return the same in plain PyTorch."""
     count = sum(batch[:, 1:].numel() for batch in batches)
-    betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.adam_eps, OPTIMIZER.weight_decay)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, config.adam_eps, config.weight_decay)
     model.train()
 
     def step() -> tuple[float, float]:
@@ -86,7 +93,7 @@ def plain_step(model: torch.nn.Module, batches: list[torch.Tensor]) -> Step:
             loss = cross_entropy(model(tokens, use_cache=False).logits, tokens)
             (loss / count).backward()
             total += float(loss)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         return total / count, float(norm)
 
@@ -97,13 +104,14 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def measure(case: Case, layout: Layout, repeats: int, models) -> str:
+def measure(case: Case, layout: Layout, repeats: int, models, optimizer: OptimizerConfig = OPTIMIZER) -> str:
     """Return one row of the table. models: of ``same_model_twice``."""
     spec, chunks, reference = models
     generator = torch.Generator().manual_seed(0)
     shape = (case.rows, case.length)
     batches = [torch.randint(0, case.vocab_size, shape, generator=generator) for _ in range(case.micro_batches)]
-    ours, plain = megatron_step(chunks, layout, batches, spec.vocab_size), plain_step(reference, batches)
+    ours = megatron_step(chunks, layout, batches, spec.vocab_size, optimizer)
+    plain = plain_step(reference, batches, optimizer)
     for _ in range(3):
         results, expected = ours(), plain()
         agree = all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(results, expected, strict=True))
@@ -128,7 +136,7 @@ def main() -> None:
     if arguments.model is not None:
         models = published_model_twice(arguments.model, layout)
         case = Case(arguments.model.name, models[0].vocab_size, 2, 4, 128)
-        print(measure(case, layout, arguments.repeats, models), flush=True)
+        print(measure(case, layout, arguments.repeats, models, REAL_OPTIMIZER), flush=True)
         return
     for case in CASES:
         models = same_model_twice(case.preset, case.vocab_size, layout)
