@@ -89,6 +89,13 @@ def test_paired_comparison_matches_the_normal_theory_on_many_problems():
     assert result.p_value == pytest.approx(normal, abs=0.01)
 
 
+def test_p_value_of_many_problems_counts_both_sides():
+    differences = np.random.default_rng(4).normal(size=400)
+    differences += 1.2 * differences.std(ddof=1) / math.sqrt(400) - differences.mean()  # 1.2 standard errors
+    p_value = compare_paired(differences, k=1, seed=0, resamples=10_000, level=0.95).p_value
+    assert p_value == pytest.approx(math.erfc(1.2 / math.sqrt(2)), abs=0.02)  # 0.23
+
+
 def test_p_value_equals_enumeration_of_sign_flips():
     a, b = evaluation([[1], [1], [1], [1], [0]]), evaluation([[0], [0], [0], [0], [1]])
     differences = np.array([1, 1, 1, 1, -1])

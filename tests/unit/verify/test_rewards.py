@@ -321,6 +321,7 @@ def test_partial_credit_for_scripts_and_where_a_response_counts_as_correct():
     assert _code(label, program, {"correct_at": 0.75}) == (0.75, "correct")
     assert _code(label, program, {"partial_credit": False}) == (0.0, "wrong")
     assert _code(label, "1 / 0", {}) == (0.0, "error")
+    assert _code(label, "print(15)", {}) == (0.25, "wrong")  # the last case passes
 
 
 CHECK = """\
