@@ -77,7 +77,7 @@ def test_a_later_start_reads_numbers_from_files_of_their_own(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_run_starts_with_two_million_rows(tmp_path):
+def test_a_run_starts_with_two_million_rows(tmp_path, capsys):
     """The first start prepares the table; later ones take seconds. Both hold less than a gigabyte."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
@@ -86,6 +86,8 @@ def test_a_run_starts_with_two_million_rows(tmp_path):
         sys.path.remove(str(BENCHMARKS))
     path = large_prompts.write_workflow(tmp_path, 2_000_000)
     first, second = (large_prompts.start_in_process(path) for _ in range(2))
+    with capsys.disabled():
+        print(f"\n{first}\n{second}")
     assert first["prompts"] == second["prompts"] and 1_700_000 < first["prompts"] < 1_900_000
     assert first["first"] == second["first"]
     for row in (first, second):
