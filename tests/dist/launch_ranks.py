@@ -34,7 +34,8 @@ def start_rank(worker: str, arguments: list[str], rank: int, world_size: int, po
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.path.insert(0, os.path.dirname(worker))
+    folder = os.path.dirname(worker)
+    sys.path[:0] = [folder, os.path.dirname(folder)]
     sys.argv = [worker, *arguments]
     code = 1
     try:
