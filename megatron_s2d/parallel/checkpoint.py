@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_s2d.artifacts.files import file_digest, rename
 from megatron_s2d.errors import UserError
-from megatron_s2d.parallel import device
 from megatron_s2d.parallel.collectives import any_rank, broadcast_from_rank0, first_error, gather_json_on_rank0
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.manifest import MANIFEST_NAME, DamagedCheckpoint, check_manifest, read_json_object
@@ -309,9 +308,7 @@ def _sharded_state(chunks: list[torch.nn.Module], trainable: TrainableModel | No
         }
     if trainable is not None:
         # Not merged: chunks have equal local names.
-        # On a GPU the writer would stage what it reads in place in pinned memory, as much as all of the state.
-        in_place = not loading and not device.capabilities().cuda
-        with read_in_place(trainable.optimizer) if in_place else contextlib.nullcontext():
+        with contextlib.nullcontext() if loading else read_in_place(trainable.optimizer):
             state["optimizer"] = trainable.optimizer.sharded_state_dict(
                 dict(state), is_loading=loading, metadata=_METADATA
             )
