@@ -31,7 +31,7 @@ def save_phase(shard: ModelShard, build: Build, stage: TrainingStageConfig, opti
     count = sum(elements for elements, _ in shard.gradient_buffers(build.lora))
     data_ranks = shard.parallel.data_parallel_size * shard.parallel.context_parallel_size
     added: dict[str, int] = {}
-    if stage.checkpoint.interval_steps < stage.steps or stage.validation is not None:
+    if _saves_checkpoints(stage):
         if data_ranks > 1:
             # Of weights, first and second moments: this rank's share; of one of them: what all ranks sent, twice.
             shares = 4 * count // data_ranks
@@ -46,3 +46,20 @@ def save_phase(shard: ModelShard, build: Build, stage: TrainingStageConfig, opti
     elif not build.on_gpu and build.lora is None:
         added["copies for the writer"] = build.bytes_per_value * count
     return added
+
+
+def staged_bytes(shard: ModelShard, build: Build, stage: TrainingStageConfig) -> int:
+    """Return bytes of pinned memory in which the writer of checkpoints stages what a GPU has, and which it keeps.
+
+    Weights, and on a single data rank masters and moments; several gather these in host memory that is not pinned.
+    """
+    if not build.on_gpu or not _saves_checkpoints(stage):
+        return 0
+    count = sum(elements for elements, _ in shard.gradient_buffers(build.lora))
+    data_ranks = shard.parallel.data_parallel_size * shard.parallel.context_parallel_size
+    return (build.bytes_per_value + (12 if data_ranks == 1 else 0)) * count
+
+
+def _saves_checkpoints(stage: TrainingStageConfig) -> bool:
+    """Whether the stage saves the state of training, rather than its final weights only."""
+    return stage.checkpoint.interval_steps < stage.steps or stage.validation is not None
