@@ -48,16 +48,16 @@ def save_phase(shard: ModelShard, build: Build, stage: TrainingStageConfig, opti
     return added
 
 
-def staged_bytes(shard: ModelShard, build: Build, stage: TrainingStageConfig) -> int:
+def staged_copies(shard: ModelShard, build: Build, stage: TrainingStageConfig) -> dict[str, int]:
     """Return bytes of pinned memory in which the writer of checkpoints stages what a GPU has, and which it keeps.
 
     Weights, and on a single data rank masters and moments; several gather these in host memory that is not pinned.
     """
     if not build.on_gpu or not _saves_checkpoints(stage):
-        return 0
+        return {}
     count = sum(elements for elements, _ in shard.gradient_buffers(build.lora))
     data_ranks = shard.parallel.data_parallel_size * shard.parallel.context_parallel_size
-    return (build.bytes_per_value + (12 if data_ranks == 1 else 0)) * count
+    return {"checkpoints": (build.bytes_per_value + (12 if data_ranks == 1 else 0)) * count}
 
 
 def _saves_checkpoints(stage: TrainingStageConfig) -> bool:

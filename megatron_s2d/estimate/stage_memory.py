@@ -27,7 +27,7 @@ from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import corpus_documents, fitting_prompts, is_corpus
-from megatron_s2d.estimate.host_copies import save_phase, staged_bytes
+from megatron_s2d.estimate.host_copies import save_phase, staged_copies
 from megatron_s2d.estimate.layers import Build, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     ResidentMemory,
@@ -245,8 +245,7 @@ class _StageEstimate:
         copies = fp8 is not None and not fp8.parameters  # FP8 parameters replace the bfloat16 weights
         student = trained_memory(shard, dataclasses.replace(self.build, fp8=copies), self.model)
         phases["save"] = save_phase(shard, self.build, self.stage, student.optimizer)
-        staged = staged_bytes(shard, self.build, self.stage)
-        pinned = {"checkpoints": staged} if staged else {}
+        pinned = staged_copies(shard, self.build, self.stage)
         if self.stage.offload_optimizer:  # on the device only while they are used
             if self.on_gpu:
                 pinned["optimizer"] = student.optimizer
