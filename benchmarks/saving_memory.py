@@ -50,7 +50,7 @@ def peaks(command: Sequence[str], stage: Path, log: Path) -> dict[str, int]:
     """Run ``command`` and return the peak of each activity in bytes."""
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    root, found, tree, polls = psutil.Process(process.pid), {}, [], 0
+    root, largest, tree, polls = psutil.Process(process.pid), {}, [], 0
     while process.poll() is None:
         if polls % POLLS_PER_LISTING == 0:
             try:
@@ -59,11 +59,11 @@ def peaks(command: Sequence[str], stage: Path, log: Path) -> dict[str, int]:
                 break
         polls += 1
         name = activity(stage)
-        found[name] = max(found.get(name, 0), largest_resident(tree))
+        largest[name] = max(largest.get(name, 0), largest_resident(tree))
         time.sleep(POLL_SECONDS)
     if process.wait():
         sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
-    return found
+    return largest
 
 
 def main() -> None:
@@ -78,12 +78,12 @@ def main() -> None:
         document["stages"]["opd"]["checkpoint"] = {"interval_steps": 1}
         (folder / "saving.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "megatron_s2d.cli", "run", str(folder / "saving.yaml")]
-        found = peaks([*command, "--out", str(folder / "run")], folder / "run" / "stages" / "opd", folder / "log")
+        largest = peaks([*command, "--out", str(folder / "run")], folder / "run" / "stages" / "opd", folder / "log")
     print("| activity | peak, GB | against steps |")
     print("|---|--:|--:|")
     for activity_name in ("steps", "checkpoints", "final weights"):
-        peak = found.get(activity_name, 0)
-        print(f"| {activity_name} | {peak / 1e9:.2f} | {peak / found['steps']:.2f} |")
+        peak = largest.get(activity_name, 0)
+        print(f"| {activity_name} | {peak / 1e9:.2f} | {peak / largest['steps']:.2f} |")
 
 
 if __name__ == "__main__":

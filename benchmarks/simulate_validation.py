@@ -224,8 +224,8 @@ def calibrated(cpu_seconds: Sequence[float], rates: tuple[float, float, float]) 
         known.append(2 * two - one)
     # Errors count relative to the step's time.
     weights = 1 / np.array(cpu_seconds)
-    found = non_negative(np.array(rows) * weights[:, None], (np.array(cpu_seconds) - known) * weights)
-    return machine(1e9 / found[0], *rates), (float(found[1]), float(found[2]))
+    fitted = non_negative(np.array(rows) * weights[:, None], (np.array(cpu_seconds) - known) * weights)
+    return machine(1e9 / fitted[0], *rates), (float(fitted[1]), float(fitted[2]))
 
 
 def non_negative(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -98,7 +98,7 @@ def test_the_first_rows_of_a_stream_are_kept_with_their_numbers(folder, tmp_path
     files = as_files(entry, tmp_path / "tables")
     (path,) = files.paths
     assert pq.read_table(path).to_pylist() == ROWS[:3] and files.skip == 1 and whole.skip == 0
-    (record,) = (json.loads(found.read_text()) for found in (tmp_path / "tables").glob("hub-*.json"))
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "tables").glob("hub-*.json"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert record == {"paths": [str(path)], "revision": COMMIT, "rows": [0, 3], "sha256": digest}
     assert as_files(entry, tmp_path / "tables") == files and asked == [True]
