@@ -36,7 +36,10 @@ def as_files(source: FileSource | HubSource, cache_dir: Path) -> FileSource:
         )
     names = ("dataset", "name", "split", "revision", *(("stream_rows",) if source.stream_rows else ()))
     remembered = cache_dir / f"hub-{json_digest({name: dump(source)[name] for name in names})}.json"
-    paths = read_json_object(remembered)["paths"] if revision and remembered.exists() else []
+    record = read_json_object(remembered) if revision and remembered.exists() else {}
+    paths = record.get("paths", [])
+    if "sha256" in record and Path(paths[0]).is_file() and file_digest(Path(paths[0])) != record["sha256"]:
+        raise UserError(f"{paths[0]}: differs from the rows that were streamed: remove it to stream them again")
     if not paths or not all(Path(path).is_file() for path in paths):
         record = _load(source) if source.stream_rows is None else _stream(source, remembered.with_suffix(".parquet"))
         atomic_write_json(remembered, record)

@@ -104,6 +104,11 @@ def test_the_first_rows_of_a_stream_are_kept_with_their_numbers(folder, tmp_path
     assert as_files(entry, tmp_path / "tables") == files and asked == [True]
     as_files(entry.model_copy(update={"stream_rows": 4}), tmp_path / "tables")
     assert asked == [True, True]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="differs from the rows that were streamed: remove it"):
+        as_files(entry, tmp_path / "tables")
+    path.unlink()
+    assert as_files(entry, tmp_path / "tables") == files and len(asked) == 3
 
 
 def test_a_stream_that_breaks_leaves_nothing(folder, tmp_path, monkeypatch):
