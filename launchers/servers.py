@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from megatron_s2d.config.lora import server_arguments
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.errors import UserError
@@ -73,7 +74,7 @@ def server_script(workflow: WorkflowConfig, settings: LaunchConfig, python: str,
     """Return the script that srun starts on each node of a server: model, positions, first node, file of the key."""
     size, span = workflow.rollout.sglang.tensor_parallel_size, nodes_per_server(workflow, settings)
     nodes = f'--nnodes {span} --node-rank "$SLURM_NODEID" --dist-init-addr "$3:{_RENDEZVOUS_PORT}"' if span > 1 else ""
-    dtype, further = workflow.precision, shlex.join(workflow.rollout.sglang.extra_args)
+    dtype, further = workflow.precision, shlex.join([*_lora_arguments(workflow), *workflow.rollout.sglang.extra_args])
     return f"""#!/bin/bash
 # An SGLang server of {workflow.name}; arguments: model directory, context length, first node, file with its API key.
 {preamble}
@@ -84,6 +85,12 @@ exec {shlex.quote(python)} -m megatron_s2d.rollout.sglang.with_api_key "$4" sgla
     --host "$SLURMD_NODENAME" --port $(({PORT} + SLURM_LOCALID)) \\
     --tensor-parallel-size {size} --base-gpu-id $((SLURM_LOCALID * {size})) {nodes} {further}
 """
+
+
+def _lora_arguments(workflow: WorkflowConfig) -> list[str]:
+    """Return the arguments of servers that load the adapters of the workflow's stages; none if they get merged ones."""
+    loras = [stage.lora for stage in workflow.stages.values() if getattr(stage, "lora", None) is not None]
+    return server_arguments(loras) if loras and workflow.rollout.sglang.lora_sync == "adapter" else []
 
 
 def server_lines(workflow: WorkflowConfig, settings: LaunchConfig, script: str, srun: str) -> str:

@@ -6,6 +6,7 @@ parameter it is a part of.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -104,6 +105,18 @@ def projection_shape(spec: ModelSpec, name: Projection) -> tuple[int, int]:
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),
     }[name]
+
+
+def server_arguments(loras: Sequence[LoraConfig]) -> list[str]:
+    """Return the arguments of an SGLang server that loads adapters of each of ``loras``.
+
+    Its batches have two slots: the newest adapter, and none (health checks).
+    """
+    targets = [name for name in PROJECTIONS if any(name in lora.projections for lora in loras)]
+    rank = max(lora.rank for lora in loras)
+    return [
+        "--enable-lora", "--max-loras-per-batch", "2", "--max-lora-rank", str(rank), "--lora-target-modules", *targets
+    ]  # fmt: skip
 
 
 def num_adapter_values(spec: ModelSpec, lora: LoraConfig) -> int:

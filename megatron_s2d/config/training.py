@@ -107,6 +107,11 @@ class SglangConfig(Config):
         description="transport of weight updates: disk: files; distributed: a process group (NCCL or gloo); tensor: "
         "shared memory, for servers on the same machine",
     )
+    lora_sync: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what servers get of a model with `lora`: merged: weights with the adapter added, by weight_sync; "
+        "adapter: the adapter alone, as files for SGLang's /load_lora_adapter, beside the base weights that they have",
+    )
     bucket_bytes: int = Field(512 * 2**20, ge=1, description="size of one bucket of weights")
     startup_timeout_seconds: float = Field(900.0, gt=0, description="time limit of starting a server")
 
@@ -136,6 +141,15 @@ class SglangConfig(Config):
         """Addresses beyond this machine whose servers are used without an API key."""
         urls = [url for model_urls in self.urls.values() for url in model_urls]
         return [] if self.api_key_file is not None else [url for url in urls if not is_loopback(url)]
+
+    @pydantic.model_validator(mode="after")
+    def _check_lora_sync(self) -> SglangConfig:
+        if self.lora_sync == "adapter" and self.enable_memory_saver:
+            raise ValueError(
+                "lora_sync: adapter with enable_memory_saver: servers that release their memory lose the base weights, "
+                "which are sent once; set lora_sync to merged, or enable_memory_saver to false"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_seeds(self) -> SglangConfig:

@@ -8,9 +8,10 @@ bucket at a time. Checkpoints on disk are converted in ``conversion/``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -57,29 +58,34 @@ def _import_chunk(chunk: torch.nn.Module, vp_stage: int, spec: ModelSpec, layout
 
 
 def export_buckets(
-    chunks: list[torch.nn.Module], spec: ModelSpec, layout: Layout, *, bucket_bytes: int = 256 * 2**20
+    chunks: Sequence[torch.nn.Module],
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    bucket_bytes: int = 256 * 2**20,
+    merge_adapter: bool = True,
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Yield the full model as buckets of (Hugging Face name, full tensor), the same on every rank.
 
     Collective: all ranks must exhaust it. A bucket has at most ``bucket_bytes`` of full tensors (or one larger
     parameter). Buckets come in a fixed order: embedding, layers, final norm, output layer. Tensors are detached copies
-    in the model's dtype, without padding rows, and with LoRA adapters merged.
+    in the model's dtype, without padding rows. merge_adapter: with LoRA adapters in the weights beside them.
     """
     dtype = next(chunks[0].parameters()).dtype
     shapes = dict(hf_tensor_shapes(spec))
     for vp_stage, pp_rank in itertools.product(range(layout.vp_size), range(layout.pp_size)):
         chunk = chunks[vp_stage]
-        parameters = dict(chunk.named_parameters())
+        shards_of = functools.partial(_shards, chunk, dict(chunk.named_parameters()), merge_adapter)
         bucket: list[LocalParam] = []
         bucket_size = 0
         for param in params_of_chunk(spec, layout, pp_rank, vp_stage):
             size = sum(math.prod(shapes[name]) for name in param.hf_names) * dtype.itemsize
             if bucket and (bucket_size + size > bucket_bytes or param.is_expert != bucket[0].is_expert):
-                yield _gather(bucket, chunk, parameters, spec, layout, pp_rank, shapes, dtype)
+                yield _gather(bucket, shards_of, spec, layout, pp_rank, shapes, dtype)
                 bucket, bucket_size = [], 0
             bucket.append(param)
             bucket_size += size
-        yield _gather(bucket, chunk, parameters, spec, layout, pp_rank, shapes, dtype)
+        yield _gather(bucket, shards_of, spec, layout, pp_rank, shapes, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +160,17 @@ def name_in_model(name: str, parameters: dict[str, torch.nn.Parameter]) -> str:
     return fused
 
 
-def _values(chunk: torch.nn.Module, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return the values of a parameter of ``chunk``, with its LoRA adapter merged (``models/lora.py``)."""
-    adapter = getattr(chunk, "adapter", None)
-    merged = None if adapter is None else adapter.merged(parameter)
-    return _dense(parameter) if merged is None else merged
+def _shards(
+    chunk: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], merge_adapter: bool, bucket: list[LocalParam]
+) -> list[torch.Tensor]:
+    """Return the values of this rank's parameters of a bucket, with LoRA adapters merged (``models/lora.py``)."""
+    adapter = getattr(chunk, "adapter", None) if merge_adapter else None
+    shards = []
+    for param in bucket:
+        parameter = parameters[name_in_model(param.name, parameters)]
+        merged = None if adapter is None else adapter.merged(parameter)
+        shards.append(_dense(parameter) if merged is None else merged)
+    return shards
 
 
 def _dense(parameter: torch.Tensor) -> torch.Tensor:
@@ -168,8 +180,7 @@ def _dense(parameter: torch.Tensor) -> torch.Tensor:
 
 def _gather(
     bucket: list[LocalParam],
-    chunk: torch.nn.Module,
-    parameters: dict[str, torch.nn.Parameter],
+    shards_of: Callable[[list[LocalParam]], list[torch.Tensor]],
     spec: ModelSpec,
     layout: Layout,
     pp_rank: int,
@@ -183,8 +194,7 @@ def _gather(
     names = [name for param in bucket for name in param.hf_names]
     sizes = [math.prod(shapes[name]) for name in names]
     if layout.pp_rank == pp_rank:
-        shards = [_values(chunk, parameters[name_in_model(param.name, parameters)]) for param in bucket]
-        flat = _join(bucket, shards, spec, layout)
+        flat = _join(bucket, shards_of(bucket), spec, layout)
     else:
         flat = torch.empty(sum(sizes), dtype=dtype, device=device.device())
     if layout.pp_size > 1:

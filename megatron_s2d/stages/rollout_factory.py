@@ -195,6 +195,7 @@ class RolloutFactory:
             tokenizer=self._inputs.tokenizer_of(model_name),
             on_device=functools.partial(model.on_device, release=offload),
             memory=self._server_memory.get(model_name),
+            lora=None if model.adapter is None else model.adapter.lora,
         )
         engine = ServedEngine(group)
         self._servers.add(model_name, engine)

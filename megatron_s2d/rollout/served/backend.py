@@ -242,6 +242,10 @@ class ServerBackend(Protocol):
         """Connect to this sender's servers for a weight update; those at ``sleeping_urls`` are woken up."""
         ...
 
+    def use_weights(self, weight_version: str) -> None:
+        """Make coming requests of this rank for these weights, which the servers have; called on every rank."""
+        ...
+
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
         """Release the GPU memory of idle servers; return address -> reason of a failure."""
         ...

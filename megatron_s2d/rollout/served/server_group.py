@@ -24,9 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.models.lora import gather_adapters
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.collectives import (
@@ -85,19 +87,21 @@ class ServerGroup:
         requirements: ServerRequirements = NO_REQUIREMENTS,
         tokenizer: Decoder | None = None,
         on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        lora: LoraConfig | None = None,
     ):
         """Start servers with the current weights of ``chunks``, or attach to ``urls``; send the weights to them.
 
         Then each server answers one test request of every kind that the stage sends, at its temperature and length.
 
         score: collective. directory: for weights and logs. tokenizer: needed for stop strings. on_device: inside it
-        weights are on the device. Raises ``UserError`` on every rank if one rank cannot continue.
+        weights are on the device. lora: of the adapter beside the weights, which then is what an update sends; the
+        servers have the weights themselves from their start. Raises ``UserError`` on every rank if one rank cannot continue.
         """
         self.version = 0
         self.directory = directory
         self.spec, self.layout, self.rollout, self.tokenizer = spec, layout, settings, tokenizer
         self._backend, self.requirements = backend, requirements
-        self._chunks, self._score, self._on_device = chunks, score, on_device
+        self._chunks, self._score, self._on_device, self._lora = chunks, score, on_device, lora
         self._dtype = next(chunks[0].parameters()).dtype
         self._is_rank_zero = dist.get_rank() == 0
         # An attached server may hold versions of another run.
@@ -179,7 +183,7 @@ class ServerGroup:
         failure = None
         is_sender = self._backend.senders.index is not None
         with self._on_device():
-            for bucket, last in self._buckets():  # to the end on every rank, as in _send_weights
+            for bucket, last in self._buckets(start=True):  # to the end on every rank, as in _send_weights
                 if is_sender and failure is None:
                     try:
                         self._backend.write_start_weights(bucket, f"{self._tag}-start", last=last)
@@ -294,6 +298,7 @@ class ServerGroup:
             start = time.perf_counter()
             num_bytes, failures = self._send_weights([server.url for server in servers])
             seconds = time.perf_counter() - start
+            self._backend.use_weights(self.weight_version)
             expected = self._score(samples)
         results = _shared_checks(servers, self._check_own(servers, samples, expected))
         mismatches, num_digests = _mismatching_digests(
@@ -316,10 +321,22 @@ class ServerGroup:
                 flush=True,
             )
 
-    def _buckets(self) -> Iterator[tuple[Bucket, bool]]:
-        """Yield buckets of the current weights, and whether each is the last."""
+    def _buckets(self, *, start: bool = False) -> Iterator[tuple[Bucket, bool]]:
+        """Yield buckets of the current weights, and whether each is the last; with ``lora`` the adapter is the bucket.
+
+        start: those that servers are started with; with ``lora`` the weights without the adapter.
+        """
+        if self._lora is not None and not start:
+            yield list(gather_adapters(self._chunks, self.spec, self.layout, self._lora).items()), True
+            return
         previous: Bucket | None = None
-        for bucket in export_buckets(self._chunks, self.spec, self.layout, bucket_bytes=self._backend.bucket_bytes):
+        for bucket in export_buckets(
+            self._chunks,
+            self.spec,
+            self.layout,
+            bucket_bytes=self._backend.bucket_bytes,
+            merge_adapter=self._lora is None,
+        ):
             if previous is not None:
                 yield previous, False
             previous = bucket

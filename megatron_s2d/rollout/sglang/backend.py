@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig, SglangConfig, is_loopback
 from megatron_s2d.errors import UserError
@@ -18,13 +19,13 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.rollout.served.backend import (
     NO_REQUIREMENTS,
     Bucket,
-    ServerProtocol,
     ServerRequirements,
     WeightUpdateFailed,
 )
 from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.served.server_group import ServerGroup
 from megatron_s2d.rollout.served.startup_checks import Score
+from megatron_s2d.rollout.sglang.adapter_sync import AdapterSync
 from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
 from megatron_s2d.rollout.sglang.api_key import (
     authorization,
@@ -61,13 +62,16 @@ def sglang_server_group(
     on_device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     memory: ServerMemory | None = None,
     senders: Senders | None = None,
+    lora: LoraConfig | None = None,
 ) -> ServerGroup:
     """Return SGLang servers with the weights of ``chunks``; arguments as for ``ServerGroup``, which is collective.
 
     memory: that started servers may take of their GPUs; None leaves it to SGLang and the user's arguments. senders: of
     weights; by default one of every machine, and rank 0 alone to servers of its own machine. Every server and every
-    sender must see ``directory`` under the same path if ``weight_sync`` is disk.
+    sender must see ``directory`` under the same path if ``weight_sync`` is disk or adapters are loaded. lora: of the
+    adapter of ``chunks``; ignored unless ``lora_sync`` is adapter.
     """
+    lora = lora if settings.sglang.lora_sync == "adapter" else None
     if urls and settings.sglang.weight_sync == "tensor":
         refuse_remote(urls)
     dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
@@ -80,6 +84,7 @@ def sglang_server_group(
         tokenizer=tokenizer,
         attached=bool(urls),
         headers=authorization(api_key),
+        lora=lora,
     )
     backend = SglangBackend(
         settings,
@@ -91,6 +96,7 @@ def sglang_server_group(
         api_key=api_key,
         routed_experts=requirements.routed_experts,
         memory=memory,
+        lora=lora,
         senders=senders or (Senders.of_machines() if urls and not any(map(is_loopback, urls)) else Senders.rank_zero()),
     )
     return ServerGroup(
@@ -105,6 +111,7 @@ def sglang_server_group(
         requirements=requirements,
         tokenizer=tokenizer,
         on_device=on_device,
+        lora=lora,
     )
 
 
@@ -135,23 +142,24 @@ class SglangBackend:
         api_key: str,
         routed_experts: bool = False,
         memory: ServerMemory | None = None,
+        lora: LoraConfig | None = None,
         senders: Senders,
     ):
         """directory: of weights, logs and key. dtype: the trainer's. api_key: of all servers; may be empty.
 
         routed_experts: see ``ServerRequirements``. memory: that a started server may take of its GPUs; None leaves it
-        to SGLang and the user's arguments.
+        to SGLang and the user's arguments. lora: of adapters that servers load beside the weights that they start with.
         """
         sglang = settings.sglang
-        self._routed_experts = routed_experts
-        self.protocol: ServerProtocol = SglangProtocol(spec.vocab_size, api_key, routed_experts=routed_experts)
+        self._routed_experts, self._lora = routed_experts, lora
+        self.protocol: SglangProtocol = SglangProtocol(spec.vocab_size, api_key, routed_experts=routed_experts)
         self._api_key, self._headers = api_key, authorization(api_key)
         self.num_servers, self.uses_router, self.can_sleep = (
             sglang.num_servers,
             sglang.router,
             sglang.enable_memory_saver,
         )
-        self.weight_sync: str = sglang.weight_sync
+        self.weight_sync: str = sglang.weight_sync if lora is None else "adapter"
         self.bucket_bytes, self.senders = sglang.bucket_bytes, senders
         self.startup_timeout_seconds = sglang.startup_timeout_seconds
         self._settings, self._spec, self._directory, self._dtype = settings, spec, directory, dtype
@@ -162,7 +170,9 @@ class SglangBackend:
             "distributed": BroadcastWeightSync(),
             "tensor": TensorWeightSync(),
         }
-        self._sync = transports[sglang.weight_sync]
+        self._sync: WeightSync = transports[sglang.weight_sync]
+        if lora is not None:
+            self._sync = AdapterSync(directory / "adapters", lora, senders)
 
     def check_server(self, url: str) -> None:
         """Raise ``UserError`` for a server that does not fit model and stage; ``ServerUnreachable``."""
@@ -196,6 +206,7 @@ class SglangBackend:
             max_tokens=self._settings.max_batch_tokens,
             routed_experts=self._routed_experts,
             memory=self._memory,
+            lora=self._lora,
         )
 
     def start_router(self) -> SglangRouter:
@@ -210,6 +221,11 @@ class SglangBackend:
         self._disk.begin()
         with ServerControl(urls, self._headers) as servers, ServerControl(sleeping_urls, self._headers) as sleepers:
             yield SglangWeightTransfer(self._sync, servers, sleepers)
+
+    def use_weights(self, weight_version: str) -> None:
+        """Name the adapter of these weights in coming requests, if servers load adapters."""
+        if self._lora is not None:
+            self.protocol.adapter = weight_version
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
         """Release the GPU memory of idle servers; return address -> reason of a failure."""
@@ -228,7 +244,8 @@ class SglangBackend:
     def remove_files(self) -> None:
         """Remove the files that servers read: weights and keys."""
         remove_api_key(self._directory)
-        shutil.rmtree(self._directory / "weights", ignore_errors=True)
+        for name in ("weights", "adapters"):
+            shutil.rmtree(self._directory / name, ignore_errors=True)
 
 
 class SglangWeightTransfer:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.lora import LoraConfig, server_arguments
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, ServerConfig
 from megatron_s2d.errors import UserError
@@ -43,9 +44,13 @@ class SglangCompatibility:
         tokenizer: Any,
         attached: bool,
         headers: Mapping[str, str],
+        lora: LoraConfig | None = None,
     ):
-        """dtype: the trainer's. attached: the server was started by somebody else. headers: of every request."""
-        self._headers = headers
+        """dtype: the trainer's. attached: the server was started by somebody else. headers: of every request.
+
+        lora: of adapters that the server will load; None: it loads none.
+        """
+        self._headers, self._lora = headers, lora
         self._spec, self._requirements, self._settings = spec, requirements, settings
         self._dtype, self._tokenizer, self._attached = dtype, tokenizer, attached
 
@@ -70,6 +75,7 @@ class SglangCompatibility:
                 f"{url} does not record the experts of tokens, which routing replay needs: start it with "
                 "--enable-return-routed-experts, or set rollout.routing_replay to false"
             )
+        self._check_lora(url, info)
         self._check_context_length(url, info)
         self._check_vocabulary(url)
         if self._attached and self._settings.weight_check_tolerance is None:
@@ -85,6 +91,18 @@ class SglangCompatibility:
                 self._check_template(url)
         if self._attached and self._headers:
             self._warn_if_open(url)
+
+    def _check_lora(self, url: str, info: dict[str, Any]) -> None:
+        """Refuse a server that cannot load adapters of this rank beside these matrices."""
+        if self._lora is None:
+            return
+        targets = set(info.get("lora_target_modules") or ())
+        fits = "all" in targets or targets >= set(self._lora.projections)
+        if not info.get("enable_lora") or (info.get("max_lora_rank") or 0) < self._lora.rank or not fits:
+            raise UserError(
+                f"{url} loads no LoRA adapters of rank {self._lora.rank} of {', '.join(self._lora.projections)}: start "
+                f"it with {' '.join(server_arguments([self._lora]))}, or set rollout.sglang.lora_sync to merged"
+            )
 
     def _check_context_length(self, url: str, info: dict[str, Any]) -> None:
         """Compare the context; a prompt may have one token less than max_req_input_len, the context less 6 (0.5.17)."""

@@ -75,6 +75,7 @@ class SglangProtocol:
     def __init__(self, vocab_size: int, api_key: str = "", *, routed_experts: bool = False):
         """routed_experts: responses come with the experts of their tokens."""
         self._routed_experts = routed_experts
+        self.adapter: str | None = None  # name of the LoRA adapter on the servers that requests are for
         self.headers = authorization(api_key)
         self._last_token = vocab_size - 1
 
@@ -103,6 +104,7 @@ class SglangProtocol:
         if self._routed_experts:
             first = 0 if partial is None else partial.num_routed
             body |= {"return_routed_experts": True, "routed_experts_start_len": first}
+        body |= self._with_adapter()
         return ServerCall(_GENERATE, body, (rid,))
 
     def score(self, sequences: Sequence[np.ndarray], top_k: int = 0, starts: Sequence[int] = ()) -> ServerCall:
@@ -113,9 +115,13 @@ class SglangProtocol:
         """
         rids = [f"score~{_unique()}" for _ in sequences]
         body = {"rid": rids, "input_ids": [sequence.tolist() for sequence in sequences], **score_options()}
+        body |= self._with_adapter()
         if starts:
             body["logprob_start_len"] = list(starts)
         return ServerCall(_GENERATE, body | ({"top_logprobs_num": top_k} if top_k else {}), tuple(rids))
+
+    def _with_adapter(self) -> dict[str, Any]:
+        return {} if self.adapter is None else {"lora_path": self.adapter}
 
     def abort(self, request_id: str) -> ServerCall:
         """Return the call that aborts a request."""

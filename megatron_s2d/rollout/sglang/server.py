@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from megatron_s2d.config.lora import LoraConfig, server_arguments
 from megatron_s2d.config.training import SERVER_SPARE_POSITIONS, SglangConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel import device
@@ -108,13 +109,14 @@ class SglangServer(_Process):
         max_tokens: int,
         routed_experts: bool = False,
         memory: ServerMemory | None = None,
+        lora: LoraConfig | None = None,
     ):
         """Start; ``wait`` returns when it is ready.
 
         model: Hugging Face directory. key_file: with the API key that requests must carry. number: index of the server,
         which decides its GPUs. weight_version: what the server reports until its first weight update. max_tokens: of
         keys and values, on a CPU. routed_experts: record the experts of tokens. memory: that it may take of its GPUs;
-        None leaves that to SGLang.
+        None leaves that to SGLang. lora: of the adapters that will be loaded; None: the server loads none.
         """
         port = _free_port()
         self.url = f"http://{_HOST}:{port}"
@@ -143,6 +145,9 @@ class SglangServer(_Process):
             command.append("--enable-deterministic-inference")
         if routed_experts:
             command.append("--enable-return-routed-experts")
+        if lora is not None:
+            command += server_arguments([lora])
+            command += [] if cuda else ["--lora-backend", "torch_native"]
         command += settings.extra_args
         super().__init__(command, log, environment, None if cuda else _FOLDER / "cpu_stub")
 

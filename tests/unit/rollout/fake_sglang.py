@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,15 @@ def read_embedding(directory: Path) -> np.ndarray:
     assert info["dtype"] == "F32"
     start, stop = (8 + length + offset for offset in info["data_offsets"])
     return np.frombuffer(content[start:stop], dtype=np.float32).reshape(info["shape"])
+
+
+def adapter_shift(directory: Path) -> float:
+    """Return what an adapter of the toy model adds to every value of the embedding: the mean of all its values."""
+    content = (directory / "adapter_model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert {info["dtype"] for name, info in header.items() if name != "__metadata__"} == {"F32"}
+    return float(np.frombuffer(content[8 + length :], np.float32).mean(dtype=np.float64))
 
 
 def log_prob_table(embedding: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -81,6 +91,7 @@ class FakeServer:
         # holds(body, n): whether a request waits before its n-th token, until it is aborted or no longer held
         self.holds: Callable[[dict, int], bool] = lambda body, n: False
         self.aborted: set[str] = set()
+        self.adapters: dict[str, tuple[str, float]] = {}  # name -> directory and shift of the embedding
         self.digests: Iterator[str] = iter(())  # that it gives of its weights, one after the other
         fake = self
 
@@ -139,6 +150,9 @@ class FakeServer:
     def get(self, path: str) -> tuple[int, bytes]:
         if path == "/server_info":
             return 200, json.dumps(self.info | {"skip_tokenizer_init": self.tokenizer is None}).encode()
+        if path == "/v1/models":
+            cards = [{"id": name, "root": root, "parent": "toy"} for name, (root, _) in self.adapters.items()]
+            return 200, json.dumps({"data": [{"id": "toy", "root": "toy", "parent": None}, *cards]}).encode()
         if path == "/model_info":
             return 200, json.dumps(self.model).encode()
         if path == "/health_generate" and self.health_faults:
@@ -168,6 +182,14 @@ class FakeServer:
             print("frozen", flush=True)
         if path == "/fault":
             self.faults.extend([body["kind"]] * body.get("count", 1))
+        if path == "/load_lora_adapter":
+            if body["lora_name"] in self.adapters:
+                return 400, b"it is already loaded"
+            self.adapters[body["lora_name"]] = body["lora_path"], adapter_shift(Path(body["lora_path"]))
+        if path == "/unload_lora_adapter" and self.adapters.pop(body["lora_name"], None) is None:
+            return 400, b"it is not loaded"
+        if path == "/update_weight_version":
+            self.weight_version = body["new_version"]
         if path == "/update_weights_from_disk":
             self.seen_versions = sorted(path.name for path in Path(body["model_path"]).parent.iterdir())
             self.weight_version = body["weight_version"]
@@ -182,6 +204,8 @@ class FakeServer:
         return 200, json.dumps({"choices": [{"prompt_token_ids": ids}]}).encode()
 
     def generate(self, body: dict) -> tuple[int, bytes]:
+        if body.get("lora_path", "") not in ("", *self.adapters):
+            return 400, b"Got LoRA adapter that has never been loaded"
         if wanted := body.get("token_ids_logprob"):
             return (200, b"{}") if max(wanted) < len(self.embedding) else (400, b"out-of-vocabulary token id")
         if "text" in body:
@@ -249,7 +273,8 @@ class FakeServer:
         k = min(body.get("top_logprobs_num", 0), self.cap or len(self.embedding))
         starts = body.get("logprob_start_len", 0)
         starts = starts if isinstance(starts, list) else [starts] * len(body["input_ids"])
-        replies = [self.score(ids, k, start) for ids, start in zip(body["input_ids"], starts, strict=True)]
+        table = log_prob_table(self.embedding_of(body))
+        replies = [self.score(table, ids, k, start) for ids, start in zip(body["input_ids"], starts, strict=True)]
         fault = self.score_faults.popleft() if self.score_faults else None
         meta = replies[0]["meta_info"]
         match fault:
@@ -274,7 +299,8 @@ class FakeServer:
 
     def response(self, body: dict) -> dict:
         ids, params = body["input_ids"], body["sampling_params"]
-        table = log_prob_table(self.embedding, params["temperature"] or 1.0)
+        embedding = self.embedding_of(body)
+        table = log_prob_table(embedding, params["temperature"] or 1.0)
         generator = np.random.default_rng(params["sampling_seed"])
         output: list[int] = []
         reason = {"type": "length", "length": params["max_new_tokens"]}
@@ -289,7 +315,7 @@ class FakeServer:
             row = np.exp(table[last])
             greedy = params["temperature"] == 0
             token = int(row.argmax() if greedy else generator.choice(len(row), p=row / row.sum()))
-            reported = log_prob_table(self.embedding) if self.original_log_probs else table
+            reported = log_prob_table(embedding) if self.original_log_probs else table
             scored.append([float(reported[last, token]), token, None])
             output.append(token)
             last = token
@@ -303,10 +329,13 @@ class FakeServer:
             meta["routed_experts"] = encoded_routes(toy_routes(tokens, self.weight_version, self.routing))
         return {"text": "", "output_ids": output, "meta_info": meta | {"output_token_logprobs": scored}}
 
-    def score(self, ids: list[int], k: int = 0, start: int = 0) -> dict:
+    def embedding_of(self, body: dict) -> np.ndarray:
+        name = body.get("lora_path")
+        return self.embedding if name is None else self.embedding + np.float32(self.adapters[name][1])
+
+    def score(self, table: np.ndarray, ids: list[int], k: int = 0, start: int = 0) -> dict:
         """As SGLang: entries of the tokens from ``start`` on, of which the first has no score."""
         count, ids = len(ids), ids[start:]
-        table = log_prob_table(self.embedding)
         last = len(self.embedding) - 1
         shown = [0 if token == last else token for token in ids]
         scored = [[None, shown[0], None]]
@@ -336,6 +365,11 @@ def main() -> None:
     )
     server.api_key = options.get("--api-key", "")
     server.info["enable_return_routed_experts"] = "--enable-return-routed-experts" in sys.argv
+    if "--enable-lora" in sys.argv:
+        first = sys.argv.index("--lora-target-modules") + 1
+        modules = list(itertools.takewhile(lambda name: not name.startswith("--"), sys.argv[first:]))
+        server.info |= {"enable_lora": True, "max_lora_rank": int(options["--max-lora-rank"])}
+        server.info |= {"lora_target_modules": modules}
     logging.basicConfig(level=logging.INFO)
     logging.info("server_args=%r", sys.argv)  # as SGLang does
     print(f"serving {server.url}", flush=True)

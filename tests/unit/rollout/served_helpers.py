@@ -45,7 +45,8 @@ def toy_score(chunks):
 
 
 def make_engine(
-    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, spec=SPEC, **settings
+    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, spec=SPEC, score=None,
+    lora=None, **settings,
 ) -> ServedEngine:
     """An engine attached to ``servers``, or with servers of its own; settings of any section by name."""
     parts = {
@@ -64,12 +65,13 @@ def make_engine(
             chunks,
             spec,
             layout,
-            toy_score(chunks),
+            score or toy_score(chunks),
             rollout,
             directory,
             urls=urls,
             requirements=requirements,
             tokenizer=tokenizer,
+            lora=lora,
         )
     )
 
