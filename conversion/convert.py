@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megatron_s2d.conversion.megatron_format import SPEC_NAME, Chunk, MegatronRe
 from megatron_s2d.conversion.progress import Report, silent
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import check_layout, hf_tensor_shapes
+from megatron_s2d.models.fused_experts import ExpertJoiner
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.peft_files import PeftAdapter
 from megatron_s2d.models.shards import join_shards
@@ -127,18 +128,18 @@ def megatron_to_hf(
     config = _config_document(source, asset_directory)
     with report("checking", source.num_files_bytes) as advance:
         source.verify_digests(advance)
-    shapes = dict(hf_tensor_shapes(source.spec))
-    plan = [
-        PlannedTensor(name, source.entries[piece.key].properties.dtype, shapes[name])
-        for piece in source.pieces
-        for name in piece.entry.hf_names
-    ]
+    dtypes = {
+        name: source.entries[piece.key].properties.dtype for piece in source.pieces for name in piece.entry.hf_names
+    }
+    plan = _plan(source.spec, dtypes)
     with atomic_directory(hf_directory) as target:
         writer = HfWriter(target, plan, max_shard_bytes)
         with contextlib.closing(writer), report("megatron to hf", writer.num_bytes) as advance:
             with contextlib.closing(read_ahead(_hf_tensors(source))) as tensors:
+                joiner = ExpertJoiner(source.spec)
                 for name, row, tensor in tensors:
-                    writer.write(name, tensor, row)
+                    for joined_name, joined in joiner.add(name, tensor):
+                        writer.write(joined_name, joined, row)
                     advance(tensor.nbytes)
             writer.finish()
         copied = _copy_files(ASSETS, asset_directory, target)
@@ -168,15 +169,16 @@ def merge_adapter(
     adapter = PeftAdapter(Path(adapter_directory), source.spec)
     with report("checking", source.num_bytes) as advance:
         source.verify_digests(advance)
-    plan = [PlannedTensor(name, source.tensors[name].dtype, shape) for name, shape in hf_tensor_shapes(source.spec)]
+    dtypes = {name: source.tensors[name].dtype for name, _ in hf_tensor_shapes(source.spec)}
     with atomic_directory(merged_directory) as target:
-        writer = HfWriter(target, plan, max_shard_bytes)
+        writer, joiner = HfWriter(target, _plan(source.spec, dtypes), max_shard_bytes), ExpertJoiner(source.spec)
         with contextlib.closing(writer), report("merging", writer.num_bytes) as advance:
-            for item in plan:
-                tensor, delta = source.read(item.name), adapter.delta(item.name)
+            for name, dtype in dtypes.items():
+                tensor, delta = source.read(name), adapter.delta(name)
                 if delta is not None:
-                    tensor = (tensor.float() + delta).to(item.dtype)
-                writer.write(item.name, tensor)
+                    tensor = (tensor.float() + delta).to(dtype)
+                for joined_name, joined in joiner.add(name, tensor):
+                    writer.write(joined_name, joined)
                 advance(tensor.nbytes)
             writer.finish()
         _copy_files(ASSETS, source.directory, target)
@@ -251,11 +253,23 @@ def _chunks(source: HfCheckpoint, parallel: ParallelConfig) -> Iterator[Chunk]:
 def _hf_tensors(source: MegatronReader) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield Hugging Face tensors as (name, first row, rows): chunk by chunk if chunks are rows, otherwise as one."""
     for piece in source.pieces:
-        if piece.entry.parallelism in ("vocab_parallel", "gate_up_column_parallel") and source.is_split_by_rows(piece):
+        is_whole = piece.entry.expert is not None and source.spec.parts.fused_experts  # it becomes a part of another
+        by_rows = not is_whole and piece.entry.parallelism in ("vocab_parallel", "gate_up_column_parallel")
+        if by_rows and source.is_split_by_rows(piece):
             yield from source.read_rows(piece)
         else:
             for name, tensor in join_shards(piece.entry, source.spec, [source.read(piece)]):
                 yield name, 0, tensor
+
+
+def _plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype]) -> list[PlannedTensor]:
+    """Return the tensors of the files in the order in which they are complete. dtypes: of each tensor of the model."""
+    shapes, joiner = dict(hf_tensor_shapes(spec)), ExpertJoiner(spec)
+    return [
+        PlannedTensor(joined_name, joined.dtype, tuple(joined.shape))
+        for name, dtype in dtypes.items()
+        for joined_name, joined in joiner.add(name, torch.empty(shapes[name], dtype=dtype, device="meta"))
+    ]
 
 
 def _same_model(left: ModelSpec, right: ModelSpec, left_name: Any, right_name: Any) -> None:

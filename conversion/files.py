@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_s2d.models.hf_checkpoint import BLOCK_BYTES
+from megatron_s2d.models.tensor_files import BLOCK_BYTES
 
 _WINDOW = 64 * 2**20  # bytes of a written file that may stay in the page cache
 

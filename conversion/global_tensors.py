@@ -70,11 +70,15 @@ def _layer_shape(spec: ModelSpec, entry: ParamMapping) -> tuple[int, ...]:
             rows = spec.q_dim + 2 * spec.kv_dim
             return (rows,) if entry.parameter.endswith(".bias") else (rows, spec.hidden_size)
         case "gate_up_column_parallel":
-            return (2 * ffn, spec.hidden_size)
+            return (2 * ffn,) if entry.parameter.endswith(".bias") else (2 * ffn, spec.hidden_size)
+        case "head_parallel":
+            return (spec.num_attention_heads,)
         case "row_parallel":
             return (spec.hidden_size, spec.q_dim if "linear_proj" in entry.parameter else ffn)
     if entry.parameter == "mlp.router.weight":
         return (spec.num_experts, spec.hidden_size)
+    if entry.parameter == "mlp.router.bias":
+        return (spec.num_experts,)
     is_of_head = entry.parameter.startswith(("self_attention.q_", "self_attention.k_"))
     return (spec.head_dim if is_of_head else spec.hidden_size,)
 

@@ -46,15 +46,23 @@ def _parts(spec: ModelSpec) -> dict[str, str]:
     present = {
         "attention": ", ".join(attention),
         "rope": rope,
-        "biases": "of query, key and value" if family.qkv_bias else "none",
+        "biases": _biases(spec),
         "norms": _norms(spec),
         "query_key_norm": "yes" if family.qk_norm else "no",
         "mlp": f"{family.activation}, gated",
         "output_layer": "the embedding" if spec.tie_word_embeddings else "of its own",
     }
+    if family.attention_sinks:
+        present["attention"] += ", with a sink in each head"
     if spec.num_experts:
         present["experts"] = f"{spec.num_experts}, {spec.num_experts_per_tok} per token"
     return present
+
+
+def _biases(spec: ModelSpec) -> str:
+    if spec.parts.linear_biases:
+        return "of all projections, router and experts"
+    return "of query, key and value" if spec.parts.qkv_bias else "none"
 
 
 def _norms(spec: ModelSpec) -> str:

@@ -12,8 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Of the gate in an MLP, which is ``activation(gate) * up``; ``gelu_tanh`` is the tanh approximation of GELU."""
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+"""Of the gate in an MLP, which is ``activation(gate) * up``; ``gelu_tanh`` is the tanh approximation of GELU.
+
+``clamped_swiglu``: gate' sigmoid(1.702 gate') (up' + 1), where gate' is at most 7 and up' within [-7, 7] (GPT-OSS).
+"""
 
 Windows = Literal["none", "every_layer", "use_sliding_window", "layer_types"]
 """How ``config.json`` states sliding windows.
@@ -23,7 +26,7 @@ windows of ``layer_types`` on, by default those from layer ``max_window_layers``
 say, by default all but each ``window_pattern``-th layer.
 """
 
-Name = Literal["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3_text"]
+Name = Literal["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3_text", "gpt_oss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Family:
     """Whether queries and keys are normalised per head."""
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values have biases."""
+    linear_biases: bool = False
+    """Whether all projections have biases: of attention, its output, router and experts."""
+    attention_sinks: bool = False
+    """Whether every head has a learned logit that joins the softmax of its scores and has no value."""
     zero_centered_norm: bool = False
     """Whether norms multiply by 1 + weight."""
     post_norms: bool = False
@@ -45,6 +52,12 @@ class Family:
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype."""
     has_experts: bool = False
     """Whether the MLP of every layer is a mixture of experts, routed by a softmax over the top-k logits."""
+    router_name: str = "gate"
+    """Of the router among a layer's tensors, ``mlp.NAME.weight``."""
+    fused_experts: bool = False
+    """Whether files have the experts of a layer in one tensor, [e, in, out], gate and up channel by channel in turn."""
+    expert_keys: tuple[str, str] = ("num_experts", "moe_intermediate_size")
+    """Fields of ``config.json`` with the number of experts and the width of one."""
     windows: Windows = "none"
     window_pattern: int = 0
     sliding_rope: bool = False
@@ -101,6 +114,28 @@ FAMILIES: dict[str, Family] = {
         },
         written={"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"},
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        activation="clamped_swiglu",
+        qkv_bias=True,
+        linear_biases=True,
+        attention_sinks=True,
+        has_experts=True,
+        router_name="router",
+        fused_experts=True,
+        expert_keys=("num_local_experts", "intermediate_size"),
+        windows="layer_types",
+        window_pattern=2,
+        defaults={"head_dim": 64, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "sliding_window": 128},
+        config_values={"attention_bias": (True, None), "swiglu_limit": (7.0, None), "norm_topk_prob": (True,)},
+        written={
+            "attention_bias": True,
+            "decoder_sparse_step": None,
+            "mlp_only_layers": None,
+            "norm_topk_prob": None,
+            "swiglu_limit": 7.0,
+        },
+    ),
 }
 
 assert set(FAMILIES) == set(get_args(Name))
@@ -113,7 +148,6 @@ NOT_SUPPORTED = {
     "qwen3_5_moe": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET,
     "gemma2": "Megatron-Core 0.19.2 has no soft-capped attention scores and logits",
-    "gpt_oss": "attention sinks, and experts with biases that are stored in one tensor, are not implemented",
     "gemma3": "it is a model of images and text: save its language model by itself, as gemma3_text",
 }
 """Reasons, by ``model_type``, that are worth more than the list of what is supported."""

@@ -89,10 +89,10 @@ def spec_from_hf_config(document: dict[str, Any], where: str) -> ModelSpec:
     }
     if parts.has_experts:
         # transformers 5 saves the number of experts under another name.
-        key = "num_experts" if "num_experts" in document else "num_local_experts"
-        fields["num_experts"] = _number(document, key, where)
+        key, width = parts.expert_keys
+        fields["num_experts"] = _number(document, key if key in document else "num_local_experts", where)
         fields["num_experts_per_tok"] = _number(document, "num_experts_per_tok", where)
-        fields["moe_ffn_hidden_size"] = _number(document, "moe_intermediate_size", where)
+        fields["moe_ffn_hidden_size"] = _number(document, width, where)
         fields["norm_topk_prob"] = _flag(document, "norm_topk_prob", where)
     try:
         return ModelSpec(**fields)
@@ -116,6 +116,8 @@ def _quantized_block(document: dict[str, Any], where: str) -> tuple[int, int] | 
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == "mxfp4" and FAMILIES[document["model_type"]].fused_experts:
+        return None  # of the experts' tensors, whose names say so (models/fused_experts.py)
     if method != "fp8":
         raise UserError(f"{where}: quantization_config with method {method!r} is not supported (only fp8 in blocks)")
     block = quantization.get("weight_block_size")
@@ -159,10 +161,9 @@ def hf_config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         document |= {
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "moe_intermediate_size": spec.moe_ffn_hidden_size,
             "norm_topk_prob": spec.norm_topk_prob,
-            "num_experts": spec.num_experts,
             "num_experts_per_tok": spec.num_experts_per_tok,
+            **dict(zip(spec.parts.expert_keys, (spec.num_experts, spec.moe_ffn_hidden_size), strict=True)),
         }
     document |= {**spec.parts.written, **_window_fields(spec)}
     return {key: value for key, value in document.items() if value is not None or key in _NULLABLE}

@@ -74,6 +74,11 @@ def check_lora(where: str, lora: LoraConfig, spec: ModelSpec, parallel: Parallel
         raise UserError(
             f"{where}.targets: the model is dense, it has no experts: name gate_proj, up_proj and down_proj"
         )
+    if spec.parts.fused_experts and set(lora.projections) & set(_MLP):
+        raise UserError(
+            f"{where}.targets: files of family {spec.family} have all experts of a layer in one tensor, for which "
+            "adapters are not implemented: name q_proj, k_proj, v_proj and o_proj"
+        )
     for name in lora.projections:
         least = min(projection_shape(spec, name))
         if lora.rank > least:

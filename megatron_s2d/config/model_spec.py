@@ -155,6 +155,12 @@ class ModelSpec:
         attention = self.hidden_size * (2 * self.q_dim + 2 * self.kv_dim)
         attention += (self.q_dim + 2 * self.kv_dim) if self.parts.qkv_bias else 0
         norms = (4 if self.parts.post_norms else 2) * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        if self.parts.attention_sinks:
+            attention += self.num_attention_heads
+        if self.parts.linear_biases:  # of the attention's output, the router and the experts
+            attention += (
+                self.hidden_size + self.num_experts + experts * (2 * self.moe_ffn_hidden_size + self.hidden_size)
+            )
         if self.num_experts:
             mlp = self.hidden_size * (self.num_experts + 3 * self.moe_ffn_hidden_size * experts)
         else:

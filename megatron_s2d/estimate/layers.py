@@ -113,13 +113,14 @@ class ModelShard:
         dense = [hidden] * (4 if spec.parts.post_norms else 2) + [spec.head_dim] * (2 * spec.qk_norm)
         dense += [hidden * (spec.q_dim + 2 * spec.kv_dim) // tp_size, hidden * spec.q_dim // tp_size]
         dense += [(spec.q_dim + 2 * spec.kv_dim) // tp_size] * spec.parts.qkv_bias
+        dense += [spec.num_attention_heads // tp_size] * spec.parts.attention_sinks
+        dense += [hidden] * spec.parts.linear_biases
         experts: list[int] = []
         if spec.num_experts:
-            dense.append(spec.num_experts * hidden)
+            dense += [spec.num_experts * hidden] + [spec.num_experts] * spec.parts.linear_biases
             width = spec.moe_ffn_hidden_size
-            experts = [2 * width * hidden, width * hidden] * (
-                spec.num_experts // self.parallel.expert_model_parallel_size
-            )
+            experts = [2 * width * hidden, width * hidden] + [2 * width, hidden] * spec.parts.linear_biases
+            experts *= spec.num_experts // self.parallel.expert_model_parallel_size
         else:
             dense += [2 * spec.ffn_hidden_size * hidden // tp_size, spec.ffn_hidden_size * hidden // tp_size]
         sizes = [(count, False) for count in dense * self.num_layers]

@@ -114,7 +114,12 @@ def _gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _stacked(moe: MoELayer) -> _Weights | None:
-    """Return views of the local experts' weights as one tensor for each product; None if they do not lie like that."""
+    """Return views of the local experts' weights as one tensor for each product; None if they do not lie like that.
+
+    None also for experts with biases.
+    """
+    if moe.config.add_bias_linear:
+        return None
     experts = moe.experts
     if hasattr(experts, "local_experts"):
         pairs = [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in experts.local_experts]

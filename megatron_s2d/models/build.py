@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -48,6 +49,7 @@ from megatron_s2d.parallel.layout import Layout
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "clamped_swiglu": quick_gelu,
 }
 
 
@@ -109,6 +111,11 @@ def build_model(
         raise UserError(
             f"models of family {spec.family} have norms after attention and MLP, which are implemented without "
             "Transformer Engine only: use an environment without it"
+        )
+    if spec.parts.attention_sinks and device.capabilities().transformer_engine:
+        raise UserError(
+            f"models of family {spec.family} have attention sinks, which are implemented without Transformer Engine "
+            "only: use an environment without it"
         )
     for module in WITH_TRANSFORMER_ENGINE:
         if recompute.recomputes(module) and not device.capabilities().transformer_engine:
@@ -196,6 +203,7 @@ def transformer_config(
     """Return Megatron's configuration object for ``spec`` at ``layout``."""
     parallel = layout.config
     with_te = device.capabilities().transformer_engine
+    is_clamped = spec.parts.activation == "clamped_swiglu"
     return LayerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -206,11 +214,12 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
         qk_layernorm=spec.qk_norm,
-        add_bias_linear=False,
+        add_bias_linear=spec.parts.linear_biases,
         add_qkv_bias=spec.parts.qkv_bias,
         layernorm_zero_centered_gamma=spec.parts.zero_centered_norm,
         gated_linear_unit=True,
         activation_func=_ACTIVATIONS[spec.parts.activation],
+        **({"glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0} if is_clamped else {}),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=params_dtype,
@@ -249,6 +258,7 @@ def _attention_fields(spec: ModelSpec) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "rope_attention_factor": attention_factor(spec),
         "sliding_rope": spec.sliding_rope_theta is not None,
+        "softmax_type": "learnable" if spec.parts.attention_sinks else "vanilla",
     }
     if spec.query_pre_attn_scalar is not None:
         fields["softmax_scale"] = spec.query_pre_attn_scalar**-0.5

@@ -133,8 +133,9 @@ def _attention(
             attention.num_attention_heads_per_partition,
             config.layernorm_zero_centered_gamma,
         )
-    output, _ = attention.linear_proj(cache.attend(number, query, config.softmax_scale))
-    return output
+    sinks = getattr(attention.core_attention, "softmax_offset", None)
+    output, bias = attention.linear_proj(cache.attend(number, query, config.softmax_scale, sinks))
+    return output if bias is None else output + bias
 
 
 def _mlp(

@@ -19,14 +19,16 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.errors import UserError
 
-Parallelism = Literal["replicated", "vocab_parallel", "row_parallel", "qkv_column_parallel", "gate_up_column_parallel"]
+Parallelism = Literal[
+    "replicated", "vocab_parallel", "row_parallel", "head_parallel", "qkv_column_parallel", "gate_up_column_parallel"
+]
 """How a weight [out, in] is sharded over tensor-parallel ranks, in Megatron's terms.
 
 ``replicated``: not at all. ``vocab_parallel``: along dimension 0, padded with zero rows (VocabParallelEmbedding).
-``row_parallel``: along dimension 1 (RowParallelLinear). ``qkv_column_parallel``: along dimension 0
-(ColumnParallelLinear) of the fused matrix, query group by query group [queries of the group, key, value].
-``gate_up_column_parallel``: along dimension 0 of each half, so that every rank has [its shard of gate, its shard of
-up].
+``row_parallel``: along dimension 1 (RowParallelLinear). ``head_parallel``: a number of each query head.
+``qkv_column_parallel``: along dimension 0 (ColumnParallelLinear) of the fused matrix, query group by query group
+[queries of the group, key, value]. ``gate_up_column_parallel``: along dimension 0 of each half, so that every rank has
+[its shard of gate, its shard of up].
 """
 
 
@@ -76,6 +78,11 @@ def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
     mappings += [
         ParamMapping("self_attention.linear_proj.weight", (attention + "o_proj.weight",), "row_parallel"),
     ]
+    if spec.parts.linear_biases:
+        mappings.append(ParamMapping("self_attention.linear_proj.bias", (attention + "o_proj.bias",), "replicated"))
+    if spec.parts.attention_sinks:
+        offset = "self_attention.core_attention.softmax_offset"
+        mappings.append(ParamMapping(offset, (attention + "sinks",), "head_parallel"))
     before_mlp = "post_attention_layernorm.weight"
     if spec.parts.post_norms:
         before_mlp = "pre_feedforward_layernorm.weight"
@@ -90,24 +97,24 @@ def layer_param_mappings(spec: ModelSpec, layer: int) -> list[ParamMapping]:
             ParamMapping("self_attention.k_layernorm.weight", (attention + "k_norm.weight",), "replicated"),
         ]
     if not spec.num_experts:
-        return mappings + _mlp_param_mappings("mlp.", hf + "mlp.", None)
-    mappings.append(ParamMapping("mlp.router.weight", (hf + "mlp.gate.weight",), "replicated"))
+        return mappings + _mlp_param_mappings(spec, "mlp.", hf + "mlp.", None)
+    kinds = ("weight", "bias") if spec.parts.linear_biases else ("weight",)
+    router = f"{hf}mlp.{spec.parts.router_name}."
+    mappings += [ParamMapping(f"mlp.router.{kind}", (router + kind,), "replicated") for kind in kinds]
     for expert in range(spec.num_experts):
         prefix = f"mlp.experts.local_experts.{expert}."
-        mappings += _mlp_param_mappings(prefix, f"{hf}mlp.experts.{expert}.", expert)
+        mappings += _mlp_param_mappings(spec, prefix, f"{hf}mlp.experts.{expert}.", expert)
     return mappings
 
 
-def _mlp_param_mappings(prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
-    return [
-        ParamMapping(
-            prefix + "linear_fc1.weight",
-            (hf + "gate_proj.weight", hf + "up_proj.weight"),
-            "gate_up_column_parallel",
-            expert,
-        ),
-        ParamMapping(prefix + "linear_fc2.weight", (hf + "down_proj.weight",), "row_parallel", expert),
-    ]
+def _mlp_param_mappings(spec: ModelSpec, prefix: str, hf: str, expert: int | None) -> list[ParamMapping]:
+    mappings = []
+    for kind in ("weight", "bias") if spec.parts.linear_biases else ("weight",):
+        gate_up = (f"{hf}gate_proj.{kind}", f"{hf}up_proj.{kind}")
+        mappings.append(ParamMapping(f"{prefix}linear_fc1.{kind}", gate_up, "gate_up_column_parallel", expert))
+        down: Parallelism = "row_parallel" if kind == "weight" else "replicated"
+        mappings.append(ParamMapping(f"{prefix}linear_fc2.{kind}", (f"{hf}down_proj.{kind}",), down, expert))
+    return mappings
 
 
 def hf_tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -127,6 +134,8 @@ def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]
     hidden = spec.hidden_size
     ffn = spec.moe_ffn_hidden_size if expert else spec.ffn_hidden_size
     *_, module, kind = name.split(".")
+    if kind == "sinks":
+        return (spec.num_attention_heads,)
     shape: tuple[int, ...] = {
         "q_proj": (spec.q_dim, hidden),
         "k_proj": (spec.kv_dim, hidden),
@@ -138,7 +147,7 @@ def _layer_shape(spec: ModelSpec, name: str, *, expert: bool) -> tuple[int, ...]
         "post_attention_layernorm": (hidden,),
         "pre_feedforward_layernorm": (hidden,),
         "post_feedforward_layernorm": (hidden,),
-        "gate": (spec.num_experts, hidden),
+        spec.parts.router_name: (spec.num_experts, hidden),
         "gate_proj": (ffn, hidden),
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),

@@ -3,7 +3,7 @@
 Keys and values of a layer are [b, c, n_kv, d] with free columns at the end. The column of the next token and the number
 of keys of each row are tensors, which every step increments. In half precision on a GPU attention is FlashAttention,
 which takes the first key and the number of keys of each row from the device and reads no others; elsewhere, and in
-layers with a sliding window, it runs over all columns of the buffers, with a mask.
+layers with a sliding window or attention sinks, it runs over all columns of the buffers, with a mask.
 
 Shapes: b rows, c columns of the buffers, n query heads, n_kv key/value heads, d head_dim.
 """
@@ -11,9 +11,9 @@ Shapes: b rows, c columns of the buffers, n query heads, n_kv key/value heads, d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from megatron_s2d.models.kv_cache import KeyValueCache, _rotate
+from megatron_s2d.models.layers import attend_token
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -79,12 +79,14 @@ class FixedKeyValueCache(KeyValueCache):
         values.index_copy_(1, self.column, value.transpose(0, 1))
         return _rotate(query, *self._turns[second])
 
-    def attend(self, number: int, query: torch.Tensor, scale: float | None) -> torch.Tensor:
+    def attend(
+        self, number: int, query: torch.Tensor, scale: float | None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the attention of ``query`` [1, b, n, d] over the keys of its row as [1, b, n * d]."""
         keys, values = self.buffers(number)
         rows, capacity, num_groups, dim = keys.shape
         window = self._kinds[number].window
-        if query.is_cuda and query.dtype in _HALF and window is None:
+        if query.is_cuda and query.dtype in _HALF and window is None and sinks is None:
             output, *_ = torch.ops.aten._flash_attention_forward(
                 query[0],
                 keys.view(rows * capacity, num_groups, dim),
@@ -102,9 +104,7 @@ class FixedKeyValueCache(KeyValueCache):
         else:
             queries = query.view(rows, num_groups, -1, dim)
             allowed = self._allowed_columns(capacity, window)
-            output = F.scaled_dot_product_attention(
-                queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=allowed, scale=scale
-            )
+            output = attend_token(queries, keys.transpose(1, 2), values.transpose(1, 2), allowed, scale, sinks)
         return output.reshape(1, rows, -1)
 
     def _allowed_columns(self, capacity: int, window: int | None) -> torch.Tensor:

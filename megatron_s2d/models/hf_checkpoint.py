@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -29,6 +28,8 @@ from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.dequantize import dequantize_blocks
 from megatron_s2d.models.families import hf_tensor_shapes
+from megatron_s2d.models.fused_experts import split_experts
+from megatron_s2d.models.tensor_files import BLOCK_BYTES, TensorInfo, read_bytes, read_rows
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -43,34 +44,11 @@ DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, 
 """Weight dtypes of safetensors that are read and written."""
 
 _QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn}
+_PACKED = {"U8": torch.uint8}  # MXFP4: two values, or a scale
 _SCALE_SUFFIX = "_scale_inv"
-
-BLOCK_BYTES = 4 * 2**20
-"""Bytes per read."""
 
 _LARGEST_HEADER = 100 * 2**20  # the format's own limit
 _BUFFERS = re.compile(r"\brotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$")
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Location of a tensor: absolute byte range [start, stop) of ``path``."""
-
-    path: Path
-    dtype: torch.dtype
-    """Of the values that are read."""
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    pickled: torch.Tensor | None = None
-    """The tensor of a ``.bin`` file, mapped from it rather than in memory."""
-    scales: TensorInfo | None = None
-    """Scales of the blocks of a matrix that is stored in FP8."""
-    block: tuple[int, int] = (0, 0)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stop - self.start
 
 
 class HfCheckpoint:
@@ -95,6 +73,9 @@ class HfCheckpoint:
                 self.tensors[name] = info
         self._check_index(index.get("weight_map"))
         self._drop_buffers()
+        if self.spec.parts.fused_experts:
+            dtype = DTYPES[quantized_block(self.directory / CONFIG_NAME)[1]]
+            self.tensors = split_experts(self.tensors, self.spec, dtype, self.directory)
         self._join_scales()
         self._drop_tied_output()
         self._check_names_and_shapes()
@@ -117,14 +98,14 @@ class HfCheckpoint:
         """See ``WeightSource.read``; in the file's dtype. Slices along dimension 0 read only their own bytes."""
         info = self.tensors[name]
         stop = info.shape[dim] if stop is None else stop
+        if info.compute is not None:
+            return info.compute().narrow(dim, start, stop - start)
         if info.pickled is not None:
             return info.pickled.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
         if info.scales is not None:
             return _read_quantized(info, dim, start, stop)
         if dim == 0:
-            row = info.num_bytes // info.shape[0]
-            content = read_bytes(info.path, info.start + start * row, (stop - start) * row)
-            return content.view(info.dtype).view(stop - start, *info.shape[1:])
+            return read_rows(info, start, stop)
         tensor = read_bytes(info.path, info.start, info.num_bytes).view(info.dtype).view(info.shape)
         return tensor.narrow(dim, start, stop - start)
 
@@ -205,28 +186,11 @@ class HfCheckpoint:
                 raise UserError(f"{self.directory}: tensor {name} is missing")
             if self.tensors[name].shape != shape:
                 raise UserError(f"{self.directory}: {name} is {self.tensors[name].shape}, the model needs {shape}")
+            if self.tensors[name].dtype in _PACKED.values():
+                raise UserError(f"{self.directory}: {name} has dtype U8; supported are {', '.join(DTYPES)}")
         for name in self.tensors:
             if name not in expected:
                 raise UserError(f"{self.directory}: tensor {name} does not belong to a {self.spec.family} model")
-
-
-def read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
-    """Return ``count`` bytes of a file from ``start`` as a new uint8 tensor; ``UserError`` if the file ends before."""
-    content = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(content.numpy())
-    try:
-        with open(path, "rb", buffering=0) as file:
-            # Twice the read-ahead; with blocks of this size the kernel reads while the last block is being copied.
-            os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_SEQUENTIAL)
-            num_read = 0
-            while num_read < count:
-                block_size = os.preadv(file.fileno(), [view[num_read : num_read + BLOCK_BYTES]], start + num_read)
-                if block_size == 0:
-                    raise UserError(f"{path}: truncated; fetch the file again")
-                num_read += block_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return content
 
 
 def _read_quantized(info: TensorInfo, dim: int, start: int, stop: int) -> torch.Tensor:
@@ -292,7 +256,7 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, size: int
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtypes = DTYPES | _QUANTIZED
+        dtypes = DTYPES | _QUANTIZED | _PACKED
         if entry["dtype"] not in dtypes:
             raise UserError(f"{path}: {name} has dtype {entry['dtype']}; supported are {', '.join(dtypes)}")
         dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_s2d.models.layer_config import LayerConfig, window_of_layer
+from megatron_s2d.models.layers import attend_token
 
 _MIN_FREE_COLUMNS = 256  # that a buffer gets when it grows; a longer one doubles
 
@@ -204,15 +204,20 @@ class KeyValueCache(StaticInferenceContext):
         values[:, :, self.sequence_len_offset] = value[0]
         return _rotate(query, cos, sin)
 
-    def attend(self, number: int, query: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Return the attention of one token's ``query`` [1, b, n, d] over the keys of its row as [1, b, n * d]."""
+    def attend(
+        self, number: int, query: torch.Tensor, scale: float | None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the attention of one token's ``query`` [1, b, n, d] over the keys of its row as [1, b, n * d].
+
+        sinks: see ``layers.attend``.
+        """
         stop, window = self.sequence_len_offset + 1, self._kinds[number].window
         columns = slice(0 if window is None else max(0, stop - window), stop)  # rows end at the same column
         keys, values = (buffer[:, :, columns] for buffer in self._layers[number])
         allowed = None if self._allowed is None else self._allowed[..., columns]
         # The queries of a group become the rows of one product: it reads keys and values once, with any kernel.
         queries = query.reshape(keys.shape[0], keys.shape[1], -1, keys.shape[3])
-        output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, scale=scale)
+        output = attend_token(queries, keys, values, allowed, scale, sinks)
         return output.reshape(1, keys.shape[0], -1)
 
     def _with_free_columns(

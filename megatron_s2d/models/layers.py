@@ -15,18 +15,26 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_s2d.models.layer_config import window_of_layer
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.context_parallel import cp_positions
+
+_SINK_CHANNELS = 8  # kernels want head sizes that it divides
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -45,9 +53,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalised ``x`` in its dtype."""
-        if not self.zero_centered:
-            return super().forward(x)
-        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.zero_centered)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, zero_centered: bool) -> torch.Tensor:
+    """Return ``x`` [..., h] normalised, in its dtype. zero_centered: multiply by 1 + ``weight`` [h]."""
+    if not zero_centered:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), eps).to(x.dtype)
 
 
 class NormedRowParallelLinear(RowParallelLinear):
@@ -75,6 +88,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scale: float | None = None,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention of ``query`` [s, b, n, d] over ``key`` and ``value`` [s_kv, b, n_kv, d] as [s, b, n * d].
 
@@ -82,7 +96,10 @@ def attend(
     that is, it contains the causal part too. Without a mask the attention is causal, and the s queries are the last of
     the s_kv positions (so s = 1 sees everything). A query that may look nowhere gets zeros, in value and in gradient.
     window: positions up to its own that a query sees at most, if the s queries are the last of the s_kv positions.
+    sinks: [n], the logit of each head that joins the softmax and has no value.
     """
+    if sinks is not None:
+        return _attend_with_sinks(query, key, value, attention_mask, scale, window, sinks)
     num_queries, num_keys = query.size(0), key.size(0)
     allowed = None
     if attention_mask is not None:
@@ -124,6 +141,61 @@ def _near(num_queries: int, num_keys: int, window: int, where: torch.device) -> 
     return (keys <= queries) & (keys > queries - window)
 
 
+def _attend_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float | None,
+    window: int | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """See ``attend``.
+
+    A first key scores each head's sink for every query, by channels that are zero in all other keys, and its value is
+    zero: any kernel computes the softmax then, and gradients of sinks are those of queries.
+    """
+    num_queries, batch, num_heads, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    is_sink = torch.zeros(_SINK_CHANNELS, dtype=query.dtype, device=query.device)
+    is_sink[0] = 1
+    extra = (sinks.to(query.dtype) / scale)[:, None] * is_sink
+    query = torch.cat([query, extra.expand(num_queries, batch, num_heads, _SINK_CHANNELS)], dim=-1)
+    key, value = (F.pad(tensor, (0, _SINK_CHANNELS, 0, 0, 0, 0, 1, 0)) for tensor in (key, value))
+    sink_key = F.pad(is_sink, (dim, 0))
+    key = torch.cat([sink_key.expand(1, *key.shape[1:]), key[1:]])
+    num_keys = key.size(0) - 1
+    near = _near(num_queries, num_keys, num_keys if window is None else window, query.device)
+    if attention_mask is None:
+        hidden = near.logical_not()[None, None]
+    else:
+        hidden = attention_mask if window is None else attention_mask | near.logical_not()
+    output = attend(query, key, value, F.pad(hidden, (1, 0)), scale)
+    return output.unflatten(-1, (num_heads, -1))[..., :dim].flatten(-2)
+
+
+def attend_token(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    allowed: torch.Tensor | None,
+    scale: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the attention of one token of each row: ``queries`` [b, n_kv, n / n_kv, d] over [b, n_kv, s_kv, d].
+
+    allowed: where it may look, [b or 1, 1, 1, s_kv] bool; None: everywhere. sinks: see ``attend``.
+    """
+    if sinks is None:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, scale=scale)
+    scores = (queries @ keys.transpose(2, 3)).float() * (queries.size(3) ** -0.5 if scale is None else scale)
+    if allowed is not None:
+        scores = scores.masked_fill(allowed.logical_not(), -torch.inf)
+    of_sinks = sinks.float().view(1, keys.size(1), -1, 1).expand(len(queries), -1, -1, -1)
+    weights = torch.cat([scores, of_sinks], dim=-1).softmax(-1)[..., :-1]
+    return weights.to(values.dtype) @ values
+
+
 def attend_packed(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -131,13 +203,14 @@ def attend_packed(
     packed: PackedSeqParams,
     scale: float | None = None,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the causal attention of packed sequences, each over itself: [t, n, d] over [t, n_kv, d] as [t, n * d].
 
-    In half precision on a GPU it is one call of FlashAttention, which reads the boundaries on the device; otherwise
-    one call of ``attend`` for each sequence, which needs them on the host.
+    In half precision on a GPU it is one call of FlashAttention, which reads the boundaries on the device; otherwise,
+    and with sinks, one call of ``attend`` for each sequence, which needs them on the host.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if sinks is None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         output = varlen_attn(
             query,
             key,
@@ -154,7 +227,7 @@ def attend_packed(
     if cu_seqlens[-1] != query.size(0):
         raise ValueError(f"packed sequences end at {cu_seqlens[-1]}, but there are {query.size(0)} tokens")
     outputs = [
-        attend(query[start:stop, None], key[start:stop, None], value[start:stop, None], None, scale, window)
+        attend(query[start:stop, None], key[start:stop, None], value[start:stop, None], None, scale, window, sinks)
         for start, stop in itertools.pairwise(cu_seqlens)
     ]
     return torch.cat(outputs).squeeze(1)
@@ -171,7 +244,7 @@ def _positions_and_order(cu_seqlens: tuple[int, ...], cp_size: int) -> tuple[tor
 
 
 class CoreAttention(MegatronModule):
-    """Megatron's core attention computed by ``attend``; it has no parameters."""
+    """Megatron's core attention computed by ``attend``; its only parameters are attention sinks, if there are any."""
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **_unused
@@ -179,7 +252,14 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale
         self.window = window_of_layer(config, layer_number)
-        self._cp_group = pg_collection.cp
+        self._cp_group, self._tp_group = pg_collection.cp, pg_collection.tp
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self._tp_group.size()
+            offset = torch.empty(heads, dtype=config.params_dtype, device=device.device())
+            self.softmax_offset = torch.nn.Parameter(offset)
+            # Without it Megatron would count the gradients of the first tensor rank only in their norm.
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -202,12 +282,26 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is None:
             if cp_size > 1:
                 raise NotImplementedError("context parallelism needs packed sequences")
-            return attend(query, key, value, attention_mask, self.scale, self.window)
+            return attend(query, key, value, attention_mask, self.scale, self.window, self.softmax_offset)
         if cp_size == 1:
-            return attend_packed(query, key, value, packed_seq_params, self.scale, self.window)
+            return attend_packed(query, key, value, packed_seq_params, self.scale, self.window, self.softmax_offset)
         on_host = getattr(packed_seq_params, "cu_seqlens_on_host", None)  # train/packed_sequences.py
         return self._attend_across_cp_ranks(
             query, key, value, on_host or tuple(packed_seq_params.cu_seqlens_q.tolist())
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Return Megatron's description of this rank's sinks for checkpoints."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )
 
     def _attend_across_cp_ranks(
@@ -237,6 +331,7 @@ class CoreAttention(MegatronModule):
                     values[start:stop, None],
                     mask[None, None],
                     self.scale,
+                    sinks=self.softmax_offset,
                 )
             )
             local_start = local.stop

@@ -36,7 +36,7 @@ from megatron_s2d.config.lora import LoraConfig, Projection, projection_shape
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import ParamMapping
-from megatron_s2d.models.layers import NormedRowParallelLinear
+from megatron_s2d.models.layers import NormedRowParallelLinear, rms_norm
 from megatron_s2d.models.shards import rows_of_group
 from megatron_s2d.models.weights import LocalParam, local_mappings, name_in_model, params_of_chunk
 from megatron_s2d.parallel import device
@@ -118,7 +118,7 @@ class LinearAdapter(torch.nn.Module):
         # Megatron reads these: which ranks have other values (gradient norm), which data ranks share them (experts),
         # and what every tensor rank has the gradient of its own positions of.
         set_tensor_model_parallel_attributes(parameter, is_sharded or self.is_expert, 1 if kind == "A" else 0, 1)
-        parameter.allreduce = weight.allreduce
+        parameter.allreduce = getattr(weight, "allreduce", True)  # Transformer Engine's layers leave it out
         parameter.sequence_parallel = linear.config.sequence_parallel and not is_sharded and not self.is_expert
         self.register_parameter(f"{target}_{kind}", parameter)
 
@@ -211,10 +211,16 @@ class Adapters(torch.nn.Module):
             linear.added = lambda x: adapter(x) if self.enabled else None
             return
 
+        norm_weight = getattr(linear, "layer_norm_weight", None)  # of a norm that Transformer Engine fuses with it
+
         def add(module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple | None:
             if not self.enabled:
                 return None
-            return output[0] + adapter(inputs[0]), output[1]
+            x = inputs[0]
+            if norm_weight is not None:
+                config = linear.config
+                x = rms_norm(x, norm_weight, config.layernorm_epsilon, config.layernorm_zero_centered_gamma)
+            return output[0] + adapter(x), output[1]
 
         linear.register_forward_hook(add)
 
@@ -271,7 +277,7 @@ def add_adapters(
     chunks: Sequence[torch.nn.Module], spec: ModelSpec, layout: Layout, lora: LoraConfig, source: AdapterSource
 ) -> None:
     """Freeze ``chunks``, whose weights are complete, and put adapters beside their linear layers."""
-    check_layers()
+    check_layers(spec, lora)
     for vp_stage, chunk in enumerate(chunks):
         chunk.requires_grad_(False)
         chunk.adapter = Adapters(chunk, vp_stage, spec, layout, lora)
@@ -280,12 +286,13 @@ def add_adapters(
             chunk.embedding.register_forward_hook(_require_grad)
 
 
-def check_layers() -> None:
-    """Raise ``UserError`` if the layers of this process cannot have adapters."""
-    if device.capabilities().transformer_engine:
+def check_layers(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Raise ``UserError`` if the layers of this process cannot have the adapters."""
+    adapts_experts = spec.num_experts > 0 and bool(set(lora.projections) & {"gate_proj", "up_proj", "down_proj"})
+    if adapts_experts and device.capabilities().transformer_engine:
         raise UserError(
-            "lora: adapters are implemented beside Megatron's own linear layers, not beside Transformer Engine's: use "
-            "an environment without Transformer Engine, or remove lora"
+            "lora.targets: adapters of experts are not implemented beside Transformer Engine's products of all "
+            "experts: name q_proj, k_proj, v_proj and o_proj, or use an environment without Transformer Engine"
         )
 
 

@@ -19,7 +19,8 @@ from megatron_s2d.config.lora import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME, Lor
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.families import layer_param_mappings
-from megatron_s2d.models.hf_checkpoint import TensorInfo, read_bytes, read_header
+from megatron_s2d.models.hf_checkpoint import read_header
+from megatron_s2d.models.tensor_files import TensorInfo, read_bytes
 
 _PREFIX = "base_model.model."
 _PLAIN = {

@@ -28,8 +28,8 @@ class WeightSource(Protocol):
 class SeededWeights:
     """Random initial weights, each tensor drawn from (seed, name), so that they do not depend on a layout.
 
-    Norms multiply by one, biases are zero; matrices are normal with ``initializer_range``, those that write into the
-    residual stream divided by sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
+    Norms multiply by one, biases and attention sinks are zero; matrices are normal with ``initializer_range``, those
+    that write into the residual stream divided by sqrt(2 x layers) (GPT-2, section 2.3). Drawn in float32 on the CPU.
     """
 
     def __init__(self, spec: ModelSpec, seed: int):
@@ -41,7 +41,7 @@ class SeededWeights:
         """See ``WeightSource.read``."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            is_zero = name.endswith(".bias") or self._spec.parts.zero_centered_norm
+            is_zero = name.endswith((".bias", ".sinks")) or self._spec.parts.zero_centered_norm
             tensor = torch.zeros(shape) if is_zero else torch.ones(shape)
         else:
             digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
@@ -67,6 +67,9 @@ def read_shard(
             rows = source.read(names[0], 0, start, min((tp_rank + 1) * size, spec.vocab_size))
             padding = size - rows.size(0)
             return torch.cat([rows, rows.new_zeros(padding, rows.size(1))]) if padding else rows
+        case "head_parallel":
+            size = spec.num_attention_heads // tp_size
+            return source.read(names[0], 0, tp_rank * size, (tp_rank + 1) * size)
         case "row_parallel":
             width = spec.q_dim if names[0].endswith("o_proj.weight") else _ffn_size(mapping, spec)
             size = width // tp_size
@@ -118,6 +121,8 @@ def join_shards(mapping: ParamMapping, spec: ModelSpec, shards: list[torch.Tenso
             return [(names[0], shards[0])]
         case "vocab_parallel":
             return [(names[0], _cat(shards, 0)[: spec.vocab_size])]
+        case "head_parallel":
+            return [(names[0], _cat(shards, 0))]
         case "row_parallel":
             return [(names[0], _cat(shards, 1))]
         case "gate_up_column_parallel":

@@ -42,7 +42,7 @@ class ModelFactory:
         if not trained and self._trained is not None:
             return self._base("reference")
         if trained and self._stage.lora is not None:
-            check_layers()
+            check_layers(self.spec(self._config.model_of(self._name)), self._stage.lora)
         if self._stage.init is not None:
             model = self.of_stage(self._stage.init, beta=beta, trained=trained)
         else:

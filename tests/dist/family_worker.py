@@ -84,6 +84,7 @@ def run_lora(directory: Path, name: str) -> dict:
 
         new = model()
         base = [row.tolist() for row in new.without_adapter().score_replicated(every)]
+        result["base"] = base
         result["zero_adapter_is_base"] = [row.tolist() for row in new.score_replicated(every)] == base
         result["start"] = {key: tensor.double().norm().item() for key, tensor in new.adapter.tensors().items()}
         new.prepare_training(OptimizerConfig(lr=1e-2), 2)

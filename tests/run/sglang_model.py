@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.training import RolloutConfig, ServerConfig, SglangConfig
 from megatron_s2d.parallel.layout import Layout
@@ -86,13 +87,14 @@ def make_engine(
     *,
     urls: list[str] | None = None,
     requirements: ServerRequirements | None = None,
+    lora: LoraConfig | None = None,
     **settings,
 ) -> ServedEngine:
     """Return an engine on the servers at ``urls``, or on servers that it starts."""
     return ServedEngine(sglang_server_group(
         policy.chunks, SPEC, policy.layout, policy.score_replicated,
         rollout_settings(weight_sync, **settings), directory,
-        urls=urls or (), requirements=requirements or NO_REQUIREMENTS, tokenizer=tokenizer,
+        urls=urls or (), requirements=requirements or NO_REQUIREMENTS, tokenizer=tokenizer, lora=lora,
     ))  # fmt: skip
 
 

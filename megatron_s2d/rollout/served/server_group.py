@@ -28,6 +28,7 @@ from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.training import RolloutConfig
 from megatron_s2d.errors import UserError
+from megatron_s2d.models.fused_experts import ExpertJoiner
 from megatron_s2d.models.lora import gather_adapters
 from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.parallel import device
@@ -94,8 +95,8 @@ class ServerGroup:
         Then each server answers one test request of every kind that the stage sends, at its temperature and length.
 
         score: collective. directory: for weights and logs. tokenizer: needed for stop strings. on_device: inside it
-        weights are on the device. lora: of the adapter beside the weights, which then is what an update sends; the
-        servers have the weights themselves from their start. Raises ``UserError`` on every rank if one rank cannot continue.
+        weights are on the device. lora: of the adapter beside the weights, which then is all that an update sends.
+        Raises ``UserError`` on every rank if one rank cannot continue.
         """
         self.version = 0
         self.directory = directory
@@ -330,16 +331,18 @@ class ServerGroup:
             yield list(gather_adapters(self._chunks, self.spec, self.layout, self._lora).items()), True
             return
         previous: Bucket | None = None
-        for bucket in export_buckets(
+        joiner = ExpertJoiner(self.spec)
+        for tensors in export_buckets(
             self._chunks,
             self.spec,
             self.layout,
             bucket_bytes=self._backend.bucket_bytes,
             merge_adapter=self._lora is None,
         ):
-            if previous is not None:
+            bucket = [item for name, tensor in tensors for item in joiner.add(name, tensor)]
+            if previous and bucket:
                 yield previous, False
-            previous = bucket
+            previous = bucket or previous
         yield previous, True
 
     @property

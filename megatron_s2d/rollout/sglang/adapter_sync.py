@@ -17,6 +17,7 @@ from megatron_s2d.rollout.served.backend import Bucket
 from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.sglang.admin import ServerControl, wait_all
 
+
 class AdapterSync:
     """See ``weight_sync.WeightSync``; the only bucket of an update has A and B of every target."""
 

@@ -25,7 +25,7 @@ from megatron_s2d.rollout.engine import Request, SamplingParams
 from megatron_s2d.rollout.megatron.engine import MegatronEngine
 from megatron_s2d.train.megatron_model import MegatronModel
 
-NAMES = ["qwen2_window", "mistral_window", "qwen3_yarn", "gemma3"]
+NAMES = ["qwen2_window", "mistral_window", "qwen3_yarn", "gemma3", "gpt_oss"]
 PROMPTS = (3, 21, 9, 21)  # shorter and longer than the windows
 
 
@@ -103,7 +103,7 @@ def test_every_family_has_a_model_here():
     assert {PRESETS[preset]["family"] for preset, _ in VARIANTS.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["qwen2_window", "mistral_window", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_window", "mistral_window", "gemma3", "gpt_oss"])
 def test_conversion_on_disk_is_bit_exact_and_loads(name, tmp_path, layout):
     """The checkpoint that conversion writes has the names and shapes of the live model, and the same weights."""
     spec, _, chunks = make_pair(name, tmp_path, layout)

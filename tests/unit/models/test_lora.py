@@ -3,6 +3,7 @@
 Layouts: tests/dist/test_family_layouts.py.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -22,10 +23,11 @@ from megatron_s2d.config.training import OptimizerConfig
 from megatron_s2d.conversion.convert import merge_adapter
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-from megatron_s2d.models.lora import SeededAdapter
+from megatron_s2d.models.lora import SeededAdapter, check_layers
 from megatron_s2d.models.peft_files import PeftAdapter, check_adapter, write_adapter
 from megatron_s2d.models.weights import export_buckets, import_weights
 from megatron_s2d.objectives.distill import sft_objective
+from megatron_s2d.parallel import device
 from megatron_s2d.parallel import layout as layouts
 from megatron_s2d.records import Sample
 from megatron_s2d.train.megatron_model import MegatronModel
@@ -80,6 +82,7 @@ def logits(model, tokens):
         ("tiny-gemma3", ["all-linear"]),
         ("tiny-moe", ["all-linear"]),
         ("tiny-moe", ["o_proj", "experts"]),
+        ("tiny-gpt-oss", ["q_proj", "k_proj", "o_proj"]),
     ],
 )
 def test_logits_and_exported_weights_are_those_of_the_sum(preset, targets, tmp_path, layout):
@@ -119,6 +122,54 @@ def test_logits_and_exported_weights_are_those_of_the_sum(preset, targets, tmp_p
     assert merged.spec == model.spec and merged.tensors.keys() == exported.keys()
     for name, tensor in exported.items():
         torch.testing.assert_close(merged.read(name), tensor, rtol=0, atol=1e-7)
+
+
+class FusedNormLinear(torch.nn.Module):
+    """What adapters see of Transformer Engine's LayerNormLinear: the norm of its input is inside, with its weight."""
+
+    def __init__(self, norm, linear):
+        super().__init__()
+        self.weight, self.layer_norm_weight = torch.nn.Parameter(linear.weight), torch.nn.Parameter(norm.weight)
+        self.config, self.sequence_parallel, self._norm = linear.config, False, (norm,)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self._norm[0](x), self.weight), None
+
+
+@pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama"])
+def test_adapters_beside_a_fused_norm_read_the_normalised_input(preset, layout, tmp_path):
+    plain, fused = build(layout, preset), build(layout, preset)
+    with torch.no_grad():
+        for model in (plain, fused):
+            for name, parameter in model.chunks[0].named_parameters():
+                if "norm" in name:
+                    parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    for layer in fused.chunks[0].decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        attention.linear_qkv = FusedNormLinear(layer.input_layernorm, attention.linear_qkv)
+        mlp.linear_fc1 = FusedNormLinear(layer.pre_mlp_layernorm, mlp.linear_fc1)
+        layer.input_layernorm, layer.pre_mlp_layernorm = torch.nn.Identity(), torch.nn.Identity()
+    tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+    base = logits(plain, tokens)
+    assert torch.equal(logits(fused, tokens), base)
+    write_adapter(tmp_path / "adapter", ALL, random_adapter(plain.spec, ALL), "")
+    for model in (plain, fused):
+        model.add_adapter(ALL.model_copy(update={"adapter": tmp_path / "adapter"}), seed=0)
+    assert (logits(plain, tokens) - base).abs().max() > 0.1
+    torch.testing.assert_close(logits(fused, tokens), logits(plain, tokens), rtol=0, atol=1e-5)
+    assert scores(fused) == pytest.approx(scores(plain), abs=1e-5)  # packed
+    with fused.adapter.off():
+        assert torch.equal(logits(fused, tokens), base)
+
+
+def test_experts_beside_transformer_engine_are_refused(layout, monkeypatch):
+    dense, moe = (ModelConfig(preset=name, vocab_size=VOCAB).resolve() for name in ("tiny-teacher", "tiny-moe"))
+    with_engine = dataclasses.replace(device.capabilities(), cuda=True, transformer_engine=True)
+    monkeypatch.setattr(device, "capabilities", lambda: with_engine)
+    with pytest.raises(UserError, match="adapters of experts are not implemented beside Transformer Engine's"):
+        check_layers(moe, ALL)
+    check_layers(dense, ALL)
+    check_layers(moe, LoraConfig(rank=3, targets=["q_proj", "o_proj"]))
 
 
 def test_peft_directories_round_trip_and_a_new_adapter_changes_nothing(tmp_path, layout):
@@ -212,11 +263,13 @@ def test_recomputed_layers_have_the_same_gradients(options, layout):
 
 
 def test_what_is_impossible_is_refused(tmp_path):
-    dense, moe = (ModelConfig(preset=name, vocab_size=VOCAB).resolve() for name in ("tiny-teacher", "tiny-moe"))
+    names = ("tiny-teacher", "tiny-moe", "tiny-gpt-oss")
+    dense, moe, gpt_oss = (ModelConfig(preset=name, vocab_size=VOCAB).resolve() for name in names)
     for fields, spec, parallel, fp8, message in (
         ({"rank": 4, "targets": ["experts"]}, dense, {}, None, "no experts"),
         ({"rank": 4096}, dense, {}, None, "smaller side of"),
         ({"rank": 4}, dense, {}, Fp8Config(), "FP8"),
+        ({"rank": 4}, gpt_oss, {}, None, "all experts of a layer in one tensor"),
         (
             {"rank": 4, "targets": ["v_proj"]},
             dense,
@@ -228,6 +281,7 @@ def test_what_is_impossible_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             check_lora("stages.x.lora", LoraConfig(**fields), spec, ParallelConfig(**parallel), fp8)
     check_lora("x", LoraConfig(rank=4, targets=["experts"]), moe, ParallelConfig(), None)
+    check_lora("x", LoraConfig(rank=4, targets=["o_proj"]), gpt_oss, ParallelConfig(), None)
     with pytest.raises(ValueError, match="dropout is not implemented"):
         LoraConfig(rank=4, dropout=0.1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from test_field_checkpoints import make
 
+from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.conversion.convert import check_conversion, hf_to_megatron, megatron_to_hf
 from megatron_s2d.errors import UserError
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
@@ -193,3 +196,92 @@ def test_the_cache_of_the_hub_is_read_through_its_links(tmp_path):
     blob.write_bytes(blob.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match="corrupted"):
         HfCheckpoint(snapshot).verify_digests()
+
+
+def gpt_oss(directory):
+    """A checkpoint with fused experts, as transformers saves it, and its values by the names of single experts."""
+    spec = dataclasses.replace(ModelConfig(preset="tiny-gpt-oss", vocab_size=61).resolve(), num_layers=2)
+    directory.mkdir()
+    document = hf_config_from_spec(spec, "bfloat16")
+    (directory / "config.json").write_text(json.dumps(document))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory)).bfloat16()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors")
+    return spec, tensors
+
+
+def in_mxfp4(directory, tensors) -> dict[str, torch.Tensor]:
+    """Put random MXFP4 in place of the experts' matrices; return their values by transformers' own dequantisation."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator, expected = torch.Generator().manual_seed(1), {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(90, 150, (experts, out, width // 32), dtype=torch.uint8, generator=generator)
+        scales[0, 0, 0], scales[0, 1, 0] = 0, 254  # the smallest and the largest exponent
+        expected[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, directory / "model.safetensors")
+    document = json.loads((directory / "config.json").read_text())
+    document["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(document))
+    return expected
+
+
+def test_mxfp4_is_dequantised_as_transformers_does(tmp_path):
+    spec, tensors = gpt_oss(tmp_path / "hf")
+    expected = in_mxfp4(tmp_path / "hf", tensors)
+    checkpoint = HfCheckpoint(tmp_path / "hf")
+    assert checkpoint.spec == spec and len(expected) == 2 * spec.num_layers
+    for name, fused in expected.items():
+        prefix = name.rpartition(".")[0]
+        for expert in range(spec.num_experts):
+            if name.endswith("down_proj"):
+                parts = {"down_proj": fused[expert].T}
+            else:
+                parts = {"gate_proj": fused[expert, :, ::2].T, "up_proj": fused[expert, :, 1::2].T}
+            for module, values in parts.items():
+                read = checkpoint.read(f"{prefix}.{expert}.{module}.weight")
+                assert torch.equal(read.view(torch.int16), values.contiguous().view(torch.int16)), (name, module)
+                assert torch.equal(checkpoint.read(f"{prefix}.{expert}.{module}.weight", 0, 3, 9), read[3:9])
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", tensor_model_parallel_size=2)
+    check_conversion(tmp_path / "hf", tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == {name.removesuffix("_blocks") for name in tensors if not name.endswith("_scales")}
+    assert all(torch.equal(back[name].view(torch.int16), values.view(torch.int16)) for name, values in expected.items())
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
+    assert torch.equal(loaded.state_dict()["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, n: t.pop(n + "_scales"), "gate_up_proj_scales is missing"),
+        (lambda t, n: t.pop("model.layers.1.mlp.experts.down_proj_bias"), "down_proj_bias is missing"),
+        (lambda t, n: t.update({n + "_blocks": t[n + "_blocks"][:, :4]}), "gate_up_proj_blocks is .* the model needs"),
+        (lambda t, n: t.update({n + "_scales": t[n + "_scales"].float()}), "are not U8"),
+        (lambda t, n: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.uint8)}), "lm_head.weight has dtype U8"),
+        (lambda t, n: t.update({"model.layers.0.mlp.experts.more": torch.ones(2)}), "does not belong to a gpt_oss"),
+    ],
+)
+def test_damaged_mxfp4_is_refused(tmp_path, change, words):
+    _, tensors = gpt_oss(tmp_path / "hf")
+    in_mxfp4(tmp_path / "hf", tensors)
+    change(tensors, "model.layers.0.mlp.experts.gate_up_proj")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_mxfp4_of_other_families_is_refused(tmp_path):
+    make(tmp_path / "hf", config={"quantization_config": {"quant_method": "mxfp4"}})
+    with pytest.raises(UserError, match="quantization_config with method 'mxfp4' is not supported"):
+        HfCheckpoint(tmp_path / "hf")

@@ -45,8 +45,16 @@ def toy_score(chunks):
 
 
 def make_engine(
-    chunks, layout, directory, servers=(), requirements=NO_REQUIREMENTS, tokenizer=None, spec=SPEC, score=None,
-    lora=None, **settings,
+    chunks,
+    layout,
+    directory,
+    servers=(),
+    requirements=NO_REQUIREMENTS,
+    tokenizer=None,
+    spec=SPEC,
+    score=None,
+    lora=None,
+    **settings,
 ) -> ServedEngine:
     """An engine attached to ``servers``, or with servers of its own; settings of any section by name."""
     parts = {

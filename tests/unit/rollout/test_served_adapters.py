@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from fake_sglang import log_prob_table
-from served_helpers import VOCAB_SIZE, SPEC, embedding_of, make_engine, make_requests
+from served_helpers import SPEC, VOCAB_SIZE, embedding_of, make_engine, make_requests
 
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.lora import LoraConfig
@@ -76,7 +76,9 @@ def test_every_version_is_an_adapter_of_its_own_and_older_ones_are_unloaded(adap
     table = toy_table(adapted, layout)
     for sample in second:
         ids = sample.token_ids[sample.prompt_length - 1 :]
-        np.testing.assert_allclose(sample.rollout_log_probs[sample.prompt_length :], table[ids[:-1], ids[1:]], atol=1e-5)
+        np.testing.assert_allclose(
+            sample.rollout_log_probs[sample.prompt_length :], table[ids[:-1], ids[1:]], atol=1e-5
+        )
     assert any(a.rollout_log_probs.tolist() != b.rollout_log_probs.tolist() for a, b in zip(first, second, strict=True))
     assert list(loading[0].adapters) == ["another run-4", f"{tag}-5"] and list(loading[1].adapters) == [f"{tag}-5"]
     (directory,) = (tmp_path / "adapters").iterdir()
@@ -108,7 +110,12 @@ def test_started_servers_have_the_base_weights_and_room_for_the_adapter(adapted,
     engine = engine_of(adapted, layout, tmp_path, python=str(interpreter))
     engine.generate(make_requests())
     log = (tmp_path / "server-0.log").read_text()
-    for argument in ("--enable-lora", "--max-lora-rank', '3", "--lora-target-modules', 'q_proj', 'v_proj", "torch_native"):
+    for argument in (
+        "--enable-lora",
+        "--max-lora-rank', '3",
+        "--lora-target-modules', 'q_proj', 'v_proj",
+        "torch_native",
+    ):
         assert argument in log
     (start,) = (tmp_path / "weights").iterdir()
     from megatron_s2d.models.hf_checkpoint import HfCheckpoint
@@ -124,7 +131,9 @@ def test_started_servers_have_the_base_weights_and_room_for_the_adapter(adapted,
 @pytest.mark.parametrize("info", [{}, CAN_LOAD | {"max_lora_rank": 2}, CAN_LOAD | {"lora_target_modules": ["q_proj"]}])
 def test_servers_that_cannot_load_the_adapter_are_refused(adapted, layout, loading, tmp_path, info):
     loading[1].info = {"tp_size": 1, "pp_size": 1} | info
-    with pytest.raises(UserError, match="loads no LoRA adapters of rank 3 of q_proj, v_proj: start it with --enable-lora"):
+    with pytest.raises(
+        UserError, match="loads no LoRA adapters of rank 3 of q_proj, v_proj: start it with --enable-lora"
+    ):
         engine_of(adapted, layout, tmp_path, loading)
 
 
@@ -144,4 +153,4 @@ def test_merged_weights_are_the_default(adapted, layout, servers, tmp_path):
     engine = make_engine(adapted, layout, tmp_path, servers, lora=LORA)
     assert not isinstance(engine._server_group._backend._sync, AdapterSync)
     assert not servers[0].adapters and "/update_weights_from_disk" in [path for path, _ in servers[0].log]
-    assert VOCAB_SIZE == len(servers[0].embedding)
+    assert len(servers[0].embedding) == VOCAB_SIZE
