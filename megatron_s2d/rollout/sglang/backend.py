@@ -19,6 +19,7 @@ from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.rollout.served.backend import (
     NO_REQUIREMENTS,
     Bucket,
+    ServerProtocol,
     ServerRequirements,
     WeightUpdateFailed,
 )
@@ -152,7 +153,8 @@ class SglangBackend:
         """
         sglang = settings.sglang
         self._routed_experts, self._lora = routed_experts, lora
-        self.protocol: SglangProtocol = SglangProtocol(spec.vocab_size, api_key, routed_experts=routed_experts)
+        self._protocol = SglangProtocol(spec.vocab_size, api_key, routed_experts=routed_experts)
+        self.protocol: ServerProtocol = self._protocol
         self._api_key, self._headers = api_key, authorization(api_key)
         self.num_servers, self.uses_router, self.can_sleep = (
             sglang.num_servers,
@@ -225,7 +227,7 @@ class SglangBackend:
     def use_weights(self, weight_version: str) -> None:
         """Name the adapter of these weights in coming requests, if servers load adapters."""
         if self._lora is not None:
-            self.protocol.adapter = weight_version
+            self._protocol.adapter = weight_version
 
     def release_memory(self, urls: Sequence[str]) -> dict[str, str]:
         """Release the GPU memory of idle servers; return address -> reason of a failure."""

@@ -15,6 +15,7 @@ from test_hf_parity import VARIANTS, make_pair
 
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.conversion.convert import check_conversion, hf_to_megatron, megatron_to_hf
+from megatron_s2d.errors import UserError
 from megatron_s2d.models.build import build_model
 from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.weights import import_weights
@@ -116,3 +117,18 @@ def test_conversion_on_disk_is_bit_exact_and_loads(name, tmp_path, layout):
     load_checkpoint(tmp_path / "megatron", loaded, layout, model_spec=spec.to_dict())
     for (key, value), other in zip(chunks[0].named_parameters(), loaded[0].parameters(), strict=True):
         assert torch.equal(value, other), key
+
+
+def test_megatron_runs_gated_delta_nets_with_flash_linear_attention_only():
+    """What the refusal of Qwen3.5 and Qwen3-Next says; where this fails, look at what a new version can do."""
+    from megatron.core.ssm.gated_delta_net import HAVE_FLA, GatedDeltaNet
+
+    from megatron_s2d.config.hf_config import spec_from_hf_config
+
+    if HAVE_FLA:  # it has kernels for CUDA only
+        pytest.skip("flash-linear-attention is installed")
+    with pytest.raises(ImportError, match="FLA is not installed"):
+        GatedDeltaNet(None, None)
+    for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
+        with pytest.raises(UserError, match=f"model_type '{name}' is not supported: .* kernels of flash-linear"):
+            spec_from_hf_config({"model_type": name}, "config.json")

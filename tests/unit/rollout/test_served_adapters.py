@@ -13,8 +13,10 @@ from served_helpers import SPEC, VOCAB_SIZE, embedding_of, make_engine, make_req
 from megatron_s2d.config.base import UserError
 from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.training import SglangConfig
+from megatron_s2d.models.hf_checkpoint import HfCheckpoint
 from megatron_s2d.models.lora import SeededAdapter, add_adapters, gather_adapters
 from megatron_s2d.models.peft_files import PeftAdapter
+from megatron_s2d.models.weights import export_buckets
 from megatron_s2d.rollout.sglang.adapter_sync import AdapterSync
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -107,6 +109,7 @@ def test_an_update_that_failed_on_one_server_is_repeated_there(adapted, layout, 
 
 
 def test_started_servers_have_the_base_weights_and_room_for_the_adapter(adapted, layout, interpreter, tmp_path):
+    change_adapter(adapted)
     engine = engine_of(adapted, layout, tmp_path, python=str(interpreter))
     engine.generate(make_requests())
     log = (tmp_path / "server-0.log").read_text()
@@ -118,11 +121,7 @@ def test_started_servers_have_the_base_weights_and_room_for_the_adapter(adapted,
     ):
         assert argument in log
     (start,) = (tmp_path / "weights").iterdir()
-    from megatron_s2d.models.hf_checkpoint import HfCheckpoint
-    from megatron_s2d.models.weights import export_buckets
-
     stored = HfCheckpoint(start)
-    change_adapter(adapted)
     buckets = export_buckets(adapted, SPEC, layout, merge_adapter=False)
     assert all(torch.equal(stored.read(name), value) for bucket in buckets for name, value in bucket)
     engine.close()

@@ -5,8 +5,9 @@ Importing the published kernels needs the CUDA driver, and SGLang imports them e
 called: code that needs a kernel stops with its name instead of computing something else. ``server.py`` adds this
 folder to the path of servers on a CPU only; nothing else imports it.
 
-It also lets SGLang record the experts of tokens (``--enable-return-routed-experts``): it keeps them in pinned memory,
-which only a machine with a GPU has, so ``torch.zeros`` returns other memory where pinned memory is asked for.
+It also lets SGLang record the experts of tokens (``--enable-return-routed-experts``) and compute LoRA adapters with
+``--lora-backend torch_native``: both use pinned memory, which only a machine with a GPU has, so other memory is used
+where pinned memory is asked for.
 """
 
 import importlib.abc
@@ -56,13 +57,18 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Do nothing: the module is empty."""
 
 
-_zeros = torch.zeros
+_zeros, _tensor = torch.zeros, torch.tensor
 
 
 def _zeros_without_pinning(*size, pin_memory: bool = False, **options) -> torch.Tensor:
     return _zeros(*size, **options)
 
 
-torch.zeros = _zeros_without_pinning
+def _tensor_without_pinning(data, *, pin_memory: bool = False, **options) -> torch.Tensor:
+    return _tensor(data, **options)
+
+
+torch.zeros, torch.tensor = _zeros_without_pinning, _tensor_without_pinning
+torch.Tensor.pin_memory = lambda tensor, device=None: tensor
 __getattr__ = _attributes_of(__name__)
 sys.meta_path.append(_Submodules())  # after the finders of files, so that scalar_type.py is found
