@@ -16,7 +16,8 @@ _HOOK = f"{DistributedDataParallel.__name__}._make_backward_post_hook.<locals>.h
 def free_trained_models() -> None:
     """Free models that nothing else refers to; others do not train any more."""
     for item in gc.get_objects():
-        if isinstance(item, types.FunctionType) and item.__qualname__ == _HOOK:
+        # Not isinstance, which asks the object behind a weak proxy, and that may be gone.
+        if type(item) is types.FunctionType and item.__qualname__ == _HOOK:
             for cell in item.__closure__:
                 del cell.cell_contents
     gc.collect()

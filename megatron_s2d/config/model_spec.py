@@ -220,7 +220,7 @@ def _inconsistency(spec: ModelSpec) -> str | None:
         )
     if spec.parts.has_experts != (spec.num_experts > 0):
         with_experts = " and ".join(name for name, family in FAMILIES.items() if family.has_experts)
-        return f"family {spec.family} with num_experts {spec.num_experts}; only {with_experts} has experts"
+        return f"family {spec.family} with num_experts {spec.num_experts}; only {with_experts} have experts"
     if spec.num_experts and not (0 < spec.num_experts_per_tok <= spec.num_experts and spec.moe_ffn_hidden_size > 0):
         return (
             f"a mixture of {spec.num_experts} experts needs num_experts_per_tok between 1 and that (it is "

@@ -7,7 +7,6 @@ The servers have the base weights from their start. An adapter's name is the wei
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_s2d.artifacts.files import disk_errors
@@ -39,15 +38,8 @@ class AdapterSync:
     def commit(self, servers: ServerControl, weight_version: str) -> None:
         """Load the adapter, name it the server's version, and unload the older ones of this run."""
         assert self._newest is not None
-        tag = weight_version.rpartition("-")[0]
-        loaded = {url: {name for name in names if name.startswith(tag)} for url, names in servers.adapters().items()}
-        repeated = [url for url, names in loaded.items() if weight_version in names]  # from an update that failed
-        _unload(servers, repeated, weight_version)
-        body = {"lora_name": weight_version, "lora_path": str(self._newest.resolve())}
-        wait_all(servers.post("/load_lora_adapter", body))
-        wait_all(servers.post("/update_weight_version", {"new_version": weight_version, "abort_all_requests": False}))
-        for name in sorted(set().union(*loaded.values()) - {weight_version}):
-            _unload(servers, [url for url, names in loaded.items() if name in names], name)
+        tag, _, _ = weight_version.rpartition("-")
+        wait_all(servers.load_adapter(weight_version, str(self._newest.resolve()), older=f"{tag}-"))
 
     def end(self, *, complete: bool) -> None:
         """Remove the directories of older versions, once every server has the newest."""
@@ -58,7 +50,3 @@ class AdapterSync:
 
     def reset(self) -> None:
         """Do nothing: this transport has no state that a failure could spoil."""
-
-
-def _unload(servers: ServerControl, urls: Sequence[str], name: str) -> None:
-    wait_all(servers.post("/unload_lora_adapter", {"lora_name": name}, urls=urls))

@@ -31,20 +31,12 @@ class ServerControl:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def post(
-        self,
-        path: str,
-        body: dict[str, Any] | Callable[[int], dict[str, Any]],
-        *,
-        urls: Sequence[str] | None = None,
-    ) -> list[Future[None]]:
-        """POST to every server; each result is None, or ``WeightUpdateFailed``. ``body`` may depend on the index.
-
-        urls: those that are sent to; by default all.
-        """
-        urls = self.urls if urls is None else urls
-        bodies = [body(index) if callable(body) else body for index in range(len(urls))]
-        return [self._threads.submit(self._post, url, path, content) for url, content in zip(urls, bodies, strict=True)]
+    def post(self, path: str, body: dict[str, Any] | Callable[[int], dict[str, Any]]) -> list[Future[None]]:
+        """POST to every server; each result is None, or ``WeightUpdateFailed``. ``body`` may depend on the index."""
+        bodies = [body(index) if callable(body) else body for index in range(len(self.urls))]
+        return [
+            self._threads.submit(self._post, url, path, content) for url, content in zip(self.urls, bodies, strict=True)
+        ]
 
     def pause(self) -> None:
         """Abort all requests and wait until nothing runs."""
@@ -84,16 +76,26 @@ class ServerControl:
         except (httpx.HTTPError, ValueError, AttributeError):
             return ""
 
-    def adapters(self) -> dict[str, set[str]]:
-        """Return address -> names of the LoRA adapters that a server has loaded."""
-        loaded = {}
-        for url in self.urls:
-            try:
-                models = self._client.get(f"{url}/v1/models").json()["data"]
-                loaded[url] = {model["id"] for model in models if model.get("parent")}
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-                raise WeightUpdateFailed(f"{url}/v1/models: {type(error).__name__}: {error}") from None
-        return loaded
+    def load_adapter(self, name: str, directory: str, older: str) -> list[Future[None]]:
+        """Load the LoRA adapter ``name`` on every server, report it as the version, and unload older ones.
+
+        older: beginning of the names of those that may be unloaded.
+        """
+        return [self._threads.submit(self._load_adapter, url, name, directory, older) for url in self.urls]
+
+    def _load_adapter(self, url: str, name: str, directory: str, older: str) -> None:
+        try:
+            models = self._client.get(f"{url}/v1/models").json()["data"]
+            loaded = [model["id"] for model in models if model.get("parent") and model["id"].startswith(older)]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise WeightUpdateFailed(f"{url}/v1/models: {type(error).__name__}: {error}") from None
+        if name in loaded:  # by an update that failed afterwards
+            self._post(url, "/unload_lora_adapter", {"lora_name": name})
+        self._post(url, "/load_lora_adapter", {"lora_name": name, "lora_path": directory})
+        self._post(url, "/update_weight_version", {"new_version": name, "abort_all_requests": False})
+        for other in loaded:
+            if other != name:
+                self._post(url, "/unload_lora_adapter", {"lora_name": other})
 
     def ranks(self) -> list[int]:
         """Return the number of ranks of each server; ``UserError`` for one with pipeline parallelism.

@@ -39,6 +39,28 @@ def test_active_parameters_of_a_mixture():
     assert 3.3e9 < ModelConfig(preset="qwen3-30b-a3b").resolve().num_active_parameters < 3.4e9
 
 
+def test_published_configuration_of_gpt_oss():
+    """As published with the 20B model, whose safetensors have 20,914,757,184 values when they are dequantised."""
+    document = {
+        "model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880, "num_attention_heads": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "truncate": False,
+                         "original_max_position_embeddings": 4096, "rope_type": "yarn"},
+        "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    }  # fmt: skip
+    spec = spec_from_hf_config(document, "config.json")
+    assert spec.num_parameters == 20_914_757_184
+    assert [spec.window_of_layer(layer) for layer in range(3)] == [128, None, 128]
+    del document["layer_types"]
+    assert spec_from_hf_config(document, "config.json") == spec
+    with pytest.raises(UserError, match=r"swiglu_limit 5.0 is not supported \(only 7.0\)"):
+        spec_from_hf_config(document | {"swiglu_limit": 5.0}, "config.json")
+
+
 def test_tiny_presets_use_the_vocabulary_of_the_tokenizer():
     spec = ModelConfig(preset="tiny-teacher").resolve(25)
     assert spec.vocab_size == 25 and 0.2e6 < spec.num_parameters < 0.25e6
@@ -75,7 +97,7 @@ def test_invalid_models_are_one_line_errors(document, words):
     [
         ({"num_query_groups": 3}, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
-        ({"num_experts": 4}, "only qwen3_moe has experts"),
+        ({"num_experts": 4}, "only qwen3_moe and gpt_oss have experts"),
         ({"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok between 1"),
         ({"num_layers": 0}, "num_layers is 0"),
     ],
