@@ -111,7 +111,7 @@ def test_adapters_are_the_same_at_every_layout(scores, model, layout):
     base, base_largest = expected[model.removeprefix("lora:")]
     assert max(abs(a - b) for a, b in zip(rows[0], base[0], strict=True)) > 0.1
     # Of the largest logit, as for a layer in float32: a log-probability has the errors of the logits that it sums.
-    print(f"{model}/{layout}: {_error(result['scores'], rows) / largest:.1e} of the largest logit {largest:.1f}, ")
+    print(f"{model}/{layout}: {_error(result['scores'], rows) / largest:.1e} of the largest logit, {largest:.1f}")
     assert _error(result["scores"], rows) < 1e-5 * largest
     assert _error(result["base"], base) < 1e-5 * base_largest
     assert result["tensors"] == pytest.approx(sums, rel=1e-12)
