@@ -53,12 +53,16 @@ def tokenizer_choice(config: WorkflowConfig, model_name: str) -> TokenizerChoice
 
 def cache_readers(config: WorkflowConfig, cache: str) -> list[str]:
     """Return the needed stages that train on a teacher cache."""
-    return [
-        name
-        for name in needed_stages(config)
-        for relation, other in config.stages[name].inputs().items()
-        if other == cache and relation.partition(".")[0] == "cache"
-    ]
+    return config.computed_once("cache_readers", lambda: _readers_of_caches(config)).get(cache, [])
+
+
+def _readers_of_caches(config: WorkflowConfig) -> dict[str, list[str]]:
+    readers: dict[str, list[str]] = {}
+    for name in needed_stages(config):
+        for relation, other in config.stages[name].inputs().items():
+            if relation.partition(".")[0] == "cache":
+                readers.setdefault(other, []).append(name)
+    return readers
 
 
 def prompt_model(config: WorkflowConfig, stage_name: str) -> str:

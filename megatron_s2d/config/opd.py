@@ -126,6 +126,13 @@ class OpdConfig(TrainingStageConfig):
         description="for teacher: self; the teacher is the student as it was at the last multiple of so many steps, a "
         "second copy of its weights; null: as it is at each update, without a copy",
     )
+    teacher_ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="for teacher: self; the copy is a moving average, which becomes decay * copy + (1 - decay) * student "
+        "every `teacher_lag` steps (1 if null), in float32; null: it becomes the student",
+    )
     teacher_view: TeacherViews | None = Field(
         None,
         description="the prompt as the teacher reads it, or domain -> that (docs/teachers.md); null: as the student "
@@ -253,9 +260,7 @@ class OpdConfig(TrainingStageConfig):
         if self.reward_advantage is None:
             return self
         if self.num_generations < 2:
-            raise ValueError(
-                "reward_advantage compares the responses to a prompt: it needs num_generations of 2 or more"
-            )
+            raise ValueError("reward_advantage compares responses to a prompt: it needs num_generations of 2 or more")
         others = {"sign_gate": self.sign_gate, "fixed_advantage": self.fixed_advantage}
         for setting, value in others.items():
             if value is not None:
@@ -287,9 +292,7 @@ class OpdConfig(TrainingStageConfig):
                 "server returns log-probabilities of requested tokens and of its own most likely tokens only"
             )
         if self.sampling.temperature != 1.0:
-            raise ValueError(
-                "teacher_engine: sglang needs sampling.temperature: 1, because servers score at temperature 1"
-            )
+            raise ValueError("teacher_engine: sglang needs sampling.temperature: 1: servers score at temperature 1")
         if self.teacher_sampling is not None:
             raise ValueError("teacher_engine: sglang does not support teacher_sampling; use teacher_engine: trainer")
         return self
@@ -379,8 +382,8 @@ class OpdConfig(TrainingStageConfig):
     def _check_self_fits(self) -> OpdConfig:
         if isinstance(self.teacher, dict) and SELF in self.teacher.values():
             raise ValueError("teacher: self is the teacher of all domains: write teacher: self, or name stages")
-        if self.teacher_lag is not None and (not self.teaches_itself or self.lora is not None):
-            raise ValueError("teacher_lag goes with teacher: self, and without lora")
+        if self.teacher_renewal is not None and (not self.teaches_itself or self.lora is not None):
+            raise ValueError("teacher_lag and teacher_ema_decay go with teacher: self, and without lora")
         if not self.teaches_itself:
             return self
         if self.teacher_view is None:
@@ -410,6 +413,11 @@ class OpdConfig(TrainingStageConfig):
         return self.teacher == SELF
 
     @property
+    def teacher_renewal(self) -> int | None:
+        """Steps between two renewals of the copy of the student that teaches it; None without a copy."""
+        return 1 if self.teacher_lag is None and self.teacher_ema_decay is not None else self.teacher_lag
+
+    @property
     def num_updates(self) -> int:
         """Optimizer steps on one sampled batch."""
         return self.num_mini_batches * self.ppo_epochs
@@ -431,8 +439,7 @@ class OpdConfig(TrainingStageConfig):
     def needs_reference(self) -> bool:
         """Whether a reward scale is not 1, so that the loss uses the reference's log-probabilities."""
         gate = self.sign_gate
-        scales = [self.reward_scale] if gate is None else [gate.lambda_high, gate.lambda_base]
-        return any(scale != 1.0 for scale in scales)
+        return any(scale != 1 for scale in ([self.reward_scale] if gate is None else [gate.lambda_high, gate.lambda_base]))
 
     def inputs(self) -> dict[str, str]:
         is_stage = self.teacher is not None and not self.teaches_itself

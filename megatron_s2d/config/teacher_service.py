@@ -87,6 +87,11 @@ TeacherServices = TeacherServiceConfig | dict[str, TeacherServiceConfig]
 """One served teacher for all domains, or domain -> served teacher."""
 
 
+def service_key(stage_name: str, domain: str | None) -> str:
+    """Return the key of a served teacher in the configuration, which is also its key among specifications."""
+    return f"stages.{stage_name}.teacher_service" + (f".{domain}" if domain else "")
+
+
 def services_by_domain(services: TeacherServices | None) -> dict[str | None, TeacherServiceConfig]:
     """Return domain -> service; one for all domains has the key None."""
     by_domain: dict[str | None, TeacherServiceConfig] = {}

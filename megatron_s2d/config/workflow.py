@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import functools
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,6 +160,7 @@ class WorkflowConfig(Config):
         description="where the tokenized prompts of files of 8 MiB or more are kept, and used again by every run on "
         "the same content; a directory of this machine or a shared one",
     )
+    _computed: dict[str, Any] = pydantic.PrivateAttr(default_factory=dict)  # see computed_once
 
     @pydantic.model_validator(mode="after")
     def _check_fp8(self) -> WorkflowConfig:
@@ -370,21 +373,18 @@ class WorkflowConfig(Config):
         if half and half not in HALVES:
             raise ValueError(f"{where}: '{half}' is not a half; write {entry}/1H or {entry}/2H")
 
-    def stage_order(self) -> list[str]:
-        """Return the stage names, each after its inputs and otherwise in the order of the file."""
-        return list(self._positions)
+    def stage_order(self) -> dict[str, int]:
+        """Return stage -> position, each after its inputs and otherwise in the order of the file."""
+        return self.computed_once("stage_order", lambda: sorted_stages(self.stages))
 
-    @property
-    def _positions(self) -> dict[str, int]:
-        """Stage -> position in ``stage_order``; sorted once, since plans and checks ask for every stage."""
-        if self._sorted.get(id(self.stages), (None, {}))[0] is not self.stages:  # a copy may have others
-            self._sorted.clear()
-            self._sorted[id(self.stages)] = self.stages, sorted_stages(self.stages)
-        return self._sorted[id(self.stages)][1]
-
-    @functools.cached_property
-    def _sorted(self) -> dict[int, tuple[dict[str, Stage], dict[str, int]]]:
-        return {}
+    def computed_once[Value](self, name: str, compute: Callable[[], Value]) -> Value:
+        """Return ``compute()``, a function of the stages and of which are needed; plans and checks ask it of each."""
+        of = (self.stages, self.arms, self.also_evaluate, self.pass_rate_checks)
+        known = self._computed.get(name)
+        if known is None or not all(map(operator.is_, known[0], of)):  # a copy may have others
+            known = self._computed[name] = of, compute()
+        value: Value = known[1]
+        return value
 
     def model_of(self, stage_name: str) -> str:
         """Return the entry of ``models`` that a stage trains (or samples from, for a cache)."""
@@ -418,7 +418,7 @@ class WorkflowConfig(Config):
             if name not in wanted:
                 wanted.add(name)
                 open_names += self.stages[name].inputs().values()
-        return sorted(wanted, key=self._positions.__getitem__)
+        return sorted(wanted, key=self.stage_order().__getitem__)
 
 
 def load_workflow(path: str | Path, overrides: list[str] | None = None) -> WorkflowConfig:

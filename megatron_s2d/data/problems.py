@@ -7,6 +7,7 @@ decided here, range by range, so the result does not depend on their number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_s2d.config.data import FileSource
+from megatron_s2d.data.columns_of_rows import ProblemColumns, plain_problems
 from megatron_s2d.data.files import Problem, rows_of
 from megatron_s2d.data.forked_map import forked_map
 from megatron_s2d.data.row_ranges import RowRange, row_ranges
@@ -144,6 +146,12 @@ def _read[Content: Sized](
     source: FileSource, part: _Part, convert: Callable[[Sequence[Problem]], Content]
 ) -> _ReadPart[Content]:
     """Read and convert the rows of a part, up to the first mistake."""
+    plain = plain_problems(source, part.rows, part.prefix) if part.chosen is None else None
+    if plain is not None:
+        columns, rows = plain
+        batches, error = _converted(columns, convert)
+        count = sum(map(len, batches))
+        return _ReadPart(columns.ids[:count], rows[:count], id_keys(columns.ids[:count]), batches, error)
     problems: list[Problem] = []
     numbers: list[int] = []
     error = None
@@ -181,10 +189,15 @@ def _converted[Content: Sized](
 def _groups(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
     """Yield consecutive problems of limited number and size; the text of an Arrow array has at most 2 GiB."""
     start = size = 0
-    for index, problem in enumerate(problems):
-        size += len(problem.question) + len(problem.answer or "") + len(problem.solution or "")
+    columns = problems if isinstance(problems, ProblemColumns) else ProblemColumns.of(problems)
+    sizes = columns.sizes()
+    if 0 < len(columns) <= _PROBLEMS_AT_ONCE and sizes.sum() < _CHARACTERS_AT_ONCE:  # as a rule
+        yield columns
+        return
+    for index, characters in enumerate(sizes.tolist()):
+        size += characters
         if index + 1 - start == _PROBLEMS_AT_ONCE or size >= _CHARACTERS_AT_ONCE or index + 1 == len(problems):
-            yield problems[start : index + 1]
+            yield columns[start : index + 1]
             start, size = index + 1, 0
 
 
@@ -217,7 +230,8 @@ def _without_content(problems: Sequence[Problem]) -> range:
 
 def id_keys(ids: Sequence[str]) -> np.ndarray:
     """Return a digest of each id, uint64 [n]: two of ten million share one with probability 3e-6."""
-    digests = (hashlib.blake2b(id_.encode(), digest_size=_KEY_BYTES).digest() for id_ in ids)
+    digest = functools.partial(hashlib.blake2b, digest_size=_KEY_BYTES)
+    digests = [digest(id_.encode()).digest() for id_ in ids]
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
@@ -244,7 +258,7 @@ class SeenIds:
             return
         while self._levels and len(self._levels[-1]) < 2 * len(values):
             values = np.concatenate([self._levels.pop(), values])
-            values.sort()
+            values.sort(kind="stable")  # which merges the two sorted ones
         self._levels.append(values)
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -53,8 +55,28 @@ def schema() -> pyarrow.Schema:
 
 def prompt_key(token_ids: np.ndarray) -> int:
     """Return a digest of a prompt's tokens [prompt_length]: two of ten million share one with probability 3e-6."""
-    digest = hashlib.sha256(np.ascontiguousarray(token_ids, dtype=np.int64).tobytes()).digest()
-    return int.from_bytes(digest[:_DIGEST_BYTES], "big")
+    return int(prompt_keys(token_ids, np.array([len(token_ids)]))[0])
+
+
+def prompt_keys(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return ``prompt_key`` of prompts whose tokens ``values`` has one after the other, uint64 [n]; lengths [n]."""
+    content = memoryview(np.ascontiguousarray(values, dtype=np.int64)).cast("B")
+    ends = (8 * np.cumsum(lengths)).tolist()
+    digests = [
+        hashlib.sha256(content[start:end]).digest()[:_DIGEST_BYTES] for start, end in itertools.pairwise([0, *ends])
+    ]
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def list_array(values: np.ndarray, lengths: np.ndarray) -> pyarrow.ListArray:
+    """Return lists of int32 [n], whose ``values`` follow one another; lengths: [n], -1 for null."""
+    import pyarrow
+
+    missing = lengths < 0
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(np.maximum(lengths, 0), out=offsets[1:])
+    mask = pyarrow.array(missing) if missing.any() else None
+    return pyarrow.ListArray.from_arrays(offsets, values.astype(np.int32, copy=False), mask=mask)
 
 
 def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
@@ -320,10 +342,48 @@ def _remembered(path: Path, compute: Callable[[], np.ndarray], *, apart: bool = 
 
 
 def _id_order(table: pyarrow.Table) -> np.ndarray:
-    """Return the rows in the order of ids. UTF-8 sorts like code points, which Python's text does."""
+    """Return the rows in the order of ids. UTF-8 sorts like code points, which Python's text does.
+
+    Ids are compared by the first bytes after what all of them begin with, as numbers, and by Arrow, which takes ten
+    times as long, only where these are equal.
+    """
+    import pyarrow
     import pyarrow.compute
 
-    return _index(pyarrow.compute.sort_indices(table.column("id")).to_numpy(), table.num_rows)
+    column = table.column("id")
+    if not len(column):
+        return np.zeros(0, np.int32)
+    ends = pyarrow.compute.min_max(column)
+    common = len(os.path.commonprefix([ends["min"].as_py().encode(), ends["max"].as_py().encode()]))
+    first = np.concatenate([_bytes_as_number(chunk, common) for chunk in column.chunks])
+    order = np.argsort(first)
+    first = first[order]
+    same = first[1:] == first[:-1]
+    del first
+    if same.any():
+        tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
+        group = np.concatenate([[0], np.cumsum(~same)])[tied]
+        rows = order[tied]
+        keys = pyarrow.table({"group": group, "id": column.take(rows)})
+        by = pyarrow.compute.sort_indices(keys, sort_keys=[("group", "ascending"), ("id", "ascending")]).to_numpy()
+        order[tied] = rows[by]
+    return _index(order, table.num_rows)
+
+
+def _bytes_as_number(texts: pyarrow.StringArray, skipped: int) -> np.ndarray:
+    """Return the eight bytes after the first ``skipped`` of each text, uint64 [n], zeros after its end.
+
+    A smaller text has a smaller number or the same. Every text has at least ``skipped`` bytes.
+    """
+    _, offsets, content = texts.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    data = np.frombuffer(content, np.uint8) if content is not None else np.zeros(0, np.uint8)
+    starts, numbers = bounds[:-1] + skipped, np.zeros(len(texts), dtype=np.uint64)
+    for place in range(8):
+        inside = starts + place < bounds[1:]
+        numbers <<= np.uint64(8)
+        numbers[inside] |= data[(starts + place)[inside]]
+    return numbers
 
 
 def _true_rows(mask: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Builds prompts from the embedded task or from files: templates, chat template, length filter, halves.
+"""The prompts of the embedded task or of files: length filter, halves (methods.md M7), and what a stage reads of them.
 
-Templates and halves are methods.md M7; the code template is that of G-OPD (arXiv 2602.12125, appendix D). Files are
-read by ``data/problems.py`` and kept by ``data/prompt_cache.py``, labels are interpreted by ``verify``.
+Files are read by ``data/problems.py``, rendered by ``data/rendering.py`` and kept by ``data/prompt_cache.py``; labels
+are interpreted by ``verify``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import itertools
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +18,22 @@ import numpy as np
 from megatron_s2d.artifacts.files import read_jsonl
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import DataSource, FileSource, TaskSource
-from megatron_s2d.config.environment import environment_text, tools_of
-from megatron_s2d.config.reward import verifier_text
 from megatron_s2d.config.stage import PromptFilterConfig
 from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.config.workflow import DEFAULT_DATA_CACHE, HALVES, WorkflowConfig
-from megatron_s2d.data.files import Problem
 from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.problems import DUPLICATES, ProblemBatch, convert_problems, id_prefixes
 from megatron_s2d.data.prompt_cache import table_of_files
-from megatron_s2d.data.prompt_table import PromptTable, record_batch
-from megatron_s2d.data.tasks import task_documents, task_prompts, with_context
-from megatron_s2d.data.tokenizer import render_all, template_fingerprint, tokenizer_fingerprint
+from megatron_s2d.data.prompt_table import PromptTable
+from megatron_s2d.data.rendering import PromptRenderer
+from megatron_s2d.data.tasks import task_documents, task_prompts
+from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
 
 if TYPE_CHECKING:
     import pyarrow
 
-TEMPLATES = {
-    "math": "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-    "code": "{question}\nWrite Python code to solve the problem. Present the code in\n```python\nYour code\n```\n"
-    "at the end.\nYou need to think first then write the Python code.",
-    "plain": "{question}",
-}
-_PROBLEMS_AT_ONCE = 256  # that are tokenized together
 # Settings of a source that say where its rows are, or what is done with its prompts.
 _NOT_OF_PROMPTS = ("path", "on_long_prompt")
 
@@ -114,9 +103,7 @@ def _file_prompts(
     if view is not None:
         settings["view"] = dump(view)
 
-    def convert(problems: Sequence[Problem]) -> pyarrow.RecordBatch:
-        parts = itertools.batched(problems, _PROBLEMS_AT_ONCE)
-        return record_batch([prompt for part in parts for prompt in _prompts(source, part, tokenizer, date, view)])
+    convert = PromptRenderer(source, tokenizer, date, view)
 
     def read(counts: dict[str, int], processes: int) -> Iterator[ProblemBatch[pyarrow.RecordBatch]]:
         return convert_problems(source, counts, convert, processes)
@@ -233,88 +220,3 @@ def split_halves(prompts: Sequence[Prompt], seed: int) -> tuple[PromptTable, Pro
 
 def _name(source: DataSource) -> str:
     return f"task {source.task}" if isinstance(source, TaskSource) else ", ".join(map(str, source.paths))
-
-
-def _prompts(
-    source: FileSource,
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    date: datetime.date,
-    view: TeacherViewConfig | None = None,
-) -> Iterator[Prompt]:
-    """Yield the prompts of ``problems``, tokenized together."""
-    conversations = [_messages(source, problem, view) for problem in problems]
-    settings = {"enable_thinking": view is not None and view.enable_thinking, "tools": tools_of(source.environment)}
-    texts = render_all(conversations, tokenizer, date, **settings)
-    # A chat template writes the start token itself; plain text needs the tokenizer's special tokens.
-    tokens = _ids(tokenizer, texts, add_special_tokens=tokenizer.chat_template is None)
-    solutions = _solutions([problem.solution for problem in problems], tokenizer)
-    for problem, text, ids, solution in zip(problems, texts, tokens, solutions, strict=True):
-        if ids and ids[-1] == tokenizer.eos_token_id != _last_id(text, tokenizer):
-            ids = ids[:-1]  # some tokenizers end every text, and a prompt does not end
-        if not ids:
-            raise UserError(f"prompt {problem.id} is empty")
-        yield Prompt(
-            id=problem.id,
-            token_ids=np.asarray(ids, dtype=np.int64),
-            text=text,
-            domain=source.domain,
-            verifier=verifier_text(source.verifier),
-            answer=problem.answer if source.verifier is not None else None,
-            solution_token_ids=solution,
-            environment=environment_text(source.environment),
-        )
-
-
-def _messages(source: FileSource, problem: Problem, view: TeacherViewConfig | None) -> list[dict[str, str]]:
-    question = _fill(TEMPLATES.get(source.template, source.template), problem)
-    view = view or TeacherViewConfig()
-    if view.context is not None:
-        values = {"prompt": question, "question": problem.question}
-        values |= {"answer": problem.answer, "solution": problem.solution}
-        question = with_context(view, values, problem.id)
-    messages = [*problem.context, {"role": "user", "content": question}]
-    if source.system_prompt is not None and messages[0]["role"] == "system":
-        raise UserError(f"prompt {problem.id} already has a system message; remove system_prompt")
-    system_prompt = source.system_prompt if view.system_prompt is None else view.system_prompt
-    if system_prompt is not None:
-        if messages[0]["role"] == "system":
-            messages = messages[1:]
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    options = {"return_attention_mask": False, "return_token_type_ids": False}
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
-    return ids
-
-
-def _fill(template: str, problem: Problem) -> str:
-    """Put question and columns into a template; not ``str.format``, which reads attributes of values, too."""
-    values = {**problem.fields, "question": problem.question}
-    parts = string.Formatter().parse(template)
-    return "".join(text + ("" if column is None else values[column]) for text, column, _, _ in parts)
-
-
-def _last_id(text: str, tokenizer: Any) -> int | None:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[-1] if ids else None
-
-
-def _solutions(solutions: Sequence[str | None], tokenizer: Any) -> list[np.ndarray | None]:
-    """Return the ids of solutions with one end token, which a text may have already, with blanks after it."""
-    present = [text for text in solutions if text is not None]
-    if not present:
-        return [None] * len(solutions)
-    if tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no end-of-sequence token to end solutions with; use another tokenizer")
-    texts = [_without_end(text, tokenizer.eos_token) for text in present]
-    tokens = iter(_ids(tokenizer, texts, add_special_tokens=False))
-    end = tokenizer.eos_token_id
-    return [None if text is None else np.asarray([*next(tokens), end], dtype=np.int64) for text in solutions]
-
-
-def _without_end(text: str, end: str) -> str:
-    shorter = text.rstrip().removesuffix(end)
-    return _without_end(shorter, end) if shorter != text.rstrip() else text

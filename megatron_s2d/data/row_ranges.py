@@ -7,12 +7,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ROWS_PER_RANGE, BYTES_PER_RANGE = 16384, 8 << 20
 _ROWS_PER_BATCH = 1000
@@ -65,6 +68,15 @@ def rows_in(rows: RowRange) -> Iterator[Mapping[str, Any]]:
     if rows.path.suffix == ".arrow":
         return _arrow_rows(rows.path)
     return _listed_rows(rows.path) if rows.byte_range is None else _line_rows(rows)
+
+
+def read_lines(rows: RowRange) -> bytes:
+    """Return the bytes of a range of JSON lines."""
+    assert rows.byte_range is not None
+    start, end = rows.byte_range
+    with open(rows.path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
 def content_size(path: Path) -> int:
@@ -145,18 +157,24 @@ def _mapping(row: Any, location: str) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _parquet_file(path: Path) -> Iterator[Any]:
-    """Open a file, and turn the errors of reading it into ``UserError``."""
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into ``UserError``."""
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            yield file
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: text is not UTF-8 ({error})") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).strip().splitlines()[0]})") from error
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with _parquet_errors(path), parquet.ParquetFile(path) as file:
+        yield file
 
 
 def _parquet_ranges(path: Path) -> Iterator[RowRange]:
@@ -203,6 +221,65 @@ def _parquet_rows(rows: RowRange) -> Iterator[Mapping[str, Any]]:
             yield from part.to_pylist()
             if not remaining:
                 return
+
+
+def parquet_columns(rows: RowRange, names: Sequence[str]) -> pyarrow.Table | None:
+    """Return columns of a range; None if the file does not have each of them once, at its top level."""
+    global _columns
+    with _parquet_errors(rows.path):
+        status = rows.path.stat()
+        wanted = (rows.path, rows.row_groups, tuple(names), status.st_size, status.st_mtime_ns)
+        if _columns is None or _columns.of != wanted or _columns.position > rows.skipped:
+            _columns = _Columns(wanted)
+        try:
+            return _columns.read(rows.skipped, rows.num_rows)
+        except BaseException:
+            _columns = None
+            raise
+
+
+class _Columns:
+    """Columns of row groups that are read forward: a process decodes a row once, however many ranges it has of them."""
+
+    def __init__(self, of: tuple[Path, tuple[int, ...], tuple[str, ...], int, int]) -> None:
+        """of: path, row groups, names of columns, size and time of the file."""
+        from pyarrow import parquet
+
+        self.of, (path, row_groups, names, *_) = of, of
+        file = parquet.ParquetFile(path)
+        fields = file.schema_arrow.names
+        self._has_all = all(fields.count(name) == 1 and "." not in name for name in names)
+        options = {"row_groups": row_groups, "columns": list(names), "use_threads": False}
+        self._batches = file.iter_batches(_ROWS_PER_BATCH, **options) if self._has_all else iter(())
+        self._rest: list[pyarrow.RecordBatch] = []
+        self.position = 0  # rows of the groups that are behind
+
+    def read(self, start: int, count: int) -> pyarrow.Table | None:
+        """Return rows from ``start`` on, at or behind ``position``; None without these columns."""
+        import pyarrow
+
+        if not self._has_all:
+            return None
+        self._next(start - self.position)
+        batches = self._next(count)
+        return pyarrow.Table.from_batches(batches) if batches else None
+
+    def _next(self, count: int) -> list[pyarrow.RecordBatch]:
+        """Return the next ``count`` rows, or those that are left."""
+        batches = []
+        self.position += count
+        while count:
+            batch = self._rest.pop() if self._rest else next(self._batches, None)
+            if batch is None:
+                break
+            batches.append(batch.slice(0, count))
+            if len(batch) > count:
+                self._rest.append(batch.slice(count))
+            count -= len(batches[-1])
+        return batches
+
+
+_columns: _Columns | None = None  # that this process read last
 
 
 # -------------------------------------------------------------------------------- Arrow

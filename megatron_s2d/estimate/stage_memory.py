@@ -21,7 +21,7 @@ from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.stage import TrainingStageConfig, validation_of
-from megatron_s2d.config.teacher_service import services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -341,7 +341,7 @@ class _StageEstimate:
         """Return the frozen models on the device, and bytes of models that take turns there, in host memory."""
         resident, waiting = [], 0
         for role, stage, parallel in frozen_models(self.config, self.name):
-            is_itself = role == "teacher" and getattr(self.stage, "teacher_lag", None) is None
+            is_itself = role == "teacher" and getattr(self.stage, "teacher_renewal", None) is None
             if stage == self.name and (is_itself or self.build.lora is not None):  # the student itself
                 continue
             if stage != self.name and self.config.shares_weights(self.name, stage):
@@ -350,10 +350,11 @@ class _StageEstimate:
             shards = pipeline_shards(self.specs[model], parallel)
             if parallel == self.parallel:
                 shards = [shards[shard.pp_rank]]
-            fp8 = self.config.fp8 is not None and self.config.fp8.frozen
-            build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8, lora=None)
-            memories = (frozen_memory(item, build, role, model) for item in shards)
-            resident.append(max(memories, key=lambda memory: memory.total))
+            fp8, values = self.config.fp8 is not None and self.config.fp8.frozen, self.build.bytes_per_value
+            if role == "teacher" and getattr(self.stage, "teacher_ema_decay", None) and values < 4:
+                values += 4  # averages in float32
+            build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8, lora=None, bytes_per_value=values)
+            resident.append(max((frozen_memory(item, build, role, model) for item in shards), key=lambda one: one.total))
         for role in ("teacher", "reference"):
             same_role = [memory for memory in resident if memory.role == role]
             is_offloaded = self.on_gpu and getattr(self.stage, "teacher_sampling", None) is None
@@ -414,11 +415,6 @@ class _StageEstimate:
         return isinstance(self.stage, GrpoConfig | OpdConfig) and self.stage.num_updates > 1
 
 
-def service_key(stage_name: str, domain: str | None) -> str:
-    """Return the key of a served teacher in the configuration, which is also its key among specifications."""
-    return f"stages.{stage_name}.teacher_service" + (f".{domain}" if domain else "")
-
-
 def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:
     """Return the served teachers of a stage; the student stands for one whose server does not answer."""
     services = services_by_domain(getattr(config.stages[name], "teacher_service", None))
@@ -443,8 +439,7 @@ def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, Par
         for relation, other in stage.inputs().items():
             role = relation.partition(".")[0]
             model = (role, other, config.frozen_parallel(other))
-            if role == "teacher" and stage.teacher_engine == "sglang":
-                continue
-            if (role == "teacher" or (role == "reference" and stage.needs_reference)) and model not in models:
+            is_loaded = stage.teacher_engine != "sglang" if role == "teacher" else stage.needs_reference
+            if role in ("teacher", "reference") and is_loaded and model not in models:
                 models.append(model)
     return models

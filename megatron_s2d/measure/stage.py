@@ -18,6 +18,7 @@ import torch
 
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.artifacts.stage_directory import StageDirectory
+from megatron_s2d.config.teacher_service import TeacherServiceConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.packing import MicroBatch
 from megatron_s2d.data.prompt_table import PromptTable
@@ -26,6 +27,7 @@ from megatron_s2d.estimate.stage_memory import StageShape
 from megatron_s2d.measure import single_rank
 from megatron_s2d.measure.limits import Limits, shortened
 from megatron_s2d.measure.made_up_cache import MadeUpCache, write_output_layer
+from megatron_s2d.measure.made_up_service import MadeUpTeacherClient
 from megatron_s2d.measure.measurement import Measurement
 from megatron_s2d.measure.recorder import Recorder
 from megatron_s2d.models.weights import export_buckets
@@ -138,6 +140,12 @@ class MadeUpInputs(StageInputs):
             write_output_layer(self.directories[stage_name].path / OUTPUT_LAYER_NAME, spec, dtype)
         domain = super().prompts(stage.prompts)[0].domain
         return MadeUpCache.of(stage, spec, self.shape, domain, dtype)
+
+    def teacher_client(self, settings: TeacherServiceConfig, where: str) -> MadeUpTeacherClient:
+        """Return a client that asks no server, for a teacher of the student's architecture: as a plan without one."""
+        tokenizer = self.named_tokenizer(settings.tokenizer) if settings.cross_tokenizer else self.tokenizer
+        spec = self.config.models[self.config.model_of(self.stage_name)].resolve(len(tokenizer))
+        return MadeUpTeacherClient(settings, where, spec, self.config.precision, tokenizer)
 
 
 # -------------------------------------------------------------------------------- models

@@ -15,6 +15,7 @@ from megatron_s2d.artifacts.stage_directory import StageDirectory
 from megatron_s2d.config.base import dump
 from megatron_s2d.config.data import DataSource
 from megatron_s2d.config.needed_stages import TokenizerChoice, prompt_model, stage_views
+from megatron_s2d.config.teacher_service import TeacherServiceConfig
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.cache import TeacherCache
 from megatron_s2d.data.model_tokenizers import ModelTokenizers
@@ -24,6 +25,7 @@ from megatron_s2d.data.teacher_views import fitting_in_views, in_view, views_of_
 from megatron_s2d.data.tokenizer import template_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.teachers.cached import open_cache
+from megatron_s2d.teachers.service.client import TeacherClient
 from megatron_s2d.teachers.views import PromptViews
 
 
@@ -104,6 +106,10 @@ class StageInputs:
                     "that of either: rename one of their files, or name one entry"
                 )
         return PromptViews(joined)
+
+    def teacher_client(self, settings: TeacherServiceConfig, where: str) -> TeacherClient:
+        """Return the client of a served teacher. where: the key of ``settings`` in the configuration."""
+        return TeacherClient(settings, where)
 
     def view_fingerprint(self, stage_name: str) -> str | None:
         """Return the digest of the view in which the teacher of a cache reads prompts; None without one."""

@@ -106,14 +106,18 @@ def run_opd(context: StageContext) -> None:
             cached = cached_samples(context, stage)
             source = DivergenceOpdSource(stage, student, buffer, scorers, cached, context.seed)
             teacher = distribution_teacher(stage, student, scorers, references)
-        if stage.teacher_lag is not None:
-            source = LaggedTeacherSource(source, student, teachers.models[None], stage.teacher_lag, context.directory)
+        settings = context.loop_settings(max_kl=stage.max_kl)
+        if stage.teacher_renewal is not None:
+            source = LaggedTeacherSource(
+                source, student, teachers.models[None], stage.teacher_renewal, context.directory, stage.teacher_ema_decay
+            )
+            settings = dataclasses.replace(settings, before_checkpoint=source.before_checkpoint)
         train(
             student,
             source,
             opd_objective(stage),
             context.directory,
-            context.loop_settings(max_kl=stage.max_kl),
+            settings,
             teacher=teacher,
             rollouts=buffer,
             validation=StageValidation.of(context, student, reward_manager, engine),

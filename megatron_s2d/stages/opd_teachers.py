@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.teacher_service import services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain
 from megatron_s2d.data.aligned_spans import AlignedText, align
 from megatron_s2d.data.model_tokenizers import parse_tokenizer, vocabulary_difference
 from megatron_s2d.data.tokenizer import tokenizer_fingerprint
@@ -38,7 +38,7 @@ AnyTeachers = TeacherRouter | ServedTeachers | ServiceTeachers
 def load_teachers(context: StageContext, stage: OpdConfig, student: MegatronModel) -> TeacherRouter:
     """Load the frozen teachers; a student that teaches itself is its teacher, or has a copy that lags behind."""
     views = context.inputs.prompt_views(context.name, "teacher")
-    if stage.teaches_itself and stage.teacher_lag is None:
+    if stage.teaches_itself and stage.teacher_renewal is None:
         return TeacherRouter({None: student}, views)
     if stage.teaches_itself:
         copy = context.models.start(trained=False)
@@ -54,7 +54,7 @@ def connect_services(context: StageContext, stage: OpdConfig, student: MegatronM
     """
     path, failure = context.directory.path / IDENTITY_NAME, None
     clients = {
-        domain: TeacherClient(settings, f"stages.{context.name}.teacher_service" + (f".{domain}" if domain else ""))
+        domain: context.inputs.teacher_client(settings, service_key(context.name, domain))
         for domain, settings in services_by_domain(stage.teacher_service).items()
     }
     began = broadcast_from_rank0(lambda: read_json_object(path) if path.exists() else {})

@@ -24,9 +24,11 @@ class CheckpointManager:
         stage: StageDirectory,
         settings: CheckpointConfig,
         pinned: Callable[[Sequence[int]], Collection[int]] = lambda steps: (),
+        before_save: Callable[[int], None] = lambda step: None,
     ):
-        """pinned: see ``StageDirectory.retain_checkpoints``."""
+        """pinned: see ``StageDirectory.retain_checkpoints``. before_save: called with the step of a new checkpoint."""
         self._model, self._stage, self._settings, self._pinned = model, stage, settings, pinned
+        self._before_save = before_save
         self._pending: CheckpointSave | None = None
 
     def resume(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class CheckpointManager:
         self.finish()
         path = self._stage.checkpoint_path(trainer_state["step"])
         if not broadcast_from_rank0(path.exists):
+            self._before_save(trainer_state["step"])
             async_save = self._settings.async_save
             self._pending = self._model.start_saving(path, trainer_state, with_optimizer=True, async_save=async_save)
             if not async_save:

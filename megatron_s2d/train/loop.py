@@ -145,6 +145,7 @@ class LoopSettings:
     max_kl: float | None = None  # largest mean KL to the teacher, in nats per token; beyond it the run fails
     max_mismatch_kl: float | None = None  # largest mean KL between engine and trainer, in nats per token; likewise
     min_replayed_agreement: float | None = None  # see ``check_replayed_agreement``; likewise
+    before_checkpoint: Callable[[int], None] = lambda step: None  # writes what a stage keeps beside one; collective
 
 
 def train(
@@ -163,7 +164,7 @@ def train(
     ``model`` is ready to train and has the stage's initial weights. Raises ``Stopped``, and ``UserError`` for a loss or
     gradient that is not finite or a checkpoint that cannot be written; the last checkpoint stays intact.
     """
-    checkpoints = CheckpointManager(model, stage, settings.checkpoint, validation.pinned)
+    checkpoints = CheckpointManager(model, stage, settings.checkpoint, validation.pinned, settings.before_checkpoint)
     state = checkpoints.resume()
     num_updates = state["updates"]  # optimizer updates so far, which is also the weight version
     source.resume(state)

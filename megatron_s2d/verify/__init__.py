@@ -135,13 +135,16 @@ def _label_states(prompts: PromptTable) -> np.ndarray:
 def _read_labels(prompts: PromptTable) -> np.ndarray:
     states = {None: 0, "text": _TEXT_LABEL, "bad_label": _BAD_LABEL}
     result = np.zeros(len(prompts), dtype=np.uint8)
+
+    @functools.lru_cache(maxsize=_LABELS_AT_ONCE)  # few labels are the answer of one problem alone
+    def state(verifier: str | None, answer: str | None) -> int:
+        return states[unread_label(answer)] if answer is not None and is_math(verifier) else 0
+
+    is_math = functools.cache(_is_math)
     for start in range(0, len(prompts), _LABELS_AT_ONCE):
         part = prompts[start : start + _LABELS_AT_ONCE]
         labels = zip(part.values("verifier"), part.values("answer"), strict=True)
-        result[start : start + len(part)] = [
-            states[unread_label(answer)] if answer is not None and _is_math(verifier) else 0
-            for verifier, answer in labels
-        ]
+        result[start : start + len(part)] = [state(verifier, answer) for verifier, answer in labels]
     return result
 
 

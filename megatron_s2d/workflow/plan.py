@@ -58,7 +58,7 @@ _NEUTRAL = {
     "policy_loss": "grpo", "entropy_coeff": 0.0, "teacher_advantage": None, "reward_advantage": None,
     "teacher_view": None, "reference_view": None, "domain_weights": None, "log_ratio_clip": None,
     "max_truncated_fraction": None, "lora": None, "prompt_filter": None, "teacher_service": None,
-    "teacher_lag": None,
+    "teacher_lag": None, "teacher_ema_decay": None,
 }  # fmt: skip
 
 

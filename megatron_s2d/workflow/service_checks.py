@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.teacher_service import services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain
 from megatron_s2d.config.training import is_loopback
 from megatron_s2d.config.workflow import WorkflowConfig
-from megatron_s2d.estimate.stage_memory import service_key
 from megatron_s2d.formatting import format_bytes
 from megatron_s2d.teachers.service.client import TeacherClient
 from megatron_s2d.teachers.service.info import TeacherInfo

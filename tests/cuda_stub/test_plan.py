@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 CONFIG = """
 name: measured
@@ -54,3 +55,21 @@ def test_a_layout_that_does_not_fit_says_where_and_what_fits(plan):
     assert result.returncode == 0, f"{settings} does not fit:\n{result.stdout}"
     for title in ("Measured: stage grpo", "Collectives of one call", "Waits of the host", "Matrix products"):
         assert title in result.stdout
+
+
+@pytest.mark.slow
+def test_a_served_teacher_is_measured_without_its_server(stub, tmp_path):
+    document = yaml.safe_load(CONFIG)
+    document["models"] = {"student": {"preset": "qwen3-0.6b"}}
+    document["stages"]["opd"] = {
+        "type": "opd", "init": "grpo", "prompts": "problems", "train_batch_size": 8, "num_generations": 2, "steps": 2,
+        "kl_estimator": "full_vocab", "teacher_service": {"url": "http://127.0.0.1:9"},
+        "sampling": {"max_response_length": 256}, "micro_batch": {"max_tokens_per_gpu": 4096},
+    }  # fmt: skip
+    document["arms"] = {"opd": "opd"}
+    path = tmp_path / "served.yaml"
+    path.write_text(yaml.safe_dump(document))
+    command = [sys.executable, "-m", "megatron_s2d.cli", "plan", str(path), "--measure", "--stage", "opd"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert "Measured: stage opd" in result.stdout and "127.0.0.1" not in result.stdout + result.stderr

@@ -157,7 +157,8 @@ class ServerGroup:
         urls = [server.url for server in self.pool.servers if not server.problem]
         if not self._backend.can_sleep or self._sleeping:
             return
-        problems = broadcast_from_rank0(lambda: self._backend.release_memory(urls))
+        own = self._backend.senders.own(urls)
+        problems = _shared_problems(urls, self._backend.release_memory(own) if own else {})
         self.pool.mark_failed(self.pool.problems | problems)
         self._sleeping = frozenset(urls) - problems.keys()
 
@@ -426,14 +427,25 @@ def _shared_checks(servers: Sequence[Server], own: Sequence[ServerCheck]) -> lis
             # Without the highest bit, so that it is positive, and with the lowest, so that it is not 0 (no digest).
             digests[numbers[url]] = int(hashlib.sha256(digest.encode()).hexdigest()[:16], 16) >> 1 | 1
     values, digests = sum_over_ranks(values), sum_over_ranks(digests)
-    problems: dict[str, str] = {}
-    if values[:, 1].any():
-        for of_sender in all_gather_json({url: problem for url, _, problem, _ in own if problem}):
-            problems |= of_sender
+    problems = _texts_of_senders({url: problem for url, _, problem, _ in own}) if values[:, 1].any() else {}
     return [
         (server.url, float(difference), problems.get(server.url, ""), f"{digest:x}" if digest else "")
         for server, (difference, _), digest in zip(servers, values, digests, strict=True)
     ]
+
+
+def _shared_problems(urls: Sequence[str], own: dict[str, str]) -> dict[str, str]:
+    """Return the problems of the servers at ``urls`` on all ranks; ``own`` are those that this rank saw. Collective."""
+    failed = any_rank(any(own.get(url) for url in urls))
+    return _texts_of_senders(own) if failed else {}
+
+
+def _texts_of_senders(own: dict[str, str]) -> dict[str, str]:
+    """Return address -> text of all ranks; empty texts are left out. Collective."""
+    texts: dict[str, str] = {}
+    for of_sender in all_gather_json({url: text for url, text in own.items() if text}):
+        texts |= of_sender
+    return texts
 
 
 def _mismatching_digests(digests: Sequence[tuple[str, str]]) -> tuple[dict[str, str], int]:
