@@ -103,7 +103,8 @@ def workflow(folder: Path, steps: int) -> dict:
         "wrong_forward": {"prompts": "wrong", "divergence": "forward_kl"},
     }
     return {
-        "name": "self_distillation", "seed": 1, "tokenizer": f"task:modular_arithmetic/{MODULUS}", "precision": "float32",
+        "name": "self_distillation", "seed": 1, "precision": "float32",
+        "tokenizer": f"task:modular_arithmetic/{MODULUS}",
         "models": {"student": {"preset": "tiny-student"}}, "lengths": {"max_prompt_length": 16},
         "data": {
             "worked": source(folder / "worked.jsonl", solution="solution"),

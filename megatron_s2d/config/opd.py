@@ -130,8 +130,8 @@ class OpdConfig(TrainingStageConfig):
         None,
         gt=0,
         lt=1,
-        description="for teacher: self; the copy is a moving average, which becomes decay * copy + (1 - decay) * student "
-        "every `teacher_lag` steps (1 if null), in float32; null: it becomes the student",
+        description="for teacher: self; the copy is a moving average: decay * copy + (1 - decay) * student every "
+        "`teacher_lag` steps (1 if null), in float32; null: it becomes the student",
     )
     teacher_view: TeacherViews | None = Field(
         None,
@@ -439,7 +439,7 @@ class OpdConfig(TrainingStageConfig):
     def needs_reference(self) -> bool:
         """Whether a reward scale is not 1, so that the loss uses the reference's log-probabilities."""
         gate = self.sign_gate
-        return any(scale != 1 for scale in ([self.reward_scale] if gate is None else [gate.lambda_high, gate.lambda_base]))
+        return {self.reward_scale} != {1} if gate is None else {gate.lambda_high, gate.lambda_base} != {1}
 
     def inputs(self) -> dict[str, str]:
         is_stage = self.teacher is not None and not self.teaches_itself

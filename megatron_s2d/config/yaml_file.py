@@ -8,6 +8,7 @@ a fifth of the time; one that it refuses is read again by PyYAML's own parser, w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ class _Strict(Composer, SafeConstructor, Resolver):
         self._sizes: dict[str, int] = {}  # anchor -> nodes
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[attr-defined]
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias:  # a narrowed type would reject the marks of the C parser
             if event.anchor in self._open_anchors:
@@ -94,7 +95,7 @@ class _Strict(Composer, SafeConstructor, Resolver):
         return value
 
 
-_Strict.add_constructor("tag:yaml.org,2002:float", _Strict.construct_finite_float)
+_Strict.yaml_constructors = _Strict.yaml_constructors | {"tag:yaml.org,2002:float": _Strict.construct_finite_float}
 
 
 class _PythonLoader(_Strict, Reader, Scanner, Parser):
@@ -108,10 +109,11 @@ class _PythonLoader(_Strict, Reader, Scanner, Parser):
 def _loaders() -> list[Callable[[str], Any]]:
     if not yaml.__with_libyaml__:
         return [_PythonLoader]
+    parser: Any = importlib.import_module("yaml.cyaml").CParser
 
-    class LibyamlLoader(_Strict, yaml.cyaml.CParser):
+    class LibyamlLoader(_Strict, parser):  # type: ignore[misc]
         def __init__(self, text: str):
-            yaml.cyaml.CParser.__init__(self, text)
+            parser.__init__(self, text)
             _Strict.__init__(self)
 
     return [LibyamlLoader, _PythonLoader]

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -354,7 +353,8 @@ def _id_order(table: pyarrow.Table) -> np.ndarray:
     if not len(column):
         return np.zeros(0, np.int32)
     ends = pyarrow.compute.min_max(column)
-    common = len(os.path.commonprefix([ends["min"].as_py().encode(), ends["max"].as_py().encode()]))
+    pairs = zip(ends["min"].as_py().encode(), ends["max"].as_py().encode(), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     first = np.concatenate([_bytes_as_number(chunk, common) for chunk in column.chunks])
     order = np.argsort(first)
     first = first[order]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,16 +91,16 @@ class PromptRenderer:
                 for question, problem in zip(questions, problems, strict=True)
             ]
         system_prompt = self._source.system_prompt if view.system_prompt is None else view.system_prompt
-        if not (system_prompt is not None or tools or any(problems.contexts or ()) or has_conversations(self._tokenizer)):
+        if not (
+            system_prompt is not None or tools or any(problems.contexts or ()) or has_conversations(self._tokenizer)
+        ):
             return questions  # as ``render_all`` returns them
         contexts = problems.contexts or [[]] * len(problems)
         conversations = [
             self._messages(context, question, id_, system_prompt)
             for context, question, id_ in zip(contexts, questions, problems.ids, strict=True)
         ]
-        return render_all(
-            conversations, self._tokenizer, self._date, enable_thinking=view.enable_thinking, tools=tools
-        )
+        return render_all(conversations, self._tokenizer, self._date, enable_thinking=view.enable_thinking, tools=tools)
 
     def _filled(self, problems: ProblemColumns) -> list[str]:
         """Put question and columns into the template; not ``str.format``, which reads attributes of values, too."""

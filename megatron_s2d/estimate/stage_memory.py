@@ -354,7 +354,9 @@ class _StageEstimate:
             if role == "teacher" and getattr(self.stage, "teacher_ema_decay", None) and values < 4:
                 values += 4  # averages in float32
             build = dataclasses.replace(self.build, recompute=NO_RECOMPUTE, fp8=fp8, lora=None, bytes_per_value=values)
-            resident.append(max((frozen_memory(item, build, role, model) for item in shards), key=lambda one: one.total))
+            resident.append(
+                max((frozen_memory(item, build, role, model) for item in shards), key=lambda one: one.total)
+            )
         for role in ("teacher", "reference"):
             same_role = [memory for memory in resident if memory.role == role]
             is_offloaded = self.on_gpu and getattr(self.stage, "teacher_sampling", None) is None

@@ -1,7 +1,7 @@
 """A student that is taught by itself as it was some steps ago, or by a moving average (EMA) of its weights.
 
-The teacher is a copy of the weights that is renewed now and then. It is written with every checkpoint of the student, so
-that a resumed run has the teacher that its checkpoint trained with, and continues bit for bit.
+The teacher is a copy of the weights that is renewed now and then. It is written with every checkpoint of the student:
+a resumed run has the teacher that its checkpoint trained with, and continues bit for bit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class LaggedTeacherSource:
             shutil.rmtree(self.stage.path / FOLDER, ignore_errors=True)
 
     def _is_written(self, step: int) -> bool:
-        """Whether a run that resumes after ``step`` needs the teacher's weights: it has changed, and is not replaced."""
+        """Whether a run that resumes after ``step`` needs the teacher: it has changed, and is not replaced at once."""
         return step > self.lag and (self.ema_decay is not None or step % self.lag != 0)
 
     @torch.no_grad()
@@ -100,7 +100,9 @@ class LaggedTeacherSource:
     @torch.no_grad()
     def _round_averages(self) -> None:
         """Give the teacher the averages, in its precision."""
-        for average, of_teacher in zip(self._averages, self.teacher.parameters() if self._averages else (), strict=True):
+        for average, of_teacher in zip(
+            self._averages, self.teacher.parameters() if self._averages else (), strict=True
+        ):
             of_teacher.copy_(average)
 
     @contextlib.contextmanager

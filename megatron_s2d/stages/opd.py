@@ -109,7 +109,12 @@ def run_opd(context: StageContext) -> None:
         settings = context.loop_settings(max_kl=stage.max_kl)
         if stage.teacher_renewal is not None:
             source = LaggedTeacherSource(
-                source, student, teachers.models[None], stage.teacher_renewal, context.directory, stage.teacher_ema_decay
+                source,
+                student,
+                teachers.models[None],
+                stage.teacher_renewal,
+                context.directory,
+                stage.teacher_ema_decay,
             )
             settings = dataclasses.replace(settings, before_checkpoint=source.before_checkpoint)
         train(

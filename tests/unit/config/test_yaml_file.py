@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_s2d.config import yaml_file
 from megatron_s2d.config.base import apply_overrides
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.config.yaml_file import load_yaml, parse_yaml
@@ -134,3 +135,21 @@ def test_bounds_are_of_settings_and_not_of_names(tmp_path):
     path = tmp_path / "file.yaml"
     path.write_text(yaml.safe_dump(document))
     assert load_workflow(path).data["steps"].min_values["steps"] == 10**9
+
+
+@pytest.mark.skipif(len(yaml_file._LOADERS) < 2, reason="PyYAML was built without libyaml")
+@pytest.mark.parametrize("text", [
+    (Path(__file__).parents[3] / "configs" / "smoke.yaml").read_text(),
+    "a: {b: [1, 2.5, 1e3, 1.0e-3, 0x1F, 0o17, 017, 1_000, -0, +3, .5, ~, null, yes, on, True, 'no', \"\\u00e4\"]}",
+    "x: &x {y: 2026-01-01, z: 2026-01-01 10:00:00}\nu: *x\nw: {<<: *x, y: 3}\n",
+    "t: |\n  line\n\n  other\nf: >-\n  folded\n  text\nu: ä😀\n? key\n: value\n",
+    "# nothing", "--- a\n...\n", "'a''b': \"c\\td\"", "url: http://a.b:80/c#d",
+])  # fmt: skip
+def test_both_parsers_give_the_same_values(text):
+    fast, slow = (repr(make(text).get_single_data()) for make in yaml_file._LOADERS)
+    assert fast == slow
+
+
+def test_a_message_has_the_words_of_one_parser():
+    with pytest.raises(UserError, match=r"test:1: not valid YAML \(expected ',' or '\]', but got '<stream end>'\)"):
+        parse_yaml("a: [1", "test")

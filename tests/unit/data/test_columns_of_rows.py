@@ -69,7 +69,7 @@ def test_columns_are_the_rows(tmp_path, monkeypatch, suffix, settings):
 
 def test_numbers_are_the_text_of_the_row(tmp_path):
     answers = [0, -3, 10**30, "4", 12]
-    rows = [{**row, "answer": answer, "name": number} for number, (row, answer) in enumerate(zip(ROWS, answers))]
+    rows = [{**ROWS[number], "answer": answer, "name": number} for number, answer in enumerate(answers)]
     as_columns, one_by_one = both_ways(source_of(write(tmp_path / "a.jsonl", rows)))
     assert as_columns == one_by_one and [problem.answer for _, problem in as_columns][2] == "1" + "0" * 30
 
@@ -159,7 +159,11 @@ def test_tokens_of_many_texts_are_those_of_each(special):
     tokenizer = words_tokenizer()
     assert encode(tokenizer, texts, add_special_tokens=special) == expected
     calls = []
-    monkeypatched = type("Own", (PreTrainedTokenizerFast,), {"__call__": lambda self, texts, **_: calls.append(texts) or {"input_ids": [[9]] * len(texts)}})
+    monkeypatched = type(
+        "Own",
+        (PreTrainedTokenizerFast,),
+        {"__call__": lambda self, texts, **_: calls.append(texts) or {"input_ids": [[9]] * len(texts)}},
+    )
     own = monkeypatched(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>")
     assert encode(own, texts, add_special_tokens=special) == [[9]] * 4 and calls == [texts]
 
@@ -181,7 +185,9 @@ def test_keys_are_digests_of_tokens():
 ])  # fmt: skip
 def test_order_of_ids_is_that_of_text(ids):
     chunks = [ids[start : start + 700] for start in range(0, len(ids), 700)]
-    column = pyarrow.chunked_array([pyarrow.array(["?", *chunk], pyarrow.string())[1:] for chunk in chunks], pyarrow.string())
+    column = pyarrow.chunked_array(
+        [pyarrow.array(["?", *chunk], pyarrow.string())[1:] for chunk in chunks], pyarrow.string()
+    )
     order = _id_order(pyarrow.table({"id": column}))
     assert [ids[index] for index in order] == sorted(ids) and order.dtype == np.int32
 
