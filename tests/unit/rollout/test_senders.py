@@ -1,12 +1,13 @@
 """Which ranks push weights, to which servers, and which files they write."""
 
 import itertools
+import types
 
 import pytest
 
 pytest.importorskip("torch")
 
-from megatron_s2d.rollout.served import server_group
+from megatron_s2d.rollout.served import server_group, shared_checks
 from megatron_s2d.rollout.served.senders import Senders
 from megatron_s2d.rollout.served.server_pool import Server
 
@@ -31,20 +32,20 @@ def shared(monkeypatch, servers, by_rank) -> tuple[list, int]:
     """Return what every rank gets of ``by_rank``, the checks by each of them, and how often they gathered texts."""
     sent, gathered = [[] for _ in by_rank], []
     texts = [{url: problem for url, _, problem, _ in own if problem} for own in by_rank]
-    monkeypatch.setattr(server_group, "all_gather_json", lambda own: gathered.append(own) or texts)
+    monkeypatch.setattr(shared_checks, "all_gather_json", lambda own: gathered.append(own) or texts)
     for own, arrays in zip(by_rank, sent, strict=True):
         monkeypatch.setattr(
-            server_group, "sum_over_ranks", lambda values, arrays=arrays: arrays.append(values) or values
+            shared_checks, "sum_over_ranks", lambda values, arrays=arrays: arrays.append(values) or values
         )
-        server_group._shared_checks(servers, own)
+        shared_checks.shared_checks(servers, own)
     gathered.clear()
     sums = [sum(arrays) for arrays in zip(*sent, strict=True)]
     assert sum(values.nbytes for values in sums) == 24 * len(servers)
     results = []
     for own in by_rank:
         remaining = iter(sums)
-        monkeypatch.setattr(server_group, "sum_over_ranks", lambda _, remaining=remaining: next(remaining))
-        results.append(server_group._shared_checks(servers, own))
+        monkeypatch.setattr(shared_checks, "sum_over_ranks", lambda _, remaining=remaining: next(remaining))
+        results.append(shared_checks.shared_checks(servers, own))
     assert all(str(result) == str(results[0]) for result in results)  # text, because nan differs from nan
     return results[0], len(gathered)
 
@@ -67,3 +68,25 @@ def test_a_problem_of_a_server_reaches_every_rank_with_its_text(monkeypatch):
     checks, num_gathered = shared(monkeypatch, servers, by_rank)
     assert num_gathered == 2  # once on each of two ranks
     assert [check[2] for check in checks] == ["", "status 500"] and str(checks[1][1]) == "nan"
+
+
+@pytest.mark.parametrize(("index", "asked"), [(0, ["http://0"]), (1, ["http://1", "http://2"]), (None, None)])
+def test_a_sender_puts_its_own_servers_to_sleep(monkeypatch, index, asked):
+    """Rank 0 does not ask the servers of other machines, and all ranks know of those that failed."""
+    calls = []
+
+    def release_memory(urls):
+        calls.append(urls)
+        return {"http://2": "status 500"} if "http://2" in urls else {}
+
+    group = object.__new__(server_group.ServerGroup)
+    group._backend = types.SimpleNamespace(can_sleep=True, senders=Senders(2, index), release_memory=release_memory)
+    marked = []
+    servers = [Server(f"http://{number}") for number in range(3)]
+    group.pool = types.SimpleNamespace(servers=servers, problems={}, mark_failed=marked.append)
+    group._sleeping = frozenset()
+    monkeypatch.setattr(shared_checks, "any_rank", lambda failed: True)
+    monkeypatch.setattr(shared_checks, "all_gather_json", lambda own: [{}, {"http://2": "status 500"}])
+    group.sleep()
+    assert calls == ([] if asked is None else [asked])
+    assert marked == [{"http://2": "status 500"}] and group._sleeping == {"http://0", "http://1"}
