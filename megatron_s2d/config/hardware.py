@@ -13,10 +13,10 @@ from megatron_s2d.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Data-sheet numbers of one GPU. Rates are peaks: dense products, bytes in one direction."""
+    """Memory and data-sheet rates of one GPU. Rates are peaks: dense products, bytes in one direction."""
 
     name: str
-    memory: int  # bytes, the sheet's gigabytes as 10^9
+    memory: int  # bytes that PyTorch sees; neither the sheet's 10^9 nor 2^30 a gigabyte
     bf16_flops: float  # per second, dense
     fp8_flops: float | None  # per second, dense; None without FP8
     memory_bandwidth: float  # bytes per second
@@ -24,12 +24,13 @@ class Gpu:
     capability: tuple[int, int]  # CUDA compute capability
 
 
+GIB = 2**30
 GPUS = {
-    "h200": Gpu("NVIDIA H200 SXM", 141 * 10**9, 989e12, 1979e12, 4.8e12, 450e9, (9, 0)),
-    "h100": Gpu("NVIDIA H100 SXM", 80 * 10**9, 989e12, 1979e12, 3.35e12, 450e9, (9, 0)),
-    "a100-80": Gpu("NVIDIA A100 SXM 80 GB", 80 * 10**9, 312e12, None, 2.039e12, 300e9, (8, 0)),
-    "b200": Gpu("NVIDIA B200 (HGX)", 180 * 10**9, 2250e12, 4500e12, 8.0e12, 900e9, (10, 0)),
-    "l40s": Gpu("NVIDIA L40S", 48 * 10**9, 362e12, 733e12, 0.864e12, 32e9, (8, 9)),
+    "h200": Gpu("NVIDIA H200 SXM", int(139.7 * GIB), 989e12, 1979e12, 4.8e12, 450e9, (9, 0)),
+    "h100": Gpu("NVIDIA H100 SXM", int(79.1 * GIB), 989e12, 1979e12, 3.35e12, 450e9, (9, 0)),
+    "a100-80": Gpu("NVIDIA A100 SXM 80 GB", int(79.1 * GIB), 312e12, None, 2.039e12, 300e9, (8, 0)),
+    "b200": Gpu("NVIDIA B200 (HGX)", int(178.3 * GIB), 2250e12, 4500e12, 8.0e12, 900e9, (10, 0)),
+    "l40s": Gpu("NVIDIA L40S", int(44.3 * GIB), 362e12, 733e12, 0.864e12, 32e9, (8, 9)),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_s2d.config.hardware import GPUS, Gpu
+from megatron_s2d.config.hardware import GPUS
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.layers import Build, ModelShard
@@ -24,7 +24,6 @@ from megatron_s2d.measure.time_by_part import Model, phase_time
 from megatron_s2d.workflow.nearest_fit import TOO_SMALL, nearest_fit
 from megatron_s2d.workflow.preflight import Preflight
 
-_H100_GIB = 79.1  # of an H100 80 GB, as PyTorch sees it
 _SHOWN_WAITS = 12
 
 
@@ -40,7 +39,8 @@ def print_measurements(
             raise UserError(f"--stage {stage}: it only reads or averages weights: there is nothing to measure")
         stages = [stage]
     limits = Limits()
-    gib = _H100_GIB if machine is None else _device_gib(machine.gpu)
+    machine = machine or Machine(GPUS["h100"])
+    gib = machine.usable_memory / 2**30  # so that a rank runs out of memory where ``plan --gpu`` says that it does not fit
     num_failed = 0
     with RankLauncher() as launcher:
         for name in stages:
@@ -49,18 +49,13 @@ def print_measurements(
             measurement = measure_stage(
                 preflight.config, name, shape, rank, limits=limits, device_gib=gib, launcher=launcher
             )
-            _print(preflight, measurement, limits, machine or Machine(GPUS["h100"]), console)
+            _print(preflight, measurement, limits, machine, console)
             num_failed += measurement.out_of_memory is not None
     return num_failed
 
 
 def _is_measured(preflight: Preflight, name: str) -> bool:
     return not isinstance(preflight.config.stages[name], ExpoConfig | LoadCheckpointConfig)
-
-
-def _device_gib(gpu: Gpu) -> float:
-    """Memory of a device that PyTorch sees; of an H100 it is 6 % above the data sheet's 80 GB."""
-    return _H100_GIB if gpu.name.startswith("NVIDIA H100") else gpu.memory / 2**30
 
 
 def _print(preflight: Preflight, measurement: Measurement, limits: Limits, machine: Machine, console: Console) -> None:
@@ -76,8 +71,12 @@ def _print(preflight: Preflight, measurement: Measurement, limits: Limits, machi
     lines = [
         f"micro-batches of an update: at most {limits.micro_batches}; decoded tokens of a response: at most "
         f"{limits.decoded_tokens}; weights are not loaded, responses have the longest length",
-        f"device: {format_bytes(measurement.device_bytes)}, peak {format_bytes(measurement.peak_bytes)}",
+        f"device: {format_bytes(measurement.device_bytes)} ({format_bytes(machine.gpu.memory)} less "
+        f"{format_bytes(machine.assumptions.reserved_memory)}, --assume reserved_memory=...), peak "
+        f"{format_bytes(measurement.peak_bytes)}",
     ]
+    if not measurement.transformer_engine:
+        lines.append("Transformer Engine is not installed: `s2d plan --gpu` alone estimates its layers, unless --assume transformer_engine=false")
     if measurement.out_of_memory is not None:
         error = measurement.out_of_memory
         lines.append(

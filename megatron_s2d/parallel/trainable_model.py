@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ class TrainableModel:
                 )
                 for index, chunk in enumerate(chunks)
             ]
+            # Their hooks refer to the chunks: cycles through autograd's nodes, which no garbage collection sees.
+            weakref.finalize(self, _clear_all, [chunk.grad_accs for chunk in self.chunks])
             if self._overlap_param_gather:
                 for chunk in self.chunks:
                     chunk.disable_forward_pre_hook(param_sync=False)  # on in forward_backward only
@@ -187,6 +190,11 @@ class TrainableModel:
         """Set the learning-rate schedule to its state after ``step`` updates."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=step)
+
+
+def _clear_all(lists: list[list[Any]]) -> None:
+    for items in lists:
+        items.clear()
 
 
 def _gather_weights_once(optimizer: Any) -> None:

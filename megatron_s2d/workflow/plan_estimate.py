@@ -215,7 +215,7 @@ def assumptions(machine: Machine, precision: str = "bfloat16") -> list[str]:
     layers = "Transformer Engine layers" if assumed.transformer_engine else "layers without Transformer Engine"
     fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "no"
     lines = [
-        f"data sheet: {gpu.name}: {gpu.memory / 1e9:.0f} GB, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
+        f"data sheet: {gpu.name}: {format_bytes(gpu.memory)}, {gpu.bf16_flops / 1e12:.0f} bf16 and {fp8} fp8 TFLOP/s "
         f"dense, {gpu.memory_bandwidth / 1e12:.2f} TB/s memory, "
         f"{gpu.link_bandwidth / 1e9:.0f} GB/s one way in the node",
         f"assumed: {100 * assumed.matmul_efficiency:.0f} % of peak in GEMMs, "

@@ -1,5 +1,6 @@
 """``s2d plan --measure`` as a user types it: the tables of a rank, and a layout that does not fit."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -37,21 +38,25 @@ def plan(stub, tmp_path):
     path.write_text(CONFIG)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "megatron_s2d.cli", "plan", str(path), "--measure", *arguments]
+        command = [sys.executable, "-m", "megatron_s2d.cli", "plan", str(path), *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     return run
 
 
 def test_a_layout_that_does_not_fit_says_where_and_what_fits(plan):
-    result = plan("--rank", "5")
+    result = plan("--measure", "--rank", "5")
     assert result.returncode == 1, result.stderr
     assert "rank 5 of 8 (tp 0, pp 0, cp 0, dp 5)" in result.stdout
     (tensor, line) = re.search(r"OUT OF MEMORY on rank 5 in train, for (.*), at (.*)", result.stdout).groups()
     assert re.match(r"activations of layer \d+|logits of a chunk|the loss's operands", tensor), tensor
     assert re.match(r"(megatron_s2d|megatron/core)/\S+\.py:\d+ \w+: CUDA out of memory. Tried to allocate", line)
     (settings,) = re.findall(r"estimated to fit: (.*)", result.stdout)
-    result = plan("--rank", "5", *settings.split())
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    estimate = ("--gpu", "h100", "--assume", f"transformer_engine={str(engine).lower()}")
+    assert "stage grpo does not fit" in plan(*estimate).stdout
+    assert "does not fit" not in plan(*estimate, *settings.split()).stdout
+    result = plan("--measure", "--rank", "5", *settings.split())
     assert result.returncode == 0, f"{settings} does not fit:\n{result.stdout}"
     for title in ("Measured: stage grpo", "Collectives of one call", "Waits of the host", "Matrix products"):
         assert title in result.stdout

@@ -1,5 +1,6 @@
 """What the unit tests share: one thread a process, and no process groups that outlive their file."""
 
+import gc
 import os
 import sys
 
@@ -17,10 +18,8 @@ def end_process_groups():
     yield
     if "megatron.core.distributed" not in sys.modules or not sys.modules["torch.distributed"].is_initialized():
         return
-    from process_groups import free_trained_models
+    from megatron.core import parallel_state
 
-    from megatron.core import parallel_state  # isort: skip
-
-    free_trained_models()
+    gc.collect()  # models that are still referred to would keep their groups
     parallel_state.destroy_model_parallel()
     sys.modules["torch.distributed"].destroy_process_group()

@@ -1,7 +1,9 @@
 """MegatronModel on one rank: gradients, scores against full logits, packing, offloading, losses that are not finite."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -83,6 +85,18 @@ def method_of(layout, name: str):
     if name == "grpo":
         return grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0.0), "policy_weight", None
     return divergence_objective("reverse_kl"), "divergence_weight", build(layout, "tiny-teacher")
+
+
+def test_a_model_that_was_trained_is_freed_with_its_last_reference(layout):
+    model = build(layout)
+    model.prepare_training(OptimizerConfig(lr=1e-3), 10)
+    batch = samples()
+    batches = model.pack(batch, {"supervised_weight": np.full(len(batch), 0.01)})
+    model.forward_backward(batches, sft_objective(), None, num_tokens=1)
+    parts = [weakref.ref(part) for part in (model.trainable, model.trainable.chunks[0], model._chunks[0])]
+    del model
+    gc.collect()
+    assert [part() for part in parts] == [None] * 3
 
 
 def test_full_vocab_divergence_measures_the_mismatch_in_the_training_pass(layout):
