@@ -71,8 +71,7 @@ class TrainableModel:
                 )
                 for index, chunk in enumerate(chunks)
             ]
-            # Their hooks refer to the chunks: cycles through autograd's nodes, which no garbage collection sees.
-            weakref.finalize(self, _clear_all, [chunk.grad_accs for chunk in self.chunks])
+            weakref.finalize(self, _drop_hooks, [chunk.grad_accs for chunk in self.chunks], self.model_config)
             if self._overlap_param_gather:
                 for chunk in self.chunks:
                     chunk.disable_forward_pre_hook(param_sync=False)  # on in forward_backward only
@@ -192,9 +191,16 @@ class TrainableModel:
         self.scheduler.step(increment=step)
 
 
-def _clear_all(lists: list[list[Any]]) -> None:
-    for items in lists:
-        items.clear()
+def _drop_hooks(gradient_accumulators: list[list[Any]], model_config: Any) -> None:
+    """Break the cycles through autograd's nodes, which no garbage collection sees, so that the chunks can be freed.
+
+    Hooks of the nodes refer to the chunks. Float32 masters are views of the parameters, with these nodes behind them,
+    and belong to the optimizer, to which the chunks' config refers.
+    """
+    for nodes in gradient_accumulators:
+        nodes.clear()
+    model_config.grad_scale_func = None
+    model_config.no_sync_func = None
 
 
 def _gather_weights_once(optimizer: Any) -> None:
