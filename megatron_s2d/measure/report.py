@@ -40,7 +40,9 @@ def print_measurements(
         stages = [stage]
     limits = Limits()
     machine = machine or Machine(GPUS["h100"])
-    gib = machine.usable_memory / 2**30  # so that a rank runs out of memory where ``plan --gpu`` says that it does not fit
+    gib = (
+        machine.usable_memory / 2**30
+    )  # so that a rank runs out of memory where ``plan --gpu`` says that it does not fit
     num_failed = 0
     with RankLauncher() as launcher:
         for name in stages:
@@ -76,7 +78,9 @@ def _print(preflight: Preflight, measurement: Measurement, limits: Limits, machi
         f"{format_bytes(measurement.peak_bytes)}",
     ]
     if not measurement.transformer_engine:
-        lines.append("Transformer Engine is not installed: `s2d plan --gpu` alone estimates its layers, unless --assume transformer_engine=false")
+        lines.append(
+            "Transformer Engine is not installed: `s2d plan --gpu` alone estimates its layers, unless --assume transformer_engine=false"
+        )
     if measurement.out_of_memory is not None:
         error = measurement.out_of_memory
         lines.append(

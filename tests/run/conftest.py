@@ -3,6 +3,7 @@
 Imports are inside the fixtures, because most tests here need neither torch nor sglang in their own process.
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory) -> Path:
+def unbroken(tmp_path_factory, worker_id) -> Path:
+    """The process's own copy of a run that all test processes share."""
+    from filelock import FileLock
     from s2d import SMOKE, s2d
 
-    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    finished = s2d("run", SMOKE, "--out", run_dir)
-    assert finished.returncode == 0, finished.stderr
-    return run_dir
+    session = tmp_path_factory.getbasetemp()
+    shared = (session if worker_id == "master" else session.parent) / "shared"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "results.json").exists():
+            finished = s2d("run", SMOKE, "--out", shared)
+            assert finished.returncode == 0, finished.stderr
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("runs") / "unbroken"))
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ def overrides(*settings: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A run with a teacher and a start of the student."""
+    """A run with a teacher, a start of the student, and the arm that needs no server."""
     directory = tmp_path_factory.mktemp("service") / "run"
-    for stage in ("teacher", "student"):
-        finished = s2d("run", CONFIG, "--out", directory, "--stage", stage, *overrides())
-        assert finished.returncode == 0, finished.stderr
+    finished = s2d("run", CONFIG, "--out", directory, *overrides("arms={in_trainer: opd_in_trainer}"))
+    assert finished.returncode == 0, finished.stderr
     return directory
 
 
