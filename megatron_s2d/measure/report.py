@@ -79,7 +79,8 @@ def _print(preflight: Preflight, measurement: Measurement, limits: Limits, machi
     ]
     if not measurement.transformer_engine:
         lines.append(
-            "Transformer Engine is not installed: `s2d plan --gpu` alone estimates its layers, unless --assume transformer_engine=false"
+            "Transformer Engine is not installed: `s2d plan --gpu` alone estimates its layers, unless --assume "
+            "transformer_engine=false"
         )
     if measurement.out_of_memory is not None:
         error = measurement.out_of_memory
