@@ -142,6 +142,10 @@ class SglangConfig(Config):
         urls = [url for model_urls in self.urls.values() for url in model_urls]
         return [] if self.api_key_file is not None else [url for url in urls if not is_loopback(url)]
 
+    def transport_of(self, has_adapter: bool) -> str:
+        """Return how a model's weight updates are sent: ``weight_sync``, or adapter. has_adapter: it has ``lora``."""
+        return "adapter" if has_adapter and self.lora_sync == "adapter" else self.weight_sync
+
     @pydantic.model_validator(mode="after")
     def _check_lora_sync(self) -> SglangConfig:
         if self.lora_sync == "adapter" and self.enable_memory_saver:

@@ -116,7 +116,7 @@ def stage_time(
         seconds[phase] = shape.updates * value
     traffic = add_traffic(traffic, scale_traffic(student.train_traffic(work), shape.updates))
     if config.rollout.engine == "sglang" and shape.requests:
-        push = stage_push(config, model, specs[model], machine)
+        push = stage_push(config, name, specs[model], machine)
         seconds["weight push"] = push.seconds(machine)
         traffic = add_traffic(traffic, {"weights gathered": push.gathered, "weights to servers": push.sent})
     if shape.validation is not None and (of_a_step := _validation_seconds(config, stage, shape.validation, student)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_s2d.arithmetic import ceil_div
+from megatron_s2d.config.lora import LoraConfig, num_adapter_values
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import is_loopback
@@ -44,21 +45,24 @@ def weight_push(
     machine: Machine,
     *,
     is_local: bool = False,
+    lora: LoraConfig | None = None,
 ) -> WeightPush:
     """Return the push of ``spec`` from ranks at ``parallel``.
 
-    transport: ``rollout.sglang.weight_sync``. is_local: to servers of rank 0's machine.
+    transport: ``rollout.sglang.weight_sync``, or adapter, as files that one sender writes. is_local: to servers of rank
+    0's machine. lora: of the adapter, for transport adapter.
     """
     tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    size = bytes_per_value * spec.num_parameters
+    adapter = lora if transport == "adapter" else None
+    size = bytes_per_value * (spec.num_parameters if adapter is None else num_adapter_values(spec, adapter))
     machines = ceil_div(parallel.world_size, machine.assumptions.gpus_per_node)
-    senders = 1 if is_local else machines
+    senders = 1 if is_local or adapter else machines
     buckets = ceil_div(size, bucket_bytes)
     span = parallel.world_size if pp_size > 1 else tp_size
     gathered = Traffic(
         size * ((tp_size - 1) / tp_size + (pp_size > 1)), buckets * ((tp_size > 1) + (pp_size > 1)), span
     )
-    uses_files = transport == "disk"
+    uses_files = transport in ("disk", "adapter")
     return WeightPush(
         senders,
         gathered,
@@ -69,16 +73,17 @@ def weight_push(
     )
 
 
-def stage_push(config: WorkflowConfig, model: str, spec: ModelSpec, machine: Machine) -> WeightPush:
-    """Return the push of the model of a stage, the entry ``model`` of `models`, after every step."""
-    sglang = config.rollout.sglang
+def stage_push(config: WorkflowConfig, name: str, spec: ModelSpec, machine: Machine) -> WeightPush:
+    """Return the push of the model of stage ``name`` after every step."""
+    sglang, model, lora = config.rollout.sglang, config.model_of(name), getattr(config.stages[name], "lora", None)
     urls = sglang.urls.get(model, ())
     return weight_push(
         spec,
         config.parallel,
-        sglang.weight_sync,
+        sglang.transport_of(lora is not None),
         BYTES_PER_VALUE[config.precision],
         sglang.bucket_bytes,
         machine,
         is_local=not urls or any(map(is_loopback, urls)),
+        lora=lora,
     )

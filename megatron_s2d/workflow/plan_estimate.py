@@ -145,9 +145,10 @@ def _push_lines(preflight: Preflight, machine: Machine) -> list[str]:
     lines, config = [], preflight.config
     for name in preflight.stages:
         if config.rollout.engine == "sglang" and preflight.shapes[name].updates and preflight.shapes[name].requests:
-            model, sync = config.model_of(name), config.rollout.sglang.weight_sync
-            push = stage_push(config, model, preflight.specs[model], machine)
-            verb, size = ("writes", push.bytes_written) if sync == "disk" else ("sends", push.sent.bytes_sent)
+            sync = config.rollout.sglang.transport_of(getattr(config.stages[name], "lora", None) is not None)
+            push = stage_push(config, name, preflight.specs[config.model_of(name)], machine)
+            is_file = sync in ("disk", "adapter")
+            verb, size = ("writes", push.bytes_written) if is_file else ("sends", push.sent.bytes_sent)
             lines.append(
                 f"weights of {name} to servers, {sync}: {push.num_senders} rank(s) on as many machines, each "
                 f"{verb} {format_bytes(size)}; {format_seconds(push.seconds(machine))} an update"

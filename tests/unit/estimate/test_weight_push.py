@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_s2d.config.hardware import AssumptionsConfig, gpu_of
+from megatron_s2d.config.lora import LoraConfig, num_adapter_values
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.estimate.roofline import Machine
@@ -32,6 +33,14 @@ def test_each_sender_sends_all_weights_to_its_own_servers():
     assert result.num_senders == 128 and result.sent.bytes_sent == SIZE and result.bytes_written == 0
     assert result.sent.seconds(MACHINE) == pytest.approx(SIZE / 50e9, rel=0.01)
     assert result.gathered.bytes_sent == SIZE * (7 / 8 + 1)
+
+
+def test_an_adapter_is_a_file_of_one_sender():
+    lora = LoraConfig(rank=16)
+    result = push("adapter", lora=lora)
+    assert result.num_senders == 1 and result.sent.bytes_sent == 0
+    assert result.bytes_written == result.bytes_read == 2 * num_adapter_values(SPEC, lora) < SIZE / 100
+    assert push("disk", lora=lora) == push("disk")  # merged weights
 
 
 def test_rank_0_alone_sends_to_servers_of_its_machine_over_its_faster_links():
