@@ -14,7 +14,9 @@ pytestmark = [
 torch = pytest.importorskip("torch")
 
 import httpx
-from sglang_model import make_engine, make_policy, make_requests, rollout_gap
+import yaml
+from s2d import metrics, s2d
+from sglang_model import WORKFLOW, make_engine, make_policy, make_requests, rollout_gap
 
 from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.rollout.sglang.api_key import authorization, read_api_key
@@ -48,3 +50,22 @@ def test_trainer_and_server_agree_after_every_adapter(policy, tokenizer, tmp_pat
         assert [model["id"] for model in models if model["parent"]] == [f"{engine._server_group._tag}-2"]
     finally:
         engine.close()
+
+
+def test_a_run_trains_adapters_on_servers(tmp_path):
+    config = yaml.safe_load(WORKFLOW)
+    config["rollout"]["sglang"] = {"lora_sync": "adapter"}
+    config["stages"]["grpo"] |= {"lora": {"rank": 4}, "optimizer": {"lr": 1.0e-2}, "kl_loss_coef": 0.01}
+    del config["stages"]["opd"]
+    config["arms"] = {"grpo": "grpo"}
+    path = tmp_path / "lora.yaml"
+    path.write_text(yaml.safe_dump(config))
+    finished = s2d("run", path, "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    rows = metrics(tmp_path / "run", "stages/grpo")
+    assert len(rows) == 3 and all(row["mismatch/k3_kl"] < 1e-6 for row in rows)
+    assert rows[-1]["weight_sync/max_log_prob_diff"] < 1e-4
+    (log,) = (tmp_path / "run" / "stages" / "grpo").rglob("server-0.log")
+    text = log.read_text()
+    assert text.count("POST /load_lora_adapter") == text.count("POST /unload_lora_adapter") + 1 >= 3
+    assert "POST /update_weights_from" not in text
