@@ -26,7 +26,7 @@ windows of ``layer_types`` on, by default those from layer ``max_window_layers``
 say, by default all but each ``window_pattern``-th layer.
 """
 
-Name = Literal["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3_text", "gpt_oss"]
+Name = Literal["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3_text", "gpt_oss", "seed_oss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,12 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": None,
             "swiglu_limit": 7.0,
         },
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        qkv_bias=True,
+        config_values={"attention_bias": (True, None), "attention_out_bias": (False, None)},
+        written={"attention_bias": True, "attention_out_bias": False, "residual_dropout": 0.0},
     ),
 }
 

@@ -23,6 +23,7 @@ from lora_reference import merged_in_float64, random_adapter
 from megatron_s2d.config.hf_config import hf_config_from_spec
 from megatron_s2d.config.lora import LoraConfig
 from megatron_s2d.config.model import ModelConfig
+from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.models.peft_files import write_adapter
 
 pytestmark = pytest.mark.dist
@@ -33,13 +34,18 @@ ADAPTED = {
     "lora:tiny-gemma3": ("tp2",),
 }
 SLOW_ADAPTED = ("lora:tiny-teacher/cp2", "lora:tiny-moe/tp2")
-MODELS = ("tiny-qwen2", "tiny-mistral", "tiny-gemma3", "tiny-llama", "tiny-moe", "tiny-gpt-oss")
+MODELS = ("tiny-qwen2", "tiny-mistral", "tiny-gemma3", "tiny-llama", "tiny-moe", "tiny-gpt-oss", "seed-oss")
+WITHOUT_PRESET = {"seed-oss": {"preset": "tiny-teacher", "family": "seed_oss", "num_query_groups": 2, "head_dim": 40}}
 QUICK = ("tiny-qwen2/tp2", "tiny-mistral/cp2", "tiny-gemma3/tp2")
 CASES = [
     pytest.param(model, layout, marks=() if f"{model}/{layout}" in QUICK else pytest.mark.slow)
     for model in MODELS
     for layout in ("tp2", "pp2", "cp2", *(("ep2",) if model in ("tiny-moe", "tiny-gpt-oss") else ()))
 ]
+
+
+def spec_of(name: str) -> ModelSpec:
+    return ModelConfig(**WITHOUT_PRESET.get(name, {"preset": name}), vocab_size=83).resolve()
 
 
 def expected_scores(model) -> tuple[list[list[float]], float]:
@@ -67,9 +73,7 @@ def scores(request, tmp_path_factory, run_ranks) -> tuple[dict, dict]:
     wanted += sorted({f"{case.partition('/')[0]}/dp2" for case in wanted if case.startswith("lora:")})
     expected = {}
     for name in sorted({case.partition("/")[0].removeprefix("lora:") for case in wanted}):
-        config = transformers.AutoConfig.for_model(
-            **hf_config_from_spec(ModelConfig(preset=name, vocab_size=83).resolve(), "float32")
-        )
+        config = transformers.AutoConfig.for_model(**hf_config_from_spec(spec_of(name), "float32"))
         torch.manual_seed(7)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
@@ -79,7 +83,7 @@ def scores(request, tmp_path_factory, run_ranks) -> tuple[dict, dict]:
         expected[name] = expected_scores(model)
         model.save_pretrained(root / name)
         if f"lora:{name}" in ADAPTED:
-            lora, spec = LoraConfig(**LORA), ModelConfig(preset=name, vocab_size=83).resolve()
+            lora, spec = LoraConfig(**LORA), spec_of(name)
             tensors = random_adapter(spec, lora)
             write_adapter(root / name / "adapter", lora, tensors, name)
             sums = {key: tensor.double().sum().item() for key, tensor in tensors.items()}

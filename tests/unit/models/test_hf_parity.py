@@ -41,6 +41,7 @@ VARIANTS = {
     "qwen2_window": ("tiny-qwen2", {"vocab_size": 83, "sliding_window": 20, "layer_types": FULL_THEN_SLIDING}),
     "gemma3": ("tiny-gemma3", {"vocab_size": 61, "num_layers": 3}),
     "gpt_oss": ("tiny-gpt-oss", {"vocab_size": 61, "num_layers": 3}),
+    "seed_oss": ("tiny-teacher", {"family": "seed_oss", "num_query_groups": 2, "head_dim": 40, "vocab_size": 45}),
     "mistral_window": ("tiny-mistral", {"vocab_size": 61}),
     "mistral_linear": ("tiny-mistral", {"vocab_size": 33, "sliding_window": None, "rope_scaling": LinearScaling(3.0)}),
     "qwen3_yarn": ("tiny-teacher", {"vocab_size": 40, "rope_scaling": YarnScaling(4.0, 32, 32.0, 1.0, 1.3)}),
