@@ -36,7 +36,7 @@ ADAPTED = {
 SLOW_ADAPTED = ("lora:tiny-teacher/cp2", "lora:tiny-moe/tp2")
 MODELS = ("tiny-qwen2", "tiny-mistral", "tiny-gemma3", "tiny-llama", "tiny-moe", "tiny-gpt-oss", "seed-oss")
 WITHOUT_PRESET = {"seed-oss": {"preset": "tiny-teacher", "family": "seed_oss", "num_query_groups": 2, "head_dim": 40}}
-QUICK = ("tiny-qwen2/tp2", "tiny-mistral/cp2", "tiny-gemma3/tp2")
+QUICK = ("tiny-qwen2/tp2", "tiny-mistral/cp2", "tiny-gemma3/tp2", "tiny-gpt-oss/tp2")
 CASES = [
     pytest.param(model, layout, marks=() if f"{model}/{layout}" in QUICK else pytest.mark.slow)
     for model in MODELS
