@@ -32,6 +32,8 @@ LARGEST_MEMORY, LARGEST_SECONDS = 1 << 30, 30.0
 MEMORY = ("anonymous", "library_anonymous", "all_anonymous", "files", "library_files")
 _SECONDS, _LOOKS = 0.02, 20  # between two looks at a process's memory, and looks between two at that of all
 
+_OPERATORS = list(itertools.product("+-*", repeat=5))
+
 WORKFLOW = {
     "name": "large",
     "tokenizer": "task:modular_arithmetic",
@@ -58,20 +60,23 @@ def write_rows(path: Path, count: int) -> None:
     rng = random.Random(0)
     rows = (_row(number, rng) for number in range(count))
     if path.suffix == ".jsonl":
+        line = '{"question": "%s", "answer": "%s", "solution": "%s"}\n'
         with open(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(line % row for row in rows)
         return
     schema = pyarrow.schema(dict.fromkeys(("question", "answer", "solution"), pyarrow.string()))
     with parquet.ParquetWriter(path, schema) as writer:
         for group in itertools.batched(rows, ROWS_PER_GROUP):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+            writer.write_table(pyarrow.table([list(column) for column in zip(*group, strict=True)], schema=schema))
 
 
-def _row(number: int, rng: random.Random) -> dict[str, str]:
-    """Return a row whose first six numbers no other row has, up to 17^6 = 24 million rows."""
-    numbers = [str(number // 17**place % 17) for place in range(6)] + ["1"] * (rng.random() < 0.1)
-    words = [word for number in numbers for word in (number, rng.choice("+-*"))]
-    return {"question": " ".join([*words[:-1], "="]), "answer": numbers[0], "solution": f"[ {numbers[0]} ]"}
+def _row(number: int, rng: random.Random) -> tuple[str, str, str]:
+    """Return question, answer and solution; no other row has the same six numbers, up to 17^6 = 24 million rows."""
+    digits = [number // 17**place % 17 for place in range(6)]
+    a, b, c, d, e = _OPERATORS[int(rng.random() * len(_OPERATORS))]
+    x0, x1, x2, x3, x4, x5 = digits
+    end = " + 1 =" if rng.random() < 0.1 else " ="
+    return f"{x0} {a} {x1} {b} {x2} {c} {x3} {d} {x4} {e} {x5}{end}", str(x0), f"[ {x0} ]"
 
 
 def write_workflow(directory: Path, count: int, suffix: str = "parquet") -> Path:
