@@ -198,7 +198,11 @@ def main() -> None:
         help="then repeat the table's rows N times: later starts with N times as many rows, without preparing those",
     )  # fmt: skip
     parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet")
-    parser.add_argument("--directory", type=Path, help="where data and table are written (default: removed at the end)")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="where data and table are written (default: removed at the end); pages of tmpfs count as anonymous",
+    )
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start is not None:

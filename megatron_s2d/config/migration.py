@@ -5,7 +5,7 @@ Version 1.0 will remove this module. Patterns are dotted paths in the file; ``*`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_s2d.errors import UserError
@@ -95,13 +95,28 @@ def refuse_renamed(
     values: Mapping[tuple[str, str], str] | None = None,
 ) -> None:
     """Raise a ``UserError`` with the new key (or value) for the first previous one in ``document``."""
+    renamed, changed = (
+        _by_end(keys.items()),
+        _by_end((pattern, (old, new)) for (pattern, old), new in (values or {}).items()),
+    )
     for path, value in _leaves_and_nodes(document, ()):
-        for pattern, new in keys.items():
-            if _matches(path, pattern):
+        end = len(path), path[-1]
+        for parts, new in renamed.get(end, ()):
+            if _matches(path, parts):
                 raise UserError(f"{source}: {'.'.join(path)}: this key was renamed: write {new}")
-        for (pattern, old), new in (values or {}).items():
-            if value == old and _matches(path, pattern):
+        for parts, (old, new) in changed.get(end, ()):
+            if value == old and _matches(path, parts):
                 raise UserError(f"{source}: {'.'.join(path)}: the value {old} was renamed: write {new}")
+
+
+def _by_end[Value](patterns: Iterable[tuple[str, Value]]) -> dict[tuple[int, str], list[tuple[list[str], Value]]]:
+    """Return patterns with their values by number of parts and last part, which is a name: few fit a key."""
+    by_end: dict[tuple[int, str], list[tuple[list[str], Value]]] = {}
+    for pattern, value in patterns:
+        parts = pattern.split(".")
+        assert parts[-1] != "*", pattern
+        by_end.setdefault((len(parts), parts[-1]), []).append((parts, value))
+    return by_end
 
 
 def _leaves_and_nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -112,6 +127,5 @@ def _leaves_and_nodes(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[
         yield from _leaves_and_nodes(value, (*path, str(key)))
 
 
-def _matches(path: tuple[str, ...], pattern: str) -> bool:
-    parts = pattern.split(".")
-    return len(parts) == len(path) and all(part in ("*", name) for part, name in zip(parts, path, strict=True))
+def _matches(path: tuple[str, ...], parts: list[str]) -> bool:
+    return all(part in ("*", name) for part, name in zip(parts, path, strict=True))

@@ -355,10 +355,14 @@ def _id_order(table: pyarrow.Table) -> np.ndarray:
     ends = pyarrow.compute.min_max(column)
     pairs = zip(ends["min"].as_py().encode(), ends["max"].as_py().encode(), strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    first = np.concatenate([_bytes_as_number(chunk, common) for chunk in column.chunks])
+    first = np.empty(len(column), dtype=np.uint64)
+    for chunk, start in zip(column.chunks, np.cumsum([0, *map(len, column.chunks)]).tolist(), strict=False):
+        first[start : start + len(chunk)] = _bytes_as_number(chunk, common)
     order = np.argsort(first)
-    first = first[order]
-    same = first[1:] == first[:-1]
+    same = np.empty(len(order) - 1, dtype=bool)
+    for start in range(0, len(same), _ROWS_PER_PART):  # not all at once: ten million numbers have 80 MB
+        part = first[order[start : start + _ROWS_PER_PART + 1]]
+        same[start : start + _ROWS_PER_PART] = part[1:] == part[:-1]
     del first
     if same.any():
         tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
