@@ -104,6 +104,7 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_s2d.workflow.plan_estimate import machine_from_options, print_estimate
     from megatron_s2d.workflow.plan_table import print_plan
     from megatron_s2d.workflow.preflight import check_workflow
+    from megatron_s2d.workflow.server_room import check_servers
 
     for option in ("rank", "stage"):
         if getattr(options, option) is not None and not options.measure:
@@ -116,7 +117,10 @@ def _plan(options: argparse.Namespace) -> int:
         from megatron_s2d.measure.report import print_measurements
 
         return min(1, print_measurements(preflight, options.stage, options.rank or 0, machine, open_console()))
-    print_plan(preflight, make_plan(config, run_dir), run_dir, open_console())
+    jobs = make_plan(config, run_dir)
+    if getattr(options, "dry_run", False):
+        check_servers(preflight, jobs)
+    print_plan(preflight, jobs, run_dir, open_console())
     print_estimate(preflight, machine, options.num_gpus, open_console())
     return 0
 

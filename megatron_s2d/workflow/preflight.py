@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +188,7 @@ def check_workflow(config: WorkflowConfig, tokenizer_cache: Path) -> Preflight:
 
 
 def _check_engine(config: WorkflowConfig) -> None:
-    """Check that the servers which the workflow needs can be started or have addresses."""
+    """Check addresses and keys of servers; ``server_room.check_servers`` checks that others can be started here."""
     sglang = config.rollout.sglang
     for name in sglang.urls:
         if name not in config.models:
@@ -203,15 +201,6 @@ def _check_engine(config: WorkflowConfig) -> None:
         raise UserError(
             f"max_parallel_stages is {config.max_parallel_stages}, but the servers of rollout.sglang.urls serve one "
             "model at a time: set max_parallel_stages to 1, or remove the urls to start servers for each stage"
-        )
-    if set(sglang.urls) >= {config.model_of(name) for name in needed_stages(config)}:
-        return
-    if sglang.python is not None and shutil.which(sglang.python) is None:
-        raise UserError(f"rollout.sglang.python: {sglang.python}: no such program")
-    if sglang.python is None and importlib.util.find_spec("sglang") is None:
-        raise UserError(
-            "the workflow needs SGLang servers, but sglang is not installed: install megatron-s2d[sglang], set "
-            "rollout.sglang.python to an interpreter that has it, or set rollout.sglang.urls to running servers"
         )
 
 

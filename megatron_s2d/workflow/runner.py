@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from megatron_s2d.workflow.plan_table import print_warnings
 from megatron_s2d.workflow.preflight import Preflight, check_workflow
 from megatron_s2d.workflow.process_pool import ProcessServer, RankProcess
 from megatron_s2d.workflow.progress import Progress
-from megatron_s2d.workflow.server_room import check_server_room
+from megatron_s2d.workflow.server_room import check_servers
 from megatron_s2d.workflow.status import RESUME_HINT, STOP_SIGNALS, Interrupted, JobCrashed
 
 _POLL_SECONDS = 0.25
@@ -79,7 +79,7 @@ def prepare_run(
             preflight = check_workflow(config, run_dir / "tokenizer")
             print_warnings(preflight, console)
             jobs = make_plan(config, run_dir)
-            check_server_room(preflight, pending_stages(jobs))
+            check_servers(preflight, jobs)
             yield _archive_changed(jobs, config, run_dir, console), preflight
         return
     if stage not in needed_stages(config):  # before it names a folder
@@ -92,14 +92,9 @@ def prepare_run(
             preflight = check_workflow(config, run_dir / "tokenizer")
             print_warnings(preflight, console)
             jobs = _jobs_for(stage, make_plan(config, run_dir))
-            check_server_room(preflight, pending_stages(jobs))
+            check_servers(preflight, jobs)
             jobs = _archive_changed(jobs, config, run_dir, console)
         yield jobs, preflight
-
-
-def pending_stages(jobs: Iterable[Job]) -> list[str]:
-    """Return the stages that are to be run, or to be finished."""
-    return [job.stage for job in jobs if job.is_stage and job.is_pending]
 
 
 def _jobs_for(stage: str, jobs: list[Job]) -> list[Job]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import yaml
 
@@ -84,18 +82,10 @@ def test_servers_are_checked_before_the_run(tmp_path, monkeypatch):
     cases = [
         ({"engine": "sglang", "sglang": {"urls": {"pupil": ["http://a:1"]}}}, {}, "'pupil' is not among `models`"),
         ({"engine": "sglang", "sglang": urls}, {"max_parallel_stages": 2}, "set max_parallel_stages to 1"),
-        ({"engine": "sglang", "sglang": {"python": str(tmp_path / "python")}}, {}, "python: no such program"),
     ]
     for rollout, others, message in cases:
         with pytest.raises(UserError, match=message):
             check_workflow(workflow(rollout, **others), tmp_path)
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *arguments: None if name == "sglang" else real(name, *arguments)
-    )
-    for config in (workflow({"engine": "sglang"}), workflow({}, {"teacher_engine": "sglang"})):
-        with pytest.raises(UserError, match="sglang is not installed"):
-            check_workflow(config, tmp_path)
     estimate = check_workflow(workflow({"engine": "sglang", "sglang": urls}), tmp_path).memory(on_gpu=False)["grpo"]
     assert "decode" not in estimate.phases and "train" in estimate.phases
 
