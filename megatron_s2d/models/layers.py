@@ -157,8 +157,7 @@ def _attend_with_sinks(
     """
     num_queries, batch, num_heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
-    is_sink = torch.zeros(_SINK_CHANNELS, dtype=query.dtype, device=query.device)
-    is_sink[0] = 1
+    is_sink = (torch.arange(_SINK_CHANNELS, device=query.device) == 0).to(query.dtype)
     extra = (sinks.to(query.dtype) / scale)[:, None] * is_sink
     query = torch.cat([query, extra.expand(num_queries, batch, num_heads, _SINK_CHANNELS)], dim=-1)
     key, value = (F.pad(tensor, (0, _SINK_CHANNELS, 0, 0, 0, 0, 1, 0)) for tensor in (key, value))

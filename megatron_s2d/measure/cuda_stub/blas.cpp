@@ -5,6 +5,7 @@
 #include <cublas_v2.h>
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <cstring>
 
@@ -122,10 +123,26 @@ ANSWER(cublasDotEx, (cublasHandle_t, int n, const void *, cudaDataType a, int, c
 // -------------------------------------------------------------------------------- cuBLASLt
 // Descriptors are made by the real library, which needs no GPU for them; it is loaded after the stub.
 
+static int open_cublas_lt(struct dl_phdr_info *library, size_t, void *found) {
+  if (strstr(library->dlpi_name, "libcublasLt.so") == nullptr) return 0;
+  *static_cast<void **>(found) = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  return 1;
+}
+
+// The real library's function: other libraries may have loaded it without making its names global.
+static void *function_of_cublas_lt(const char *name) {
+  static void *library = [] {
+    void *found = nullptr;
+    dl_iterate_phdr(open_cublas_lt, &found);
+    return found;
+  }();
+  return dlsym(library == nullptr ? RTLD_DEFAULT : library, name);
+}
+
 template <class Value, class Object, class Attribute>
 static Value attribute(const char *getter, Object object, Attribute name) {
   using Getter = cublasStatus_t (*)(Object, Attribute, void *, size_t, size_t *);
-  auto get = reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, getter));
+  auto get = reinterpret_cast<Getter>(function_of_cublas_lt(getter));
   if (get == nullptr) unanswered(getter);
   Value value{};
   size_t written = 0;
