@@ -2,10 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/self_distillation.py RUN_DIRECTORY
 
-A tiny student is trained on 600 problems of arithmetic, each with a hint (the results of its steps, in front of the
-question) and without. Those with a hint are worked step by step; of those without, half have a guess for an answer. So
-it can read a hint, and solves about half of its problems without one. Then it teaches itself (``teacher: self``): as
-teacher it reads the hint, as student not. Wrong hints are the steps of another problem.
+A tiny student is trained on 1500 worked problems of arithmetic, half of them with the answer in front of the question,
+so that it can read a hint. Then it teaches itself (``teacher: self``): as teacher it reads the hint, as student not.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-MODULUS, NUM_OPERATIONS = 7, 2
+MODULUS, NUM_OPERATIONS = 17, 2
 SAMPLING = {"temperature": 1.0, "max_response_length": 8}
 
 
@@ -30,7 +28,7 @@ def problems(count: int, seed: int) -> list[tuple[str, list[int]]]:
         value = start = int(rng.integers(MODULUS))
         words, steps = [str(start)], []
         for _ in range(NUM_OPERATIONS):
-            operator, operand = str(rng.choice(["+", "-", "*"])), int(rng.integers(1, MODULUS))
+            operator, operand = str(rng.choice(["+", "-", "*"])), int(rng.integers(1, 10))
             value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
             words += [operator, str(operand)]
             steps.append(value)
@@ -49,29 +47,20 @@ def solution(steps: list[int]) -> str:
     return " ".join(map(str, [*steps, "[", steps[-1], "]"]))
 
 
-def hint(steps: list[int]) -> str:
-    return " ".join(map(str, ["[", *steps, "]"]))
-
-
 def write_data(folder: Path) -> None:
     """Write the rows for the first training (with right hints and without), the prompts with hints, the evaluation."""
     rng = np.random.default_rng(9)
     worked = []
-    for number, (question, steps) in enumerate(problems(600, seed=0) * 2):
-        answer, is_hinted = str(steps[-1]), number >= 600
-        guess = f"[ {rng.integers(MODULUS)} ]"
-        worked.append({
-            "question": f"{hint(steps)} {question}" if is_hinted else question,
-            "answer": answer,
-            "solution": guess if number % 2 and not is_hinted else solution(steps),
-        })  # fmt: skip
+    for number, (question, steps) in enumerate(problems(1500, seed=0)):
+        hint = f"[ {steps[-1]} ] " if number % 2 else ""
+        worked.append({"question": hint + question, "answer": str(steps[-1]), "solution": solution(steps)})
     write_rows(folder / "worked.jsonl", worked)
     right, wrong = [], []
-    taught = problems(512, seed=1)
-    for number, (question, steps) in enumerate(taught):
+    for question, steps in problems(1024, seed=1):
+        other = int((steps[-1] + rng.integers(1, MODULUS)) % MODULUS)
         row = {"question": question, "answer": str(steps[-1])}
-        right.append(row | {"hint": hint(steps)})
-        wrong.append(row | {"hint": hint(taught[number - 1][1])})
+        right.append(row | {"hint": f"[ {steps[-1]} ]"})
+        wrong.append(row | {"hint": f"[ {other} ]"})
     write_rows(folder / "right.jsonl", right)
     write_rows(folder / "wrong.jsonl", wrong)
     write_rows(folder / "test.jsonl", [{"question": q, "answer": str(s[-1])} for q, s in problems(256, seed=2)])
@@ -97,14 +86,10 @@ def workflow(folder: Path, steps: int) -> dict:
         "right_reverse": {},
         "right_forward": {"divergence": "forward_kl"},
         "right_jsd": {"divergence": "jsd", "beta": 0.5},
-        "right_average": {"teacher_ema_decay": 0.9},
-        "right_at_start": {"teacher": "first"},
         "wrong_reverse": {"prompts": "wrong"},
-        "wrong_forward": {"prompts": "wrong", "divergence": "forward_kl"},
     }
     return {
-        "name": "self_distillation", "seed": 1, "precision": "float32",
-        "tokenizer": f"task:modular_arithmetic/{MODULUS}",
+        "name": "self_distillation", "seed": 1, "tokenizer": "task:modular_arithmetic", "precision": "float32",
         "models": {"student": {"preset": "tiny-student"}}, "lengths": {"max_prompt_length": 16},
         "data": {
             "worked": source(folder / "worked.jsonl", solution="solution"),
@@ -129,15 +114,7 @@ def main() -> None:
     config = folder / "workflow.yaml"
     config.write_text(yaml.safe_dump(workflow(folder, arguments.steps), sort_keys=False))
     command = [sys.executable, "-m", "megatron_s2d.cli", "run", str(config), "--out", str(folder / "run")]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    print("| arm | solved, % | tokens a response |")
-    print("|---|---|---|")
-    for path in sorted((folder / "run" / "evaluations").glob("*/evaluation.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rates = [100 * float(np.mean(row["rewards"])) for row in rows]
-        error = np.std(rates, ddof=1) / len(rates) ** 0.5
-        length = np.mean([np.mean(row["response_lengths"]) for row in rows])
-        print(f"| {path.parent.name} | {np.mean(rates):.1f} ± {error:.1f} | {length:.1f} |")
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
