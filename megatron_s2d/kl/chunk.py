@@ -30,6 +30,7 @@ from megatron_s2d.kl.top_k import SupportChunk, SupportMerged, support_gradient,
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TokenOutputs))
 MASSES = ("captured_mass", "student_captured_mass")
+MEASURED = ("teacher_log_probs", *MASSES)  # outputs without a gradient
 Target = tuple[torch.Tensor, torch.Tensor]  # [c] local columns of the target ids, and which are this shard's
 
 
@@ -78,8 +79,12 @@ def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | No
     mixtures = [name for name in outputs if name in MIXTURES]
     if divergences and teacher is None:
         raise UserError(f"{divergences[0]} needs a teacher: pass HiddenStates, Logits, TopK or a GeometricTarget")
-    if "log_probs" in outputs and not has_target:
-        raise UserError("log_probs needs target_ids: pass the id of the token that each position predicts")
+    for name in ("log_probs", "teacher_log_probs"):
+        if name in outputs and not has_target:
+            raise UserError(f"{name} needs target_ids: pass the id of the token that each position predicts")
+    of_target = "teacher_log_probs" in outputs
+    if of_target and teacher != "dense":
+        raise UserError("teacher_log_probs needs a full teacher: pass HiddenStates, Logits or a GeometricTarget")
     if teacher == "support" and mixtures:
         raise UserError(f"{mixtures[0]} is not defined on a top-k support here: use a full teacher, or forward_kl")
     if teacher != "support" and any(name in MASSES for name in outputs):
@@ -90,7 +95,7 @@ def make_plan(outputs: tuple[str, ...], *, teacher: str | None, beta: float | No
         raise UserError(f"{mixtures[0]} needs beta strictly between 0 and 1, got {beta}: the ends are plain KLs")
     if beta is not None and not mixtures:
         raise UserError("beta belongs to jsd and the skew divergences: leave it out")
-    return Plan(tuple(outputs), bool(divergences), beta)
+    return Plan(tuple(outputs), bool(divergences) or of_target, beta)
 
 
 @dataclasses.dataclass
@@ -121,13 +126,28 @@ def evaluate(
         merged: Merged = support_merge(shard.gather(local), teacher, plan)
         return Evaluated(_outputs(merged, plan, z.dtype), merged, True)
     local, masked = backend.statistics(z, teacher, ids, owned, plan)
-    merged = merge(shard.gather(local), plan)
+    if "teacher_log_probs" in plan.outputs:
+        local = torch.cat([local, _at_target(teacher, target).to(local.dtype).unsqueeze(1)], dim=1)
+    gathered = shard.gather(local)
+    merged = merge(gathered[..., : len(plan.columns)], plan)
+    if "teacher_log_probs" in plan.outputs:
+        assert merged.max_y is not None and merged.log_sum_y is not None
+        merged.outputs["teacher_log_probs"] = (gathered[..., -1].sum(0) - merged.max_y) - merged.log_sum_y
     if plan.mixture is not None:
         assert teacher is not None
         local, masked = backend.divergence_sums(z, teacher, merged, plan, masked)
         sums = shard.gather(local).sum(0)
         merged.outputs[plan.mixture], merged.expected_slope = sums.unbind(1)
     return Evaluated(_outputs(merged, plan, z.dtype), merged, masked)
+
+
+def _at_target(y: torch.Tensor | None, target: Target | None) -> torch.Tensor:
+    """Return the teacher's logits [c] of the target ids, 0 for ids of other shards."""
+    assert y is not None and target is not None
+    ids, owned = target
+    if y.shape[1] == 0:
+        return y.new_zeros(len(y))
+    return y.gather(1, ids.unsqueeze(1)).squeeze(1).masked_fill(~owned, 0.0)
 
 
 def _outputs(merged: Merged, plan: Plan, dtype: torch.dtype) -> dict[str, torch.Tensor]:

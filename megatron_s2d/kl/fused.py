@@ -23,7 +23,7 @@ from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.buffer_sizes import CHUNKS_PER_PRODUCT, LOGITS_CHUNK_BYTES
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
-    MASSES,
+    MEASURED,
     Backend,
     Evaluated,
     Target,
@@ -79,7 +79,8 @@ def linear_divergence(
     and 1. temperature: of the student, a number or [t]. target_ids: int64 [t], needed by log_probs.
     token_loss(outputs of a chunk [c] with gradients, rows: int64 [c] indices into t) -> [c]. It must be a pure function
     whose normalisers are already global, because it runs once per chunk. Without it the loss is 0 and nothing is
-    differentiated. The captured masses carry no gradient.
+    differentiated. Masses and the teacher's log-probabilities carry no
+    gradient.
     response_mask: bool [t]; other rows are left out before any arithmetic, their outputs are 0. response_rows: the same
     as increasing indices, int64 [c], instead of the mask: their number is known without a wait for the device.
     chunk_bytes: memory of the logits buffers (default 1 GiB on CUDA, 128 MiB on CPU); it changes results by rounding
@@ -233,7 +234,7 @@ class _Pass:
             if self.rows is not None
             else torch.arange(block.start, block.stop, device=self.student.hidden.device)
         )
-        leaves = {name: value.detach().requires_grad_(name not in MASSES) for name, value in values.items()}
+        leaves = {name: value.detach().requires_grad_(name not in MEASURED) for name, value in values.items()}
         with torch.enable_grad():
             losses = token_loss(TokenOutputs(**leaves), rows)
             if losses.shape != rows.shape:

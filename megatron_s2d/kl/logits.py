@@ -16,7 +16,7 @@ import torch
 from megatron_s2d.arithmetic import ceil_div
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.chunk import (
-    MASSES,
+    MEASURED,
     Evaluated,
     Target,
     choose_backend,
@@ -164,7 +164,7 @@ class _VocabParallel(torch.autograd.Function):
         refuse_infinite([results])
         ctx.save_for_backward(logits)
         ctx.pass_ = pass_
-        ctx.mark_non_differentiable(*(value for name, value in results.items() if name in MASSES))
+        ctx.mark_non_differentiable(*(value for name, value in results.items() if name in MEASURED))
         return tuple(results.values())
 
     @staticmethod
@@ -177,7 +177,7 @@ class _VocabParallel(torch.autograd.Function):
             cotangents = {
                 name: over_temperature(slope[positions].clone(), pass_.temperature, block)
                 for name, slope in zip(pass_.plan.outputs, upstream, strict=True)
-                if slope is not None and name not in MASSES
+                if slope is not None and name not in MEASURED
             }
             delta = gradient(z, teacher, target, evaluated, cotangents, pass_.plan, pass_.backend)
             result[positions, : pass_.shard.columns] = delta.to(result.dtype)

@@ -29,7 +29,8 @@ class TokenOutputs:
     jsd: torch.Tensor | None = None  # [t] beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p
     skew_forward_kl: torch.Tensor | None = None  # [t] KL(q || beta q + (1 - beta) p)
     skew_reverse_kl: torch.Tensor | None = None  # [t] KL(p || beta p + (1 - beta) q)
-    # For metrics only; never differentiated:
+    # Measured only; never differentiated:
+    teacher_log_probs: torch.Tensor | None = None  # [t] log q(target) of a full teacher at its temperature
     captured_mass: torch.Tensor | None = None  # [t] teacher probability on a top-k support; None for a full teacher
     student_captured_mass: torch.Tensor | None = None  # [t] student probability on that support
 

@@ -37,6 +37,9 @@ def dense_outputs(
         if name == "log_probs":
             assert target_ids is not None
             results[name] = log_p.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+        elif name == "teacher_log_probs":
+            assert target_ids is not None
+            results[name] = log_q.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         elif name == "entropy":
             results[name] = -_expect(log_p, log_p)
         elif name == "forward_kl":

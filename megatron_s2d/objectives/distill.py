@@ -47,7 +47,8 @@ def divergence_term(kind: str, *, tail: str | None = None, measure_rollouts: boo
             "(its gradient does not depend on the teacher): use it as the advantage of policy_distillation_objective"
         )
     needs = {kind} if tail is None else {kind, "captured_mass", "student_captured_mass"}
-    needs |= {"log_probs"} if measure_rollouts else set()
+    if measure_rollouts:
+        needs |= {"log_probs"} if tail is not None else {"log_probs", "teacher_log_probs"}
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
         return outputs.require(kind)

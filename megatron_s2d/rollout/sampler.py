@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -227,26 +227,54 @@ def _response_metrics(samples: Sequence[AnySample]) -> dict[str, float]:
     return metrics
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """A few responses of a step, for people: the same samples on every rank."""
+
+    step: int
+    samples: Sequence[AnySample]
+    prompts: Mapping[str, Prompt]  # by id
+    tokenizer: Any
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls, step: int, samples: Sequence[AnySample], prompts: Sequence[Prompt], tokenizer: Any, layout: Layout
+    ) -> Examples:
+        """Select some of ``samples``; prompts: of all of them."""
+        selected = samples[:: max(1, len(samples) // _EXAMPLES_PER_STEP)][:_EXAMPLES_PER_STEP]
+        return cls(step, selected, {prompt.id: prompt for prompt in prompts}, tokenizer, layout)
+
+    def lines(self, teacher_log_probs: Mapping[str, np.ndarray] | None = None) -> list[str]:
+        """Return JSON lines on rank 0; collective over data-parallel ranks.
+
+        teacher_log_probs: [length] float32 by sample id, of own samples that do not have them themselves.
+        """
+        own = [self._line(sample, teacher_log_probs or {}) for sample in self.samples]
+        if not self.layout.is_replica_root:
+            return own
+        lines = []
+        for sample, line in zip(self.samples, own, strict=True):
+            if isinstance(sample, RemoteSample) and self.layout.dp_rank == 0:
+                line = self.layout.host_dp.receive(sample.dp_rank).tobytes().decode()
+            elif line and self.layout.dp_rank > 0:
+                self.layout.host_dp.send(np.frombuffer(line.encode(), dtype=np.uint8).copy(), 0)
+            lines.append(line)
+        return lines
+
+    def _line(self, sample: AnySample, teacher_log_probs: Mapping[str, np.ndarray]) -> str:
+        if not isinstance(sample, Sample):
+            return ""
+        if sample.id in teacher_log_probs:
+            sample = dataclasses.replace(sample, teacher_log_probs=teacher_log_probs[sample.id])
+        return _example(self.step, sample, self.prompts[sample.prompt_id], self.tokenizer)
+
+
 def examples(
     step: int, samples: Sequence[AnySample], prompts: Sequence[Prompt], tokenizer: Any, layout: Layout
 ) -> list[str]:
-    """Return JSON lines of a few responses of a step, for people, on rank 0; collective over data-parallel ranks."""
-    by_id = {prompt.id: prompt for prompt in prompts}
-    selected = samples[:: max(1, len(samples) // _EXAMPLES_PER_STEP)][:_EXAMPLES_PER_STEP]
-    own = [
-        _example(step, sample, by_id[sample.prompt_id], tokenizer) if isinstance(sample, Sample) else ""
-        for sample in selected
-    ]
-    if not layout.is_replica_root:
-        return own
-    lines = []
-    for sample, line in zip(selected, own, strict=True):
-        if isinstance(sample, RemoteSample) and layout.dp_rank == 0:
-            line = layout.host_dp.receive(sample.dp_rank).tobytes().decode()
-        elif line and layout.dp_rank > 0:
-            layout.host_dp.send(np.frombuffer(line.encode(), dtype=np.uint8).copy(), 0)
-        lines.append(line)
-    return lines
+    """Return JSON lines of a few responses of a step on rank 0; collective over data-parallel ranks."""
+    return Examples.of(step, samples, prompts, tokenizer, layout).lines()
 
 
 def _example(step: int, sample: Sample, prompt: Prompt, tokenizer: Any) -> str:

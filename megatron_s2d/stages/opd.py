@@ -28,7 +28,7 @@ from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weigh
 from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import AnySample, Sample, own_samples, with_array, without_array
 from megatron_s2d.rollout.buffer import Batch, RolloutBuffer
-from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
+from megatron_s2d.rollout.sampler import Examples, RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.lagged_teacher import LaggedTeacherSource
 from megatron_s2d.stages.opd_teachers import (
@@ -181,7 +181,7 @@ class DivergenceOpdSource:
         announce(self.teachers, samples)
         metrics = response_metrics(samples) if samples else {}
         check_truncated(metrics, stage.max_truncated_fraction, step)
-        shown = examples(step, samples, prompts, tokenizer, self.student.layout) if samples else []
+        shown = Examples.of(step, samples, prompts, tokenizer, self.student.layout) if samples else None
         passes = mini_batches_by_epoch(samples, stage, self.seed, step)
         num_cached = (stage.train_batch_size - num_on_policy) * stage.num_generations
         if num_cached:
@@ -200,7 +200,7 @@ class DivergenceOpdSource:
             for parts in passes
             for part in parts
         ]
-        return StepData(mini_batches, metrics, shown, self.buffer.state())
+        return StepData(mini_batches, metrics, state=self.buffer.state(), shown=shown)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from megatron_s2d.records import own_samples, with_array, without_array
 from megatron_s2d.train.checkpoints import CheckpointManager
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import MetricsLog, Timer
+from megatron_s2d.train.shown_responses import ShownResponses, TeacherLogProbs
 
 ROLLOUTS_NAME = "rollouts.jsonl"
 
@@ -47,6 +48,7 @@ class StepData:
     metrics: Mapping[str, float]  # of the samples, such as reward and response_length
     examples: Sequence[str] = ()  # JSON lines of a few responses for ``rollouts.jsonl``; each has a "step"
     state: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON; what ``resume`` needs after this step
+    shown: ShownResponses | None = None  # further examples, before the training pass, which knows more of their tokens
 
 
 class SampleSource(Protocol):
@@ -182,7 +184,7 @@ def train(
         lag = {} if rollouts is None else policy_lag(data.mini_batches, num_updates, model.layout)
         with timer.section("score"):
             mini_batches = comparable(model, objective, data.mini_batches)
-        update_metrics = []
+        update_metrics, of_teacher = [], TeacherLogProbs(data.shown, objective, model)
         for mini_batch in mini_batches:
             with timer.section("pack"):
                 mini_batch, num_moved = model.balance(mini_batch)
@@ -191,9 +193,9 @@ def train(
                 distributions = None if teacher is None else teacher.distributions(mini_batch, micro_batches)
             with timer.section("train"):
                 learning_rate = model.trainable.learning_rate
-                metrics = model.forward_backward(
-                    micro_batches, objective, distributions, num_tokens=mini_batch.num_tokens
-                )
+                options = {"num_tokens": mini_batch.num_tokens} | of_teacher.observer(mini_batch)
+                metrics = model.forward_backward(micro_batches, objective, distributions, **options)
+                of_teacher.collect(mini_batch)
                 metrics |= {} if teacher is None else teacher.metrics()
                 check_limits(metrics, settings, model, step)
                 grad_norm = model.optim_step()
@@ -211,7 +213,7 @@ def train(
         responses = {sample.id: sample.response_length for part in data.mini_batches for sample in part.samples}
         step_metrics["response_tokens_per_second"] = sum(responses.values()) / times["timing_s/step"]
         log.write(step, aggregate_metrics(update_metrics, step_metrics, num_tokens, times))
-        write_examples(stage, data.examples)
+        write_examples(stage, [*data.examples, *of_teacher.lines()])
         stopping = broadcast_flag(settings.stop())
         checkpoints.poll()
         # After the last step the stage writes its final weights, which later stages read: no optimizer state with them.

@@ -221,11 +221,13 @@ class MegatronModel:
         teachers: Sequence[TeacherSource | None] | None = None,
         *,
         num_tokens: int,
+        observe: Callable[[MicroBatch, TokenOutputs], None] | None = None,
     ) -> dict[str, Metric]:
         """Accumulate the gradients of ``micro_batches``; return metrics reduced over all ranks, the same on all.
 
         num_tokens: of the mini-batch, over all data-parallel ranks. teachers: one distribution per micro-batch on ranks
-        of the last pipeline stage. Raises ``UserError`` for a loss that is not finite, before weights change.
+        of the last pipeline stage. observe: called there with every micro-batch and its outputs, after all passes.
+        Raises ``UserError`` for a loss that is not finite, before weights change.
         """
         passes = self._passes(micro_batches, objective.needs, teachers)
         for item in passes:
@@ -239,6 +241,9 @@ class MegatronModel:
         recording = contextlib.nullcontext() if self._expert_load is None else self._expert_load.recording()
         with recording, replaying(self.routing_replay, [item.batch.routes for item in passes], trains=True):
             self.trainable.forward_backward(forward_step, passes, self._hidden_shapes(passes))
+        if observe is not None and self.layout.is_pipeline_last_stage:
+            for item in passes:
+                observe(item.batch, item.result)
         metrics = reduce_metrics(
             objective, passes, self.layout, expert_load=self._expert_load, limit=self.spec.max_position_embeddings
         )

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import tempfile
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -35,13 +36,14 @@ from megatron_s2d.objectives.policy import Surrogate, grpo_objective
 from megatron_s2d.objectives.terms import ResponseCounts, token_weights
 from megatron_s2d.parallel.collectives import broadcast_from_rank0
 from megatron_s2d.parallel.layout import Layout, initialize_distributed, shutdown_distributed
-from megatron_s2d.records import AnySample, Sample
+from megatron_s2d.records import AnySample, RemoteSample, Sample, own_samples
 from megatron_s2d.stages import teacher_cache
 from megatron_s2d.stages.sft import OfflineSource
 from megatron_s2d.stages.teacher_cache import distributions_of
 from megatron_s2d.teachers.cached import CachedTeacher
 from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter
 from megatron_s2d.train.megatron_model import MegatronModel
+from megatron_s2d.train.shown_responses import TeacherLogProbs
 
 VOCAB = 27  # no multiple of any tensor-parallel size
 STEPS = 2
@@ -213,7 +215,30 @@ def opd(layout: Layout, teacher_layout: Layout | None = None):
     student = policy("tiny-student", layout, 5)
     source = FullTeacher(student, TeacherRouter({None: teacher}))
     objective = divergence_objective("reverse_kl", measure_rollouts=True)
+    check_teacher_log_probs(policy("tiny-student", layout, 5), batch, objective, columns, teacher)
     return train(student, with_rollouts(student, batch), objective, columns, source)
+
+
+def check_teacher_log_probs(student, batch, objective, columns, teacher):
+    """Compare the teacher's log-probabilities out of a training pass, of samples that were moved, with its scores."""
+    layout, source = student.layout, FullTeacher(student, TeacherRouter({None: teacher}))
+    student.prepare_training(OPTIMIZER, STEPS)
+    held = [sample if layout.dp_rank == 0 else RemoteSample.of(sample, 0) for sample in batch]
+    shown = types.SimpleNamespace(samples=held[::2], lines=lambda values: values)
+    mini_batch, _ = student.balance(MiniBatch(held, columns))
+    batches, passes = (
+        student.pack(mini_batch.samples, mini_batch.loss_weights),
+        TeacherLogProbs(shown, objective, student),
+    )
+    student.forward_backward(
+        batches, objective, source.distributions(mini_batch, batches),
+        num_tokens=mini_batch.num_tokens, **passes.observer(mini_batch),
+    )  # fmt: skip
+    passes.collect(mini_batch)
+    scores = dict(zip([sample.id for sample in held], teacher.score(held, holders=layout), strict=True))
+    assert sorted(passes.lines()) == sorted(sample.id for sample in own_samples(held[::2]))
+    for name, values in passes.lines().items():
+        np.testing.assert_allclose(values, scores[name], atol=2e-5)
 
 
 def opd_by_domain(layout: Layout, teacher_layouts: tuple[Layout, Layout] | None = None):

@@ -10,6 +10,7 @@ from megatron_s2d.kl.reference import dense_outputs
 from megatron_s2d.kl.teachers import HiddenStates
 
 ALL = ("log_probs", "entropy", "forward_kl", "reverse_kl")
+WITH_TEACHER = (*ALL, "teacher_log_probs")
 _OPERANDS = ("hidden", "weight", "teacher_hidden", "teacher_weight", "loss_weights")
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 

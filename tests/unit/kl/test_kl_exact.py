@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kl_problems import ALL, MIXTURES, Problem, combined, make_problem, reference, relative
+from kl_problems import ALL, MIXTURES, WITH_TEACHER, Problem, combined, make_problem, reference, relative
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl import fused
@@ -51,7 +51,9 @@ def assert_same(answer, expected, mask, value_tolerance, gradient_tolerance):
     assert bool((answer[2][~mask] == 0).all())
 
 
-CASES = [(ALL, None)] + [((name,), None) for name in ALL] + [((name, *ALL), 0.3) for name in MIXTURES]
+CASES = (
+    [(ALL, None), (WITH_TEACHER, None)] + [((name,), None) for name in ALL] + [((name, *ALL), 0.3) for name in MIXTURES]
+)
 
 
 @pytest.mark.parametrize(("names", "beta"), CASES, ids=lambda case: str(case)[:40])

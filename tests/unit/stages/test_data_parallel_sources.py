@@ -118,7 +118,8 @@ def step_of(source, step, model, layout) -> dict:
                            for name, column in moved.loss_weights.items()}  # fmt: skip
                 values[f"{number}/{index}"]["own"] = {"tokens": sample.token_ids.tolist()} | arrays | weights
     lag = policy_lag(batches, 3, layout)
-    return {"values": values, "metrics": dict(data.metrics) | lag, "examples": list(data.examples), "trained": trained}
+    examples = list(data.examples) if data.shown is None else data.shown.lines()
+    return {"values": values, "metrics": dict(data.metrics) | lag, "examples": examples, "trained": trained}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Names as there: p student, q teacher.
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -158,6 +159,18 @@ def test_full_vocabulary_divergences(workflow, divergence, beta):
             return divergence_of(p, q, divergence, beta)
 
         assert_matches(update, mean_divergence(batch, value, rows_of(workflow.models["teacher"])))
+
+
+def test_shown_responses_have_the_teachers_probabilities_of_their_tokens(workflow):
+    _, samples, context = run(workflow, num_mini_batches=2)
+    lines = (context.directory.path / "rollouts.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # two of each step, from different mini-batches
+    teacher = workflow.models["teacher"]
+    for index, row in enumerate(map(json.loads, lines)):
+        values = [token["teacher_log_prob"] for token in row["tokens"]]
+        expected = [model_log_probs(teacher, sample).numpy() for sample in samples[index // 2]]
+        assert min(np.abs(e - values).max() if len(e) == len(values) else 1 for e in expected) < 1e-4
+        assert all("student_log_prob" in token for token in row["tokens"])
 
 
 def test_reward_scale_mixes_teacher_and_reference_geometrically(workflow):

@@ -133,7 +133,7 @@ class ToyModel:
     def _hidden(self, batch):
         return self.embedding[batch.token_ids.t().reshape(-1)]
 
-    def forward_backward(self, batches, objective, teachers=None, *, num_tokens):
+    def forward_backward(self, batches, objective, teachers=None, *, num_tokens, observe=None):
         assert not self.is_frozen and num_tokens == sum(batch.num_tokens for batch in batches)
         self.embedding.grad = self.head.grad = None
         parts = []
@@ -150,6 +150,8 @@ class ToyModel:
                 response_mask=batch.response_mask,
             )  # fmt: skip
             loss.backward()
+            if observe is not None:
+                observe(batch, outputs)
             parts.append(objective.metrics(outputs, columns))
         merged = merge_metrics(parts)
         self.updates.append(
