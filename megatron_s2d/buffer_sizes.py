@@ -25,12 +25,12 @@ TP_COMM_OVERLAP_BUFFERS = 13
 # when tokens are decoded.
 MOST_BATCHED_EXPERT_ROWS = 512
 
-# models/decoding.py: elements of a matrix from which on a CPU multiplies a few rows faster with a copy by column: with
-# the output layer of SmolLM2 8 rows take 18 instead of 35 ms (MKL 2024.2). Smaller ones stay in a cache.
-FEWEST_VALUES_BY_COLUMN = 1 << 18
+# models/packed_weights.py: elements of a matrix from which on a CPU multiplies a few rows faster with a packed copy.
+# Smaller ones stay in a cache.
+FEWEST_PACKED_VALUES = 1 << 18
 
-# rollout/megatron/passes.py: tokens of a response from which on these copies pay. Making them takes as long as about
-# eight tokens.
+# rollout/megatron/passes.py: tokens of a response from which on these copies pay. Making them takes as long as a few
+# tokens.
 FEWEST_PREPARED_TOKENS = 16
 
 # rollout/megatron/batching.py: response positions whose random numbers are drawn at once.

@@ -5,18 +5,18 @@ Follows ``models/decoding.py``, ``parallel/checkpoint.py`` and Megatron-Core's d
 
 from __future__ import annotations
 
-from megatron_s2d.buffer_sizes import FEWEST_PREPARED_TOKENS, FEWEST_VALUES_BY_COLUMN
+from megatron_s2d.buffer_sizes import FEWEST_PACKED_VALUES, FEWEST_PREPARED_TOKENS
 from megatron_s2d.config.stage import TrainingStageConfig
 from megatron_s2d.estimate.layers import Build, ModelShard
 
 
-def by_column_bytes(shard: ModelShard, build: Build, num_tokens: int) -> int:
-    """Return bytes of the copies by column that decoding ``num_tokens`` tokens of a response makes on a CPU."""
+def packed_weight_bytes(shard: ModelShard, build: Build, num_tokens: int) -> int:
+    """Return bytes of the packed copies that decoding ``num_tokens`` tokens of a response makes on a CPU."""
     if build.on_gpu or build.bytes_per_value != 4 or num_tokens < FEWEST_PREPARED_TOKENS:
         return 0
-    sizes = [count for count, _ in shard.parameter_sizes() if count >= FEWEST_VALUES_BY_COLUMN]
+    sizes = [count for count, _ in shard.parameter_sizes() if count >= FEWEST_PACKED_VALUES]
     embedding = shard.local_vocab_size * shard.spec.hidden_size
-    if embedding >= FEWEST_VALUES_BY_COLUMN and shard.is_pipeline_first_stage and not shard.has_tied_output:
+    if embedding >= FEWEST_PACKED_VALUES and shard.is_pipeline_first_stage and not shard.has_tied_output:
         sizes.remove(embedding)  # its rows are looked up, not multiplied
     return 4 * sum(sizes)
 

@@ -25,7 +25,7 @@ from megatron_s2d.buffer_sizes import (
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import RolloutConfig, SamplingConfig
-from megatron_s2d.estimate.host_copies import by_column_bytes
+from megatron_s2d.estimate.host_copies import packed_weight_bytes
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard
 
 _CUBLAS_WORKSPACES = 2 * (32 << 20)  # on a GPU: of the thread that computes, and of autograd's
@@ -406,8 +406,8 @@ def generate_phases(
         "rollout buffers": buffers,
         "sampling": rows * _sampling_bytes(shard, build, sampling) if shard.is_pipeline_last_stage else 0,
     }
-    if by_column := by_column_bytes(shard, build, sampling.max_response_length):
-        prefill["weights by column"] = decode["weights by column"] = by_column
+    if packed := packed_weight_bytes(shard, build, sampling.max_response_length):
+        prefill["packed weights"] = decode["packed weights"] = packed
     if spec.num_experts and build.on_gpu:
         decode["experts"] = _batched_experts_bytes(shard, build, rows)
     return {"prefill": prefill, "decode": decode}

@@ -10,8 +10,6 @@ Shapes: b rows, h hidden size, v_tp local vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -21,12 +19,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from megatron_s2d import buffer_sizes
 from megatron_s2d.kl.chunk import triton_problem
 from megatron_s2d.models.batched_experts import BatchedExperts
 from megatron_s2d.models.kv_cache import KeyValueCache
 from megatron_s2d.models.layers import RMSNorm
+from megatron_s2d.models.packed_weights import PackedProduct
 from megatron_s2d.parallel import device
+
+_LINEAR = (ColumnParallelLinear, RowParallelLinear)
 
 
 def decode_kernels() -> ModuleType | None:
@@ -38,49 +38,14 @@ def decode_kernels() -> ModuleType | None:
     return kernels
 
 
-@contextlib.contextmanager
-def weights_by_column(chunk: GPTModel) -> Iterator[torch.Tensor | None]:
-    """Hold large float32 matrices of linear layers by column in memory for the block, where that is faster: on a CPU.
-
-    Their values and shapes are the same; nothing may change them inside the block. Yields a copy of the same kind of
-    the embedding's rows, [v_tp, h], if it is the output layer too, else None. Costs a copy of the matrices.
-    """
-    moved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-    tied = None
-    try:
-        for module in chunk.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear) and _is_slow_by_row(weight):
-                moved.append((weight, weight.data))
-                weight.data = _by_column(weight)
-        if chunk.post_process and chunk.share_embeddings_and_output_weights:
-            weight = chunk.shared_embedding_or_output_weight()
-            tied = _by_column(weight) if _is_slow_by_row(weight) else None
-        yield tied
-    finally:
-        for weight, values in moved:
-            weight.data = values
-
-
-def _is_slow_by_row(weight: torch.Tensor | None) -> bool:
-    if weight is None or weight.is_cuda or weight.dtype != torch.float32 or weight.dim() != 2:
-        return False
-    return weight.numel() >= buffer_sizes.FEWEST_VALUES_BY_COLUMN
-
-
-def _by_column(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().t().contiguous().t()
-
-
 def decode(
     chunk: GPTModel, token_ids: torch.Tensor | None, hidden: torch.Tensor | None, cache: KeyValueCache,
-    kernels: ModuleType | None, experts: BatchedExperts | None = None, tied_weight: torch.Tensor | None = None,
+    kernels: ModuleType | None, experts: BatchedExperts | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return logits [b, v_tp] of the last pipeline stage, hidden states [1, b, h] of the others.
 
     token_ids: [b] int64, for the first pipeline stage. hidden: [1, b, h], for the others. The prompts must have been
     run through ``chunk`` with the same ``cache``. experts: runs the experts of all layers; None: the layers do.
-    tied_weight: what ``weights_by_column`` yields.
     """
     if chunk.pre_process:
         hidden = chunk.embedding(token_ids.unsqueeze(1), None)
@@ -93,11 +58,19 @@ def decode(
     if not chunk.post_process:
         return hidden if delta is None else hidden + delta
     normed, _ = _add_and_norm(chunk.decoder.final_layernorm, delta, hidden, kernels)
-    weight = tied_weight
-    if weight is None and chunk.share_embeddings_and_output_weights:
-        weight = chunk.shared_embedding_or_output_weight()
+    weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
     logits, _ = chunk.output_layer(normed, weight=weight, runtime_gather_output=False)
     return logits[0]
+
+
+def _linear(module: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """Return the output of a linear layer; of one that nothing surrounds, without Megatron's functions around it."""
+    product = vars(module).get("_forward_impl")
+    is_plain = type(module) in _LINEAR and not module._forward_hooks  # no norm, no adapter
+    if is_plain and type(product) is PackedProduct and module.tp_group.size() == 1:
+        return product.multiply(input, module.bias)
+    output, bias = module(input)
+    return output if bias is None else output + bias
 
 
 def _add_and_norm(
@@ -117,8 +90,7 @@ def _attention(
     config, number = attention.config, attention.layer_number
     # With fewer key heads than tensor ranks, Megatron gathers queries and takes this rank's share.
     if kernels is None or config.num_query_groups < attention.world_size:
-        query, key, value = attention.get_query_key_value_tensors(normed)
-        query = cache.store(number, query, key, value)
+        query = _store(attention, normed, cache)
     else:
         qkv, _ = attention.linear_qkv(normed)
         norms = (attention.q_layernorm, attention.k_layernorm) if config.qk_layernorm else None
@@ -134,8 +106,17 @@ def _attention(
             config.layernorm_zero_centered_gamma,
         )
     sinks = getattr(attention.core_attention, "softmax_offset", None)
-    output, bias = attention.linear_proj(cache.attend(number, query, config.softmax_scale, sinks))
-    return output if bias is None else output + bias
+    return _linear(attention.linear_proj, cache.attend(number, query, config.softmax_scale, sinks))
+
+
+def _store(attention: SelfAttention, normed: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+    """Append keys and values of one token to the cache; return its queries for ``cache.attend``."""
+    config, number = attention.config, attention.layer_number
+    if config.num_query_groups < attention.world_size or config.qk_layernorm or not cache.stores_fused:
+        query, key, value = attention.get_query_key_value_tensors(normed)
+        return cache.store(number, query, key, value)
+    shape = (attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head)
+    return cache.store_fused(number, _linear(attention.linear_qkv, normed).unflatten(-1, shape))
 
 
 def _mlp(
@@ -143,11 +124,11 @@ def _mlp(
 ) -> torch.Tensor:
     if type(mlp) is not MLP:
         return mlp(normed)[0] if experts is None else experts.run(mlp, normed)
-    gate_up, _ = mlp.linear_fc1(normed)
+    gate_up = _linear(mlp.linear_fc1, normed)
     activation = mlp.config.activation_func
     if kernels is not None and activation is F.silu:
         activated = kernels.swiglu(gate_up)
     else:
         gate, up = gate_up.chunk(2, dim=-1)
         activated = activation(gate) * up
-    return mlp.linear_fc2(activated)[0]
+    return _linear(mlp.linear_fc2, activated)

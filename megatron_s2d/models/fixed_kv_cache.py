@@ -22,6 +22,7 @@ class FixedKeyValueCache(KeyValueCache):
     """A ``KeyValueCache`` that decodes in buffers of fixed size; ``reserve``, ``select`` and ``join`` replace them."""
 
     columns_first = True  # as FlashAttention reads rows of unequal length
+    stores_fused = False
 
     lengths: torch.Tensor  # [b] int32, keys of each row, with the token of the present step
     column: torch.Tensor  # [1] int64, of the token of the present step

@@ -46,6 +46,7 @@ class KeyValueCache(StaticInferenceContext):
     """
 
     columns_first = False  # in memory: [b, c, n_kv, d] rather than [b, n_kv, c, d]
+    stores_fused = True  # whether ``store_fused`` can be used
 
     def __init__(self, pad_lengths: torch.Tensor | None, prompt_length: int, max_sequence_length: int):
         """Create an empty cache. ``pad_lengths``: [b] int64 columns of left padding; None if no row has any."""
@@ -204,12 +205,24 @@ class KeyValueCache(StaticInferenceContext):
         values[:, :, self.sequence_len_offset] = value[0]
         return _rotate(query, cos, sin)
 
+    def store_fused(self, number: int, heads: torch.Tensor) -> torch.Tensor:
+        """As ``store`` for one token's [1, b, n_kv, n / n_kv + 2, d]: of each group its queries, its key, its value.
+
+        Queries and keys are rotated together. Returns the queries, [1, b, n_kv, n / n_kv, d].
+        """
+        cos, sin = self._window_rotation(number)
+        rotated = _rotate(heads[..., :-1, :], cos.unsqueeze(2), sin.unsqueeze(2))
+        keys, values = self._layers[number]
+        keys[:, :, self.sequence_len_offset] = rotated[0, :, :, -1]
+        values[:, :, self.sequence_len_offset] = heads[0, :, :, -1]
+        return rotated[..., :-1, :]
+
     def attend(
         self, number: int, query: torch.Tensor, scale: float | None, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the attention of one token's ``query`` [1, b, n, d] over the keys of its row as [1, b, n * d].
 
-        sinks: see ``layers.attend``.
+        query: also in groups, as ``store_fused`` returns it. sinks: see ``layers.attend``.
         """
         stop, window = self.sequence_len_offset + 1, self._kinds[number].window
         columns = slice(0 if window is None else max(0, stop - window), stop)  # rows end at the same column

@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from megatron_s2d.buffer_sizes import FEWEST_PREPARED_TOKENS, POSITIONS_PER_CHECK
 from megatron_s2d.models.batched_experts import BatchedExperts
-from megatron_s2d.models.decoding import decode, decode_kernels, weights_by_column
+from megatron_s2d.models.decoding import decode, decode_kernels
 from megatron_s2d.models.fixed_kv_cache import FixedKeyValueCache
 from megatron_s2d.models.kv_cache import KeyValueCache
+from megatron_s2d.models.packed_weights import packed_weights
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.rollout.megatron.batching import PromptTable, TokenBlock
@@ -51,7 +52,6 @@ class ModelPasses:
         self._experts: BatchedExperts | None = None  # within ``inference``
         self._expert_rows: int | None = None  # of each rank in the next pass; None: its experts are not batched
         self._kernels = decode_kernels()
-        self._tied_weight: torch.Tensor | None = None  # within ``inference``, of the output layer
         # Ranks of a replica are ordered by pipeline rank, then by tensor rank (Megatron's order).
         self._root = layout.tp_size * (layout.pp_size - 1)
         self.is_root = layout.groups.mp.rank() == self._root
@@ -89,7 +89,7 @@ class ModelPasses:
             hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=self.device)
             dist.recv(hidden, group=layout.groups.pp, group_src=layout.pp_rank - 1)
         experts = self._experts if self._expert_rows is not None else None
-        output = decode(self.chunk, block.newest, hidden, cache, self._kernels, experts, self._tied_weight)
+        output = decode(self.chunk, block.newest, hidden, cache, self._kernels, experts)
         if not layout.is_pipeline_last_stage:
             dist.send(output.contiguous(), group=layout.groups.pp, group_dst=layout.pp_rank + 1)
         self.sample(output if layout.is_pipeline_last_stage else None, params, block)
@@ -168,18 +168,6 @@ class ModelPasses:
         return None if is_impossible[0] else experts
 
     @contextlib.contextmanager
-    def _decoding_weights(self, num_tokens: int) -> Iterator[None]:
-        """Prepare the weights for ``num_tokens`` passes of a few rows each, if there are enough to pay for it."""
-        if num_tokens < FEWEST_PREPARED_TOKENS:
-            yield
-            return
-        with weights_by_column(self.chunk) as self._tied_weight:
-            try:
-                yield
-            finally:
-                self._tied_weight = None
-
-    @contextlib.contextmanager
     def inference(self, num_tokens: int) -> Iterator[None]:
         """Switch to evaluation mode, without graph, sequence parallelism and FP8, and back afterwards.
 
@@ -196,7 +184,9 @@ class ModelPasses:
         for owner, name in switches:
             setattr(owner, name, False)
         try:
-            with self.layout.active(), torch.no_grad(), self._decoding_weights(num_tokens):
+            is_worth_it = num_tokens >= FEWEST_PREPARED_TOKENS
+            packed = packed_weights(chunk) if is_worth_it else contextlib.nullcontext()
+            with self.layout.active(), torch.no_grad(), packed:
                 self._experts = self._batched_experts()
                 yield
         finally:

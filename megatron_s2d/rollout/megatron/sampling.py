@@ -27,6 +27,10 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 # Likeliest tokens that top-p looks at first on a CPU; a response's next token is rarely less certain.
 _CANDIDATES = 1024
 
+# Tokens of a block whose mass is summed on its own on a CPU, and the fewest blocks where that is faster.
+_BLOCK = 128
+_FEWEST_BLOCKS = 32
+
 
 def uniforms(seeds: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Return random numbers of the response positions ``[start, stop)``: [stop - start, b] float64 in [0, 1).
@@ -97,18 +101,18 @@ def sample_tokens(
     logits = logits.float()
     if params.inverse_temperature is not None:
         logits = logits * params.inverse_temperature
-    max_logit, argmax = logits.max(dim=-1, keepdim=True)
+    max_logit = logits.amax(dim=-1, keepdim=True)
     exp_logits = (logits - max_logit).exp_()
-    cumulative = exp_logits.cumsum(dim=-1, dtype=torch.float64)
-    log_total = cumulative[:, -1:].log()
+    mass = _CumulativeMass(exp_logits)
+    log_total = mass.total().log()
     if params.all_greedy:
-        tokens = argmax
+        tokens = logits.argmax(dim=-1, keepdim=True)
     else:
         if params.top_k is not None or params.top_p is not None:
-            cumulative = _filter(exp_logits, params).cumsum(dim=-1, dtype=torch.float64)
-        tokens = _invert(cumulative, uniform)
+            mass = _CumulativeMass(_filter(exp_logits, params))
+        tokens = mass.invert(uniform)
         if params.greedy is not None:
-            tokens = torch.where(params.greedy, argmax, tokens)
+            tokens = torch.where(params.greedy, logits.argmax(dim=-1, keepdim=True), tokens)
     log_probs = (logits.gather(1, tokens) - max_logit).double() - log_total
     return tokens.squeeze(1), log_probs.squeeze(1).float()
 
@@ -178,11 +182,48 @@ def _least_mass_on_device(mass: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return bits.view(torch.float32)
 
 
-def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return the first token whose cumulative mass [b, v] exceeds the uniform's share of the total: [b, 1] int64.
+class _CumulativeMass:
+    """The cumulative mass of ``mass`` [b, v] in float64: of every token, or on a CPU of blocks of a large vocabulary.
 
-    A token of mass zero is never drawn: the cumulative sum does not grow there, and the uniform has 52 bits and is
-    below 1, so its share stays below the total. Only NaN reaches past the end, where the clamp keeps it a valid index.
+    There only the block of the drawn token is summed token by token.
     """
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[1] - 1)
+
+    def __init__(self, mass: torch.Tensor):
+        self._mass = mass
+        body = mass.shape[1] // _BLOCK * _BLOCK
+        if mass.is_cuda or body < _FEWEST_BLOCKS * _BLOCK:
+            self._sums = None
+            self._cumulative = mass.cumsum(dim=-1, dtype=torch.float64)
+            return
+        sums = mass[:, :body].unflatten(1, (-1, _BLOCK)).sum(dim=2, dtype=torch.float64)
+        if body < mass.shape[1]:
+            sums = torch.cat([sums, mass[:, body:].sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
+        self._sums, self._cumulative = sums, sums.cumsum(dim=1)
+
+    def total(self) -> torch.Tensor:
+        """Return the mass of all tokens, [b, 1]."""
+        return self._cumulative[:, -1:]
+
+    def invert(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Return the first token whose cumulative mass exceeds the uniform's share [b] of the total: [b, 1] int64.
+
+        A token of mass zero is never drawn: the cumulative sum does not grow there, and the uniform has 52 bits and is
+        below 1, so its share stays below the total. Only NaN reaches past the end, where the clamp keeps it a valid
+        index.
+        """
+        target = uniform.unsqueeze(1) * self.total()
+        index = torch.searchsorted(self._cumulative, target, right=True).clamp_(max=self._cumulative.shape[1] - 1)
+        return index if self._sums is None else self._in_block(index, target)
+
+    def _in_block(self, block: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the token in ``block`` [b, 1]."""
+        assert self._sums is not None
+        last = self._mass.shape[1] - 1
+        tokens = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+        mass = self._mass.gather(1, tokens.clamp(max=last)).double().masked_fill_(tokens > last, 0.0)
+        cumulative = mass.cumsum(dim=1)
+        rest = target - (self._cumulative - self._sums).gather(1, block)
+        # Sums in another order may differ in the last bit; the token still has to be one that has mass.
+        below_all = torch.nextafter(cumulative[:, -1:], cumulative.new_zeros(()))
+        rest = torch.minimum(rest.clamp_(min=0.0), below_all)
+        return (block * _BLOCK + torch.searchsorted(cumulative, rest, right=True)).clamp_(max=last)

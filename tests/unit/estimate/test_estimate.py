@@ -10,7 +10,7 @@ from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import Recompute
 from megatron_s2d.config.training import CheckpointConfig, OptimizerConfig, RolloutConfig, SamplingConfig
-from megatron_s2d.estimate.host_copies import by_column_bytes, save_phase
+from megatron_s2d.estimate.host_copies import packed_weight_bytes, save_phase
 from megatron_s2d.estimate.layers import Build, MicroBatchShape, ModelShard, pipeline_shards
 from megatron_s2d.estimate.memory import (
     StageMemory,
@@ -299,22 +299,22 @@ def test_kv_cache_by_hand():
     assert episodes["decode"] == phases["decode"]
 
 
-def test_weights_by_column_by_hand():
+def test_packed_weights_by_hand():
     spec = ModelConfig(preset="qwen3-0.6b").resolve()  # tied
     shard, build = ModelShard(spec, ParallelConfig(), 0), Build(4, fused=False)
     layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 3 * 3072 * 1024
     whole = 28 * layer + 151936 * 1024
-    assert by_column_bytes(shard, build, 64) == 4 * whole
+    assert packed_weight_bytes(shard, build, 64) == 4 * whole
     phases = generate_phases(
         shard, build, requests=4, prompts=4, prompt_length=8, sampling=SamplingConfig(max_response_length=64),
         rollout=RolloutConfig(),
     )  # fmt: skip
-    assert phases["prefill"]["weights by column"] == phases["decode"]["weights by column"] == 4 * whole
-    assert by_column_bytes(shard, build, 8) == by_column_bytes(shard, Build(2, fused=False), 64) == 0
-    assert by_column_bytes(shard, Build(4, fused=False, on_gpu=True), 64) == 0
+    assert phases["prefill"]["packed weights"] == phases["decode"]["packed weights"] == 4 * whole
+    assert packed_weight_bytes(shard, build, 8) == packed_weight_bytes(shard, Build(2, fused=False), 64) == 0
+    assert packed_weight_bytes(shard, Build(4, fused=False, on_gpu=True), 64) == 0
     first, last = (ModelShard(spec, ParallelConfig(pipeline_model_parallel_size=2), rank) for rank in (0, 1))
-    assert by_column_bytes(first, build, 64) == 4 * 14 * layer  # the embedding is looked up, the output multiplied
-    assert by_column_bytes(last, build, 64) == 4 * (14 * layer + 151936 * 1024)
+    assert packed_weight_bytes(first, build, 64) == 4 * 14 * layer  # the embedding is looked up, the output multiplied
+    assert packed_weight_bytes(last, build, 64) == 4 * (14 * layer + 151936 * 1024)
 
 
 def test_saving_by_hand():

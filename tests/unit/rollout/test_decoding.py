@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ torch = pytest.importorskip("torch")
 import test_rollout_megatron_engine as cases
 import torch.nn.functional as F
 
-from megatron_s2d.models import decoding
+from megatron_s2d.models import packed_weights
 from megatron_s2d.models.kv_cache import _rotate
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.rollout.megatron import step_graph
@@ -64,37 +65,49 @@ def test_a_step_that_runs_again_without_the_host_goes_on(layout, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["tiny-teacher", "tiny-llama", "tiny-moe"])
-def test_weights_by_column_change_no_sample(layout, monkeypatch, preset):
+def test_packed_weights_change_no_sample(layout, monkeypatch, preset):
+    """Responses of several lengths, so that the batch shrinks below the rows that the weights were packed for."""
     chunks = cases.model(layout, preset)
     requests = cases.make_requests(lengths=(4, 9, 1), groups=4, max_new_tokens=24)
+    requests = [
+        dataclasses.replace(request, params=dataclasses.replace(request.params, max_new_tokens=24 if i == 0 else i + 2))
+        for i, request in enumerate(requests)
+    ]
     reference = cases.engine(chunks, layout).generate(requests)  # these models are too small
-    before = {name: (value.data_ptr(), value.stride(), value.clone()) for name, value in chunks[0].named_parameters()}
-    strides = []
-    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_VALUES_BY_COLUMN", 1)
-    generator = cases.engine(chunks, layout)
+    before = {name: (value.data_ptr(), value.clone()) for name, value in chunks[0].named_parameters()}
+    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_PACKED_VALUES", 1)
+    rows = []
 
-    def sample(logits, params, block, original=generator._passes.sample):
-        layer = chunks[0].decoder.layers[0].self_attention
-        strides.append((layer.linear_qkv.weight.stride(0), layer.linear_proj.weight.stride(0)))
-        tied = generator._passes._tied_weight
-        assert (tied is not None) == chunks[0].share_embeddings_and_output_weights
-        assert tied is None or tied.stride(0) == 1
-        original(logits, params, block)
+    def multiply(self, input, bias=None, original=packed_weights.PackedProduct.multiply):
+        rows.append(input.numel() // input.shape[-1])
+        return original(self, input, bias)
 
-    monkeypatch.setattr(generator._passes, "sample", sample)
-    for got, expected in zip(generator.generate(requests), reference, strict=True):
+    monkeypatch.setattr(packed_weights.PackedProduct, "multiply", multiply)
+    for got, expected in zip(cases.engine(chunks, layout).generate(requests), reference, strict=True):
         assert np.array_equal(got.token_ids, expected.token_ids)
         np.testing.assert_allclose(got.rollout_log_probs, expected.rollout_log_probs, rtol=0, atol=2e-5)
-    assert set(strides) == {(1, 1)} and generator._passes._tied_weight is None
+    assert {12, 1} < set(rows) and max(rows) > 12  # prompts too
+    assert not any("_forward_impl" in vars(module) for module in chunks[0].modules())
     for name, value in chunks[0].named_parameters():  # the optimizer and the gradient buffers refer to this memory
-        data_ptr, stride, values = before[name]
-        assert value.data_ptr() == data_ptr and value.stride() == stride and torch.equal(value, values)
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
 
 
-def test_short_responses_do_not_pay_for_weights_by_column(layout, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_products(bias):
+    """More rows than before, fewer, and more than are packed."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 33, generator=generator)
+    added = torch.randn(70, generator=generator) if bias else None
+    product = packed_weights.PackedProduct(weight)
+    for rows in (3, 8, 9, 30, 12, 4, 1, 64, 65):
+        input = torch.randn(1, rows, 33, generator=generator)
+        torch.testing.assert_close(product.multiply(input, added), F.linear(input, weight, added), rtol=0, atol=2e-5)
+
+
+def test_short_responses_do_not_pay_for_packed_weights(layout, monkeypatch):
     chunks = cases.model(layout)
-    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_VALUES_BY_COLUMN", 1)
-    monkeypatch.setattr(decoding, "_by_column", lambda weight: pytest.fail("a weight was copied"))
+    monkeypatch.setattr(cases.buffer_sizes, "FEWEST_PACKED_VALUES", 1)
+    monkeypatch.setattr(packed_weights, "PackedProduct", lambda weight: pytest.fail("a weight was packed"))
     cases.engine(chunks, layout).generate(cases.make_requests(lengths=(4,), max_new_tokens=8))
 
 

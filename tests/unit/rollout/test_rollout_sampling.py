@@ -146,6 +146,29 @@ def test_token_without_probability_is_never_drawn():
         assert tokens.tolist() == [2] * 4 and log_probs.tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 700, "top_p": 0.97}])
+def test_blocks_of_a_large_vocabulary_draw_the_tokens_of_the_whole_sum(filters):
+    rows, vocab = 200, 128 * 40 + 17
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    logits[:, 1000:1700] = logits[:, -9:] = logits[:, :300] = -1e30  # whole blocks without mass, and both ends
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
+    uniform[0], uniform[1] = 0.0, 1 - 2.0**-52
+    columns = BatchParams.of([params(**filters)] * rows, vocab)
+    mass = (logits - logits.amax(1, keepdim=True)).exp()
+    log_total = mass.double().sum(1).log()
+    mass = _filter(mass, columns).double()
+    cumulative = mass.cumsum(1)
+    expected = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    tokens, log_probs = sample_tokens(logits, columns, uniform)
+    assert torch.equal(tokens, expected)
+    assert bool((mass.gather(1, tokens[:, None]) > 0).all())
+    of_tokens = logits.double().gather(1, tokens[:, None]).squeeze(1) - logits.double().amax(1) - log_total
+    torch.testing.assert_close(log_probs.double(), of_tokens, rtol=0, atol=1e-6)
+    alone = sample_tokens(logits[7:8], BatchParams.of([params(**filters)], vocab), uniform[7:8])
+    assert (alone[0][0], alone[1][0]) == (tokens[7], log_probs[7])
+
+
 def test_rows_of_different_parameters_are_independent():
     kinds = [
         params(),
