@@ -267,6 +267,9 @@ class ModelShard:
         qkv_dim = (spec.q_dim + 2 * spec.kv_dim) / (1 if qkv_is_gathered else self.tp_size)
         heads, groups = q_dim // spec.head_dim, kv_dim // spec.head_dim
         saved = size * (qkv_dim + 2 * q_dim + kv_dim)
+        is_repeated = q_dim != kv_dim and not (build.on_gpu or build.fused)  # keys and values, on a CPU
+        if is_repeated and self.parallel.context_parallel_size == 1:
+            saved = size * (4 * q_dim + qkv_dim * (spec.qk_norm and size == 4))
         if self.parallel.context_parallel_size > 1 and not build.fused:
             # The rotated keys are gathered; queries, keys and values keep their common product only for a norm.
             saved += size * (q_dim - kv_dim - qkv_dim * (not spec.qk_norm))
@@ -285,7 +288,7 @@ class ModelShard:
     def _gathered_keys_bytes(self, build: Build, batch: MicroBatchShape) -> float:
         """Per token: keys and values of all context ranks, repeated for grouped queries, and the attention's mask."""
         is_grouped = self.local_q_dim != self.local_kv_dim
-        keys = 2 * (self.local_q_dim if is_grouped and build.on_gpu else self.local_kv_dim)
+        keys = 2 * (self.local_q_dim if is_grouped else self.local_kv_dim)
         gathered = keys * self.parallel.context_parallel_size * build.bytes_per_value
         mask = batch.seq_length * (build.bytes_per_value if build.on_gpu else 1)
         return gathered + mask

@@ -39,7 +39,7 @@ from megatron_s2d.models.families import check_layout, layers_of_pp_rank, padded
 from megatron_s2d.models.kv_cache import CachedSelfAttention
 from megatron_s2d.models.layer_config import LayerConfig
 from megatron_s2d.models.layers import CoreAttention, NormedRowParallelLinear, RMSNorm
-from megatron_s2d.models.rope import attention_factor, rotary_frequencies, use_rotation_without_waits
+from megatron_s2d.models.rope import attention_factor, rotary_frequencies, use_own_rotation
 from megatron_s2d.models.shards import SeededWeights
 from megatron_s2d.models.tp_comm_overlap import prepare_tp_comm_overlap
 from megatron_s2d.models.weights import import_weights
@@ -101,7 +101,7 @@ def build_model(
     columns from ``spec.vocab_size`` on are padding. Raises ``UserError`` for a layout whose sizes do not divide the
     model's, and for settings that Transformer Engine, DeepEP or the GPU does not support.
     """
-    use_rotation_without_waits()
+    use_own_rotation()
     check_layout(spec, layout.config)
     if fp8 is not None:
         check_fp8(fp8, spec, layout.config)

@@ -118,8 +118,9 @@ def attend(
             queries.reshape(key.size(1), key.size(2), -1, query.size(3)), keys, values, attn_mask=allowed, scale=scale
         )
         return output.reshape(1, query.size(1), -1)
-    if grouped and allowed is not None and query.is_cuda:
-        # PyTorch's kernels that take a mask take no groups; what it falls back to computes all scores in float32.
+    if grouped and (allowed is not None or not query.is_cuda):
+        # PyTorch's kernels that take a mask take no groups, and on a CPU none does; what it falls back to computes all
+        # scores in float32.
         keys, values = (tensor.repeat_interleave(query.size(2) // key.size(2), dim=1) for tensor in (keys, values))
         grouped = False
     output = F.scaled_dot_product_attention(

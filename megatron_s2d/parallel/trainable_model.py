@@ -27,6 +27,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.pinned import pinned_like
 from megatron_s2d.parallel.schedule import ForwardStep, HiddenShape, run_schedule
+from megatron_s2d.parallel.weight_gradients import accumulate_in_products
 
 
 class TrainableModel:
@@ -79,11 +80,16 @@ class TrainableModel:
                 no_sync = [chunk.no_sync for chunk in self.chunks]
                 self.model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self.model_config.finalize_model_grads_func = finalize_model_grads
+            if not device.capabilities().cuda:
+                for group in self._bucket_groups():
+                    _leave_out_collectives_of_one(group)
             for chunk in chunks:
                 enable_gradient_accumulation_fusion(chunk)
             recipe = self.model_config.fp8_recipe if fp8_parameters else None
             self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0], recipe), self.chunks)
             _gather_weights_once(self.optimizer)
+            if not device.capabilities().cuda:
+                _use_fused_adam(self.optimizer)
             self.model_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -203,6 +209,16 @@ def _drop_hooks(gradient_accumulators: list[list[Any]], model_config: Any) -> No
     model_config.no_sync_func = None
 
 
+def _leave_out_collectives_of_one(group: Any) -> None:
+    """Leave out the reduce-scatter of gradients and the gather of weights of a data-parallel group of one rank.
+
+    In place there is nothing to do, but gloo copies both buffers, to another tensor and back.
+    """
+    is_scaled = any(bucket.gradient_scaling_factor != 1.0 for bucket in group.buckets)
+    if group.intra_distributed_optimizer_instance_size == 1 and not is_scaled:
+        group.start_grad_sync = group.start_param_sync = lambda *args, **options: None
+
+
 def _gather_weights_once(optimizer: Any) -> None:
     """Leave the gathering of weights to the last of chained optimizers, when all have stepped.
 
@@ -211,6 +227,15 @@ def _gather_weights_once(optimizer: Any) -> None:
     chained = getattr(optimizer, "chained_optimizers", [])
     for item in [item for item in chained if not getattr(item, "is_stub_optimizer", False)][:-1]:
         item._defer_param_sync = True
+
+
+def _use_fused_adam(optimizer: Any) -> None:
+    """Update each parameter in one pass over its values and moments; PyTorch's default on a CPU makes about ten."""
+    for item in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = item.optimizer
+        if isinstance(inner, torch.optim.Adam):  # AdamW is one
+            for group in (inner.defaults, *inner.param_groups):
+                group["fused"] = True
 
 
 class OptimizerOffloader:
@@ -264,10 +289,14 @@ class OptimizerOffloader:
 def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
     """Fuse the matrix products of weight gradients with accumulation into Megatron's float32 buffers, where supported.
 
-    Transformer Engine's layers support it, Megatron's own need apex. Otherwise autograd computes each gradient in the
-    weights' dtype, which is then added to the buffer. Call it when the buffers exist.
+    Transformer Engine's layers support it, Megatron's own need apex, or a CPU (``weight_gradients.py``). Otherwise
+    autograd computes each gradient in the weights' dtype, which is then added to the buffer. Call it when the buffers
+    exist.
     """
     capabilities = device.capabilities()
+    if not capabilities.cuda:
+        accumulate_in_products(chunk)
+        return
     for module in chunk.modules():
         if capabilities.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
