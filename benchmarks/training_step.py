@@ -1,4 +1,4 @@
-"""Training step on one CPU thread: Megatron's schedule, DDP and distributed optimizer against plain PyTorch.
+"""Training step on one CPU thread: as a stage makes it, with Megatron's model and optimizer, against plain PyTorch.
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py [--repeats 7] [--model DIR]
 
@@ -17,13 +17,16 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import interleaved_minima, published_model_twice, same_model_twice, start
 
 from megatron_s2d.config.training import OptimizerConfig
+from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import Layout
-from megatron_s2d.parallel.trainable_model import TrainableModel
+from megatron_s2d.records import Sample
+from megatron_s2d.train.megatron_model import MegatronModel
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.0, grad_clip=1.0)
 REAL_OPTIMIZER = OptimizerConfig(lr=1e-6, weight_decay=0.0, grad_clip=1.0)  # pretrained weights stay where they are
@@ -52,29 +55,25 @@ CASES = (
 Step = Callable[[], tuple[float, float]]
 
 
-def megatron_step(
-    chunks: list[torch.nn.Module],
-    layout: Layout,
-    batches: list[torch.Tensor],
-    vocab_size: int,
-    optimizer: OptimizerConfig,
-) -> Step:
-    """Return a function that runs one update and returns (mean loss, gradient norm)."""
-    trainable = TrainableModel(chunks, layout, optimizer, total_steps=10**6)
+def step_of_a_stage(model: MegatronModel, batches: list[torch.Tensor], optimizer: OptimizerConfig) -> Step:
+    """Return a function that runs one update as a stage does, and returns (mean loss, gradient norm)."""
+    model.prepare_training(optimizer, 10**6)
     count = sum(batch[:, 1:].numel() for batch in batches)
-
-    def forward_step(model, tokens):
-        output = model(tokens, None, None)
-
-        def loss(logits):
-            losses = cross_entropy(logits[..., :vocab_size], tokens)
-            return losses, torch.tensor(tokens[:, 1:].numel()), losses.detach()
-
-        return output, loss
+    samples = [
+        Sample(
+            id=f"{number}-{row}", prompt_id="p", group_id="p", domain="math", seed=0, token_ids=tokens,
+            response_mask=np.arange(len(tokens)) > 0, temperature=1.0, finish_reason="length",
+        )
+        for number, batch in enumerate(batches)
+        for row, tokens in enumerate(batch.numpy())
+    ]  # fmt: skip
+    weights, objective = {"supervised_weight": [1 / count] * len(samples)}, sft_objective()
+    num_tokens = sum(sample.length for sample in samples)
+    assert len(model.pack(samples, weights)) == len(batches)
 
     def step() -> tuple[float, float]:
-        losses = trainable.forward_backward(forward_step, batches)
-        return float(sum(losses)) / count, trainable.optim_step()
+        metrics = model.forward_backward(model.pack(samples, weights), objective, num_tokens=num_tokens)
+        return metrics["loss"].value(), model.optim_step()
 
     return step
 
@@ -107,10 +106,14 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def measure(case: Case, layout: Layout, repeats: int, models, optimizer: OptimizerConfig = OPTIMIZER) -> str:
     """Return one row of the table. models: of ``same_model_twice``."""
     spec, chunks, reference = models
+    model = MegatronModel(spec, layout, precision="float32", max_tokens=case.rows * case.length)
+    with torch.no_grad():
+        for own, given in zip(model.parameters(), chunks[0].parameters(), strict=True):
+            own.copy_(given)
     generator = torch.Generator().manual_seed(0)
     shape = (case.rows, case.length)
     batches = [torch.randint(0, case.vocab_size, shape, generator=generator) for _ in range(case.micro_batches)]
-    ours = megatron_step(chunks, layout, batches, spec.vocab_size, optimizer)
+    ours = step_of_a_stage(model, batches, optimizer)
     plain = plain_step(reference, batches, optimizer)
     for _ in range(3):
         results, expected = ours(), plain()
