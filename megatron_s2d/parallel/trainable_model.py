@@ -27,7 +27,7 @@ from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.pinned import pinned_like
 from megatron_s2d.parallel.schedule import ForwardStep, HiddenShape, run_schedule
-from megatron_s2d.parallel.weight_gradients import accumulate_in_products
+from megatron_s2d.parallel.weight_gradients import fuse_weight_gradients
 
 
 class TrainableModel:
@@ -295,7 +295,7 @@ def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
     """
     capabilities = device.capabilities()
     if not capabilities.cuda:
-        accumulate_in_products(chunk)
+        fuse_weight_gradients(chunk)
         return
     for module in chunk.modules():
         if capabilities.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
-def accumulate_in_products(chunk: torch.nn.Module) -> None:
+def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
     """Let the linear layers of ``chunk`` add their weights' gradients to ``main_grad`` where both are float32.
 
     The output layer is left alone: a weight that it shares with the embedding gets gradients of both.
