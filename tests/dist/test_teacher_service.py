@@ -7,7 +7,7 @@ from selection import selected
 from service_worker import KINDS
 from teacher_server import running
 
-RUNS = {1: ["tp1", "tp1packed"], 2: ["tp2sp", "dp2", "pp2", "cp2"], 4: ["tp4", "tp2pp2"]}
+RUNS = {1: ["tp1", "tp1packed"], 2: ["tp2sp", "dp2", "pp2", "cp2"], 4: ["tp2pp2"]}
 QUICK_LAYOUTS, QUICK_KINDS = ("tp1", "tp2sp", "dp2"), ("sampled", "full", "by_domain", "top_k_union")
 CASES = [
     pytest.param(name, kind, marks=() if name in QUICK_LAYOUTS and kind in QUICK_KINDS else (pytest.mark.slow,))

@@ -16,7 +16,7 @@ RUNS = {
         "tp2", "tp2sp", "pp2", "dp2", "ep2", "dp2:tp2", "tp2sp:pp2", "pp2:dp2", "dp2:tp2+pp2",
         "tp2sppacked", "pp2packed", "cp2", "cp2:tp2", "dp2:cp2packed",
     ],
-    4: ["tp4", "tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2", "tp2cp2sp", "cp2pp2", "cp2dp2:tp2cp2sp"],
+    4: ["tp2pp2", "tp2dp2sp", "tp2pp2:tp4", "tp2dp2sp:pp2dp2", "tp2cp2sp", "cp2pp2", "cp2dp2:tp2cp2sp"],
 }  # fmt: skip
 
 
@@ -25,9 +25,7 @@ def _slow(condition: bool) -> tuple:
 
 
 # Layouts whose parts occur in others.
-SLOW = (
-    "tp2", "tp4", "tp2sp:pp2", "pp2:dp2", "pp2packed", "dp2:cp2packed", "tp2dp2sp:pp2dp2", "cp2pp2", "cp2dp2:tp2cp2sp",
-)  # fmt: skip
+SLOW = ("tp2", "tp2sp:pp2", "pp2:dp2", "pp2packed", "dp2:cp2packed", "tp2dp2sp:pp2dp2", "cp2pp2", "cp2dp2:tp2cp2sp")
 NAMES = [pytest.param(name, marks=_slow(name in SLOW)) for names in RUNS.values() for name in names if name != "tp1"]
 LAYOUTS = [case for case in NAMES if ":" not in case.values[0] and "ep" not in case.values[0]]
 PAIRS = [case for case in NAMES if ":" in case.values[0]]
@@ -46,7 +44,7 @@ CASES = [
     for scenario in SCENARIOS
 ]
 VIEWS = ["view_full", "view_by_domain", "view_top_k", "view_self"]
-VIEW_CASES = [pytest.param(name, marks=_slow(name in ("tp2sp", "pp2", "tp4"))) for name in VIEW_LAYOUTS]
+VIEW_CASES = [pytest.param(name, marks=_slow(name in ("tp2sp", "pp2"))) for name in VIEW_LAYOUTS]
 
 # Losses, KLs and entropies are O(1) and summed in another order; gradient norms carry the same relative error.
 ABSOLUTE, RELATIVE = 2e-5, 2e-5
