@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.opd import OpdConfig
 from megatron_s2d.data.stored_samples import ListedSamples, OfflineSamples
+from megatron_s2d.kl.outputs import TokenOutputs
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.objectives.policy import grpo_objective
 from megatron_s2d.objectives.terms import Metric, Objective
@@ -74,9 +76,11 @@ class StandInModel(MegatronModel):
                 scores[index] = np.where(own_samples([samples[index]])[0].response_mask, values, np.float32(0))
         return scores
 
-    def forward_backward(self, micro_batches, objective, teachers=None, *, num_tokens):
+    def forward_backward(self, micro_batches, objective, teachers=None, *, num_tokens, observe=None):
         self._check_counts(len(micro_batches))
         self.trained.append(micro_batches)
+        for batch in micro_batches if observe is not None else ():
+            observe(batch, TokenOutputs(teacher_log_probs=-torch.ones(batch.labels.numel())))
         return {"loss": Metric.of(0.0)}
 
     def optim_step(self) -> float:

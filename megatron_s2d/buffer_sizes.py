@@ -33,6 +33,9 @@ FEWEST_PACKED_VALUES = 1 << 18
 # tokens.
 FEWEST_PREPARED_TOKENS = 16
 
+# rollout/megatron/sampling.py: columns from which on a CPU sums the probabilities of blocks of them, not of each.
+FEWEST_COLUMNS_IN_BLOCKS = 4096
+
 # rollout/megatron/batching.py: response positions whose random numbers are drawn at once.
 POSITIONS_PER_DRAW = 256
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from megatron_s2d.arithmetic import ceil_div, round_up
 from megatron_s2d.buffer_sizes import (
     CHUNKS_PER_PRODUCT,
+    FEWEST_COLUMNS_IN_BLOCKS,
     LOGITS_CHUNK_BYTES,
     MOST_BATCHED_EXPERT_ROWS,
     P2P_BUCKET_BYTES,
@@ -426,7 +427,8 @@ def _batched_experts_bytes(shard: ModelShard, build: Build, rows: int) -> int:
 def _sampling_bytes(shard: ModelShard, build: Build, sampling: SamplingConfig) -> int:
     """Bytes for one sequence at the rank that samples: logits, float32 copy, weights, float64 cumulative sums."""
     size, vocabulary = build.bytes_per_value, shard.local_vocab_size * shard.tp_size
-    per_column = size * (2 if shard.tp_size > 1 else 1) + (4 if size == 2 else 0) + 4 + 8
+    sums = 8 if build.on_gpu or vocabulary < FEWEST_COLUMNS_IN_BLOCKS else 0
+    per_column = size * (2 if shard.tp_size > 1 else 1) + (4 if size == 2 else 0) + 4 + sums
     if sampling.temperature not in (0.0, 1.0):
         per_column += 4
     if sampling.top_p < 1 or sampling.top_k > 0:

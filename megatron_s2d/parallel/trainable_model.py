@@ -84,7 +84,7 @@ class TrainableModel:
                 for group in self._bucket_groups():
                     _leave_out_collectives_of_one(group)
             for chunk in chunks:
-                enable_gradient_accumulation_fusion(chunk)
+                enable_gradient_accumulation_fusion(chunk, overlap_grad_reduce=self._overlap_grad_reduce)
             recipe = self.model_config.fp8_recipe if fp8_parameters else None
             self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, chunks[0], recipe), self.chunks)
             _gather_weights_once(self.optimizer)
@@ -286,7 +286,7 @@ class OptimizerOffloader:
                 yield from (value for value in values.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
-def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
+def enable_gradient_accumulation_fusion(chunk: torch.nn.Module, *, overlap_grad_reduce: bool) -> None:
     """Fuse the matrix products of weight gradients with accumulation into Megatron's float32 buffers, where supported.
 
     Transformer Engine's layers support it, Megatron's own need apex, or a CPU (``weight_gradients.py``). Otherwise
@@ -295,7 +295,8 @@ def enable_gradient_accumulation_fusion(chunk: torch.nn.Module) -> None:
     """
     capabilities = device.capabilities()
     if not capabilities.cuda:
-        fuse_weight_gradients(chunk)
+        if not overlap_grad_reduce:  # which starts when autograd hands over a gradient
+            fuse_weight_gradients(chunk)
         return
     for module in chunk.modules():
         if capabilities.transformer_engine and hasattr(module, "fuse_wgrad_accumulation"):

@@ -74,4 +74,5 @@ def test_collectives_send_what_the_plan_counts(case):
     traffic = compare_traffic(case.config, case.specs, case.shape, case.measurement, case.limits)
     errors = {kind: measured / estimated - 1 for kind, (estimated, measured) in traffic.items()}
     allowed = case.values.get("traffic_error", {})  # with Transformer Engine only
-    assert not {kind: error for kind, error in errors.items() if abs(error) > allowed.get(kind, TRAFFIC_ERROR)}
+    wrong = {kind: error for kind, error in errors.items() if abs(error) > allowed.get(kind, TRAFFIC_ERROR)}
+    assert not wrong, f"{wrong} of {traffic}"

@@ -50,7 +50,8 @@ def test_a_layout_that_does_not_fit_says_where_and_what_fits(plan):
     assert "rank 5 of 8 (tp 0, pp 0, cp 0, dp 5)" in result.stdout
     (tensor, line) = re.search(r"OUT OF MEMORY on rank 5 in train, for (.*), at (.*)", result.stdout).groups()
     assert re.match(r"activations of layer \d+|logits of a chunk|the loss's operands", tensor), tensor
-    assert re.match(r"(megatron_s2d|megatron/core)/\S+\.py:\d+ \w+: CUDA out of memory. Tried to allocate", line)
+    package = r"(megatron_s2d|megatron/core|transformer_engine)"
+    assert re.match(package + r"/\S+\.py:\d+ \w+: CUDA out of memory. Tried to allocate", line)
     (settings,) = re.findall(r"estimated to fit: (.*)", result.stdout)
     engine = importlib.util.find_spec("transformer_engine") is not None
     estimate = ("--gpu", "h100", "--assume", f"transformer_engine={str(engine).lower()}")

@@ -17,6 +17,8 @@ import socket
 import sys
 import traceback
 
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401  # which workers compare with
+
 import megatron_s2d.workflow.preload  # noqa: F401
 
 

@@ -8,9 +8,9 @@ from service_worker import KINDS
 from teacher_server import running
 
 RUNS = {1: ["tp1", "tp1packed"], 2: ["tp2sp", "dp2", "pp2", "cp2"], 4: ["tp2pp2"]}
-QUICK_LAYOUTS, QUICK_KINDS = ("tp1", "tp2sp", "dp2"), ("sampled", "full", "by_domain", "top_k_union")
+QUICK = {"tp1": ("by_domain", "top_k_union"), "tp2sp": ("sampled", "full"), "dp2": ("full",)}  # each kind once
 CASES = [
-    pytest.param(name, kind, marks=() if name in QUICK_LAYOUTS and kind in QUICK_KINDS else (pytest.mark.slow,))
+    pytest.param(name, kind, marks=() if kind in QUICK.get(name, ()) else (pytest.mark.slow,))
     for names in RUNS.values()
     for name in names
     for kind in KINDS

@@ -33,6 +33,8 @@ SCENARIOS = ["supervised", "grpo", "gspo", "opd", "opd_by_domain", "forward_kl"]
 # Of scenarios that share most with others: the layouts that are not slow, each kind of rank once.
 QUICK = {
     "supervised": ("tp1packed", "tp2sp", "dp2"),
+    "grpo": ("tp1packed", "tp2sp", "pp2", "dp2", "tp2cp2sp"),
+    "forward_kl": ("tp1packed", "tp2sp", "pp2", "cp2", "tp2dp2sp"),
     "gspo": ("dp2", "cp2", "tp2cp2sp"),
     "opd_by_domain": ("tp1packed", "pp2", "tp2dp2sp"),
 }

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_s2d.buffer_sizes import FEWEST_COLUMNS_IN_BLOCKS
 from megatron_s2d.parallel import device
 from megatron_s2d.rollout.engine import SamplingParams
 
@@ -27,9 +28,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 # Likeliest tokens that top-p looks at first on a CPU; a response's next token is rarely less certain.
 _CANDIDATES = 1024
 
-# Tokens of a block whose mass is summed on its own on a CPU, and the fewest blocks where that is faster.
+# Tokens of a block whose mass is summed on its own on a CPU.
 _BLOCK = 128
-_FEWEST_BLOCKS = 32
 
 
 def uniforms(seeds: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -191,7 +191,7 @@ class _CumulativeMass:
     def __init__(self, mass: torch.Tensor):
         self._mass = mass
         body = mass.shape[1] // _BLOCK * _BLOCK
-        if mass.is_cuda or body < _FEWEST_BLOCKS * _BLOCK:
+        if mass.is_cuda or body < FEWEST_COLUMNS_IN_BLOCKS:
             self._sums = None
             self._cumulative = mass.cumsum(dim=-1, dtype=torch.float64)
             return

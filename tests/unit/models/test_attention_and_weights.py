@@ -100,7 +100,7 @@ def test_recomputation_gives_the_same_gradients(preset, recompute, layout):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain.abs().max() > 0
-        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=3e-7)
 
 
 def test_recomputation_that_needs_transformer_engine_is_refused(layout):

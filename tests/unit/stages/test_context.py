@@ -96,7 +96,7 @@ def test_configured_servers_hold_one_set_of_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout_factory, "ServedEngine", lambda group: Recorder(group, []))
     spec = types.SimpleNamespace(max_position_embeddings=15)
     model = types.SimpleNamespace(
-        chunks=[], spec=spec, layout=None, score_replicated=None, on_device=print, routing_replay=None
+        chunks=[], spec=spec, layout=None, score_replicated=None, on_device=print, routing_replay=None, adapter=None
     )
     factory = rollouts(tmp_path, ["http://127.0.0.1:30000"])
     params = factory.sampling_params(SamplingConfig(max_response_length=8), "student")
