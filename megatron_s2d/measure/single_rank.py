@@ -35,7 +35,7 @@ from megatron_s2d.rollout import response_table
 from megatron_s2d.stages import sg_opd
 from megatron_s2d.teachers import hidden_state_transfer
 from megatron_s2d.teachers.hidden_state_transfer import OutputLayers
-from megatron_s2d.train import megatron_model
+from megatron_s2d.train import megatron_model, shown_responses
 from megatron_s2d.train.megatron_model import MegatronModel
 
 _store: _AnsweringStore | None = None  # PyTorch keeps the C++ half only
@@ -102,7 +102,7 @@ def become_rank(rank: int, world_size: int) -> None:
     response_table.gather_rows = _rows_of_all_ranks
     for module in (megatron_model, hidden_state_transfer, sg_opd):
         module.move_samples = _moved_samples
-    megatron_model.return_arrays = _returned_arrays
+    megatron_model.return_arrays = shown_responses.return_arrays = _returned_arrays
     sample_exchange.check_held_once = lambda samples, layout: None  # the other ranks have theirs
     HostGroup.broadcast = lambda self, values, root: values  # of a replica, whose ranks have the same
     torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -80,7 +80,7 @@ class TrainableModel:
                 no_sync = [chunk.no_sync for chunk in self.chunks]
                 self.model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self.model_config.finalize_model_grads_func = finalize_model_grads
-            if not device.capabilities().cuda:
+            if not (device.capabilities().cuda or self._overlap_grad_reduce or self._overlap_param_gather):
                 for group in self._bucket_groups():
                     _leave_out_collectives_of_one(group)
             for chunk in chunks:
