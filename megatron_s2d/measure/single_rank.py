@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,6 +106,8 @@ def become_rank(rank: int, world_size: int) -> None:
     megatron_model.return_arrays = shown_responses.return_arrays = _returned_arrays
     sample_exchange.check_held_once = lambda samples, layout: None  # the other ranks have theirs
     HostGroup.broadcast = lambda self, values, root: values  # of a replica, whose ranks have the same
+    # Lines of responses that are shown to people; the samples themselves are replaced above.
+    HostGroup.receive = lambda self, sender: np.frombuffer(zlib.compress(b"{}"), dtype=np.uint8)
     torch.cuda.set_device(rank % torch.cuda.device_count())
     global _store
     _store = _AnsweringStore()
