@@ -22,7 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import RowParallelLinear, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe import router as moe_router
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -155,6 +155,11 @@ def _build_chunk(spec: ModelSpec, layout: Layout, config: TransformerConfig, vp_
     if spec.parts.scaled_embedding and model.pre_process:
         scale = float(torch.tensor(spec.hidden_size**0.5).to(config.params_dtype))
         model.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
+    if spec.num_experts and spec.parts.linear_biases:
+        for module in model.modules():
+            if isinstance(module, RowParallelLinear) and module.is_expert:
+                # Megatron adds the bias in place, which autograd refuses where a reduction over one rank was left out.
+                module.explicit_expert_comm = True
     return model.to(device.device())
 
 

@@ -99,6 +99,13 @@ def test_a_model_that_was_trained_is_freed_with_its_last_reference(layout):
     assert [part() for part in parts] == [None] * 3
 
 
+def test_experts_with_biases_are_trained_on_one_rank(layout):
+    """GPT-OSS: every bias and every sink gets a gradient."""
+    _, grads = gradients(layout, sft_objective(), "supervised_weight", "token_mean", 64, preset="tiny-gpt-oss")
+    names = [name for name in grads if name.endswith(("bias", "softmax_offset"))]
+    assert len(names) > 10 and sum(bool(grads[name].abs().max() > 0) for name in names) > 0.8 * len(names)
+
+
 def test_full_vocab_divergence_measures_the_mismatch_in_the_training_pass(layout):
     teacher = build(layout, seed=2)
     teacher.freeze()
