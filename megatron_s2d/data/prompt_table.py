@@ -383,10 +383,10 @@ def _bytes_as_number(texts: pyarrow.StringArray, skipped: int) -> np.ndarray:
     bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
     data = np.frombuffer(content, np.uint8) if content is not None else np.zeros(0, np.uint8)
     starts, numbers = bounds[:-1] + skipped, np.zeros(len(texts), dtype=np.uint64)
-    for place in range(8):
-        inside = starts + place < bounds[1:]
+    for index in range(8):
+        inside = starts + index < bounds[1:]
         numbers <<= np.uint64(8)
-        numbers[inside] |= data[(starts + place)[inside]]
+        numbers[inside] |= data[(starts + index)[inside]]
     return numbers
 
 

@@ -66,11 +66,13 @@ class TeacherLogProbs:
         if not indices:
             return
         trained = [mini_batch.samples[index] for index in indices]
-        held = [self._missing.pop(sample.id) for sample in trained]
+        originals = [self._missing.pop(sample.id) for sample in trained]
         arrays = {number: self._in_pass[index] for number, index in enumerate(indices) if index in self._in_pass}
         layout = self._model.layout
-        returned = return_arrays(arrays, held, layout, layout, dp_ranks(trained, layout))
-        self._values |= {sample.id: values for sample, values in zip(held, returned, strict=True) if values is not None}
+        returned = return_arrays(arrays, originals, layout, layout, dp_ranks(trained, layout))
+        self._values |= {
+            sample.id: values for sample, values in zip(originals, returned, strict=True) if values is not None
+        }
         self._in_pass = {}
 
     def lines(self) -> list[str]:
