@@ -18,6 +18,8 @@ import itertools
 import types
 from collections.abc import Sequence
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel

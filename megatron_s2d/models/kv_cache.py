@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.attention import SelfAttention

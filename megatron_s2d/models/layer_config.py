@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 

@@ -20,6 +20,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import numpy as np
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay

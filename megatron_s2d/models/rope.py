@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings import rope_utils

@@ -7,6 +7,8 @@ size and length, which takes half a second: there is one in every padded micro-b
 
 from __future__ import annotations
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 from megatron_s2d.models.layer_config import window_of_layer
 from megatron_s2d.models.layers import attend
 

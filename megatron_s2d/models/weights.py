@@ -13,6 +13,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing

@@ -14,6 +14,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import megatron_s2d.parallel.plain_functions  # noqa: F401
+
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_s2d.data.packing import MicroBatch

@@ -14,6 +14,9 @@ with tempfile.TemporaryFile() as _output:
         # Every job loads a tokenizer, for which transformers is imported, and a table of prompts (pyarrow with pandas).
         import pandas  # noqa: F401
         import pyarrow.compute  # noqa: F401
+
+        # Optimizers import it at their first step: in every rank, if not in the process that ranks are forked from.
+        import torch._dynamo  # noqa: F401
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
         import megatron_s2d.workflow.worker  # noqa: F401

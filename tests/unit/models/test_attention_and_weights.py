@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.recompute import Recompute

@@ -43,6 +43,8 @@ for name in names:
             importlib.import_module(name)
         except ModuleNotFoundError as error:  # a package of an extra
             assert not error.name.startswith("megatron_s2d"), error
+from megatron.core.activations import quick_gelu
+assert hasattr(quick_gelu, "_torchdynamo_orig_callable")  # fused functions are compiled where there is a GPU
 assert {"megatron_s2d.workflow.worker", "megatron_s2d.train.megatron_model"} <= sys.modules.keys()
 """
 
