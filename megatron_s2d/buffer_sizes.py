@@ -21,6 +21,10 @@ P2P_BUCKET_BYTES = 128 << 20
 # exchange, counted from what it allocates outside of PyTorch.
 TP_COMM_OVERLAP_BUFFERS = 13
 
+# models/layers.py: channels of each query and key beside those of the head, where heads have attention sinks; kernels
+# want head sizes that it divides.
+SINK_CHANNELS = 8
+
 # models/batched_experts.py: rows of all ranks that share experts, up to which every row is multiplied with every expert
 # when tokens are decoded.
 MOST_BATCHED_EXPERT_ROWS = 512

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_s2d.arithmetic import round_up
+from megatron_s2d.buffer_sizes import SINK_CHANNELS
 from megatron_s2d.config.lora import LoraConfig, projection_shape
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.parallel import ParallelConfig
@@ -108,7 +109,7 @@ class ModelShard:
         return self.spec.tie_word_embeddings and self.is_pipeline_first_stage and self.is_pipeline_last_stage
 
     def parameter_sizes(self) -> list[tuple[int, bool]]:
-        """Return (elements, belongs to an expert) of every parameter of a rank."""
+        """Return (elements, belongs to an expert) of every parameter of a rank, in the order of the model's modules."""
         spec, hidden, tp_size = self.spec, self.spec.hidden_size, self.tp_size
         dense = [hidden] * (4 if spec.parts.post_norms else 2) + [spec.head_dim] * (2 * spec.qk_norm)
         dense += [hidden * (spec.q_dim + 2 * spec.kv_dim) // tp_size, hidden * spec.q_dim // tp_size]
@@ -123,10 +124,8 @@ class ModelShard:
             experts *= spec.num_experts // self.parallel.expert_model_parallel_size
         else:
             dense += [2 * spec.ffn_hidden_size * hidden // tp_size, spec.ffn_hidden_size * hidden // tp_size]
-        sizes = [(count, False) for count in dense * self.num_layers]
-        sizes += [(count, True) for count in experts * self.num_layers]
-        if self.is_pipeline_first_stage:
-            sizes.append((self.local_vocab_size * hidden, False))
+        layer = [(count, False) for count in dense] + [(count, True) for count in experts]
+        sizes = [(self.local_vocab_size * hidden, False)] * self.is_pipeline_first_stage + layer * self.num_layers
         if self.is_pipeline_last_stage:
             sizes += [(hidden, False)] + [(self.local_vocab_size * hidden, False)] * (not self.has_tied_output)
         return sizes
@@ -208,6 +207,8 @@ class ModelShard:
         rows = batch.tokens if batch.packed else batch.seq_length
         if self.parallel.context_parallel_size > 1 and not (build.fused or build.recompute.recomputes("core_attn")):
             per_token += self._gathered_keys_bytes(build, batch)
+        elif build.on_gpu and not (build.fused or build.recompute.recomputes("core_attn")):
+            per_token += self._masked_attention_bytes(build, batch)
         return int(batch.tokens * per_token + rows * rotary_tables)
 
     def _adapter_bytes(self, build: Build) -> float:
@@ -284,6 +285,27 @@ class ModelShard:
             elif not build.fused:  # Transformer Engine's rotation saves nothing of its input
                 saved += 8 * q_dim + (4 if size == 4 else 8) * kv_dim
         return saved
+
+    def _masked_attention_bytes(self, build: Build, batch: MicroBatchShape) -> float:
+        """Per token, beside ``_attention_bytes``: for kernels that take a mask, and neither groups nor sinks.
+
+        Keys and values are repeated for grouped queries. A key of the sinks needs further channels in all of them, and
+        every packed sequence runs by itself. FlashAttention has windows in packed sequences, which need nothing.
+        """
+        spec, q_dim, kv_dim, length = self.spec, self.local_q_dim, self.local_kv_dim, batch.seq_length
+        qkv_dim = q_dim + 2 * kv_dim
+        if spec.parts.attention_sinks:
+            wide = q_dim + q_dim // spec.head_dim * SINK_CHANNELS
+            values = 4 * wide - qkv_dim - q_dim - kv_dim  # of queries, keys, values and output
+            share = 1.0
+        else:
+            layers = layers_of_pp_rank(spec, self.pp_rank, self.parallel.pipeline_model_parallel_size)
+            windows = [spec.window_of_layer(layer) or length for layer in layers]
+            share = 0.0 if batch.packed else sum(window < length for window in windows) / len(windows)
+            # For a norm queries and keys keep the product, which values are part of without a copy.
+            values = (2 * q_dim - kv_dim - qkv_dim * (not spec.qk_norm)) * (q_dim != kv_dim)
+        mask = length if batch.packed else length * length / batch.tokens
+        return share * build.bytes_per_value * (values + mask)
 
     def _gathered_keys_bytes(self, build: Build, batch: MicroBatchShape) -> float:
         """Per token: keys and values of all context ranks, repeated for grouped queries, and the attention's mask."""

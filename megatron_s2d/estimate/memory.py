@@ -42,10 +42,11 @@ class ResidentMemory:
     weights: int
     gradients: int = 0  # float32
     optimizer: int = 0  # Adam's moments and, in bfloat16, float32 masters; sharded over data ranks
+    fp8_copies: int = 0  # of the weights of layers; the first pass makes them
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.fp8_copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,43 +144,17 @@ def trained_memory(shard: ModelShard, build: Build, model: str = "", role: str =
     buffers = shard.gradient_buffers(build.lora)
     elements = sum(count for count, _ in buffers)
     share = sum(count / ranks for count, ranks in buffers)
-    weights = elements * size + shard.fp8_copy_bytes(build)
+    weights = elements * size
     if build.lora is not None:  # beside the frozen ones
         weights += shard.num_parameters * size
-    return ResidentMemory(role, model, weights, elements * 4, round(share * (12 if size == 2 else 8)))
-
-
-def prepare_training_peak(shard: ModelShard, build: Build) -> int:
-    """Return peak bytes while gradient buffers and optimizer are made; the moments come with the first update.
-
-    The weights of each buffer (dense, then experts) are copied into it beside its gradients, and freed. Then masters
-    are made, one after the other, of a copy in the weights' dtype; counted is the largest one of any data rank.
-    """
-    size = build.bytes_per_value
-    buffers = shard.gradient_buffers(build.lora)
-    sizes = shard.trained_sizes(build.lora)
-    made, old, copying = 0, sum(count for count, _ in sizes) * size, 0
-    if build.lora is not None:
-        made = shard.num_parameters * size  # they stay where they are
-    for count, _ in buffers:
-        made += count * (size + 4)
-        copying = max(copying, made + old)
-        old -= count * size
-    if size == 4:
-        return copying
-    masters = sum(4 * count // ranks for count, ranks in buffers)
-    copied = 0
-    for (count, ranks), experts in zip(buffers, (False, True), strict=False):
-        parameters = [parameter for parameter, is_expert in sizes if is_expert == experts]
-        copied = max(copied, size * min(max(parameters, default=0), count // ranks))
-    return max(copying, made + masters + copied)
+    optimizer = round(share * (12 if size == 2 else 8))
+    return ResidentMemory(role, model, weights, elements * 4, optimizer, shard.fp8_copy_bytes(build))
 
 
 def frozen_memory(shard: ModelShard, build: Build, role: str, model: str = "", copies: int = 1) -> ResidentMemory:
     """Return the memory of ``copies`` of a model's weights, without gradients or optimizer state."""
-    return ResidentMemory(
-        role, model, copies * (shard.num_parameters * build.bytes_per_value + shard.fp8_copy_bytes(build))
-    )
+    weights, fp8_copies = shard.num_parameters * build.bytes_per_value, shard.fp8_copy_bytes(build)
+    return ResidentMemory(role, model, copies * weights, fp8_copies=copies * fp8_copies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,6 @@ from megatron_s2d.estimate.memory import (
     frozen_memory,
     generate_phases,
     lazy_hidden_states,
-    prepare_training_peak,
     score_phase,
     states_travel_phase,
     top_k_selection_bytes,
@@ -48,6 +47,7 @@ from megatron_s2d.estimate.memory import (
     workload,
     workspaces,
 )
+from megatron_s2d.estimate.optimizer_peak import prepare_training_peak
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 _DOCUMENTS = 64  # documents of a generated corpus that are read to find its length
@@ -182,9 +182,13 @@ def rank_memory(
     on_gpu: bool,
     transformer_engine: bool = True,
     equal_lengths: bool = False,
+    stage_rank: int | None = None,
 ) -> StageMemory:
-    """Return the memory of pipeline rank ``pp_rank`` while stage ``name`` runs; see ``stage_memory``, ``workload``."""
-    estimate = _StageEstimate(config, name, specs, shape, on_gpu, transformer_engine, equal_lengths)
+    """Return the memory of pipeline rank ``pp_rank`` while stage ``name`` runs; see ``stage_memory``, ``workload``.
+
+    stage_rank: of the pipeline stage's ranks; None: the one that needs most. They differ while models are made.
+    """
+    estimate = _StageEstimate(config, name, specs, shape, on_gpu, transformer_engine, equal_lengths, stage_rank)
     return estimate.memory_of(pipeline_shards(estimate.spec, estimate.parallel)[pp_rank])
 
 
@@ -197,6 +201,7 @@ class _StageEstimate:
     on_gpu: bool
     transformer_engine: bool = True
     equal_lengths: bool = False
+    stage_rank: int | None = None
 
     @property
     def stage(self) -> Any:
@@ -258,7 +263,8 @@ class _StageEstimate:
         models = [student, *frozen]
         if teacher is not None and (size := teacher.output_layers(shard, self.build)):
             models.append(ResidentMemory("teacher's output layer", self.model, size))
-        made = prepare_training_peak(shard, self.build) + sum(item.total for item in frozen)
+        made = prepare_training_peak(shard, self.build, self.stage_rank)
+        made += sum(item.total - item.fp8_copies for item in frozen)
         memory = self._memory(shard, tuple(models), phases)
         kept = memory.workspaces + shard.placeholder_bytes(self.build)
         return dataclasses.replace(
@@ -393,7 +399,7 @@ class _StageEstimate:
     def _scores(self, shard: ModelShard, work: Workload) -> dict[str, dict[str, int]]:
         """Forward passes of frozen models, and of the student for old log-probabilities."""
         phases = {}
-        if self._scores_old_log_probs():
+        if isinstance(self.stage, GrpoConfig | OpdConfig) and self.stage.num_updates > 1:
             phases["score"] = score_phase(shard, self.build, work, on_gpu=self.on_gpu)
         for role, stage, parallel in frozen_models(self.config, self.name):
             spec = self.specs[self.config.model_of(stage)]
@@ -412,9 +418,6 @@ class _StageEstimate:
             if sum(phase.values()) > sum(phases.get(role, {}).values()):
                 phases[role] = phase
         return phases
-
-    def _scores_old_log_probs(self) -> bool:
-        return isinstance(self.stage, GrpoConfig | OpdConfig) and self.stage.num_updates > 1
 
 
 def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:

@@ -63,6 +63,7 @@ def estimated_memory(
         sampling = stage.sampling.model_copy(update={"max_response_length": decoded})
         stages = dict(config.stages) | {measurement.stage: stage.model_copy(update={"sampling": sampling})}
         config = config.model_copy(update={"stages": stages})
+    parallel = config.parallel
     return rank_memory(
         config,
         measurement.stage,
@@ -72,6 +73,7 @@ def estimated_memory(
         on_gpu=True,
         transformer_engine=measurement.transformer_engine,
         equal_lengths=True,
+        stage_rank=measurement.rank % (parallel.world_size // parallel.pipeline_model_parallel_size),
     )
 
 
@@ -107,11 +109,8 @@ def compare_traffic(
     measured = bytes_sent(measurement.call("train").collectives, parallel, is_middle=is_middle)
     measured |= bytes_sent(measurement.call("update").collectives, parallel, "weights")
     estimated = {kind: item.bytes_sent for kind, item in on_machine.train_traffic(work).items()}
-    context = estimated.pop("context", 0.0)
-    if _looks_like_tensor_traffic(parallel):
-        estimated["tensor"] += context
-    elif not fused:  # Transformer Engine's ring sends to neighbours
-        estimated["context"] = context
+    if not fused and _looks_like_tensor_traffic(parallel):  # keys are gathered
+        estimated["tensor"] += estimated.pop("context")
     return {kind: (size, measured.get(kind, 0.0)) for kind, size in estimated.items() if size}
 
 
@@ -128,10 +127,13 @@ def bytes_sent(
     gathers: what all-gathers of values in half precision are. is_middle: pipeline ranks come before and after this one.
     """
     pp_size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    cp_size = parallel.context_parallel_size
+    # Transformer Engine's context ranks send keys to their neighbours; PyTorch may make a group of each pair.
+    ring_sizes = {2, cp_size} - {parallel.expert_model_parallel_size} if cp_size > 1 else set()
     sent: dict[str, float] = {}
     for item in collectives:
         share = (item.ranks - 1) / item.ranks
-        is_context = 1 < parallel.context_parallel_size == item.ranks and not _looks_like_tensor_traffic(parallel)
+        is_context = 1 < cp_size == item.ranks and not _looks_like_tensor_traffic(parallel)
         if is_context and gathers == "tensor" and item.kind in ("AllGather", "ReduceScatter") and item.dtype == "bf16":
             kind, size = "context", item.bytes * share
         elif item.kind == "AllGather" and item.dtype == "bf16":
@@ -146,6 +148,8 @@ def bytes_sent(
             # A rank in the middle sends hidden states and gradients of each of its chunks, and receives as many. The
             # first and the last one send one of them less.
             kind, size = "pipeline", item.bytes * (0.5 if is_middle else chunks / (2 * chunks - 1))
+        elif item.kind == "Send" and item.dtype == "bf16" and item.ranks in ring_sizes:
+            kind, size = "context", item.bytes
         elif item.kind in ("Send", "AllToAll") and item.dtype == "bf16":  # one of the sends is to the rank itself
             kind, size = "expert", item.bytes * share
         else:

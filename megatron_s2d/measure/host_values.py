@@ -38,6 +38,8 @@ _UNSET = {
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
     aten.new_empty_strided.default,
 }  # fmt: skip
+# Their integers are the random state of dropout, which nothing reads; in a CUDA graph it is on the device.
+_ATTENTION = {aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default}
 # Results with one value: name of the operation -> index of the argument that has it, or the value itself.
 _FILLED = {
     "zeros": 0.0,
@@ -186,8 +188,9 @@ class HostValues(TorchDispatchMode):
 
     def _compute(self, func: Any, args: tuple, kwargs: dict, outputs: list[Any], targets: list[Any]) -> None:
         """Write the values of ``targets``, which are among the ``outputs`` of the operation."""
-        if func in _UNSET:
-            on_host(outputs[0]).zero_()
+        if func in _UNSET or func in _ATTENTION:
+            for item in targets:
+                on_host(item).zero_()
             return
         source = next((item for item in args if isinstance(item, torch.Tensor)), None)
         if source is not None and source.is_floating_point():

@@ -32,11 +32,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron_s2d.buffer_sizes import SINK_CHANNELS
 from megatron_s2d.models.layer_config import window_of_layer
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.context_parallel import cp_positions
-
-_SINK_CHANNELS = 8  # kernels want head sizes that it divides
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -160,10 +159,10 @@ def _attend_with_sinks(
     """
     num_queries, batch, num_heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
-    is_sink = (torch.arange(_SINK_CHANNELS, device=query.device) == 0).to(query.dtype)
+    is_sink = (torch.arange(SINK_CHANNELS, device=query.device) == 0).to(query.dtype)
     extra = (sinks.to(query.dtype) / scale)[:, None] * is_sink
-    query = torch.cat([query, extra.expand(num_queries, batch, num_heads, _SINK_CHANNELS)], dim=-1)
-    key, value = (F.pad(tensor, (0, _SINK_CHANNELS, 0, 0, 0, 0, 1, 0)) for tensor in (key, value))
+    query = torch.cat([query, extra.expand(num_queries, batch, num_heads, SINK_CHANNELS)], dim=-1)
+    key, value = (F.pad(tensor, (0, SINK_CHANNELS, 0, 0, 0, 0, 1, 0)) for tensor in (key, value))
     sink_key = F.pad(is_sink, (dim, 0))
     key = torch.cat([sink_key.expand(1, *key.shape[1:]), key[1:]])
     num_keys = key.size(0) - 1

@@ -46,6 +46,7 @@ def what_is_largest(memory: StageMemory) -> str:
     parts = {}
     for item in memory.models:
         kinds = {"weights": item.weights, "gradients": item.gradients, "optimizer": item.optimizer}
+        kinds |= {"FP8 copies": item.fp8_copies} if item.fp8_copies else {}
         parts |= {f"{kind} of the {item.role}": size for kind, size in kinds.items()}
     parts |= memory.phases.get(memory.peak_phase, {})
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]

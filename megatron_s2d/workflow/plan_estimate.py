@@ -85,7 +85,7 @@ def memory_table(preflight: Preflight, machine: Machine | None) -> Table:
         for item in memory.models:
             models.append(f"{item.role} {format_bytes(item.total)}")
             trained = f", {format_bytes(item.gradients)}, {format_bytes(item.optimizer)}" if item.gradients else ""
-            parts.append(f"{item.role} {format_bytes(item.weights)}{trained}")
+            parts.append(f"{item.role} {format_bytes(item.weights + item.fp8_copies)}{trained}")
         sums = {phase: sum(values.values()) for phase, values in memory.phases.items()}
         adds = []
         for phase in sorted((phase for phase in sums if sums[phase]), key=lambda phase: -sums[phase]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ _SECTIONS = ("parallel", "teacher_parallel", "rollout", "fp8")
 # With it the stages build its layers, which launch, wait and save otherwise.
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 LAUNCHER = RankLauncher()  # ends with this process
+CONFIGS = tempfile.TemporaryDirectory(prefix="megatron_s2d_configs_")  # so do the files in it
 _MICRO_BATCH = {"max_tokens_per_gpu": 4096, "sequence_packing": True}
 
 
@@ -103,17 +106,33 @@ def _read(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name(name).read_text())
 
 
+def _family_cases() -> dict[str, dict[str, Any]]:
+    """Return a GRPO stage of each model family, by ``config.json``."""
+    cases = {}
+    for name, values in _read("families.yaml").items():
+        folder = Path(CONFIGS.name) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(values["config"]))
+        cases[f"grpo_{name}"] = {"models": {"student": {"path": folder}}, "prompt": 256, "response": 768} | values
+    return cases
+
+
 def _all_cases() -> dict[str, Case]:
     values, engine = _read("cases.yaml"), _read("transformer_engine.yaml")
     for name, case in engine["cases"].items():
         values[name] = values[case["like"]] | case
     if HAS_TRANSFORMER_ENGINE:
         values = {name: case | engine["bars"].get(name, {}) for name, case in values.items()}
+    values |= _family_cases()
     return {name: Case(name, case) for name, case in values.items()}
 
 
 CASES = _all_cases()
 NEED_TRANSFORMER_ENGINE = set(_read("transformer_engine.yaml")["cases"])
+REFUSE_TRANSFORMER_ENGINE = {name for name, case in CASES.items() if "without_transformer_engine" in case.values}
 
 # Further layouts, of the same parts as those of ``make test``.
-SLOW = {"opd_8b_virtual_stages", "grpo_llama_tp4_pp2", "opd_moe_tp2_cp2_ep4", "sft_14b_middle_stage"}
+SLOW = {
+    "opd_8b_virtual_stages", "grpo_llama_tp4_pp2", "opd_moe_tp2_cp2_ep4", "sft_14b_middle_stage",
+    "grpo_qwen2", "grpo_qwen3", "grpo_qwen3_moe", "grpo_llama", "grpo_gemma3_text", "grpo_seed_oss",
+}  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cases import CASES, HAS_TRANSFORMER_ENGINE, NEED_TRANSFORMER_ENGINE, SLOW
+from cases import CASES, HAS_TRANSFORMER_ENGINE, NEED_TRANSFORMER_ENGINE, REFUSE_TRANSFORMER_ENGINE, SLOW
 
 from megatron_s2d.errors import UserError
 from megatron_s2d.measure.build_stub import stub_library, why_unavailable
@@ -29,6 +29,8 @@ def marks_of(name: str) -> list[pytest.MarkDecorator]:
     """Return the marks of a case: slow, and skipped where its layers are not installed."""
     needs = name in NEED_TRANSFORMER_ENGINE and not HAS_TRANSFORMER_ENGINE
     skip = [pytest.mark.skip(reason="Transformer Engine is not installed (docs/gpu.md)")] if needs else []
+    if name in REFUSE_TRANSFORMER_ENGINE and HAS_TRANSFORMER_ENGINE:
+        skip = [pytest.mark.skip(reason="Transformer Engine's layers do not have its parts (docs/supported-models.md)")]
     return skip + ([pytest.mark.slow] if name in SLOW | NEED_TRANSFORMER_ENGINE else [])
 
 

@@ -192,10 +192,11 @@ def test_a_machine_that_cannot_compile_it_says_what_to_do(monkeypatch, missing, 
 
 
 def test_every_case_is_measured_by_one_file():
+    import test_families
     import test_one_group
     import test_tensor_and_pipeline
     import test_transformer_engine
     from cases import CASES
 
-    files = (test_one_group, test_tensor_and_pipeline, test_transformer_engine)
+    files = (test_families, test_one_group, test_tensor_and_pipeline, test_transformer_engine)
     assert sorted(name for file in files for name in file.NAMES) == sorted(CASES)

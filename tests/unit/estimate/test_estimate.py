@@ -20,12 +20,12 @@ from megatron_s2d.estimate.memory import (
     frozen_memory,
     generate_phases,
     output_workspace,
-    prepare_training_peak,
     train_phase,
     trained_memory,
     update_phase,
     workload,
 )
+from megatron_s2d.estimate.optimizer_peak import prepare_training_peak
 from megatron_s2d.objectives.distill import sft_objective
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed
 from megatron_s2d.records import Sample
@@ -175,6 +175,22 @@ def test_making_the_optimizer_holds_the_weights_twice():
     # One data rank: masters of all parameters, beside a copy of the largest one.
     alone = 10 * spec.num_parameters + 2 * 128256 * 4096
     assert prepare_training_peak(ModelShard(spec, ParallelConfig(), 0), build) == pytest.approx(alone, rel=1e-3)
+    # The last stage makes the master of the output layer first, and of every layer a smaller one.
+    last = ModelShard(spec, ParallelConfig(pipeline_model_parallel_size=2), 1)
+    assert prepare_training_peak(last, build) == pytest.approx(10 * last.num_parameters, rel=5e-3)
+
+
+def test_making_the_optimizer_follows_the_buckets_of_the_gradient_buffer():
+    """Two data ranks: without overlapped reductions the second one has the embedding, with them each has half of it."""
+    spec = ModelConfig(preset="qwen3-0.6b", tie_word_embeddings=True).resolve()
+    build, embedding = Build(2, fused=True), 151936 * 1024
+    whole = ParallelConfig(data_parallel_size=2, overlap_grad_reduce=False)
+    peaks = [prepare_training_peak(ModelShard(spec, whole, 0), build, stage_rank=rank) for rank in (0, 1)]
+    halves = 6 * spec.num_parameters + 2 * spec.num_parameters
+    assert peaks[0] == pytest.approx(halves, rel=1e-2)
+    assert peaks[1] == pytest.approx(halves + 2 * embedding, rel=1e-2)
+    cut = ModelShard(spec, ParallelConfig(data_parallel_size=2), 0)
+    assert prepare_training_peak(cut, build) == pytest.approx(halves + embedding, rel=1e-2)
 
 
 def test_an_update_without_transformer_engine_holds_one_more_float32_copy():

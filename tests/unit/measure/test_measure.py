@@ -10,6 +10,7 @@ from megatron_s2d.cli import main
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.estimate.stage_memory import rank_memory
+from megatron_s2d.measure.comparison import bytes_sent
 from megatron_s2d.measure.limits import Limits, shortened
 from megatron_s2d.measure.measurement import Measurement, OutOfMemory, PhaseCall
 from megatron_s2d.measure.stub import Collective, Copies, Product
@@ -53,6 +54,18 @@ def test_a_measurement_survives_json_and_reports_the_largest_peak():
     assert measurement.call("train").flops == 2 * 4 * 8 * 16 * 2 * 3
     with pytest.raises(KeyError, match="no phase score"):
         measurement.call("score")
+
+
+def test_keys_that_context_ranks_pass_on_are_not_counted_as_tokens_of_experts():
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        context_parallel_size=2,
+        expert_model_parallel_size=4,
+        data_parallel_size=2,
+    )
+    sends = [Collective("Send", ranks, "bf16", 1, 1000) for ranks in (2, 4)]  # Transformer Engine's ring; all-to-all
+    assert bytes_sent(sends, parallel) == {"context": 1000, "expert": 750}
 
 
 def test_a_stage_is_cut_to_the_responses_that_fill_its_micro_batches(preflight):
