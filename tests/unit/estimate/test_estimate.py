@@ -168,6 +168,26 @@ def test_activations_on_a_gpu_without_transformer_engine_by_hand():
     assert across.layer_activation_bytes(build, packed) == saved + 1000 * (table + added)
 
 
+def test_activations_of_attention_with_a_mask_by_hand():
+    """On a GPU, in values of one token: what recomputing the attention leaves out."""
+
+    def saved(preset: str, packed: bool) -> int:
+        shard = ModelShard(ModelConfig(preset=preset, vocab_size=64).resolve(), ParallelConfig(), 0)
+        builds = [Build(2, fused=False, on_gpu=True, recompute=Recompute(kind)) for kind in ("none", "selective")]
+        kept, recomputed = (
+            shard.layer_activation_bytes(build, MicroBatchShape(1000, 500, 1000, packed)) for build in builds
+        )
+        return kept - recomputed - 1000 * 4 * 4  # a number for each of four heads
+
+    # Sinks: four tensors of all heads with 8 more channels instead of the product, keys, queries and output, which are
+    # 64 + 2 * 32, 32, 64 and 64, beside an output without these channels; a mask of 500 keys.
+    assert saved("tiny-gpt-oss", packed=True) == 2 * 1000 * (4 * (64 + 4 * 8) + 64 - (128 + 32 + 64 + 64) + 500)
+    # A window in one of two layers: keys and values for each of the queries' heads, instead of keys; two sequences
+    # share a mask. The product is kept for the norm of queries and keys.
+    assert saved("tiny-gemma3", packed=False) == 2 * 1000 * (2 * 96 - 48 + 500 // 2) // 2
+    assert saved("tiny-gemma3", packed=True) == 0
+
+
 def test_making_the_optimizer_holds_the_weights_twice():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     spread, build = ParallelConfig(data_parallel_size=8), Build(2, fused=True)
