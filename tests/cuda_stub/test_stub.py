@@ -100,6 +100,23 @@ else:
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_attention_with_a_mask_is_captured(stub):
+    """In a graph the random state of its dropout is on the device; the kernel has no counterpart on the host."""
+    code = """
+with HostValues(stub):
+    query = torch.empty(2, 4, 1, 64, dtype=torch.bfloat16, device="cuda")
+    keys, allowed = query.expand(2, 4, 32, 64).contiguous(), torch.ones(2, 1, 1, 32, dtype=torch.bool, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.nn.functional.scaled_dot_product_attention(query, keys, keys, attn_mask=allowed)
+    stub.take()
+    graph.replay()
+assert sum(stub.take().launches.values()) == 1
+"""
+    result = run_on_stub(stub, code)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_attention_of_cudnn_allocates_its_workspace_and_counts(stub):
     code = """
 q = torch.empty(2, 16, 512, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
