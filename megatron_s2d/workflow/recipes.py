@@ -9,18 +9,21 @@ import string
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from megatron_s2d.artifacts.files import atomic_write_text
 from megatron_s2d.config.base import parse
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.config.hardware import AssumptionsConfig, gpu_of
 from megatron_s2d.config.hf_config import published_files, spec_from_directory
 from megatron_s2d.config.parallel import ParallelConfig
+from megatron_s2d.config.training import MicroBatchConfig
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.data.problems import read_problems
 from megatron_s2d.errors import UserError
 from megatron_s2d.estimate.roofline import Machine
 from megatron_s2d.workflow.layout_search import Proposal, propose
-from megatron_s2d.workflow.preflight import check_workflow
+from megatron_s2d.workflow.preflight import Preflight, check_workflow
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = {
@@ -31,6 +34,8 @@ RECIPES = {
     "self-distillation": "On-policy distillation of the student into itself, which as the teacher reads solutions",
 }
 NEEDS_TEACHER = ("opd", "four-stages")
+_MAX_TOKENS = 16384  # of a micro-batch, where memory allows
+_SHARE_OF_MEMORY = 0.5  # of a machine without GPUs: the estimate is of tensors, and other programs run too
 _EVAL_ROWS = 200  # held out of a file without a second one for the evaluation
 
 
@@ -72,15 +77,37 @@ def write_recipe(request: NewWorkflow, target: Path) -> Path:
         if request.num_gpus:
             machine = Machine(gpu_of(request.gpu), parse(AssumptionsConfig, {}, "--gpu"))
             text = render_recipe(request, target, propose(preflight, machine, request.num_gpus)[0])
-            draft.write_text(text, encoding="utf-8")
-            load_workflow(draft)
+        else:
+            text = render_recipe(request, target, max_tokens=largest_micro_batch(preflight))
+        draft.write_text(text, encoding="utf-8")
+        load_workflow(draft)
     atomic_write_text(target, text)
     return target
 
 
-def render_recipe(request: NewWorkflow, target: Path, layout: Proposal | None = None) -> str:
-    """Return the text of the workflow; without a layout for one rank."""
-    recompute, max_tokens, sizes = "none", 16384, {}
+def largest_micro_batch(preflight: Preflight) -> int:
+    """Return the tokens of a micro-batch with which every stage is estimated to fit this machine's CPU rank.
+
+    The workflow's own, halved until it fits or only the longest sample does.
+    """
+    config, limit = preflight.config, _SHARE_OF_MEMORY * psutil.virtual_memory().total
+    tokens = max(stage.micro_batch.max_tokens_per_gpu for stage in config.stages.values())
+    longest = max(shape.length for shape in preflight.shapes.values())
+    while True:
+        micro_batch = {"micro_batch": MicroBatchConfig(max_tokens_per_gpu=tokens)}
+        stages = {name: stage.model_copy(update=micro_batch) for name, stage in config.stages.items()}
+        changed = dataclasses.replace(preflight, config=config.model_copy(update={"stages": stages}))
+        fits = all(memory.total <= limit for memory in changed.memory(on_gpu=False).values())
+        if fits or tokens // 2 < longest:
+            return tokens
+        tokens //= 2
+
+
+def render_recipe(
+    request: NewWorkflow, target: Path, layout: Proposal | None = None, max_tokens: int = _MAX_TOKENS
+) -> str:
+    """Return the text of the workflow; without a layout for one rank, with micro-batches of ``max_tokens``."""
+    recompute, sizes = "none", {}
     if layout is not None:
         recompute, max_tokens, defaults = layout.recompute, layout.max_tokens, ParallelConfig().model_dump()
         sizes = {key: value for key, value in layout.parallel.model_dump().items() if value != defaults[key]}

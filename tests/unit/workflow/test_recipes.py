@@ -1,6 +1,7 @@
 """``s2d init``: every recipe passes the checks of ``--dry-run`` on a model and data of the user."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from megatron_s2d.conversion.hf_writer import HfWriter, PlannedTensor
 from megatron_s2d.data.prompts import prompts_of
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.models.families import hf_tensor_shapes
+from megatron_s2d.workflow import recipes
+from megatron_s2d.workflow.preflight import check_workflow
 from megatron_s2d.workflow.recipes import RECIPES
 
 
@@ -77,6 +80,18 @@ def test_adapters_of_a_rank_are_trained_at_ten_times_the_rate(user, tmp_path, ca
 def test_missing_solutions_are_named(user, tmp_path, capsys, recipe, line):
     assert init(user, tmp_path / "my.yaml", recipe) == 1
     assert line in capsys.readouterr().err and not (tmp_path / "my.yaml").exists()
+
+
+def test_micro_batches_fit_the_memory_of_a_machine_without_gpus(user, tmp_path, capsys, monkeypatch):
+    assert init(user, tmp_path / "large.yaml", "opd") == 0, capsys.readouterr().err
+    assert load_workflow(tmp_path / "large.yaml").stages["opd"].micro_batch.max_tokens_per_gpu == 16384
+    monkeypatch.setattr(recipes.psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * 2**20))
+    assert init(user, tmp_path / "small.yaml", "opd") == 0, capsys.readouterr().err
+    config = load_workflow(tmp_path / "small.yaml")
+    tokens = config.stages["opd"].micro_batch.max_tokens_per_gpu
+    assert 40 <= tokens <= 8192  # prompt and response
+    preflight = check_workflow(config, tmp_path / "run")
+    assert all(item.total <= 16 * 2**20 for item in preflight.memory(on_gpu=False).values())
 
 
 def test_gpus_get_a_layout_that_fits(user, tmp_path, capsys):
