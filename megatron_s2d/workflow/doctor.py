@@ -175,7 +175,7 @@ def probe_devices() -> tuple[list[str], list[Check]]:
     """Return one line for each device, and the checks that need torch: its import and CUDA."""
     try:
         import torch
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:  # ValueError: torch finds no library of CUDA
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return [], [Check("torch import", "missing", True, "", "", f"torch cannot be imported: {reason}")]
     devices = [f"CPU: {platform.processor() or platform.machine()}, torch uses {torch.get_num_threads()} threads"]

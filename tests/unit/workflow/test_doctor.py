@@ -79,10 +79,17 @@ def test_commands():
     assert checks["sbatch"].status == "ok" and checks["srun"].status == "missing" and not checks["srun"].failed
 
 
-def test_torch_that_cannot_be_imported_fails_the_check(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+@pytest.mark.parametrize("error", [ImportError, OSError, ValueError])
+def test_torch_that_cannot_be_imported_fails_the_check(monkeypatch, error):
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "torch":
+                raise error("libcublasLt.so not found")
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     devices, (check,) = probe_devices()
-    assert devices == [] and check.failed and "torch cannot be imported" in check.note
+    assert devices == [] and check.failed and check.note == "torch cannot be imported: libcublasLt.so not found"
 
 
 def test_container_limits(monkeypatch, tmp_path):
