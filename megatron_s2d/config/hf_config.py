@@ -8,6 +8,7 @@ types) raise an error. What a family has is in ``families.py``.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def spec_from_directory(directory: str | Path) -> ModelSpec:
     if not path.exists():
         snapshots = sorted(Path(directory).glob(f"snapshots/*/{CONFIG_NAME}"))
         hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
+        if not Path(directory).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+            hint = f"; if that is a name on the hub: hf download {directory} --local-dir DIR, and give DIR"
         raise UserError(f"{directory}: not a Hugging Face model directory (no config.json){hint}")
     document = read_json_object(path)
     return spec_from_hf_config(document, str(path))

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from test_field_checkpoints import make
 
-from megatron_s2d.config.hf_config import hf_config_from_spec
+from megatron_s2d.config.hf_config import hf_config_from_spec, spec_from_directory
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.conversion.convert import check_conversion, hf_to_megatron, megatron_to_hf
 from megatron_s2d.errors import UserError
@@ -196,6 +196,13 @@ def test_the_cache_of_the_hub_is_read_through_its_links(tmp_path):
     blob.write_bytes(blob.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match="corrupted"):
         HfCheckpoint(snapshot).verify_digests()
+
+
+def test_a_name_on_the_hub_is_told_how_to_become_a_directory():
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen3-8B --local-dir DIR, and give DIR"):
+        spec_from_directory("Qwen/Qwen3-8B")
+    with pytest.raises(UserError, match=r"no config\.json\)$"):
+        spec_from_directory("/no/such/directory")
 
 
 def gpt_oss(directory):
