@@ -327,14 +327,31 @@ def _forward_peak(shard: ModelShard, build: Build, tokens: int) -> int:
 def export_phase(shard: ModelShard, build: Build, bucket_bytes: int) -> dict[str, int]:
     """Return bytes while weights are exported to servers: full tensors in buckets (``models/weights.py``).
 
-    The shards of a bucket, what all ranks sent, and the tensors that are made of it; the bucket before is still held.
+    What all ranks sent, and the tensors that are made of it; a tensor alone in its bucket is not copied again where
+    tensor ranks send nothing. The bucket before is still held.
     """
-    spec, size = shard.spec, build.bytes_per_value
-    model = spec.num_parameters * size
-    largest = min(model, max(spec.vocab_size * spec.hidden_size * size, bucket_bytes))
-    ranks = shard.tp_size * (shard.parallel.expert_model_parallel_size if spec.num_experts else 1)
-    copies = 2 + 1 / ranks if ranks > 1 else 2
-    return {"bucket before": min(bucket_bytes, model - largest), "bucket": int(copies * largest)}
+    vocabulary = shard.spec.vocab_size * shard.spec.hidden_size
+    peak, before = {"bucket before": 0, "bucket": 0}, 0
+    for sizes in _export_buckets(shard.spec, build, bucket_bytes):
+        is_alone = len(sizes) == 1 and shard.tp_size == 1 and sizes[0] >= vocabulary * build.bytes_per_value
+        bucket = sum(sizes) * (1 if is_alone else 2)
+        if before + bucket > sum(peak.values()):
+            peak = {"bucket before": before, "bucket": bucket}
+        before = sum(sizes)
+    return peak
+
+
+def _export_buckets(spec: ModelSpec, build: Build, bucket_bytes: int) -> list[list[int]]:
+    """Return the bytes of the parameters in each bucket, in their order; experts have buckets of their own."""
+    buckets: list[list[int]] = []
+    kind = None
+    for count, is_expert in ModelShard(spec, ParallelConfig(), 0).parameter_sizes():
+        size = count * build.bytes_per_value
+        if kind != is_expert or sum(buckets[-1]) + size > bucket_bytes:
+            buckets.append([])
+        buckets[-1].append(size)
+        kind = is_expert
+    return buckets
 
 
 def states_travel_phase(work: Workload, teacher: ModelSpec, bytes_per_value: int, tp_size: int) -> dict[str, int]:

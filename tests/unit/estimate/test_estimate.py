@@ -223,8 +223,11 @@ def test_an_update_without_transformer_engine_holds_one_more_float32_copy():
 def test_an_export_holds_gathered_and_joined_tensors_beside_the_bucket_before():
     spec = ModelConfig(preset="llama-3.1-8b").resolve()
     shard = ModelShard(spec, ParallelConfig(tensor_model_parallel_size=4, data_parallel_size=2), 0)
-    embedding = 2 * 128256 * 4096
-    assert sum(export_phase(shard, Build(2, fused=True), 1 << 20).values()) == embedding * 9 // 4 + (1 << 20)
+    embedding, norm = 2 * 128256 * 4096, 2 * 4096
+    assert sum(export_phase(shard, Build(2, fused=True), 1 << 20).values()) == norm + 2 * embedding
+    # One tensor rank: the embedding is not joined, and is held beside the norms of the first layer.
+    alone = ModelShard(spec, ParallelConfig(), 0)
+    assert sum(export_phase(alone, Build(2, fused=True), 1 << 20).values()) == embedding + 2 * 2 * norm
 
 
 def test_tensor_and_sequence_parallelism_divide_all_activations():
