@@ -89,7 +89,7 @@ def add_serve_teacher(commands: argparse._SubParsersAction) -> None:
         _serve_teacher,
         "serve a teacher to trainers on other machines",
         "Load a model on the GPUs of this machine (tensor and pipeline parallel) and score responses over HTTP for "
-        "`opd` stages with a teacher_service: log-probabilities, top-k entries, or hidden states with the output "
+        "stages with a teacher_service: log-probabilities, top-k entries, or hidden states with the output "
         "layer, from which the trainer computes the exact KL. Prints its address and the digest of its weights; Ctrl-C "
         "ends it.",
         "s2d serve-teacher teacher.yaml",

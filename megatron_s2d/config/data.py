@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 import pydantic
 from pydantic import Field
@@ -131,6 +132,7 @@ class RowSource(Config):
     )
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+    _context_columns: tuple[str, ...] = pydantic.PrivateAttr(())  # no setting: see ``with_context_columns``
 
     @pydantic.model_validator(mode="after")
     def _check_limit_seed(self) -> RowSource:
@@ -174,11 +176,18 @@ class RowSource(Config):
 
     @property
     def template_columns(self) -> list[str]:
-        """Columns that a template of one's own names, beside the question."""
-        if self.template in get_args(TemplateName):
-            return []
-        columns = [column for _, column, _, _ in string.Formatter().parse(self.template)]
-        return [column for column in dict.fromkeys(columns) if column not in (None, "question")]
+        """Columns that a template of one's own, or the context of a teacher's view, names beside the question."""
+        columns: list[str | None] = []
+        if self.template not in get_args(TemplateName):
+            columns = [column for _, column, _, _ in string.Formatter().parse(self.template)]
+        names = dict.fromkeys([*columns, *self._context_columns])
+        return [column for column in names if column is not None and column != "question"]
+
+    def with_context_columns(self, columns: Sequence[str]) -> Self:
+        """Return the source with columns that the context of a teacher's view reads, too."""
+        source = self.model_copy()
+        source._context_columns = tuple(columns)
+        return source
 
     @property
     def resolved_environment(self) -> EnvironmentConfig | None:

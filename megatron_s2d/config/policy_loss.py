@@ -8,6 +8,7 @@ import pydantic
 from pydantic import Field
 
 from megatron_s2d.config.base import Config
+from megatron_s2d.config.teacher_service import TeacherServices, services_by_domain
 
 PolicyLoss = Literal["grpo", "gspo", "cispo"]
 StageByDomain = str | dict[str, str]
@@ -52,11 +53,30 @@ class AdvantageTermConfig(Config):
 class TeacherAdvantageConfig(AdvantageTermConfig):
     """A teacher's term in the advantages of GRPO: log pi_T - log pi_old of every sampled token."""
 
-    teacher: StageByDomain = Field(description="stage whose weights are the frozen teacher, or domain -> stage")
+    teacher: StageByDomain | None = Field(
+        None,
+        description="stage whose weights are the frozen teacher, or domain -> stage; null: that of `teacher_service`",
+    )
+    teacher_service: TeacherServices | None = Field(
+        None,
+        description="a teacher on other machines that `s2d serve-teacher` serves, or domain -> that; the trainer loads "
+        "no copy of it (docs/teachers.md)",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_one_teacher(self) -> TeacherAdvantageConfig:
+        if (self.teacher is None) == (self.teacher_service is None):
+            raise ValueError("set exactly one of `teacher` (a stage) and `teacher_service` (a server with a teacher)")
+        if any(service.cross_tokenizer for service in services_by_domain(self.teacher_service).values()):
+            raise ValueError(
+                "cross_tokenizer needs the teacher's own prompt, which GRPO has no view for: use an opd stage with "
+                "kl_estimator: sampled_token, teacher_view and reward_advantage"
+            )
+        return self
 
     def inputs(self) -> dict[str, str]:
         """Return relation -> stage of the teachers."""
-        return stages_by_relation("teacher", self.teacher)
+        return {} if self.teacher is None else stages_by_relation("teacher", self.teacher)
 
 
 class RewardAdvantageConfig(AdvantageTermConfig):

@@ -87,9 +87,16 @@ TeacherServices = TeacherServiceConfig | dict[str, TeacherServiceConfig]
 """One served teacher for all domains, or domain -> served teacher."""
 
 
-def service_key(stage_name: str, domain: str | None) -> str:
+def services_of(stage: object) -> TeacherServices | None:
+    """Return the served teachers of a stage: its own, or those of GRPO's ``teacher_advantage``."""
+    owner = getattr(stage, "teacher_advantage", None) or stage
+    return getattr(owner, "teacher_service", None)
+
+
+def service_key(stage_name: str, stage: object, domain: str | None) -> str:
     """Return the key of a served teacher in the configuration, which is also its key among specifications."""
-    return f"stages.{stage_name}.teacher_service" + (f".{domain}" if domain else "")
+    owner = ".teacher_advantage" if getattr(stage, "teacher_advantage", None) is not None else ""
+    return f"stages.{stage_name}{owner}.teacher_service" + (f".{domain}" if domain else "")
 
 
 def services_by_domain(services: TeacherServices | None) -> dict[str | None, TeacherServiceConfig]:

@@ -16,9 +16,9 @@ from pydantic import Field
 from megatron_s2d.config.base import Config
 
 FIELDS = ("prompt", "question", "answer", "solution")
-"""What ``context`` may name: the user's message as the student reads it, and the row's own fields."""
+"""What ``context`` may name of every row, beside its columns: the message as the student reads it, and these."""
 
-_LABELS = ("answer", "solution")
+_PUBLIC = frozenset(("prompt", "question"))
 
 
 class TeacherViewConfig(Config):
@@ -38,8 +38,8 @@ class TeacherViewConfig(Config):
     context: str | None = Field(
         None,
         description="the user's message with fields of the row: {prompt} (the message as the student reads it), "
-        "{question}, {answer}, {solution}; write other braces twice. answer and solution are labels: the stage uses "
-        "them. null: the message as the student reads it",
+        "{question}, {answer}, {solution}, or any column of the file, such as {feedback}; write other braces twice. "
+        "All but prompt and question are labels: the stage uses them. null: the message as the student reads it",
     )
     max_prompt_length: int | None = Field(
         None, ge=1, description="the stage leaves out problems whose prompt has more tokens here; null: no limit"
@@ -54,10 +54,10 @@ class TeacherViewConfig(Config):
         except ValueError as error:
             raise ValueError(f"context: {error}; write braces that are no field twice: {{{{ and }}}}") from None
         for _, field, format_spec, conversion in parts:
-            if field is not None and (field not in FIELDS or format_spec or conversion):
+            if field is not None and (not field.isidentifier() or format_spec or conversion):
                 raise ValueError(
-                    f"context: {{{field}}} is not a field of a row ({', '.join(FIELDS)}); write braces that are no "
-                    "field twice: {{ and }}"
+                    f"context: {{{field}}} is not a field of a row ({', '.join(FIELDS)}, or the name of a column); "
+                    "write braces that are no field twice: {{ and }}"
                 )
         return self
 
@@ -70,7 +70,12 @@ class TeacherViewConfig(Config):
     @property
     def uses_labels(self) -> bool:
         """Whether the teacher reads labels."""
-        return not self.fields.isdisjoint(_LABELS)
+        return not self.fields <= _PUBLIC
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a file that ``context`` names, beside the fields that every row has."""
+        return sorted(self.fields - set(FIELDS))
 
 
 TeacherViews = TeacherViewConfig | dict[str, TeacherViewConfig]

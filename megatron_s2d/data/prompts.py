@@ -102,6 +102,7 @@ def _file_prompts(
     }
     if view is not None:
         settings["view"] = dump(view)
+        source = source.with_context_columns(view.columns)
 
     convert = PromptRenderer(source, tokenizer, date, view)
 

@@ -219,9 +219,8 @@ def _plain_backend(tokenizer: Any) -> Any:
 
 
 def _values_of_view(prompt: str, problem: Problem) -> dict[str, str | None]:
-    return {
-        "prompt": prompt, "question": problem.question, "answer": problem.answer, "solution": problem.solution
-    }  # fmt: skip
+    own = {"prompt": prompt, "question": problem.question, "answer": problem.answer, "solution": problem.solution}
+    return {**problem.fields, **own}
 
 
 def _last_id(text: str, tokenizer: Any) -> int | None:

@@ -83,7 +83,7 @@ def task_prompts(source: TaskSource, tokenizer, view: TeacherViewConfig | None =
 def with_context(view: TeacherViewConfig, values: Mapping[str, str | None], id_: str) -> str:
     """Return the user's message of problem ``id_`` in a view. values: field -> its text; None: the row has none."""
     for field in sorted(view.fields):
-        if values[field] is None:
+        if values.get(field) is None:
             raise UserError(f"context of a teacher's view: prompt {id_} has no {field}; name its column in `columns`")
     return str(view.context).format(**values)
 

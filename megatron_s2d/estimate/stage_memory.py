@@ -21,7 +21,7 @@ from megatron_s2d.config.recompute import NO_RECOMPUTE
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.sft import SftConfig
 from megatron_s2d.config.stage import TrainingStageConfig, validation_of
-from megatron_s2d.config.teacher_service import service_key, services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain, services_of
 from megatron_s2d.config.training import SamplingConfig
 from megatron_s2d.config.weights import ExpoConfig, LoadCheckpointConfig
 from megatron_s2d.config.workflow import WorkflowConfig
@@ -422,8 +422,9 @@ class _StageEstimate:
 
 def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:
     """Return the served teachers of a stage; the student stands for one whose server does not answer."""
-    services = services_by_domain(getattr(config.stages[name], "teacher_service", None))
-    return [specs.get(service_key(name, domain), specs[config.model_of(name)]) for domain in services]
+    stage = config.stages[name]
+    services = services_by_domain(services_of(stage))
+    return [specs.get(service_key(name, stage, domain), specs[config.model_of(name)]) for domain in services]
 
 
 def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.config.grpo import GrpoConfig
+from megatron_s2d.config.teacher_service import services_of
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.objectives.advantages import (
     combined_advantage,
@@ -22,6 +23,7 @@ from megatron_s2d.records import AnySample, Sample, own_samples, with_array
 from megatron_s2d.rollout.buffer import RolloutBuffer
 from megatron_s2d.rollout.sampler import RolloutWorker, examples, response_metrics
 from megatron_s2d.stages.context import StageContext
+from megatron_s2d.stages.opd_teachers import AnyTeachers, announce, connect_services
 from megatron_s2d.stages.policy_loss import (
     counted_tokens,
     flat_values,
@@ -42,15 +44,15 @@ def run_grpo(context: StageContext) -> None:
     """Sample groups, verify, update."""
     stage: GrpoConfig = context.stage
     actor, model = context.models.start(), context.models.name_of(context.name)
+    served = connect_services(context, stage, actor) if services_of(stage) is not None else None
     reference = _reference(context, stage)
     actor.prepare_training(stage.optimizer, stage.steps * stage.num_updates, offload=stage.offload_optimizer)
     params = context.rollouts.sampling_params(stage.sampling, model)
     engine = context.rollouts.engine(actor, model, params)
     teacher = None
     if stage.teacher_advantage is not None:
-        teacher = TeacherAdvantages(
-            stage, actor, TeacherRouter.load(stage.teacher_advantage.teacher, context.models.frozen)
-        )
+        teachers = served or TeacherRouter.load(stage.teacher_advantage.teacher, context.models.frozen)
+        teacher = TeacherAdvantages(stage, actor, teachers)
     of_objective = grpo_objective if teacher is None else policy_distillation_objective
     objective = of_objective(surrogate_of(stage), entropy_coeff=stage.entropy_coeff, kl_loss_coef=stage.kl_loss_coef)
     with RewardManager() as reward_manager:
@@ -62,6 +64,8 @@ def run_grpo(context: StageContext) -> None:
             context.inputs.tokenizer,
             reward_manager,
             context.rollouts.environments(model, reward_manager),
+            # Of groups that are replaced nobody would read the scores.
+            on_group=served.prefetch if served is not None and stage.filter_groups is None else None,
         )
         buffer = context.rollouts.buffer(context.prompt_loader(), worker)
         source = GrpoSource(stage, buffer, reference, context.seed, teacher)
@@ -89,11 +93,12 @@ class TeacherAdvantages:
 
     stage: GrpoConfig
     actor: MegatronModel
-    teachers: TeacherRouter
+    teachers: AnyTeachers
 
     def added(self, samples: Sequence[AnySample], step: int) -> tuple[list[AnySample], dict[str, float]]:
         """Return the samples, which have the verifier's advantages, with both, and their metrics."""
         settings, totals = self.stage.teacher_advantage, self.actor.layout.host_dp
+        announce(self.teachers, samples)
         with timed("score"):
             scored = with_array(samples, "old_log_probs", self.actor.score(samples))
         with timed("teacher"):

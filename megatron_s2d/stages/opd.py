@@ -33,6 +33,7 @@ from megatron_s2d.stages.context import StageContext
 from megatron_s2d.stages.lagged_teacher import LaggedTeacherSource
 from megatron_s2d.stages.opd_teachers import (
     AnyTeachers,
+    announce,
     connect_services,
     distribution_teacher,
     load_references,
@@ -56,7 +57,6 @@ from megatron_s2d.stages.sg_opd import TeacherAnchorSource, gated_advantages
 from megatron_s2d.stages.token_weighting import token_factors, with_factors
 from megatron_s2d.stages.validation import StageValidation, restore_best
 from megatron_s2d.teachers.frozen import TeacherRouter
-from megatron_s2d.teachers.service.teachers import ServiceTeachers
 from megatron_s2d.train.loop import StepData, train
 from megatron_s2d.train.megatron_model import MegatronModel
 from megatron_s2d.train.metrics import timed
@@ -131,12 +131,6 @@ def run_opd(context: StageContext) -> None:
             source.remove_copies()
     restore_best(context, student)
     context.save_model(student)
-
-
-def announce(teachers: AnyTeachers, samples: Sequence[AnySample]) -> None:
-    """Let a served teacher begin with the samples of a step."""
-    if isinstance(teachers, ServiceTeachers):
-        teachers.begin_step(samples)
 
 
 def opd_objective(stage: OpdConfig) -> Objective:
@@ -254,8 +248,8 @@ class PolicyGradientOpdSource:
         layout = self.student.layout
         with timed("score"):
             scored = with_array(samples, "old_log_probs", self.student.score(samples))
-        with timed("teacher"):
-            scored = with_array(scored, "teacher_log_probs", self.teachers.score(samples, holders=layout))
+        with timed("teacher"):  # one of another tokenizer needs the student's scores
+            scored = with_array(scored, "teacher_log_probs", self.teachers.score(scored, holders=layout))
         if self.references is not None:
             with timed("reference"):
                 scored = with_array(scored, "reference_log_probs", self.references.score(samples, holders=layout))

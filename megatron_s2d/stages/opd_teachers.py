@@ -1,24 +1,25 @@
 """The teachers of on-policy distillation: frozen models in the trainer, SGLang servers, or a teacher service.
 
-``opd.py`` has what is done with them.
+``opd.py`` has what is done with them, ``grpo.py`` what GRPO does with a teacher.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
 from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.teacher_service import service_key, services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain, services_of
 from megatron_s2d.data.aligned_spans import AlignedText, align
 from megatron_s2d.data.model_tokenizers import parse_tokenizer, vocabulary_difference
 from megatron_s2d.data.tokenizer import tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.parallel.collectives import all_gather_json, broadcast_from_rank0, first_error
-from megatron_s2d.records import Sample
+from megatron_s2d.records import AnySample, Sample
 from megatron_s2d.rollout.engine import SamplingParams
 from megatron_s2d.rollout.served.engine import ServedEngine
 from megatron_s2d.stages.context import StageContext
@@ -47,15 +48,15 @@ def load_teachers(context: StageContext, stage: OpdConfig, student: MegatronMode
     return TeacherRouter.load(stage.teacher, context.models.frozen, views)
 
 
-def connect_services(context: StageContext, stage: OpdConfig, student: MegatronModel) -> ServiceTeachers:
+def connect_services(context: StageContext, stage: OpdConfig | GrpoConfig, student: MegatronModel) -> ServiceTeachers:
     """Reach the served teachers, prove that they are those with which the stage began, and read output layers.
 
     Collective. Raises ``UserError`` for a server that cannot be reached or holds a teacher that does not fit.
     """
     path, failure = context.directory.path / IDENTITY_NAME, None
     clients = {
-        domain: context.inputs.teacher_client(settings, service_key(context.name, domain))
-        for domain, settings in services_by_domain(stage.teacher_service).items()
+        domain: context.inputs.teacher_client(settings, service_key(context.name, stage, domain))
+        for domain, settings in services_by_domain(services_of(stage)).items()
     }
     began = broadcast_from_rank0(lambda: read_json_object(path) if path.exists() else {})
     found: dict[str, dict] = {}
@@ -73,7 +74,7 @@ def connect_services(context: StageContext, stage: OpdConfig, student: MegatronM
     everyone = [identity for identity in all_gather_json(found) if identity]
     for domain in everyone[0]:
         if len({identity[domain]["weights"] for identity in everyone}) > 1:
-            raise UserError(f"stages.{context.name}.teacher_service: its servers hold different weights")
+            raise UserError(f"{service_key(context.name, stage, domain or None)}: its servers hold different weights")
     if dist.get_rank() == 0 and not began:
         atomic_write_json(path, everyone[0])
     views = context.inputs.prompt_views(context.name, "teacher")
@@ -84,6 +85,12 @@ def connect_services(context: StageContext, stage: OpdConfig, student: MegatronM
     context.rollouts.close_with(teachers)
     teachers.read_output_layers()
     return teachers
+
+
+def announce(teachers: AnyTeachers, samples: Sequence[AnySample]) -> None:
+    """Let a served teacher begin with the samples of a step."""
+    if isinstance(teachers, ServiceTeachers):
+        teachers.begin_step(samples)
 
 
 def aligner_of(context: StageContext, client: TeacherClient) -> Callable[[Sample], AlignedText]:
@@ -102,9 +109,9 @@ def aligner_of(context: StageContext, client: TeacherClient) -> Callable[[Sample
     return aligned
 
 
-def wanted_of(stage: OpdConfig, student: MegatronModel) -> Wanted:
+def wanted_of(stage: OpdConfig | GrpoConfig, student: MegatronModel) -> Wanted:
     """Return what travels: log-probabilities, top-k entries or hidden states, as ``kl_estimator`` needs it."""
-    if stage.kl_estimator == "sampled_token":
+    if isinstance(stage, GrpoConfig) or stage.kl_estimator == "sampled_token":
         return Wanted("sampled")
     if stage.kl_estimator == "full_vocab":
         return Wanted("hidden", num_reads=stage.ppo_epochs)

@@ -37,7 +37,7 @@ from megatron_s2d.config.reward import FunctionReward, parts_of
 from megatron_s2d.config.routing_replay import replays_routes
 from megatron_s2d.config.stage import TrainingStageConfig, changes_weights, validated_entries
 from megatron_s2d.config.stages import Stage
-from megatron_s2d.config.teacher_service import services_by_domain
+from megatron_s2d.config.teacher_service import services_by_domain, services_of
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.data.hub import as_files
 from megatron_s2d.data.prompt_cache import content_digest
@@ -268,11 +268,14 @@ def _resolved_stage(
         sampling = settings["validation"]["sampling"] or dump(config.evaluation.sampling)
         validation = {key: value for key, value in settings["validation"].items() if key != "batch_size"}
         settings["validation"] = validation | {"sampling": sampling}
-    if settings.get("teacher_service"):  # a teacher may move: only its weights count
-        settings["teacher_service"] = {
+    owner = settings.get("teacher_advantage") or settings
+    if owner.get("teacher_service"):  # a teacher may move: only its weights count
+        owner["teacher_service"] = {
             domain or "all": service.weights_digest
-            for domain, service in services_by_domain(stage.teacher_service).items()
+            for domain, service in services_by_domain(services_of(stage)).items()
         }
+    elif owner is not settings:  # of runs from before it had one
+        owner.pop("teacher_service")
     if settings.get("filter_groups"):  # of runs from before it had a range
         pairs = (("min_pass_rate", 0.0), ("max_pass_rate", 1.0))
         neutral = {key for key, value in pairs if settings["filter_groups"][key] == value}

@@ -331,8 +331,9 @@ def _check_stage(
         check_domains(f"{where}.teacher", stage.teacher or stage.teacher_service, stage.entries, prompts)
         check_domain_weights(where, stage.domain_weights, stage.entries, prompts)
     if isinstance(stage, GrpoConfig) and stage.teacher_advantage is not None:
-        teacher = stage.teacher_advantage.teacher
-        check_domains(f"{where}.teacher_advantage.teacher", teacher, stage.entries, prompts)
+        advantage = stage.teacher_advantage
+        teachers = advantage.teacher or advantage.teacher_service
+        check_domains(f"{where}.teacher_advantage.teacher", teachers, stage.entries, prompts)
     if isinstance(stage, ExpoConfig):
         check_expo(config, where, stage)
     if isinstance(stage, TrainingStageConfig):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatron_s2d.config.grpo import GrpoConfig
 from megatron_s2d.config.model_spec import ModelSpec
 from megatron_s2d.config.opd import OpdConfig
-from megatron_s2d.config.teacher_service import service_key, services_by_domain
+from megatron_s2d.config.teacher_service import service_key, services_by_domain, services_of
 from megatron_s2d.config.training import is_loopback
 from megatron_s2d.config.workflow import WorkflowConfig
 from megatron_s2d.formatting import format_bytes
@@ -26,10 +27,8 @@ def describe_services(config: WorkflowConfig, stages: Sequence[str]) -> dict[str
     found: dict[str, TeacherInfo | str] = {}
     for name in stages:
         stage = config.stages[name]
-        if not isinstance(stage, OpdConfig):
-            continue
-        for domain, settings in services_by_domain(stage.teacher_service).items():
-            key = service_key(name, domain)
+        for domain, settings in services_by_domain(services_of(stage)).items():
+            key = service_key(name, stage, domain)
             try:
                 found[key] = TeacherClient(settings, key).describe(_SECONDS)
             except (WireError, OSError, http.client.HTTPException) as error:
@@ -49,9 +48,12 @@ def service_lines(config: WorkflowConfig, services: Mapping[str, TeacherInfo | s
             yield f"{key}: {info}: the bytes of a token are those of its hidden size once it is known"
             continue
         stage = config.stages[key.split(".")[1]]
-        assert isinstance(stage, OpdConfig)
-        costs = bytes_per_token(info.hidden_size, info.dtype, min(stage.top_k, info.vocab_size))
+        assert isinstance(stage, GrpoConfig | OpdConfig)
         used = payload_of(stage)
+        top_k = 1 if isinstance(stage, GrpoConfig) else min(stage.top_k, info.vocab_size)
+        costs = bytes_per_token(info.hidden_size, info.dtype, top_k)
+        if isinstance(stage, GrpoConfig):  # it has no choice
+            costs = {used: costs[used]}
         order = sorted(costs, key=lambda name: name != used)
         listed = "; ".join(f"{name} {format_bytes(costs[name])}" for name in order)
         layer = info.vocab_size * info.hidden_size * (2 if info.dtype == "bfloat16" else 4)
@@ -66,18 +68,19 @@ def service_lines(config: WorkflowConfig, services: Mapping[str, TeacherInfo | s
 def service_warnings(config: WorkflowConfig, stages: Sequence[str]) -> Iterator[str]:
     """Yield servers beyond this machine that are used without a key."""
     for name in stages:
-        for domain, settings in services_by_domain(getattr(config.stages[name], "teacher_service", None)).items():
+        stage = config.stages[name]
+        for domain, settings in services_by_domain(services_of(stage)).items():
             if settings.api_key_file is None and not all(map(is_loopback, settings.urls)):
                 yield (
-                    f"{service_key(name, domain)}: responses go to {', '.join(settings.urls)} without an API key: name "
-                    "its file in api_key_file, for server and client"
+                    f"{service_key(name, stage, domain)}: responses go to {', '.join(settings.urls)} without an API "
+                    "key: name its file in api_key_file, for server and client"
                 )
 
 
-def payload_of(stage: OpdConfig) -> str:
+def payload_of(stage: GrpoConfig | OpdConfig) -> str:
     """Return the payload that a stage asks for, as ``bytes_per_token`` names it."""
+    if isinstance(stage, GrpoConfig) or stage.kl_estimator == "sampled_token":
+        return "sampled"
     if stage.kl_estimator == "full_vocab":
         return "hidden"
-    if stage.kl_estimator == "sampled_token":
-        return "sampled"
     return "top_k of the teacher" if stage.top_k_source == "teacher" else "top_k of the student"

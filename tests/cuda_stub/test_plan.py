@@ -63,19 +63,28 @@ def test_a_layout_that_does_not_fit_says_where_and_what_fits(plan):
         assert title in result.stdout
 
 
+SERVICE = {"teacher_service": {"url": "http://127.0.0.1:9"}}
+
+
 @pytest.mark.slow
-def test_a_served_teacher_is_measured_without_its_server(stub, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{"type": "opd", "kl_estimator": "full_vocab", **SERVICE}, {"type": "grpo", "teacher_advantage": SERVICE}],
+    ids=["opd", "grpo"],
+)
+def test_a_served_teacher_is_measured_without_its_server(stub, tmp_path, settings):
     document = yaml.safe_load(CONFIG)
     document["models"] = {"student": {"preset": "qwen3-0.6b"}}
-    document["stages"]["opd"] = {
-        "type": "opd", "init": "grpo", "prompts": "problems", "train_batch_size": 8, "num_generations": 2, "steps": 2,
-        "kl_estimator": "full_vocab", "teacher_service": {"url": "http://127.0.0.1:9"},
+    document["stages"]["taught"] = settings | {
+        "init": "grpo", "prompts": "problems", "train_batch_size": 8, "num_generations": 2, "steps": 2,
         "sampling": {"max_response_length": 256}, "micro_batch": {"max_tokens_per_gpu": 4096},
     }  # fmt: skip
-    document["arms"] = {"opd": "opd"}
+    if settings["type"] == "grpo":
+        document["stages"]["taught"]["label_reuse"] = "allow"
+    document["arms"] = {"taught": "taught"}
     path = tmp_path / "served.yaml"
     path.write_text(yaml.safe_dump(document))
-    command = [sys.executable, "-m", "megatron_s2d.cli", "plan", str(path), "--measure", "--stage", "opd"]
+    command = [sys.executable, "-m", "megatron_s2d.cli", "plan", str(path), "--measure", "--stage", "taught"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr + result.stdout
-    assert "Measured: stage opd" in result.stdout and "127.0.0.1" not in result.stdout + result.stderr
+    assert "Measured: stage taught" in result.stdout and "127.0.0.1" not in result.stdout + result.stderr

@@ -47,7 +47,7 @@ def with_groups() -> list:
 
 def served(layout: Layout, url: str, kind: str, *, overlap: bool = True):
     """Loss and gradient norm of two updates; of ``sampled`` the scores."""
-    student = worker.policy("tiny-student", layout, 5)
+    student = view_scenarios.untrained_student(layout)
     batch = with_groups()
     by_domain = kind == "by_domain"
     wanted = {

@@ -7,7 +7,7 @@ from selection import selected
 from service_worker import KINDS
 from teacher_server import running
 
-RUNS = {1: ["tp1", "tp1packed"], 2: ["tp2sp", "dp2", "pp2", "cp2"], 4: ["tp2pp2"]}
+RUNS = {1: ["tp1", "tp1packed"], 2: ["tp2sp", "dp2", "pp2", "cp2"], 4: ["tp4", "tp2pp2"]}
 QUICK = {"tp1": ("by_domain", "top_k_union"), "tp2sp": ("sampled", "full"), "dp2": ("full",)}  # each kind once
 CASES = [
     pytest.param(name, kind, marks=() if kind in QUICK.get(name, ()) else (pytest.mark.slow,))

@@ -20,9 +20,11 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from ema_scenario import ema
 from episode_scenario import episodes
 from open_layout import open_layout
 from validation_scenario import validated
+from view_layouts import ONLY_VIEWS
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
@@ -345,10 +347,12 @@ def results_of_layout(name: str, wanted: list[str], layout: Layout) -> dict:
         results["balanced"] = balanced(layout)
     if name in REPLAYED:
         results["replayed"] = replayed(layout)
-    if "ep" not in name:
+    if "ep" not in name and name not in ONLY_VIEWS:
         chosen = (supervised, grpo, gspo, opd, opd_by_domain, forward_kl)
         for scenario in (*(scenario for scenario in chosen if scenario.__name__ in wanted), scores, cached):
             results[scenario.__name__] = scenario(layout)
+    if "ema" in wanted:
+        results["ema"] = ema(layout)
     if "episodes" in wanted:
         results["episodes"] = episodes(layout, policy, update, OPTIMIZER)
         results["validation"] = validated(layout, policy, one_update)

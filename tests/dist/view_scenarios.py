@@ -28,6 +28,7 @@ from megatron_s2d.teachers.frozen import FullTeacher, TeacherRouter, TopKTeacher
 from megatron_s2d.teachers.views import PromptViews, behind
 
 K = 3
+FOUR_HEADS = {"num_attention_heads": 4, "num_query_groups": 4, "head_dim": 12}  # of the tiny student, which has two
 
 
 def batch() -> list[Sample]:
@@ -54,9 +55,14 @@ def views(domain: str | None = None) -> PromptViews:
     return PromptViews({domain: PromptTable.of([p for p in prompts if domain in (None, p.domain)])})
 
 
+def untrained_student(layout: Layout):
+    """With four heads, for up to four tensor-parallel ranks."""
+    return worker.policy("tiny-student", layout, 5, **FOUR_HEADS)
+
+
 def models(layout: Layout, teacher_layout: Layout):
     """(student, teacher); one takes 40 tokens a micro-batch, the other 29."""
-    student = worker.policy("tiny-student", layout, 5)
+    student = untrained_student(layout)
     teacher = worker.policy("tiny-teacher", teacher_layout, 4, max_tokens=29)
     teacher.freeze()
     return student, teacher

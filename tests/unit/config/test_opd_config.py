@@ -9,6 +9,7 @@ import pytest
 
 from megatron_s2d.config.grpo import GrpoConfig, RolloutCorrectionConfig
 from megatron_s2d.config.opd import FixedAdvantageConfig, OpdConfig, SignGateConfig, TeacherSamplingConfig
+from megatron_s2d.config.teacher_service import services_by_domain, services_of
 
 PHASES = {"fraction": 0.5, "phase_1_end": 0.3, "phase_2_end": 0.7}
 
@@ -128,3 +129,23 @@ def test_a_served_teacher_is_no_input_of_its_stage():
     assert served().teacher_service.urls == ["http://10.0.0.5:8400"]
     by_domain = served(teacher_service={"math": SERVICE, "code": SERVICE}, reference={"math": "r", "code": "r"})
     assert set(by_domain.inputs().values()) == {"s", "r"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of `teacher`"),
+        ({"teacher": "t", "teacher_service": SERVICE}, "exactly one of `teacher`"),
+        ({"teacher_service": SERVICE | {"cross_tokenizer": True, "tokenizer": "x"}}, "which GRPO has no view for"),
+    ],
+)
+def test_teachers_of_grpo_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
+        GrpoConfig.model_validate(GRPO | {"teacher_advantage": settings})
+
+
+def test_a_served_teacher_of_grpo_is_no_input_of_its_stage():
+    stage = GrpoConfig.model_validate(GRPO | {"teacher_advantage": {"teacher_service": {"math": SERVICE}}})
+    assert "teacher.math" not in stage.inputs()
+    assert services_by_domain(services_of(stage))["math"].urls == ["http://10.0.0.5:8400"]
+    assert services_of(served()) == served().teacher_service

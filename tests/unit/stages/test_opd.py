@@ -355,6 +355,19 @@ def test_several_teachers_are_on_the_device_when_they_generate(fakes, student):
     assert generated == ["math", "code"] and not any(model.on_gpu for model in models.values())
 
 
+def test_a_teacher_is_given_the_students_scores(fakes, samples, student, teacher):
+    """One of another tokenizer makes its values of them."""
+    seen = {}
+
+    def score(scored, *, holders):
+        seen.update({sample.id: sample.require("old_log_probs", "the student's scores") for sample in scored})
+        return teacher.score(scored)
+
+    source_of(fakes, opd_config(), samples, student, types.SimpleNamespace(score=score)).step(1)
+    expected = dict(zip("abcd", student.score(samples), strict=True))
+    assert all(np.array_equal(seen[name], values) for name, values in expected.items())
+
+
 def test_mini_batches_do_not_split_groups(fakes, samples, student, teacher):
     stage = opd_config(num_mini_batches=2)
     first, second = source_of(fakes, stage, samples, student, teacher).step(1).mini_batches

@@ -65,7 +65,10 @@ def make_model(directory, **settings):
 def workflow(tmp_path):
     """Write a workflow: a teacher's GRPO stage, its cache, forward KL, and OPD of a student."""
     make_tokenizer(tmp_path / "common")
-    rows = [{"question": f"{'a' * (n - n // 9 * 8)} + {n} ?", "answer": str(n)} for n in range(1, 13)]
+    rows = [
+        {"question": f"{'a' * (n - n // 9 * 8)} + {n} ?", "answer": str(n), "feedback": f"not {n + 1}"}
+        for n in range(1, 13)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[8:]))
     small = {"preset": "tiny-llama", "num_layers": 1, "vocab_size": 272}
@@ -323,6 +326,8 @@ SYSTEM = TEMPLATE.replace("{% if add", "{% if enable_thinking %}<think>{% endif 
         ({"chat_template": "own.jinja", "enable_thinking": True}, "user\na + 1 ?|<think>assistant\n"),
         ({"system_prompt": "Be brief."}, "system\nBe brief.|user\na + 1 ?|assistant\n"),
         ({"context": "{prompt} = {answer} {{x}}"}, "user\na + 1 ? = 1 {x}|assistant\n"),
+        ({"context": "{prompt} {feedback}: {answer}"}, "user\na + 1 ? not 2: 1|assistant\n"),
+        ({"context": "{prompt} {feedback}"}, "user\na + 1 ? not 2|assistant\n"),  # which a verifier said
     ],
 )
 def test_a_teacher_reads_the_prompt_in_its_view(workflow, tmp_path, view, prompt):
@@ -342,7 +347,7 @@ def test_a_teacher_reads_the_prompt_in_its_view(workflow, tmp_path, view, prompt
     texts = [p.text.replace("<|im_start|>", "").replace("<|im_end|>\n", "|") for p in views.tables[None]]
     assert prompt in texts
     labels = {entry.stage: entry.labels_used for entry in preflight.ledger.entries(["opd"])}
-    assert labels["opd"] == ("answer" in view.get("context", ""))
+    assert labels["opd"] == ("{answer}" in view.get("context", "") or "{feedback}" in view.get("context", ""))
 
 
 def test_views_that_cannot_work_are_one_line(workflow, tmp_path):
@@ -350,7 +355,8 @@ def test_views_that_cannot_work_are_one_line(workflow, tmp_path):
         with pytest.raises(UserError, match=words):
             check(workflow(*overrides), tmp_path)
 
-    refused(r"context: \{solucion\} is not a field", "stages.opd.teacher_view={context: '{solucion}'}")
+    refused(r"context: \{a.b\} is not a field", "stages.opd.teacher_view={context: '{a.b}'}")
+    refused(r"no column 'solucion' for .*columns: question, answer", "stages.opd.teacher_view={context: '{solucion}'}")
     refused("has no solution; name its column", "stages.opd.teacher_view={context: '{solution} {prompt}'}")
     refused(
         r"opd.teacher_view: 'code' is neither .* nor a domain .*\(math\)",

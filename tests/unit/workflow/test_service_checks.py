@@ -8,6 +8,7 @@ import pytest
 
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.needed_stages import stage_views
+from megatron_s2d.config.teacher_service import service_key
 from megatron_s2d.config.workflow import load_workflow
 from megatron_s2d.errors import UserError
 from megatron_s2d.teachers.service.info import TeacherInfo
@@ -46,6 +47,13 @@ def test_the_plan_says_what_a_token_costs(setting, first):
     assert "does not answer now" in line
 
 
+def test_the_plan_says_what_a_token_of_grpo_costs():
+    key = "stages.grpo_served.teacher_advantage.teacher_service"
+    assert key == service_key("grpo_served", workflow().stages["grpo_served"], None)
+    (line,) = service_lines(workflow(), {key: info()})
+    assert line.endswith("as this stage asks: sampled 4 B") and "output layer" not in line
+
+
 def test_servers_of_other_machines_without_a_key_are_named(tmp_path):
     assert list(service_warnings(workflow(), ["opd_served"])) == []
     far = "stages.opd_served.teacher_service.url=http://10.0.0.5:1"
@@ -53,16 +61,28 @@ def test_servers_of_other_machines_without_a_key_are_named(tmp_path):
     assert "http://10.0.0.5:1 without an API key" in line
     key = f"stages.opd_served.teacher_service.api_key_file={tmp_path}"
     assert list(service_warnings(workflow(far, key), ["opd_served"])) == []
+    of_grpo = "stages.grpo_served.teacher_advantage.teacher_service"
+    (line,) = service_warnings(workflow(f"{of_grpo}.url=http://10.0.0.5:1"), ["grpo_served"])
+    assert line.startswith(f"{of_grpo}: responses go to http://10.0.0.5:1 without")
 
 
-def test_a_teacher_may_move_and_other_weights_run_the_stage_again(tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "owner"), [("opd_served", "teacher_service"), ("grpo_served", "teacher_advantage.teacher_service")]
+)
+def test_a_teacher_may_move_and_other_weights_run_the_stage_again(tmp_path, stage, owner):
     def key(*overrides: str) -> str:
         jobs = make_plan(workflow(*overrides), tmp_path)
-        return next(job.key for job in jobs if job.id == "stages/opd_served")
+        return next(job.key for job in jobs if job.id == f"stages/{stage}")
 
-    service = "stages.opd_served.teacher_service"
+    service = f"stages.{stage}.{owner}"
     assert key() == key(f"{service}.url=http://10.0.0.5:1", f"{service}.overlap=false")
     assert key() != key(f"{service}.weights_digest=abc")
+
+
+def test_stages_of_grpo_from_before_it_could_have_a_service_are_reused(tmp_path):
+    jobs = {job.id: job for job in make_plan(workflow(), tmp_path)}
+    settings = jobs["stages/grpo_in_trainer"].resolved["stage"]["teacher_advantage"]
+    assert settings.keys() == {"teacher", "weight", "final_weight"}
 
 
 def test_views_of_served_teachers_are_rendered_with_their_own_template(tmp_path):
