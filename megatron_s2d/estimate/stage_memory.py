@@ -422,9 +422,8 @@ class _StageEstimate:
 
 def service_teachers(config: WorkflowConfig, name: str, specs: Mapping[str, ModelSpec]) -> list[ModelSpec]:
     """Return the served teachers of a stage; the student stands for one whose server does not answer."""
-    stage = config.stages[name]
-    services = services_by_domain(services_of(stage))
-    return [specs.get(service_key(name, stage, domain), specs[config.model_of(name)]) for domain in services]
+    stage, student = config.stages[name], specs[config.model_of(name)]
+    return [specs.get(service_key(name, stage, domain), student) for domain in services_by_domain(services_of(stage))]
 
 
 def frozen_models(config: WorkflowConfig, name: str) -> list[tuple[str, str, ParallelConfig]]:
