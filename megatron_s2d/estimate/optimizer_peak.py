@@ -15,13 +15,16 @@ from megatron_s2d.estimate.layers import Build, ModelShard
 _FEWEST_BUCKET_ELEMENTS = 40_000_000  # with overlapped reductions, and a million for each data rank
 
 
-def prepare_training_peak(shard: ModelShard, build: Build, stage_rank: int | None = None) -> int:
+def prepare_training_peak(
+    shard: ModelShard, build: Build, stage_rank: int | None = None, fp8_parameters: bool = False
+) -> int:
     """Return peak bytes while gradient buffers and optimizer are made; the moments come with the first update.
 
     The weights of each buffer (dense, then experts) are copied into it beside its gradients, and freed. Then masters
     are made, each of a copy in the weights' dtype.
 
-    stage_rank: of one pipeline stage's ranks, in Megatron's order; None: the one that needs most.
+    stage_rank: of one pipeline stage's ranks, in Megatron's order; None: the one that needs most. fp8_parameters: the
+    layers' weights are stored in FP8, which have a buffer of their own, the last one.
     """
     size = build.bytes_per_value
     buffers = shard.gradient_buffers(build.lora)
@@ -34,7 +37,7 @@ def prepare_training_peak(shard: ModelShard, build: Build, stage_rank: int | Non
         old -= count * size
     if size == 4:
         return copying
-    peaks = _masters_peaks(shard, build)
+    peaks = _masters_peaks(shard, build, fp8_parameters)
     return max(copying, made + (max(peaks) if stage_rank is None else peaks[stage_rank]))
 
 
@@ -50,10 +53,13 @@ class _Masters:
         self.total += 4 * elements
 
 
-def _masters_peaks(shard: ModelShard, build: Build) -> list[int]:
+def _masters_peaks(shard: ModelShard, build: Build, fp8_parameters: bool) -> list[int]:
     """Return the peak of each rank of the pipeline stage: dense masters are made first, then those of experts."""
     num_ranks = shard.parallel.world_size // shard.parallel.pipeline_model_parallel_size
     sizes, buffers = shard.trained_sizes(build.lora), shard.gradient_buffers(build.lora)
+    if fp8_parameters:  # masters of the embedding and the output layer are made first
+        vocabulary = shard.local_vocab_size * shard.spec.hidden_size
+        sizes.sort(key=lambda item: item[0] == vocabulary)
     kinds = [[count for count, is_expert in sizes if is_expert == kind] for kind in (False, True)]
     if len(buffers) == 1:
         kinds = [[count for count, _ in sizes]]

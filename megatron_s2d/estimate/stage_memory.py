@@ -263,7 +263,7 @@ class _StageEstimate:
         models = [student, *frozen]
         if teacher is not None and (size := teacher.output_layers(shard, self.build)):
             models.append(ResidentMemory("teacher's output layer", self.model, size))
-        made = prepare_training_peak(shard, self.build, self.stage_rank)
+        made = prepare_training_peak(shard, self.build, self.stage_rank, fp8 is not None and fp8.parameters)
         made += sum(item.total - item.fp8_copies for item in frozen)
         memory = self._memory(shard, tuple(models), phases)
         kept = memory.workspaces + shard.placeholder_bytes(self.build)

@@ -195,6 +195,8 @@ def test_making_the_optimizer_holds_the_weights_twice():
     # One data rank: masters of all parameters, beside a copy of the largest one.
     alone = 10 * spec.num_parameters + 2 * 128256 * 4096
     assert prepare_training_peak(ModelShard(spec, ParallelConfig(), 0), build) == pytest.approx(alone, rel=1e-3)
+    in_fp8 = prepare_training_peak(ModelShard(spec, ParallelConfig(), 0), build, fp8_parameters=True)
+    assert in_fp8 == pytest.approx(10 * spec.num_parameters, rel=5e-3)
     # The last stage makes the master of the output layer first, and of every layer a smaller one.
     last = ModelShard(spec, ParallelConfig(pipeline_model_parallel_size=2), 1)
     assert prepare_training_peak(last, build) == pytest.approx(10 * last.num_parameters, rel=5e-3)
