@@ -38,8 +38,8 @@ def problems(count: int, seed: int) -> list[tuple[str, list[int]]]:
         value = start = int(rng.integers(MODULUS))
         words, steps = [str(start)], []
         for _ in range(NUM_OPERATIONS):
-            operator, operand = str(rng.choice(["+", "-", "*"])), int(rng.integers(1, 10))
-            value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
+            operator, operand = str(rng.choice(["+", "-"])), int(rng.integers(1, 10))
+            value = (value + operand if operator == "+" else value - operand) % MODULUS
             words += [operator, str(operand)]
             steps.append(value)
         question = " ".join([*words, "="])
@@ -71,14 +71,17 @@ def write_data(folder: Path, num_worked: int) -> None:
             worked.append(row)
     write_rows(folder / "worked.jsonl", worked)
     right, wrong = [], []
-    for question, steps in problems(1024, seed=1):
+    for question, steps in problems(600, seed=1):
         other = [int((step + rng.integers(1, MODULUS)) % MODULUS) for step in steps]
         row = {"question": question, "answer": str(steps[-1])}
         right.append(row | {"hint": hint(steps)})
         wrong.append(row | {"hint": hint(other)})
     write_rows(folder / "right.jsonl", right)
     write_rows(folder / "wrong.jsonl", wrong)
-    write_rows(folder / "test.jsonl", [{"question": q, "answer": str(s[-1])} for q, s in problems(256, seed=2)])
+    test = problems(256, seed=2)
+    write_rows(folder / "test.jsonl", [{"question": question, "answer": str(steps[-1])} for question, steps in test])
+    hinted = [{"question": f"{hint(steps)} {question}", "answer": str(steps[-1])} for question, steps in test]
+    write_rows(folder / "hinted.jsonl", hinted)
 
 
 def source(path: Path, **columns: str) -> dict:
@@ -99,7 +102,8 @@ def workflow(folder: Path, seed: int, settings: argparse.Namespace) -> dict:
     }  # fmt: skip
     arms = {f"arm{number}": taught | changes for number, changes in enumerate(ARMS.values())}
     return {
-        "name": "self_distillation", "seed": seed, "tokenizer": f"task:modular_arithmetic/{MODULUS}",
+        "name": "self_distillation", "seed": seed, "max_parallel_stages": 2,
+        "tokenizer": f"task:modular_arithmetic/{MODULUS}",
         "precision": "float32", "models": {"student": {"preset": settings.preset}},
         "lengths": {"max_prompt_length": 16},
         "data": {
@@ -107,16 +111,18 @@ def workflow(folder: Path, seed: int, settings: argparse.Namespace) -> dict:
             "right": source(folder / "right.jsonl", solution="hint"),
             "wrong": source(folder / "wrong.jsonl", solution="hint"),
             "test": source(folder / "test.jsonl"),
+            "hinted": source(folder / "hinted.jsonl") | {"domain": "hinted"},
         },
         "stages": {"first": first} | arms,
         "arms": {"start": "first"} | {name: name for name in arms},
-        "evaluation": {"prompts": "test", "samples_per_prompt": 8, "sampling": SAMPLING},
+        "evaluation": {"prompts": ["test", "hinted"], "samples_per_prompt": 8, "sampling": SAMPLING},
     }  # fmt: skip
 
 
-def figures(run: Path, stage: str) -> tuple[float, float]:
-    """Return the share of solved problems in percent and the tokens of a response."""
+def figures(run: Path, stage: str, *, hinted: bool = False) -> tuple[float, float]:
+    """Return the share of solved problems in percent and the tokens of a response; hinted: with the hint in front."""
     rows = [json.loads(line) for line in (run / "evaluations" / stage / "evaluation.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if (row["domain"] == "hinted") == hinted]
     return 100 * float(np.mean([row["rewards"] for row in rows])), float(
         np.mean([row["response_lengths"] for row in rows])
     )
@@ -127,8 +133,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--preset", default="tiny-student")
-    parser.add_argument("--worked", type=int, default=1500, help="problems of the first training")
-    parser.add_argument("--first-steps", type=int, default=400)
+    parser.add_argument("--worked", type=int, default=300, help="problems of the first training")
+    parser.add_argument("--first-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=60, help="of self-distillation")
     parser.add_argument("--lr", type=float, default=1e-3, help="of self-distillation")
     settings = parser.parse_args()
@@ -143,6 +149,10 @@ def main() -> None:
         for name, stage in (("start", "first"), *((name, f"arm{number}") for number, name in enumerate(ARMS))):
             values.setdefault(name, []).append(figures(folder / "run", stage))
             print(seed, name, np.round(values[name][-1], 2).tolist(), flush=True)
+            if stage == "first":
+                name = "start, with the right hint in front"
+                values.setdefault(name, []).append(figures(folder / "run", stage, hinted=True))
+                print(seed, name, np.round(values[name][-1], 2).tolist(), flush=True)
     print("| arm | solved, % | tokens a response |\n|---|---|---|")
     for name, of_seeds in values.items():
         means = np.mean(of_seeds, axis=0)

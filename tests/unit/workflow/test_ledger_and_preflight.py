@@ -199,12 +199,12 @@ def test_fp8_is_checked_without_a_gpu(cache):
     preflight = check(cache, bf16, "fp8={recipe: tensorwise}")
     plain, fp8 = check(cache, bf16).memory(on_gpu=True)["opd"], preflight.memory(on_gpu=True)["opd"]
     copies = {
-        with_fp8.role: with_fp8.weights - without.weights
+        with_fp8.role: with_fp8.total - without.total
         for with_fp8, without in zip(fp8.models, plain.models, strict=True)
     }
     assert copies["student"] > 0 and copies["teacher"] == 0
     both = check(cache, bf16, "fp8={recipe: tensorwise, frozen: true}").memory(on_gpu=True)["opd"]
-    assert all(with_fp8.weights > without.weights for with_fp8, without in zip(both.models, plain.models, strict=True))
+    assert all(with_fp8.total > without.total for with_fp8, without in zip(both.models, plain.models, strict=True))
 
 
 def test_plan_for_a_chip_without_fp8_is_refused(cache):
