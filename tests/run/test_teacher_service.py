@@ -32,34 +32,34 @@ def assert_agree(rows: list[dict], expected: list[dict]) -> None:
 def run_dir(tmp_path_factory) -> Path:
     """A run with a teacher, a start of the student, and the arm that needs no server."""
     directory = tmp_path_factory.mktemp("service") / "run"
-    finished = s2d(
-        "run",
-        CONFIG,
-        "--out",
-        directory,
-        *overrides("arms={in_trainer: opd_in_trainer, grpo_in_trainer: grpo_in_trainer}"),
-    )
+    finished = s2d("run", CONFIG, "--out", directory, *overrides("arms={opd_in_trainer: opd_in_trainer}"))
     assert finished.returncode == 0, finished.stderr
     return directory
 
 
-def test_a_served_teacher_gives_the_figures_of_one_in_the_trainer(run_dir):
+@pytest.mark.parametrize(
+    ("method", "key", "payload", "steps"),
+    [
+        ("opd", "teacher_service", "hidden 384 B", 6),
+        pytest.param("grpo", "teacher_advantage.teacher_service", "sampled 4 B", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_served_teacher_gives_the_figures_of_one_in_the_trainer(run_dir, method, key, payload, steps):
+    names = [f"{method}_{name}" for name in ("served", "in_trainer")]
+    key = f"stages.{names[0]}.{key}"
     with running(run_dir / "stages/teacher/model") as server:
-        keys = ("opd_served.teacher_service", "grpo_served.teacher_advantage.teacher_service")
-        urls = [f"stages.{key}.url={server.url}" for key in keys]
-        plan = s2d_here("run", CONFIG, "--out", run_dir, "--dry-run", *overrides(*urls))
-        lines = [line for line in plan.stdout.splitlines() if "none of them in the trainer" in line]
-        assert "as this stage asks: hidden 384 B; " in lines[0] and "sampled 4 B" in lines[0]
-        assert lines[1].startswith(f"stages.{keys[1]}: ") and lines[1].endswith("as this stage asks: sampled 4 B")
-        finished = s2d("run", CONFIG, "--out", run_dir, *overrides(*urls))
+        settings = overrides(f"arms={{{', '.join(f'{name}: {name}' for name in names)}}}", f"{key}.url={server.url}")
+        plan = s2d_here("run", CONFIG, "--out", run_dir, "--dry-run", *settings)
+        line = next(line for line in plan.stdout.splitlines() if "none of them in the trainer" in line)
+        assert line.startswith(f"{key}: ") and f"as this stage asks: {payload}" in line and "sampled 4 B" in line
+        finished = s2d("run", CONFIG, "--out", run_dir, *settings)
         assert finished.returncode == 0, finished.stderr
         assert server.close() == 0
-    for method, steps in (("opd", 6), ("grpo", 4)):
-        served, expected = (metrics(run_dir, f"stages/{method}_{name}") for name in ("served", "in_trainer"))
-        assert len(served) == steps and all("kl" in row for row in served)
-        assert_agree(served, expected)
-        rows = [run_dir / "evaluations" / f"{method}_{name}" / "evaluation.jsonl" for name in ("served", "in_trainer")]
-        assert rows[0].read_bytes() == rows[1].read_bytes()
+    served, expected = (metrics(run_dir, f"stages/{name}") for name in names)
+    assert len(served) == steps and all("kl" in row for row in served)
+    assert_agree(served, expected)
+    rows = [run_dir / "evaluations" / name / "evaluation.jsonl" for name in names]
+    assert rows[0].read_bytes() == rows[1].read_bytes()
 
 
 @pytest.mark.slow
