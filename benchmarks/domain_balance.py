@@ -42,9 +42,9 @@ def short_problems() -> list[tuple[str, list[int]]]:
 
 
 def long_problems() -> list[tuple[str, list[int]]]:
-    """Return the same of progressions, which go up by two numbers in turn."""
+    """Return the same of progressions, which go up by the second number; the third one does not matter."""
     return [
-        (f"[ {start} {a} {b} ] =", [(start + (n + 2) // 2 * a + (n + 1) // 2 * b) % MODULUS for n in range(TERMS)])
+        (f"[ {start} {a} {b} ] =", [(start + n * a) % MODULUS for n in range(1, TERMS + 1)])
         for start, a, b in itertools.product(range(MODULUS), range(1, 10), range(1, 10))
     ]
 
@@ -99,7 +99,7 @@ def workflow(folder: Path, seed: int, settings: argparse.Namespace) -> dict:
     return {
         "name": "domain_balance", "seed": seed, "max_parallel_stages": 2, "precision": "float32",
         "tokenizer": f"task:modular_arithmetic/{MODULUS}",
-        "models": {"teacher": {"preset": "tiny-teacher"}, "student": {"preset": "tiny-student"}},
+        "models": {"teacher": {"preset": "tiny-teacher"}, "student": {"preset": "tiny-teacher"}},
         "lengths": {"max_prompt_length": 8}, "data": data, "stages": stages | arms,
         "arms": {name: name for name in ["long_teacher", "short_teacher", "start", *arms]},
         "evaluation": {
