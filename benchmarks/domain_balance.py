@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/domain_balance.py RUN_DIRECTORY
 
-``short`` has two operations of arithmetic and their results, ``long`` a progression of 56 terms; each has as many
-problems and a teacher of its own. A student that knows the form of both is distilled from both teachers at once, in
-arms that differ in ``loss_agg_mode`` or ``domain_weights``. Prints mean and standard error over seeds of the share of
-solved problems, which no stage has seen, and of the KL to the teacher in the last steps (docs/teachers.md).
+In ``long`` the student writes the second of two numbers again and again, and its teacher the first; in ``short`` it
+writes the first one, and its teacher the second. It is distilled from both teachers at once, from as many problems of
+each domain, in arms that differ in ``loss_agg_mode`` or ``domain_weights``. Prints mean and standard error over seeds
+of the share of solved problems, which no stage has seen, and of the KL to the teacher in the last steps
+(docs/teachers.md).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-MODULUS, TERMS, LONGEST = 7, 56, 64
-NUM_TEST, NUM_PROMPTS = 128, 300  # problems of each domain; the rest is worked out for the students and teachers
+MODULUS, LONGEST = 17, 64
+TERMS = {"long": 56, "short": 2}  # of a response, before the answer in brackets
+NUM_TEST = 89  # problems of each domain; the others are for training
 DOMAINS = ("long", "short")
 SAMPLING = {"temperature": 1.0, "max_response_length": LONGEST}
 ARMS = {
@@ -32,39 +34,27 @@ ARMS = {
 }
 
 
-def short_problems() -> list[tuple[str, list[int]]]:
-    """Return (question, terms of the response) of all problems of two operations."""
-    sign = {"+": 1, "-": -1}
-    return [
-        (f"{start} {p} {a} {q} {b} =", [(start + sign[p] * a) % MODULUS, (start + sign[p] * a + sign[q] * b) % MODULUS])
-        for start, p, a, q, b in itertools.product(range(MODULUS), "+-", range(1, 10), "+-", range(1, 10))
-    ]
-
-
-def long_problems() -> list[tuple[str, list[int]]]:
-    """Return the same of progressions, which go up by the second number; the third one does not matter."""
-    return [
-        (f"[ {start} {a} {b} ] =", [(start + n * a) % MODULUS for n in range(1, TERMS + 1)])
-        for start, a, b in itertools.product(range(MODULUS), range(1, 10), range(1, 10))
-    ]
+def rows_of(domain: str, *, by_teacher: bool) -> list[dict[str, str]]:
+    """Return all problems of a domain with the solution of its teacher or of the start; the answer is the teacher's."""
+    rows = []
+    for first, second in itertools.product(range(MODULUS), repeat=2):
+        right, other = (first, second) if domain == "long" else (second, first)
+        term = right if by_teacher else other
+        question = f"[ {first} {second} ] =" if domain == "long" else f"{first} {second} ="
+        solution = " ".join(map(str, [*[term] * TERMS[domain], "[", term, "]"]))
+        rows.append({"question": question, "answer": str(right), "solution": solution})
+    return [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
 
 
 def write_data(folder: Path) -> None:
-    """Write, of each domain, disjoint rows: prompts of the evaluation, those of the distillation, and worked ones."""
-    both = []
-    for domain, problems in (("short", short_problems()), ("long", long_problems())):
-        order = np.random.default_rng(0).permutation(len(problems)).tolist()
-        rows = [
-            {"question": question, "answer": str(terms[-1]),
-             "solution": " ".join(map(str, [*terms, "[", terms[-1], "]"]))}
-            for question, terms in (problems[index] for index in order)
-        ]  # fmt: skip
-        end = NUM_TEST + NUM_PROMPTS
-        parts = {"test": rows[:NUM_TEST], "prompts": rows[NUM_TEST:end], "worked": rows[end:]}
-        for name, part in parts.items():
-            write_rows(folder / f"{domain}_{name}.jsonl", part)
-        both += parts["worked"][:139]  # as many of both domains
-    write_rows(folder / "both_worked.jsonl", both)
+    """Write problems for the evaluation, and others for the teachers, the start and the distillation."""
+    start = []
+    for domain in DOMAINS:
+        taught = rows_of(domain, by_teacher=True)
+        write_rows(folder / f"{domain}_test.jsonl", taught[:NUM_TEST])
+        write_rows(folder / f"{domain}_taught.jsonl", taught[NUM_TEST:])
+        start += rows_of(domain, by_teacher=False)[NUM_TEST:]
+    write_rows(folder / "both_start.jsonl", start)
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -79,27 +69,27 @@ def workflow(folder: Path, seed: int, settings: argparse.Namespace) -> dict:
             "type": "file", "path": str(folder / f"{domain}_{name}.jsonl"), "domain": domain, "template": "plain",
             "verifier": "modular_arithmetic", "columns": columns,
         }
-        for domain, name in [*itertools.product(DOMAINS, ("worked", "prompts", "test")), ("both", "worked")]
+        for domain, name in [*itertools.product(DOMAINS, ("taught", "test")), ("both", "start")]
     }  # fmt: skip
     sft = {"type": "sft", "optimizer": {"lr": 5.0e-3, "lr_schedule": "cosine", "warmup_steps": 10}}
     stages: dict[str, dict] = {
         f"{domain}_teacher": sft
-        | {"model": "teacher", "data": f"{domain}_worked", "steps": steps, "global_batch_size": size}
-        for domain, steps, size in (("long", settings.long_steps, 16), ("short", settings.short_steps, 64))
+        | {"model": "teacher", "data": f"{domain}_taught", "steps": steps, "global_batch_size": size}
+        for domain, steps, size in (("long", settings.first_steps, 16), ("short", settings.first_steps, 64))
     }
     stages["start"] = sft | {
-        "model": "student", "data": "both_worked", "steps": settings.start_steps, "global_batch_size": 32,
+        "model": "student", "data": "both_start", "steps": settings.first_steps, "global_batch_size": 32,
     }  # fmt: skip
     taught = {
         "type": "opd", "init": "start", "teacher": {domain: f"{domain}_teacher" for domain in DOMAINS},
-        "prompts": [f"{domain}_prompts" for domain in DOMAINS], "steps": settings.steps, "train_batch_size": 16,
+        "prompts": [f"{domain}_taught" for domain in DOMAINS], "steps": settings.steps, "train_batch_size": 16,
         "num_generations": 2, "sampling": SAMPLING, "optimizer": {"lr": settings.lr},
     }  # fmt: skip
     arms = {f"arm{number}": taught | arm for number, arm in enumerate(ARMS.values())}
     return {
         "name": "domain_balance", "seed": seed, "max_parallel_stages": 2, "precision": "float32",
-        "tokenizer": f"task:modular_arithmetic/{MODULUS}",
-        "models": {"teacher": {"preset": "tiny-teacher"}, "student": {"preset": "tiny-teacher"}},
+        "tokenizer": "task:modular_arithmetic",
+        "models": {"teacher": {"preset": "tiny-teacher"}, "student": {"preset": "tiny-student"}},
         "lengths": {"max_prompt_length": 8}, "data": data, "stages": stages | arms,
         "arms": {name: name for name in ["long_teacher", "short_teacher", "start", *arms]},
         "evaluation": {
@@ -133,11 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="of distillation")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--start-steps", type=int, default=40)
-    parser.add_argument("--long-steps", type=int, default=150)
-    parser.add_argument("--short-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=45, help="of distillation")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--first-steps", type=int, default=200, help="of the teachers and of the start")
     settings = parser.parse_args()
     values: dict[str, list[list[float]]] = {}
     for seed in range(1, settings.seeds + 1):

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/self_distillation.py RUN_DIRECTORY
 
-A tiny student is trained on worked problems of arithmetic, half of them with their steps in front of the question, so
+A small student is trained on worked problems of arithmetic, half of them with their steps in front of the question, so
 that it can read a hint, until it solves some problems without one. Then it teaches itself: as teacher (the start, or
 the student as it is) it reads the steps of a solution in front of the question, as student it does not. A wrong hint is
 the steps of another solution. Prints mean and standard error over seeds of the share of solved problems, which no stage
@@ -132,11 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--preset", default="tiny-student")
+    parser.add_argument("--preset", default="tiny-teacher")
     parser.add_argument("--worked", type=int, default=300, help="problems of the first training")
     parser.add_argument("--first-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=60, help="of self-distillation")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of self-distillation")
+    parser.add_argument("--steps", type=int, default=120, help="of self-distillation")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of self-distillation")
     settings = parser.parse_args()
     values: dict[str, list[tuple[float, float]]] = {}
     for seed in range(1, settings.seeds + 1):
