@@ -304,8 +304,8 @@ def test_servers_of_a_job_have_a_key_that_only_its_user_reads(workdir, served):
     key.chmod(0o644)
     program(workdir / "bin", "scontrol", "printf 'a\\nb\\n'")
     seen = shlex.quote(str(workdir / "seen"))
-    program(workdir / "bin", "srun", f'{log_calls(workdir / "calls")}; cat run/launch/*/api-key-7 >>{seen}; '
-            f"stat -c ' %a' run/launch/*/api-key-7 >>{seen}")  # fmt: skip
+    line = """printf '%s %s\\n' "$(cat run/launch/*/api-key-7)" "$(stat -c %a run/launch/*/api-key-7)\""""
+    program(workdir / "bin", "srun", f"{log_calls(workdir / 'calls')}; {line} >>{seen}")  # one write: two run at once
     program(workdir / "bin", "curl", wait_for_calls(workdir / "calls", "server.sh", 1))
     script = directory.absolute() / "01-run.sbatch"
     done = run_script(script, bin_dir=workdir / "bin", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="7")
