@@ -41,7 +41,6 @@ from megatron_s2d.estimate.memory import (
     trained_memory,
     update_phase,
 )
-from megatron_s2d.models import packed_weights
 from megatron_s2d.objectives.distill import divergence_objective, sft_objective
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.layout import build_layout, initialize_distributed, shutdown_distributed
@@ -294,8 +293,6 @@ def generation(case: Case, policy: MegatronModel, layout) -> Callable[[], object
         for i in range(case.rows // 4)
     ]
     requests = [Request(f"{p.id}/{k}", p, p.id, i, params) for i, p in enumerate(prompts) for k in range(4)]
-    # MKL allocates 9 MB more for a packed matrix than it writes, and so takes. Both sides are without them here.
-    packed_weights.is_worth_packing = lambda weight: False
     return lambda: engine.generate(requests)
 
 
@@ -306,8 +303,6 @@ def generate_estimate(case: Case, shard: ModelShard, build: Build) -> dict[str, 
         shard, build, requests=case.rows, prompts=case.rows // 4, prompt_length=half,
         sampling=SamplingConfig(max_response_length=half), rollout=RolloutConfig(),
     )  # fmt: skip
-    for phase in phases.values():
-        phase.pop("packed weights", None)
     return max(phases.values(), key=lambda phase: sum(phase.values()))
 
 

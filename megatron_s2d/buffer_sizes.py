@@ -29,7 +29,7 @@ SINK_CHANNELS = 8
 # when tokens are decoded.
 MOST_BATCHED_EXPERT_ROWS = 512
 
-# models/packed_weights.py: elements of a matrix from which on a CPU multiplies a few rows faster with a packed copy.
+# models/packed_weights.py: elements of a matrix from which on a CPU multiplies faster with a packed copy.
 # Smaller ones stay in a cache.
 FEWEST_PACKED_VALUES = 1 << 18
 

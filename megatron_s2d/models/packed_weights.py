@@ -1,7 +1,8 @@
-"""Weights in the order in which the processor multiplies a few rows with them, for decoding on a CPU.
+"""Weights in the order in which the processor reads them, for decoding on a CPU.
 
-MKL brings a matrix into an order of its own before it multiplies, at every call. With a few rows that takes as long as
-the product itself; here it is done once. Such a copy is for a number of rows; fewer are padded with zeros.
+``F.linear`` calls MKL, which brings a matrix into an order of its own before it multiplies, at every call: with a few
+rows that takes as long as the product itself. On processors of AMD it also leaves half of their vector units unused.
+oneDNN, which PyTorch brings along too, multiplies with a copy in its order, and makes use of both.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from megatron_s2d import buffer_sizes
 
-_ROWS = (8, 16, 32, 64)  # of copies; with more rows they gain nothing
+# oneDNN leaves a matrix as it is, and multiplies three times slower, if its number of output features is a multiple of
+# the first number (elements; such lines of the transposed matrix would share few sets of the cache) and below the
+# second, from which on it takes blocks. A few more features avoid that.
+_SLOW_MULTIPLE, _BLOCKED, _ADDED = 1024, 16384, 16
 
 
 @contextlib.contextmanager
 def packed_weights(chunk: GPTModel) -> Iterator[None]:
-    """Multiply with copies of the large float32 matrices of linear layers inside the block, on a CPU with MKL.
+    """Multiply with copies of the large float32 matrices of linear layers inside the block, on a CPU.
 
     Nothing may change the weights inside the block. Results change by rounding only. Costs a copy of the matrices, that
     of the embedding included if it is the output layer too.
@@ -35,7 +39,7 @@ def packed_weights(chunk: GPTModel) -> Iterator[None]:
             weight = _weight_of(module, chunk)
             if weight is not None and is_worth_packing(weight):
                 replaced.append((module, vars(module).get("_forward_impl")))
-                module._forward_impl = PackedProduct(weight, shrinks=not getattr(module, "is_expert", False))
+                module._forward_impl = PackedProduct(weight)
         yield
     finally:
         for module, original in replaced:
@@ -56,19 +60,22 @@ def _weight_of(module: torch.nn.Module, chunk: GPTModel) -> torch.Tensor | None:
 
 def is_worth_packing(weight: torch.Tensor) -> bool:
     """Return whether products with ``weight`` are faster with a copy."""
-    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkl.is_available():
+    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False  # not measured
     return weight.numel() >= buffer_sizes.FEWEST_PACKED_VALUES
 
 
 class PackedProduct:
     """Replaces the product of one of Megatron's linear layers: input [..., in] to [..., out]."""
 
-    def __init__(self, weight: torch.Tensor, *, shrinks: bool = True):
-        """shrinks: whether far fewer rows than before stay few, so that a copy for them pays; those of experts vary."""
-        self._weight, self._shrinks = weight.detach(), shrinks
+    def __init__(self, weight: torch.Tensor):
+        """weight: [out, in] float32. The copy is made when the first product needs it."""
+        self._weight = weight.detach()
         self._packed: torch.Tensor | None = None
-        self._rows = 0  # that the copy is for
+        out = len(weight)
+        self._added = _ADDED if out % _SLOW_MULTIPLE == 0 and out < _BLOCKED else 0
 
     def __call__(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_unused: Any
@@ -78,17 +85,12 @@ class PackedProduct:
 
     def multiply(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``input`` [..., in] times the weight [out, in], plus ``bias`` [out], as [..., out]."""
-        rows = input.numel() // input.shape[-1]
-        if not 0 < rows <= _ROWS[-1]:
+        if input.numel() == 0:  # an expert without tokens
             return F.linear(input, self._weight, bias)
-        if rows > self._rows or (self._shrinks and 4 * rows <= self._rows > _ROWS[0]):
-            self._pack(rows)
-        if rows == self._rows:
-            return torch.ops.mkl._mkl_linear(input, self._packed, self._weight, bias, rows)
-        padded = F.pad(input.reshape(rows, -1), (0, 0, 0, self._rows - rows))
-        output = torch.ops.mkl._mkl_linear(padded, self._packed, self._weight, bias, self._rows)
-        return output[:rows].view(*input.shape[:-1], -1)
-
-    def _pack(self, rows: int) -> None:
-        self._rows, self._packed = next(size for size in _ROWS if size >= rows), None
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self._weight, self._rows)
+        if self._packed is None:
+            weight = F.pad(self._weight, (0, 0, 0, self._added)) if self._added else self._weight
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        if not self._added:
+            return torch.ops.mkldnn._linear_pointwise(input, self._packed, bias, "none", [], "")
+        bias = None if bias is None else F.pad(bias, (0, self._added))
+        return torch.ops.mkldnn._linear_pointwise(input, self._packed, bias, "none", [], "")[..., : -self._added]
