@@ -40,6 +40,7 @@ def test_layers_multiply_in_bfloat16(case):
 @pytest.mark.parametrize("counted", ["launches", "waits"])
 def test_launches_and_waits_stay_below_their_bars(case, counted):
     found, bars = {}, case.values.get(counted, {})
+    assert {"train", "update"} <= bars.keys(), f"no bars of {counted}"
     for phase in bars:
         call = case.measurement.call(phase)
         per = call.micro_batches or (case.limits.decoded_tokens if phase == "decode" else 1)
