@@ -51,9 +51,9 @@ class PairedComparison:
     def problems_needed(self, difference: float = 0.05) -> int | None:
         """Return how many problems of this kind show a ``difference`` at 5 % with a power of 80 %, by normal theory.
 
-        None for a single problem, whose spread is unknown.
+        None for a single problem, and where all differ by the same, as when no answer is right: the spread is unknown.
         """
-        if self.std_err is None:
+        if not self.std_err:
             return None
         variance = self.std_err**2 * self.num_problems
         return max(2, math.ceil(variance * ((_NORMAL_975 + _NORMAL_80) / difference) ** 2))
