@@ -7,23 +7,25 @@ decided here, range by range, so the result does not depend on their number.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_s2d.config.data import FileSource
-from megatron_s2d.data.columns_of_rows import ProblemColumns, plain_problems
+from megatron_s2d.data.columns_of_rows import ProblemColumns, plain_problems, text_array
 from megatron_s2d.data.files import Problem, rows_of
 from megatron_s2d.data.forked_map import forked_map
 from megatron_s2d.data.row_ranges import RowRange, row_ranges
+from megatron_s2d.data.text_columns import text_digests
 from megatron_s2d.errors import UserError
 
-_PROBLEMS_AT_ONCE, _CHARACTERS_AT_ONCE = 16384, 32 << 20  # that are converted together
-_KEY_BYTES = 8
+if TYPE_CHECKING:
+    import pyarrow
+
+_PROBLEMS_AT_ONCE, _BYTES_AT_ONCE = 16384, 32 << 20  # that are converted together
 DUPLICATES = "duplicates"
 
 
@@ -50,9 +52,9 @@ class _Part:
 class _ReadPart[Content]:
     """What a process read: all rows, or those before a mistake in one."""
 
-    ids: list[str]
+    ids: pyarrow.StringArray
     numbers: np.ndarray  # of the rows, from 1
-    keys: np.ndarray  # digests of the ids
+    keys: np.ndarray | None  # digests of the ids; None where ids are the numbers of rows, which do not repeat
     batches: list[Content]
     error: UserError | None
 
@@ -114,11 +116,12 @@ def _distinct[Content: Sized](
         return _read(source, part, convert)
 
     for part, result in zip(parts, forked_map(read, read_parts, processes), strict=False):
-        new, error = seen.add(result.keys), result.error
+        new = np.ones(len(result.ids), dtype=bool) if result.keys is None else seen.add(result.keys)
+        error = result.error
         kept = new
         if not drops and not new.all():
             first = int(np.argmin(new))
-            error = _repeated(part.rows.path, int(result.numbers[first]), result.ids[first])
+            error = _repeated(part.rows.path, int(result.numbers[first]), result.ids[first].as_py())
             kept = new & (np.arange(len(new)) < first)
         if to_skip:
             skipped = kept & (np.cumsum(kept) <= to_skip)
@@ -147,29 +150,29 @@ def _read[Content: Sized](
 ) -> _ReadPart[Content]:
     """Read and convert the rows of a part, up to the first mistake."""
     plain = plain_problems(source, part.rows, part.prefix) if part.chosen is None else None
-    if plain is not None:
-        columns, rows = plain
-        batches, error = _converted(columns, convert)
-        count = sum(map(len, batches))
-        return _ReadPart(columns.ids[:count], rows[:count], id_keys(columns.ids[:count]), batches, error)
-    problems: list[Problem] = []
-    numbers: list[int] = []
     error = None
-    chosen = None if part.chosen is None else frozenset(part.chosen.tolist())
-    try:
-        for row, problem in rows_of(source, part.rows, part.prefix, chosen):
-            problems.append(problem)
-            numbers.append(row.number)
-    except UserError as mistake:
-        error = mistake
+    if plain is not None:
+        problems, numbers = plain
+    else:
+        listed: list[Problem] = []
+        of_rows: list[int] = []
+        chosen = None if part.chosen is None else frozenset(part.chosen.tolist())
+        try:
+            for row, problem in rows_of(source, part.rows, part.prefix, chosen):
+                listed.append(problem)
+                of_rows.append(row.number)
+        except UserError as mistake:
+            error = mistake
+        problems, numbers = ProblemColumns.of(listed), np.array(of_rows, dtype=np.int64)
     batches, mistake = _converted(problems, convert)
-    error, count = mistake or error, sum(map(len, batches))
-    ids = [problem.id for problem in problems[:count]]
-    return _ReadPart(ids, np.array(numbers[:count], dtype=np.int64), id_keys(ids), batches, error)
+    count = sum(map(len, batches))
+    ids = problems.ids[:count]
+    numbered = source.schema_ == "columns" and source.columns.id is None
+    return _ReadPart(ids, numbers[:count], None if numbered else id_keys(ids), batches, mistake or error)
 
 
 def _converted[Content: Sized](
-    problems: Sequence[Problem], convert: Callable[[Sequence[Problem]], Content]
+    problems: ProblemColumns, convert: Callable[[Sequence[Problem]], Content]
 ) -> tuple[list[Content], UserError | None]:
     """Return what ``convert`` makes of all problems, or of those before the first that it refuses, and the refusal."""
     batches = []
@@ -186,18 +189,17 @@ def _converted[Content: Sized](
     return batches, None
 
 
-def _groups(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
+def _groups(problems: ProblemColumns) -> Iterator[ProblemColumns]:
     """Yield consecutive problems of limited number and size; the text of an Arrow array has at most 2 GiB."""
     start = size = 0
-    columns = problems if isinstance(problems, ProblemColumns) else ProblemColumns.of(problems)
-    sizes = columns.sizes()
-    if 0 < len(columns) <= _PROBLEMS_AT_ONCE and sizes.sum() < _CHARACTERS_AT_ONCE:  # as a rule
-        yield columns
+    sizes = problems.sizes()
+    if 0 < len(problems) <= _PROBLEMS_AT_ONCE and sizes.sum() < _BYTES_AT_ONCE:  # as a rule
+        yield problems
         return
-    for index, characters in enumerate(sizes.tolist()):
-        size += characters
-        if index + 1 - start == _PROBLEMS_AT_ONCE or size >= _CHARACTERS_AT_ONCE or index + 1 == len(problems):
-            yield columns[start : index + 1]
+    for index, num_bytes in enumerate(sizes.tolist()):
+        size += num_bytes
+        if index + 1 - start == _PROBLEMS_AT_ONCE or size >= _BYTES_AT_ONCE or index + 1 == len(problems):
+            yield problems[start : index + 1]
             start, size = index + 1, 0
 
 
@@ -212,7 +214,7 @@ def _sampled(source: FileSource, counts: dict[str, int], processes: int) -> Iter
     everything = source.model_copy(update={"limit": None})
     for part, result, kept in _distinct(everything, counts, _parts(source), _without_content, processes):
         parts.append(part)
-        ids.append(pyarrow.array(list(itertools.compress(result.ids, kept)), pyarrow.string()))
+        ids.append(result.ids.filter(pyarrow.array(kept)))
         numbers.append(result.numbers[kept])
     by_id = pyarrow.compute.sort_indices(pyarrow.chunked_array(ids)).to_numpy()
     mask = np.ones(len(by_id), dtype=bool)
@@ -228,11 +230,11 @@ def _without_content(problems: Sequence[Problem]) -> range:
     return range(len(problems))
 
 
-def id_keys(ids: Sequence[str]) -> np.ndarray:
+def id_keys(ids: Sequence[str] | pyarrow.StringArray) -> np.ndarray:
     """Return a digest of each id, uint64 [n]: two of ten million share one with probability 3e-6."""
-    digest = functools.partial(hashlib.blake2b, digest_size=_KEY_BYTES)
-    digests = [digest(id_.encode()).digest() for id_ in ids]
-    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+    import pyarrow
+
+    return text_digests(ids if isinstance(ids, pyarrow.Array) else text_array(ids))
 
 
 class SeenIds:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,8 @@ import numpy as np
 
 from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, read_json_object
 from megatron_s2d.data.forked_map import forked_map, in_child, num_processes
+from megatron_s2d.data.text_columns import content_of
+from megatron_s2d.data.text_tokens import token_keys
 from megatron_s2d.records import Prompt
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
 _ROWS_PER_PART = 65536  # whose values one process computes
 _SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
-_DIGEST_BYTES = 8
 
 
 def schema() -> pyarrow.Schema:
@@ -52,32 +52,6 @@ def schema() -> pyarrow.Schema:
     )
 
 
-def prompt_key(token_ids: np.ndarray) -> int:
-    """Return a digest of a prompt's tokens [prompt_length]: two of ten million share one with probability 3e-6."""
-    return int(prompt_keys(token_ids, np.array([len(token_ids)]))[0])
-
-
-def prompt_keys(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return ``prompt_key`` of prompts whose tokens ``values`` has one after the other, uint64 [n]; lengths [n]."""
-    content = memoryview(np.ascontiguousarray(values, dtype=np.int64)).cast("B")
-    ends = (8 * np.cumsum(lengths)).tolist()
-    digests = [
-        hashlib.sha256(content[start:end]).digest()[:_DIGEST_BYTES] for start, end in itertools.pairwise([0, *ends])
-    ]
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
-
-
-def list_array(values: np.ndarray, lengths: np.ndarray) -> pyarrow.ListArray:
-    """Return lists of int32 [n], whose ``values`` follow one another; lengths: [n], -1 for null."""
-    import pyarrow
-
-    missing = lengths < 0
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(np.maximum(lengths, 0), out=offsets[1:])
-    mask = pyarrow.array(missing) if missing.any() else None
-    return pyarrow.ListArray.from_arrays(offsets, values.astype(np.int32, copy=False), mask=mask)
-
-
 def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
     """Return prompts as rows of ``schema``."""
     import pyarrow
@@ -85,7 +59,8 @@ def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
     columns: dict[str, list[Any]] = {
         field.name: [getattr(prompt, field.name) for prompt in prompts] for field in dataclasses.fields(Prompt)
     }
-    columns["key"] = [prompt_key(prompt.token_ids) for prompt in prompts]
+    lengths = np.array([len(prompt.token_ids) for prompt in prompts])
+    columns["key"] = token_keys(np.concatenate([prompt.token_ids for prompt in prompts]), lengths)
     arrays = [pyarrow.array(columns[field.name], field.type) for field in schema()]
     return pyarrow.RecordBatch.from_arrays(arrays, schema=schema())
 
@@ -173,7 +148,7 @@ class PromptTable(Sequence[Prompt]):
 
     @property
     def keys(self) -> np.ndarray:
-        """``prompt_key`` of each prompt, uint64 [n]."""
+        """A digest of what a model reads of each prompt, uint64 [n]: equal for equal tokens (``TextTokens.keys``)."""
         return self._taken(self._stored("keys", lambda: _values(self._table.column("key"), np.uint64)))
 
     def _lengths_of(self, name: str, column: str) -> np.ndarray:
@@ -200,6 +175,13 @@ class PromptTable(Sequence[Prompt]):
         """Return the values of a column of text, for sets of prompts that fit into memory."""
         column = self._table.column(name)
         return (column if self._rows is None else column.take(self._rows)).to_pylist()
+
+    def encoded(self, name: str) -> tuple[list[str | None], np.ndarray]:
+        """Return the distinct values of a column of text, and which of them each prompt has, int32 [n]."""
+        column = self._table.column(name)
+        column = (column if self._rows is None else column.take(self._rows)).combine_chunks()
+        encoded = column.dictionary_encode(null_encoding="encode")
+        return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
     def distinct(self, name: str) -> set[str | None]:
         """Return the distinct values of a column of text."""
@@ -379,15 +361,12 @@ def _bytes_as_number(texts: pyarrow.StringArray, skipped: int) -> np.ndarray:
 
     A smaller text has a smaller number or the same. Every text has at least ``skipped`` bytes.
     """
-    _, offsets, content = texts.buffers()
-    bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
-    data = np.frombuffer(content, np.uint8) if content is not None else np.zeros(0, np.uint8)
-    starts, numbers = bounds[:-1] + skipped, np.zeros(len(texts), dtype=np.uint64)
-    for index in range(8):
-        inside = starts + index < bounds[1:]
-        numbers <<= np.uint64(8)
-        numbers[inside] |= data[(starts + index)[inside]]
-    return numbers
+    content, bounds = content_of(texts)
+    starts, spare = bounds[:-1] + skipped, 8 - np.minimum(8, np.diff(bounds) - skipped)
+    content = np.concatenate([content, np.zeros(8, np.uint8)])
+    numbers = np.ndarray((len(content) - 7,), ">u8", content, strides=(1,))[starts].astype(np.uint64)
+    shift = (8 * spare).astype(np.uint64)  # of all 64 bits it would be none
+    return np.where(spare == 8, np.uint64(0), (numbers >> shift) << shift)
 
 
 def _true_rows(mask: np.ndarray) -> np.ndarray:

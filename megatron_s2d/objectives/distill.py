@@ -99,13 +99,8 @@ def policy_distillation_objective(
     policy = policy_term(surrogate)
 
     def metrics(outputs: TokenOutputs, columns: TokenColumns, active: torch.Tensor) -> dict[str, Metric]:
-        log_probs = outputs.require("log_probs").detach()
-        log_ratio = sampled_reverse_kl(log_probs, columns.get("teacher_log_probs"))
-        result = policy.metrics(outputs, columns, active) | {"teacher_kl": Metric.over(log_ratio, active)}
-        own = surrogate.teacher_advantage
-        if own is not None and own.log_ratio_clip is not None:
-            result["log_ratio_clipped_fraction"] = Metric.over(own.is_clipped(log_probs, columns), active)
-        return result
+        log_ratio = sampled_reverse_kl(outputs.require("log_probs").detach(), columns.get("teacher_log_probs"))
+        return policy.metrics(outputs, columns, active) | {"teacher_kl": Metric.over(log_ratio, active)}
 
     scored = dataclasses.replace(policy, columns=policy.columns | {"teacher_log_probs"}, metrics=metrics)
     terms: tuple[Term, ...] = (scored,)

@@ -35,40 +35,6 @@ MISMATCH_EDGES = (0.0, *(float(f"{digit}e{power}") for power in range(-7, 1) for
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherAdvantage:
-    """Advantages of OPD and G-OPD from the log-probabilities that the loss computes anyway (methods.md M3, M4).
-
-    For one update a step: the weights of the forward pass are then those before the update, so that the student's
-    responses need not be scored first. Otherwise ``advantages.g_opd_advantage`` computes the same from scores.
-    """
-
-    reward_scale: float = 1.0  # lambda of G-OPD; any other than 1 reads ``reference_log_probs``
-    log_ratio_clip: float | None = None  # largest |log pi_T - log pi_S| of a token, in nats; None: no limit
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Columns that ``of`` reads."""
-        return frozenset({"teacher_log_probs"} | ({"reference_log_probs"} if self.reward_scale != 1.0 else set()))
-
-    def of(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
-        """Return (log pi_T - log pi_S) + (lambda - 1) (log pi_T - log pi_ref) [t], without a gradient."""
-        student, teacher = log_probs.detach(), columns.get("teacher_log_probs")
-        if self.log_ratio_clip is not None:
-            outside = self.is_clipped(log_probs, columns)
-            limited = student + (teacher - student).clamp(-self.log_ratio_clip, self.log_ratio_clip)
-            teacher = torch.where(outside, limited, teacher)
-        advantages = teacher - student
-        if self.reward_scale != 1.0:
-            advantages = advantages + (self.reward_scale - 1.0) * (teacher - columns.get("reference_log_probs"))
-        return advantages
-
-    def is_clipped(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
-        """Return the mask [t] of tokens beyond ``log_ratio_clip``."""
-        assert self.log_ratio_clip is not None
-        return (columns.get("teacher_log_probs") - log_probs.detach()).abs() > self.log_ratio_clip
-
-
-@dataclasses.dataclass(frozen=True)
 class Surrogate:
     """Settings of the policy loss. Defaults: S2D table 8."""
 
@@ -82,17 +48,6 @@ class Surrogate:
     on_policy: bool = False  # the current weights sampled the tokens: old_log_probs are not needed
     # grpo: the ratio of every token is clipped; gspo: that of the response; cispo: a detached weight of every token.
     policy_loss: PolicyLoss = "grpo"
-    teacher_advantage: TeacherAdvantage | None = None  # for on_policy; None: the column `advantages` has them
-
-    def __post_init__(self) -> None:
-        if self.teacher_advantage is not None and not self.on_policy:
-            raise ValueError("teacher_advantage needs on_policy: the forward pass has the weights before the update")
-
-    def advantages(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
-        """Return the advantages [t], without a gradient."""
-        if self.teacher_advantage is None:
-            return columns.get("advantages")
-        return self.teacher_advantage.of(log_probs, columns)
 
     def old_log_probs(self, log_probs: torch.Tensor, columns: TokenColumns) -> torch.Tensor:
         """Return log-probabilities [t] under the weights before the update."""
@@ -111,7 +66,7 @@ class Surrogate:
     @property
     def columns(self) -> frozenset[str]:
         """Columns that the loss needs, without its weight."""
-        columns = {"advantages"} if self.teacher_advantage is None else set(self.teacher_advantage.columns)
+        columns = {"advantages"}
         if not self.on_policy:
             columns |= {"old_log_probs"} | ({SEQUENCE_LOG_RATIOS} if self.policy_loss == "gspo" else set())
         if self.rollout_correction != "off":
@@ -196,8 +151,7 @@ def policy_term(settings: Surrogate) -> Term:
     """Return the policy loss times the importance weight as a term, by ``policy_weight``."""
 
     def values(outputs: TokenOutputs, columns: TokenColumns) -> torch.Tensor:
-        log_probs = outputs.require("log_probs")
-        advantages = settings.advantages(log_probs, columns)
+        log_probs, advantages = outputs.require("log_probs"), columns.get("advantages")
         log_ratio = settings.log_ratio(log_probs, columns)
         if settings.policy_loss == "cispo":
             loss = cispo_loss(log_probs, log_ratio, advantages, settings)
@@ -212,7 +166,7 @@ def policy_term(settings: Surrogate) -> Term:
         log_probs = outputs.require("log_probs")
         old = settings.old_log_probs(log_probs, columns)
         log_ratio = settings.log_ratio(log_probs, columns)
-        result = surrogate_metrics(log_ratio, settings.advantages(log_probs, columns), active, settings)
+        result = surrogate_metrics(log_ratio, columns.get("advantages"), active, settings)
         result["approx_kl"] = Metric.over(k3(log_probs - old), active)
         if columns.rollout_log_probs is not None:
             result |= importance_metrics(old, columns.rollout_log_probs, active, settings)

@@ -325,7 +325,7 @@ def _tokens(sample: Sample, tokenizer: Any) -> list[dict[str, Any]]:
             for name, values in log_probs.items()
             if values is not None and np.isfinite(values[index])
         }
-        if sample.teacher_log_probs is not None and student is not None:
-            row["log_ratio"] = round(float(sample.teacher_log_probs[index] - student[index]), 4)
+        if sample.teacher_log_probs is not None and sample.old_log_probs is not None:
+            row["log_ratio"] = round(float(sample.teacher_log_probs[index] - sample.old_log_probs[index]), 4)
         rows.append(row)
     return rows

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from megatron_s2d.config.opd import FixedAdvantageConfig, OpdConfig
-from megatron_s2d.config.teacher_service import services_by_domain
 from megatron_s2d.data.packing import MiniBatch
 from megatron_s2d.data.stored_samples import OfflineSamples
 from megatron_s2d.objectives.advantages import (
@@ -25,7 +24,6 @@ from megatron_s2d.objectives.advantages import (
     group_relative,
 )
 from megatron_s2d.objectives.distill import divergence_objective, policy_distillation_objective
-from megatron_s2d.objectives.policy import TeacherAdvantage
 from megatron_s2d.objectives.terms import Objective, ResponseCounts, token_weights
 from megatron_s2d.parallel.host_group import HostGroup
 from megatron_s2d.records import AnySample, Sample, own_samples, with_array, without_array
@@ -138,26 +136,11 @@ def run_opd(context: StageContext) -> None:
 def opd_objective(stage: OpdConfig) -> Objective:
     """Return the stage's loss."""
     if stage.kl_estimator == "sampled_token":
-        surrogate = surrogate_of(stage)
-        if not scores_student(stage):
-            own = TeacherAdvantage(stage.reward_scale, stage.log_ratio_clip)
-            surrogate = dataclasses.replace(surrogate, teacher_advantage=own)
         return policy_distillation_objective(
-            surrogate, entropy_coeff=stage.entropy_coeff, anchor=stage.teacher_sampling is not None
+            surrogate_of(stage), entropy_coeff=stage.entropy_coeff, anchor=stage.teacher_sampling is not None
         )
     tail = stage.tail_mass if stage.kl_estimator == "top_k" else None
     return divergence_objective(stage.divergence, tail=tail, measure_rollouts=True)
-
-
-def scores_student(stage: OpdConfig) -> bool:
-    """Return whether responses are scored by the student before the update (``kl_estimator: sampled_token``).
-
-    With one update a step its forward pass has the same log-probabilities, and the loss makes the advantages of them,
-    unless something else is made of them: a gate, a control, the verifier's term, or a teacher of another tokenizer.
-    """
-    uses = (stage.sign_gate, stage.fixed_advantage, stage.reward_advantage)
-    other_tokenizer = any(service.cross_tokenizer for service in services_by_domain(stage.teacher_service).values())
-    return stage.num_updates > 1 or any(use is not None for use in uses) or other_tokenizer
 
 
 def cached_samples(context: StageContext, stage: OpdConfig) -> OfflineSamples | None:
@@ -261,11 +244,10 @@ class PolicyGradientOpdSource:
         return with_factors(samples, scale * policy_loss_weights(samples, self.stage), factors)
 
     def _scored(self, samples: Sequence[AnySample]) -> list[AnySample]:
-        """Return the samples with the log-probabilities of teacher and reference, and of the student if needed."""
-        layout, scored = self.student.layout, list(samples)
-        if scores_student(self.stage):
-            with timed("score"):
-                scored = with_array(samples, "old_log_probs", self.student.score(samples))
+        """Return the samples with the log-probabilities of student, teacher and reference."""
+        layout = self.student.layout
+        with timed("score"):
+            scored = with_array(samples, "old_log_probs", self.student.score(samples))
         with timed("teacher"):  # one of another tokenizer needs the student's scores
             scored = with_array(scored, "teacher_log_probs", self.teachers.score(scored, holders=layout))
         if self.references is not None:
@@ -277,15 +259,13 @@ class PolicyGradientOpdSource:
         """Return (samples with advantages, factor of all loss weights, metrics).
 
         All response tokens of the step are taken together, over all data-parallel ranks: the stability weight averages
-        over them, and a fixed advantage selects among them. Without the student's scores the loss makes the advantages.
+        over them, and a fixed advantage selects among them.
         """
         own, totals = own_samples(samples), self.student.layout.host_dp
         with totals.same_outcome():
             teacher = flat_values(own, "teacher_log_probs", "teacher")
+            student = flat_values(own, "old_log_probs", "student")
             reference = None if self.references is None else flat_values(own, "reference_log_probs", "reference")
-            student = flat_values(own, "old_log_probs", "student") if scores_student(self.stage) else None
-        if student is None:
-            return samples, 1.0, {}  # the loss makes them
         lengths = [sample.response_length for sample in own]
         counted = counted_tokens(own, self.stage)
         weight_scale, metrics = 1.0, {}

@@ -133,18 +133,21 @@ def _label_states(prompts: PromptTable) -> np.ndarray:
 
 
 def _read_labels(prompts: PromptTable) -> np.ndarray:
-    states = {None: 0, "text": _TEXT_LABEL, "bad_label": _BAD_LABEL}
+    values = {None: 0, "text": _TEXT_LABEL, "bad_label": _BAD_LABEL}
     result = np.zeros(len(prompts), dtype=np.uint8)
 
     @functools.lru_cache(maxsize=_LABELS_AT_ONCE)  # few labels are the answer of one problem alone
-    def state(verifier: str | None, answer: str | None) -> int:
-        return states[unread_label(answer)] if answer is not None and is_math(verifier) else 0
+    def state(answer: str) -> int:
+        return values[unread_label(answer)]
 
-    is_math = functools.cache(_is_math)
-    for start in range(0, len(prompts), _LABELS_AT_ONCE):
+    is_math = {text: _is_math(text) for text in prompts.distinct("verifier")}
+    for start in range(0, len(prompts) if any(is_math.values()) else 0, _LABELS_AT_ONCE):
         part = prompts[start : start + _LABELS_AT_ONCE]
-        labels = zip(part.values("verifier"), part.values("answer"), strict=True)
-        result[start : start + len(part)] = [state(verifier, answer) for verifier, answer in labels]
+        verifiers, places = part.encoded("verifier")
+        graded = np.array([is_math[verifier] for verifier in verifiers])[places]
+        answers, places = part.select(graded).encoded("answer")
+        states = np.array([0 if answer is None else state(answer) for answer in answers], dtype=np.uint8)
+        result[start + np.flatnonzero(graded)] = states[places]
     return result
 
 

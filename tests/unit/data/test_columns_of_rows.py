@@ -1,7 +1,6 @@
 """Rows read as columns are the rows read one by one; tokens and keys of many texts are those of each."""
 
 import datetime
-import hashlib
 import json
 
 import numpy as np
@@ -16,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_s2d.config.base import parse
 from megatron_s2d.config.data import FileSource
-from megatron_s2d.data import columns_of_rows, problems, row_ranges
+from megatron_s2d.data import columns_of_rows, problems, row_ranges, text_columns
 from megatron_s2d.data.columns_of_rows import ProblemColumns, plain_problems
 from megatron_s2d.data.files import rows_of
-from megatron_s2d.data.prompt_table import _id_order, list_array, prompt_keys
+from megatron_s2d.data.prompt_table import _id_order
 from megatron_s2d.data.prompts import load_prompts
-from megatron_s2d.data.rendering import encode
+from megatron_s2d.data.text_columns import list_array, list_content
+from megatron_s2d.data.text_tokens import encode, token_keys
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
 
@@ -72,6 +72,25 @@ def test_numbers_are_the_text_of_the_row(tmp_path):
     rows = [{**ROWS[number], "answer": answer, "name": number} for number, answer in enumerate(answers)]
     as_columns, one_by_one = both_ways(source_of(write(tmp_path / "a.jsonl", rows)))
     assert as_columns == one_by_one and [problem.answer for _, problem in as_columns][2] == "1" + "0" * 30
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "int64", "uint64", "int8"])
+def test_types_of_parquet_are_the_text_of_the_row(tmp_path, kind):
+    numbers = [0, 7, 100, 3, 12]
+    column = pyarrow.array(numbers, kind) if "int" in kind else pyarrow.array(list(map(str, numbers)))
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    rows = pyarrow.table({"name": column, "question": column, "answer": column, "solution": column})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    as_columns, one_by_one = both_ways(source_of(tmp_path / "a.parquet", template="plain"))
+    assert as_columns == one_by_one and [problem.answer for _, problem in as_columns] == list(map(str, numbers))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    bad = pyarrow.StringArray.from_buffers(2, *pyarrow.array([b"1", b"\xff"]).buffers()[1:])
+    parquet.write_table(pyarrow.table({"question": bad, "answer": bad}), tmp_path / "a.parquet")
+    source = source_of(tmp_path / "a.parquet", template="plain", columns={})
+    with pytest.raises(UserError, match="text is not UTF-8"):
+        list(problems.read_problems(source, {}))
 
 
 def test_lines_with_blanks_between_and_after_them(tmp_path):
@@ -140,7 +159,8 @@ def test_slices_of_columns_are_problems(tmp_path):
     one_by_one = [problem for _, problem in rows_of(source, part, "x")]
     assert list(columns[3:9]) == one_by_one[3:9] and columns[-1] == one_by_one[-1]
     assert list(ProblemColumns.of(one_by_one)) == one_by_one
-    sizes = [len(problem.question) + len(problem.answer) + len(problem.solution) for problem in one_by_one]
+    texts = [problem.question + problem.answer + problem.solution for problem in one_by_one]
+    sizes = [len(text.encode()) for text in texts]
     assert columns.sizes().tolist() == ProblemColumns.of(one_by_one).sizes().tolist() == sizes
 
 
@@ -169,12 +189,37 @@ def test_tokens_of_many_texts_are_those_of_each(special):
 
 
 def test_keys_are_digests_of_tokens():
-    rows = [np.arange(3), np.zeros(0, np.int64), np.array([70_000, 5])]
-    expected = [int.from_bytes(hashlib.sha256(row.astype(np.int64).tobytes()).digest()[:8], "big") for row in rows]
-    values = np.concatenate(rows).astype(np.int32)
-    assert prompt_keys(values, np.array([3, 0, 2])).tolist() == expected
-    lists = list_array(values, np.array([3, -1, 0, 2]))
+    rows = [np.arange(3), np.zeros(0, np.int64), np.array([70_000, 5]), np.array([5, 70_000]), np.zeros(1), np.zeros(2)]
+    values, lengths = np.concatenate(rows).astype(np.int32), np.array(list(map(len, rows)))
+    keys = token_keys(values, lengths)
+    assert len(set(keys.tolist())) == len(rows) and keys.dtype == np.uint64
+    one_by_one = [token_keys(row.astype(np.int64), np.array([len(row)]))[0] for row in rows]
+    assert keys.tolist() == one_by_one
+    lists = list_array(np.array([0, 1, 2, 70_000, 5]), np.array([3, -1, 0, 2]))
     assert lists.to_pylist() == [[0, 1, 2], None, [], [70_000, 5]]
+    back, lengths = list_content(lists)
+    assert back.tolist() == [0, 1, 2, 70_000, 5] and lengths.tolist() == [3, -1, 0, 2]
+
+
+def test_digests_of_texts_are_those_of_each(monkeypatch):
+    """Whatever stands beside a text, and however many are digested together."""
+    texts = ["", "a", "a\0", "\0a", "\0", "12345678", "123456789", "12345678\0", "ä" * 9, "b", "a", "x" * 100]
+    column = pyarrow.array(["before", *texts, "after"])[1:-1]
+    digests = text_columns.text_digests(column)
+    assert digests.tolist() == [text_columns.text_digests(pyarrow.array([text]))[0] for text in texts]
+    assert len(set(digests.tolist())) == len(set(texts))
+    monkeypatch.setattr(text_columns, "_WORDS_AT_ONCE", 2)
+    assert text_columns.text_digests(column).tolist() == digests.tolist()
+    assert not len(text_columns.text_digests(column[:0]))
+
+
+def test_marks_of_texts():
+    texts = pyarrow.array(["?", "a<e>b", "", "<e", ">", "é", "<e><e>", " "])[1:]
+    assert text_columns.with_bytes(texts, np.arange(256) >= 128).tolist() == [False] * 4 + [True] + [False] * 2
+    marked = text_columns.with_parts(texts, ["<e>", "?"])
+    assert marked[[0, 5]].all() and not marked[[1, 3, 4, 6]].any()  # one may begin in a text and end in the next one
+    assert text_columns.some_blank(texts) and not text_columns.some_blank(pyarrow.array(["a", "\u2003é", " b"]))
+    assert text_columns.some_blank(pyarrow.array(["a", "\u2003"])) and text_columns.some_blank(pyarrow.array(["\x1c"]))
 
 
 @pytest.mark.parametrize("ids", [
@@ -198,4 +243,4 @@ def test_rows_with_text_are_read_as_columns(tmp_path, monkeypatch):
     for suffix in ("parquet", "jsonl"):
         source = source_of(write(tmp_path / f"a.{suffix}", ROWS))
         assert len(list(problems.read_problems(source, {}))) == 50
-    assert columns_of_rows._texts(["a", 1]) == ["a", "1"]
+    assert columns_of_rows._texts(["a", 1]).to_pylist() == ["a", "1"]

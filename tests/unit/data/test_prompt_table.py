@@ -16,8 +16,9 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data import problems, prompt_cache
 from megatron_s2d.data.problems import SeenIds, id_keys
 from megatron_s2d.data.prompt_cache import content_digest
-from megatron_s2d.data.prompt_table import PromptTable, prompt_key
+from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import load_prompts, split_halves
+from megatron_s2d.data.text_tokens import token_keys
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
@@ -87,7 +88,7 @@ def test_prompts_of_both_kinds_are_the_rows_in_order(load, tokenizer, tmp_path):
         assert prompt.solution_token_ids.tolist() == solution
     assert prompts.lengths.tolist() == [3 + number % 7 for number in range(40)]
     assert prompts.solution_lengths.tolist() == [2 + number % 2 for number in range(40)]
-    assert prompts.keys.tolist() == [prompt_key(prompt.token_ids) for prompt in prompts]
+    assert prompts.keys.tolist() == [token_keys(p.token_ids, np.array([len(p.token_ids)]))[0] for p in prompts]
     assert prompts.distinct("domain") == {"math"} and prompts[-1].id == "a/r39"
     with pytest.raises(IndexError):
         prompts[40]
@@ -150,6 +151,20 @@ def test_labels_of_a_table_are_read_once(load, tmp_path, monkeypatch):
     else:
         with pytest.raises(UserError, match="40 of 40 labels are no answers"):
             check_labels(load(path).prompts)
+
+
+def test_labels_of_several_verifiers():
+    """Only those of mathematics are read as such, however they stand among the others."""
+    verifiers = ["code", "math", None, "math", '{"type": "math", "last_number": true}', "code"]
+    answers = ["x^^2", "x^^2", "x^^2", "3", "what? 3?", None]
+    one = np.array([1])
+    prompts = [
+        Prompt(str(number), one, "", "math", verifier, answer)
+        for number, (verifier, answer) in enumerate(zip(verifiers, answers, strict=True))
+    ]
+    text = labels_as_text(prompts * 3)
+    assert text.startswith("6 of 18 labels") and "1: 'x^^2', 4: 'what? 3?', 1: 'x^^2', ..." in text
+    assert labels_as_text([prompts[0], prompts[3]]) is None and labels_as_text([]) is None
 
 
 def test_unit_tests_of_a_table_are_read_once(load, tmp_path, monkeypatch):
