@@ -47,6 +47,7 @@ from megatron_s2d.kl.teachers import (
     warn_on_narrow_support,
 )
 from megatron_s2d.kl.top_k import SupportChunk
+from megatron_s2d.matrix_products import add_weight_gradient, linear_out
 
 TokenLoss = Callable[[TokenOutputs, torch.Tensor], torch.Tensor]
 
@@ -320,15 +321,16 @@ class _GradientAccumulator:
             return
         if self.hidden is not None:
             if self.hidden.dtype == delta.dtype:
-                torch.mm(delta, student.weight, out=self.hidden[rows])
+                linear_out(delta, student.weight.t(), self.hidden[rows])
             else:
                 self.hidden[rows] = torch.mm(delta, student.weight)
         if self.weight is not None:
-            valid, beta = self.weight[: self.columns], 0.0 if self.is_empty else 1.0
+            valid = self.weight[: self.columns]
             if student.mixed:
+                beta = 0.0 if self.is_empty else 1.0
                 torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out_dtype=valid.dtype, out=valid)
             else:
-                torch.addmm(valid, delta.t(), student.hidden[rows], beta=beta, out=valid)
+                add_weight_gradient(valid, delta, student.hidden[rows], is_first=self.is_empty)
             self.is_empty = False
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -18,6 +18,7 @@ import torch
 from megatron_s2d.errors import UserError
 from megatron_s2d.kl.shards import VocabShard, check_ids
 from megatron_s2d.kl.top_k import TAILS, SupportChunk
+from megatron_s2d.matrix_products import linear_out
 
 Temperature = float | torch.Tensor
 
@@ -113,7 +114,7 @@ class Projection:
                 return torch.addmm(out, *operands, beta=0, alpha=1 / self.temperature, out_dtype=out.dtype, out=out)
             torch.mm(*operands, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(self.hidden[block], self.weight.t(), out=out)
+            linear_out(self.hidden[block], self.weight, out)
         return over_temperature(out, self.temperature, block)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from megatron_s2d import matrix_products
+
 
 def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
     """Let the linear layers of ``chunk`` add their weights' gradients to ``main_grad`` where both are float32.
@@ -55,18 +57,18 @@ class _Accumulated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
         ctx.parameter, ctx.main_grad, ctx.group = weight, main_grad, group
-        return torch.matmul(input, weight.t())
+        return matrix_products.linear(input, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         """Add the weight's gradient to its buffer; autograd gets none."""
         input, weight = ctx.saved_tensors
-        gradient = upstream.matmul(weight) if ctx.needs_input_grad[0] else None
+        gradient = matrix_products.linear(upstream, weight.t()) if ctx.needs_input_grad[0] else None
         handle = None
         if gradient is not None and ctx.group is not None:
             handle = dist.all_reduce(gradient, group=ctx.group, async_op=True)
-        ctx.main_grad.addmm_(upstream.flatten(0, -2).t(), input.flatten(0, -2))
+        matrix_products.add_weight_gradient(ctx.main_grad, upstream.flatten(0, -2), input.flatten(0, -2))
         ctx.parameter.grad_added_to_main_grad = True
         if handle is not None:
             handle.wait()

@@ -43,6 +43,7 @@ from megatron_s2d.objectives.policy import SEQUENCE_LOG_RATIOS
 from megatron_s2d.objectives.terms import Metric, Objective
 from megatron_s2d.parallel import device
 from megatron_s2d.parallel.checkpoint import CheckpointSave, load_checkpoint, start_saving
+from megatron_s2d.parallel.frozen_products import replace_frozen_products
 from megatron_s2d.parallel.layout import Layout
 from megatron_s2d.parallel.trainable_model import TrainableModel, forward_only
 from megatron_s2d.records import AnySample, Sample
@@ -108,6 +109,7 @@ class MegatronModel:
             fp8=fp8,
             overlapped_tokens=self._pad_to_multiple if tp_comm_overlap else None,
         )
+        replace_frozen_products(self._chunks)
         self.routing_replay = RoutingReplay(self._chunks, spec, layout) if routing_replay else None
         self.trainable: TrainableModel | None = None
         self.adapter: ModelAdapter | None = None
@@ -160,9 +162,8 @@ class MegatronModel:
             return
         if self.trainable is not None:
             raise RuntimeError("a model that is trained cannot be offloaded: its host copy would be stale")
-        if not device.capabilities().cuda:
-            return
-        self._host_weights.offload(self.chunks)
+        if device.capabilities().cuda:
+            self._host_weights.offload(self.chunks)
 
     def onload(self) -> None:
         """Move the weights to the device."""

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "megatron_s2d"
 LAYERS = [
     ("errors", "formatting", "arithmetic", "buffer_sizes"),
     ("config", "records", "columns", "artifacts"),
-    ("kl",),
+    ("kl", "matrix_products"),
     ("objectives",),
     ("parallel",),
     ("models", "data", "verify"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_s2d import matrix_products
 from megatron_s2d.config.model import ModelConfig
 from megatron_s2d.config.parallel import ParallelConfig
 from megatron_s2d.config.training import OptimizerConfig
@@ -85,6 +86,33 @@ def method_of(layout, name: str):
     if name == "grpo":
         return grpo_objective(Surrogate(on_policy=True), kl_loss_coef=0.0), "policy_weight", None
     return divergence_objective("reverse_kl"), "divergence_weight", build(layout, "tiny-teacher")
+
+
+@pytest.mark.parametrize("method", ["supervised", "reverse_kl"])
+def test_products_by_onednn_change_no_gradient(layout, monkeypatch, method):
+    """The products of layers in both directions, of the teacher without gradients, and of the output layers."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    objective, column, teacher = method_of(layout, method)
+    arguments = layout, objective, column, "token_mean", 10_000, teacher
+    loss, reference = gradients(*arguments)
+    calls = []
+
+    def multiply(*arguments, original=torch.ops.mkldnn._linear_pointwise):
+        calls.append(torch.is_grad_enabled())
+        return original(*arguments)
+
+    for name, value in (("_FEWEST_ROWS", 1), ("_FEWEST_OPERATIONS", 1), ("_is_faster_here", lambda: True)):
+        monkeypatch.setattr(matrix_products, name, value)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", multiply)
+    other_loss, main_grads = gradients(*arguments)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(main_grads[name], gradient, rtol=1e-4, atol=2e-6)
+    spec = ModelConfig(preset="tiny-student", vocab_size=VOCAB).resolve()
+    of_teacher = 0 if teacher is None else 4 * teacher.spec.num_layers + 1
+    # Four matrices a layer: outputs, gradients of inputs and of weights; the same of the output layer.
+    assert len(calls) == 3 * (4 * spec.num_layers + 1) + of_teacher
 
 
 def test_a_model_that_was_trained_is_freed_with_its_last_reference(layout):
