@@ -106,15 +106,15 @@ def _read(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name(name).read_text())
 
 
-def _family_cases() -> dict[str, dict[str, Any]]:
-    """Return a GRPO stage of each model family, by ``config.json``."""
+def _family_cases(bars: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a GRPO stage of each model family, by ``config.json``. bars: with Transformer Engine, by case."""
     cases = {}
     for name, values in _read("families.yaml").items():
         folder = Path(CONFIGS.name) / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(values["config"]))
-        if HAS_TRANSFORMER_ENGINE:  # the bars are of layers without it
-            values = {key: value for key, value in values.items() if key not in ("launches", "waits")}
+        if HAS_TRANSFORMER_ENGINE:
+            values = values | bars.get(f"grpo_{name}", {})
         cases[f"grpo_{name}"] = {"models": {"student": {"path": folder}}, "prompt": 256, "response": 768} | values
     return cases
 
@@ -125,7 +125,7 @@ def _all_cases() -> dict[str, Case]:
         values[name] = values[case["like"]] | case
     if HAS_TRANSFORMER_ENGINE:
         values = {name: case | engine["bars"].get(name, {}) for name, case in values.items()}
-    values |= _family_cases()
+    values |= _family_cases(engine["bars"])
     return {name: Case(name, case) for name, case in values.items()}
 
 
