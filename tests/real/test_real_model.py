@@ -109,10 +109,10 @@ def test_top_k_divergence_to_the_teacher_falls(run):
     assert len(column("opd_top_k", "kl")) == 30 and 0 < last < 0.85 * first
 
 
-def test_sampled_token_starts_where_the_exact_divergence_does(run):
-    """Its mean over sampled tokens estimates the same divergence; 30 steps do not lower it (docs/real-model.md)."""
-    exact, sampled = (first_and_last(column(stage, "kl"), 5)[0] for stage in ("opd", "opd_sampled"))
-    assert len(column("opd_sampled", "kl")) == 30 and 0.5 * exact < sampled < 2 * exact
+def test_divergence_of_sampled_tokens_falls(run):
+    """From the model as it was before stage 1 to the one after it."""
+    first, last = first_and_last(column("opd_sampled", "kl"), 5)
+    assert len(column("opd_sampled", "kl")) == 30 and last < 0.7 * first
 
 
 def test_exact_divergence_falls_after_the_warm_up(run):
