@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from megatron_s2d.artifacts.files import atomic_write_bytes, atomic_write_json, read_json_object
-from megatron_s2d.data.forked_map import forked_map, in_child, num_processes
-from megatron_s2d.data.text_columns import content_of
-from megatron_s2d.data.text_tokens import token_keys
+from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
+from megatron_s2d.artifacts.lock import directory_lock
+from megatron_s2d.data.id_order import as_index, id_order
+from megatron_s2d.data.stored_arrays import in_processes, remembered, true_rows
+from megatron_s2d.data.table_tokens import most_lengths, token_lengths, with_tokens
+from megatron_s2d.data.text_tokens import TextTokens, token_keys
 from megatron_s2d.records import Prompt
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
 _ROWS_PER_PART = 65536  # whose values one process computes
+_WAIT_SECONDS = 24 * 3600.0  # for the process that computes the same lengths
+_BOUNDED = {"most_tokens": "token_ids", "most_solution_tokens": "solution_token_ids"}
 _SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
 
 
 def schema() -> pyarrow.Schema:
-    """Return the columns of a table: the fields of ``Prompt`` and the digest of its tokens."""
+    """Return the columns of a table: fields of ``Prompt``, its key, and a solution whose tokens are not known yet."""
     import pyarrow
 
     tokens = pyarrow.list_(pyarrow.int32())
@@ -48,6 +50,7 @@ def schema() -> pyarrow.Schema:
             "solution_token_ids": tokens,
             "environment": pyarrow.string(),
             "key": pyarrow.uint64(),
+            "solution": pyarrow.string(),
         }
     )
 
@@ -61,6 +64,7 @@ def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
     }
     lengths = np.array([len(prompt.token_ids) for prompt in prompts])
     columns["key"] = token_keys(np.concatenate([prompt.token_ids for prompt in prompts]), lengths)
+    columns["solution"] = [None] * len(prompts)
     arrays = [pyarrow.array(columns[field.name], field.type) for field in schema()]
     return pyarrow.RecordBatch.from_arrays(arrays, schema=schema())
 
@@ -68,11 +72,24 @@ def record_batch(prompts: Sequence[Prompt]) -> pyarrow.RecordBatch:
 class PromptTable(Sequence[Prompt]):
     """The prompts ``rows`` of an Arrow table; all of them for None.
 
-    directory: of a table on disk, where ``remember`` keeps arrays.
+    Rows of a table on disk may have texts and no tokens: these are computed when a prompt is read, and of all prompts
+    only their largest numbers are known (``longest``) until somebody asks for more.
     """
 
-    def __init__(self, table: pyarrow.Table, rows: np.ndarray | None = None, directory: Path | None = None):
+    def __init__(
+        self,
+        table: pyarrow.Table,
+        rows: np.ndarray | None = None,
+        directory: Path | None = None,
+        tokens: TextTokens | None = None,
+        limit: int | None = None,
+    ):
+        """directory: of a table on disk, where ``remember`` keeps arrays. tokens: of texts, if rows lack theirs. limit:
+        what no prompt of the table is longer than.
+        """
         self._table, self._rows, self._directory = table, rows, directory
+        self._tokens, self._limit = tokens, limit
+        self._recent: dict[int, Prompt] = {}  # row -> one whose length was asked for
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> PromptTable:
@@ -92,7 +109,16 @@ class PromptTable(Sequence[Prompt]):
 
         starts = np.cumsum([0, *(table._table.num_rows for table in tables)])
         rows = [table.rows.astype(np.int64) + start for table, start in zip(tables, starts[:-1], strict=True)]
-        return cls(pyarrow.concat_tables([table._table for table in tables]), np.concatenate(rows))
+        joined = pyarrow.concat_tables([table._table for table in tables])
+        tokens = next((table._tokens for table in tables if table._tokens is not None), None)
+        if tokens is None:
+            return cls(joined, np.concatenate(rows))
+        limits = [table.longest if table._tokens is None else table._limit for table in tables]
+        known = [limit for limit in limits if limit is not None]
+        return cls(joined, np.concatenate(rows), None, tokens, max(known) if len(known) == len(limits) else None)
+
+    def _with(self, rows: np.ndarray) -> PromptTable:
+        return PromptTable(self._table, rows, self._directory, self._tokens, self._limit)
 
     @property
     def rows(self) -> np.ndarray:
@@ -111,11 +137,17 @@ class PromptTable(Sequence[Prompt]):
             return self.select(np.arange(*index.indices(len(self))))
         position = range(len(self))[index]
         row = position if self._rows is None else int(self._rows[position])
+        if row in self._recent:
+            return self._recent[row]
+        if self._tokens is not None:
+            return next(iter(self.select(np.array([position]))))
         return _prompt({name: self._table.column(name)[row] for name in _FIELDS})
 
     def __iter__(self) -> Iterator[Prompt]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             part = self._part(start, min(len(self), start + _ROWS_AT_ONCE))
+            if self._tokens is not None:
+                part = with_tokens(part, self._tokens)
             columns = [part.column(name) for name in _FIELDS]
             for values in zip(*columns, strict=True):
                 yield _prompt(dict(zip(_FIELDS, values, strict=True)))
@@ -131,28 +163,136 @@ class PromptTable(Sequence[Prompt]):
             if indices.all():
                 return self
             if self._rows is not None:
-                return PromptTable(self._table, self._rows[indices], self._directory)
-            indices = _true_rows(indices)
-        rows = _index(indices, self._table.num_rows) if self._rows is None else self._rows[indices]
-        return PromptTable(self._table, rows, self._directory)
+                return self._with(self._rows[indices])
+            indices = true_rows(indices)
+        rows = as_index(indices, self._table.num_rows) if self._rows is None else self._rows[indices]
+        return self._with(rows)
+
+    # ------------------------------------------------------------------------------- lengths
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each prompt, int32 [n]."""
-        return self._lengths_of("lengths", "token_ids")
+        """Number of tokens of each prompt, int32 [n]. Of a table of texts all are computed, once."""
+        return self._taken(self._exact("lengths", "token_ids"))
 
     @functools.cached_property
     def solution_lengths(self) -> np.ndarray:
-        """Number of tokens of each reference solution, int32 [n]; -1 without one."""
-        return self._lengths_of("solution_lengths", "solution_token_ids")
+        """Number of tokens of each reference solution, int32 [n]; -1 without one. As ``lengths``."""
+        return self._taken(self._exact("solution_lengths", "solution_token_ids"))
+
+    @property
+    def has_solution(self) -> np.ndarray:
+        """Mask [n] of the prompts with a reference solution."""
+        return ~(self.is_null("solution_token_ids") & self.is_null("solution"))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether ``longest`` and ``longest_sample`` are those of prompts, and not what none is longer than."""
+        return self._tokens is None
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt; of a table of texts a number that none has more than."""
+        return int(self._most.max(initial=0))
+
+    @property
+    def longest_sample(self) -> tuple[int, int]:
+        """Tokens of prompt and solution of the longest two together; as ``longest``."""
+        solutions = self.solution_lengths if self._tokens is None else self._bounds("most_solution_tokens")
+        longest = int((self._most + solutions).argmax())
+        return int(self._most[longest]), int(solutions[longest])
+
+    def longer_than(self, limit: int) -> np.ndarray:
+        """Return the length of each prompt with more than ``limit`` tokens, int32 [n]; 0 for the others.
+
+        Of a table of texts the lengths of those are computed that may have as many, once.
+        """
+        longer = np.where(self._most > limit, self._most, 0)
+        if self._tokens is not None and longer.any():
+            if self._directory is None:
+                rows = self.rows[np.flatnonzero(longer)]
+                lengths = self._lengths_of_rows(rows)
+            else:
+                rows = np.flatnonzero(self._stored_bounds("most_tokens") > limit)
+                lengths = self._once(f"lengths-beyond-{limit}", lambda: self._lengths_of_rows(rows))
+            known = np.zeros(self._table.num_rows, dtype=np.int32)
+            known[rows] = lengths
+            longer = np.minimum(longer, self._taken(known))
+        return np.where(longer > limit, longer, 0)
+
+    def up_to(self, limit: int | None) -> PromptTable:
+        """Return the prompts with at most ``limit`` tokens."""
+        if limit is None:
+            return self
+        if self._tokens is None:
+            return self.select(self.lengths <= limit)
+        fitting = self.select(self.longer_than(limit) == 0)
+        least = limit if self._limit is None else min(limit, self._limit)
+        return PromptTable(fitting._table, fitting._rows, fitting._directory, fitting._tokens, least)
+
+    def lengths_at(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of some prompts and of their solutions (-1 without one), int64 [len(indices)] each."""
+        if self._tokens is None:
+            return self.lengths[indices].astype(np.int64), self.solution_lengths[indices].astype(np.int64)
+        part = self.select(np.asarray(indices, dtype=np.int64))
+        rows = part.rows.tolist()
+        if not self._recent.keys() >= set(rows):
+            self._recent = dict(zip(rows, part, strict=True))  # who asks for lengths reads them next
+        prompts = [self._recent[row] for row in rows]
+        solutions = [-1 if one.solution_token_ids is None else len(one.solution_token_ids) for one in prompts]
+        return np.array([len(one.token_ids) for one in prompts], np.int64), np.array(solutions, np.int64)
+
+    @functools.cached_property
+    def _most(self) -> np.ndarray:
+        """How many tokens each prompt has at most, int32 [n]."""
+        if self._tokens is None:
+            return self.lengths
+        most = self._bounds("most_tokens")
+        return most if self._limit is None else np.minimum(most, self._limit)
+
+    def _bounds(self, name: str) -> np.ndarray:
+        return self._taken(self._stored_bounds(name))
+
+    def _stored_bounds(self, name: str) -> np.ndarray:
+        column, tokens = _BOUNDED[name], self._tokens
+        assert tokens is not None
+        return self._stored(name, lambda: self._computed(lambda part: most_lengths(part._table, tokens, column)))
+
+    def _exact(self, name: str, column: str) -> np.ndarray:
+        tokens = self._tokens
+        if tokens is None:
+            return self._stored(name, lambda: _list_lengths(self._table.column(column)))
+
+        def compute() -> np.ndarray:
+            return self._computed(lambda part: token_lengths(part._table, tokens, column), "lengths")
+
+        return compute() if self._directory is None else self._once(name, compute)
+
+    def _lengths_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of tokens of rows of the Arrow table, int32 [len(rows)]."""
+        tokens = self._tokens
+        assert tokens is not None
+
+        def lengths(start: int) -> np.ndarray:
+            return token_lengths(self._table.take(rows[start : start + _ROWS_AT_ONCE]), tokens, "token_ids")
+
+        return in_processes(lengths, range(0, len(rows), _ROWS_AT_ONCE), "long prompts")
+
+    def _once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return ``_remembered`` of what takes long; the other processes of a machine wait for the first one."""
+        assert self._directory is not None
+        path = self._directory / f"{name}.npy"
+        if path.exists():
+            return remembered(path, compute)
+        with directory_lock(self._directory / "locks" / name, wait_seconds=_WAIT_SECONDS):
+            return remembered(path, compute)
+
+    # ------------------------------------------------------------------------------- other values of all prompts
 
     @property
     def keys(self) -> np.ndarray:
         """A digest of what a model reads of each prompt, uint64 [n]: equal for equal tokens (``TextTokens.keys``)."""
         return self._taken(self._stored("keys", lambda: _values(self._table.column("key"), np.uint64)))
-
-    def _lengths_of(self, name: str, column: str) -> np.ndarray:
-        return self._taken(self._stored(name, lambda: _list_lengths(self._table.column(column))))
 
     def _stored(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Return a value for each row of the Arrow table; of a table on disk from a mapped file of its own.
@@ -163,11 +303,15 @@ class PromptTable(Sequence[Prompt]):
 
     def _array(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         assert self._directory is not None
-        return _remembered(self._directory / f"{name}.npy", compute, apart=self._table.num_rows > _ROWS_PER_PART)
+        return remembered(self._directory / f"{name}.npy", compute, apart=self._table.num_rows > _ROWS_PER_PART)
 
     def prepare(self) -> None:
         """Write what every later start reads: lengths, keys, the order of ids, and columns with one value."""
-        for name in ("lengths", "solution_lengths", "keys", "_constants"):
+        for name in _BOUNDED if self._tokens is not None else ():
+            self._stored_bounds(name)
+        for name in ("lengths", "solution_lengths") if self._tokens is None else ():
+            getattr(self, name)
+        for name in ("keys", "_constants"):
             getattr(self, name)
         self.sorted_by_id()
 
@@ -235,8 +379,8 @@ class PromptTable(Sequence[Prompt]):
     def sorted_by_id(self) -> np.ndarray:
         """Return the indices [n] of the prompts in the order of their ids (as text, by code point)."""
         if self._directory is None:
-            return _id_order(self._table if self._rows is None else self._table.take(self._rows))
-        order = self._array("order", lambda: _id_order(self._table))
+            return id_order(self._table if self._rows is None else self._table.take(self._rows))
+        order = self._array("order", lambda: id_order(self._table))
         if self._rows is None:
             return order
         place = np.full(self._table.num_rows, -1, dtype=order.dtype)  # row -> index here
@@ -256,15 +400,15 @@ class PromptTable(Sequence[Prompt]):
         """
         if self._directory is None:
             return compute(self)
-        return self._taken(_remembered(self._directory / f"{name}.npy", lambda: self._computed(compute)))
+        return self._taken(remembered(self._directory / f"{name}.npy", lambda: self._computed(compute)))
 
-    def _computed(self, compute: Callable[[PromptTable], np.ndarray]) -> np.ndarray:
-        """Return ``compute`` of all rows of the Arrow table, part by part."""
-        starts = range(0, self._table.num_rows, _ROWS_PER_PART)
-        parts = forked_map(
-            lambda start: compute(PromptTable(self._table.slice(start, _ROWS_PER_PART))), starts, num_processes()
-        )
-        return np.concatenate(list(parts))
+    def _computed(self, compute: Callable[[PromptTable], np.ndarray], what: str | None = None) -> np.ndarray:
+        """Return ``compute`` of all rows of the Arrow table, part by part. what: is announced, if it takes long."""
+
+        def part(start: int) -> np.ndarray:
+            return compute(PromptTable(self._table.slice(start, _ROWS_PER_PART), tokens=self._tokens))
+
+        return in_processes(part, range(0, self._table.num_rows, _ROWS_PER_PART), what)
 
     def _taken(self, values: np.ndarray) -> np.ndarray:
         return values if self._rows is None else values[self._rows]
@@ -303,79 +447,3 @@ def _list_lengths(column: pyarrow.ChunkedArray) -> np.ndarray:
 
     parts = [pyarrow.compute.list_value_length(chunk).fill_null(-1).to_numpy() for chunk in column.chunks]
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-def _remembered(path: Path, compute: Callable[[], np.ndarray], *, apart: bool = False) -> np.ndarray:
-    """Return the array of a file, mapped; it is computed and written if it is not there yet.
-
-    apart: computed in a process of its own, which takes much memory.
-    """
-
-    def write() -> None:
-        values, header = np.ascontiguousarray(compute()), io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-        atomic_write_bytes(path, header.getvalue(), values.data if values.size else b"")
-
-    if not path.exists():
-        in_child(write) if apart else write()
-    array: np.ndarray = np.load(path, mmap_mode="r")
-    return array
-
-
-def _id_order(table: pyarrow.Table) -> np.ndarray:
-    """Return the rows in the order of ids. UTF-8 sorts like code points, which Python's text does.
-
-    Ids are compared by the first bytes after what all of them begin with, as numbers, and by Arrow, which takes ten
-    times as long, only where these are equal.
-    """
-    import pyarrow
-    import pyarrow.compute
-
-    column = table.column("id")
-    if not len(column):
-        return np.zeros(0, np.int32)
-    ends = pyarrow.compute.min_max(column)
-    pairs = zip(ends["min"].as_py().encode(), ends["max"].as_py().encode(), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    first = np.empty(len(column), dtype=np.uint64)
-    for chunk, start in zip(column.chunks, np.cumsum([0, *map(len, column.chunks)]).tolist(), strict=False):
-        first[start : start + len(chunk)] = _bytes_as_number(chunk, common)
-    order = np.argsort(first)
-    same = np.empty(len(order) - 1, dtype=bool)
-    for start in range(0, len(same), _ROWS_PER_PART):  # not all at once: ten million numbers have 80 MB
-        part = first[order[start : start + _ROWS_PER_PART + 1]]
-        same[start : start + _ROWS_PER_PART] = part[1:] == part[:-1]
-    del first
-    if same.any():
-        tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
-        group = np.concatenate([[0], np.cumsum(~same)])[tied]
-        rows = order[tied]
-        keys = pyarrow.table({"group": group, "id": column.take(rows)})
-        by = pyarrow.compute.sort_indices(keys, sort_keys=[("group", "ascending"), ("id", "ascending")]).to_numpy()
-        order[tied] = rows[by]
-    return _index(order, table.num_rows)
-
-
-def _bytes_as_number(texts: pyarrow.StringArray, skipped: int) -> np.ndarray:
-    """Return the eight bytes after the first ``skipped`` of each text, uint64 [n], zeros after its end.
-
-    A smaller text has a smaller number or the same. Every text has at least ``skipped`` bytes.
-    """
-    content, bounds = content_of(texts)
-    starts, spare = bounds[:-1] + skipped, 8 - np.minimum(8, np.diff(bounds) - skipped)
-    content = np.concatenate([content, np.zeros(8, np.uint8)])
-    numbers = np.ndarray((len(content) - 7,), ">u8", content, strides=(1,))[starts].astype(np.uint64)
-    shift = (8 * spare).astype(np.uint64)  # of all 64 bits it would be none
-    return np.where(spare == 8, np.uint64(0), (numbers >> shift) << shift)
-
-
-def _true_rows(mask: np.ndarray) -> np.ndarray:
-    """Return the rows of a mask, part by part: numpy's numbers have eight bytes each."""
-    starts = range(0, len(mask), _ROWS_PER_PART)
-    parts = [_index(np.flatnonzero(mask[start : start + _ROWS_PER_PART]) + start, len(mask)) for start in starts]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-def _index(values: np.ndarray, num_rows: int) -> np.ndarray:
-    """Return row numbers in four bytes each, if that is enough."""
-    return values.astype(np.int32 if num_rows < 2**31 else np.int64, copy=False)

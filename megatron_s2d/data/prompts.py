@@ -27,6 +27,7 @@ from megatron_s2d.data.prompt_cache import table_of_files
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.rendering import PromptRenderer
 from megatron_s2d.data.tasks import task_documents, task_prompts
+from megatron_s2d.data.text_tokens import TextTokens
 from megatron_s2d.data.tokenizer import template_fingerprint, tokenizer_fingerprint
 from megatron_s2d.errors import UserError
 from megatron_s2d.records import Prompt
@@ -56,7 +57,7 @@ def load_prompts(
     cache_dir: Path | None = None,
     view: TeacherViewConfig | None = None,
 ) -> PromptSet:
-    """Tokenize the prompts of a source; drop and count those longer than ``max_prompt_length``.
+    """Return the prompts of a source; drop and count those longer than ``max_prompt_length``.
 
     ``date`` is the day for chat templates that write today's date; tables of large files are kept in ``cache_dir`` (by
     default the one of ``data_cache_dir``). view: the prompts as a teacher reads them; ``tokenizer`` has its template.
@@ -71,22 +72,19 @@ def load_prompts(
         cache_dir = (cache_dir or DEFAULT_DATA_CACHE).expanduser()
         source = as_files(source, cache_dir)
         prompts, counts = _file_prompts(source, tokenizer, date, cache_dir, view)
-    fits = _fits(prompts, max_prompt_length)
-    if not fits.all() and getattr(source, "on_long_prompt", "drop") == "error":
-        longest = prompts[int(prompts.lengths.argmax())]
+    fitting = prompts.up_to(max_prompt_length)
+    dropped = len(prompts) - len(fitting)
+    if max_prompt_length is not None and dropped and getattr(source, "on_long_prompt", "drop") == "error":
+        longest = prompts[int(prompts.longer_than(max_prompt_length).argmax())]
         raise UserError(
             f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: "
             "increase it, or set on_long_prompt: drop"
         )
-    if not fits.any():
+    if not fitting:
         raise UserError(
             f"all prompts of {_name(source)} are longer than max_prompt_length {max_prompt_length}; increase it"
         )
-    return PromptSet(prompts.select(fits), int((~fits).sum()), counts.get(DUPLICATES, 0))
-
-
-def _fits(prompts: PromptTable, limit: int | None) -> np.ndarray:
-    return np.ones(len(prompts), dtype=bool) if limit is None else prompts.lengths <= limit
+    return PromptSet(fitting, dropped, counts.get(DUPLICATES, 0))
 
 
 def _file_prompts(
@@ -104,12 +102,11 @@ def _file_prompts(
         settings["view"] = dump(view)
         source = source.with_context_columns(view.columns)
 
-    convert = PromptRenderer(source, tokenizer, date, view)
-
-    def read(counts: dict[str, int], processes: int) -> Iterator[ProblemBatch[pyarrow.RecordBatch]]:
+    def read(counts: dict[str, int], processes: int, *, deferred: bool) -> Iterator[ProblemBatch[pyarrow.RecordBatch]]:
+        convert = PromptRenderer(source, tokenizer, date, view, deferred=deferred)
         return convert_problems(source, counts, convert, processes)
 
-    return table_of_files(source.paths, settings, cache_dir, read)
+    return table_of_files(source.paths, settings, cache_dir, read, TextTokens(tokenizer))
 
 
 def prompts_of(config: WorkflowConfig, name: str, tokenizer: Any, others: Sequence[Any] = ()) -> PromptSet:
@@ -187,18 +184,18 @@ def short_prompts(config: WorkflowConfig, stage_name: str, entry: str, prompts: 
     """Return those ``prompts`` that are within the stage's ``max_prompt_length``; see ``fitting_prompts``."""
     table = PromptTable.of(prompts)
     limit = getattr(config.stages[stage_name], "max_prompt_length", None)
-    fits = _fits(table, limit)
+    fitting = table.up_to(limit)
     where = f"stages.{stage_name}.max_prompt_length: {limit}"
-    if not fits.any():
+    if not fitting:
         raise UserError(f"{where}: all prompts of '{entry}' are longer; increase it")
     source = config.data[entry.partition("/")[0]]
-    if not fits.all() and getattr(source, "on_long_prompt", "drop") == "error":
-        longest = table[int(table.lengths.argmax())]
+    if limit is not None and len(fitting) < len(table) and getattr(source, "on_long_prompt", "drop") == "error":
+        longest = table[int(table.longer_than(limit).argmax())]
         raise UserError(
             f"{where}: prompt {longest.id} of '{entry}' has {len(longest.token_ids)} tokens: increase it, or set "
             "on_long_prompt: drop"
         )
-    return table.select(fits)
+    return fitting
 
 
 def is_corpus(source: DataSource) -> bool:

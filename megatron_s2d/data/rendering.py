@@ -20,6 +20,7 @@ from megatron_s2d.config.teacher_view import TeacherViewConfig
 from megatron_s2d.data.columns_of_rows import ProblemColumns, text_array
 from megatron_s2d.data.files import Problem
 from megatron_s2d.data.prompt_table import schema
+from megatron_s2d.data.table_tokens import TEXT_OF
 from megatron_s2d.data.tasks import with_context
 from megatron_s2d.data.text_columns import joined
 from megatron_s2d.data.text_tokens import TextTokens
@@ -39,17 +40,28 @@ _PROBLEMS_AT_ONCE = 512  # that the chat template renders together
 
 
 class PromptRenderer:
-    """Makes prompts of the problems of a source. view: as a teacher reads them; ``tokenizer`` has its template."""
+    """Makes prompts of the problems of a source.
+
+    view: as a teacher reads them; ``tokenizer`` has its template. deferred: leave tokens to who reads a prompt, if the
+    tokenizer is ``bounded``.
+    """
 
     def __init__(
-        self, source: FileSource, tokenizer: Any, date: datetime.date, view: TeacherViewConfig | None = None
+        self,
+        source: FileSource,
+        tokenizer: Any,
+        date: datetime.date,
+        view: TeacherViewConfig | None = None,
+        *,
+        deferred: bool = False,
     ) -> None:
         self._source, self._tokenizer, self._date = source, tokenizer, date
         self._view = TeacherViewConfig() if view is None else view
         self._tools = tools_of(source.environment)
         template = TEMPLATES.get(source.template, source.template)
         self._template = [(text, column) for text, column, _, _ in string.Formatter().parse(template)]
-        self.tokens = TextTokens(tokenizer)
+        self._tokens = TextTokens(tokenizer)
+        self._deferred = deferred and self._tokens.bounded
 
     def __call__(self, problems: Sequence[Problem]) -> pyarrow.RecordBatch:
         """Return prompts as rows of ``schema`` [n]. Raises ``UserError`` for a problem that cannot be rendered."""
@@ -69,13 +81,33 @@ class PromptRenderer:
             name: pyarrow.repeat(pyarrow.scalar(value, pyarrow.string()), len(columns))
             for name, value in settings.items()
         }
-        arrays["token_ids"] = self.tokens.prompts(texts)
-        lengths = arrays["token_ids"].value_lengths().to_numpy()
+        arrays |= (self._without_tokens if self._deferred else self._with_tokens)(columns, texts)
+        return pyarrow.RecordBatch.from_arrays([arrays[name] for name in schema().names], schema=schema())
+
+    def _with_tokens(self, columns: ProblemColumns, texts: pyarrow.StringArray) -> dict[str, Any]:
+        import pyarrow
+
+        prompts = self._tokens.prompts(texts)
+        lengths = prompts.value_lengths().to_numpy()
         if not lengths.all():
             raise UserError(f"prompt {columns.ids[int(lengths.argmin())]} is empty")
-        arrays["solution_token_ids"] = self.tokens.solutions(columns.solutions)
-        arrays["key"] = pyarrow.array(self.tokens.keys(texts, arrays["token_ids"]))
-        return pyarrow.RecordBatch.from_arrays([arrays[name] for name in schema().names], schema=schema())
+        return {
+            "token_ids": prompts,
+            "solution_token_ids": self._tokens.solutions(columns.solutions),
+            "solution": pyarrow.nulls(len(columns), pyarrow.string()),
+            "key": pyarrow.array(self._tokens.keys(texts, prompts)),
+        }
+
+    def _without_tokens(self, columns: ProblemColumns, texts: pyarrow.StringArray) -> dict[str, Any]:
+        import pyarrow
+
+        empty = self._tokens.first_empty(texts)
+        if empty is not None:
+            raise UserError(f"prompt {columns.ids[empty]} is empty")
+        if columns.solutions.null_count < len(columns):
+            self._tokens.check_solutions()
+        none = {name: pyarrow.nulls(len(columns), schema().field(name).type) for name in TEXT_OF}
+        return none | {"solution": columns.solutions, "key": pyarrow.array(self._tokens.keys(texts))}
 
     def _texts(self, problems: ProblemColumns) -> pyarrow.StringArray:
         questions = self._filled(problems)

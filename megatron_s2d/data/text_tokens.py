@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_s2d.data.text_columns import (
+    byte_lengths,
     list_array,
     list_content,
     mix64,
@@ -87,6 +88,19 @@ class TextTokens:
             return self._by_word(self._rules, texts, self.prompt_ids)
         return _in_parts(self.prompt_ids, texts)
 
+    def prompt_lengths(self, texts: pyarrow.StringArray) -> np.ndarray:
+        """Return the number of tokens of each prompt, int32 [n]."""
+        return self.prompts(texts).value_lengths().to_numpy()
+
+    def first_empty(self, texts: pyarrow.StringArray) -> int | None:
+        """Return the index of the first prompt without any token; of a tokenizer that is ``bounded``."""
+        assert isinstance(self._rules, ByteRules)
+        empty = byte_lengths(texts) == 0
+        others = np.flatnonzero(~self._rules.plain(texts))
+        if len(others):
+            empty[others] = self.prompt_lengths(texts.take(others)) == 0
+        return int(empty.argmax()) if empty.any() and not self._num_special else None
+
     def keys(self, texts: pyarrow.StringArray, tokens: pyarrow.ListArray | None = None) -> np.ndarray:
         """Return a digest of what a model reads of each prompt, uint64 [n]: equal for equal tokens.
 
@@ -127,11 +141,14 @@ class TextTokens:
         ends = np.cumsum(lengths)
         return list_array(np.insert(values, ends, self._tokenizer.eos_token_id), lengths + 1)
 
+    def solution_lengths(self, texts: pyarrow.StringArray) -> np.ndarray:
+        """Return the number of tokens of each solution, int32 [n]."""
+        return self.solutions(texts).value_lengths().to_numpy()
+
     def most_solution_tokens(self, texts: pyarrow.StringArray) -> np.ndarray:
-        """Return how many tokens each solution has at most, int32 [n]; -1 for null. As ``most_tokens``."""
+        """Return how many tokens each solution has at most, int32 [n]. As ``most_tokens``."""
         assert isinstance(self._rules, ByteRules)
-        most = self._rules.most_tokens(texts) + 1
-        return _int32(np.where(texts.is_null().to_numpy(zero_copy_only=False), -1, most))
+        return _int32(self._rules.most_tokens(texts) + 1)
 
     def check_solutions(self) -> None:
         """Raise ``UserError`` if the tokenizer cannot end solutions."""

@@ -103,7 +103,7 @@ def _validation_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, P
         batches=sum(ceil_div(len(table), validation.batch_size) for table in tables),
         prompts=largest,
         requests=largest * validation.samples_per_prompt,
-        prompt_length=max(int(table.lengths.max()) for table in tables),
+        prompt_length=max(table.longest for table in tables),
         sampling=validation.sampling or config.evaluation.sampling,
     )
 
@@ -120,8 +120,8 @@ def _stage_shape(config: WorkflowConfig, name: str, prompts: Mapping[str, Prompt
     if isinstance(stage, SftConfig):
         prompt, response = _longest_solution(config, name, prompts, tokenizer)
         return StageShape(stage.global_batch_size, 1, 0, 0, prompt, response)
-    read = [fitting_prompts(config, name, entry, prompts[entry]).lengths for entry in stage.entries]
-    longest = max(int(lengths.max()) for lengths in read)
+    read = [fitting_prompts(config, name, entry, prompts[entry]) for entry in stage.entries]
+    longest = max(table.longest for table in read)
     limit = stage.sampling.max_response_length
     turns = max(_turns(config, entry, limit) for entry in stage.entries)
     if isinstance(stage, TeacherCacheConfig):
@@ -150,8 +150,7 @@ def _longest_solution(
         rows = PromptTable.of(corpus_documents(source, tokenizer, 0, _DOCUMENTS))
     else:
         rows = fitting_prompts(config, name, entry, prompts[entry])
-    longest = int((rows.lengths + rows.solution_lengths).argmax())
-    return int(rows.lengths[longest]), int(rows.solution_lengths[longest])
+    return rows.longest_sample
 
 
 def stage_memory(

@@ -111,7 +111,7 @@ class MadeUpInputs(StageInputs):
     def prompts(self, name: str) -> PromptTable:
         """Return the (first) prompts of an entry, their tokens repeated up to the longest length."""
         prompts = super().prompts(name)[:_MOST_PROMPTS]
-        has_solutions = bool((prompts.solution_lengths >= 0).all())
+        has_solutions = bool(prompts.has_solution.all())
         long = [
             dataclasses.replace(
                 prompt,

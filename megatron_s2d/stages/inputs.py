@@ -70,9 +70,9 @@ class StageInputs:
         entries = self.config.stages[stage_name].entries
         return PromptTable.concatenate([self._fitting(stage_name, entry) for entry in entries])
 
-    def longest_prompt(self, stage_name: str) -> int:
-        """Return the tokens of the longest prompt of a stage."""
-        return int(self.stage_prompts(stage_name).lengths.max())
+    def longest_beyond(self, stage_name: str, limit: int) -> int:
+        """Return the tokens of the longest prompt of a stage if it has more than ``limit``, else 0."""
+        return int(self.stage_prompts(stage_name).longer_than(limit).max())
 
     def _fitting(self, stage_name: str, entry: str) -> PromptTable:
         prompts = fitting_prompts(self.config, stage_name, entry, self.prompts(entry))

@@ -136,9 +136,10 @@ def _check_fits(context: StageContext, student: MegatronModel, client: TeacherCl
         if difference is not None:
             raise UserError(f"{url}: the teacher has other token ids than {whose}: {difference}")
     views = context.inputs.prompt_views(context.name, "teacher")
-    longest = context.inputs.longest_prompt(context.name) if views is None else views.longest
     # In the teacher's tokens a response may be longer: the server refuses the ones that are too long.
-    if longest + stage.sampling.max_response_length > info.max_positions:
+    limit = info.max_positions - stage.sampling.max_response_length
+    longest = context.inputs.longest_beyond(context.name, limit) if views is None else views.longest_beyond(limit)
+    if longest > max(0, limit):
         raise UserError(
             f"{url}: a prompt of {longest} tokens and sampling.max_response_length "
             f"{stage.sampling.max_response_length} exceed the {info.max_positions} positions of the teacher"

@@ -85,7 +85,8 @@ def shuffled(size: int, seed: int) -> Callable[[int, int], list[int]]:
 
 def _samples(context: StageContext, stage: SftConfig) -> tuple[OfflineSamples, int]:
     """Return the stage's cached responses, corpus documents or reference solutions, and the length of the longest
-    response (1 for a corpus, which has no end: preflight requires ``norm_length`` where it counts).
+    response; 1 for a corpus, which has no end (preflight requires ``norm_length`` where it counts), and for solutions
+    whose ``loss_agg_mode`` does not divide by it.
     """
     if stage.cache is not None:
         names = [stage.cache] if isinstance(stage.cache, str) else stage.cache
@@ -103,7 +104,8 @@ def _samples(context: StageContext, stage: SftConfig) -> tuple[OfflineSamples, i
         return OfflineSamples(ListedSamples(document), lambda start, count: range(start, start + count)), 1
     prompts = context.inputs.stage_prompts(context.name)
     order = shuffled(len(prompts), context.seed)
-    return OfflineSamples(SolutionSamples(prompts), order), int(prompts.solution_lengths.max())
+    divides = stage.loss_agg_mode == "seq_mean_token_sum_norm" and stage.norm_length is None
+    return OfflineSamples(SolutionSamples(prompts), order), int(prompts.solution_lengths.max()) if divides else 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,21 +116,21 @@ class SolutionSamples:
 
     def lengths(self, indices: Sequence[int]) -> np.ndarray:
         """Return tokens of prompt and solution, int64 [n]; ``UserError`` for a prompt without a solution."""
-        solutions = self.prompts.solution_lengths[indices].astype(np.int64)
+        prompts, solutions = self.prompts.lengths_at(indices)
         for position in np.flatnonzero(solutions < 1):
             raise _no_solution(self.prompts[indices[position]].id)
-        return self.prompts.lengths[indices] + solutions
+        return prompts + solutions
 
     def read(self, indices: Sequence[int], ranks: Sequence[int], dp_rank: int) -> list[AnySample]:
-        """Return the samples of ``dp_rank``; of the others, no tokens are read."""
+        """Return the samples of ``dp_rank``; of the others, no stored tokens are read."""
         is_remote = np.asarray(ranks) != dp_rank
         others = np.asarray(indices, dtype=np.int64)[is_remote]
         table = self.prompts.select(others)
-        remote = zip(table.values("id"), table.values("domain"), self.lengths(others), strict=True)
+        lengths = self.lengths(indices)[is_remote]
+        solutions = self.prompts.lengths_at(indices)[1][is_remote]
+        remote = zip(table.values("id"), table.values("domain"), lengths, solutions, strict=True)
         return [
-            solution_sample(self.prompts[index])
-            if rank == dp_rank
-            else _remote(*next(remote), self.prompts.solution_lengths[index], rank)
+            solution_sample(self.prompts[index]) if rank == dp_rank else _remote(*next(remote), rank)
             for index, rank in zip(indices, ranks, strict=True)
         ]
 

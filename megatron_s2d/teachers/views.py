@@ -66,8 +66,12 @@ class PromptViews:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max((int(table.lengths.max(initial=0)) for table in self.tables.values()), default=0)
+        """Tokens of the longest prompt, or of tables of texts what none is longer than."""
+        return max((table.longest for table in self.tables.values()), default=0)
+
+    def longest_beyond(self, limit: int) -> int:
+        """Return the tokens of the longest prompt if it has more than ``limit``, else 0."""
+        return max((int(table.longer_than(limit).max(initial=0)) for table in self.tables.values()), default=0)
 
     def _found(self, domains: Mapping[str, str]) -> dict[str, Prompt]:
         """Return id -> the prompt in the view, for those that have one. domains: by id."""

@@ -48,10 +48,8 @@ def print_plan(preflight: Preflight, jobs: list[Job], run_dir: Path, console: Co
     console.print(models)
     data = Table("prompts", "number", "longest", "too long", "repeated ids", title="Prompts")
     for name, prompts in preflight.prompts.items():
-        longest = int(prompts.lengths.max())
-        data.add_row(
-            name, str(len(prompts)), str(longest), str(preflight.dropped[name]), str(preflight.duplicates[name])
-        )
+        longest = f"{'' if prompts.is_exact else '<= '}{prompts.longest}"
+        data.add_row(name, str(len(prompts)), longest, str(preflight.dropped[name]), str(preflight.duplicates[name]))
     console.print(data)
     table = Table("job", "type", "model", "steps", "inputs", "action", title="Jobs")
     for job in jobs:

@@ -352,7 +352,7 @@ def _check_stage(
         )
     if isinstance(stage, SftConfig) and stage.data in prompts:
         read = fitting_prompts(config, name, stage.data, prompts[stage.data])
-        missing = read.select(read.solution_lengths < 0)
+        missing = read.select(~read.has_solution)
         if missing:
             raise UserError(
                 f"{where}.data: {len(missing)} prompts of '{stage.data}' have no reference solution (for example "

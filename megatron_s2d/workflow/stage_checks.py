@@ -90,9 +90,10 @@ def check_length(
 ) -> None:
     """Refuse prompts whose responses may not fit into the positions of the stage's model."""
     model = config.model_of(stage)
-    longest = prompts[int(prompts.lengths.argmax())]
-    length, limit = len(longest.token_ids) + sampling.max_response_length, specs[model].max_position_embeddings
-    if length > limit:
+    limit = specs[model].max_position_embeddings
+    too_long = prompts.longer_than(limit - sampling.max_response_length)
+    if too_long.any():
+        longest = prompts[int(too_long.argmax())]
         raise UserError(
             f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
             f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; reduce "

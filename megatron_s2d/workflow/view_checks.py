@@ -73,9 +73,10 @@ def _check_length(
 ) -> None:
     if of.model is None:  # its server says how many positions it has, when the stage begins
         return
-    longest = table[int(table.lengths.argmax())]
     response, limit = config.stages[name].sampling.max_response_length, specs[of.model].max_position_embeddings
-    if len(longest.token_ids) + response > limit:
+    too_long = table.longer_than(limit - response)
+    if too_long.any():
+        longest = table[int(too_long.argmax())]
         raise UserError(
             f"stages.{name}.{of.key}: prompt {longest.id} has {len(longest.token_ids)} tokens in this view and with "
             f"sampling.max_response_length {response} exceeds the {limit} positions of model '{of.model}': set "

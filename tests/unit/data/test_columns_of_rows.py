@@ -18,7 +18,7 @@ from megatron_s2d.config.data import FileSource
 from megatron_s2d.data import columns_of_rows, problems, row_ranges, text_columns
 from megatron_s2d.data.columns_of_rows import ProblemColumns, plain_problems
 from megatron_s2d.data.files import rows_of
-from megatron_s2d.data.prompt_table import _id_order
+from megatron_s2d.data.id_order import id_order
 from megatron_s2d.data.prompts import load_prompts
 from megatron_s2d.data.text_columns import list_array, list_content
 from megatron_s2d.data.text_tokens import encode, token_keys
@@ -233,7 +233,7 @@ def test_order_of_ids_is_that_of_text(ids):
     column = pyarrow.chunked_array(
         [pyarrow.array(["?", *chunk], pyarrow.string())[1:] for chunk in chunks], pyarrow.string()
     )
-    order = _id_order(pyarrow.table({"id": column}))
+    order = id_order(pyarrow.table({"id": column}))
     assert [ids[index] for index in order] == sorted(ids) and order.dtype == np.int32
 
 
