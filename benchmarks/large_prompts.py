@@ -2,11 +2,12 @@
 
     python benchmarks/large_prompts.py --rows 10000000
 
-Rows of arithmetic with the embedded task's tokenizer. The workflow has a supervised and a GRPO stage on its halves; a
-start is the check of the workflow, as ``s2d run`` does it first, and the first batch of a stage, in a process of its
-own. Its memory is read every 20 ms, in two parts: anonymous pages, which are what a process holds, and pages of mapped
-files (libraries, the table), which the kernel drops when something needs the room and which all processes of a machine
-share. The bar of 1 GiB is for the first part, and for that of all processes together where they prepare a table.
+Rows of arithmetic with the embedded task's tokenizer, or, with ``--tokenizer DIR``, word problems of about 200 bytes in
+that tokenizer's chat template, 1 % of them longer than the limit. The workflow has a supervised and a GRPO stage on its
+halves; a start is the check of the workflow, as ``s2d run`` does it first, and the first batch of a stage, in a process
+of its own. Its memory is read every 20 ms, in two parts: anonymous pages, which are what a process holds, and pages of
+mapped files (libraries, the table), which the kernel drops when something needs the room and which all processes of a
+machine share. The bar of 1 GiB is for the first part, and of all processes together where they prepare a table.
 """
 
 from __future__ import annotations
@@ -21,18 +22,51 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 ROWS_PER_GROUP = 100_000
+LIMIT_OF_WORDS = 512  # tokens of a prompt
 LARGEST_MEMORY, LARGEST_SECONDS = 1 << 30, 30.0
 MEMORY = ("anonymous", "library_anonymous", "all_anonymous", "files", "library_files")
 _SECONDS, _LOOKS = 0.02, 20  # between two looks at a process's memory, and looks between two at that of all
 
 _OPERATORS = list(itertools.product("+-*", repeat=5))
+_NAMES = [
+    "Ada",
+    "Ben",
+    "Clara",
+    "Daniel",
+    "Emil",
+    "Fatima",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jack",
+    "Kenji",
+    "Leo",
+    "Mia",
+    "Noor",
+    "Omar",
+    "Priya",
+]
+_THINGS = [
+    "apples",
+    "beads",
+    "books",
+    "buttons",
+    "cards",
+    "coins",
+    "eggs",
+    "marbles",
+    "pears",
+    "pencils",
+    "shells",
+    "stamps",
+]
 
 WORKFLOW = {
     "name": "large",
@@ -52,13 +86,13 @@ WORKFLOW = {
 }  # fmt: skip
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Write a Parquet or JSON-lines file of ``count`` rows; a tenth of the prompts is longer than the limit."""
+def write_rows(path: Path, count: int, make: Callable[[int, random.Random], tuple[str, str, str]]) -> None:
+    """Write a Parquet or JSON-lines file of ``count`` rows."""
     import pyarrow
     from pyarrow import parquet
 
     rng = random.Random(0)
-    rows = (_row(number, rng) for number in range(count))
+    rows = (make(number, rng) for number in range(count))
     if path.suffix == ".jsonl":
         line = '{"question": "%s", "answer": "%s", "solution": "%s"}\n'
         with open(path, "w") as file:
@@ -70,8 +104,11 @@ def write_rows(path: Path, count: int) -> None:
             writer.write_table(pyarrow.table([list(column) for column in zip(*group, strict=True)], schema=schema))
 
 
-def _row(number: int, rng: random.Random) -> tuple[str, str, str]:
-    """Return question, answer and solution; no other row has the same six numbers, up to 17^6 = 24 million rows."""
+def _arithmetic(number: int, rng: random.Random) -> tuple[str, str, str]:
+    """Return question, answer and solution; no other row has the same six numbers, up to 17^6 = 24 million rows.
+
+    A tenth of the questions is longer than the limit.
+    """
     digits = [number // 17**place % 17 for place in range(6)]
     a, b, c, d, e = _OPERATORS[int(rng.random() * len(_OPERATORS))]
     x0, x1, x2, x3, x4, x5 = digits
@@ -79,15 +116,35 @@ def _row(number: int, rng: random.Random) -> tuple[str, str, str]:
     return f"{x0} {a} {x1} {b} {x2} {c} {x3} {d} {x4} {e} {x5}{end}", str(x0), f"[ {x0} ]"
 
 
-def write_workflow(directory: Path, count: int, suffix: str = "parquet") -> Path:
-    """Write data and workflow, and return the workflow's file."""
-    rows = directory / f"train.{suffix}"
-    write_rows(rows, count)
+def _word_problem(number: int, rng: random.Random) -> tuple[str, str, str]:
+    """Return question, answer and solution; no other row has the same numbers."""
+    name, other, thing = rng.choice(_NAMES), rng.choice(_NAMES), rng.choice(_THINGS)
+    first, second, third = number % 1000 + 2, number // 1000 % 1000 + 2, number // 10**6 + 2
+    question = (
+        f"{name} has {first} {thing} in a box on the table. On the way home from the market {name} buys {second} more "
+        f"bags with {third} {thing} each, and then {other} takes one away. How many {thing} does {name} have now?"
+    )
+    if rng.random() < 0.01:
+        question = f"{question}\n" * 16
+    answer = first + second * third - 1
+    return question, str(answer), f"{second} * {third} = {second * third}, and with {first} less 1 it is {answer}."
+
+
+def write_workflow(directory: Path, count: int, suffix: str = "parquet", tokenizer: Path | None = None) -> Path:
+    """Write data and workflow, and return the workflow's file. tokenizer: None for that of the embedded task."""
+    rows, workflow = directory / f"train.{suffix}", dict(WORKFLOW)
     columns = {"template": "plain", "columns": {"solution": "solution"}}
     data: dict[str, dict] = {"train": {"type": "file", "path": str(rows), **columns}}
-    data["problems"] = {"type": "task", "split": "eval", "num_operations": 2, "num_prompts": 64}
+    if tokenizer is None:
+        write_rows(rows, count, _arithmetic)
+        data["problems"] = {"type": "task", "split": "eval", "num_operations": 2, "num_prompts": 64}
+    else:
+        write_rows(rows, count, _word_problem)
+        write_rows(directory / "problems.jsonl", 64, lambda number, rng: _word_problem(10**9 + number, rng))
+        data["problems"] = {"type": "file", "path": str(directory / "problems.jsonl"), **columns}
+        workflow |= {"tokenizer": str(tokenizer.resolve()), "lengths": {"max_prompt_length": LIMIT_OF_WORDS}}
     path = directory / "workflow.yaml"
-    path.write_text(yaml.safe_dump({**WORKFLOW, "data": data, "data_cache_dir": str(directory / "cache")}))
+    path.write_text(yaml.safe_dump({**workflow, "data": data, "data_cache_dir": str(directory / "cache")}))
     return path
 
 
@@ -203,6 +260,9 @@ def main() -> None:
         type=Path,
         help="where data and table are written (default: removed at the end); pages of tmpfs count as anonymous",
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="word problems with the tokenizer of a checkpoint"
+    )
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start is not None:
@@ -211,7 +271,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.directory or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        path = write_workflow(directory, options.rows, options.format)
+        path = write_workflow(directory, options.rows, options.format, options.tokenizer)
         print(
             "| rows | start | check | first batch | processor time | anonymous, MiB | of it libraries | of all "
             "processes | pages of files, MiB | of it libraries | prompts |"

@@ -9,14 +9,18 @@ n: problems of a batch.
 from __future__ import annotations
 
 import datetime
+import functools
 import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_s2d.config.data import FileSource
 from megatron_s2d.config.environment import environment_text, tools_of
 from megatron_s2d.config.reward import verifier_text
 from megatron_s2d.config.teacher_view import TeacherViewConfig
+from megatron_s2d.data.chat_frames import ChatFrame, frame_of
 from megatron_s2d.data.columns_of_rows import ProblemColumns, text_array
 from megatron_s2d.data.files import Problem
 from megatron_s2d.data.prompt_table import schema
@@ -119,28 +123,56 @@ class PromptRenderer:
                     for question, problem in zip(questions.to_pylist(), problems, strict=True)
                 ]
             )
-        system_prompt = self._source.system_prompt if view.system_prompt is None else view.system_prompt
-        if not (
-            system_prompt is not None
-            or self._tools
-            or any(problems.contexts or ())
-            or has_conversations(self._tokenizer)
-        ):
+        if any(problems.contexts or ()):
+            return self._rendered(problems.contexts, questions, problems.ids)
+        if self._system_prompt is None and not self._tools and not has_conversations(self._tokenizer):
             return questions  # as ``render_all`` returns them
-        texts: list[str] = []
-        for start in range(0, len(problems), _PROBLEMS_AT_ONCE):
-            part = slice(start, start + _PROBLEMS_AT_ONCE)
-            texts += self._rendered(problems[part], questions[part].to_pylist(), system_prompt)
-        return text_array(texts)
+        return self._framed(questions, problems.ids)
 
-    def _rendered(self, problems: ProblemColumns, questions: list[str], system_prompt: str | None) -> list[str]:
-        contexts = problems.contexts or [[]] * len(problems)
-        conversations = [
-            self._messages(context, question, id_, system_prompt)
-            for context, question, id_ in zip(contexts, questions, problems.ids.to_pylist(), strict=True)
-        ]
+    def _framed(self, questions: pyarrow.StringArray, ids: pyarrow.StringArray) -> pyarrow.StringArray:
+        """Return the conversations of questions alone: in the frame of the chat template, where it has one."""
+        import pyarrow
+
+        if self._frame is None:
+            return self._rendered(None, questions, ids)
+        texts, others = self._frame.texts(questions), self._frame.others(questions)
+        framed = not others[:1].any()
+        others[:1] = True  # the first one is rendered too, and compared
+        places = np.flatnonzero(others)
+        rendered = self._rendered(None, questions.take(places), ids.take(places))
+        assert not framed or texts[:1] == rendered[:1], "the chat template and its frame differ"
+        order = np.arange(len(texts))
+        order[places] = len(texts) + np.arange(len(places))
+        return pyarrow.concat_arrays([texts, rendered]).take(pyarrow.array(order))
+
+    @functools.cached_property
+    def _frame(self) -> ChatFrame | None:
+        def messages(question: str) -> list[dict[str, str]]:
+            return self._messages([], question, "")
+
         thinking = self._view.enable_thinking
-        return render_all(conversations, self._tokenizer, self._date, enable_thinking=thinking, tools=self._tools)
+        return frame_of(self._tokenizer, self._date, messages, enable_thinking=thinking, tools=self._tools)
+
+    @property
+    def _system_prompt(self) -> str | None:
+        return self._source.system_prompt if self._view.system_prompt is None else self._view.system_prompt
+
+    def _rendered(
+        self, contexts: list[list[dict[str, str]]] | None, questions: pyarrow.StringArray, ids: pyarrow.StringArray
+    ) -> pyarrow.StringArray:
+        texts: list[str] = []
+        thinking = self._view.enable_thinking
+        contexts = [[]] * len(ids) if contexts is None else contexts
+        for start in range(0, len(ids), _PROBLEMS_AT_ONCE):
+            part = slice(start, start + _PROBLEMS_AT_ONCE)
+            conversations = [
+                self._messages(context, question, id_)
+                for context, question, id_ in zip(
+                    contexts[part], questions[part].to_pylist(), ids[part].to_pylist(), strict=True
+                )
+            ]
+            texts += render_all(conversations, self._tokenizer, self._date, enable_thinking=thinking, tools=self._tools)
+        return text_array(texts)
 
     def _filled(self, problems: ProblemColumns) -> pyarrow.StringArray:
         """Put question and columns into the template; not ``str.format``, which reads attributes of values, too."""
@@ -151,16 +183,14 @@ class PromptRenderer:
                 parts.append(problems.questions if column == "question" else problems.fields[column])
         return joined(parts)
 
-    def _messages(
-        self, context: list[dict[str, str]], question: str, id_: str, system_prompt: str | None
-    ) -> list[dict[str, str]]:
+    def _messages(self, context: list[dict[str, str]], question: str, id_: str) -> list[dict[str, str]]:
         messages = [*context, {"role": "user", "content": question}]
         if self._source.system_prompt is not None and messages[0]["role"] == "system":
             raise UserError(f"prompt {id_} already has a system message; remove system_prompt")
-        if system_prompt is not None:
+        if self._system_prompt is not None:
             if messages[0]["role"] == "system":
                 messages = messages[1:]
-            messages.insert(0, {"role": "system", "content": system_prompt})
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
         return messages
 
 
