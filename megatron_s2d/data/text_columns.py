@@ -95,7 +95,11 @@ def some_blank(texts: pyarrow.StringArray) -> bool:
 def with_bytes(texts: pyarrow.StringArray, wanted: np.ndarray) -> np.ndarray:
     """Return the mask [n] of the texts that have one of some bytes. wanted: mask [256]."""
     content, bounds = content_of(texts)
-    places = np.flatnonzero(wanted[content])
+    if wanted[ord(" ") : _LAST_PRINTABLE + 1].any():
+        places = np.flatnonzero(wanted[content])
+    else:  # most bytes of a text are these, which comparisons leave out in a tenth of the time
+        places = np.flatnonzero((content < ord(" ")) | (content > _LAST_PRINTABLE))
+        places = places[wanted[content[places]]]
     return _marked(np.searchsorted(bounds, places, side="right") - 1, len(texts))
 
 
