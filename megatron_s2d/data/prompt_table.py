@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
-from megatron_s2d.artifacts.lock import directory_lock
 from megatron_s2d.data.id_order import as_index, id_order
-from megatron_s2d.data.stored_arrays import in_processes, remembered, true_rows
+from megatron_s2d.data.stored_arrays import in_processes, remembered, remembered_once, true_rows
+from megatron_s2d.data.table_rows import take_rows
 from megatron_s2d.data.table_tokens import most_lengths, token_lengths, with_tokens
 from megatron_s2d.data.text_tokens import TextTokens, token_keys
 from megatron_s2d.records import Prompt
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
 _ROWS_PER_PART = 65536  # whose values one process computes
-_WAIT_SECONDS = 24 * 3600.0  # for the process that computes the same lengths
 _BOUNDED = {"most_tokens": "token_ids", "most_solution_tokens": "solution_token_ids"}
 _SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
 
@@ -155,7 +154,7 @@ class PromptTable(Sequence[Prompt]):
     def _part(self, start: int, stop: int) -> pyarrow.Table:
         if self._rows is None:
             return self._table.slice(start, stop - start)
-        return self._table.take(self._rows[start:stop])
+        return take_rows(self._table, self._rows[start:stop])
 
     def select(self, indices: np.ndarray) -> PromptTable:
         """Return the prompts at ``indices``, in their order, or those of a mask [n]."""
@@ -214,7 +213,9 @@ class PromptTable(Sequence[Prompt]):
                 lengths = self._lengths_of_rows(rows)
             else:
                 rows = np.flatnonzero(self._stored_bounds("most_tokens") > limit)
-                lengths = self._once(f"lengths-beyond-{limit}", lambda: self._lengths_of_rows(rows))
+                lengths = remembered_once(
+                    self._directory / f"lengths-beyond-{limit}.npy", lambda: self._lengths_of_rows(rows)
+                )
             known = np.zeros(self._table.num_rows, dtype=np.int32)
             known[rows] = lengths
             longer = np.minimum(longer, self._taken(known))
@@ -266,7 +267,7 @@ class PromptTable(Sequence[Prompt]):
         def compute() -> np.ndarray:
             return self._computed(lambda part: token_lengths(part._table, tokens, column), "lengths")
 
-        return compute() if self._directory is None else self._once(name, compute)
+        return compute() if self._directory is None else remembered_once(self._directory / f"{name}.npy", compute)
 
     def _lengths_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of tokens of rows of the Arrow table, int32 [len(rows)]."""
@@ -274,18 +275,9 @@ class PromptTable(Sequence[Prompt]):
         assert tokens is not None
 
         def lengths(start: int) -> np.ndarray:
-            return token_lengths(self._table.take(rows[start : start + _ROWS_AT_ONCE]), tokens, "token_ids")
+            return token_lengths(take_rows(self._table, rows[start : start + _ROWS_AT_ONCE]), tokens, "token_ids")
 
         return in_processes(lengths, range(0, len(rows), _ROWS_AT_ONCE), "long prompts")
-
-    def _once(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return ``_remembered`` of what takes long; the other processes of a machine wait for the first one."""
-        assert self._directory is not None
-        path = self._directory / f"{name}.npy"
-        if path.exists():
-            return remembered(path, compute)
-        with directory_lock(self._directory / "locks" / name, wait_seconds=_WAIT_SECONDS):
-            return remembered(path, compute)
 
     # ------------------------------------------------------------------------------- other values of all prompts
 
@@ -317,14 +309,16 @@ class PromptTable(Sequence[Prompt]):
 
     def values(self, name: str) -> list[str | None]:
         """Return the values of a column of text, for sets of prompts that fit into memory."""
-        column = self._table.column(name)
-        return (column if self._rows is None else column.take(self._rows)).to_pylist()
+        return self._column(name).to_pylist()
+
+    def _column(self, name: str) -> pyarrow.ChunkedArray:
+        if self._rows is None:
+            return self._table.column(name)
+        return take_rows(self._table.select([name]), self._rows).column(name)
 
     def encoded(self, name: str) -> tuple[list[str | None], np.ndarray]:
         """Return the distinct values of a column of text, and which of them each prompt has, int32 [n]."""
-        column = self._table.column(name)
-        column = (column if self._rows is None else column.take(self._rows)).combine_chunks()
-        encoded = column.dictionary_encode(null_encoding="encode")
+        encoded = self._column(name).combine_chunks().dictionary_encode(null_encoding="encode")
         return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
     def distinct(self, name: str) -> set[str | None]:
@@ -333,8 +327,7 @@ class PromptTable(Sequence[Prompt]):
 
         if len(self) and name in self._constants:
             return {self._constants[name]}
-        column = self._table.column(name)
-        return set(pyarrow.compute.unique(column if self._rows is None else column.take(self._rows)).to_pylist())
+        return set(pyarrow.compute.unique(self._column(name)).to_pylist())
 
     @functools.cached_property
     def _constants(self) -> dict[str, str | None]:
@@ -353,8 +346,8 @@ class PromptTable(Sequence[Prompt]):
         """Return the smallest id."""
         import pyarrow.compute
 
-        column = self._table.column("id")
-        return pyarrow.compute.min(column if self._rows is None else column.take(self._rows)).as_py()
+        smallest: str = pyarrow.compute.min(self._column("id")).as_py()
+        return smallest
 
     def is_null(self, name: str) -> np.ndarray:
         """Return the mask [n] of the prompts that lack a field."""
@@ -378,8 +371,10 @@ class PromptTable(Sequence[Prompt]):
 
     def sorted_by_id(self) -> np.ndarray:
         """Return the indices [n] of the prompts in the order of their ids (as text, by code point)."""
+        import pyarrow
+
         if self._directory is None:
-            return id_order(self._table if self._rows is None else self._table.take(self._rows))
+            return id_order(pyarrow.table({"id": self._column("id")}))
         order = self._array("order", lambda: id_order(self._table))
         if self._rows is None:
             return order

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_s2d.artifacts.files import atomic_write_bytes
+from megatron_s2d.artifacts.lock import directory_lock
 from megatron_s2d.data.forked_map import forked_map, in_child, num_processes
 from megatron_s2d.data.id_order import as_index
 
@@ -18,6 +19,7 @@ ANNOUNCE_SECONDS = 20.0
 """Between two lines of progress."""
 
 _ROWS_AT_ONCE = 65536
+_WAIT_SECONDS = 24 * 3600.0  # for the process that computes the same values
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,6 +38,14 @@ def remembered(path: Path, compute: Callable[[], np.ndarray], *, apart: bool = F
         in_child(write) if apart else write()
     array: np.ndarray = np.load(path, mmap_mode="r")
     return array
+
+
+def remembered_once(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return ``remembered`` of what takes long: the other processes of a machine wait for the first one."""
+    if path.exists():
+        return remembered(path, compute)
+    with directory_lock(path.parent / "locks" / path.stem, wait_seconds=_WAIT_SECONDS):
+        return remembered(path, compute)
 
 
 def in_processes(compute: Callable[[int], np.ndarray], starts: range, what: str | None) -> np.ndarray:

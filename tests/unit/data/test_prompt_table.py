@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pyarrow
 import pytest
 
 pytest.importorskip("transformers")
@@ -18,6 +19,7 @@ from megatron_s2d.data.problems import SeenIds, id_keys
 from megatron_s2d.data.prompt_cache import content_digest
 from megatron_s2d.data.prompt_table import PromptTable
 from megatron_s2d.data.prompts import load_prompts, split_halves
+from megatron_s2d.data.table_rows import take_rows
 from megatron_s2d.data.text_tokens import token_keys
 from megatron_s2d.data.tokenizer import load_tokenizer
 from megatron_s2d.errors import UserError
@@ -151,6 +153,26 @@ def test_labels_of_a_table_are_read_once(load, tmp_path, monkeypatch):
     else:
         with pytest.raises(UserError, match="40 of 40 labels are no answers"):
             check_labels(load(path).prompts)
+
+
+def test_rows_of_a_table_in_chunks():
+    """In any order, repeated, of one chunk or many; Arrow's own way takes no column of more than 2 GiB."""
+    parts = np.split(np.arange(30), [4, 4, 9, 25])
+    texts = pyarrow.chunked_array([pyarrow.array([f"t{n}" for n in part], pyarrow.string()) for part in parts])
+    table = pyarrow.table({"a": texts, "b": pyarrow.chunked_array([pyarrow.array(part) for part in parts])})
+    rng = np.random.default_rng(0)
+    for rows in ([], [7], [29, 0], range(30), range(2, 28, 3), rng.permutation(30), rng.integers(0, 30, 50)):
+        taken = take_rows(table, np.array(rows, dtype=np.int32))
+        assert taken.to_pydict() == table.take(pyarrow.array(rows, pyarrow.int64())).to_pydict()
+    assert take_rows(table.slice(0, 0), np.zeros(0, np.int32)).num_rows == 0
+
+
+def test_a_column_of_more_than_two_gigabytes():
+    """The same text in many chunks, of which a few rows are read."""
+    text = pyarrow.array(["x" * (1 << 20)] * 64)
+    rows = {"a": pyarrow.chunked_array([text] * 40), "b": pyarrow.chunked_array([pyarrow.array(range(64))] * 40)}
+    taken = take_rows(pyarrow.table(rows), np.array([2500, 3, 70]))
+    assert taken.column("b").to_pylist() == [2500 % 64, 3, 6] and len(taken.column("a")[0].as_py()) == 1 << 20
 
 
 def test_labels_of_several_verifiers():
