@@ -19,7 +19,7 @@ import numpy as np
 from megatron_s2d.artifacts.files import atomic_write_json, read_json_object
 from megatron_s2d.data.id_order import as_index, id_order
 from megatron_s2d.data.stored_arrays import in_processes, remembered, remembered_once, true_rows
-from megatron_s2d.data.table_rows import take_rows
+from megatron_s2d.data.table_rows import FIELDS, prompt_of, take_rows
 from megatron_s2d.data.table_tokens import most_lengths, token_lengths, with_tokens
 from megatron_s2d.data.text_tokens import TextTokens, token_keys
 from megatron_s2d.records import Prompt
@@ -140,16 +140,16 @@ class PromptTable(Sequence[Prompt]):
             return self._recent[row]
         if self._tokens is not None:
             return next(iter(self.select(np.array([position]))))
-        return _prompt({name: self._table.column(name)[row] for name in _FIELDS})
+        return prompt_of({name: self._table.column(name)[row] for name in FIELDS})
 
     def __iter__(self) -> Iterator[Prompt]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             part = self._part(start, min(len(self), start + _ROWS_AT_ONCE))
             if self._tokens is not None:
                 part = with_tokens(part, self._tokens)
-            columns = [part.column(name) for name in _FIELDS]
+            columns = [part.column(name) for name in FIELDS]
             for values in zip(*columns, strict=True):
-                yield _prompt(dict(zip(_FIELDS, values, strict=True)))
+                yield prompt_of(dict(zip(FIELDS, values, strict=True)))
 
     def _part(self, start: int, stop: int) -> pyarrow.Table:
         if self._rows is None:
@@ -201,33 +201,44 @@ class PromptTable(Sequence[Prompt]):
         longest = int((self._most + solutions).argmax())
         return int(self._most[longest]), int(solutions[longest])
 
-    def longer_than(self, limit: int) -> np.ndarray:
-        """Return the length of each prompt with more than ``limit`` tokens, int32 [n]; 0 for the others.
+    def longer_than(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the prompts with more than ``limit`` tokens, in their order, and how many they have.
 
         Of a table of texts the lengths of those are computed that may have as many, once.
         """
-        longer = np.where(self._most > limit, self._most, 0)
-        if self._tokens is not None and longer.any():
-            if self._directory is None:
-                rows = self.rows[np.flatnonzero(longer)]
-                lengths = self._lengths_of_rows(rows)
-            else:
-                rows = np.flatnonzero(self._stored_bounds("most_tokens") > limit)
-                lengths = remembered_once(
-                    self._directory / f"lengths-beyond-{limit}.npy", lambda: self._lengths_of_rows(rows)
-                )
-            known = np.zeros(self._table.num_rows, dtype=np.int32)
-            known[rows] = lengths
-            longer = np.minimum(longer, self._taken(known))
-        return np.where(longer > limit, longer, 0)
+        if self._tokens is None or self._directory is None:
+            indices = np.flatnonzero(self._most > limit)
+            if self._tokens is None:
+                return indices, self.lengths[indices]
+            lengths = self._lengths_of_rows(self.rows[indices])
+            return indices[lengths > limit], lengths[lengths > limit]
+        if self._limit is not None and self._limit <= limit:
+            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        rows = np.flatnonzero(self._stored_bounds("most_tokens") > limit)
+        path = self._directory / f"lengths-beyond-{limit}.npy"
+        lengths = remembered_once(path, lambda: self._lengths_of_rows(rows)) if len(rows) else np.zeros(0, np.int32)
+        rows, lengths = rows[lengths > limit], lengths[lengths > limit]
+        if self._rows is None or not len(rows):
+            return rows, lengths
+        is_longer = np.zeros(self._table.num_rows, dtype=bool)
+        is_longer[rows] = True
+        indices = np.flatnonzero(is_longer[self._rows])
+        return indices, lengths[np.searchsorted(rows, self._rows[indices])]
+
+    def longest_beyond(self, limit: int) -> Prompt | None:
+        """Return the (first) longest prompt if it has more than ``limit`` tokens."""
+        indices, lengths = self.longer_than(limit)
+        return self[int(indices[lengths.argmax()])] if len(indices) else None
 
     def up_to(self, limit: int | None) -> PromptTable:
         """Return the prompts with at most ``limit`` tokens."""
         if limit is None:
             return self
+        fits = np.ones(len(self), dtype=bool)
+        fits[self.longer_than(limit)[0]] = False
+        fitting = self.select(fits)
         if self._tokens is None:
-            return self.select(self.lengths <= limit)
-        fitting = self.select(self.longer_than(limit) == 0)
+            return fitting
         least = limit if self._limit is None else min(limit, self._limit)
         return PromptTable(fitting._table, fitting._rows, fitting._directory, fitting._tokens, least)
 
@@ -407,28 +418,6 @@ class PromptTable(Sequence[Prompt]):
 
     def _taken(self, values: np.ndarray) -> np.ndarray:
         return values if self._rows is None else values[self._rows]
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Prompt))
-
-
-def _prompt(values: dict[str, Any]) -> Prompt:
-    """Build a prompt from Arrow scalars."""
-    solution = values["solution_token_ids"]
-    return Prompt(
-        id=values["id"].as_py(),
-        token_ids=_ids(values["token_ids"]),
-        text=values["text"].as_py(),
-        domain=values["domain"].as_py(),
-        verifier=values["verifier"].as_py(),
-        answer=values["answer"].as_py(),
-        solution_token_ids=_ids(solution) if solution.is_valid else None,
-        environment=values["environment"].as_py(),
-    )
-
-
-def _ids(scalar: Any) -> np.ndarray:
-    return scalar.values.to_numpy().astype(np.int64)
 
 
 def _values(column: pyarrow.ChunkedArray, dtype: type) -> np.ndarray:

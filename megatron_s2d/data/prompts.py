@@ -75,7 +75,8 @@ def load_prompts(
     fitting = prompts.up_to(max_prompt_length)
     dropped = len(prompts) - len(fitting)
     if max_prompt_length is not None and dropped and getattr(source, "on_long_prompt", "drop") == "error":
-        longest = prompts[int(prompts.longer_than(max_prompt_length).argmax())]
+        longest = prompts.longest_beyond(max_prompt_length)
+        assert longest is not None
         raise UserError(
             f"prompt {longest.id} has {len(longest.token_ids)} tokens, max_prompt_length is {max_prompt_length}: "
             "increase it, or set on_long_prompt: drop"
@@ -190,7 +191,8 @@ def short_prompts(config: WorkflowConfig, stage_name: str, entry: str, prompts: 
         raise UserError(f"{where}: all prompts of '{entry}' are longer; increase it")
     source = config.data[entry.partition("/")[0]]
     if limit is not None and len(fitting) < len(table) and getattr(source, "on_long_prompt", "drop") == "error":
-        longest = table[int(table.longer_than(limit).argmax())]
+        longest = table.longest_beyond(limit)
+        assert longest is not None
         raise UserError(
             f"{where}: prompt {longest.id} of '{entry}' has {len(longest.token_ids)} tokens: increase it, or set "
             "on_long_prompt: drop"

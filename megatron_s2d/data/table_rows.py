@@ -1,16 +1,22 @@
-"""Rows of an Arrow table by number. No torch here.
+"""Rows of an Arrow table by number, and the prompts in them. No torch here.
 
 Arrow's own ``take`` joins the chunks of a column first: all of its text for a few rows, and more than 2 GiB not at all.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_s2d.records import Prompt
+
 if TYPE_CHECKING:
     import pyarrow
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Prompt))
+"""Columns of a table of prompts that are fields of ``Prompt``."""
 
 
 def take_rows(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
@@ -36,3 +42,22 @@ def take_rows(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
     back = np.empty(len(order), dtype=np.int64)
     back[order] = np.arange(len(order))
     return taken.combine_chunks().take(pyarrow.array(back))
+
+
+def prompt_of(values: dict[str, Any]) -> Prompt:
+    """Return the prompt of Arrow scalars, by field."""
+    solution = values["solution_token_ids"]
+    return Prompt(
+        id=values["id"].as_py(),
+        token_ids=_ids(values["token_ids"]),
+        text=values["text"].as_py(),
+        domain=values["domain"].as_py(),
+        verifier=values["verifier"].as_py(),
+        answer=values["answer"].as_py(),
+        solution_token_ids=_ids(solution) if solution.is_valid else None,
+        environment=values["environment"].as_py(),
+    )
+
+
+def _ids(scalar: Any) -> np.ndarray:
+    return scalar.values.to_numpy().astype(np.int64)

@@ -60,7 +60,8 @@ def fitting_in_views(
         limit = of.view.max_prompt_length
         if limit is None:
             continue
-        fits = in_view(config, stage_name, of, entry, prompts, tokenizers).longer_than(limit) == 0
+        fits = np.ones(len(prompts), dtype=bool)
+        fits[in_view(config, stage_name, of, entry, prompts, tokenizers).longer_than(limit)[0]] = False
         if not fits.any():
             raise UserError(
                 f"stages.{stage_name}.{of.key}.max_prompt_length: {limit}: all prompts of '{entry}' are longer in "

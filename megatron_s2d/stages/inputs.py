@@ -72,7 +72,7 @@ class StageInputs:
 
     def longest_beyond(self, stage_name: str, limit: int) -> int:
         """Return the tokens of the longest prompt of a stage if it has more than ``limit``, else 0."""
-        return int(self.stage_prompts(stage_name).longer_than(limit).max())
+        return int(self.stage_prompts(stage_name).longer_than(limit)[1].max(initial=0))
 
     def _fitting(self, stage_name: str, entry: str) -> PromptTable:
         prompts = fitting_prompts(self.config, stage_name, entry, self.prompts(entry))

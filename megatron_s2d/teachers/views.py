@@ -71,7 +71,7 @@ class PromptViews:
 
     def longest_beyond(self, limit: int) -> int:
         """Return the tokens of the longest prompt if it has more than ``limit``, else 0."""
-        return max((int(table.longer_than(limit).max(initial=0)) for table in self.tables.values()), default=0)
+        return max((int(table.longer_than(limit)[1].max(initial=0)) for table in self.tables.values()), default=0)
 
     def _found(self, domains: Mapping[str, str]) -> dict[str, Prompt]:
         """Return id -> the prompt in the view, for those that have one. domains: by id."""

@@ -91,9 +91,8 @@ def check_length(
     """Refuse prompts whose responses may not fit into the positions of the stage's model."""
     model = config.model_of(stage)
     limit = specs[model].max_position_embeddings
-    too_long = prompts.longer_than(limit - sampling.max_response_length)
-    if too_long.any():
-        longest = prompts[int(too_long.argmax())]
+    longest = prompts.longest_beyond(limit - sampling.max_response_length)
+    if longest is not None:
         raise UserError(
             f"{where}: prompt {longest.id} ({len(longest.token_ids)} tokens) and max_response_length "
             f"{sampling.max_response_length} exceed the {limit} positions of model '{model}'; reduce "

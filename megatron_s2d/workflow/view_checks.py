@@ -74,9 +74,8 @@ def _check_length(
     if of.model is None:  # its server says how many positions it has, when the stage begins
         return
     response, limit = config.stages[name].sampling.max_response_length, specs[of.model].max_position_embeddings
-    too_long = table.longer_than(limit - response)
-    if too_long.any():
-        longest = table[int(too_long.argmax())]
+    longest = table.longest_beyond(limit - response)
+    if longest is not None:
         raise UserError(
             f"stages.{name}.{of.key}: prompt {longest.id} has {len(longest.token_ids)} tokens in this view and with "
             f"sampling.max_response_length {response} exceeds the {limit} positions of model '{of.model}': set "

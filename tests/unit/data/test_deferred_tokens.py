@@ -148,14 +148,18 @@ def test_filter_at_the_boundary(load, tokenizer, monkeypatch):
     )
     for limit in {1, 2, *small.lengths.tolist(), *bounds.tolist(), 1000}:
         expected = small.up_to(limit)
+        asked.clear()
         fitting = large.up_to(limit)
+        large.up_to(limit)
+        assert sum(asked) == (bounds > limit).sum()  # once for both
         assert fitting.values("id") == expected.values("id")
         assert not fitting or expected.longest <= fitting.longest <= limit
-        assert large.longer_than(limit).tolist() == np.where(small.lengths > limit, small.lengths, 0).tolist()
-        assert sum(asked) == (bounds > limit).sum()  # once for both
+        for prompts in (small, large, large[::-2], small[::-2]):
+            indices, lengths = prompts.longer_than(limit)
+            assert indices.tolist() == np.flatnonzero(prompts.lengths > limit).tolist()
+            assert lengths.tolist() == prompts.lengths[indices].tolist()
         again = fitting.up_to(limit - 1)
         assert again.values("id") == small.up_to(limit - 1).values("id")
-        asked.clear()
     halves = split_halves(load(tokenizer, rows_of(TEXTS), on_disk=True, limit=9).prompts, 2)
     assert [half.values("id") for half in halves] == [h.values("id") for h in split_halves(small.up_to(9), 2)]
 
