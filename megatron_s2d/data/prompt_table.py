@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
+_LONG_ROWS_AT_ONCE = 512
 _ROWS_PER_PART = 65536  # whose values one process computes
 _BOUNDED = {"most_tokens": "token_ids", "most_solution_tokens": "solution_token_ids"}
 _SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
@@ -286,9 +287,9 @@ class PromptTable(Sequence[Prompt]):
         assert tokens is not None
 
         def lengths(start: int) -> np.ndarray:
-            return token_lengths(take_rows(self._table, rows[start : start + _ROWS_AT_ONCE]), tokens, "token_ids")
+            return token_lengths(take_rows(self._table, rows[start : start + _LONG_ROWS_AT_ONCE]), tokens, "token_ids")
 
-        return in_processes(lengths, range(0, len(rows), _ROWS_AT_ONCE), "long prompts")
+        return in_processes(lengths, range(0, len(rows), _LONG_ROWS_AT_ONCE), "long prompts")
 
     # ------------------------------------------------------------------------------- other values of all prompts
 
@@ -411,10 +412,12 @@ class PromptTable(Sequence[Prompt]):
     def _computed(self, compute: Callable[[PromptTable], np.ndarray], what: str | None = None) -> np.ndarray:
         """Return ``compute`` of all rows of the Arrow table, part by part. what: is announced, if it takes long."""
 
-        def part(start: int) -> np.ndarray:
-            return compute(PromptTable(self._table.slice(start, _ROWS_PER_PART), tokens=self._tokens))
+        size = _ROWS_PER_PART if self._tokens is None else _ROWS_AT_ONCE  # texts are longer than numbers
 
-        return in_processes(part, range(0, self._table.num_rows, _ROWS_PER_PART), what)
+        def part(start: int) -> np.ndarray:
+            return compute(PromptTable(self._table.slice(start, size), tokens=self._tokens))
+
+        return in_processes(part, range(0, self._table.num_rows, size), what)
 
     def _taken(self, values: np.ndarray) -> np.ndarray:
         return values if self._rows is None else values[self._rows]

@@ -32,7 +32,7 @@ from megatron_s2d.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-_TEXTS_AT_ONCE = 512  # that a tokenizer gets together
+_TEXTS_AT_ONCE, _BYTES_AT_ONCE = 512, 1 << 18  # that a tokenizer gets together: a token takes a hundred bytes there
 _OF_TEXT = np.uint64(0x5851F42D4C957F2D)  # any number
 
 
@@ -206,8 +206,12 @@ def word_ids(rules: WordRules, texts: pyarrow.StringArray) -> pyarrow.ListArray 
 def _in_parts(encode_all: Callable[[list[str]], list[list[int]]], texts: pyarrow.StringArray) -> pyarrow.ListArray:
     """Return ``encode_all`` of the texts [n], some at once; null for null."""
     tokens = Tokens()
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        part: list[str | None] = texts[start : start + _TEXTS_AT_ONCE].to_pylist()
+    ends, start = np.cumsum(byte_lengths(texts)), 0
+    while start < len(texts):
+        most = int(np.searchsorted(ends, (ends[start - 1] if start else 0) + _BYTES_AT_ONCE))
+        stop = min(start + _TEXTS_AT_ONCE, max(start + 1, most))
+        part: list[str | None] = texts[start:stop].to_pylist()
+        start = stop
         rows = iter(encode_all([text for text in part if text is not None]))
         tokens.extend([None if text is None else next(rows) for text in part])
     return list_array(tokens.values, tokens.lengths)

@@ -9,7 +9,7 @@ import pytest
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_s2d.config.data import FileSource
@@ -29,11 +29,13 @@ TEMPLATE = (
 )
 
 
-def bpe(*, normalizer=None, single="$A", template=None, without=(), added=(), digits=True, **model):
+def bpe(*, normalizer=None, single="$A", template=None, without=(), added=(), digits=True, split=None, **model):
     """A byte-level tokenizer of some merges. without: characters of bytes that its vocabulary lacks."""
     backend = Tokenizer(models.BPE())
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if digits:
+    if split:
+        steps = [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    elif digits:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -56,6 +58,12 @@ KINDS = {
     "plain": {},
     "chat": {"template": TEMPLATE},
     "NFC": {"normalizer": normalizers.NFC(), "template": TEMPLATE},
+    "as Qwen's": {
+        "normalizer": normalizers.NFC(),
+        "split": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
+        "template": TEMPLATE,
+    },
+    "as Llama's": {"split": r"\p{L}+|\p{N}{1,3}|\s+", "single": "<bos> $A", "ignore_merges": True},
     "starts": {"single": "<bos> $A"},
     "starts and ends": {"single": "<bos> $A <|end|>"},
     "lacks bytes": {"without": "qà\u0100", "unk_token": "<bos>", "fuse_unk": True},

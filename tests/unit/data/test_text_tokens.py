@@ -53,3 +53,13 @@ def test_ids_of_columns_end_as_those_of_texts():
     tokens = TextTokens(words_tokenizer())
     texts = ["a<end>", "a", "b <end> \n", "<end>", "<end> a"]
     assert tokens.solutions(pyarrow.array(texts)).to_pylist() == [[1, 3], [1, 3], [2, 3], [3], [3, 1, 3]]
+
+
+def test_texts_are_tokenized_some_at_once(monkeypatch):
+    """So many that their tokens fit, and at least one, in the order of the texts."""
+    texts, parts = ["a " * n for n in (1, 2, 3, 50, 1, 1)], []
+    column = pyarrow.array([None, *texts])
+    expected = text_tokens._in_parts(lambda part: [[len(text)] for text in part], column).to_pylist()
+    monkeypatch.setattr(text_tokens, "_BYTES_AT_ONCE", 10)
+    found = text_tokens._in_parts(lambda part: parts.append(len(part)) or [[len(text)] for text in part], column)
+    assert found.to_pylist() == expected and parts == [2, 1, 1, 2]
