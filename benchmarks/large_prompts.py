@@ -128,7 +128,7 @@ def _word_problem(number: int, rng: random.Random) -> tuple[str, str, str]:
         f"bags with {third} {thing} each, and then {other} takes one away. How many {thing} does {name} have now?"
     )
     if rng.random() < 0.001:
-        question = f"{question}\n" * 16
+        question = " ".join([question] * 16)
     answer = first + second * third - 1
     return question, str(answer), f"{second} * {third} = {second * third}, and with {first} less 1 it is {answer}."
 
