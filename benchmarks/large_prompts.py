@@ -298,7 +298,7 @@ def main() -> None:
                 flush=True,
             )
             check(row)
-            if name == starts[0]:
+            if name == starts[0] and options.tokenizer is None:  # the bar is of rows of arithmetic
                 check_first(row, options.rows)
         check_later(row)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 4096  # prompts that are read together in a pass over the table
 _LONG_ROWS_AT_ONCE = 512
 _ROWS_PER_PART = 65536  # whose values one process computes
+_BEYOND = "lengths-beyond-"  # and a limit: the file with the lengths of prompts that may be longer
 _BOUNDED = {"most_tokens": "token_ids", "most_solution_tokens": "solution_token_ids"}
 _SETTINGS = ("domain", "verifier", "environment")  # columns that a source sets, for all of its rows as a rule
 
@@ -213,11 +214,11 @@ class PromptTable(Sequence[Prompt]):
                 return indices, self.lengths[indices]
             lengths = self._lengths_of_rows(self.rows[indices])
             return indices[lengths > limit], lengths[lengths > limit]
-        if self._limit is not None and self._limit <= limit:
-            return np.zeros(0, np.int64), np.zeros(0, np.int32)
         rows = np.flatnonzero(self._stored_bounds("most_tokens") > limit)
-        path = self._directory / f"lengths-beyond-{limit}.npy"
-        lengths = remembered_once(path, lambda: self._lengths_of_rows(rows)) if len(rows) else np.zeros(0, np.int32)
+        if not len(rows) or (self._limit is not None and self._limit <= limit):
+            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        path = self._directory / f"{_BEYOND}{limit}.npy"
+        lengths = remembered_once(path, lambda: self._lengths_beyond(rows, limit))
         rows, lengths = rows[lengths > limit], lengths[lengths > limit]
         if self._rows is None or not len(rows):
             return rows, lengths
@@ -280,6 +281,19 @@ class PromptTable(Sequence[Prompt]):
             return self._computed(lambda part: token_lengths(part._table, tokens, column), "lengths")
 
         return compute() if self._directory is None else remembered_once(self._directory / f"{name}.npy", compute)
+
+    def _lengths_beyond(self, rows: np.ndarray, limit: int) -> np.ndarray:
+        """Return the number of tokens of ``rows``, those with a bound above ``limit``; known ones are read."""
+        assert self._directory is not None
+        found = (int(path.stem.removeprefix(_BEYOND)) for path in self._directory.glob(f"{_BEYOND}*.npy"))
+        larger = min((other for other in found if other > limit), default=None)
+        if larger is None:
+            return self._lengths_of_rows(rows)
+        known = self._stored_bounds("most_tokens")[rows] > larger
+        lengths = np.empty(len(rows), dtype=np.int32)
+        lengths[known] = np.load(self._directory / f"{_BEYOND}{larger}.npy")
+        lengths[~known] = self._lengths_of_rows(rows[~known])
+        return lengths
 
     def _lengths_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of tokens of rows of the Arrow table, int32 [len(rows)]."""

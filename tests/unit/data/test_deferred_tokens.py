@@ -146,10 +146,10 @@ def test_no_text_has_more_tokens_than_its_bound(tokenizer):
 
 
 def test_filter_at_the_boundary(load, tokenizer, monkeypatch):
-    """The same prompts for every limit, and tokens of those only that may be longer."""
+    """The same prompts for every limit, and tokens of those only that may be longer and were not for a larger limit."""
     small, large = (load(tokenizer, rows_of(TEXTS), on_disk=on_disk).prompts for on_disk in (False, True))
     bounds = TextTokens(tokenizer).most_tokens(pyarrow.array(small.values("text")))
-    asked, own = [], TextTokens.prompt_lengths
+    asked, own, seen = [], TextTokens.prompt_lengths, set()
     monkeypatch.setattr(stored_arrays, "num_processes", lambda: 1)
     monkeypatch.setattr(
         table_tokens.TextTokens, "prompt_lengths", lambda self, texts: asked.append(len(texts)) or own(self, texts)
@@ -159,7 +159,10 @@ def test_filter_at_the_boundary(load, tokenizer, monkeypatch):
         asked.clear()
         fitting = large.up_to(limit)
         large.up_to(limit)
-        assert sum(asked) == (bounds > limit).sum()  # once for both
+        larger = min((other for other in seen if other > limit), default=np.inf)
+        unknown = (bounds > limit) & (bounds <= larger) & (limit not in seen)
+        assert sum(asked) == unknown.sum()  # once for both
+        seen |= {limit, limit - 1}  # below
         assert fitting.values("id") == expected.values("id")
         assert not fitting or expected.longest <= fitting.longest <= limit
         for prompts in (small, large, large[::-2], small[::-2]):
