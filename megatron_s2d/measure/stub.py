@@ -7,14 +7,11 @@ import ctypes
 import dataclasses
 import sys
 import threading
-import types
 
 from megatron_s2d.measure.build_stub import LIBRARY_NAME
+from megatron_s2d.parallel.out_of_memory import MODEL_CODE, line_of
 
 _WAIT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-# Frames whose line a user or developer can change.
-_SHOWN = ("megatron_s2d/", "megatron/core/", "transformer_engine/")
-_HIDDEN = "megatron_s2d/measure/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,19 +130,6 @@ class Stub:
 
     def _on_wait(self, call: bytes) -> None:
         """Called by the library in the thread that waits."""
-        line = f"{calling_line(sys._getframe(1))}: {call.decode()}"
+        line = f"{line_of(sys._getframe(1), MODEL_CODE)}: {call.decode()}"
         with self._lock:
             self._waits[line] += 1
-
-
-def calling_line(frame: types.FrameType | None) -> str:
-    """Return ``file:line function`` of the innermost frame of the project or of Megatron-Core."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if _HIDDEN not in name:
-            for part in _SHOWN:
-                start = name.rfind(part)
-                if start >= 0:
-                    return f"{name[start:]}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "PyTorch"

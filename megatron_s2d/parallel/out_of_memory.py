@@ -6,10 +6,15 @@ import dataclasses
 import re
 import traceback
 import types
+from pathlib import Path
 
 import torch
 
-_SHOWN = ("megatron_s2d/", "megatron/core/", "transformer_engine/", "torch/optim/")
+_ROOT = Path(__file__).resolve().parents[2]  # of the package; a checkout with an environment in it may have its name
+MODEL_CODE = ("megatron_s2d/", "megatron/core/", "transformer_engine/")
+"""Packages whose lines a user or developer can change."""
+
+_SHOWN = (*MODEL_CODE, "torch/optim/")
 _HIDDEN = "megatron_s2d/measure/"
 
 # Functions in whose calls a phase of `s2d plan` runs; the outermost one counts.
@@ -81,21 +86,22 @@ def describe(error: torch.OutOfMemoryError) -> OutOfMemory:
     return OutOfMemory(phase, tensor + where, line_of(frames[-1] if frames else None), message)
 
 
-def line_of(frame: types.FrameType | None) -> str:
-    """Return ``file:line function`` of the innermost frame of the project, Megatron-Core or PyTorch's optimizer."""
+def line_of(frame: types.FrameType | None, shown: tuple[str, ...] = _SHOWN) -> str:
+    """Return ``file:line function`` of the innermost frame of a package in ``shown``, from ``frame`` outwards."""
     while frame is not None:
         name = _path(frame)
-        if name:
+        if name.startswith(shown):
             return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "PyTorch"
 
 
 def _path(frame: types.FrameType) -> str:
+    """Return the path of the frame's file from its package on; empty for packages that are not shown."""
     name = frame.f_code.co_filename
-    if _HIDDEN in name:
-        return ""
-    return next((name[start:] for part in _SHOWN if (start := name.rfind(part)) >= 0), "")
+    own = name.startswith(f"{_ROOT}/megatron_s2d/")
+    path = name.removeprefix(f"{_ROOT}/") if own else name.rpartition("/site-packages/")[2]
+    return path if path.startswith(_SHOWN) and not path.startswith(_HIDDEN) else ""
 
 
 def _function_of_project(frame: types.FrameType) -> str:
