@@ -1,4 +1,4 @@
-# make quickstart   its own environment, then the whole workflow: 8 minutes on two cores
+# make quickstart   its own environment, then the whole workflow: 4 to 8 minutes on two cores
 # make test         its own environment, then the tests (all but those marked slow: make test-slow)
 # make check        formatter, linter and type checker (ruff and mypy)
 # PYTHON=/path/to/python3.12 chooses the interpreter the environment is made with.
