@@ -10,7 +10,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -235,23 +234,20 @@ def test_scores_match_the_trainer(policy, attach):
 @pytest.mark.parametrize("async_mode", ["one_step_off", "partial_rollout"])
 def test_asynchronous_generation_continues_over_a_weight_update(policy, attach, async_mode):
     engine = attach()
-    requests = make_requests(prompts=6, groups=12, max_new_tokens=100, stop_token_ids=())
-    engine.generate(make_requests())  # warm up, so that the next call starts at once
-    start_time = time.perf_counter()
-    engine.generate(requests)
-    seconds = time.perf_counter() - start_time
-    engine.start({request.id: single_turn(request) for request in requests})
-    time.sleep(seconds / 3)  # so that the update comes during generation, on any machine
+    first, *others = make_requests(prompts=6, groups=12, max_new_tokens=100, stop_token_ids=())
+    first = dataclasses.replace(first, params=dataclasses.replace(first.params, max_new_tokens=10))
     old_version, old = engine.version, [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
     change(policy, 0.02)
+    engine.start({request.id: single_turn(request) for request in (first, *others)})
+    engine.wait(lambda ended: first.id in ended)  # then the others have most of their tokens before them
     engine.pause(interrupt=async_mode == "partial_rollout")
     engine.update_weights(policy.chunks, old_version + 1)
-    samples = list(engine.wait(lambda ended: len(ended) == len(requests)).values())
-    assert [sample.id for sample in samples] == [request.id for request in requests]
+    samples = list(engine.wait(lambda ended: len(ended) == len(others)).values())
+    assert [sample.id for sample in samples] == [request.id for request in others]
     assert {sample.response_length for sample in samples} == {100}
     versions = {span.version for sample in samples for span in sample.weight_versions}
     if async_mode == "partial_rollout":
-        assert versions == {old_version, old_version + 1}, f"{seconds:.2f} s without an update"
+        assert versions == {old_version, old_version + 1}
     else:
         assert versions == {old_version}
     gaps = {old_version + 1: span_gap(policy, samples, old_version + 1)}
