@@ -141,10 +141,10 @@ class PromptRenderer:
             assert texts[:1] == first, "the chat template and its frame differ"
         if not others.any():
             return texts
-        places = np.flatnonzero(others)
-        rendered = self._rendered(None, questions.take(places), ids.take(places))
+        positions = np.flatnonzero(others)
+        rendered = self._rendered(None, questions.take(positions), ids.take(positions))
         order = np.arange(len(texts))
-        order[places] = len(texts) + np.arange(len(places))
+        order[positions] = len(texts) + np.arange(len(positions))
         return pyarrow.concat_arrays([texts, rendered]).take(pyarrow.array(order))
 
     @functools.cached_property

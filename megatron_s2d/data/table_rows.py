@@ -27,11 +27,11 @@ def take_rows(table: pyarrow.Table, rows: np.ndarray) -> pyarrow.Table:
         return table.slice(int(rows[0]) if len(rows) else 0, len(rows))
     batches = table.to_batches()
     ends = np.cumsum([len(batch) for batch in batches])
-    places = np.searchsorted(ends, rows, side="right")
-    order = None if (places[1:] >= places[:-1]).all() else np.argsort(places, kind="stable")
+    positions = np.searchsorted(ends, rows, side="right")
+    order = None if (positions[1:] >= positions[:-1]).all() else np.argsort(positions, kind="stable")
     if order is not None:
-        rows, places = rows[order], places[order]
-    used, first = np.unique(places, return_index=True)
+        rows, positions = rows[order], positions[order]
+    used, first = np.unique(positions, return_index=True)
     parts = [
         batches[batch].take(pyarrow.array(part - (ends[batch] - len(batches[batch]))))
         for batch, part in zip(used.tolist(), np.split(rows, first[1:]), strict=True)

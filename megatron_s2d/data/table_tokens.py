@@ -27,8 +27,8 @@ def with_tokens(rows: pyarrow.Table, tokens: TextTokens) -> pyarrow.Table:
         known, texts, unknown = _texts_without(rows, name)
         if unknown.any():
             made = make(texts.filter(pyarrow.array(unknown)))
-            places = np.where(unknown, len(known) + np.cumsum(unknown) - 1, np.arange(len(known)))
-            column = pyarrow.concat_arrays([known, made.cast(known.type)]).take(pyarrow.array(places))
+            positions = np.where(unknown, len(known) + np.cumsum(unknown) - 1, np.arange(len(known)))
+            column = pyarrow.concat_arrays([known, made.cast(known.type)]).take(pyarrow.array(positions))
             rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), column)
     return rows
 

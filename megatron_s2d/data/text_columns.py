@@ -32,8 +32,8 @@ def sequence_digests(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     lengths: [n]. uint64 [n]: two of ten million differing sequences share one with probability 3e-6. Not for security.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
-    places = np.arange(len(values), dtype=np.int64) - np.repeat(ends - lengths, lengths)
-    mixed = mix64(values.astype(np.uint64) ^ mix64((places.astype(np.uint64) + np.uint64(1)) * _STEP))
+    positions = np.arange(len(values), dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    mixed = mix64(values.astype(np.uint64) ^ mix64((positions.astype(np.uint64) + np.uint64(1)) * _STEP))
     sums = np.zeros(len(values) + 1, dtype=np.uint64)
     np.cumsum(mixed, out=sums[1:])
     return mix64((sums[ends] - sums[ends - lengths]) ^ mix64(lengths.astype(np.uint64)))
@@ -58,8 +58,8 @@ def text_digests(texts: pyarrow.StringArray) -> np.ndarray:
 
 
 def _digests(words: np.ndarray, starts: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    places = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    values = words[np.repeat(starts, counts) + _WORD * places]
+    positions = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    values = words[np.repeat(starts, counts) + _WORD * positions]
     last = np.cumsum(counts)[counts > 0] - 1
     spare = (-lengths[counts > 0] % _WORD).astype(np.uint64) * np.uint64(8)  # bits behind the end of a text
     values[last] &= np.uint64(2**64 - 1) >> spare
@@ -96,11 +96,11 @@ def with_bytes(texts: pyarrow.StringArray, wanted: np.ndarray) -> np.ndarray:
     """Return the mask [n] of the texts that have one of some bytes. wanted: mask [256]."""
     content, bounds = content_of(texts)
     if wanted[ord(" ") : _LAST_PRINTABLE + 1].any():
-        places = np.flatnonzero(wanted[content])
+        positions = np.flatnonzero(wanted[content])
     else:  # most bytes of a text are these, which comparisons leave out in a tenth of the time
-        places = np.flatnonzero((content < ord(" ")) | (content > _LAST_PRINTABLE))
-        places = places[wanted[content[places]]]
-    return _marked(np.searchsorted(bounds, places, side="right") - 1, len(texts))
+        positions = np.flatnonzero((content < ord(" ")) | (content > _LAST_PRINTABLE))
+        positions = positions[wanted[content[positions]]]
+    return _marked(np.searchsorted(bounds, positions, side="right") - 1, len(texts))
 
 
 def with_parts(texts: pyarrow.StringArray, parts: Collection[str]) -> np.ndarray:
@@ -110,10 +110,10 @@ def with_parts(texts: pyarrow.StringArray, parts: Collection[str]) -> np.ndarray
     found: list[int] = []
     for part in parts:
         encoded = part.encode()
-        place = data.find(encoded)
-        while place >= 0:
-            found.append(place)
-            place = data.find(encoded, place + 1)
+        position = data.find(encoded)
+        while position >= 0:
+            found.append(position)
+            position = data.find(encoded, position + 1)
     # One that begins in a text and ends in the next one marks too many, which is what a caller can live with.
     return _marked(np.searchsorted(bounds, np.array(found, np.int64), side="right") - 1, len(texts))
 

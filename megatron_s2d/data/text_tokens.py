@@ -178,9 +178,9 @@ class TextTokens:
         first = encode_all(texts[:1].to_pylist())
         others = np.flatnonzero(beyond | with_parts(texts, parts))
         if len(others):
-            places = np.arange(len(texts))
-            places[others] = len(texts) + np.arange(len(others))
-            ids = pyarrow.concat_arrays([ids, _in_parts(encode_all, texts.take(others))]).take(places)
+            positions = np.arange(len(texts))
+            positions[others] = len(texts) + np.arange(len(others))
+            ids = pyarrow.concat_arrays([ids, _in_parts(encode_all, texts.take(others))]).take(positions)
         assert ids[:1].to_pylist() == first, "the tokenizer's call and its words differ"
         return ids
 
@@ -196,10 +196,10 @@ def word_ids(rules: WordRules, texts: pyarrow.StringArray) -> pyarrow.ListArray 
     words = pyarrow.compute.ascii_split_whitespace(trimmed)
     known = pyarrow.array(list(rules.vocabulary), pyarrow.string())
     of_known = np.fromiter(rules.vocabulary.values(), np.int32, len(rules.vocabulary))
-    places = pyarrow.compute.index_in(words.flatten(), value_set=known)
-    if places.null_count and rules.unknown is None:
+    positions = pyarrow.compute.index_in(words.flatten(), value_set=known)
+    if positions.null_count and rules.unknown is None:
         return None
-    ids = np.append(of_known, rules.unknown or 0)[places.fill_null(len(of_known)).to_numpy()]
+    ids = np.append(of_known, rules.unknown or 0)[positions.fill_null(len(of_known)).to_numpy()]
     return list_array(ids, np.diff(words.offsets.to_numpy()).astype(np.int64))
 
 

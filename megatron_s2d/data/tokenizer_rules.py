@@ -116,4 +116,4 @@ def _characters_of_bytes() -> dict[int, str]:
     """Return the character that stands for each byte: itself if it is printed, else one beyond 255, in turn."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
-    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + position) for position, byte in enumerate(others)}

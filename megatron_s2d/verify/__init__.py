@@ -143,11 +143,11 @@ def _read_labels(prompts: PromptTable) -> np.ndarray:
     is_math = {text: _is_math(text) for text in prompts.distinct("verifier")}
     for start in range(0, len(prompts) if any(is_math.values()) else 0, _LABELS_AT_ONCE):
         part = prompts[start : start + _LABELS_AT_ONCE]
-        verifiers, places = part.encoded("verifier")
-        graded = np.array([is_math[verifier] for verifier in verifiers])[places]
-        answers, places = part.select(graded).encoded("answer")
+        verifiers, positions = part.encoded("verifier")
+        graded = np.array([is_math[verifier] for verifier in verifiers])[positions]
+        answers, positions = part.select(graded).encoded("answer")
         states = np.array([0 if answer is None else state(answer) for answer in answers], dtype=np.uint8)
-        result[start + np.flatnonzero(graded)] = states[places]
+        result[start + np.flatnonzero(graded)] = states[positions]
     return result
 
 
